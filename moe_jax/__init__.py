@@ -1,0 +1,46 @@
+"""Expert parallelism for JAX: distributed Mixture-of-Experts operators as differentiable per-shard functions.
+
+Importing this package touches no device and no environment variable.
+"""
+
+from moe_jax import errors, reference
+from moe_jax.comm import ragged_all_to_all
+from moe_jax.config import RouterConfig, load_config
+from moe_jax.dispatch import combine, dispatch
+from moe_jax.errors import MoEError
+from moe_jax.kernels import Backend, grouped_matmul, register_backend, resolve_backend
+from moe_jax.layer import moe_layer
+from moe_jax.mesh import emulate_devices, make_mesh
+from moe_jax.on_mesh import moe_on_mesh
+from moe_jax.plan import Plan, make_plan
+from moe_jax.routing import route, update_selection_bias
+from moe_jax.types import DispatchHandle, Dispatched, LayerStats, Routing
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Backend",
+    "DispatchHandle",
+    "Dispatched",
+    "LayerStats",
+    "MoEError",
+    "Plan",
+    "RouterConfig",
+    "Routing",
+    "combine",
+    "dispatch",
+    "emulate_devices",
+    "errors",
+    "grouped_matmul",
+    "load_config",
+    "make_mesh",
+    "make_plan",
+    "moe_layer",
+    "moe_on_mesh",
+    "ragged_all_to_all",
+    "reference",
+    "register_backend",
+    "resolve_backend",
+    "route",
+    "update_selection_bias",
+]

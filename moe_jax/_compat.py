@@ -1,0 +1,49 @@
+"""The only module that knows which JAX it runs on (0.10 and 0.11)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax import lax
+from jax._src import xla_bridge  # no public way to ask whether the back ends are up
+from jax.sharding import AxisType, Mesh
+
+shard_map = jax.shard_map
+
+
+def backends_are_initialized() -> bool:
+    """True once a device query has fixed the number of CPU devices."""
+    return xla_bridge.backends_are_initialized()
+
+
+def auto_mesh(devices: Any, axis_names: Sequence[str]) -> Mesh:
+    """A mesh whose axes are all Auto (jax.make_mesh builds Explicit ones by default)."""
+    return Mesh(devices, tuple(axis_names), axis_types=(AxisType.Auto,) * len(axis_names))
+
+
+def varying_axes(x: Any) -> frozenset[str]:
+    """The mesh axes over which ``x`` is typed as varying; empty outside ``shard_map``."""
+    return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
+def as_varying(tree: Any, axes: Any) -> Any:
+    """Types every leaf as varying over ``axes`` too; the transpose of this step is the psum that sums replicas."""
+
+    def widen(leaf):
+        missing = tuple(a for a in axes if a not in varying_axes(leaf))
+        return lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(widen, tree)
+
+
+def union_of_varying_axes(tree: Any) -> tuple[str, ...]:
+    """Every axis over which some leaf of ``tree`` varies, in a fixed order."""
+    return tuple(sorted(frozenset().union(*(varying_axes(leaf) for leaf in jax.tree.leaves(tree)))))
+
+
+def bound_axis_size(axis: str) -> int | None:
+    """The size of a mesh axis inside ``shard_map``; None where that axis is not bound."""
+    try:
+        return lax.axis_size(axis)
+    except NameError:
+        return None

@@ -1,0 +1,35 @@
+"""The only caller of collectives."""
+
+from moe_jax.comm.collectives import (
+    all_send_sizes,
+    check_axes,
+    ep_rank,
+    exchange_blocks,
+    exchange_compact,
+    exchange_counts,
+    gather_tokens,
+    gather_tp,
+    max_over_ranks,
+    reduce_scatter_tokens,
+    reduce_scatter_tp,
+    sum_over_tokens,
+    tp_rank,
+)
+from moe_jax.comm.ragged import ragged_all_to_all
+
+__all__ = [
+    "all_send_sizes",
+    "check_axes",
+    "ep_rank",
+    "exchange_blocks",
+    "exchange_compact",
+    "exchange_counts",
+    "gather_tokens",
+    "gather_tp",
+    "max_over_ranks",
+    "ragged_all_to_all",
+    "reduce_scatter_tokens",
+    "reduce_scatter_tp",
+    "sum_over_tokens",
+    "tp_rank",
+]

@@ -1,0 +1,113 @@
+"""The collectives of a plan: every exchange between devices goes through here or through ``ragged``."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moe_jax import _compat
+from moe_jax.comm.ragged import chunked_all_to_all, portable_ragged_all_to_all
+from moe_jax.errors import MeshError
+from moe_jax.kernels.table import resolve_backend
+from moe_jax.layout import exclusive_cumsum
+
+Array = jax.Array
+
+
+def check_axes(plan) -> None:
+    """Raises MeshError unless the plan's axes are bound here with the plan's sizes."""
+    sizes = {axis: _compat.bound_axis_size(axis) for axis in plan.exchange_axes}
+    unbound = [axis for axis, size in sizes.items() if size is None]
+    if unbound:
+        raise MeshError(
+            f"axis {unbound[0]!r} of the plan is not bound here; call this function inside jax.shard_map over a mesh "
+            f"with axes {plan.exchange_axes}, or use moe_jax.moe_on_mesh"
+        )
+    ep_size = 1
+    for axis in plan.ep_axis:
+        ep_size *= sizes[axis]
+    if (ep_size, sizes[plan.tp_axis]) != (plan.ep_size, plan.tp_size):
+        raise MeshError(
+            f"the mesh has ep={ep_size}, tp={sizes[plan.tp_axis]} and the plan was made for ep={plan.ep_size}, "
+            f"tp={plan.tp_size}; make the plan from the mesh that runs it"
+        )
+
+
+def ep_rank(plan) -> Array:
+    """This device's expert-parallel rank, traced."""
+    return lax.axis_index(plan.ep_axis)
+
+
+def tp_rank(plan) -> Array:
+    """This device's tensor-parallel rank, traced."""
+    return lax.axis_index(plan.tp_axis)
+
+
+def max_over_ranks(x: Array, plan) -> Array:
+    """The largest ``x`` of the exchange group, so that all its devices take the same branch."""
+    return lax.pmax(x, plan.exchange_axes)
+
+
+def sum_over_tokens(x: Array, plan) -> Array:
+    """The sum of ``x`` over every device that holds tokens."""
+    return lax.psum(x, plan.token_axes)
+
+
+def exchange_counts(send_counts: Array, plan) -> Array:
+    """[W, L] pairs of this rank by destination -> [P, W, L] pairs for this rank's experts by source."""
+    received = lax.all_to_all(send_counts, plan.ep_axis, 0, 0, tiled=True)
+    return lax.all_gather(received, plan.tp_axis)
+
+
+def all_send_sizes(sizes: Array, plan) -> Array:
+    """[W] rows for each rank -> [W, W] rows from each rank to each."""
+    return lax.all_gather(sizes, plan.ep_axis)
+
+
+def exchange_blocks(rows: Array, plan) -> Array:
+    """[W * C, H]: block j of C slots goes to rank j; block i of the result came from rank i."""
+    blocks = rows.reshape(plan.ep_size, -1, rows.shape[-1])
+    custom = resolve_backend("grouped_matmul", plan.backend).transports.get("padded")
+    moved = custom(blocks, plan.ep_axis) if custom else lax.all_to_all(blocks, plan.ep_axis, 0, 0)
+    return moved.reshape(rows.shape)
+
+
+def exchange_compact(rows: Array, sizes: Array, num_out: int, plan) -> Array:
+    """Rows laid end to end by destination -> rows end to end by source.
+
+    Args:
+      rows: [S, H], those for rank 0 first.
+      sizes: [W, W] rows from each rank to each.
+      num_out: extent of the result, static; rows past those that came are zero.
+    """
+    me = ep_rank(plan)
+    send, recv = sizes[me], sizes[:, me]
+    arrival_starts = jnp.cumsum(sizes, axis=0) - sizes  # [source, destination]
+    output = _compat.as_varying(jnp.zeros((num_out, rows.shape[-1]), rows.dtype), _compat.varying_axes(rows))
+    if plan.transport == "padded":
+        return chunked_all_to_all(
+            rows, output, sizes, exclusive_cumsum(send), arrival_starts[:, me], plan.ep_axis, chunk=plan.pair_capacity
+        )
+    custom = resolve_backend("grouped_matmul", plan.backend).transports.get("ragged")
+    return (custom or portable_ragged_all_to_all)(
+        rows, output, exclusive_cumsum(send), send, arrival_starts[me], recv, axis_name=plan.ep_axis
+    )
+
+
+def gather_tp(rows: Array, plan) -> Array:
+    """[A, ...] of each tp rank -> [P * A, ...] of all, in rank order."""
+    return lax.all_gather(rows, plan.tp_axis, tiled=True) if plan.tp_size > 1 else rows
+
+
+def reduce_scatter_tp(rows: Array, plan) -> Array:
+    """[P * A, H] partial sums -> this rank's [A, H], summed over tp."""
+    return lax.psum_scatter(rows, plan.tp_axis, tiled=True) if plan.tp_size > 1 else rows
+
+
+def gather_tokens(x: Array, plan) -> Array:
+    """[T, ...] of each device -> [P * W, T, ...] of all, tp rank first."""
+    return lax.all_gather(x, (plan.tp_axis, *plan.ep_axis))
+
+
+def reduce_scatter_tokens(x: Array, plan) -> Array:
+    """[P * W, T, ...] partial sums -> this device's [T, ...]."""
+    return lax.psum_scatter(x, (plan.tp_axis, *plan.ep_axis))

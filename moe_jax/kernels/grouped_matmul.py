@@ -1,0 +1,80 @@
+"""The public grouped matrix product: checks, gradients, and the call through the back-end table."""
+
+import functools
+
+import jax
+
+from moe_jax._compat import as_varying, union_of_varying_axes
+from moe_jax.errors import DtypeError, check_choice, check_dtype, check_rank, check_shape
+from moe_jax.kernels.table import backend_names, call_kernel
+
+FLOAT_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def grouped_matmul(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    backend: str = "auto",
+    transpose_rhs: bool = False,
+) -> jax.Array:
+    """Multiplies consecutive groups of rows with one matrix each.
+
+    ``out[m] = lhs[m] @ rhs[g]`` for the group g that row m is in; accumulated in fp32, rounded once to ``lhs.dtype``.
+    Rows at or past ``sum(group_sizes)`` may hold anything, NaN included: they influence nothing, forward or backward,
+    and their own results are unspecified.
+
+    Args:
+      lhs: [M, H] fp32, bf16 or fp16.
+      rhs: [G, H, N], or [G, N, H] if ``transpose_rhs``; the dtype of ``lhs``.
+      group_sizes: [G] i32, rows per group, each >= 0, in order; their sum is at most M.
+      backend: a registered back end, or "auto": the one for the platform that the program is lowered for.
+      transpose_rhs: whether ``rhs`` holds transposed matrices.
+
+    Returns:
+      [M, N] in ``lhs.dtype``. Differentiable in ``lhs`` and ``rhs``.
+
+    Raises:
+      ShapeError, DtypeError: an argument does not have the shape or dtype above.
+      InvalidArgumentError, UnsupportedError: the back end is unknown, or lacks this kernel.
+
+    >>> grouped_matmul(jnp.ones((3, 2)), jnp.stack([jnp.eye(2), 2 * jnp.eye(2)]), jnp.array([1, 2]))
+    Array([[1., 1.],
+           [2., 2.],
+           [2., 2.]], dtype=float32)
+    """
+    check_rank("lhs", lhs, 2, "[M, H]")
+    check_rank("rhs", rhs, 3, "[G, H, N], or [G, N, H] with transpose_rhs=True")
+    check_dtype("lhs", lhs, FLOAT_DTYPES)
+    if rhs.dtype != lhs.dtype:
+        raise DtypeError(f"rhs has dtype {rhs.dtype} and lhs {lhs.dtype}; they must be equal: cast one of them")
+    check_dtype("group_sizes", group_sizes, ("int32",), "cast it with .astype(jnp.int32)")
+    check_shape("group_sizes", group_sizes, rhs.shape[:1], "[G], one size per matrix of rhs")
+    contracted, layout = (rhs.shape[2], "[M, N]") if transpose_rhs else (rhs.shape[1], "[M, H]")
+    check_shape("lhs", lhs, (lhs.shape[0], contracted), f"{layout}, the contracted axis of rhs {tuple(rhs.shape)}")
+    check_choice("backend", backend, ["auto", *backend_names()])
+    # Replicated operands become varying here, outside the custom rule, so that JAX itself sums their cotangents.
+    operands = as_varying((lhs, rhs, group_sizes), union_of_varying_axes((lhs, rhs, group_sizes)))
+    return _grouped_matmul(backend, transpose_rhs, *operands)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _grouped_matmul(backend, transpose_rhs, lhs, rhs, group_sizes):
+    return call_kernel("grouped_matmul", backend, lhs, rhs, group_sizes, transpose_rhs=transpose_rhs)
+
+
+def _forward(backend, transpose_rhs, lhs, rhs, group_sizes):
+    return _grouped_matmul(backend, transpose_rhs, lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
+
+
+def _backward(backend, transpose_rhs, residuals, ct):
+    lhs, rhs, group_sizes = residuals
+    ct = ct.astype(lhs.dtype)
+    d_lhs = call_kernel("grouped_matmul", backend, ct, rhs, group_sizes, transpose_rhs=not transpose_rhs)
+    left, right = (ct, lhs) if transpose_rhs else (lhs, ct)
+    d_rhs = call_kernel("grouped_outer", backend, left, right, group_sizes, dtype=rhs.dtype)
+    return d_lhs, d_rhs, None
+
+
+_grouped_matmul.defvjp(_forward, _backward)

@@ -1,0 +1,117 @@
+"""The back-end table: the one place where an implementation is chosen, and the only mutable state of the package."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import jax
+
+from moe_jax.errors import InvalidArgumentError, UnsupportedError, check_choice, suggest
+
+KERNELS = ("grouped_matmul", "grouped_outer")
+TRANSPORTS = ("padded", "ragged")
+PLATFORMS = ("cpu", "gpu", "tpu")
+
+_TABLE: dict[str, "Backend"] = {}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Backend:
+    """Implementations for one kind of hardware.
+
+    A kernel that a back end leaves out is refused when that back end is named, and served by another under "auto".
+    A transport that it leaves out is served by the portable collectives of ``moe_jax.comm``.
+
+    Args:
+      name: how users and plans call it; not "auto".
+      platforms: the platforms for which "auto" may choose it, out of "cpu", "gpu", "tpu".
+      kernels: by name:
+        "grouped_matmul": (lhs [M, H], rhs [G, H, N] or [G, N, H], group_sizes [G], *, transpose_rhs) -> [M, N] in
+        lhs.dtype, accumulated in fp32; rows past sum(group_sizes) may be NaN and must not influence other rows;
+        "grouped_outer": (lhs [M, H], rhs [M, N], group_sizes [G], *, dtype) -> [G, H, N], the sum over each group's
+        rows of lhs_row^T rhs_row; an empty group gives zeros; rows past the sum may be NaN.
+      transports: by name:
+        "padded": (rows [W, C, H], axis_name) -> [W, C, H], row block j to rank j;
+        "ragged": the calling convention of jax.lax.ragged_all_to_all.
+
+    Raises:
+      InvalidArgumentError: an unknown kernel, transport or platform, or the name "auto".
+    """
+
+    name: str
+    platforms: tuple[str, ...] = ()
+    kernels: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
+    transports: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if not self.name or self.name == "auto":
+            raise InvalidArgumentError(f"name={self.name!r} cannot name a back end; choose another word")
+        for what, given, known in (
+            ("kernels", self.kernels, KERNELS),
+            ("transports", self.transports, TRANSPORTS),
+            ("platforms", self.platforms, PLATFORMS),
+        ):
+            for word in given:
+                if word not in known:
+                    raise InvalidArgumentError(f"{what} of back end {self.name!r}: {word!r}; {suggest(word, known)}")
+        object.__setattr__(self, "platforms", tuple(self.platforms))
+        object.__setattr__(self, "kernels", MappingProxyType(dict(self.kernels)))
+        object.__setattr__(self, "transports", MappingProxyType(dict(self.transports)))
+
+
+def register_backend(backend: Backend, *, replace: bool = False) -> None:
+    """Adds ``backend`` to the table. Among those that serve a platform, "auto" takes the one registered last.
+
+    Raises:
+      InvalidArgumentError: the name is taken and ``replace`` is false.
+    """
+    if not isinstance(backend, Backend):
+        raise InvalidArgumentError(f"backend={backend!r} is not a moe_jax.Backend; build one with moe_jax.Backend(...)")
+    if backend.name in _TABLE and not replace:
+        raise InvalidArgumentError(f"name={backend.name!r} is registered already; pass replace=True to take its place")
+    _TABLE.pop(backend.name, None)
+    _TABLE[backend.name] = backend
+
+
+def backend_names() -> list[str]:
+    """Names of all registered back ends, in order of registration."""
+    return list(_TABLE)
+
+
+def resolve_backend(kernel: str, name: str = "auto", *, platform: str | None = None) -> Backend:
+    """The back end that serves ``kernel``.
+
+    Args:
+      kernel: "grouped_matmul", "grouped_outer", or a transport, "padded" or "ragged".
+      name: a registered back end, or "auto": the last registered one that lists the platform and has the kernel, or
+        else "xla".
+      platform: "cpu", "gpu" or "tpu"; None asks JAX for its default.
+
+    Raises:
+      InvalidArgumentError: an unknown kernel, back end or platform.
+      UnsupportedError: the named back end does not have that kernel. (An explicit choice is never replaced.)
+    """
+    check_choice("kernel", kernel, KERNELS + TRANSPORTS)
+    if name != "auto":
+        check_choice("backend", name, ["auto", *_TABLE])
+        if kernel not in {**_TABLE[name].kernels, **_TABLE[name].transports}:
+            raise UnsupportedError(f"backend={name!r} has no {kernel!r}; choose 'auto' or another back end")
+        return _TABLE[name]
+    platform = platform or jax.default_backend()
+    check_choice("platform", platform, PLATFORMS)
+    for backend in reversed(_TABLE.values()):
+        if platform in backend.platforms and kernel in {**backend.kernels, **backend.transports}:
+            return backend
+    return _TABLE["xla"]
+
+
+def call_kernel(kernel: str, backend: str, *operands: jax.Array, **static):
+    """Runs ``kernel`` on the named back end; "auto" is decided by the platform that the program is lowered for."""
+    if backend != "auto":
+        return resolve_backend(kernel, backend).kernels[kernel](*operands, **static)
+    cpu, gpu, tpu = (
+        functools.partial(resolve_backend(kernel, "auto", platform=p).kernels[kernel], **static) for p in PLATFORMS
+    )
+    other = functools.partial(_TABLE["xla"].kernels[kernel], **static)
+    return jax.lax.platform_dependent(*operands, cpu=cpu, cuda=gpu, rocm=gpu, tpu=tpu, default=other)

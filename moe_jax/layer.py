@@ -1,0 +1,210 @@
+"""The differentiable MoE layer: route, then rounds of dispatch, experts and collect, then one sum."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moe_jax import _compat, comm
+from moe_jax.config import RouterConfig
+from moe_jax.dispatch import Exchange, collect_rows, count_rounds, finish, open_window, prepare, send_rows
+from moe_jax.errors import InvalidArgumentError, check_choice, check_dtype, check_shape, raise_all, suggest
+from moe_jax.experts import ACTIVATIONS, grouped_ffn, is_gated, shared_ffn
+from moe_jax.plan import Plan
+from moe_jax.routing import route
+from moe_jax.types import LayerStats
+
+Array = jax.Array
+
+
+def moe_layer(
+    params: dict[str, Array],
+    x: Array,
+    plan: Plan,
+    router: RouterConfig,
+    *,
+    activation: str = "swiglu",
+    token_mask: Array | None = None,
+) -> tuple[Array, LayerStats]:
+    """One Mixture-of-Experts layer. Call it per shard, inside ``shard_map`` with ``check_vma=True``.
+
+    ``y[t] = sum_k w[t, k] * expert[id[t, k]](x[t]) + shared(x[t])``; the sum in fp32 over ascending k, rounded once.
+    With overflow="dropless" the result is exact at any skew: a round moves ``plan.pair_capacity`` rows per pair of
+    ranks; what does not fit goes into further rounds, run in a loop that all ranks leave together, and recomputed in
+    the backward pass, so that memory does not grow with the skew.
+
+    Args:
+      params: this shard's part, in any float dtype (cast to ``plan.dtype`` for the products, except the router):
+        router [H, E], optional router_bias [E]; selection_bias [E] if ``router.selection_bias``;
+        w_gate (if gated), w_up [E / ep, H, F / tp], w_down [E / ep, F / tp, H];
+        optional b_gate, b_up [E / ep, F / tp], b_down [E / ep, H]; with shared experts: shared_gate (if gated),
+        shared_up [H, S], shared_down [S, H], replicated.
+      x: [T, H] in ``plan.dtype``.
+      plan, router: static.
+      activation: "swiglu", "gelu" or "clamped_swiglu"; see ``experts.activate``.
+      token_mask: [T] bool; false = padding: it goes nowhere, counts nowhere and its result is zero.
+
+    Returns:
+      y [T, H] in ``plan.dtype``, and LayerStats over all tokens of the mesh. Differentiable in x and every float
+      parameter except ``selection_bias``.
+
+    Raises:
+      InvalidArgumentError: lists everything that is wrong with ``params``; or an unknown activation.
+      ShapeError, DtypeError, MeshError: as for ``dispatch``.
+    """
+    check_choice("activation", activation, ACTIVATIONS)
+    comm.check_axes(plan)
+    check_shape("x", x, (plan.tokens_per_rank, plan.hidden), "[T, H], fixed by the plan; pad and use token_mask")
+    check_dtype("x", x, (plan.dtype,), "the plan's dtype: cast x, or make a plan with dtype=...")
+    if token_mask is not None:
+        check_shape("token_mask", token_mask, x.shape[:1], "[T]")
+        check_dtype("token_mask", token_mask, ("bool",))
+    _check_params(params, plan, router, activation)
+
+    x = _compat.as_varying(x, plan.token_axes)
+    if token_mask is not None:  # padding may hold anything; from here on it is zero
+        x = jnp.where(token_mask[:, None], x, jnp.zeros((), x.dtype))
+    routing = route(
+        router_logits(params, x),
+        router,
+        top_k=plan.top_k,
+        bias=params.get("selection_bias"),
+        token_mask=token_mask,
+        axis_name=plan.token_axes,
+    )
+    exchange = prepare(x, routing.expert_ids, plan)
+    num_rounds = count_rounds(exchange, plan)
+    experts = {name: params[name] for name in params if name.startswith(("w_", "b_"))}
+    experts, x, exchange = _compat.as_varying((experts, x, exchange), plan.token_axes)
+    total = _routed_sum(plan, activation, experts, x, routing.combine_weights, exchange, num_rounds)
+    if plan.num_shared_experts:
+        total = total + shared_ffn(params, x, activation=activation)
+    if token_mask is not None:
+        total = jnp.where(token_mask[:, None], total, 0.0)
+    stats = LayerStats(
+        num_dropped=comm.sum_over_tokens(exchange.stats.num_dropped[0], plan),
+        num_rounds=num_rounds,
+        load=routing.load,
+        losses=routing.losses,
+    )
+    return total.astype(plan.dtype), stats
+
+
+def router_logits(params: dict[str, Array], x: Array) -> Array:
+    """fp32 logits [T, E] at full precision: a choice must not depend on the back end's fast modes."""
+    with jax.named_scope("router"):
+        logits = jnp.matmul(
+            x.astype(jnp.float32), params["router"].astype(jnp.float32), precision=lax.Precision.HIGHEST
+        )
+        bias = params.get("router_bias")
+        return logits if bias is None else logits + bias.astype(jnp.float32)
+
+
+def param_shapes(plan: Plan, ffn: int, activation: str) -> dict[str, tuple[int, ...]]:
+    """Global shapes of everything that ``params`` may hold for experts of width ``ffn``."""
+    experts, hidden, shared = plan.num_experts, plan.hidden, plan.num_shared_experts * ffn
+    shapes = {
+        "router": (hidden, experts),
+        "router_bias": (experts,),
+        "selection_bias": (experts,),
+        "w_gate": (experts, hidden, ffn),
+        "w_up": (experts, hidden, ffn),
+        "w_down": (experts, ffn, hidden),
+        "b_gate": (experts, ffn),
+        "b_up": (experts, ffn),
+        "b_down": (experts, hidden),
+        "shared_gate": (hidden, shared),
+        "shared_up": (hidden, shared),
+        "shared_down": (shared, hidden),
+    }
+    if not is_gated(activation):
+        shapes = {name: shape for name, shape in shapes.items() if not name.endswith("gate")}
+    if not plan.num_shared_experts:
+        shapes = {name: shape for name, shape in shapes.items() if not name.startswith("shared")}
+    return shapes
+
+
+def required_params(plan: Plan, router: RouterConfig, activation: str) -> set[str]:
+    """Names without which the layer cannot run; the rest of ``param_shapes`` is optional."""
+    optional = {"router_bias", "b_gate", "b_up", "b_down"}
+    if not router.selection_bias:
+        optional.add("selection_bias")
+    return set(param_shapes(plan, 1, activation)) - optional
+
+
+def _check_params(params, plan, router, activation):
+    if not isinstance(params, dict):
+        raise InvalidArgumentError(f"params is a {type(params).__name__}; pass a dict of arrays by name")
+    known, required = param_shapes(plan, 1, activation), required_params(plan, router, activation)
+    found = [f"{name!r} is unknown; {suggest(name, known)}" for name in params if name not in known]
+    found += [f"{name!r} is missing" for name in sorted(required - set(params))]
+    if "selection_bias" in params and not router.selection_bias:
+        found.append("'selection_bias' is there but router.selection_bias is false; set it or leave the bias out")
+    if not found:
+        ffn, shared = jnp.shape(params["w_up"])[-1], jnp.shape(params.get("shared_up", params["w_up"]))[-1]
+        for name, shape in param_shapes(plan, ffn, activation).items():
+            expected = tuple(shared if axis == plan.num_shared_experts * ffn and name.startswith("shared") else axis for axis in shape)
+            if name[:2] in ("w_", "b_"):
+                expected = (plan.num_local_experts, *expected[1:])
+            if name in params and jnp.shape(params[name]) != expected:
+                found.append(f"{name!r} has shape {jnp.shape(params[name])}; expected {expected} on each device")
+    raise_all(found, "params")
+
+
+def _round(plan: Plan, activation: str, index, experts, x, weights, exchange: Exchange) -> Array:
+    """Round ``index``: its pairs to the experts, through them and back."""
+    handle = open_window(exchange, index * plan.pair_capacity, plan.pair_capacity, plan)
+    rows = grouped_ffn(
+        experts,
+        send_rows(x, handle),
+        handle.group_sizes,
+        activation=activation,
+        backend=plan.backend,
+        adds_bias=comm.tp_rank(plan) == 0,
+    )
+    return collect_rows(rows, weights, handle)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _routed_sum(plan, activation, experts, x, weights, exchange, num_rounds):
+    """[T, H] fp32. The first round is inline and keeps its residuals; the others are a loop that keeps none."""
+    return _routed_forward(plan, activation, experts, x, weights, exchange, num_rounds)[0]
+
+
+def _routed_forward(plan, activation, experts, x, weights, exchange, num_rounds):
+    first = functools.partial(_round, plan, activation, 0, exchange=exchange)
+    collected, pull_first = jax.vjp(first, experts, x, weights)
+
+    def overflow(state):
+        index, collected = state
+        # Every pair comes back in one round and is zero in the others, so adding loses nothing.
+        return index + 1, collected + _round(plan, activation, index, experts, x, weights, exchange)
+
+    if plan.max_rounds > 1:
+        start = (jnp.ones_like(num_rounds), collected)
+        _, collected = lax.while_loop(lambda state: state[0] < num_rounds, overflow, start)
+    total = finish(collected, weights, plan)
+    return total, (pull_first, collected, experts, x, weights, exchange, num_rounds)
+
+
+def _routed_backward(plan, activation, residuals, ct):
+    pull_first, collected, experts, x, weights, exchange, num_rounds = residuals
+    pull_finish = jax.vjp(lambda collected, weights: finish(collected, weights, plan), collected, weights)[1]
+    d_collected, d_weights = pull_finish(ct)
+    grads = pull_first(d_collected)
+
+    def overflow(state):
+        index, grads = state
+        recomputed = functools.partial(_round, plan, activation, index, exchange=exchange)
+        _, pull = jax.vjp(recomputed, experts, x, weights)
+        return index + 1, jax.tree.map(jnp.add, grads, pull(pull_finish(ct)[0]))
+
+    if plan.max_rounds > 1:
+        start = (jnp.ones_like(num_rounds), grads)
+        _, grads = lax.while_loop(lambda state: state[0] < num_rounds, overflow, start)
+    d_experts, d_x, d_sent_weights = grads
+    return d_experts, d_x, d_weights + d_sent_weights, None, None
+
+
+_routed_sum.defvjp(_routed_forward, _routed_backward)

@@ -1,0 +1,97 @@
+"""Meshes and emulated devices: where the operators run."""
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from moe_jax import _compat
+from moe_jax.errors import DeviceInitError, InvalidArgumentError, MeshError
+
+
+def _check_count(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise InvalidArgumentError(f"{name}={value!r} must be a whole number of at least 1")
+
+
+def emulate_devices(num_devices: int) -> None:
+    """Makes the CPU appear as ``num_devices`` devices; call it before the first device query.
+
+    Calling it again with a number that is already there does nothing.
+
+    Args:
+      num_devices: how many CPU devices JAX shall show, at least 1.
+
+    Raises:
+      DeviceInitError: JAX has already initialised its devices and shows fewer.
+
+    >>> moe_jax.emulate_devices(8)
+    """
+    _check_count("num_devices", num_devices)
+    if _compat.backends_are_initialized():
+        found = len(jax.devices())
+        if jax.default_backend() == "cpu" and found >= num_devices:
+            return
+        raise DeviceInitError(
+            f"num_devices={num_devices}: JAX already started with {found} {jax.default_backend()} device(s), and the "
+            "number is fixed by the first device query; call emulate_devices before anything that touches a device"
+        )
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", int(num_devices))
+
+
+def ensure_devices(num_devices: int) -> None:
+    """Emulates CPU devices where this machine has no accelerator; raises MeshError if there are too few in the end."""
+    _check_count("num_devices", num_devices)
+    if not _compat.backends_are_initialized() and not _has_accelerator():
+        emulate_devices(num_devices)
+    if len(jax.devices()) < num_devices:
+        raise MeshError(_too_few(num_devices))
+
+
+def _has_accelerator() -> bool:
+    """Whether JAX would start something else than the CPU, read without starting it."""
+    platforms = jax.config.jax_platforms
+    if platforms:
+        return platforms.split(",")[0] != "cpu"
+    from importlib.metadata import distributions  # slow to import, and only the command line asks
+
+    plugins = ("jax-cuda", "jax-rocm", "libtpu", "jax-metal")
+    return any((dist.name or "").lower().replace("_", "-").startswith(plugins) for dist in distributions())
+
+
+def _too_few(needed: int) -> str:
+    return (
+        f"the mesh needs {needed} devices and JAX shows {len(jax.devices())} ({jax.default_backend()}); "
+        f"make it smaller, or call moe_jax.emulate_devices({needed}) before the first device query"
+    )
+
+
+def make_mesh(ep: int = 1, tp: int = 1, *, nodes: int = 1, dp: int = 1) -> Mesh:
+    """A mesh over the first ``ep * tp * dp`` devices, all axes Auto.
+
+    Axes, outermost first: "dp" (only if dp > 1), "node" (only if nodes > 1), "ep", "tp". With ``nodes`` > 1 the
+    experts spread over ("node", "ep"), and the "ep" axis has ``ep // nodes`` entries.
+
+    Args:
+      ep: expert-parallel size over all nodes.
+      tp: tensor-parallel size.
+      nodes: nodes that the expert-parallel group spans; divides ``ep``.
+      dp: replicas of the whole group.
+
+    Raises:
+      InvalidArgumentError: a size is not a positive whole number, or ``nodes`` does not divide ``ep``.
+      MeshError: there are too few devices.
+
+    >>> make_mesh(ep=4, tp=2).shape
+    OrderedDict({'ep': 4, 'tp': 2})
+    """
+    for name, value in (("ep", ep), ("tp", tp), ("nodes", nodes), ("dp", dp)):
+        _check_count(name, value)
+    if ep % nodes:
+        raise InvalidArgumentError(f"nodes={nodes} does not divide ep={ep}; every node holds the same number of ranks")
+    axes = [("dp", dp)] * (dp > 1) + [("node", nodes)] * (nodes > 1) + [("ep", ep // nodes), ("tp", tp)]
+    sizes = [size for _, size in axes]
+    needed = int(np.prod(sizes))
+    if len(jax.devices()) < needed:
+        raise MeshError(_too_few(needed))
+    return _compat.auto_mesh(np.array(jax.devices()[:needed]).reshape(sizes), [name for name, _ in axes])

@@ -1,0 +1,131 @@
+"""The layer over global arrays: one shard_map around ``moe_layer``, and parameters placed for it."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moe_jax import _compat
+from moe_jax.config import RouterConfig
+from moe_jax.errors import InvalidArgumentError, MeshError, check_choice, check_dtype, check_rank, check_shape
+from moe_jax.experts import ACTIVATIONS
+from moe_jax.layer import moe_layer, param_shapes, required_params
+from moe_jax.plan import Plan
+from moe_jax.types import LayerStats
+
+Array = jax.Array
+
+
+def moe_on_mesh(
+    mesh: Mesh,
+    plan: Plan,
+    router: RouterConfig,
+    *,
+    ffn: int = 1024,
+    activation: str = "swiglu",
+    use_bias: bool = False,
+) -> tuple[Callable, Callable]:
+    """The MoE layer on global arrays: ``init(key) -> params`` and ``apply(params, x) -> (y, stats)``.
+
+    Expert weights are sharded over the expert-parallel axes and, along their FFN axis, over tp; router and shared
+    expert are replicated. Values do not depend on the mesh. ``apply`` may be jitted, differentiated, scanned and
+    rematerialised.
+
+    Args:
+      mesh: the mesh that the plan was made from.
+      plan, router: static.
+      ffn: F, width of an expert, divisible by tp. A shared expert has width F * ``plan.num_shared_experts``.
+      activation: "swiglu", "gelu" or "clamped_swiglu".
+      use_bias: whether ``init`` makes the optional biases (zero at first).
+
+    Returns:
+      init: key -> dict of fp32 arrays: router [H, E], w_gate (if gated), w_up [E, H, F], w_down [E, F, H],
+        selection_bias [E] if the router has one, shared_gate (if gated), shared_up, shared_down if there are shared
+        experts, and router_bias, b_gate, b_up, b_down with ``use_bias``.
+      apply: (params, x [N, H] in ``plan.dtype``, token_mask [N] bool or None) -> (y [N, H], LayerStats), with N =
+        tokens_per_rank * number of devices, sharded over every axis of the mesh.
+
+    Raises:
+      InvalidArgumentError: ``ffn`` is not divisible by tp, or the activation is unknown.
+      MeshError: the mesh is not the plan's.
+
+    >>> init, apply = moe_on_mesh(mesh, plan, RouterConfig(), ffn=32)
+    >>> y, stats = jax.jit(apply)(init(jax.random.key(0)), x)
+    """
+    _check_mesh(mesh, plan)
+    check_choice("activation", activation, ACTIVATIONS)
+    if ffn < 1 or ffn % plan.tp_size:
+        raise InvalidArgumentError(f"ffn={ffn} must be positive and divisible by tp={plan.tp_size}")
+    num_tokens = plan.tokens_per_rank * math.prod(mesh.shape.values())
+    over_tokens = PartitionSpec(plan.token_axes)
+
+    def init(key: Array) -> dict[str, Array]:
+        names = required_params(plan, router, activation)
+        shapes = param_shapes(plan, ffn, activation)
+        chosen = {name: shape for name, shape in shapes.items() if use_bias or name in names}
+        if not router.selection_bias:
+            chosen.pop("selection_bias", None)
+        shardings = {name: NamedSharding(mesh, param_spec(name, plan)) for name in chosen}
+        return jax.jit(lambda key: _draw(key, chosen), out_shardings=shardings)(key)
+
+    def apply(params: dict[str, Array], x: Array, token_mask: Array | None = None) -> tuple[Array, LayerStats]:
+        check_rank("x", x, 2, "[N, H]")
+        check_shape("x", x, (num_tokens, plan.hidden), "[N, H], N = tokens_per_rank * devices; pad and use token_mask")
+        check_dtype("x", x, (plan.dtype,), "the plan's dtype: cast x, or make a plan with dtype=...")
+        if token_mask is not None:
+            check_shape("token_mask", token_mask, (num_tokens,), "[N]")
+
+        def shard(params, x, token_mask):
+            return moe_layer(params, x, plan, router, activation=activation, token_mask=token_mask)
+
+        specs = {name: param_spec(name, plan) for name in params}
+        mapped = _compat.shard_map(
+            shard,
+            mesh=mesh,
+            in_specs=(specs, over_tokens, over_tokens),
+            out_specs=(over_tokens, PartitionSpec()),
+        )
+        return mapped(params, x, token_mask)
+
+    return init, apply
+
+
+def param_spec(name: str, plan: Plan) -> PartitionSpec:
+    """How a parameter of the layer is laid over the mesh."""
+    experts, columns = plan.ep_axis, plan.tp_axis
+    return {
+        "w_gate": PartitionSpec(experts, None, columns),
+        "w_up": PartitionSpec(experts, None, columns),
+        "w_down": PartitionSpec(experts, columns, None),
+        "b_gate": PartitionSpec(experts, columns),
+        "b_up": PartitionSpec(experts, columns),
+        "b_down": PartitionSpec(experts, None),
+    }.get(name, PartitionSpec())
+
+
+def _check_mesh(mesh: Mesh, plan: Plan) -> None:
+    ep_size = math.prod(mesh.shape.get(axis, 0) for axis in plan.ep_axis)
+    if (ep_size, mesh.shape.get(plan.tp_axis), set(mesh.axis_names)) != (
+        plan.ep_size,
+        plan.tp_size,
+        set(plan.token_axes),
+    ):
+        raise MeshError(
+            f"mesh has axes {dict(mesh.shape)} and the plan was made for ep={plan.ep_size}, tp={plan.tp_size} over "
+            f"{plan.token_axes}; make the plan from this mesh"
+        )
+
+
+def _draw(key: Array, shapes: dict[str, tuple[int, ...]]) -> dict[str, Array]:
+    """Normal weights of variance 1 / fan-in, zero biases; each name has its own key, so none depends on another."""
+    params = {}
+    for index, name in enumerate(sorted(shapes)):
+        shape = shapes[name]
+        if name.startswith("b_") or name.endswith("_bias"):
+            params[name] = jnp.zeros(shape, jnp.float32)
+        else:
+            draw = jax.random.normal(jax.random.fold_in(key, index), shape, jnp.float32)
+            params[name] = draw / math.sqrt(shape[-2])
+    return params

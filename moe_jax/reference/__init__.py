@@ -1,0 +1,38 @@
+"""The definition of correct: NumPy float64, all ranks visible, plain loops. Slow on purpose, and free of JAX.
+
+Everything faster in this library is tested against these functions, forward and backward.
+"""
+
+from moe_jax.reference.exchange import (
+    Dispatched,
+    combine,
+    combine_vjp,
+    dispatch,
+    dispatch_vjp,
+    ragged_all_to_all,
+    ragged_all_to_all_vjp,
+)
+from moe_jax.reference.experts import expert_ffn, expert_ffn_vjp, grouped_matmul, grouped_matmul_vjp
+from moe_jax.reference.layer import combine_weights_vjp, moe_layer, moe_layer_vjp
+from moe_jax.reference.routing import Routing, route, route_vjp, update_selection_bias
+
+__all__ = [
+    "Dispatched",
+    "Routing",
+    "combine",
+    "combine_vjp",
+    "combine_weights_vjp",
+    "dispatch",
+    "dispatch_vjp",
+    "expert_ffn",
+    "expert_ffn_vjp",
+    "grouped_matmul",
+    "grouped_matmul_vjp",
+    "moe_layer",
+    "moe_layer_vjp",
+    "ragged_all_to_all",
+    "ragged_all_to_all_vjp",
+    "route",
+    "route_vjp",
+    "update_selection_bias",
+]

@@ -1,0 +1,65 @@
+"""Elementwise functions of the oracle and their derivatives, in float64 and without overflow."""
+
+import math
+
+import numpy as np
+
+_erf = np.vectorize(math.erf, otypes=[np.float64])  # NumPy has no erf of its own
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(-x)), elementwise; float64 in, float64 out."""
+    return np.exp(-np.logaddexp(0.0, -x))
+
+
+def sigmoid_grad(x: np.ndarray) -> np.ndarray:
+    """The derivative of ``sigmoid``; a product of two tails, so it stays accurate where 1 - sigmoid(x) is tiny."""
+    return sigmoid(x) * sigmoid(-x)
+
+
+def silu(x: np.ndarray, slope: float = 1.0) -> np.ndarray:
+    """x * sigmoid(slope * x), elementwise; ``slope=1.702`` is the sigmoid approximation of gelu."""
+    return x * sigmoid(slope * x)
+
+
+def silu_grad(x: np.ndarray, slope: float = 1.0) -> np.ndarray:
+    """The derivative of ``silu``."""
+    return sigmoid(slope * x) + slope * x * sigmoid_grad(slope * x)
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    """x * Phi(x) with Phi the exact normal distribution function (erf, not the tanh approximation)."""
+    return x * _normal_cdf(x)
+
+
+def gelu_grad(x: np.ndarray) -> np.ndarray:
+    """The derivative of ``gelu``: Phi(x) + x * phi(x)."""
+    return _normal_cdf(x) + x * np.exp(-0.5 * x * x) / math.sqrt(2.0 * math.pi)
+
+
+def sqrt_softplus(x: np.ndarray) -> np.ndarray:
+    """sqrt(log(1 + exp(x))), elementwise."""
+    return np.sqrt(np.logaddexp(0.0, x))
+
+
+def sqrt_softplus_grad(x: np.ndarray) -> np.ndarray:
+    """The derivative of ``sqrt_softplus``: sigmoid(x) / (2 * sqrt_softplus(x))."""
+    root = sqrt_softplus(x)
+    # Below about -745 both sigmoid and softplus underflow to 0; the quotient tends to 0, not to NaN.
+    return np.where(root > 0.0, 0.5 * sigmoid(x) / np.where(root > 0.0, root, 1.0), 0.0)
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    """exp(x) / sum(exp(x)) over a vector ``x`` [E]."""
+    shifted = np.exp(x - x.max())
+    return shifted / shifted.sum()
+
+
+def softmax_vjp(ct: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """The cotangent of the vector ``x`` [E] of ``softmax``: p * (ct - <ct, p>)."""
+    p = softmax(x)
+    return p * (ct - ct @ p)
+
+
+def _normal_cdf(x: np.ndarray) -> np.ndarray:
+    return 0.5 * (1.0 + _erf(x / math.sqrt(2.0)))

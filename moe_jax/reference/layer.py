@@ -1,0 +1,185 @@
+"""The whole MoE layer, token by token and free of any mesh, with its hand-derived gradient.
+
+``params`` is a dict: ``router`` [H, E], ``w_up`` [E, H, F], ``w_down`` [E, F, H]; ``w_gate`` [E, H, F] for gated
+activations; optional ``b_gate`` [E, F], ``b_up`` [E, F], ``b_down`` [E, H], ``router_bias`` [E] (added to the logits),
+``selection_bias`` [E] (the router's bias) and a shared expert ``shared_gate`` [H, S], ``shared_up`` [H, S],
+``shared_down`` [S, H] that every active token visits with weight 1.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from moe_jax import errors
+from moe_jax.reference import routing as routing_lib
+from moe_jax.reference.experts import expert_ffn, expert_ffn_vjp
+
+Params = Mapping[str, np.ndarray]
+
+_ROUTED = ("w_gate", "w_up", "w_down", "b_gate", "b_up", "b_down")
+_SHARED = {"w_gate": "shared_gate", "w_up": "shared_up", "w_down": "shared_down"}
+_KNOWN = {"router", "router_bias", "selection_bias", *_ROUTED, *_SHARED.values()}
+
+
+def moe_layer(
+    params: Params,
+    x: np.ndarray,
+    router: Any,
+    *,
+    top_k: int,
+    activation: str = "swiglu",
+    bias: np.ndarray | None = None,
+    token_mask: np.ndarray | None = None,
+) -> tuple[np.ndarray, routing_lib.Routing]:
+    """y_t = shared(x_t) + sum over k ascending of weight_tk * expert_{id_tk}(x_t).
+
+    Inactive tokens are never read and give zero. Nothing is dropped.
+
+    Args:
+      params: see the module's text.
+      x: [N, H].
+      router: see ``route``.
+      top_k: K.
+      activation: see ``expert_ffn``; routed and shared experts have the same one.
+      bias: [E], the router's selection bias, for those who do not keep it in ``params["selection_bias"]``.
+      token_mask: [N] bool, False = inactive; None = all active.
+
+    Returns:
+      y [N, H] f64 and the ``Routing``.
+
+    Raises:
+      InvalidArgumentError: ``params`` has an unknown key, or the selection bias comes twice.
+      MissingArgumentError: ``params`` lacks a weight.
+    """
+    x = np.asarray(x, np.float64)
+    logits = _logits(params, x, token_mask)
+    bias = _selection_bias(params, bias)
+    routing = routing_lib.route(logits, router, top_k=top_k, bias=bias, token_mask=token_mask)
+    y = np.zeros(x.shape)
+    for t in routing_lib.active_tokens(len(x), token_mask):
+        if shared := _shared_weights(params):
+            y[t] += expert_ffn(x[t : t + 1], shared, activation)[0]
+        for e, weight in zip(routing.expert_ids[t], routing.combine_weights[t], strict=True):
+            y[t] += weight * expert_ffn(x[t : t + 1], _routed_weights(params, e), activation)[0]
+    return y, routing
+
+
+def moe_layer_vjp(
+    params: Params,
+    x: np.ndarray,
+    ct_y: np.ndarray,
+    router: Any,
+    *,
+    top_k: int,
+    activation: str = "swiglu",
+    bias: np.ndarray | None = None,
+    token_mask: np.ndarray | None = None,
+    ct_balance: float = 0.0,
+    ct_z: float = 0.0,
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The cotangents of ``params`` and ``x`` in ``moe_layer``, through the experts, the weights and both losses.
+
+    Args:
+      params, x, router, top_k, activation, bias, token_mask: as given to ``moe_layer``.
+      ct_y: [N, H], cotangent of y; inactive tokens are not read.
+      ct_balance, ct_z: cotangents of ``losses["balance"]`` and ``losses["z"]``.
+
+    Returns:
+      A dict of f64 cotangents with the keys and shapes of ``params`` (zero for ``selection_bias``, which only steers
+      the choice), and ct_x [N, H] f64, zero for inactive tokens.
+    """
+    x, ct_y = np.asarray(x, np.float64), np.asarray(ct_y, np.float64)
+    logits = _logits(params, x, token_mask)
+    options = {"top_k": top_k, "bias": _selection_bias(params, bias), "token_mask": token_mask}
+    routing = routing_lib.route(logits, router, **options)
+    ct_weights = combine_weights_vjp(params, x, ct_y, routing, activation=activation)
+    ct_logits = routing_lib.route_vjp(logits, router, ct_weights, **options, ct_balance=ct_balance, ct_z=ct_z)
+    ct_params = {name: np.zeros(np.shape(value)) for name, value in params.items()}
+    ct_x = np.zeros(x.shape)
+    for t in routing_lib.active_tokens(len(x), token_mask):
+        ct_x[t] += _router_vjp(params, x[t], ct_logits[t], ct_params)
+        ct_x[t] += _shared_vjp(params, x[t], ct_y[t], activation, ct_params)
+        for e, weight in zip(routing.expert_ids[t], routing.combine_weights[t], strict=True):
+            ct_x[t] += _routed_vjp(params, x[t], weight * ct_y[t], e, activation, ct_params)
+    return ct_params, ct_x
+
+
+def combine_weights_vjp(
+    params: Params, x: np.ndarray, ct_y: np.ndarray, routing: routing_lib.Routing, *, activation: str = "swiglu"
+) -> np.ndarray:
+    """The cotangent of ``combine_weights`` in ``moe_layer``: <ct_y_t, expert_{id_tk}(x_t)> for every pair.
+
+    Args:
+      params, x, activation: as given to ``moe_layer``.
+      ct_y: [N, H], cotangent of y.
+      routing: what ``moe_layer`` returned.
+
+    Returns:
+      ct_weights [N, K] f64, zero where the id is -1.
+    """
+    x, ct_y = np.asarray(x, np.float64), np.asarray(ct_y, np.float64)
+    ct_weights = np.zeros(routing.combine_weights.shape)
+    for t, k in np.argwhere(routing.expert_ids >= 0):
+        weights = _routed_weights(params, routing.expert_ids[t, k])
+        ct_weights[t, k] = ct_y[t] @ expert_ffn(x[t : t + 1], weights, activation)[0]
+    return ct_weights
+
+
+def _logits(params: Params, x: np.ndarray, token_mask: np.ndarray | None) -> np.ndarray:
+    """x @ router + router_bias, [N, E]; zero for inactive tokens, whose x may hold anything."""
+    if unknown := sorted(set(params) - _KNOWN):
+        raise errors.InvalidArgumentError(f"params has unknown keys {unknown}; known: {', '.join(sorted(_KNOWN))}")
+    if missing := sorted({"router", "w_up", "w_down"} - set(params)):
+        raise errors.MissingArgumentError(f"params lacks {missing}")
+    weight = np.asarray(params["router"], np.float64)
+    logits = np.zeros((len(x), weight.shape[1]))
+    for t in routing_lib.active_tokens(len(x), token_mask):
+        logits[t] = x[t] @ weight
+        if "router_bias" in params:
+            logits[t] += np.asarray(params["router_bias"], np.float64)
+    return logits
+
+
+def _selection_bias(params: Params, bias: np.ndarray | None) -> np.ndarray | None:
+    if bias is not None and "selection_bias" in params:
+        raise errors.InvalidArgumentError("the selection bias came twice: as bias and in params; give one of them")
+    return params.get("selection_bias", bias)
+
+
+def _routed_weights(params: Params, expert: int) -> dict[str, np.ndarray]:
+    return {name: params[name][expert] for name in _ROUTED if name in params}
+
+
+def _shared_weights(params: Params) -> dict[str, np.ndarray]:
+    return {name: params[key] for name, key in _SHARED.items() if key in params}
+
+
+# The three below add to ``ct_params`` in place and return their share of the token's ct_x [H].
+
+
+def _router_vjp(params: Params, x: np.ndarray, ct_logits: np.ndarray, ct_params: dict[str, np.ndarray]) -> np.ndarray:
+    ct_params["router"] += np.outer(x, ct_logits)
+    if "router_bias" in params:
+        ct_params["router_bias"] += ct_logits
+    return np.asarray(params["router"], np.float64) @ ct_logits
+
+
+def _shared_vjp(
+    params: Params, x: np.ndarray, ct: np.ndarray, activation: str, ct_params: dict[str, np.ndarray]
+) -> np.ndarray:
+    if not (shared := _shared_weights(params)):
+        return np.zeros(x.shape)
+    ct_x, cts = expert_ffn_vjp(ct[None], x[None], shared, activation)
+    for name, value in cts.items():
+        ct_params[_SHARED[name]] += value
+    return ct_x[0]
+
+
+def _routed_vjp(
+    params: Params, x: np.ndarray, ct: np.ndarray, expert: int, activation: str, ct_params: dict[str, np.ndarray]
+) -> np.ndarray:
+    ct_x, cts = expert_ffn_vjp(ct[None], x[None], _routed_weights(params, expert), activation)
+    for name, value in cts.items():
+        ct_params[name][expert] += value
+    return ct_x[0]

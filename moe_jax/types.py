@@ -1,0 +1,93 @@
+"""The traced data that crosses layer borders, as frozen pytrees.
+
+No leaf of a per-shard result has rank 0, so one ``PartitionSpec`` prefix such as ``P(("ep", "tp"))`` fits them all.
+T tokens per device, K choices per token, H hidden size, W expert-parallel ranks, P tensor-parallel ranks,
+L local experts, M row capacity, A arrival capacity (rows that an exchange may deliver), S send capacity.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+Array = jax.Array
+
+
+def _pytree(static: tuple[str, ...] = ()):
+    """A frozen, keyword-only dataclass that is a pytree; ``static`` names its compile-time fields."""
+
+    def decorate(cls):
+        cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+        data = [field.name for field in dataclasses.fields(cls) if field.name not in static]
+        return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=list(static))
+
+    return decorate
+
+
+@_pytree()
+class ExchangeMaps:
+    """How rows move when each rank sends rows to each: maps of one window; -1 marks "none"."""
+
+    send_pair: Array  # [S] i32, flat pair token * K + k in each send slot
+    pair_slot: Array  # [T, K] i32, send slot of each pair
+    row_slot: Array  # [M] i32, arrival slot of each row
+    slot_row: Array  # [P * A] i32, row of each arrival slot
+    sizes: Array  # [W, W] i32, rows from each rank to each; [0, 0] where blocks of equal size travel
+
+
+@_pytree()
+class GatherMaps:
+    """How rows are picked when every rank sees every token: maps of one window; -1 marks "none"."""
+
+    row_pair: Array  # [M] i32, pair of each row, as source * T * K + pair
+    pair_row: Array  # [P * W, T, K] i32, row of each pair of each source
+
+
+@_pytree(static=("plan",))
+class DispatchHandle:
+    """Where every row came from and goes back to: integers only, so no gradient flows through it."""
+
+    plan: Any  # the static Plan that made it
+    group_sizes: Array  # [L] i32, rows per local expert in this window
+    send_counts: Array  # [W, L] i32, pairs of this rank by destination, over all windows
+    recv_counts: Array  # [P, W, L] i32, pairs for this rank by source, over all windows
+    maps: ExchangeMaps | GatherMaps
+
+
+@_pytree()
+class DispatchStats:
+    """What a dispatch did with this device's pairs."""
+
+    num_dropped: Array  # [1] i32, pairs that had a destination and did not fit; 0 unless overflow="drop"
+    num_invalid: Array  # [1] i32, unmasked pairs whose id lies outside -1 .. num_experts - 1; they go nowhere
+
+
+@_pytree()
+class Dispatched:
+    """Rows for this rank's experts, expert by expert; rows past ``sum(group_sizes)`` may hold anything."""
+
+    x: Array  # [M, H]
+    scales: Array | None  # row scales of a quantised wire; None where rows travel unquantised
+    group_sizes: Array  # [L] i32
+    handle: DispatchHandle
+    stats: DispatchStats
+
+
+@_pytree()
+class Routing:
+    """A router's choice for every token."""
+
+    expert_ids: Array  # [T, K] i32, -1 = none
+    combine_weights: Array  # [T, K] f32
+    losses: dict[str, Array]  # "balance" and "z", f32 scalars
+    load: Array  # [E] i32, pairs per expert
+
+
+@_pytree()
+class LayerStats:
+    """What one MoE layer did, summed over the whole mesh and the same on every device."""
+
+    num_dropped: Array  # i32 scalar, pairs that did not fit; 0 unless overflow="drop"
+    num_rounds: Array  # i32 scalar, dispatch-compute-combine rounds executed, at least 1
+    load: Array  # [E] i32, pairs per expert
+    losses: dict[str, Array]  # the router's losses, f32 scalars
