@@ -159,9 +159,9 @@ def open_window(exchange: Exchange, start: Array | int, capacity: int, plan) -> 
                 exchange.destinations, comm.ep_rank(plan), plan.num_local_experts, start, capacity, num_rows=num_rows
             )
             recv_counts, group_sizes = picked.recv_counts, picked.group_sizes
-            maps = GatherMaps(
-                row_pair=picked.row_pair, pair_row=picked.pair_row.reshape(-1, plan.tokens_per_rank, plan.top_k)
-            )
+            sources = plan.tp_size * plan.ep_size
+            pair_row = picked.pair_row.reshape(sources, plan.tokens_per_rank, plan.top_k)
+            maps = GatherMaps(row_pair=picked.row_pair, pair_row=pair_row)
         else:
             compact = _is_compact(capacity, plan)
             send = layout.send_maps(exchange.pairs, plan.ep_size, start, capacity, compact=compact)
@@ -184,12 +184,20 @@ def open_window(exchange: Exchange, start: Array | int, capacity: int, plan) -> 
 
 def send_rows(x: Array, handle: DispatchHandle) -> Array:
     """Token rows [T, H] -> expert rows [M, H] of the handle's window; differentiable in ``x``."""
-    return _send_rows(_compat.as_varying(x, handle.plan.exchange_axes), handle)
+    plan = handle.plan
+    x = _compat.as_varying(x, plan.exchange_axes)
+    if not plan.num_pairs:  # no device has a token: nothing moves, and no row is written
+        return jnp.full_like(x, jnp.nan if plan.poison else 0, shape=(plan.num_rows(1), plan.hidden))
+    return _send_rows(x, handle)
 
 
 def collect_rows(rows: Array, combine_weights: Array, handle: DispatchHandle) -> Array:
     """Expert rows of one window -> what ``finish`` takes; windows add up. Differentiable in both arrays."""
-    rows, combine_weights = _compat.as_varying((rows, combine_weights), handle.plan.exchange_axes)
+    plan = handle.plan
+    rows, combine_weights = _compat.as_varying((rows, combine_weights), plan.exchange_axes)
+    if not plan.num_pairs:
+        pairs = jnp.zeros_like(combine_weights, dtype=plan.dtype)[..., None] * jnp.ones(plan.hidden, plan.dtype)
+        return jnp.sum(pairs, axis=1, dtype=jnp.float32) if plan.transport == "allgather" else pairs
     return _collect_rows(rows, combine_weights, handle)
 
 
@@ -218,8 +226,6 @@ def _weighted_sum(pair_rows: Array, weights: Array | None) -> Array:
 
 def _pick(rows: Array, index: Array, plan, *, absent: float | None = None) -> Array:
     """``rows[index]``. Where index is -1: ``absent`` if given, NaN under ``plan.poison``, anything otherwise."""
-    if not rows.shape[0]:
-        rows = jnp.zeros_like(rows, shape=(1, *rows.shape[1:]))
     picked = jnp.take(rows, index, axis=0, mode="clip")
     fill = jnp.nan if absent is None and plan.poison else absent
     if fill is None:
@@ -233,7 +239,7 @@ def _scatter(x: Array, handle: DispatchHandle) -> Array:
     plan, maps = handle.plan, handle.maps
     if isinstance(maps, GatherMaps):
         with jax.named_scope("exchange"):
-            everyone = comm.gather_tokens(x, plan).reshape(-1, plan.hidden)
+            everyone = jax.lax.collapse(comm.gather_tokens(x, plan), 0, 2)
         with jax.named_scope("permute"):
             return _pick(everyone, _token_of(maps.row_pair, plan), plan)
     with jax.named_scope("pack"):
@@ -297,7 +303,7 @@ def _gathered_adjoint(rows: Array, weights: Array, ct: Array, handle: DispatchHa
         all_weights = comm.gather_tokens(weights, plan).ravel()
     with jax.named_scope("permute"):
         scale = _pick(all_weights, maps.row_pair, plan, absent=0)
-        d_rows = _pick(everyone.reshape(-1, plan.hidden), _token_of(maps.row_pair, plan), plan)
+        d_rows = _pick(jax.lax.collapse(everyone, 0, 2), _token_of(maps.row_pair, plan), plan)
         d_rows = (scale[:, None] * d_rows.astype(jnp.float32)).astype(rows.dtype)
         dots = [
             jnp.sum(
@@ -346,7 +352,7 @@ def _collect_backward(residuals, ct):
     if isinstance(handle.maps, GatherMaps):
         return *_gathered_adjoint(rows, weights, ct, handle), None
     with jax.named_scope("pack"):  # one row per pair: as dispatch, with pairs for tokens
-        packed = _pick(ct.reshape(-1, handle.plan.hidden), handle.maps.send_pair, handle.plan)
+        packed = _pick(jax.lax.collapse(ct, 0, 2), handle.maps.send_pair, handle.plan)
     return _exchange_packed(packed, handle), jnp.zeros_like(weights), None
 
 

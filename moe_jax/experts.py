@@ -10,7 +10,6 @@ from moe_jax.kernels import grouped_matmul
 
 Array = jax.Array
 
-ACTIVATIONS = ("swiglu", "gelu", "clamped_swiglu")
 _LIMIT, _ALPHA = 7.0, 1.702  # of the clamped SwiGLU (gpt-oss)
 
 

@@ -7,15 +7,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax import _compat, comm
-from moe_jax.config import RouterConfig
+from moe_jax.config import ACTIVATIONS, RouterConfig
 from moe_jax.dispatch import Exchange, collect_rows, count_rounds, finish, open_window, prepare, send_rows
 from moe_jax.errors import InvalidArgumentError, check_choice, check_dtype, check_shape, raise_all, suggest
-from moe_jax.experts import ACTIVATIONS, grouped_ffn, is_gated, shared_ffn
+from moe_jax.experts import grouped_ffn, is_gated, shared_ffn
 from moe_jax.plan import Plan
 from moe_jax.routing import route
 from moe_jax.types import LayerStats
 
 Array = jax.Array
+
+OPTIONAL_PARAMS = frozenset({"router_bias", "b_gate", "b_up", "b_down"})
 
 
 def moe_layer(
@@ -84,7 +86,7 @@ def moe_layer(
         total = jnp.where(token_mask[:, None], total, 0.0)
     stats = LayerStats(
         num_dropped=comm.sum_over_tokens(exchange.stats.num_dropped[0], plan),
-        num_rounds=num_rounds,
+        num_rounds=comm.max_over_replicas(num_rounds, plan),
         load=routing.load,
         losses=routing.losses,
     )
@@ -101,54 +103,49 @@ def router_logits(params: dict[str, Array], x: Array) -> Array:
         return logits if bias is None else logits + bias.astype(jnp.float32)
 
 
-def param_shapes(plan: Plan, ffn: int, activation: str) -> dict[str, tuple[int, ...]]:
-    """Global shapes of everything that ``params`` may hold for experts of width ``ffn``."""
-    experts, hidden, shared = plan.num_experts, plan.hidden, plan.num_shared_experts * ffn
+def param_shapes(
+    plan: Plan, router: RouterConfig, activation: str, *, ffn: int, shared_ffn: int, num_experts: int | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of everything that ``params`` may hold; ``num_experts`` of the expert weights, all by default."""
+    experts, hidden = plan.num_experts if num_experts is None else num_experts, plan.hidden
     shapes = {
-        "router": (hidden, experts),
-        "router_bias": (experts,),
-        "selection_bias": (experts,),
-        "w_gate": (experts, hidden, ffn),
+        "router": (hidden, plan.num_experts),
+        "router_bias": (plan.num_experts,),
         "w_up": (experts, hidden, ffn),
         "w_down": (experts, ffn, hidden),
-        "b_gate": (experts, ffn),
         "b_up": (experts, ffn),
         "b_down": (experts, hidden),
-        "shared_gate": (hidden, shared),
-        "shared_up": (hidden, shared),
-        "shared_down": (shared, hidden),
     }
-    if not is_gated(activation):
-        shapes = {name: shape for name, shape in shapes.items() if not name.endswith("gate")}
-    if not plan.num_shared_experts:
-        shapes = {name: shape for name, shape in shapes.items() if not name.startswith("shared")}
+    if router.selection_bias:
+        shapes["selection_bias"] = (plan.num_experts,)
+    if plan.num_shared_experts:
+        shapes |= {"shared_up": (hidden, shared_ffn), "shared_down": (shared_ffn, hidden)}
+    if is_gated(activation):
+        ups = [name for name in shapes if name.endswith("_up")]
+        shapes |= {name.replace("_up", "_gate"): shapes[name] for name in ups}
     return shapes
-
-
-def required_params(plan: Plan, router: RouterConfig, activation: str) -> set[str]:
-    """Names without which the layer cannot run; the rest of ``param_shapes`` is optional."""
-    optional = {"router_bias", "b_gate", "b_up", "b_down"}
-    if not router.selection_bias:
-        optional.add("selection_bias")
-    return set(param_shapes(plan, 1, activation)) - optional
 
 
 def _check_params(params, plan, router, activation):
     if not isinstance(params, dict):
         raise InvalidArgumentError(f"params is a {type(params).__name__}; pass a dict of arrays by name")
-    known, required = param_shapes(plan, 1, activation), required_params(plan, router, activation)
-    found = [f"{name!r} is unknown; {suggest(name, known)}" for name in params if name not in known]
-    found += [f"{name!r} is missing" for name in sorted(required - set(params))]
-    if "selection_bias" in params and not router.selection_bias:
-        found.append("'selection_bias' is there but router.selection_bias is false; set it or leave the bias out")
-    if not found:
-        ffn, shared = jnp.shape(params["w_up"])[-1], jnp.shape(params.get("shared_up", params["w_up"]))[-1]
-        for name, shape in param_shapes(plan, ffn, activation).items():
-            expected = tuple(shared if axis == plan.num_shared_experts * ffn and name.startswith("shared") else axis for axis in shape)
-            if name[:2] in ("w_", "b_"):
-                expected = (plan.num_local_experts, *expected[1:])
-            if name in params and jnp.shape(params[name]) != expected:
-                found.append(f"{name!r} has shape {jnp.shape(params[name])}; expected {expected} on each device")
+    width = {name: jnp.shape(params[name])[-1:] or (0,) for name in ("w_up", "shared_up") if name in params}
+    shapes = param_shapes(
+        plan,
+        router,
+        activation,
+        ffn=width.get("w_up", (0,))[0],
+        shared_ffn=width.get("shared_up", (0,))[0],
+        num_experts=plan.num_local_experts,
+    )
+    found = [f"{name!r} is unknown here; {suggest(name, shapes)}" for name in params if name not in shapes]
+    for name, shape in shapes.items():
+        if name not in params:
+            found += [] if name in OPTIONAL_PARAMS else [f"{name!r} is missing; its shape on each device is {shape}"]
+        elif jnp.shape(params[name]) != shape:
+            found.append(f"{name!r} has shape {jnp.shape(params[name])}; expected {shape} on each device")
+        elif not jnp.issubdtype(params[name].dtype, jnp.floating):
+            found.append(f"{name!r} has dtype {params[name].dtype}; expected a float")
     raise_all(found, "params")
 
 

@@ -8,10 +8,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_jax import _compat
-from moe_jax.config import RouterConfig
+from moe_jax.config import ACTIVATIONS, RouterConfig
 from moe_jax.errors import InvalidArgumentError, MeshError, check_choice, check_dtype, check_rank, check_shape
-from moe_jax.experts import ACTIVATIONS
-from moe_jax.layer import moe_layer, param_shapes, required_params
+from moe_jax.layer import OPTIONAL_PARAMS, moe_layer, param_shapes
 from moe_jax.plan import Plan
 from moe_jax.types import LayerStats
 
@@ -62,11 +61,9 @@ def moe_on_mesh(
     over_tokens = PartitionSpec(plan.token_axes)
 
     def init(key: Array) -> dict[str, Array]:
-        names = required_params(plan, router, activation)
-        shapes = param_shapes(plan, ffn, activation)
-        chosen = {name: shape for name, shape in shapes.items() if use_bias or name in names}
-        if not router.selection_bias:
-            chosen.pop("selection_bias", None)
+        shared_ffn = ffn * plan.num_shared_experts
+        shapes = param_shapes(plan, router, activation, ffn=ffn, shared_ffn=shared_ffn)
+        chosen = {name: shape for name, shape in shapes.items() if use_bias or name not in OPTIONAL_PARAMS}
         shardings = {name: NamedSharding(mesh, param_spec(name, plan)) for name in chosen}
         return jax.jit(lambda key: _draw(key, chosen), out_shardings=shardings)(key)
 

@@ -8,12 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
+from moe_jax.config import OVERFLOWS, TRANSPORTS
 from moe_jax.errors import MeshError, UnsupportedError, raise_all, suggest
 from moe_jax.kernels import FLOAT_DTYPES, backend_names, resolve_backend
 from moe_jax.kernels.table import KERNELS
-
-TRANSPORTS = ("auto", "padded", "ragged", "allgather")
-OVERFLOWS = ("dropless", "drop")
 
 
 @jax.tree_util.register_static

@@ -127,7 +127,9 @@ def _scores(logits: jax.Array, score: str) -> jax.Array:
         return jax.nn.softmax(logits, axis=-1)
     if score == "sigmoid":
         return jax.nn.sigmoid(logits)
-    return jnp.sqrt(jax.nn.softplus(logits))
+    softplus = jax.nn.softplus(logits)
+    positive = softplus > jnp.finfo(softplus.dtype).tiny  # below about -87 it vanishes, and sqrt has no slope at 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, softplus, 1.0)), 0.0)
 
 
 def _mask_groups(selection: jax.Array, router: RouterConfig) -> jax.Array:

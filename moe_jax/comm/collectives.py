@@ -7,7 +7,7 @@ from jax import lax
 from moe_jax import _compat
 from moe_jax.comm.ragged import chunked_all_to_all, portable_ragged_all_to_all
 from moe_jax.errors import MeshError
-from moe_jax.kernels.table import resolve_backend
+from moe_jax.kernels.table import find_transport
 from moe_jax.layout import exclusive_cumsum
 
 Array = jax.Array
@@ -47,6 +47,11 @@ def max_over_ranks(x: Array, plan) -> Array:
     return lax.pmax(x, plan.exchange_axes)
 
 
+def max_over_replicas(x: Array, plan) -> Array:
+    """The largest ``x`` of the data-parallel replicas of the exchange group."""
+    return lax.pmax(x, plan.dp_axis) if plan.dp_axis else x
+
+
 def sum_over_tokens(x: Array, plan) -> Array:
     """The sum of ``x`` over every device that holds tokens."""
     return lax.psum(x, plan.token_axes)
@@ -65,8 +70,8 @@ def all_send_sizes(sizes: Array, plan) -> Array:
 
 def exchange_blocks(rows: Array, plan) -> Array:
     """[W * C, H]: block j of C slots goes to rank j; block i of the result came from rank i."""
-    blocks = rows.reshape(plan.ep_size, -1, rows.shape[-1])
-    custom = resolve_backend("grouped_matmul", plan.backend).transports.get("padded")
+    blocks = rows.reshape(plan.ep_size, rows.shape[0] // plan.ep_size, rows.shape[1])
+    custom = find_transport("padded", plan.backend)
     moved = custom(blocks, plan.ep_axis) if custom else lax.all_to_all(blocks, plan.ep_axis, 0, 0)
     return moved.reshape(rows.shape)
 
@@ -87,7 +92,7 @@ def exchange_compact(rows: Array, sizes: Array, num_out: int, plan) -> Array:
         return chunked_all_to_all(
             rows, output, sizes, exclusive_cumsum(send), arrival_starts[:, me], plan.ep_axis, chunk=plan.pair_capacity
         )
-    custom = resolve_backend("grouped_matmul", plan.backend).transports.get("ragged")
+    custom = find_transport("ragged", plan.backend)
     return (custom or portable_ragged_all_to_all)(
         rows, output, exclusive_cumsum(send), send, arrival_starts[me], recv, axis_name=plan.ep_axis
     )

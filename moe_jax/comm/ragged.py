@@ -105,7 +105,8 @@ def _ragged_backward(axes, residuals, ct):
     into = _compat.as_varying(jnp.zeros((num_operand, *ct.shape[1:]), empty.dtype), _compat.varying_axes(ct))
     d_operand = _accumulating(axes, ct, into, arrival_offsets, recv_sizes, return_offsets, send_sizes, input_offsets)
     received = _covered(arrival_offsets, recv_sizes, ct.shape[0])
-    d_output = jnp.where(received.reshape(-1, *(1,) * (ct.ndim - 1)), jnp.zeros((), ct.dtype), ct)
+    d_output = jnp.where(jnp.expand_dims(received, range(1, ct.ndim)), jnp.zeros((), ct.dtype), ct)
+    d_output = _compat.as_varying(d_output, _compat.varying_axes(ct))  # jnp.where forgets it where there are no rows
     return d_operand, d_output, None, None, None, None
 
 
@@ -154,7 +155,7 @@ def portable_ragged_all_to_all(
 
 def _emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axes):
     del recv_sizes  # gathered with everybody's send_sizes
-    if not output.size:
+    if not operand.size or not output.size:
         return output
     sizes = lax.all_gather(send_sizes, axes)
     arrival_offsets = lax.all_to_all(output_offsets, axes, 0, 0, tiled=True)

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 
 from moe_jax._compat import as_varying, union_of_varying_axes
 from moe_jax.errors import DtypeError, check_choice, check_dtype, check_rank, check_shape
@@ -55,7 +56,8 @@ def grouped_matmul(
     check_shape("lhs", lhs, (lhs.shape[0], contracted), f"{layout}, the contracted axis of rhs {tuple(rhs.shape)}")
     check_choice("backend", backend, ["auto", *backend_names()])
     # Replicated operands become varying here, outside the custom rule, so that JAX itself sums their cotangents.
-    operands = as_varying((lhs, rhs, group_sizes), union_of_varying_axes((lhs, rhs, group_sizes)))
+    operands = [jnp.asarray(a) for a in (lhs, rhs, group_sizes)]  # a kernel may index with a traced integer
+    operands = as_varying(operands, union_of_varying_axes(operands))
     return _grouped_matmul(backend, transpose_rhs, *operands)
 
 

@@ -106,6 +106,11 @@ def resolve_backend(kernel: str, name: str = "auto", *, platform: str | None = N
     return _TABLE["xla"]
 
 
+def find_transport(transport: str, backend: str) -> Callable | None:
+    """What back end ``backend`` brings along for ``transport``; None where the portable collectives serve."""
+    return _TABLE[backend].transports.get(transport)
+
+
 def call_kernel(kernel: str, backend: str, *operands: jax.Array, **static):
     """Runs ``kernel`` on the named back end; "auto" is decided by the platform that the program is lowered for."""
     if backend != "auto":

@@ -1,0 +1,310 @@
+"""Static configuration: frozen dataclasses that check themselves, and the TOML file that fills them.
+
+Every class is keyword-only, hashable and holds no arrays. A class lists every rule that its own values break; `Config`
+adds the rules between sections. `load_config` reads a file, `parse_mesh` reads the short form "ep=4,tp=2".
+"""
+
+import dataclasses
+import math
+import tomllib
+import types
+import typing
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+
+from moe_jax.errors import ConfigError, InvalidArgumentError, raise_all, suggest
+
+SCORES = ("softmax", "sigmoid", "sqrt_softplus")
+GROUP_SCORES = ("auto", "max", "top2")
+ACTIVATIONS = ("swiglu", "gelu", "clamped_swiglu")
+TRANSPORTS = ("auto", "padded", "ragged", "allgather")
+OVERFLOWS = ("dropless", "drop")
+DTYPES = ("float32", "bfloat16")
+
+
+class _Checked:
+    """Checks the types of all fields, then the rules of the subclass; raises one error for all that is wrong."""
+
+    def __post_init__(self) -> None:
+        violations = _type_violations(self) or list(self._violations())
+        raise_all(violations, type(self).__name__, InvalidArgumentError)
+
+    def _violations(self) -> typing.Iterator[str]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig(_Checked):
+    """How logits become expert ids and weights.
+
+    Attributes:
+      score: "softmax", "sigmoid" or "sqrt_softplus": what is applied to the logits.
+      topk_first: pick the top k logits and score only those, instead of scoring all and picking the top k.
+      renormalize: divide the k weights by their sum.
+      scale: factor on the final weights.
+      num_groups, top_groups: experts form `num_groups` equal groups; only the best `top_groups` take part.
+      selection_bias: add a per-expert bias for selection only (balancing without an auxiliary loss).
+      group_score: "max" (best expert), "top2" (sum of the best two), or "auto": top2 with a selection bias, else max.
+    """
+
+    score: str = "softmax"
+    topk_first: bool = False
+    renormalize: bool = True
+    scale: float = 1.0
+    num_groups: int = 1
+    top_groups: int = 1
+    selection_bias: bool = False
+    group_score: str = "auto"
+
+    @property
+    def resolved_group_score(self) -> str:
+        """`group_score` with "auto" decided: "max" or "top2"."""
+        return self.group_score if self.group_score != "auto" else "top2" if self.selection_bias else "max"
+
+    def _violations(self) -> typing.Iterator[str]:
+        yield from _choice(self, "score", SCORES)
+        yield from _choice(self, "group_score", GROUP_SCORES)
+        yield from _positive(self, "num_groups", "top_groups", "scale")
+        if 0 < self.num_groups < self.top_groups:
+            yield f"top_groups={self.top_groups} exceeds num_groups={self.num_groups}; lower top_groups"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig(_Checked):
+    """Extents: `ep` ranks share the experts, over `nodes` nodes; `tp` splits experts; `dp` copies the whole group."""
+
+    ep: int = 1
+    tp: int = 1
+    nodes: int = 1
+    dp: int = 1
+
+    @property
+    def num_devices(self) -> int:
+        return self.ep * self.tp * self.dp
+
+    def _violations(self) -> typing.Iterator[str]:
+        yield from _positive(self, "ep", "tp", "nodes", "dp")
+        if self.nodes > 0 and self.ep % self.nodes:
+            yield f"ep={self.ep} must be a multiple of nodes={self.nodes}: ep counts the ranks of all nodes together"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig(_Checked):
+    """One Mixture-of-Experts layer: `num_experts` routed experts of width `ffn`, `top_k` of them per token."""
+
+    num_experts: int
+    top_k: int
+    ffn: int
+    activation: str = "swiglu"
+    num_shared_experts: int = 0
+    transport: str = "auto"
+    overflow: str = "dropless"
+    capacity_factor: float | None = None
+    backend: str = "auto"
+    balance_loss: float = 0.01
+    z_loss: float = 0.001
+    bias_update_rate: float = 0.001
+
+    def _violations(self) -> typing.Iterator[str]:
+        yield from _positive(self, "num_experts", "top_k", "ffn", "capacity_factor")
+        yield from _not_negative(self, "num_shared_experts", "balance_loss", "z_loss", "bias_update_rate")
+        yield from _choice(self, "activation", ACTIVATIONS)
+        yield from _choice(self, "transport", TRANSPORTS)
+        yield from _choice(self, "overflow", OVERFLOWS)
+        if self.top_k > self.num_experts:
+            yield f"top_k={self.top_k} exceeds num_experts={self.num_experts}; lower top_k"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(_Checked):
+    """The decoder around the layers: `vocab` tokens, `layers` blocks of width `hidden`, windows of `seq_len` tokens."""
+
+    layers: int
+    hidden: int
+    heads: int
+    seq_len: int
+    vocab: int = 256
+    tied_head: bool = False
+    rope_theta: float = 10000.0
+
+    def _violations(self) -> typing.Iterator[str]:
+        yield from _positive(self, "layers", "hidden", "heads", "seq_len", "vocab", "rope_theta")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(_Checked):
+    """One training run: AdamW with linear warm-up, then cosine decay to `final_rate` times the peak at step `steps`."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float = 3e-3
+    warmup_steps: int = 20
+    final_rate: float = 0.1
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0  # largest global gradient norm; inf: no clipping
+    dtype: str = "float32"
+    seed: int = 0
+    eval_batches: int = 8
+    log_every: int = 10
+    save_every: int = 0  # 0: only at the end
+    sample_bytes: int = 64
+
+    def _violations(self) -> typing.Iterator[str]:
+        yield from _positive(self, "steps", "batch_size", "learning_rate", "eval_batches", "log_every")
+        yield from _not_negative(self, "warmup_steps", "final_rate", "weight_decay", "save_every", "sample_bytes")
+        yield from _choice(self, "dtype", DTYPES)
+        if not self.grad_clip > 0:
+            yield f"grad_clip={self.grad_clip} must be above zero; use inf to switch clipping off"
+        if self.warmup_steps >= self.steps > 0:
+            yield f"warmup_steps={self.warmup_steps} must be below steps={self.steps}"
+        if not 0 <= self.seed < 2**32:
+            yield f"seed={self.seed} must be at least 0 and below 2**32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(_Checked):
+    """A whole configuration. `model` and `train` are None where a file describes only a layer or only a shape."""
+
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    moe: MoEConfig
+    router: RouterConfig = field(default_factory=RouterConfig)
+    model: ModelConfig | None = None
+    train: TrainConfig | None = None
+
+    def _violations(self) -> typing.Iterator[str]:
+        yield from _router_violations(self.moe, self.router)
+        if self.train and not self.model:
+            yield "[train] needs a [model] section; add one with layers, hidden, heads and seq_len"
+        if self.train and self.model:
+            yield from _training_violations(self.mesh, self.model, self.train)
+
+
+def load_config(path: str | Path) -> Config:
+    """Reads a TOML file with the sections [mesh], [moe], [router], [model] and [train]; only [moe] is required.
+
+    Raises:
+      ConfigError: the file is unreadable or not TOML; a section or key is unknown or missing; a value breaks a rule.
+    """
+    return _build(Config, _read_toml(Path(path)), str(path))
+
+
+def parse_mesh(text: str) -> MeshConfig:
+    """Reads "ep=4,tp=2": axes by name, in any order; those not named are 1."""
+    known = [f.name for f in fields(MeshConfig)]
+    extents: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, value = (piece.strip() for piece in part.partition("="))
+        if name not in known:
+            raise ConfigError(f"mesh {text!r} names the axis {name!r}; {suggest(name, known)}")
+        if name in extents:
+            raise ConfigError(f"mesh {text!r} names the axis {name!r} twice; name each axis once")
+        if not (value.isascii() and value.isdigit()) or int(value) < 1:
+            raise ConfigError(f"mesh {text!r} gives {name} the extent {value!r}; write a whole number, as in ep=4,tp=2")
+        extents[name] = int(value)
+    try:
+        return MeshConfig(**extents)
+    except InvalidArgumentError as error:
+        raise ConfigError(f"mesh {text!r}: {str(error).removeprefix('MeshConfig: ')}") from None
+
+
+def _read_toml(path: Path) -> dict[str, typing.Any]:
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not valid TOML ({error})") from None
+
+
+def _build(cls: type, table: dict[str, typing.Any], where: str) -> typing.Any:
+    """Makes `cls` from `table`; a field that is itself a config class takes a sub-table (a section)."""
+    what = "section" if cls is Config else "key"
+    known = {f.name: f for f in fields(cls)}
+    for name in table:
+        if name not in known:
+            raise ConfigError(f"{where}: unknown {what} {name!r}; {suggest(name, known)}")
+    for name, entry in known.items():
+        if entry.default is MISSING and entry.default_factory is MISSING and name not in table:
+            raise ConfigError(f"{where}: {what} {name!r} is missing; add it")
+    values = {name: _value(known[name].type, value, where, name) for name, value in table.items()}
+    try:
+        return cls(**values)
+    except InvalidArgumentError as error:
+        raise ConfigError(f"{where}: {str(error).removeprefix(f'{cls.__name__}: ')}") from None
+
+
+def _value(annotation: typing.Any, value: typing.Any, where: str, name: str) -> typing.Any:
+    """A section becomes its class; a whole number becomes a float where one is wanted; the rest stays."""
+    accepted = _accepted(annotation)
+    section = next((cls for cls in accepted if issubclass(cls, _Checked)), None)
+    if section is None:
+        return float(value) if float in accepted and type(value) is int else value
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: {name!r} is a single value; write it as a section, [{name}]")
+    return _build(section, value, f"{where}: [{name}]")
+
+
+def _accepted(annotation: typing.Any) -> tuple[type, ...]:
+    return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+
+
+def _type_violations(config: typing.Any) -> list[str]:
+    """What is wrong with the types of the fields; bool is no int here, and an int will do for a float."""
+    violations = []
+    for entry in fields(config):
+        value, accepted = getattr(config, entry.name), _accepted(entry.type)
+        if type(value) in accepted or (type(value) is int and float in accepted):
+            continue
+        names = " or ".join("nothing" if cls is types.NoneType else cls.__name__ for cls in accepted)
+        violations.append(f"{entry.name}={value!r} is a {type(value).__name__}; expected {names}")
+    return violations
+
+
+def _choice(config: typing.Any, name: str, choices: tuple[str, ...]) -> typing.Iterator[str]:
+    value = getattr(config, name)
+    if value not in choices:
+        yield f"{name}={value!r} is unknown; {suggest(value, choices)}"
+
+
+def _positive(config: typing.Any, *names: str) -> typing.Iterator[str]:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            yield f"{name}={value} must be finite and above zero"
+
+
+def _not_negative(config: typing.Any, *names: str) -> typing.Iterator[str]:
+    for name in names:
+        value = getattr(config, name)
+        if not 0 <= value < math.inf:
+            yield f"{name}={value} must be finite and not below zero"
+
+
+def _router_violations(moe: MoEConfig, router: RouterConfig) -> typing.Iterator[str]:
+    if moe.num_experts % router.num_groups:
+        yield f"moe.num_experts={moe.num_experts} must be a multiple of router.num_groups={router.num_groups}"
+    reachable = moe.num_experts // router.num_groups * router.top_groups
+    if moe.top_k > reachable:
+        yield (
+            f"moe.top_k={moe.top_k} exceeds the {reachable} experts of router.top_groups={router.top_groups} groups; "
+            "raise top_groups or lower top_k"
+        )
+
+
+def _training_violations(mesh: MeshConfig, model: ModelConfig, train: TrainConfig) -> typing.Iterator[str]:
+    if train.batch_size % mesh.num_devices:
+        yield (
+            f"train.batch_size={train.batch_size} must be a multiple of the {mesh.num_devices} devices of the mesh; "
+            "every device takes the same number of sequences"
+        )
+    if model.hidden % (2 * model.heads):
+        yield f"model.hidden={model.hidden} must be a multiple of 2 * model.heads={2 * model.heads}: rotary pairs"
+    if model.vocab != 256:
+        yield f"model.vocab={model.vocab} must be 256 to train: the training job reads bytes"
+
+
+def override(config: Config, **sections: dict[str, typing.Any]) -> Config:
+    """`config` with single values replaced: `override(config, train={"seed": 1})`; all rules are checked again."""
+    changed = {name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
+    return dataclasses.replace(config, **changed)
