@@ -1,0 +1,194 @@
+"""The back-end table: who serves what, and that an explicit choice is an order."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import moe_jax
+from moe_jax import errors, reference
+from moe_jax.kernels import backend_names, table, xla
+
+LHS = np.arange(6, dtype=np.float32).reshape(3, 2)
+RHS = np.arange(8, dtype=np.float32).reshape(2, 2, 2)
+SIZES = np.array([1, 2], np.int32)
+
+
+@pytest.fixture(autouse=True)
+def table_of_its_own(monkeypatch):
+    """Every test registers what it likes in a copy."""
+    monkeypatch.setattr(table, "_TABLE", dict(table._TABLE))
+
+
+class Counting:
+    """A back end whose kernels count how often they are traced."""
+
+    def __init__(self, name="mine", platforms=(), kernels=("grouped_matmul", "grouped_outer")):
+        self.calls = dict.fromkeys(kernels, 0)
+        self.backend = moe_jax.Backend(
+            name=name, platforms=platforms, kernels={kernel: self._counting(kernel) for kernel in kernels}
+        )
+
+    def _counting(self, kernel):
+        def call(*operands, **static):
+            self.calls[kernel] += 1
+            return getattr(xla, kernel)(*operands, **static)
+
+        return call
+
+
+def product_and_gradient(backend):
+    def loss(lhs, rhs):
+        return jnp.sum(moe_jax.grouped_matmul(lhs, rhs, SIZES, backend=backend))
+
+    value, gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(LHS, RHS)
+    np.testing.assert_array_equal(value, reference.grouped_matmul(LHS, RHS, SIZES).sum())
+    for actual, expected in zip(
+        gradients, reference.grouped_matmul_vjp(np.ones((3, 2)), LHS, RHS, SIZES), strict=True
+    ):
+        np.testing.assert_array_equal(actual, expected)
+
+
+# --- the built-in ones -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel", ["grouped_matmul", "grouped_outer"])
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_every_platform_has_its_own(platform, kernel):
+    assert moe_jax.resolve_backend(kernel, "auto", platform=platform).name == platform
+    assert moe_jax.resolve_backend(kernel, platform, platform="cpu").name == platform  # a name beats the platform
+
+
+def test_platform_defaults_to_the_one_jax_runs_on():
+    assert moe_jax.resolve_backend("grouped_matmul").name == jax.default_backend() == "cpu"
+
+
+def test_built_in_names():
+    assert set(backend_names()) >= {"xla", "cpu", "gpu", "tpu"}
+
+
+@pytest.mark.parametrize("transport", ["padded", "ragged"])
+def test_transports_nobody_supplies_fall_to_xla(transport):
+    assert moe_jax.resolve_backend(transport, "auto", platform="gpu").name == "xla"
+
+
+# --- one's own -------------------------------------------------------------------------------------------------------
+
+
+def test_named_backend_is_the_one_that_runs():
+    mine = Counting()
+    moe_jax.register_backend(mine.backend)
+    product_and_gradient("auto")
+    product_and_gradient("cpu")
+    assert mine.calls == {"grouped_matmul": 0, "grouped_outer": 0}
+    product_and_gradient("mine")
+    assert mine.calls == {"grouped_matmul": 2, "grouped_outer": 1}  # the product, and one gradient each
+
+
+def test_auto_takes_the_backend_registered_last_for_the_platform():
+    older, newer, elsewhere = (
+        Counting("older", ("cpu",)),
+        Counting("newer", ("cpu", "gpu")),
+        Counting("elsewhere", ("tpu",)),
+    )
+    for counting in (older, newer, elsewhere):
+        moe_jax.register_backend(counting.backend)
+    assert backend_names()[-3:] == ["older", "newer", "elsewhere"]
+    names = [moe_jax.resolve_backend("grouped_matmul", "auto", platform=p).name for p in ("cpu", "gpu", "tpu")]
+    assert names == ["newer", "newer", "elsewhere"]
+    moe_jax.register_backend(older.backend, replace=True)  # registered again: now the last one
+    assert moe_jax.resolve_backend("grouped_matmul", "auto", platform="cpu").name == "older"
+
+
+def test_auto_runs_the_backend_registered_last():
+    mine = Counting(platforms=("cpu",))
+    moe_jax.register_backend(mine.backend)
+    product_and_gradient("auto")
+    assert min(mine.calls.values()) > 0
+
+
+def test_auto_fills_in_a_kernel_that_a_backend_leaves_out():
+    mine = Counting(platforms=("cpu",), kernels=("grouped_matmul",))
+    moe_jax.register_backend(mine.backend)
+    assert moe_jax.resolve_backend("grouped_matmul").name == "mine"
+    assert moe_jax.resolve_backend("grouped_outer").name == "cpu"
+    product_and_gradient("auto")
+    assert mine.calls["grouped_matmul"] > 0
+
+
+def test_an_explicit_choice_is_never_replaced():
+    half = Counting("half", ("cpu",), kernels=("grouped_matmul",))
+    moe_jax.register_backend(half.backend)
+    assert moe_jax.grouped_matmul(LHS, RHS, SIZES, backend="half").shape == (3, 2)
+    for kernel in ("grouped_outer", "padded"):
+        with pytest.raises(errors.UnsupportedError, match=f"'half'.*{kernel}"):
+            moe_jax.resolve_backend(kernel, "half")
+    with pytest.raises(NotImplementedError):
+        product_and_gradient("half")
+
+
+def test_transports_are_resolved_like_kernels():
+    mover = moe_jax.Backend(name="mover", platforms=("cpu",), transports={"padded": lambda rows, axis_name: rows})
+    moe_jax.register_backend(mover)
+    assert moe_jax.resolve_backend("padded").name == "mover"
+    assert moe_jax.resolve_backend("padded", "mover") is mover
+    assert moe_jax.resolve_backend("grouped_matmul").name == "cpu"
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_a_taken_name_needs_replace():
+    first, second = Counting().backend, Counting().backend
+    moe_jax.register_backend(first)
+    with pytest.raises(errors.InvalidArgumentError, match="replace=True"):
+        moe_jax.register_backend(second)
+    assert moe_jax.resolve_backend("grouped_matmul", "mine") is first
+    moe_jax.register_backend(second, replace=True)
+    assert moe_jax.resolve_backend("grouped_matmul", "mine") is second
+    assert backend_names().count("mine") == 1
+
+
+def test_only_backends_can_be_registered():
+    with pytest.raises(errors.InvalidArgumentError, match="moe_jax.Backend"):
+        moe_jax.register_backend("mine")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ({"kernel": "grouped_matmull"}, "did you mean 'grouped_matmul'"),
+        ({"kernel": "grouped_matmul", "name": "cpuu"}, "did you mean 'cpu'"),
+        ({"kernel": "grouped_matmul", "platform": "cuda"}, "platform='cuda'"),
+    ],
+)
+def test_unknown_words_are_named(arguments, names):
+    with pytest.raises(errors.InvalidArgumentError, match=names):
+        moe_jax.resolve_backend(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"name": "auto"}, "name='auto'"),
+        ({"name": ""}, "name=''"),
+        ({"kernels": {"grouped_matmull": print}}, "kernels of back end 'mine'.*did you mean 'grouped_matmul'"),
+        ({"transports": {"raged": print}}, "transports of back end 'mine'.*did you mean 'ragged'"),
+        ({"platforms": ("cuda",)}, "platforms of back end 'mine'.*'cuda'"),
+    ],
+)
+def test_wrong_backends_cannot_be_built(changes, names):
+    with pytest.raises(errors.InvalidArgumentError, match=names):
+        moe_jax.Backend(**{"name": "mine"} | changes)
+
+
+def test_a_backend_cannot_change_after_it_was_built():
+    kernels = {"grouped_matmul": xla.grouped_matmul}
+    backend = moe_jax.Backend(name="mine", kernels=kernels, platforms=["cpu"])
+    kernels.clear()
+    assert list(backend.kernels) == ["grouped_matmul"]
+    assert backend.platforms == ("cpu",)
+    with pytest.raises(TypeError):
+        backend.kernels["grouped_matmul"] = print
+    with pytest.raises(AttributeError):
+        backend.name = "yours"

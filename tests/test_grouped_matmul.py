@@ -1,0 +1,206 @@
+"""Every back end through one contract, against the oracle: values, both gradients, and what NaN must not reach.
+
+Data are integers so small that fp32 sums are exact; the oracle's float64 result, rounded once to the dtype of the
+operands, is then the only right answer, so every comparison is for equality. The accelerators' back ends run their
+portable form here, and their lowered programs are read for the native instruction.
+"""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+
+import moe_jax
+from moe_jax import _compat, errors, reference
+from moe_jax.kernels import xla
+
+BACKENDS = ("cpu", "xla", "gpu", "tpu", "auto")
+DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+M, H, N, G = 37, 6, 5, 5  # no multiple of any tile
+
+GROUPS = {
+    "full": [10, 7, 8, 5, 7],
+    "empty_first": [0, 0, 12, 5, 20],
+    "empty_middle": [16, 0, 0, 16, 5],
+    "empty_last": [17, 15, 5, 0, 0],
+    "all_empty": [0, 0, 0, 0, 0],
+    "one_giant": [0, 0, 37, 0, 0],
+    "giant_last": [0, 0, 0, 0, 37],
+    "ones": [1, 1, 1, 1, 1],
+    "slack": [3, 16, 1, 0, 4],
+    "slack_after_empty": [0, 0, 0, 33, 0],
+}
+
+
+@functools.cache
+def program(backend, transpose_rhs):
+    """(lhs, rhs, group_sizes, ct) -> (out, d_lhs, d_rhs)."""
+
+    def run(lhs, rhs, group_sizes, ct):
+        def product(lhs, rhs):
+            return moe_jax.grouped_matmul(lhs, rhs, group_sizes, backend=backend, transpose_rhs=transpose_rhs)
+
+        out, pullback = jax.vjp(product, lhs, rhs)
+        return out, *pullback(ct)
+
+    return jax.jit(run)
+
+
+def operands(seed, group_sizes, dtype, transpose_rhs, shape=(M, H, N)):
+    """Integers in -4..4; rows past the groups are NaN in ``lhs`` and in the cotangent."""
+    num_rows, contracted, out_dim = shape
+    rng = np.random.default_rng(seed)
+    lhs, ct = (rng.integers(-4, 5, (num_rows, d)).astype(dtype) for d in (contracted, out_dim))
+    lhs[sum(group_sizes) :], ct[sum(group_sizes) :] = np.nan, np.nan
+    rhs = rng.integers(-4, 5, (len(group_sizes), contracted, out_dim)).astype(dtype)
+    rhs = rhs.swapaxes(1, 2) if transpose_rhs else rhs
+    return lhs, rhs, np.array(group_sizes, np.int32), ct
+
+
+def check(backend, lhs, rhs, group_sizes, ct, transpose_rhs):
+    results = program(backend, transpose_rhs)(lhs, rhs, group_sizes, ct)
+    expected = (
+        reference.grouped_matmul(lhs, rhs, group_sizes, transpose_rhs=transpose_rhs),
+        *reference.grouped_matmul_vjp(ct, lhs, rhs, group_sizes, transpose_rhs=transpose_rhs),
+    )
+    expected = [e.astype(lhs.dtype) for e in expected]
+    chex.assert_trees_all_equal_shapes_and_dtypes(list(results), expected)
+    total = int(np.sum(group_sizes))
+    for actual, wanted, stop in zip(results, expected, (total, total, None), strict=True):
+        np.testing.assert_array_equal(np.asarray(actual)[:stop], wanted[:stop])
+
+
+@pytest.mark.parametrize("transpose_rhs", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_contract(backend, dtype, transpose_rhs):
+    for seed, group_sizes in enumerate(GROUPS.values()):
+        case = operands(seed, group_sizes, dtype, transpose_rhs)
+        check(backend, *case, transpose_rhs)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "xla"])
+@given(cuts=st.lists(st.integers(0, M), min_size=G, max_size=G), seed=st.integers(0, 2**20))
+def test_any_group_sizes(backend, cuts, seed):
+    group_sizes = np.diff([0, *sorted(cuts)])
+    check(backend, *operands(seed, group_sizes, jnp.float32, False), False)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "xla"])
+@pytest.mark.parametrize(
+    ("shape", "group_sizes"),
+    [
+        ((0, H, N), [0, 0]),  # no rows
+        ((1, H, N), [0, 1]),
+        ((5, H, N), [2, 2]),  # fewer rows than a tile
+        ((300, 3, 2), [131, 150]),  # tiles of 64, the last one shifted back
+        ((300, 3, 2), [0, 300]),
+        ((1100, 2, 2), [1090]),  # the largest tile
+        ((M, 1, 1), [30, 7]),
+        ((M, H, 0), [30, 7]),  # nothing to compute
+        ((M, 0, N), [30, 7]),  # an empty sum
+    ],
+)
+def test_other_shapes(backend, shape, group_sizes):
+    for transpose_rhs in (False, True):
+        check(backend, *operands(0, group_sizes, jnp.float32, transpose_rhs, shape), transpose_rhs)
+
+
+@pytest.mark.parametrize("num_written", [0, 2, 3])
+def test_zero_past_groups_selects(num_written):
+    """Native kernels leave rows past the groups undefined, so zeroing must not be a product."""
+    zeroed = xla.zero_past_groups(jnp.full((3, 2), jnp.nan), jnp.array([num_written, 0], jnp.int32))
+    np.testing.assert_array_equal(np.isnan(zeroed), np.arange(3)[:, None] < [num_written] * 2)
+    np.testing.assert_array_equal(np.nan_to_num(zeroed), 0.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_replicated_weights_get_the_sum_of_all_ranks_gradients(backend):
+    """Taken inside shard_map: the gradient of replicated ``rhs`` is typed replicated, so JAX has summed it."""
+    num_ranks = 4
+    mesh = _compat.auto_mesh(np.array(jax.devices()[:num_ranks]), ("x",))
+    cases = [operands(seed, list(GROUPS.values())[seed], jnp.float32, False) for seed in range(num_ranks)]
+    rhs = cases[0][1]
+    lhs, group_sizes, ct = (np.concatenate([case[i] for case in cases]) for i in (0, 2, 3))
+
+    @jax.jit
+    @functools.partial(
+        _compat.shard_map, mesh=mesh, in_specs=(P("x"), P(), P("x"), P("x")), out_specs=(P("x"), P("x"), P())
+    )
+    def run(lhs, rhs, group_sizes, ct):
+        return program(backend, False)(lhs, rhs, group_sizes, ct)
+
+    _, d_lhs, d_rhs = run(lhs, rhs, group_sizes, ct)
+    expected = [reference.grouped_matmul_vjp(case[3], case[0], rhs, case[2]) for case in cases]
+    np.testing.assert_array_equal(d_rhs, sum(e[1] for e in expected))
+    for actual, (wanted, _), case in zip(np.split(np.asarray(d_lhs), num_ranks), expected, cases, strict=True):
+        np.testing.assert_array_equal(actual[: case[2].sum()], wanted[: case[2].sum()])
+
+
+# --- lowering --------------------------------------------------------------------------------------------------------
+
+
+NATIVE = '"chlo.ragged_dot"('
+
+
+def lowered_text(backend, platform, dtype=jnp.float32):
+    case = operands(0, GROUPS["full"], dtype, False)
+    return program(backend, False).trace(*case).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize(("backend", "platform"), [("cpu", "cpu"), ("xla", "tpu"), ("tpu", "tpu"), ("gpu", "cuda")])
+def test_narrow_products_are_summed_in_fp32(backend, platform):
+    lines = lowered_text(backend, platform, jnp.bfloat16).splitlines()
+    products = [line for line in lines if "stablehlo.dot_general" in line or NATIVE in line]
+    assert len(products) == 3  # the product and both gradients
+    assert all(line.endswith("xf32>") for line in products)
+
+
+@pytest.mark.parametrize(
+    ("backend", "platform"),
+    [
+        ("tpu", "tpu"),
+        ("gpu", "cuda"),
+        ("xla", "tpu"),
+        ("xla", "cuda"),
+        ("auto", "tpu"),
+        ("auto", "cuda"),
+        ("auto", "rocm"),
+    ],
+)
+def test_accelerators_get_the_native_instruction(backend, platform):
+    assert lowered_text(backend, platform).count(NATIVE) == 3
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
+def test_the_cpu_never_sees_ragged_dot(backend):
+    assert "ragged_dot" not in lowered_text(backend, "cpu")
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "names"),
+    [
+        ({"lhs": jnp.zeros((2, 3, 4))}, errors.ShapeError, "lhs"),
+        ({"rhs": jnp.zeros((3, 4))}, errors.ShapeError, "rhs"),
+        ({"lhs": jnp.zeros((2, 5))}, errors.ShapeError, "lhs"),
+        ({"transpose_rhs": True}, errors.ShapeError, "lhs"),
+        ({"lhs": jnp.zeros((2, 3), jnp.int32)}, errors.DtypeError, "lhs"),
+        ({"rhs": jnp.zeros((2, 3, 4), jnp.bfloat16)}, errors.DtypeError, "rhs"),
+        ({"group_sizes": jnp.zeros(3, jnp.int32)}, errors.ShapeError, "group_sizes"),
+        ({"group_sizes": jnp.zeros(2)}, errors.DtypeError, "group_sizes"),
+        ({"backend": "gpuu"}, errors.InvalidArgumentError, "did you mean 'gpu'"),
+    ],
+)
+def test_wrong_arguments_are_named(changes, error, names):
+    legal = {"lhs": jnp.zeros((2, 3)), "rhs": jnp.zeros((2, 3, 4)), "group_sizes": jnp.zeros(2, jnp.int32)}
+    with pytest.raises(error, match=names):
+        moe_jax.grouped_matmul(**legal | changes)

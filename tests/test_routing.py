@@ -1,0 +1,266 @@
+"""The router against the oracle: every option, both losses, every gradient, and tokens spread over devices."""
+
+import functools
+import itertools
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import moe_jax
+from moe_jax import _compat, errors, reference
+
+# The library computes in fp32 and the oracle in fp64. Sums over at most 64 tokens of values near 1: a few dozen
+# roundings of 6e-8 each. Expert ids and loads are compared for equality.
+CLOSE = {"rtol": 2e-5, "atol": 2e-6}
+
+T, E, K = 24, 16, 3
+GROUPINGS = [
+    {"num_groups": 1, "top_groups": 1},
+    {"num_groups": 4, "top_groups": 2},  # "auto": top2 with a bias, max without
+    {"num_groups": 8, "top_groups": 2, "group_score": "top2"},
+]
+SCORES = ("softmax", "sigmoid", "sqrt_softplus")
+GRID = list(itertools.product((False, True), (False, True), GROUPINGS, (False, True)))
+
+
+def routers(score):
+    for topk_first, renormalize, grouping, selection_bias in GRID:
+        yield moe_jax.RouterConfig(
+            score=score,
+            topk_first=topk_first,
+            renormalize=renormalize,
+            selection_bias=selection_bias,
+            scale=2.5 if renormalize else 1.0,
+            **grouping,
+        )
+
+
+def tied_logits(rng, shape):
+    """Few values, so that ties are everywhere; none so placed that two sums of different scores nearly meet."""
+    return rng.integers(0, 4, shape).astype(np.float32)
+
+
+def spread_logits(rng, shape):
+    """Distinct in every row, half a unit apart at least, in random order."""
+    steps = np.stack([rng.permutation(shape[1]) for _ in range(shape[0])]) - shape[1] / 2
+    return (steps / 2 + rng.uniform(0, 0.1, shape)).astype(np.float32)
+
+
+LOGITS = {"tied": tied_logits, "spread": spread_logits}
+MASKS = {"all": np.ones(T, bool), "some": np.arange(T) % 3 != 1, "none": np.zeros(T, bool)}
+
+
+def arguments(kind, seed=0, num_tokens=T):
+    rng = np.random.default_rng(seed)
+    bias = (rng.permutation(E) / 8).astype(np.float32)
+    cts = {
+        "ct_weights": rng.normal(size=(num_tokens, K)).astype(np.float32),
+        "ct_balance": np.float32(1.5),
+        "ct_z": np.float32(-0.5),
+    }
+    return LOGITS[kind](rng, (num_tokens, E)), bias, cts
+
+
+def route_and_gradient(router, logits, bias, mask, cts):
+    """One router: its routing, and the cotangent of ``logits`` for the cotangents ``cts``."""
+
+    def differentiable(logits):
+        routing = moe_jax.route(
+            logits, router, top_k=K, bias=bias if router.selection_bias else None, token_mask=mask
+        )
+        return (routing.combine_weights, routing.losses["balance"], routing.losses["z"]), routing
+
+    _, pullback, routing = jax.vjp(differentiable, logits, has_aux=True)
+    return routing, *pullback((cts["ct_weights"], cts["ct_balance"], cts["ct_z"]))
+
+
+@functools.cache
+def grid_program(score):
+    """All options of one score in one program."""
+    return jax.jit(lambda *args: [route_and_gradient(router, *args) for router in routers(score)])
+
+
+def check_routing(routing, expected):
+    np.testing.assert_array_equal(routing.expert_ids, expected.expert_ids)
+    np.testing.assert_array_equal(routing.load, expected.load)
+    np.testing.assert_allclose(routing.combine_weights, expected.combine_weights, **CLOSE)
+    for name in ("balance", "z"):
+        np.testing.assert_allclose(routing.losses[name], expected.losses[name], **CLOSE)
+    chex.assert_type([routing.expert_ids, routing.load, routing.combine_weights], [jnp.int32, jnp.int32, jnp.float32])
+
+
+@pytest.mark.parametrize("mask", list(MASKS))
+@pytest.mark.parametrize("kind", list(LOGITS))
+@pytest.mark.parametrize("score", SCORES)
+def test_every_option(score, kind, mask):
+    logits, bias, cts = arguments(kind)
+    results = grid_program(score)(logits, bias, MASKS[mask], cts)
+    for router, (routing, d_logits) in zip(routers(score), results, strict=True):
+        options = {"top_k": K, "bias": bias if router.selection_bias else None, "token_mask": MASKS[mask]}
+        check_routing(routing, reference.route(logits, router, **options))
+        expected = reference.route_vjp(logits, router, **options, **cts)
+        np.testing.assert_allclose(d_logits, expected, **CLOSE, err_msg=str(router))
+
+
+def test_no_mask_means_every_token():
+    logits, bias, _ = arguments("tied")
+    router = moe_jax.RouterConfig()
+    with_mask = moe_jax.route(logits, router, top_k=K, token_mask=MASKS["all"])
+    chex.assert_trees_all_equal(moe_jax.route(logits, router, top_k=K), with_mask)
+
+
+@pytest.mark.parametrize("group_score", ["max", "top2"])
+def test_group_scores_pick_different_groups(group_score):
+    """One group has the best expert, the other the best pair."""
+    logits = jnp.array([[3.0, 0.0, 2.0, 2.0]])
+    router = moe_jax.RouterConfig(topk_first=True, num_groups=2, top_groups=1, group_score=group_score)
+    routing = moe_jax.route(logits, router, top_k=2)
+    assert routing.expert_ids.tolist() == ([[0, 1]] if group_score == "max" else [[2, 3]])
+    check_routing(routing, reference.route(np.asarray(logits), router, top_k=2))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_logits_are_scored_in_fp32(dtype):
+    logits = tied_logits(np.random.default_rng(0), (T, E)).astype(dtype)
+    router = moe_jax.RouterConfig(score="sigmoid")
+    check_routing(moe_jax.route(logits, router, top_k=K), reference.route(logits, router, top_k=K))
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (2, 2), (16, 16)])
+def test_every_expert_chosen(num_experts, top_k):
+    logits = spread_logits(np.random.default_rng(0), (5, num_experts))
+    router = moe_jax.RouterConfig()
+    check_routing(moe_jax.route(logits, router, top_k=top_k), reference.route(logits, router, top_k=top_k))
+
+
+def test_no_tokens():
+    logits, router = np.zeros((0, E), np.float32), moe_jax.RouterConfig()
+    check_routing(moe_jax.route(logits, router, top_k=K), reference.route(logits, router, top_k=K))
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_even_choice_has_balance_loss_one(score):
+    logits = 3 * np.eye(E, dtype=np.float32)
+    routing = moe_jax.route(logits, moe_jax.RouterConfig(score=score), top_k=1)
+    np.testing.assert_allclose(routing.losses["balance"], 1.0, **CLOSE)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_extreme_logits_have_finite_gradients(score):
+    logits = np.array([[1e4, 90.0, 0.0, -60.0, -87.0, -90.0, -104.0, -1e4]], np.float32)  # falling: fp32 has ties
+    router = moe_jax.RouterConfig(score=score)
+
+    def differentiable(logits):
+        routing = moe_jax.route(logits, router, top_k=8)
+        return routing.combine_weights[0, 2] + routing.losses["balance"], routing
+
+    gradient, routing = jax.grad(differentiable, has_aux=True)(logits)
+    check_routing(routing, reference.route(logits, router, top_k=8))
+    ct_weights = np.eye(8)[[2]]
+    expected = reference.route_vjp(logits, router, ct_weights, top_k=8, ct_balance=1.0)
+    np.testing.assert_allclose(gradient, expected, **CLOSE)
+
+
+# --- tokens spread over devices --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axis_name", [("ep", "tp"), "ep"])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_losses_and_load_are_those_of_all_tokens(score, axis_name):
+    """Over both axes: 8 shards; over one: 4 shards, each held twice."""
+    mesh, router = moe_jax.make_mesh(ep=4, tp=2), moe_jax.RouterConfig(score=score)
+    logits, _, cts = arguments("spread", num_tokens=64)
+    mask = np.arange(64) % 7 != 0  # unevenly many per shard
+    mask[:8] = False  # and none at all on the first
+
+    @functools.partial(
+        _compat.shard_map, mesh=mesh, in_specs=P(axis_name), out_specs=((P(axis_name), P(), P()), (P(axis_name), P()))
+    )
+    def spread(logits, mask):
+        routing = moe_jax.route(logits, router, top_k=K, token_mask=mask, axis_name=axis_name)
+        losses = routing.losses["balance"], routing.losses["z"]
+        return (routing.combine_weights, *losses), (routing.expert_ids, routing.load)
+
+    @jax.jit
+    def run(logits, mask, cts):
+        outputs, pullback, choice = jax.vjp(lambda logits: spread(logits, mask), logits, has_aux=True)
+        return outputs, choice, *pullback((cts["ct_weights"], cts["ct_balance"], cts["ct_z"]))
+
+    (weights, balance, z), (expert_ids, load), d_logits = run(logits, mask, cts)
+    expected = reference.route(logits, router, top_k=K, token_mask=mask)
+    np.testing.assert_array_equal(expert_ids, expected.expert_ids)
+    np.testing.assert_array_equal(load, expected.load)
+    np.testing.assert_allclose(weights, expected.combine_weights, **CLOSE)
+    np.testing.assert_allclose([balance, z], [expected.losses["balance"], expected.losses["z"]], **CLOSE)
+    expected_gradient = reference.route_vjp(logits, router, top_k=K, token_mask=mask, **cts)
+    np.testing.assert_allclose(d_logits, expected_gradient, **CLOSE)
+
+
+# --- the adjoint gathers and compares --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_no_scatter_of_floats(score):
+    args = (*arguments("spread")[:2], MASKS["some"], arguments("spread")[2])
+    lowered = grid_program(score).lower(*args)
+    assert "stablehlo.scatter" not in lowered.as_text()  # before XLA's CPU pipeline can turn it into a loop
+    assert not re.search(r"= f\d+\[[^=]*\bscatter\(", lowered.compile().as_text())
+
+
+# --- the selection bias ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("load", [[5, 3, 1, 3], [0, 0, 0, 0], [1, 0, 0, 0], [2**24 + 2, 2**24, 2**24 - 2, 2**24]])
+def test_update_selection_bias(load):
+    bias, load = np.array([0.5, -0.25, 0.0, 1.0], np.float32), np.array(load, np.int32)
+    updated = moe_jax.update_selection_bias(bias, load, rate=0.125)  # a power of two: the sums are exact
+    np.testing.assert_array_equal(updated, reference.update_selection_bias(bias, load, rate=0.125))
+
+
+def test_updating_the_bias_evens_the_load():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(256, 8)).astype(np.float32) + np.linspace(2, 0, 8, dtype=np.float32)
+    router = moe_jax.RouterConfig(score="sigmoid", selection_bias=True)
+
+    @jax.jit
+    def step(bias):
+        load = moe_jax.route(logits, router, top_k=2, bias=bias).load
+        return moe_jax.update_selection_bias(bias, load, rate=0.01), load
+
+    bias, first = step(jnp.zeros(8))
+    for _ in range(100):
+        bias, load = step(bias)
+    assert np.ptp(load) < np.ptp(first) / 4
+    assert load.sum() == first.sum() == 512
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "names"),
+    [
+        ({"logits": jnp.zeros(E)}, errors.ShapeError, "logits"),
+        ({"logits": jnp.zeros((T, E), jnp.int32)}, errors.DtypeError, "logits"),
+        ({"top_k": 0}, errors.InvalidArgumentError, "top_k=0"),
+        ({"top_k": E + 1}, errors.InvalidArgumentError, f"top_k={E + 1}"),
+        ({"router": {"num_groups": 8, "top_groups": 1}}, errors.InvalidArgumentError, f"top_k={K}"),
+        ({"router": {"num_groups": 3}}, errors.InvalidArgumentError, "num_groups=3"),
+        ({"router": {"selection_bias": True}}, errors.MissingArgumentError, "bias"),
+        ({"bias": jnp.zeros(E)}, errors.InvalidArgumentError, "bias"),
+        ({"router": {"selection_bias": True}, "bias": jnp.zeros(E - 1)}, errors.ShapeError, "bias"),
+        ({"token_mask": jnp.ones(T - 1, bool)}, errors.ShapeError, "token_mask"),
+        ({"token_mask": jnp.ones(T)}, errors.DtypeError, "token_mask"),
+    ],
+)
+def test_wrong_arguments_are_named(changes, error, names):
+    legal = {"logits": jnp.zeros((T, E)), "router": {}, "top_k": K}
+    given = legal | changes
+    router = moe_jax.RouterConfig(**given.pop("router"))
+    with pytest.raises(error, match=names):
+        moe_jax.route(given.pop("logits"), router, **given)
