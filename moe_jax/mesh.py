@@ -42,14 +42,16 @@ def emulate_devices(num_devices: int) -> None:
 def ensure_devices(num_devices: int) -> None:
     """Emulates CPU devices where this machine has no accelerator; raises MeshError if there are too few in the end."""
     _check_count("num_devices", num_devices)
-    if not _compat.backends_are_initialized() and not _has_accelerator():
+    if not _compat.backends_are_initialized() and not has_accelerator():
         emulate_devices(num_devices)
     if len(jax.devices()) < num_devices:
         raise MeshError(_too_few(num_devices))
 
 
-def _has_accelerator() -> bool:
-    """Whether JAX would start something else than the CPU, read without starting it."""
+def has_accelerator() -> bool:
+    """Whether JAX runs, or would start, something else than the CPU; asking does not start it."""
+    if _compat.backends_are_initialized():
+        return jax.default_backend() != "cpu"
     platforms = jax.config.jax_platforms
     if platforms:
         return platforms.split(",")[0] != "cpu"

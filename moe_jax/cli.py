@@ -1,0 +1,152 @@
+"""The command line, `python -m moe_jax COMMAND ...`: the only place where a MoEError is caught.
+
+Exit codes: 0 done, 1 a check failed (verify), 2 bad input with one sentence on standard error, 130 interrupted.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from moe_jax.config import DTYPES, Config, MeshConfig, load_config, override, parse_mesh
+from moe_jax.errors import ConfigError, InvalidArgumentError, MoEError
+
+PLAN_TOKENS = 512  # tokens per device of a shape that has no [train] section
+PLAN_DTYPE = "bfloat16"
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are errors like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InvalidArgumentError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    try:
+        arguments = _make_parser().parse_args(argv)
+        return arguments.command(arguments)
+    except MoEError as error:
+        print(f"moe_jax: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("moe_jax: interrupted", file=sys.stderr)
+        return 130
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="moe_jax",
+        description="Distributed Mixture-of-Experts for JAX. Where a mesh needs more CPU devices, they are emulated.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_train(commands)
+    _add_verify(commands)
+    _add_plan(commands)
+    return parser
+
+
+def _add_train(commands: argparse._SubParsersAction) -> None:
+    text = "train a byte-level decoder with Mixture-of-Experts layers, print its validation loss and a sample"
+    parser = commands.add_parser("train", help=text, description=text, allow_abbrev=False)
+    parser.add_argument("config", metavar="CONFIG", help="TOML with [moe], [model], [train]: configs/tiny.toml")
+    parser.add_argument("--data", metavar="PATH", help="file or folder of text (default: Python's standard library)")
+    parser.add_argument("--steps", type=int, metavar="N", help="stop after N steps; the learning-rate schedule stays")
+    parser.add_argument("--out", metavar="DIR", help="write checkpoint.moe, metrics.jsonl and report.png here")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument("--seed", type=int, metavar="N", help="instead of train.seed")
+    _add_mesh_and_json(parser)
+    parser.set_defaults(command=_train)
+
+
+def _add_verify(commands: argparse._SubParsersAction) -> None:
+    text = "check the operators against the float64 reference on this machine's devices"
+    parser = commands.add_parser("verify", help=text, description=text, allow_abbrev=False)
+    parser.add_argument("--backend", default="auto", metavar="NAME", help="the back end to check (default: auto)")
+    _add_mesh_and_json(parser)
+    parser.set_defaults(command=_verify)
+
+
+def _add_plan(commands: argparse._SubParsersAction) -> None:
+    text = "print what a layer of CONFIG would do on its mesh: sizes, choices with reasons, bytes; needs no devices"
+    parser = commands.add_parser("plan", help=text, description=text, allow_abbrev=False)
+    parser.add_argument("config", metavar="CONFIG", help="TOML with [moe] and [model]: configs/deepseek_v3.toml")
+    parser.add_argument(
+        "--tokens-per-rank",
+        type=int,
+        metavar="N",
+        help=f"tokens per device (default: batch_size * seq_len / devices, or {PLAN_TOKENS} without [train])",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help=f"of the rows (default: train.dtype, or {PLAN_DTYPE})")
+    _add_mesh_and_json(parser)
+    parser.set_defaults(command=_plan)
+
+
+def _add_mesh_and_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--mesh", metavar="ep=4,tp=2", help="axes ep, tp, nodes, dp; not named: 1")
+    parser.add_argument("--json", action="store_true", help="print JSON lines")
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from moe_jax.train.loop import train
+
+    config = _load(arguments)
+    if arguments.seed is not None and config.train is not None:
+        config = override(config, train={"seed": arguments.seed})
+    return train(
+        config,
+        data=arguments.data,
+        steps=arguments.steps,
+        out=arguments.out,
+        resume=arguments.resume,
+        json_lines=arguments.json,
+    )
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    mesh = None if arguments.mesh is None else parse_mesh(arguments.mesh)
+    from moe_jax import verify
+
+    return verify.run(mesh, arguments.backend, arguments.json)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    config = _load(arguments)
+    if config.model is None:
+        raise ConfigError(f"{arguments.config}: has no [model] section; a plan needs model.hidden")
+    plan = _make_plan(config, arguments.tokens_per_rank, arguments.dtype)
+    if arguments.json:
+        print(json.dumps({"event": "plan", **dataclasses.asdict(plan), "workspace": plan.workspace()}))
+    else:
+        print(plan.describe())
+    return 0
+
+
+def _make_plan(config: Config, tokens_per_rank: int | None, dtype: str | None):
+    """The plan of one layer on a mesh of which only the shape exists, so it may be larger than this machine."""
+    from moe_jax.train.model import make_layer_plan
+
+    train, num_devices = config.train, config.mesh.num_devices
+    if tokens_per_rank is None:
+        tokens_per_rank = train.batch_size * config.model.seq_len // num_devices if train else PLAN_TOKENS
+    dtype = dtype or (train.dtype if train else PLAN_DTYPE)
+    return make_layer_plan(config, _abstract_mesh(config.mesh), tokens_per_rank=tokens_per_rank, dtype=dtype)
+
+
+def _abstract_mesh(shape: MeshConfig):
+    """The axes that `make_mesh` would build, without devices."""
+    from jax.sharding import AbstractMesh
+
+    axes = {"dp": shape.dp, "node": shape.nodes, "ep": shape.ep // shape.nodes, "tp": shape.tp}
+    kept = {name: size for name, size in axes.items() if size > 1 or name in ("ep", "tp")}
+    return AbstractMesh(tuple(kept.values()), tuple(kept))
+
+
+def _load(arguments: argparse.Namespace) -> Config:
+    """The configuration that the arguments name, on the mesh of --mesh if there is one."""
+    config = load_config(arguments.config)
+    return config if arguments.mesh is None else dataclasses.replace(config, mesh=parse_mesh(arguments.mesh))

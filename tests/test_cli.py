@@ -1,0 +1,252 @@
+"""The command line: its commands from end to end, and exit code 2 with one sentence for every kind of bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import moe_jax
+from moe_jax.cli import main
+from moe_jax.config import MeshConfig
+
+ROOT = Path(__file__).parent.parent
+MINIATURE = """
+[mesh]
+ep = 4
+tp = 2
+[moe]
+num_experts = 8
+top_k = 2
+ffn = 32
+[model]
+layers = 1
+hidden = 16
+heads = 2
+seq_len = 16
+[train]
+steps = 20
+batch_size = 8
+learning_rate = 1e-2
+warmup_steps = 4
+eval_batches = 2
+sample_bytes = 0
+"""
+
+
+SAMPLING = MINIATURE.replace("sample_bytes = 0", "sample_bytes = 4")
+TWO_LAYERS = MINIATURE.replace("layers = 1", "layers = 2")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compile_once(tmp_path_factory):
+    """Programs that several tests share are compiled once."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with a miniature configuration and some text to train on."""
+    (tmp_path / "mini.toml").write_text(MINIATURE)
+    (tmp_path / "text").write_bytes(Path(__file__).read_bytes())
+    return tmp_path
+
+
+def train(folder, capsys, *options):
+    """Runs `train --json` on the miniature in this process; returns what it printed, by event."""
+    code = main(["train", str(folder / "mini.toml"), "--data", str(folder / "text"), "--json", *map(str, options)])
+    events: dict[str, list] = {"code": code}
+    for line in capsys.readouterr().out.splitlines():
+        record = json.loads(line)
+        events.setdefault(record["event"], []).append(record)
+    return events
+
+
+def test_training_learns_and_leaves_a_report(folder, capsys):
+    (folder / "mini.toml").write_text(TWO_LAYERS.replace("sample_bytes = 0", "sample_bytes = 4"))
+    events = train(folder, capsys, "--out", folder / "run")
+    assert events["code"] == 0
+    losses = [record["loss"] for record in events["step"]]
+    assert len(losses) == 20 and abs(losses[0] - np.log(256)) < 0.3 and losses[-1] < losses[0] - 0.5
+    assert abs(events["validation"][0]["loss"] - losses[-1]) < 0.5
+    assert len(events["sample"][0]["text"]) >= 4
+    assert sorted(path.name for path in (folder / "run").iterdir()) == ["checkpoint.moe", "metrics.jsonl", "report.png"]
+    written = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert written == [{k: v for k, v in record.items() if k != "event"} for record in events["step"]]
+    for record in written:
+        assert record["dropped"] == 0
+        assert [sum(load) for load in record["load"]] == [8 * 16 * 2] * 2  # every token went to top_k experts
+
+
+def test_resume_is_bit_exact(folder, capsys):
+    (folder / "mini.toml").write_text(SAMPLING)
+    through = train(folder, capsys, "--out", folder / "through", "--steps", 6)
+    train(folder, capsys, "--out", folder / "stopped", "--steps", 3)
+    resumed = train(folder, capsys, "--out", folder / "stopped", "--steps", 6, "--resume")
+    assert [(r["step"], r["loss"]) for r in resumed["step"]] == [(r["step"], r["loss"]) for r in through["step"][3:]]
+    assert resumed["validation"] == through["validation"] and resumed["sample"] == through["sample"]
+    assert (folder / "through" / "checkpoint.moe").read_bytes() == (folder / "stopped" / "checkpoint.moe").read_bytes()
+    again = train(folder, capsys, "--out", folder / "stopped", "--steps", 6, "--resume")
+    assert "step" not in again and again["validation"] == through["validation"]
+
+
+def test_selection_bias_moves_and_bfloat16_trains(folder, capsys):
+    text = (MINIATURE + 'dtype = "bfloat16"\n[router]\nscore = "sigmoid"\nselection_bias = true\n').replace(
+        "ffn = 32", "ffn = 32\nbalance_loss = 0\nbias_update_rate = 0.05\nnum_shared_experts = 1"
+    )
+    (folder / "mini.toml").write_text(text)
+    moved = train(folder, capsys, "--mesh", "ep=2")
+    (folder / "mini.toml").write_text(text.replace("0.05", "0.0"))
+    still = train(folder, capsys, "--mesh", "ep=2")
+    assert moved["step"][-1]["loss"] < moved["step"][0]["loss"] - 0.5
+    late = [np.mean([record["imbalance"] for record in run["step"][10:]]) for run in (moved, still)]
+    assert late[0] < late[1]
+
+
+def test_seed_changes_the_run(folder, capsys):
+    def loss(seed):
+        return train(folder, capsys, "--mesh", "ep=1", "--steps", 2, "--seed", seed)["step"][1]["loss"]
+
+    assert loss(0) == loss(0) != loss(1)
+
+
+@pytest.mark.slow
+def test_every_mesh_trains_alike(folder, capsys):
+    """The first 20 losses agree to 1e-4 relative in float32, whatever the mesh."""
+    (folder / "mini.toml").write_text(TWO_LAYERS)
+    meshes = ("ep=1,tp=1", "ep=8", "ep=4,tp=2", "ep=2,tp=4", "ep=4,nodes=2,dp=2")
+    losses = [[r["loss"] for r in train(folder, capsys, "--mesh", mesh)["step"]] for mesh in meshes]
+    for mesh, values in zip(meshes, losses, strict=True):
+        np.testing.assert_allclose(values, losses[0], rtol=1e-4, err_msg=mesh)
+
+
+def test_a_diverging_run_stops_and_keeps_its_last_checkpoint(folder, capsys):
+    train(folder, capsys, "--out", folder / "run", "--steps", 1)
+    before = (folder / "run" / "checkpoint.moe").read_bytes()
+    (folder / "mini.toml").write_text(MINIATURE.replace("1e-2", "1e30"))
+    code = main(["train", str(folder / "mini.toml"), "--data", str(folder / "text"), "--out", str(folder / "run")])
+    assert code == 2 and "lower train.learning_rate=1e+30" in capsys.readouterr().err
+    assert (folder / "run" / "checkpoint.moe").read_bytes() == before
+
+
+def test_interrupt_saves_and_resume_goes_on(folder):
+    """In a process of its own: Ctrl-C after some steps exits with 130, and the checkpoint continues."""
+    command = [sys.executable, "-m", "moe_jax", "train", folder / "mini.toml", "--data", folder / "text"]
+    command += ["--out", folder / "run", "--mesh", "ep=2", "--json", "--steps"]
+    with subprocess.Popen([*command, "100000"], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if json.loads(line).get("step") == 3:
+                process.send_signal(signal.SIGINT)
+                break
+        last = [json.loads(line) for line in process.stdout][-1]
+    assert process.returncode == 130
+    assert last["event"] == "interrupted" and last["step"] >= 3
+    goal = str(last["step"] + 1)
+    done = subprocess.run([*command, goal, "--resume"], cwd=ROOT, capture_output=True, text=True, check=True)
+    steps = [record["step"] for record in map(json.loads, done.stdout.splitlines()) if record["event"] == "step"]
+    assert steps == [last["step"] + 1]
+
+
+def test_plain_output_ends_with_loss_and_sample():
+    """As a person calls it: devices are emulated without being asked for."""
+    command = [sys.executable, "-m", "moe_jax", "train", "configs/tiny.toml", "--steps", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert "8 devices" in lines[0]
+    assert any(line.startswith("step   1/1") or line.startswith("step 1/1") for line in lines)
+    assert any(line.startswith("validation loss 5.") for line in lines) and "sample:" in lines
+
+
+def test_plan(capsys):
+    assert main(["plan", str(ROOT / "configs" / "deepseek_v3.toml")]) == 0
+    text = capsys.readouterr().out
+    assert "ep=32 over node*ep" in text and "512 per device x 7168 bfloat16, top 8 of 256" in text
+    assert main(["plan", str(ROOT / "configs" / "tiny.toml"), "--mesh", "ep=2", "--dtype", "bfloat16", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert (values["ep_size"], values["tp_size"], values["dtype"]) == (2, 1, "bfloat16")
+    assert sum(values["workspace"].values()) > 0
+    tokens = values["tokens_per_rank"]
+    assert main(["plan", str(ROOT / "configs" / "tiny.toml"), "--tokens-per-rank", str(tokens + 1), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens_per_rank"] == tokens + 1
+
+
+def test_verify_passes_its_arguments_on(monkeypatch):
+    calls = []
+    fake = types.SimpleNamespace(run=lambda mesh, backend, json_lines: calls.append((mesh, backend, json_lines)) or 1)
+    monkeypatch.setitem(sys.modules, "moe_jax.verify", fake)
+    monkeypatch.setattr(moe_jax, "verify", fake, raising=False)
+    assert main(["verify"]) == 1
+    assert main(["verify", "--mesh", "ep=2,dp=2", "--backend", "mine", "--json"]) == 1
+    assert calls == [(MeshConfig(ep=4, tp=2), "auto", False), (MeshConfig(ep=2, dp=2), "mine", True)]
+
+
+TINY = str(ROOT / "configs" / "tiny.toml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["train"], "the following arguments are required: CONFIG"),
+        (["train", TINY, "--step", "3"], "unrecognized arguments: --step 3"),
+        (["train", TINY, "--steps", "many"], "invalid int value: 'many'"),
+        (["train", TINY, "--steps", "0"], "steps=0 must be at least 1"),
+        (["train", TINY, "--seed", "-1"], "seed=-1 must be at least 0"),
+        (["train", TINY, "--resume"], "pass --out DIR"),
+        (["train", TINY, "--mesh", "ep=4,node=2"], "names the axis 'node'; did you mean 'nodes'?"),
+        (["train", TINY, "--mesh", "ep=3"], "train.batch_size=16 must be a multiple of the 3 devices"),
+        (["train", "absent.toml"], "absent.toml: cannot be read"),
+        (["train", TINY, "--data", "absent.txt"], "absent.txt: there is no such file or folder"),
+        (["train", TINY, "--out", TINY], "tiny.toml: cannot be made"),
+        (["train", str(ROOT / "configs" / "mixtral_8x7b.toml")], "no [train] section"),
+        (["plan", TINY, "--mesh", "ep=16"], "num_experts=8 is not divisible by ep=16"),
+        (["plan", TINY, "--tokens-per-rank", "-1"], "tokens_per_rank=-1"),
+        (["plan", TINY, "--dtype", "float8"], "invalid choice: 'float8'"),
+        (["verify", "--mesh", "4x2"], "names the axis '4x2'"),
+    ],
+)
+def test_bad_input(arguments, words, capsys):
+    assert main(arguments) == 2
+    output, text = capsys.readouterr()
+    assert output == ""
+    assert text.startswith("moe_jax: error: ") and words in text
+    assert text.count("\n") == 1 and text.endswith("\n")
+
+
+def test_resume_without_a_checkpoint(folder, capsys):
+    arguments = ["train", str(folder / "mini.toml"), "--data", str(folder / "text"), "--out", str(folder), "--resume"]
+    assert main(arguments) == 2
+    assert "checkpoint.moe: there is no checkpoint here" in capsys.readouterr().err
+
+
+def test_a_process_reports_bad_input_without_a_traceback():
+    command = [sys.executable, "-m", "moe_jax", "plan", os.devnull]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == f"moe_jax: error: {os.devnull}: section 'moe' is missing; add it\n"
+
+
+def test_help(capsys):
+    for command in ([], ["train"], ["verify"], ["plan"]):
+        with pytest.raises(SystemExit) as caught:
+            main([*command, "--help"])
+        assert caught.value.code == 0
+        text = capsys.readouterr().out
+        assert all(word in text for word in (["train", "verify", "plan"] if not command else ["--mesh", "--json"]))
