@@ -8,6 +8,8 @@ from jax import lax
 from jax._src import xla_bridge  # no public way to ask whether the back ends are up
 from jax.sharding import AxisType, Mesh
 
+from moe_jax.errors import InvalidArgumentError, MeshError
+
 shard_map = jax.shard_map
 
 
@@ -19,6 +21,14 @@ def backends_are_initialized() -> bool:
 def auto_mesh(devices: Any, axis_names: Sequence[str]) -> Mesh:
     """A mesh whose axes are all Auto (jax.make_mesh builds Explicit ones by default)."""
     return Mesh(devices, tuple(axis_names), axis_types=(AxisType.Auto,) * len(axis_names))
+
+
+def spec_in_type(x: Any, mesh: Any) -> tuple | None:
+    """How ``x`` is laid out, one entry per dimension, where that is part of its type: on meshes with Explicit axes."""
+    if AxisType.Explicit not in mesh.axis_types:
+        return None
+    spec = tuple(jax.typeof(x).sharding.spec)
+    return spec + (None,) * (jax.typeof(x).ndim - len(spec))
 
 
 def varying_axes(x: Any) -> frozenset[str]:
@@ -47,3 +57,15 @@ def bound_axis_size(axis: str) -> int | None:
         return lax.axis_size(axis)
     except NameError:
         return None
+
+
+def bound_axes(axis_name: Any) -> tuple[str, ...]:
+    """The mesh axes that an ``axis_name`` argument names, as a tuple; raises where they cannot serve here."""
+    axes = (axis_name,) if isinstance(axis_name, str) else axis_name
+    named = isinstance(axes, (tuple, list)) and all(isinstance(axis, str) for axis in axes)
+    if not named or not axes or len(set(axes)) < len(axes):
+        raise InvalidArgumentError(f"axis_name={axis_name!r} must be the name of a mesh axis, or a tuple of such names")
+    for axis in axes:
+        if bound_axis_size(axis) is None:
+            raise MeshError(f"axis_name={axis!r} is not bound here; call this inside jax.shard_map over that axis")
+    return tuple(axes)

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import _compat, comm, layout
-from moe_jax.errors import InvalidArgumentError, ShapeError, check_dtype, check_rank, check_shape
+from moe_jax.errors import check_array, check_dtype, check_mask, check_rank, check_shape, check_type
+from moe_jax.plan import Plan
 from moe_jax.types import DispatchHandle, Dispatched, DispatchStats, ExchangeMaps, GatherMaps
 
 Array = jax.Array
@@ -42,7 +43,7 @@ def dispatch(
       Dispatched. Differentiable in ``x``: the adjoint sends cotangents back and sums them in fp32.
 
     Raises:
-      ShapeError, DtypeError, InvalidArgumentError: an argument does not fit the plan.
+      ShapeError, DtypeError, InvalidArgumentError, MissingArgumentError: an argument does not fit the plan.
       MeshError: not called inside ``shard_map`` over the plan's axes.
 
     Source: MoeDistributeDispatchV4, row order of its expandX.
@@ -75,12 +76,11 @@ def combine(
       [T, H] in ``rows.dtype``. Differentiable in ``rows``, ``combine_weights`` and ``shared_x``.
 
     Raises:
-      ShapeError, DtypeError, InvalidArgumentError, MeshError: as for ``dispatch``.
+      ShapeError, DtypeError, InvalidArgumentError, MissingArgumentError, MeshError: as for ``dispatch``.
 
     Source: MoeDistributeCombineV4.
     """
-    if not isinstance(handle, DispatchHandle):
-        raise InvalidArgumentError(f"handle is a {type(handle).__name__}; pass the .handle that dispatch returned")
+    check_type("handle", handle, DispatchHandle, "pass the .handle that dispatch returned")
     plan = handle.plan
     comm.check_axes(plan)
     check_rank("rows", rows, 2, "[M, H]")
@@ -360,6 +360,7 @@ _collect_rows.defvjp(_collect_forward, _collect_backward)
 
 
 def _check_dispatch(x, expert_ids, plan, token_mask):
+    check_type("plan", plan, Plan, "build one with moe_jax.make_plan(...)")
     comm.check_axes(plan)
     check_rank("x", x, 2, "[T, H]")
     remedy = "T and H are fixed by the plan; mask what is not there with token_mask, or make another plan"
@@ -368,7 +369,6 @@ def _check_dispatch(x, expert_ids, plan, token_mask):
     check_shape("expert_ids", expert_ids, (plan.tokens_per_rank, plan.top_k), "[T, K]")
     check_dtype("expert_ids", expert_ids, ("int32",), "cast it with .astype(jnp.int32)")
     if token_mask is not None:
-        check_dtype("token_mask", token_mask, ("bool",))
+        check_array("token_mask", token_mask)
         pairs = (plan.tokens_per_rank, plan.top_k)
-        if token_mask.ndim not in (1, 2) or token_mask.shape != pairs[: token_mask.ndim]:
-            raise ShapeError(f"token_mask has shape {token_mask.shape}; expected {pairs[:1]} = [T] or {pairs} = [T, K]")
+        check_mask("token_mask", token_mask, pairs if token_mask.ndim == 2 else pairs[:1], "[T], or [T, K] for pairs")

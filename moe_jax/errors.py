@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -71,7 +73,7 @@ def raise_all(violations: Sequence[str], what: str, error: type[MoEError] = Inva
     raise error(f"{what}: {len(violations)} problems:\n" + "\n".join(f"  - {text}" for text in violations))
 
 
-def suggest(word: str, known: Iterable[str]) -> str:
+def suggest(word: Any, known: Iterable[str]) -> str:
     """A clause naming the legal words, the nearest one first: for texts about unknown names."""
     known = sorted(known)
     near = get_close_matches(str(word), known, n=1)
@@ -79,34 +81,105 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f"{hint}known: {', '.join(known)}"
 
 
+# Static arguments. The ``..._violations`` list what is wrong, for errors that report several things at once.
+
+
+def count_violations(name: str, value: Any, low: int = 1) -> list[str]:
+    """Nothing if ``value`` is a whole number, Python's or NumPy's, of at least ``low``. A bool is none."""
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= low:
+        return []
+    return [f"{name}={_show(value)} must be a whole number of at least {low}"]
+
+
+def choice_violations(name: str, value: Any, choices: Iterable[str]) -> list[str]:
+    """Nothing if ``value`` is one of the words ``choices``."""
+    choices = list(choices)
+    if isinstance(value, str) and value in choices:
+        return []
+    return [f"{name}={_show(value)} is unknown; {suggest(value, choices)}"]
+
+
+def flag_violations(name: str, value: Any) -> list[str]:
+    """Nothing if ``value`` is True or False."""
+    return [] if isinstance(value, (bool, np.bool_)) else [f"{name}={_show(value)} must be True or False"]
+
+
+def check_count(name: str, value: Any, low: int = 1) -> None:
+    """Raises unless ``value`` is a whole number of at least ``low``."""
+    _raise_first(count_violations(name, value, low))
+
+
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     """Raises unless ``value`` is one of ``choices``."""
-    choices = list(choices)
-    if value not in choices:
-        raise InvalidArgumentError(f"{name}={value!r} is unknown; {suggest(value, choices)}")
+    _raise_first(choice_violations(name, value, choices))
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raises unless ``value`` is True or False."""
+    _raise_first(flag_violations(name, value))
+
+
+def check_type(name: str, value: Any, kind: type, remedy: str) -> None:
+    """Raises unless ``value`` is a ``kind``; MissingArgumentError where it is None."""
+    if not isinstance(value, kind):
+        error = MissingArgumentError if value is None else InvalidArgumentError
+        raise error(f"{name} is {_describe(value)}, not a {kind.__name__}; {remedy}")
+
+
+# Arrays.
+
+
+def check_array(name: str, array: Any) -> None:
+    """Raises unless ``array`` is a jax or numpy array: MissingArgumentError for None, DtypeError otherwise."""
+    if not isinstance(array, (jax.Array, np.ndarray)):
+        error = MissingArgumentError if array is None else DtypeError
+        raise error(f"{name} is {_describe(array)}, not an array; pass a jax or numpy array")
 
 
 def check_rank(name: str, array: Any, rank: int, layout: str) -> None:
     """Raises ShapeError unless ``array`` has ``rank`` dimensions; ``layout`` names them, e.g. "[T, H]"."""
-    if len(np.shape(array)) != rank:
-        raise ShapeError(
-            f"{name} has shape {tuple(np.shape(array))} ({len(np.shape(array))} dimensions); expected {rank}: {layout}"
-        )
+    check_array(name, array)
+    if array.ndim != rank:
+        raise ShapeError(f"{name} has shape {array.shape} ({array.ndim} dimensions); expected {rank}: {layout}")
 
 
 def check_shape(name: str, array: Any, shape: Sequence[int], layout: str, remedy: str = "") -> None:
     """Raises ShapeError unless ``array`` has exactly ``shape``; ``layout`` names its dimensions."""
-    if tuple(np.shape(array)) != tuple(shape):
-        tail = f"; {remedy}" if remedy else ""
-        raise ShapeError(f"{name} has shape {tuple(np.shape(array))}; expected {tuple(shape)} = {layout}{tail}")
+    check_array(name, array)
+    if array.shape != tuple(shape):
+        raise ShapeError(f"{name} has shape {array.shape}; expected {tuple(shape)} = {layout}" + _clause(remedy))
 
 
 def check_dtype(name: str, array: Any, allowed: Iterable[Any], remedy: str = "") -> None:
-    """Raises DtypeError unless ``array.dtype`` is one of ``allowed``."""
-    allowed = [np.dtype(a) for a in allowed]
-    dtype = getattr(array, "dtype", None)
-    if dtype is None:
-        raise DtypeError(f"{name} is a {type(array).__name__}, not an array; pass a jax or numpy array")
-    if np.dtype(dtype) not in allowed:
-        tail = f"; {remedy}" if remedy else ""
-        raise DtypeError(f"{name} has dtype {dtype}; expected {' or '.join(str(a) for a in allowed)}{tail}")
+    """Raises DtypeError unless ``array.dtype`` is one of ``allowed``, or of a kind there such as ``jnp.floating``."""
+    check_array(name, array)
+    if not any(jnp.issubdtype(array.dtype, kind) for kind in allowed):
+        names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in allowed)
+        raise DtypeError(f"{name} has dtype {array.dtype}; expected {names}" + _clause(remedy))
+
+
+def check_mask(name: str, array: Any, shape: Sequence[int], layout: str) -> None:
+    """Raises unless ``array`` is boolean and has exactly ``shape``."""
+    check_shape(name, array, shape, layout)
+    check_dtype(name, array, ("bool",), "cast it with .astype(bool)")
+
+
+def _clause(remedy: str) -> str:
+    return f"; {remedy}" if remedy else ""
+
+
+def _describe(value: Any) -> str:
+    """None, or what ``value`` is an instance of."""
+    name = type(value).__name__
+    return "None" if value is None else f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
+
+
+def _show(value: Any) -> str:
+    """``value`` as it is written, on one line and not for long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _raise_first(violations: Sequence[str]) -> None:
+    for text in violations:
+        raise InvalidArgumentError(text)

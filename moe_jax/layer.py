@@ -9,7 +9,16 @@ from jax import lax
 from moe_jax import _compat, comm
 from moe_jax.config import ACTIVATIONS, RouterConfig
 from moe_jax.dispatch import Exchange, collect_rows, count_rounds, finish, open_window, prepare, send_rows
-from moe_jax.errors import InvalidArgumentError, check_choice, check_dtype, check_shape, raise_all, suggest
+from moe_jax.errors import (
+    MoEError,
+    check_choice,
+    check_dtype,
+    check_mask,
+    check_shape,
+    check_type,
+    raise_all,
+    suggest,
+)
 from moe_jax.experts import grouped_ffn, is_gated, shared_ffn
 from moe_jax.plan import Plan
 from moe_jax.routing import route
@@ -53,16 +62,17 @@ def moe_layer(
 
     Raises:
       InvalidArgumentError: lists everything that is wrong with ``params``; or an unknown activation.
-      ShapeError, DtypeError, MeshError: as for ``dispatch``.
+      MissingArgumentError, ShapeError, DtypeError, MeshError: as for ``dispatch``.
     """
+    check_type("plan", plan, Plan, "build one with moe_jax.make_plan(...)")
+    check_type("router", router, RouterConfig, "build one with moe_jax.RouterConfig(...)")
     check_choice("activation", activation, ACTIVATIONS)
-    comm.check_axes(plan)
+    comm.check_axes(plan, replicas=True)
     check_shape("x", x, (plan.tokens_per_rank, plan.hidden), "[T, H], fixed by the plan; pad and use token_mask")
     check_dtype("x", x, (plan.dtype,), "the plan's dtype: cast x, or make a plan with dtype=...")
     if token_mask is not None:
-        check_shape("token_mask", token_mask, x.shape[:1], "[T]")
-        check_dtype("token_mask", token_mask, ("bool",))
-    _check_params(params, plan, router, activation)
+        check_mask("token_mask", token_mask, x.shape[:1], "[T]")
+    check_params(params, plan, router, activation, num_experts=plan.num_local_experts, where="on each device")
 
     x = _compat.as_varying(x, plan.token_axes)
     if token_mask is not None:  # padding may hold anything; from here on it is zero
@@ -126,27 +136,37 @@ def param_shapes(
     return shapes
 
 
-def _check_params(params, plan, router, activation):
-    if not isinstance(params, dict):
-        raise InvalidArgumentError(f"params is a {type(params).__name__}; pass a dict of arrays by name")
-    width = {name: jnp.shape(params[name])[-1:] or (0,) for name in ("w_up", "shared_up") if name in params}
+def check_params(params, plan: Plan, router: RouterConfig, activation: str, *, num_experts: int, where: str) -> None:
+    """Raises one error that lists all that is wrong with ``params``, of which ``num_experts`` experts lie ``where``."""
+    check_type("params", params, dict, "pass a dict of arrays by name")
     shapes = param_shapes(
         plan,
         router,
         activation,
-        ffn=width.get("w_up", (0,))[0],
-        shared_ffn=width.get("shared_up", (0,))[0],
-        num_experts=plan.num_local_experts,
+        ffn=_width(params, "w"),
+        shared_ffn=_width(params, "shared"),
+        num_experts=num_experts,
     )
     found = [f"{name!r} is unknown here; {suggest(name, shapes)}" for name in params if name not in shapes]
     for name, shape in shapes.items():
-        if name not in params:
-            found += [] if name in OPTIONAL_PARAMS else [f"{name!r} is missing; its shape on each device is {shape}"]
-        elif jnp.shape(params[name]) != shape:
-            found.append(f"{name!r} has shape {jnp.shape(params[name])}; expected {shape} on each device")
-        elif not jnp.issubdtype(params[name].dtype, jnp.floating):
-            found.append(f"{name!r} has dtype {params[name].dtype}; expected a float")
+        if name in params:
+            try:
+                check_shape(repr(name), params[name], shape, f"its extents {where}")
+                check_dtype(repr(name), params[name], (jnp.floating,))
+            except MoEError as error:
+                found.append(str(error))
+        elif name not in OPTIONAL_PARAMS:
+            found.append(f"{name!r} is missing; its shape {where} is {shape}")
     raise_all(found, "params")
+
+
+def _width(params: dict[str, Array], kind: str) -> int | str:
+    """The width of the FFN as its first well-formed matrix has it; a letter, to be printed, where there is none."""
+    for name, axis in ((f"{kind}_up", -1), (f"{kind}_gate", -1), (f"{kind}_down", -2)):
+        shape = getattr(params.get(name), "shape", ())
+        if len(shape) > 1:
+            return shape[axis]
+    return "F"
 
 
 def _round(plan: Plan, activation: str, index, experts, x, weights, exchange: Exchange) -> Array:

@@ -1,16 +1,13 @@
 """Meshes and emulated devices: where the operators run."""
 
+import math
+
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from moe_jax import _compat
-from moe_jax.errors import DeviceInitError, InvalidArgumentError, MeshError
-
-
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise InvalidArgumentError(f"{name}={value!r} must be a whole number of at least 1")
+from moe_jax.errors import DeviceInitError, InvalidArgumentError, MeshError, check_count
 
 
 def emulate_devices(num_devices: int) -> None:
@@ -26,7 +23,7 @@ def emulate_devices(num_devices: int) -> None:
 
     >>> moe_jax.emulate_devices(8)
     """
-    _check_count("num_devices", num_devices)
+    check_count("num_devices", num_devices)
     if _compat.backends_are_initialized():
         found = len(jax.devices())
         if jax.default_backend() == "cpu" and found >= num_devices:
@@ -41,7 +38,7 @@ def emulate_devices(num_devices: int) -> None:
 
 def ensure_devices(num_devices: int) -> None:
     """Emulates CPU devices where this machine has no accelerator; raises MeshError if there are too few in the end."""
-    _check_count("num_devices", num_devices)
+    check_count("num_devices", num_devices)
     if not _compat.backends_are_initialized() and not has_accelerator():
         emulate_devices(num_devices)
     if len(jax.devices()) < num_devices:
@@ -84,16 +81,31 @@ def make_mesh(ep: int = 1, tp: int = 1, *, nodes: int = 1, dp: int = 1) -> Mesh:
       InvalidArgumentError: a size is not a positive whole number, or ``nodes`` does not divide ``ep``.
       MeshError: there are too few devices.
 
-    >>> make_mesh(ep=4, tp=2).shape
-    OrderedDict({'ep': 4, 'tp': 2})
+    >>> dict(make_mesh(ep=4, tp=2).shape)
+    {'ep': 4, 'tp': 2}
     """
     for name, value in (("ep", ep), ("tp", tp), ("nodes", nodes), ("dp", dp)):
-        _check_count(name, value)
+        check_count(name, value)
     if ep % nodes:
         raise InvalidArgumentError(f"nodes={nodes} does not divide ep={ep}; every node holds the same number of ranks")
     axes = [("dp", dp)] * (dp > 1) + [("node", nodes)] * (nodes > 1) + [("ep", ep // nodes), ("tp", tp)]
-    sizes = [size for _, size in axes]
-    needed = int(np.prod(sizes))
+    sizes = [int(size) for _, size in axes]
+    needed = math.prod(sizes)
     if len(jax.devices()) < needed:
         raise MeshError(_too_few(needed))
     return _compat.auto_mesh(np.array(jax.devices()[:needed]).reshape(sizes), [name for name, _ in axes])
+
+
+def check_mesh(mesh: Mesh | AbstractMesh) -> None:
+    """Raises MeshError unless ``mesh`` is a mesh with axes "ep" and "tp", none of them empty."""
+    remedy = "build the mesh with moe_jax.make_mesh(ep=..., tp=...)"
+    if not isinstance(mesh, (Mesh, AbstractMesh)):
+        raise MeshError(f"mesh={mesh!r} is not a jax.sharding.Mesh; {remedy}")
+    missing = [name for name in ("ep", "tp") if name not in mesh.shape]
+    if missing:
+        raise MeshError(
+            f"mesh has axes {tuple(mesh.shape)} and lacks {' and '.join(repr(m) for m in missing)}; "
+            f"an axis may have size 1: {remedy}"
+        )
+    if not all(mesh.shape.values()):
+        raise MeshError(f"mesh has axes {dict(mesh.shape)}, one of them of size 0; {remedy}")

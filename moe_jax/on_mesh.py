@@ -9,8 +9,21 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_jax import _compat
 from moe_jax.config import ACTIVATIONS, RouterConfig
-from moe_jax.errors import InvalidArgumentError, MeshError, check_choice, check_dtype, check_rank, check_shape
-from moe_jax.layer import OPTIONAL_PARAMS, moe_layer, param_shapes
+from moe_jax.errors import (
+    InvalidArgumentError,
+    MeshError,
+    check_array,
+    check_choice,
+    check_count,
+    check_dtype,
+    check_flag,
+    check_mask,
+    check_rank,
+    check_shape,
+    check_type,
+)
+from moe_jax.layer import OPTIONAL_PARAMS, check_params, moe_layer, param_shapes
+from moe_jax.mesh import check_mesh
 from moe_jax.plan import Plan
 from moe_jax.types import LayerStats
 
@@ -47,20 +60,26 @@ def moe_on_mesh(
         tokens_per_rank * number of devices, sharded over every axis of the mesh.
 
     Raises:
-      InvalidArgumentError: ``ffn`` is not divisible by tp, or the activation is unknown.
+      InvalidArgumentError: ``ffn`` is not divisible by tp, or the activation is unknown; ``init`` and ``apply`` check
+        their own arguments.
       MeshError: the mesh is not the plan's.
 
     >>> init, apply = moe_on_mesh(mesh, plan, RouterConfig(), ffn=32)
     >>> y, stats = jax.jit(apply)(init(jax.random.key(0)), x)
     """
-    _check_mesh(mesh, plan)
+    check_type("plan", plan, Plan, "build one with moe_jax.make_plan(...)")
+    check_type("router", router, RouterConfig, "build one with moe_jax.RouterConfig(...)")
+    _check_plan_of(mesh, plan)
     check_choice("activation", activation, ACTIVATIONS)
-    if ffn < 1 or ffn % plan.tp_size:
-        raise InvalidArgumentError(f"ffn={ffn} must be positive and divisible by tp={plan.tp_size}")
+    check_flag("use_bias", use_bias)
+    check_count("ffn", ffn)
+    _check_width(f"ffn={ffn}", ffn, plan)
+    ffn = int(ffn)
     num_tokens = plan.tokens_per_rank * math.prod(mesh.shape.values())
     over_tokens = PartitionSpec(plan.token_axes)
 
     def init(key: Array) -> dict[str, Array]:
+        _check_key(key)
         shared_ffn = ffn * plan.num_shared_experts
         shapes = param_shapes(plan, router, activation, ffn=ffn, shared_ffn=shared_ffn)
         chosen = {name: shape for name, shape in shapes.items() if use_bias or name not in OPTIONAL_PARAMS}
@@ -72,12 +91,19 @@ def moe_on_mesh(
         check_shape("x", x, (num_tokens, plan.hidden), "[N, H], N = tokens_per_rank * devices; pad and use token_mask")
         check_dtype("x", x, (plan.dtype,), "the plan's dtype: cast x, or make a plan with dtype=...")
         if token_mask is not None:
-            check_shape("token_mask", token_mask, (num_tokens,), "[N]")
+            check_mask("token_mask", token_mask, (num_tokens,), "[N]")
+            _check_placed("token_mask", token_mask, over_tokens, mesh)
+        check_params(params, plan, router, activation, num_experts=plan.num_experts, where="over the mesh")
+        _check_width(f"params: 'w_up' has shape {params['w_up'].shape}; its width", params["w_up"].shape[-1], plan)
+
+        specs = {name: param_spec(name, plan) for name in params}
+        _check_placed("x", x, over_tokens, mesh)
+        for name in params:
+            _check_placed(f"params: {name!r}", params[name], specs[name], mesh)
 
         def shard(params, x, token_mask):
             return moe_layer(params, x, plan, router, activation=activation, token_mask=token_mask)
 
-        specs = {name: param_spec(name, plan) for name in params}
         mapped = _compat.shard_map(
             shard,
             mesh=mesh,
@@ -102,7 +128,8 @@ def param_spec(name: str, plan: Plan) -> PartitionSpec:
     }.get(name, PartitionSpec())
 
 
-def _check_mesh(mesh: Mesh, plan: Plan) -> None:
+def _check_plan_of(mesh: Mesh, plan: Plan) -> None:
+    check_mesh(mesh)
     ep_size = math.prod(mesh.shape.get(axis, 0) for axis in plan.ep_axis)
     if (ep_size, mesh.shape.get(plan.tp_axis), set(mesh.axis_names)) != (
         plan.ep_size,
@@ -113,6 +140,30 @@ def _check_mesh(mesh: Mesh, plan: Plan) -> None:
             f"mesh has axes {dict(mesh.shape)} and the plan was made for ep={plan.ep_size}, tp={plan.tp_size} over "
             f"{plan.token_axes}; make the plan from this mesh"
         )
+
+
+def _check_width(what: str, ffn: int, plan: Plan) -> None:
+    if ffn % plan.tp_size:
+        raise InvalidArgumentError(f"{what} must be divisible by tp={plan.tp_size}")
+
+
+def _check_placed(name: str, array: Array, spec: PartitionSpec, mesh: Mesh) -> None:
+    """Raises unless ``array`` is laid out as ``spec``, on meshes with Explicit axes: there JAX moves nothing itself."""
+    found = _compat.spec_in_type(array, mesh)
+    if found is not None and found != tuple(spec) + (None,) * (array.ndim - len(spec)):
+        raise MeshError(
+            f"{name} is laid out as {PartitionSpec(*found)} over a mesh with Explicit axes; expected {spec}: use "
+            "jax.sharding.reshard, or a mesh from moe_jax.make_mesh, whose axes are Auto"
+        )
+
+
+def _check_key(key: Array) -> None:
+    check_array("key", key)
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        check_shape("key", key, (), "one key; take one of several by index")
+    else:  # a raw key
+        check_dtype("key", key, ("uint32",), "pass jax.random.key(0)")
+        check_shape("key", key, jax.eval_shape(jax.random.PRNGKey, 0).shape, "one raw key")
 
 
 def _draw(key: Array, shapes: dict[str, tuple[int, ...]]) -> dict[str, Array]:

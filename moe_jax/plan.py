@@ -2,16 +2,18 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import numbers
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from moe_jax.config import OVERFLOWS, TRANSPORTS
-from moe_jax.errors import MeshError, UnsupportedError, raise_all, suggest
+from moe_jax.errors import UnsupportedError, choice_violations, count_violations, flag_violations, raise_all
 from moe_jax.kernels import FLOAT_DTYPES, backend_names, resolve_backend
 from moe_jax.kernels.table import KERNELS
+from moe_jax.mesh import check_mesh
 
 
 @jax.tree_util.register_static
@@ -155,15 +157,18 @@ def make_plan(
     >>> make_plan(make_mesh(ep=4), tokens_per_rank=16, hidden=8, num_experts=8, top_k=2).pair_capacity
     20
     """
-    shape = _mesh_shape(mesh)
+    check_mesh(mesh)
+    shape = mesh.shape
     ep_axis = tuple(name for name in ("node", "ep") if name in shape)
     ep_size = math.prod(shape[name] for name in ep_axis)
-    platform = _platform(mesh)
     violations = [
-        *_size_violations(tokens_per_rank, hidden, num_experts, top_k, num_shared_experts),
-        *_choice_violations(dtype=(dtype, FLOAT_DTYPES), transport=(transport, TRANSPORTS), overflow=(overflow, OVERFLOWS)),
+        *_size_violations(tokens_per_rank, hidden, num_experts, top_k, num_shared_experts, ep_size, shape["tp"]),
+        *_dtype_violations(dtype),
+        *choice_violations("transport", transport, TRANSPORTS),
+        *choice_violations("overflow", overflow, OVERFLOWS),
         *_backend_violations(backend),
         *_capacity_violations(capacity_factor),
+        *flag_violations("poison", poison),
         *_unavailable(
             num_shared_ranks=(num_shared_ranks, 0),
             num_zero_experts=(num_zero_experts, 0),
@@ -174,17 +179,9 @@ def make_plan(
             product=(product, None),
         ),
     ]
-    if not violations and num_experts % ep_size:
-        violations.append(
-            f"num_experts={num_experts} is not divisible by ep={ep_size}; "
-            f"use {math.ceil(num_experts / ep_size) * ep_size} experts or another ep"
-        )
-    if not violations and top_k > num_experts:
-        violations.append(f"top_k={top_k} exceeds num_experts={num_experts}")
-    if not violations and shape["tp"] * ep_size * tokens_per_rank * top_k >= 2**31:
-        violations.append(f"tokens_per_rank={tokens_per_rank}: ep * tp * T * K must stay below 2**31; use more devices")
     raise_all(violations, "make_plan")
 
+    tokens_per_rank, top_k, platform = int(tokens_per_rank), int(top_k), _platform(mesh)
     pair_capacity = _pair_capacity(tokens_per_rank * top_k, ep_size, capacity_factor)
     transport, reason = _choose_transport(transport, platform, ep_size, tokens_per_rank, top_k, pair_capacity, dtype)
     return Plan(
@@ -193,10 +190,10 @@ def make_plan(
         dp_axis=tuple(name for name in shape if name not in ("node", "ep", "tp")),
         ep_size=ep_size,
         tp_size=shape["tp"],
-        tokens_per_rank=int(tokens_per_rank),
+        tokens_per_rank=tokens_per_rank,
         hidden=int(hidden),
         num_experts=int(num_experts),
-        top_k=int(top_k),
+        top_k=top_k,
         dtype=str(jnp.dtype(dtype)),
         num_shared_experts=int(num_shared_experts),
         transport=transport,
@@ -208,56 +205,47 @@ def make_plan(
     )
 
 
-def _mesh_shape(mesh) -> Mapping[str, int]:
-    if not isinstance(mesh, (Mesh, AbstractMesh)):
-        raise MeshError(f"mesh={mesh!r} is not a jax.sharding.Mesh; build one with moe_jax.make_mesh(ep=..., tp=...)")
-    missing = [name for name in ("ep", "tp") if name not in mesh.shape]
-    if missing:
-        raise MeshError(
-            f"mesh has axes {tuple(mesh.shape)} and lacks {' and '.join(repr(m) for m in missing)}; "
-            "an axis may have size 1: build the mesh with moe_jax.make_mesh(ep=..., tp=...)"
-        )
-    return dict(mesh.shape)
-
-
 def _platform(mesh) -> str:
     return mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
 
 
-def _is_count(value) -> bool:
-    return not isinstance(value, bool) and hasattr(value, "__index__")
-
-
-def _size_violations(tokens_per_rank, hidden, num_experts, top_k, num_shared_experts) -> list[str]:
-    rules = {
-        "tokens_per_rank": (tokens_per_rank, 0),
-        "hidden": (hidden, 1),
-        "num_experts": (num_experts, 1),
-        "top_k": (top_k, 1),
-        "num_shared_experts": (num_shared_experts, 0),
-    }
-    return [
-        f"{name}={value!r} must be a whole number of at least {low}"
-        for name, (value, low) in rules.items()
-        if not _is_count(value) or value < low
+def _size_violations(tokens_per_rank, hidden, num_experts, top_k, num_shared_experts, ep_size, tp_size) -> list[str]:
+    found = [
+        *count_violations("tokens_per_rank", tokens_per_rank, 0),
+        *count_violations("hidden", hidden),
+        *count_violations("num_experts", num_experts),
+        *count_violations("top_k", top_k),
+        *count_violations("num_shared_experts", num_shared_experts, 0),
     ]
-
-
-def _choice_violations(**choices) -> list[str]:
-    found = []
-    for name, (value, known) in choices.items():
-        try:
-            word = str(jnp.dtype(value)) if name == "dtype" else value
-        except TypeError:
-            word = value
-        if word not in known:
-            found.append(f"{name}={value!r} is unknown; {suggest(word, known)}")
+    if found:  # the rules below compare whole numbers
+        return found
+    tokens_per_rank, num_experts, top_k = int(tokens_per_rank), int(num_experts), int(top_k)
+    if num_experts % ep_size:
+        fitting = (num_experts // ep_size + 1) * ep_size
+        found.append(
+            f"num_experts={num_experts} is not divisible by ep={ep_size}; use {fitting} experts or another ep"
+        )
+    if top_k > num_experts:
+        found.append(f"top_k={top_k} exceeds num_experts={num_experts}; lower top_k")
+    if num_experts >= 2**31:
+        found.append(f"num_experts={num_experts} must stay below 2**31: ids are 32-bit integers")
+    if tp_size * ep_size * tokens_per_rank * top_k >= 2**31:
+        found.append(f"tokens_per_rank={tokens_per_rank}: ep * tp * T * K must stay below 2**31; use more devices")
     return found
 
 
+def _dtype_violations(dtype) -> list[str]:
+    try:
+        word = str(jnp.dtype(dtype))
+    except (TypeError, ValueError):  # no dtype at all
+        word = ""
+    return [] if word in FLOAT_DTYPES else choice_violations("dtype", dtype, FLOAT_DTYPES)
+
+
 def _backend_violations(backend) -> list[str]:
-    if backend != "auto" and backend not in backend_names():
-        return [f"backend={backend!r} is unknown; {suggest(backend, ['auto', *backend_names()])}"]
+    unknown = choice_violations("backend", backend, ["auto", *backend_names()])
+    if unknown:
+        return unknown
     found = []
     for kernel in KERNELS:
         try:
@@ -269,17 +257,18 @@ def _backend_violations(backend) -> list[str]:
 
 def _unavailable(**options) -> list[str]:
     """Options of the operator family that this version does not serve; anything but their default is refused."""
-    return [
-        f"{name}={value!r} is not available in this version; leave it at {default!r}"
-        for name, (value, default) in options.items()
-        if value != default
-    ]
+    found = []
+    for name, (value, default) in options.items():
+        plain = value.item() if isinstance(value, np.generic) else value
+        if type(plain) is not type(default) or plain != default:
+            found.append(f"{name}={value!r} is not available in this version; leave it at {default!r}")
+    return found
 
 
 def _capacity_violations(capacity_factor) -> list[str]:
     if capacity_factor is None:
         return []
-    if isinstance(capacity_factor, bool) or not isinstance(capacity_factor, (int, float)):
+    if isinstance(capacity_factor, bool) or not isinstance(capacity_factor, numbers.Real):
         return [f"capacity_factor={capacity_factor!r} must be a number, or None for the plan's own choice"]
     if not 0 < capacity_factor < math.inf:
         return [f"capacity_factor={capacity_factor!r} must be positive and finite; 1.0 is a perfectly balanced load"]
@@ -292,7 +281,7 @@ def _pair_capacity(num_pairs: int, ep_size: int, capacity_factor: float | None) 
     if capacity_factor is None:
         capacity = math.ceil(max(1.25 * balanced, balanced + 4 * math.sqrt(balanced)))
     else:
-        capacity = math.ceil(capacity_factor * balanced)
+        capacity = math.ceil(float(min(capacity_factor, ep_size)) * balanced)  # at ep, all pairs fit
     return max(1, min(capacity, num_pairs))
 
 

@@ -1,18 +1,25 @@
 """Routers: which experts each token goes to, with what weight, and how even the load is."""
 
+import math
+import numbers
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from moe_jax import _compat, comm
 from moe_jax.config import RouterConfig
 from moe_jax.errors import (
     InvalidArgumentError,
     MissingArgumentError,
+    check_count,
     check_dtype,
+    check_mask,
     check_rank,
     check_shape,
+    check_type,
 )
 from moe_jax.types import Routing
 
@@ -52,11 +59,13 @@ def route(
 
     Raises:
       ShapeError, DtypeError, InvalidArgumentError, MissingArgumentError: an argument breaks a rule above.
+      MeshError: ``axis_name`` is not bound here.
 
     >>> route(jnp.array([[0.0, 2.0, 1.0]]), RouterConfig(), top_k=2).expert_ids
     Array([[1, 2]], dtype=int32)
     """
     _check_route(logits, router, top_k, bias, token_mask)
+    axes = () if axis_name is None else _compat.bound_axes(axis_name)
     with jax.named_scope("route"):
         logits = logits.astype(jnp.float32)
         scores = _scores(logits, router.score)
@@ -72,7 +81,7 @@ def route(
         active = jnp.ones_like(logits[:, 0], dtype=bool) if token_mask is None else token_mask
         expert_ids = jnp.where(active[:, None], expert_ids, -1)
         weights = jnp.where(active[:, None], weights, 0.0)
-        losses, load = _losses(logits, scores, expert_ids, active, router, axis_name)
+        losses, load = _losses(logits, scores, expert_ids, active, router, axes)
     return Routing(expert_ids=expert_ids, combine_weights=weights, losses=losses, load=load)
 
 
@@ -83,11 +92,21 @@ def update_selection_bias(bias: jax.Array, load: jax.Array, *, rate: float) -> j
 
     Args:
       bias: [E] f32.
-      load: [E], pairs per expert over all tokens of the step.
-      rate: the step, in units of the score.
+      load: [E] integer or float, pairs per expert over all tokens of the step.
+      rate: the step, in units of the score; not negative. A number, or a traced scalar.
+
+    Raises:
+      ShapeError, DtypeError, InvalidArgumentError, MissingArgumentError: an argument breaks a rule above.
     """
     check_rank("bias", bias, 1, "[E]")
+    check_dtype("bias", bias, ("float32",), "keep it in fp32: small steps vanish in narrower types")
     check_shape("load", load, bias.shape, "[E], as bias")
+    check_dtype("load", load, (jnp.integer, jnp.floating))
+    if isinstance(rate, (jax.Array, np.ndarray)):
+        check_shape("rate", rate, (), "a scalar")
+        check_dtype("rate", rate, (jnp.floating,))
+    elif isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 <= rate < math.inf:
+        raise InvalidArgumentError(f"rate={rate!r} must be a number, finite and not below zero")
     load = load.astype(jnp.float32)
     return bias + rate * jnp.sign(jnp.mean(load) - load)
 
@@ -101,25 +120,25 @@ def count_ids(ids: jax.Array, num_ids: int) -> jax.Array:
 def _check_route(logits, router, top_k, bias, token_mask):
     check_rank("logits", logits, 2, "[T, E]")
     check_dtype("logits", logits, _FLOATS)
+    check_type("router", router, RouterConfig, "build one with moe_jax.RouterConfig(...)")
+    check_count("top_k", top_k)
     num_experts = logits.shape[1]
     if num_experts % router.num_groups:
         raise InvalidArgumentError(
             f"router.num_groups={router.num_groups} does not divide the {num_experts} experts of logits"
         )
     reachable = num_experts // router.num_groups * router.top_groups
-    if not 1 <= top_k <= reachable:
-        raise InvalidArgumentError(
-            f"top_k={top_k} must lie between 1 and {reachable}, the number of experts that a token can reach"
-        )
+    if top_k > reachable:
+        raise InvalidArgumentError(f"top_k={top_k} exceeds {reachable}, the number of experts that a token can reach")
     if router.selection_bias and bias is None:
         raise MissingArgumentError("bias is missing: router.selection_bias is true; pass an fp32 array [E]")
     if bias is not None:
         if not router.selection_bias:
             raise InvalidArgumentError("bias was given but router.selection_bias is false; set it or leave bias out")
         check_shape("bias", bias, (num_experts,), "[E], one per expert")
+        check_dtype("bias", bias, (jnp.floating,))
     if token_mask is not None:
-        check_shape("token_mask", token_mask, logits.shape[:1], "[T]")
-        check_dtype("token_mask", token_mask, ("bool",))
+        check_mask("token_mask", token_mask, logits.shape[:1], "[T]")
 
 
 def _scores(logits: jax.Array, score: str) -> jax.Array:
@@ -168,16 +187,16 @@ def _take_backward(residuals, ct):
 _take_columns.defvjp(_take_forward, _take_backward)
 
 
-def _losses(logits, scores, expert_ids, active, router, axis_name):
-    """Losses and load over the active tokens of all ranks along ``axis_name``."""
+def _losses(logits, scores, expert_ids, active, router, axes):
+    """Losses and load over the active tokens of all ranks along ``axes``."""
     num_experts, top_k = logits.shape[1], expert_ids.shape[1]
     shares = scores if router.score == "softmax" else scores / (jnp.sum(scores, axis=-1, keepdims=True) + _TINY)
     load = count_ids(expert_ids, num_experts)
     num_active = jnp.sum(active, dtype=jnp.int32)
     share_sum = jnp.sum(jnp.where(active[:, None], shares, 0.0), axis=0)
     z_sum = jnp.sum(jnp.where(active, jnp.square(jax.nn.logsumexp(logits, axis=-1)), 0.0))
-    if axis_name is not None:
-        load, num_active, share_sum, z_sum = lax.psum((load, num_active, share_sum, z_sum), axis_name)
+    if axes:
+        load, num_active, share_sum, z_sum = comm.sum_over((load, num_active, share_sum, z_sum), axes)
     count = jnp.maximum(num_active, 1).astype(jnp.float32)
     fraction = load.astype(jnp.float32) / (count * top_k)
     balance = num_experts * jnp.sum(fraction * share_sum / count)

@@ -193,7 +193,7 @@ def test_verify_passes_its_arguments_on(monkeypatch):
     monkeypatch.setattr(moe_jax, "verify", fake, raising=False)
     assert main(["verify"]) == 1
     assert main(["verify", "--mesh", "ep=2,dp=2", "--backend", "mine", "--json"]) == 1
-    assert calls == [(MeshConfig(ep=4, tp=2), "auto", False), (MeshConfig(ep=2, dp=2), "mine", True)]
+    assert calls == [(None, "auto", False), (MeshConfig(ep=2, dp=2), "mine", True)]
 
 
 TINY = str(ROOT / "configs" / "tiny.toml")

@@ -13,6 +13,7 @@ from moe_jax.comm.collectives import (
     max_over_replicas,
     reduce_scatter_tokens,
     reduce_scatter_tp,
+    sum_over,
     sum_over_tokens,
     tp_rank,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "ragged_all_to_all",
     "reduce_scatter_tokens",
     "reduce_scatter_tp",
+    "sum_over",
     "sum_over_tokens",
     "tp_rank",
 ]

@@ -1,5 +1,8 @@
 """The collectives of a plan: every exchange between devices goes through here or through ``ragged``."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -13,14 +16,15 @@ from moe_jax.layout import exclusive_cumsum
 Array = jax.Array
 
 
-def check_axes(plan) -> None:
-    """Raises MeshError unless the plan's axes are bound here with the plan's sizes."""
-    sizes = {axis: _compat.bound_axis_size(axis) for axis in plan.exchange_axes}
+def check_axes(plan, *, replicas: bool = False) -> None:
+    """Raises MeshError unless the plan's axes, with ``replicas`` the data-parallel ones too, fit the mesh here."""
+    axes = plan.token_axes if replicas else plan.exchange_axes
+    sizes = {axis: _compat.bound_axis_size(axis) for axis in axes}
     unbound = [axis for axis, size in sizes.items() if size is None]
     if unbound:
         raise MeshError(
             f"axis {unbound[0]!r} of the plan is not bound here; call this function inside jax.shard_map over a mesh "
-            f"with axes {plan.exchange_axes}, or use moe_jax.moe_on_mesh"
+            f"with axes {axes}, or use moe_jax.moe_on_mesh"
         )
     ep_size = 1
     for axis in plan.ep_axis:
@@ -50,6 +54,11 @@ def max_over_ranks(x: Array, plan) -> Array:
 def max_over_replicas(x: Array, plan) -> Array:
     """The largest ``x`` of the data-parallel replicas of the exchange group."""
     return lax.pmax(x, plan.dp_axis) if plan.dp_axis else x
+
+
+def sum_over(tree: Any, axis_name: str | Sequence[str]) -> Any:
+    """The sum of every leaf over the ranks along ``axis_name``."""
+    return lax.psum(tree, axis_name)
 
 
 def sum_over_tokens(x: Array, plan) -> Array:

@@ -6,7 +6,8 @@ whose number follows the true counts and is the same on all ranks:
 - *direct*: every chunk moves up to ``chunk`` rows from each rank to each. Each rank sends W times the largest slice.
 - *relay*: each rank first deals its rows out evenly to all ranks, and these pass them on (Valiant's two-phase
   routing). Each rank sends the largest total that any rank sends, plus the largest that any rank receives, however
-  uneven single slices are: at most twice what the busiest rank must move anyway.
+  uneven single slices are: at most twice what the busiest rank must move anyway, but for rounding (up to W + 1 chunks
+  for small slices).
 
 The cheaper one is chosen at run time.
 """
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax import _compat
-from moe_jax.errors import MeshError, ShapeError, check_dtype, check_rank, check_shape
+from moe_jax.errors import ShapeError, check_dtype, check_rank, check_shape
 from moe_jax.layout import exclusive_cumsum, map_blocks
 
 Array = jax.Array
@@ -58,16 +59,15 @@ def ragged_all_to_all(
 
     Raises:
       ShapeError, DtypeError: an argument does not have the shape or dtype above.
+      MissingArgumentError, InvalidArgumentError: an array is None; ``axis_name`` is no name or tuple of names.
       MeshError: ``axis_name`` is not bound here.
 
     Source: the calling convention of jax.lax.ragged_all_to_all; L. G. Valiant, A Scheme for Fast Parallel
     Communication, SIAM J. Comput. 11 (1982), for the relay.
     """
-    axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-    for axis in axes:
-        if _compat.bound_axis_size(axis) is None:
-            raise MeshError(f"axis_name={axis!r} is not bound here; call this inside jax.shard_map over that axis")
+    axes = _compat.bound_axes(axis_name)
     num_ranks = math.prod(_compat.bound_axis_size(axis) for axis in axes)
+    check_dtype("operand", operand, (jnp.number, jnp.bool_))
     if operand.ndim < 1:
         raise ShapeError("operand is a scalar; expected [N, ...]")
     check_rank("output", output, operand.ndim, "[M, ...], the rank of operand")

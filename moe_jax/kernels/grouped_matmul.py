@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax._compat import as_varying, union_of_varying_axes
-from moe_jax.errors import DtypeError, check_choice, check_dtype, check_rank, check_shape
+from moe_jax.errors import ShapeError, check_choice, check_dtype, check_flag, check_rank, check_shape
 from moe_jax.kernels.table import backend_names, call_kernel
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
@@ -28,7 +28,7 @@ def grouped_matmul(
 
     Args:
       lhs: [M, H] fp32, bf16 or fp16.
-      rhs: [G, H, N], or [G, N, H] if ``transpose_rhs``; the dtype of ``lhs``.
+      rhs: G >= 1 matrices [G, H, N], or [G, N, H] if ``transpose_rhs``; the dtype of ``lhs``.
       group_sizes: [G] i32, rows per group, each >= 0, in order; their sum is at most M.
       backend: a registered back end, or "auto": the one for the platform that the program is lowered for.
       transpose_rhs: whether ``rhs`` holds transposed matrices.
@@ -38,6 +38,7 @@ def grouped_matmul(
 
     Raises:
       ShapeError, DtypeError: an argument does not have the shape or dtype above.
+      MissingArgumentError: an array is None.
       InvalidArgumentError, UnsupportedError: the back end is unknown, or lacks this kernel.
 
     >>> grouped_matmul(jnp.ones((3, 2)), jnp.stack([jnp.eye(2), 2 * jnp.eye(2)]), jnp.array([1, 2]))
@@ -45,11 +46,13 @@ def grouped_matmul(
            [2., 2.],
            [2., 2.]], dtype=float32)
     """
+    check_flag("transpose_rhs", transpose_rhs)
     check_rank("lhs", lhs, 2, "[M, H]")
     check_rank("rhs", rhs, 3, "[G, H, N], or [G, N, H] with transpose_rhs=True")
     check_dtype("lhs", lhs, FLOAT_DTYPES)
-    if rhs.dtype != lhs.dtype:
-        raise DtypeError(f"rhs has dtype {rhs.dtype} and lhs {lhs.dtype}; they must be equal: cast one of them")
+    check_dtype("rhs", rhs, (lhs.dtype,), "the dtype of lhs: cast one of them")
+    if not rhs.shape[0]:
+        raise ShapeError(f"rhs has shape {rhs.shape}; expected at least one matrix: [G, H, N], G > 0")
     check_dtype("group_sizes", group_sizes, ("int32",), "cast it with .astype(jnp.int32)")
     check_shape("group_sizes", group_sizes, rhs.shape[:1], "[G], one size per matrix of rhs")
     contracted, layout = (rhs.shape[2], "[M, N]") if transpose_rhs else (rhs.shape[1], "[M, H]")
@@ -58,7 +61,7 @@ def grouped_matmul(
     # Replicated operands become varying here, outside the custom rule, so that JAX itself sums their cotangents.
     operands = [jnp.asarray(a) for a in (lhs, rhs, group_sizes)]  # a kernel may index with a traced integer
     operands = as_varying(operands, union_of_varying_axes(operands))
-    return _grouped_matmul(backend, transpose_rhs, *operands)
+    return _grouped_matmul(backend, bool(transpose_rhs), *operands)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 import jax
 
-from moe_jax.errors import InvalidArgumentError, UnsupportedError, check_choice, suggest
+from moe_jax.errors import InvalidArgumentError, UnsupportedError, check_choice, check_flag, check_type, suggest
 
 KERNELS = ("grouped_matmul", "grouped_outer")
 TRANSPORTS = ("padded", "ragged")
@@ -36,7 +36,8 @@ class Backend:
         "ragged": the calling convention of jax.lax.ragged_all_to_all.
 
     Raises:
-      InvalidArgumentError: an unknown kernel, transport or platform, or the name "auto".
+      InvalidArgumentError: an unknown kernel, transport or platform, something that cannot be called, or a name
+        that is "auto" or no word.
     """
 
     name: str
@@ -45,29 +46,38 @@ class Backend:
     transports: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        if not self.name or self.name == "auto":
+        if not isinstance(self.name, str) or self.name in ("", "auto"):
             raise InvalidArgumentError(f"name={self.name!r} cannot name a back end; choose another word")
-        for what, given, known in (
-            ("kernels", self.kernels, KERNELS),
-            ("transports", self.transports, TRANSPORTS),
-            ("platforms", self.platforms, PLATFORMS),
-        ):
-            for word in given:
-                if word not in known:
-                    raise InvalidArgumentError(f"{what} of back end {self.name!r}: {word!r}; {suggest(word, known)}")
+        _check_words(f"platforms of back end {self.name!r}", self.platforms, PLATFORMS, tuple | list)
+        for what, given, known in (("kernels", self.kernels, KERNELS), ("transports", self.transports, TRANSPORTS)):
+            what = f"{what} of back end {self.name!r}"
+            _check_words(what, given, known, Mapping)
+            for word, function in given.items():
+                if not callable(function):
+                    raise InvalidArgumentError(f"{what}: {word!r} is {function!r}; pass a function")
         object.__setattr__(self, "platforms", tuple(self.platforms))
         object.__setattr__(self, "kernels", MappingProxyType(dict(self.kernels)))
         object.__setattr__(self, "transports", MappingProxyType(dict(self.transports)))
+
+
+def _check_words(what: str, given, known: tuple[str, ...], kind) -> None:
+    """Raises unless ``given`` is a ``kind`` and holds only ``known`` words."""
+    if not isinstance(given, kind):
+        form = "a dict from words to functions" if kind is Mapping else "a tuple of words"
+        raise InvalidArgumentError(f"{what}: {given!r} is not {form}; known: {', '.join(known)}")
+    for word in given:
+        if word not in known:
+            raise InvalidArgumentError(f"{what}: {word!r}; {suggest(word, known)}")
 
 
 def register_backend(backend: Backend, *, replace: bool = False) -> None:
     """Adds ``backend`` to the table. Among those that serve a platform, "auto" takes the one registered last.
 
     Raises:
-      InvalidArgumentError: the name is taken and ``replace`` is false.
+      InvalidArgumentError: not a Backend, or the name is taken and ``replace`` is false.
     """
-    if not isinstance(backend, Backend):
-        raise InvalidArgumentError(f"backend={backend!r} is not a moe_jax.Backend; build one with moe_jax.Backend(...)")
+    check_type("backend", backend, Backend, "build one with moe_jax.Backend(...)")
+    check_flag("replace", replace)
     if backend.name in _TABLE and not replace:
         raise InvalidArgumentError(f"name={backend.name!r} is registered already; pass replace=True to take its place")
     _TABLE.pop(backend.name, None)
@@ -93,12 +103,12 @@ def resolve_backend(kernel: str, name: str = "auto", *, platform: str | None = N
       UnsupportedError: the named back end does not have that kernel. (An explicit choice is never replaced.)
     """
     check_choice("kernel", kernel, KERNELS + TRANSPORTS)
+    check_choice("backend", name, ["auto", *_TABLE])
     if name != "auto":
-        check_choice("backend", name, ["auto", *_TABLE])
         if kernel not in {**_TABLE[name].kernels, **_TABLE[name].transports}:
             raise UnsupportedError(f"backend={name!r} has no {kernel!r}; choose 'auto' or another back end")
         return _TABLE[name]
-    platform = platform or jax.default_backend()
+    platform = jax.default_backend() if platform is None else platform
     check_choice("platform", platform, PLATFORMS)
     for backend in reversed(_TABLE.values()):
         if platform in backend.platforms and kernel in {**backend.kernels, **backend.transports}:

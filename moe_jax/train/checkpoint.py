@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, so that np.dtype("bfloat16") works)
 import numpy as np
 
 from moe_jax.config import Config

@@ -1,0 +1,102 @@
+"""The architecture as a test: who may import whom, who may call a collective, what an import may touch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import moe_jax
+
+ROOT = Path(moe_jax.__file__).parent
+
+# A module imports only from the lines above its own; modules and packages of one line do not know each other.
+LAYERS = [
+    {"errors"},
+    {"_compat"},
+    {"config", "types", "reference", "layout"},
+    {"mesh", "kernels"},
+    {"comm", "plan"},
+    {"routing", "dispatch", "experts", "fused", "update_expert"},
+    {"layer"},
+    {"on_mesh"},
+    {"verify"},
+    {"__init__"},  # the public names; what follows uses them as any user does
+    {"train"},
+    {"cli"},
+    {"__main__"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+COLLECTIVES = {
+    "psum", "pmax", "pmin", "pmean", "ppermute", "pshuffle", "all_gather", "all_to_all", "psum_scatter",
+    "ragged_all_to_all", "pbroadcast",
+}  # fmt: skip
+CORE_MAY_IMPORT = {"jax", "numpy"} | set(sys.stdlib_module_names)
+EXTRAS = {"train": {"optax", "rich", "matplotlib"}, "kernels": {"tokamax"}}
+
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def unit(path: Path) -> str:
+    """The line of LAYERS that a file belongs to: its package, or its own name."""
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported(path: Path):
+    """Every module that a file imports, as dotted names; ``from moe_jax import x`` counts as moe_jax.x where x is one."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            for alias in node.names:
+                inner = node.module == "moe_jax" and alias.name in LEVEL
+                yield f"moe_jax.{alias.name}" if inner else node.module
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_downward(path):
+    mine = unit(path)
+    assert mine in LEVEL, f"{mine} has no place in LAYERS: give it one"
+    for name in imported(path):
+        if name.split(".")[0] != "moe_jax":
+            continue
+        theirs = name.split(".")[1] if "." in name else "__init__"
+        if theirs != mine:
+            assert LEVEL[theirs] < LEVEL[mine], f"{path.name} imports {name}, which is not below it"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_dependencies(path):
+    allowed = CORE_MAY_IMPORT | EXTRAS.get(unit(path), set()) | {"moe_jax"}
+    for name in imported(path):
+        assert name.split(".")[0] in allowed, f"{path.name} imports {name}"
+    if unit(path) == "reference":
+        assert not any(name.split(".")[0] == "jax" for name in imported(path))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_collectives_are_called_in_comm_alone(path):
+    if unit(path) == "comm":
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            base = node.func.value
+            is_lax = getattr(base, "id", getattr(base, "attr", None)) == "lax"
+            assert not (is_lax and node.func.attr in COLLECTIVES), f"{path.name}:{node.lineno} calls {node.func.attr}"
+
+
+def test_import_touches_no_device_and_no_extra():
+    program = (
+        "import os, sys; before = dict(os.environ); import moe_jax; from jax._src import xla_bridge; "
+        "assert not xla_bridge.backends_are_initialized(); assert dict(os.environ) == before; "
+        "bad = {'optax', 'rich', 'matplotlib', 'tokamax', 'jax.experimental.pallas'} & set(sys.modules); assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_all_is_complete_and_hand_listed():
+    assert moe_jax.__all__ == sorted(moe_jax.__all__)
+    for name in moe_jax.__all__:
+        assert getattr(moe_jax, name).__doc__, f"{name} has no docstring"
