@@ -4,9 +4,10 @@ Importing this package touches no device and no environment variable.
 """
 
 from moe_jax import errors, reference
+from moe_jax.combine import combine, combine_add_rms_norm
 from moe_jax.comm import ragged_all_to_all
 from moe_jax.config import RouterConfig, load_config
-from moe_jax.dispatch import combine, dispatch
+from moe_jax.dispatch import dispatch
 from moe_jax.errors import MoEError
 from moe_jax.kernels import Backend, grouped_matmul, register_backend, resolve_backend
 from moe_jax.layer import moe_layer
@@ -14,7 +15,8 @@ from moe_jax.mesh import emulate_devices, make_mesh
 from moe_jax.on_mesh import moe_on_mesh
 from moe_jax.plan import Plan, make_plan
 from moe_jax.routing import route, update_selection_bias
-from moe_jax.types import DispatchHandle, Dispatched, LayerStats, Routing
+from moe_jax.types import Dispatched, DispatchHandle, LayerStats, Routing
+from moe_jax.update_expert import update_expert
 
 __version__ = "0.1.0"
 
@@ -28,6 +30,7 @@ __all__ = [
     "RouterConfig",
     "Routing",
     "combine",
+    "combine_add_rms_norm",
     "dispatch",
     "emulate_devices",
     "errors",
@@ -42,5 +45,6 @@ __all__ = [
     "register_backend",
     "resolve_backend",
     "route",
+    "update_expert",
     "update_selection_bias",
 ]

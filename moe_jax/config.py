@@ -6,6 +6,7 @@ adds the rules between sections. `load_config` reads a file, `parse_mesh` reads 
 
 import dataclasses
 import math
+import os
 import tomllib
 import types
 import typing
@@ -185,6 +186,8 @@ def load_config(path: str | Path) -> Config:
     Raises:
       ConfigError: the file is unreadable or not TOML; a section or key is unknown or missing; a value breaks a rule.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ConfigError(f"path={path!r} is a {type(path).__name__}; give the path of a TOML file")
     return _build(Config, _read_toml(Path(path)), str(path))
 
 
@@ -213,7 +216,7 @@ def _read_toml(path: Path) -> dict[str, typing.Any]:
             return tomllib.load(file)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # not TOML, not UTF-8, or no possible path
         raise ConfigError(f"{path}: is not valid TOML ({error})") from None
 
 

@@ -8,9 +8,10 @@ from jax import lax
 
 from moe_jax import _compat, comm
 from moe_jax.config import ACTIVATIONS, RouterConfig
-from moe_jax.dispatch import Exchange, collect_rows, count_rounds, finish, open_window, prepare, send_rows
+from moe_jax.dispatch import Exchange, count_rounds, open_window, prepare
 from moe_jax.errors import (
     MoEError,
+    UnsupportedError,
     check_choice,
     check_dtype,
     check_mask,
@@ -20,8 +21,10 @@ from moe_jax.errors import (
     suggest,
 )
 from moe_jax.experts import grouped_ffn, is_gated, shared_ffn
+from moe_jax.movement import collect_rows, finish, send_rows
 from moe_jax.plan import Plan
 from moe_jax.routing import route
+from moe_jax.special import special_terms
 from moe_jax.types import LayerStats
 
 Array = jax.Array
@@ -47,10 +50,12 @@ def moe_layer(
 
     Args:
       params: this shard's part, in any float dtype (cast to ``plan.dtype`` for the products, except the router):
-        router [H, E], optional router_bias [E]; selection_bias [E] if ``router.selection_bias``;
+        router [H, E'], optional router_bias [E']; selection_bias [E'] if ``router.selection_bias``, where E' is
+        ``plan.num_ids``: routed, zero, copy and constant experts;
         w_gate (if gated), w_up [E / ep, H, F / tp], w_down [E / ep, F / tp, H];
         optional b_gate, b_up [E / ep, F / tp], b_down [E / ep, H]; with shared experts: shared_gate (if gated),
-        shared_up [H, S], shared_down [S, H], replicated.
+        shared_up [H, S], shared_down [S, H], replicated; with constant experts: const_alpha1, const_alpha2 and
+        const_v [Cc, H], replicated.
       x: [T, H] in ``plan.dtype``.
       plan, router: static.
       activation: "swiglu", "gelu" or "clamped_swiglu"; see ``experts.activate``.
@@ -63,8 +68,9 @@ def moe_layer(
     Raises:
       InvalidArgumentError: lists everything that is wrong with ``params``; or an unknown activation.
       MissingArgumentError, ShapeError, DtypeError, MeshError: as for ``dispatch``.
+      UnsupportedError: the plan puts shared experts on ranks of their own.
     """
-    check_type("plan", plan, Plan, "build one with moe_jax.make_plan(...)")
+    check_layer_plan(plan)
     check_type("router", router, RouterConfig, "build one with moe_jax.RouterConfig(...)")
     check_choice("activation", activation, ACTIVATIONS)
     comm.check_axes(plan, replicas=True)
@@ -89,7 +95,12 @@ def moe_layer(
     num_rounds = count_rounds(exchange, plan)
     experts = {name: params[name] for name in params if name.startswith(("w_", "b_"))}
     experts, x, exchange = _compat.as_varying((experts, x, exchange), plan.token_axes)
-    total = _routed_sum(plan, activation, experts, x, routing.combine_weights, exchange, num_rounds)
+    constants = {name: params.get(name) for name in ("const_alpha1", "const_alpha2", "const_v")}
+    constants = {name: value if value is None else value.astype(plan.dtype) for name, value in constants.items()}
+    tokens = x if plan.num_copy_experts + plan.num_const_experts else None
+    special = special_terms(exchange.expert_ids, plan, x=tokens, **constants)
+    special = _compat.as_varying(special, plan.token_axes)
+    total = _routed_sum(plan, activation, experts, x, routing.combine_weights, special, exchange, num_rounds)
     if plan.num_shared_experts:
         total = total + shared_ffn(params, x, activation=activation)
     if token_mask is not None:
@@ -101,6 +112,16 @@ def moe_layer(
         losses=routing.losses,
     )
     return total.astype(plan.dtype), stats
+
+
+def check_layer_plan(plan: Plan) -> None:
+    """Raises unless ``plan`` is one that the layer can serve."""
+    check_type("plan", plan, Plan, "build one with moe_jax.make_plan(...)")
+    if plan.num_shared_ranks:
+        raise UnsupportedError(
+            f"plan.num_shared_ranks={plan.num_shared_ranks}: the layer computes shared experts beside the exchange; "
+            "make the plan with num_shared_ranks=0, or call dispatch and combine yourself"
+        )
 
 
 def router_logits(params: dict[str, Array], x: Array) -> Array:
@@ -119,15 +140,17 @@ def param_shapes(
     """Shapes of everything that ``params`` may hold; ``num_experts`` of the expert weights, all by default."""
     experts, hidden = plan.num_experts if num_experts is None else num_experts, plan.hidden
     shapes = {
-        "router": (hidden, plan.num_experts),
-        "router_bias": (plan.num_experts,),
+        "router": (hidden, plan.num_ids),
+        "router_bias": (plan.num_ids,),
         "w_up": (experts, hidden, ffn),
         "w_down": (experts, ffn, hidden),
         "b_up": (experts, ffn),
         "b_down": (experts, hidden),
     }
     if router.selection_bias:
-        shapes["selection_bias"] = (plan.num_experts,)
+        shapes["selection_bias"] = (plan.num_ids,)
+    if plan.num_const_experts:
+        shapes |= {name: (plan.num_const_experts, hidden) for name in ("const_alpha1", "const_alpha2", "const_v")}
     if plan.num_shared_experts:
         shapes |= {"shared_up": (hidden, shared_ffn), "shared_down": (shared_ffn, hidden)}
     if is_gated(activation):
@@ -184,12 +207,12 @@ def _round(plan: Plan, activation: str, index, experts, x, weights, exchange: Ex
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _routed_sum(plan, activation, experts, x, weights, exchange, num_rounds):
+def _routed_sum(plan, activation, experts, x, weights, special, exchange, num_rounds):
     """[T, H] fp32. The first round is inline and keeps its residuals; the others are a loop that keeps none."""
-    return _routed_forward(plan, activation, experts, x, weights, exchange, num_rounds)[0]
+    return _routed_forward(plan, activation, experts, x, weights, special, exchange, num_rounds)[0]
 
 
-def _routed_forward(plan, activation, experts, x, weights, exchange, num_rounds):
+def _routed_forward(plan, activation, experts, x, weights, special, exchange, num_rounds):
     first = functools.partial(_round, plan, activation, 0, exchange=exchange)
     collected, pull_first = jax.vjp(first, experts, x, weights)
 
@@ -201,14 +224,14 @@ def _routed_forward(plan, activation, experts, x, weights, exchange, num_rounds)
     if plan.max_rounds > 1:
         start = (jnp.ones_like(num_rounds), collected)
         _, collected = lax.while_loop(lambda state: state[0] < num_rounds, overflow, start)
-    total = finish(collected, weights, plan)
-    return total, (pull_first, collected, experts, x, weights, exchange, num_rounds)
+    total = finish(collected, weights, special, plan)
+    return total, (pull_first, collected, experts, x, weights, special, exchange, num_rounds)
 
 
 def _routed_backward(plan, activation, residuals, ct):
-    pull_first, collected, experts, x, weights, exchange, num_rounds = residuals
-    pull_finish = jax.vjp(lambda collected, weights: finish(collected, weights, plan), collected, weights)[1]
-    d_collected, d_weights = pull_finish(ct)
+    pull_first, collected, experts, x, weights, special, exchange, num_rounds = residuals
+    pull_finish = jax.vjp(lambda *operands: finish(*operands, plan), collected, weights, special)[1]
+    d_collected, d_weights, d_special = pull_finish(ct)
     grads = pull_first(d_collected)
 
     def overflow(state):
@@ -221,7 +244,7 @@ def _routed_backward(plan, activation, residuals, ct):
         start = (jnp.ones_like(num_rounds), grads)
         _, grads = lax.while_loop(lambda state: state[0] < num_rounds, overflow, start)
     d_experts, d_x, d_sent_weights = grads
-    return d_experts, d_x, d_weights + d_sent_weights, None, None
+    return d_experts, d_x, d_weights + d_sent_weights, d_special, None, None
 
 
 _routed_sum.defvjp(_routed_forward, _routed_backward)

@@ -1,6 +1,7 @@
 """The layer over global arrays: one shard_map around ``moe_layer``, and parameters placed for it."""
 
 import math
+import zlib
 from collections.abc import Callable
 
 import jax
@@ -22,7 +23,7 @@ from moe_jax.errors import (
     check_shape,
     check_type,
 )
-from moe_jax.layer import OPTIONAL_PARAMS, check_params, moe_layer, param_shapes
+from moe_jax.layer import OPTIONAL_PARAMS, check_layer_plan, check_params, moe_layer, param_shapes
 from moe_jax.mesh import check_mesh
 from moe_jax.plan import Plan
 from moe_jax.types import LayerStats
@@ -53,7 +54,7 @@ def moe_on_mesh(
       use_bias: whether ``init`` makes the optional biases (zero at first).
 
     Returns:
-      init: key -> dict of fp32 arrays: router [H, E], w_gate (if gated), w_up [E, H, F], w_down [E, F, H],
+      init: key -> dict of fp32 arrays: router [H, E'], w_gate (if gated), w_up [E, H, F], w_down [E, F, H],
         selection_bias [E] if the router has one, shared_gate (if gated), shared_up, shared_down if there are shared
         experts, and router_bias, b_gate, b_up, b_down with ``use_bias``.
       apply: (params, x [N, H] in ``plan.dtype``, token_mask [N] bool or None) -> (y [N, H], LayerStats), with N =
@@ -63,11 +64,12 @@ def moe_on_mesh(
       InvalidArgumentError: ``ffn`` is not divisible by tp, or the activation is unknown; ``init`` and ``apply`` check
         their own arguments.
       MeshError: the mesh is not the plan's.
+      UnsupportedError: the plan puts shared experts on ranks of their own.
 
     >>> init, apply = moe_on_mesh(mesh, plan, RouterConfig(), ffn=32)
     >>> y, stats = jax.jit(apply)(init(jax.random.key(0)), x)
     """
-    check_type("plan", plan, Plan, "build one with moe_jax.make_plan(...)")
+    check_layer_plan(plan)
     check_type("router", router, RouterConfig, "build one with moe_jax.RouterConfig(...)")
     _check_plan_of(mesh, plan)
     check_choice("activation", activation, ACTIVATIONS)
@@ -169,11 +171,12 @@ def _check_key(key: Array) -> None:
 def _draw(key: Array, shapes: dict[str, tuple[int, ...]]) -> dict[str, Array]:
     """Normal weights of variance 1 / fan-in, zero biases; each name has its own key, so none depends on another."""
     params = {}
-    for index, name in enumerate(sorted(shapes)):
-        shape = shapes[name]
+    for name, shape in shapes.items():
         if name.startswith("b_") or name.endswith("_bias"):
             params[name] = jnp.zeros(shape, jnp.float32)
         else:
-            draw = jax.random.normal(jax.random.fold_in(key, index), shape, jnp.float32)
-            params[name] = draw / math.sqrt(shape[-2])
+            own_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+            draw = jax.random.normal(own_key, shape, jnp.float32)
+            fan_in = shape[-1] if name.startswith("const_") else shape[-2]
+            params[name] = draw / math.sqrt(fan_in)
     return params

@@ -1,7 +1,7 @@
 """The traced data that crosses layer borders, as frozen pytrees.
 
 No leaf of a per-shard result has rank 0, so one ``PartitionSpec`` prefix such as ``P(("ep", "tp"))`` fits them all.
-T tokens per device, K choices per token, H hidden size, W expert-parallel ranks, P tensor-parallel ranks,
+T tokens per device, K choices and C copies per token, H hidden size, W expert-parallel ranks, P tensor-parallel ranks,
 L local experts, M row capacity, A arrival capacity (rows that an exchange may deliver), S send capacity.
 """
 
@@ -28,8 +28,8 @@ def _pytree(static: tuple[str, ...] = ()):
 class ExchangeMaps:
     """How rows move when each rank sends rows to each: maps of one window; -1 marks "none"."""
 
-    send_pair: Array  # [S] i32, flat pair token * K + k in each send slot
-    pair_slot: Array  # [T, K] i32, send slot of each pair
+    send_pair: Array  # [S] i32, flat pair token * C + c in each send slot
+    pair_slot: Array  # [T, C] i32, send slot of each pair
     row_slot: Array  # [M] i32, arrival slot of each row
     slot_row: Array  # [P * A] i32, row of each arrival slot
     sizes: Array  # [W, W] i32, rows from each rank to each; [0, 0] where blocks of equal size travel
@@ -39,8 +39,19 @@ class ExchangeMaps:
 class GatherMaps:
     """How rows are picked when every rank sees every token: maps of one window; -1 marks "none"."""
 
-    row_pair: Array  # [M] i32, pair of each row, as source * T * K + pair
-    pair_row: Array  # [P * W, T, K] i32, row of each pair of each source
+    row_pair: Array  # [M] i32, pair of each row, as source * T * C + pair
+    pair_row: Array  # [P * W, T, C] i32, row of each pair of each source
+
+
+@_pytree()
+class SpecialTerms:
+    """What zero, copy and constant experts add, before it is weighted; fp32. Made and read by ``special``."""
+
+    expert_ids: Array  # [T, K] i32
+    x: Array  # [T, H]
+    gate_x: Array | None  # [T, Cc], weight of x per constant expert; None without constant experts
+    gate_v: Array | None  # [T, Cc], weight of its vector
+    v: Array | None  # [Cc, H]
 
 
 @_pytree(static=("plan",))
@@ -48,6 +59,7 @@ class DispatchHandle:
     """Where every row came from and goes back to: integers only, so no gradient flows through it."""
 
     plan: Any  # the static Plan that made it
+    expert_ids: Array  # [T, K] i32, the choices that count; -1 for masked ones and ids out of range
     group_sizes: Array  # [L] i32, rows per local expert in this window
     send_counts: Array  # [W, L] i32, pairs of this rank by destination, over all windows
     recv_counts: Array  # [P, W, L] i32, pairs for this rank by source, over all windows
@@ -59,7 +71,7 @@ class DispatchStats:
     """What a dispatch did with this device's pairs."""
 
     num_dropped: Array  # [1] i32, pairs that had a destination and did not fit; 0 unless overflow="drop"
-    num_invalid: Array  # [1] i32, unmasked pairs whose id lies outside -1 .. num_experts - 1; they go nowhere
+    num_invalid: Array  # [1] i32, unmasked pairs whose id lies outside -1 .. num_ids - 1; they go nowhere
 
 
 @_pytree()

@@ -15,11 +15,12 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from moe_jax import _compat, reference
+from moe_jax.combine import combine
 from moe_jax.comm import ragged_all_to_all
 from moe_jax.config import MeshConfig, RouterConfig
-from moe_jax.dispatch import combine, dispatch
-from moe_jax.kernels import backend_names, grouped_matmul
+from moe_jax.dispatch import dispatch
 from moe_jax.errors import check_choice
+from moe_jax.kernels import backend_names, grouped_matmul
 from moe_jax.mesh import ensure_devices, has_accelerator, make_mesh
 from moe_jax.on_mesh import moe_on_mesh
 from moe_jax.plan import make_plan
@@ -63,7 +64,7 @@ def run(mesh_config: MeshConfig | None = None, backend: str = "auto", json_lines
     mesh = _mesh(mesh_config)
     device = mesh.devices.flat[0]
     if not json_lines:
-        print(f"moe_jax verify: {dict(mesh.shape)} on {mesh.size} x {device.device_kind} ({device.platform}), {backend=}")
+        print(f"moe_jax verify: {dict(mesh.shape)} on {mesh.size} {device.platform} device(s), {backend=}")
         print(f"{'law':<44} {'subject':<10} {'cases':>5} {'worst':>9} {'limit':>7} {'s':>6}")
     checks = []
     with jax.default_matmul_precision("highest"):

@@ -117,11 +117,11 @@ DEVICES = [
         call(moe.emulate_devices),
         [({"num_devices": 9}, DeviceInitError, "num_devices=9", "8 cpu device", "before anything")],
     ),
-    *rows_for("make_mesh", call(moe.make_mesh), [row for name in ("ep", "tp", "nodes", "dp") for row in not_counts(name)]),
     *rows_for(
         "make_mesh",
         call(moe.make_mesh),
         [
+            *(row for name in ("ep", "tp", "nodes", "dp") for row in not_counts(name)),
             ({"ep": 16}, MeshError, "needs 16 devices", "JAX shows 8", "emulate_devices(16)"),
             ({"ep": 4, "tp": 2, "dp": 2}, MeshError, "needs 16 devices"),
             ({"ep": np.int8(16), "tp": np.int8(16)}, MeshError, "needs 256 devices"),
@@ -133,14 +133,15 @@ DEVICES = [
 # --- plans -----------------------------------------------------------------------------------------------------------
 
 UNAVAILABLE = {
-    "num_shared_ranks": (2, False, 1.0, None),
-    "num_zero_experts": (1, -1, 0.0),
-    "num_copy_experts": (1, "0"),
-    "num_const_experts": (1, None),
     "quant": ("int8", None, 0),
     "combine_quant": ("fp8", False),
     "product": ("v5e", "", 0),
 }
+MAY_BE_ZERO = (
+    "tokens_per_rank",
+    "num_shared_ranks",
+    *(f"num_{kind}_experts" for kind in ("shared", "zero", "copy", "const")),
+)
 _ONE_DEVICE = np.array(jax.devices()[:1])
 
 PLANS = rows_for(
@@ -148,10 +149,14 @@ PLANS = rows_for(
     call(moe.make_plan, mesh=MESH, **SIZES),
     [
         *(row for name in ("hidden", "num_experts", "top_k") for row in not_counts(name)),
-        *(row for name in ("tokens_per_rank", "num_shared_experts") for row in not_counts(name, NOT_COUNTS[1:])),
+        *(row for name in MAY_BE_ZERO for row in not_counts(name, NOT_COUNTS[1:])),
         ({"hidden": jnp.zeros(3)}, InvalidArgumentError, "hidden=", "whole number"),
         ({"num_experts": 9}, InvalidArgumentError, "num_experts=9", "not divisible by ep=2", "use 10"),
         ({"top_k": 9}, InvalidArgumentError, "top_k=9", "exceeds num_experts=8"),
+        ({"top_k": 12, "num_zero_experts": 3}, InvalidArgumentError, "top_k=12", "the 11 experts of all kinds"),
+        ({"num_shared_ranks": 1}, InvalidArgumentError, "num_shared_ranks=1", "num_shared_experts=0"),
+        ({"num_shared_ranks": 1, "num_shared_experts": 2}, InvalidArgumentError, "num_shared_ranks=1", "multiple of"),
+        ({"num_shared_ranks": 2, "num_shared_experts": 1}, InvalidArgumentError, "num_shared_ranks=2", "leaves none"),
         ({"num_experts": 2**31, "top_k": 1}, InvalidArgumentError, f"num_experts={2**31}", "2**31"),
         ({"num_experts": 10**30 + 1}, InvalidArgumentError, f"num_experts={10**30 + 1}", f"use {10**30 + 2}", "2**31"),
         ({"tokens_per_rank": 2**29}, InvalidArgumentError, f"tokens_per_rank={2**29}", "2**31", "more devices"),
@@ -609,7 +614,7 @@ def test_misuse_is_one_clear_error(call, error, words):
 
 def test_make_plan_reports_everything_at_once():
     wrong = {"hidden": -8, "top_k": True, "dtype": "int8", "transport": "paded", "overflow": 3, "backend": "cpuu"}
-    wrong |= {"capacity_factor": math.nan, "quant": "int8", "num_zero_experts": 2, "poison": "yes"}
+    wrong |= {"capacity_factor": math.nan, "quant": "int8", "num_zero_experts": -2, "poison": "yes"}
     words = [f"{name}={value!r}" for name, value in wrong.items()]
     check_clear(lambda: moe.make_plan(MESH, **SIZES | wrong), InvalidArgumentError, ["10 problems", *words])
 

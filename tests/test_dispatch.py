@@ -52,10 +52,18 @@ def compare(plan, rng, pattern, mask_kind, ids=None):
     }[mask_kind]
     x, ct_y = small_integers(rng, (W, P, T, H)), small_integers(rng, (W, P, T, H))
     weights = small_integers(rng, (W, P, T, top_k))
-    num_rows = plan.num_rows(max(1, plan.num_pairs))
+    weights[(ids < 0) | ~np.broadcast_to(mask if mask.ndim == 4 else mask[..., None], ids.shape)] = np.nan
+    num_rows = plan.num_rows(plan.max_pair_rows)
     row_ct = small_integers(rng, (W, P, num_rows, H))
 
-    expected = reference.dispatch(x, ids, num_experts=plan.num_experts, token_mask=mask)
+    expected = reference.dispatch(
+        x,
+        ids,
+        num_experts=plan.num_experts,
+        token_mask=mask,
+        num_shared_experts=plan.num_shared_experts,
+        num_shared_ranks=plan.num_shared_ranks,
+    )
     totals = expected.group_sizes.sum(-1)
     written = np.arange(num_rows) < totals[..., None]
     row_ct[~written] = np.nan  # nobody may read what nobody wrote
@@ -86,6 +94,18 @@ def test_equals_oracle(ep, tp, transport):
         compare(plan, rng, pattern, "all")
     for mask_kind in ("1d", "2d"):
         compare(plan, rng, "random", mask_kind)
+
+
+SHARED = [(2, 1, 1, 1), (4, 1, 2, 1), (4, 2, 2, 2), (8, 1, 4, 2), (8, 1, 6, 3)]  # ep, tp, shared ranks and experts
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("ep,tp,ranks,shared", SHARED)
+def test_shared_experts_on_their_own_ranks(ep, tp, ranks, shared, transport):
+    rng = np.random.default_rng([ep, tp, ranks])
+    plan = make_plan(ep, tp, transport, experts=3 * (ep - ranks), num_shared_experts=shared, num_shared_ranks=ranks)
+    for pattern, mask_kind in [("random", "all"), ("one_rank", "1d"), ("masked", "2d"), ("none", "all")]:
+        compare(plan, rng, pattern, mask_kind)
 
 
 @pytest.mark.slow

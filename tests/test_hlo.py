@@ -1,4 +1,4 @@
-"""What the compiled program contains: collectives, scatters, and the native instruction on the platforms that have it."""
+"""What the compiled program contains: collectives, scatters, and the native instruction where a platform has it."""
 
 import collections
 import re

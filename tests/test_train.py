@@ -311,8 +311,8 @@ def test_missing_rich_is_said(monkeypatch, capsys):
 
 def test_plain_progress(capsys):
     shown = progress.PlainProgress(log_every=3, num_steps=8)
-    for step in range(1, 9):
-        shown.step(make_record(step))
+    for number in range(1, 9):
+        shown.step(make_record(number))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == ["1/8", "3/8", "6/8", "8/8"]
     assert lines[0] == "step 1/8  loss 2.0000  1,234 tokens/s  imbalance 1.50  dropped 3"

@@ -69,7 +69,7 @@ def sum_over_tokens(x: Array, plan) -> Array:
 def exchange_counts(send_counts: Array, plan) -> Array:
     """[W, L] pairs of this rank by destination -> [P, W, L] pairs for this rank's experts by source."""
     received = lax.all_to_all(send_counts, plan.ep_axis, 0, 0, tiled=True)
-    return lax.all_gather(received, plan.tp_axis)
+    return lax.all_gather(received, plan.tp_axis) if plan.tp_size > 1 else received[None]
 
 
 def all_send_sizes(sizes: Array, plan) -> Array:

@@ -114,7 +114,7 @@ _ragged.defvjp(_ragged_forward, _ragged_backward)
 
 
 def _covered(starts: Array, sizes: Array, length: int) -> Array:
-    """Which of ``length`` rows lie in some slice: +1 at starts, -1 at ends, summed; any overlap and emptiness allowed."""
+    """Which of ``length`` rows lie in some slice: +1 at starts, -1 at ends, summed; slices may overlap or be empty."""
     steps = jnp.zeros(length + 1, jnp.int32).at[starts].add(1, mode="drop").at[starts + sizes].add(-1, mode="drop")
     return jnp.cumsum(steps)[:length] > 0
 

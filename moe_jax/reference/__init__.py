@@ -14,11 +14,17 @@ from moe_jax.reference.exchange import (
 )
 from moe_jax.reference.experts import expert_ffn, expert_ffn_vjp, grouped_matmul, grouped_matmul_vjp
 from moe_jax.reference.layer import combine_weights_vjp, moe_layer, moe_layer_vjp
+from moe_jax.reference.rms_norm import add_rms_norm, add_rms_norm_vjp
 from moe_jax.reference.routing import Routing, route, route_vjp, update_selection_bias
+from moe_jax.reference.special import SpecialExperts, special_sum, special_value
+from moe_jax.reference.update_expert import update_expert
 
 __all__ = [
     "Dispatched",
     "Routing",
+    "SpecialExperts",
+    "add_rms_norm",
+    "add_rms_norm_vjp",
     "combine",
     "combine_vjp",
     "combine_weights_vjp",
@@ -34,5 +40,8 @@ __all__ = [
     "ragged_all_to_all_vjp",
     "route",
     "route_vjp",
+    "special_sum",
+    "special_value",
+    "update_expert",
     "update_selection_bias",
 ]

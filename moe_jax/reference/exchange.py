@@ -24,9 +24,19 @@ class Dispatched:
 
 
 def dispatch(
-    x: np.ndarray, expert_ids: np.ndarray, *, num_experts: int, token_mask: np.ndarray | None = None
+    x: np.ndarray,
+    expert_ids: np.ndarray,
+    *,
+    num_experts: int,
+    token_mask: np.ndarray | None = None,
+    num_shared_experts: int = 0,
+    num_shared_ranks: int = 0,
 ) -> Dispatched:
-    """Sends one copy of each token to each of its experts.
+    """Sends one copy of each token to each of its experts, and to each shared expert that has ranks of its own.
+
+    With S shared ranks for Ns shared experts, routed expert e lives on rank S + e // L, L = E // (W - S); and every
+    active token of source rank w also goes, as k = K + s, to rank w % (S // Ns) + s * (S // Ns), slot 0, for each s. A
+    token is active when its mask, or any of its pairs', is true.
 
     Rows stand by local expert, then tp rank, then source ep rank, then flat pair index token * K + k, all ascending.
     Values are copied, never rounded. Nothing is dropped but pairs that do not exist: id -1, or masked.
@@ -36,6 +46,7 @@ def dispatch(
       expert_ids: [W, P, T, K] int, -1 = the pair does not exist.
       num_experts: E, a multiple of W.
       token_mask: bool, [W, P, T] (whole tokens) or [W, P, T, K] (pairs); None = everything active.
+      num_shared_experts, num_shared_ranks: Ns and S.
 
     Returns:
       A ``Dispatched``.
@@ -51,11 +62,15 @@ def dispatch(
     """
     x = np.asarray(x)
     num_ranks, num_peers = x.shape[:2]
-    ids = _active_ids(x, expert_ids, num_experts, token_mask)
-    num_local = num_experts // num_ranks
+    ids = _active_ids(x, expert_ids, num_experts, num_ranks - num_shared_ranks, token_mask)
+    num_local = num_experts // (num_ranks - num_shared_ranks)
+    slots = np.where(ids >= 0, num_shared_ranks * num_local + ids, -1)  # a rank's slots follow those of the rank before
+    for s in range(num_shared_experts if num_shared_ranks else 0):
+        copies = _shared_slots(x.shape[:3], s, num_shared_ranks // num_shared_experts, num_local, token_mask)
+        slots = np.concatenate([slots, copies[..., None]], axis=-1)
     origins, group_sizes = [], np.zeros((num_ranks, num_peers, num_local), np.int64)
     for w in range(num_ranks):
-        groups = [_pairs_of(ids, w * num_local + slot) for slot in range(num_local)]
+        groups = [_pairs_of(slots, w * num_local + slot) for slot in range(num_local)]
         group_sizes[w] = [len(group) for group in groups]  # the same for every tp peer
         arrived = np.array([pair for group in groups for pair in group], np.int64).reshape(-1, 4)
         origins.append([arrived.copy() for _ in range(num_peers)])
@@ -109,6 +124,10 @@ def combine(rows: Ranked, combine_weights: np.ndarray, dispatched: Dispatched) -
         for k in range(top_k):
             if (p, w, t, k) in values:
                 y[w, p, t] += combine_weights[w, p, t, k] * values[p, w, t, k]
+        k = top_k
+        while (p, w, t, k) in values:  # shared experts, unweighted
+            y[w, p, t] += values[p, w, t, k]
+            k += 1
     return y
 
 
@@ -129,14 +148,16 @@ def combine_vjp(
     """
     ct_y, combine_weights = np.asarray(ct_y, np.float64), np.asarray(combine_weights, np.float64)
     ct_weights = np.zeros(combine_weights.shape)
+    top_k = combine_weights.shape[-1]
     for (p, w, t, k), value in _pair_values(rows, dispatched).items():
-        ct_weights[w, p, t, k] = ct_y[w, p, t] @ value
+        if k < top_k:
+            ct_weights[w, p, t, k] = ct_y[w, p, t] @ value
     ct_rows = []
     for peers in dispatched.origins:
         ct_rows.append([np.zeros((len(origins), ct_y.shape[-1])) for origins in peers])
         for origins, ct in zip(peers, ct_rows[-1], strict=True):
             for row, (p, w, t, k) in enumerate(origins):
-                ct[row] = combine_weights[w, p, t, k] * ct_y[w, p, t]
+                ct[row] = (combine_weights[w, p, t, k] if k < top_k else 1.0) * ct_y[w, p, t]
     return ct_rows, ct_weights
 
 
@@ -209,16 +230,29 @@ def ragged_all_to_all_vjp(
     return ct_operand, ct_output
 
 
+def _shared_slots(
+    lead: tuple[int, int, int], s: int, per_expert: int, num_local: int, token_mask: np.ndarray | None
+) -> np.ndarray:
+    """[W, P, T] the slot that each token's copy for shared expert ``s`` goes to, -1 for tokens that are not active."""
+    slots = np.full(lead, -1)
+    for w, p, t in np.ndindex(lead):
+        if token_mask is None or np.any(token_mask[w, p, t]):
+            slots[w, p, t] = (w % per_expert + s * per_expert) * num_local
+    return slots
+
+
 def _active_ids(
-    x: np.ndarray, expert_ids: np.ndarray, num_experts: int, token_mask: np.ndarray | None
+    x: np.ndarray, expert_ids: np.ndarray, num_experts: int, num_holders: int, token_mask: np.ndarray | None
 ) -> np.ndarray:
     """``expert_ids`` checked, with -1 wherever ``token_mask`` is False."""
     errors.check_rank("x", x, 4, "[W, P, T, H]")
     expert_ids = np.asarray(expert_ids)
     errors.check_rank("expert_ids", expert_ids, 4, "[W, P, T, K]")
     errors.check_shape("expert_ids", expert_ids, x.shape[:3] + expert_ids.shape[3:], "[W, P, T, K]")
-    if num_experts % x.shape[0]:
-        raise errors.InvalidArgumentError(f"num_experts={num_experts} must be a multiple of the {x.shape[0]} ep ranks")
+    if num_experts % num_holders:
+        raise errors.InvalidArgumentError(
+            f"num_experts={num_experts} must be a multiple of the {num_holders} ep ranks that hold routed experts"
+        )
     if ((expert_ids < -1) | (expert_ids >= num_experts)).any():
         raise errors.InvalidArgumentError(f"expert_ids must lie in [-1, {num_experts}), with -1 = no expert")
     if token_mask is None:
@@ -231,13 +265,13 @@ def _active_ids(
     return np.where(token_mask, expert_ids, -1)
 
 
-def _pairs_of(ids: np.ndarray, expert: int) -> list[tuple[int, int, int, int]]:
-    """(tp rank, source ep rank, token, k) of every pair that goes to ``expert``, in the order of arrival."""
-    num_ranks, num_peers = ids.shape[:2]
+def _pairs_of(slots: np.ndarray, slot: int) -> list[tuple[int, int, int, int]]:
+    """(tp rank, source ep rank, token, k) of every pair that goes to ``slot``, in the order of arrival."""
+    num_ranks, num_peers = slots.shape[:2]
     pairs = []
     for p in range(num_peers):
         for w in range(num_ranks):
-            pairs += [(p, w, t, k) for t, k in np.argwhere(ids[w, p] == expert)]  # argwhere walks t * K + k
+            pairs += [(p, w, t, k) for t, k in np.argwhere(slots[w, p] == slot)]  # argwhere walks t * K + k
     return pairs
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from moe_jax import errors
 from moe_jax.reference import routing as routing_lib
 from moe_jax.reference.experts import expert_ffn, expert_ffn_vjp
+from moe_jax.reference.special import SpecialExperts, special_value
 
 Params = Mapping[str, np.ndarray]
 
@@ -31,6 +32,7 @@ def moe_layer(
     activation: str = "swiglu",
     bias: np.ndarray | None = None,
     token_mask: np.ndarray | None = None,
+    special: SpecialExperts | None = None,
 ) -> tuple[np.ndarray, routing_lib.Routing]:
     """y_t = shared(x_t) + sum over k ascending of weight_tk * expert_{id_tk}(x_t).
 
@@ -44,6 +46,7 @@ def moe_layer(
       activation: see ``expert_ffn``; routed and shared experts have the same one.
       bias: [E], the router's selection bias, for those who do not keep it in ``params["selection_bias"]``.
       token_mask: [N] bool, False = inactive; None = all active.
+      special: zero, copy and constant experts; the router then has an output for each. (No vjp is written for them.)
 
     Returns:
       y [N, H] f64 and the ``Routing``.
@@ -61,7 +64,10 @@ def moe_layer(
         if shared := _shared_weights(params):
             y[t] += expert_ffn(x[t : t + 1], shared, activation)[0]
         for e, weight in zip(routing.expert_ids[t], routing.combine_weights[t], strict=True):
-            y[t] += weight * expert_ffn(x[t : t + 1], _routed_weights(params, e), activation)[0]
+            if special is not None and e >= special.num_experts:
+                y[t] += weight * special_value(x[t], e, special)
+            else:
+                y[t] += weight * expert_ffn(x[t : t + 1], _routed_weights(params, e), activation)[0]
     return y, routing
 
 

@@ -1,0 +1,131 @@
+"""Combine: expert rows back at their tokens, weighted and summed; alone, or with residual and RMSNorm."""
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax import comm
+from moe_jax.errors import InvalidArgumentError, check_dtype, check_rank, check_shape, check_type
+from moe_jax.movement import collect_rows, copy_weights, finish
+from moe_jax.special import special_terms
+from moe_jax.types import DispatchHandle, ExchangeMaps
+
+Array = jax.Array
+
+
+def combine(
+    rows: Array,
+    combine_weights: Array,
+    handle: DispatchHandle,
+    *,
+    x: Array | None = None,
+    const_alpha1: Array | None = None,
+    const_alpha2: Array | None = None,
+    const_v: Array | None = None,
+    shared_x: Array | None = None,
+) -> Array:
+    """Brings expert rows back to their tokens and sums them with weights. Call it per shard, inside ``shard_map``.
+
+    ``y[t] = sum_k combine_weights[t, k] * row(t, k) + shared_x[t]`` in fp32, rounded once. The exchanging transports
+    add in ascending k, so a token's result does not depend on the other tokens; "allgather" adds within each rank in
+    ascending k and then over ranks. With tp > 1 the rows of the tp ranks are partial sums and are added first.
+    Pairs that went nowhere contribute nothing, whatever their weight. Rows of shared experts on ranks of their own are
+    added after the K choices, with weight 1.
+
+    Args:
+      rows: [M, H] expert outputs in the order of ``dispatch``; those past ``sum(group_sizes)`` are not read.
+      combine_weights: [T, K] f32.
+      handle: from ``dispatch``.
+      x: [T, H] in ``plan.dtype``, the tokens; required with copy or constant experts.
+      const_alpha1, const_alpha2: [Cc] or [Cc, H], const_v: [Cc, H], in ``plan.dtype``; required with constant experts.
+        ``moe_jax.special`` says what they mean.
+      shared_x: [T, H] in ``plan.dtype``, added with weight 1 before rounding: what shared experts made of the tokens.
+
+    Returns:
+      [T, H] in ``plan.dtype``. Differentiable in every float array.
+
+    Raises:
+      ShapeError, DtypeError, InvalidArgumentError, MissingArgumentError, MeshError: as for ``dispatch``.
+
+    Source: MoeDistributeCombineV4.
+    """
+    constants = {"const_alpha1": const_alpha1, "const_alpha2": const_alpha2, "const_v": const_v}
+    return _sum(rows, combine_weights, handle, shared_x, x=x, **constants).astype(handle.plan.dtype)
+
+
+def combine_add_rms_norm(
+    rows: Array,
+    combine_weights: Array,
+    handle: DispatchHandle,
+    residual: Array,
+    gamma: Array,
+    *,
+    eps: float = 1e-6,
+    x: Array | None = None,
+    const_alpha1: Array | None = None,
+    const_alpha2: Array | None = None,
+    const_v: Array | None = None,
+    shared_x: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """``combine``, plus the residual, and its RMSNorm, in one pass over the rows. Per shard, inside ``shard_map``.
+
+    With ``total[t] = sum_k combine_weights[t, k] * row(t, k) + shared_x[t] + residual[t]`` in fp32:
+    ``x = round(total)``; ``rstd = 1 / sqrt(mean_h(total^2) + eps)``, of the unrounded total;
+    ``y = round(round(total * rstd) * gamma)``.
+
+    Args:
+      rows, combine_weights, handle, x, const_alpha1, const_alpha2, const_v, shared_x: as for ``combine``.
+      residual: [T, H] in ``plan.dtype``.
+      gamma: [H] in ``plan.dtype``.
+      eps: added to the mean square; finite and at least 0.
+
+    Returns:
+      (y [T, H] in ``plan.dtype``, rstd [T] f32, x [T, H] in ``plan.dtype``). Differentiable in everything but eps.
+
+    Raises:
+      As for ``combine``; InvalidArgumentError for a negative or infinite ``eps``.
+
+    Source: MoeDistributeCombineAddRmsNormV2.
+    """
+    constants = {"const_alpha1": const_alpha1, "const_alpha2": const_alpha2, "const_v": const_v}
+    total = _sum(rows, combine_weights, handle, shared_x, x=x, **constants)
+    plan = handle.plan
+    check_shape("residual", residual, (plan.tokens_per_rank, plan.hidden), "[T, H]")
+    check_dtype("residual", residual, (plan.dtype,), "the plan's dtype")
+    check_shape("gamma", gamma, (plan.hidden,), "[H]")
+    check_dtype("gamma", gamma, (plan.dtype,), "the plan's dtype")
+    if not 0 <= eps < float("inf"):
+        raise InvalidArgumentError(f"eps={eps!r} must be finite and at least 0; 1e-6 is usual")
+    with jax.named_scope("add_rms_norm"):
+        total = total + residual.astype(jnp.float32)
+        rstd = 1.0 / jnp.sqrt(jnp.mean(jnp.square(total), axis=-1) + eps)
+        scaled = (total * rstd[:, None]).astype(plan.dtype)
+        y = (scaled.astype(jnp.float32) * gamma.astype(jnp.float32)).astype(plan.dtype)
+    return y, rstd, total.astype(plan.dtype)
+
+
+def _sum(
+    rows: Array, combine_weights: Array, handle: DispatchHandle, shared_x: Array | None, **special: Array | None
+) -> Array:
+    """What both operators add up, fp32 [T, H]."""
+    check_type("handle", handle, DispatchHandle, "pass the .handle that dispatch returned")
+    plan, maps = handle.plan, handle.maps
+    comm.check_axes(plan)
+    check_rank("rows", rows, 2, "[M, H]")
+    exchanged = isinstance(maps, ExchangeMaps)
+    num_rows = (maps.row_slot if exchanged else maps.row_pair).shape[0]
+    check_shape("rows", rows, (num_rows, plan.hidden), "[M, H], the extent that dispatch gave")
+    check_dtype("rows", rows, (plan.dtype,), "the plan's dtype")
+    check_shape("combine_weights", combine_weights, (plan.tokens_per_rank, plan.top_k), "[T, K]")
+    check_dtype("combine_weights", combine_weights, ("float32",), "cast it with .astype(jnp.float32)")
+    if shared_x is not None:
+        check_shape("shared_x", shared_x, (plan.tokens_per_rank, plan.hidden), "[T, H]")
+        check_dtype("shared_x", shared_x, (plan.dtype,), "the plan's dtype")
+    terms = special_terms(handle.expert_ids, plan, **special)
+    # The weight of a pair that contributes nothing may be anything, NaN included.
+    weights = copy_weights(combine_weights, plan)
+    contributes = jnp.pad(handle.expert_ids >= plan.num_experts, ((0, 0), (0, plan.num_copies - plan.top_k)))
+    if exchanged:
+        contributes |= maps.pair_slot >= 0
+    collected = collect_rows(rows, weights, handle)
+    total = finish(collected, jnp.where(contributes, weights, 0.0), terms, plan)
+    return total if shared_x is None else total + shared_x.astype(jnp.float32)

@@ -1,0 +1,61 @@
+"""Zero, copy and constant experts, pair by pair."""
+
+import dataclasses
+import math
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class SpecialExperts:
+    """How many there are of each kind, in the order of their ids, which follow the E routed ones."""
+
+    num_experts: int  # E
+    num_zero: int = 0
+    num_copy: int = 0
+    num_const: int = 0
+    alpha1: np.ndarray | None = None  # [Cc], or [Cc, H] for a softmax gate
+    alpha2: np.ndarray | None = None  # as alpha1
+    v: np.ndarray | None = None  # [Cc, H]
+
+
+def special_value(x: np.ndarray, expert_id: int, special: SpecialExperts) -> np.ndarray:
+    """What expert ``expert_id`` makes of one token x [H], before weighting; zero for routed and unknown ids. f64 [H].
+
+    zero: 0. copy: x. const c: a1 * x + a2 * v[c], with (a1, a2) = (alpha1[c], alpha2[c]) for alphas [Cc] and
+    softmax(<alpha1[c], x>, <alpha2[c], x>) for alphas [Cc, H].
+    """
+    x = np.asarray(x, np.float64)
+    first_copy = special.num_experts + special.num_zero
+    first_const = first_copy + special.num_copy
+    if first_copy <= expert_id < first_const:
+        return x
+    if not first_const <= expert_id < first_const + special.num_const:
+        return np.zeros(x.shape)
+    c = expert_id - first_const
+    a1, a2 = np.asarray(special.alpha1[c], np.float64), np.asarray(special.alpha2[c], np.float64)
+    if a1.ndim:
+        z1, z2 = float(a1 @ x), float(a2 @ x)
+        a1 = 1.0 / (1.0 + math.exp(z2 - z1))
+        a2 = 1.0 - a1
+    return a1 * x + a2 * np.asarray(special.v[c], np.float64)
+
+
+def special_sum(
+    x: np.ndarray, expert_ids: np.ndarray, combine_weights: np.ndarray, special: SpecialExperts
+) -> np.ndarray:
+    """sum over k of weight_tk * special_value(x_t, id_tk): what ``combine`` adds to the sum over rows.
+
+    Args:
+      x: [..., T, H].
+      expert_ids, combine_weights: [..., T, K]; weights of other pairs are not read.
+
+    Returns:
+      [..., T, H] f64.
+    """
+    y = np.zeros(np.shape(x))
+    for token in np.ndindex(y.shape[:-1]):
+        for e, weight in zip(expert_ids[token], combine_weights[token], strict=True):
+            if e >= special.num_experts:
+                y[token] += weight * special_value(x[token], e, special)
+    return y
