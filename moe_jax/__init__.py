@@ -3,12 +3,13 @@
 Importing this package touches no device and no environment variable.
 """
 
-from moe_jax import errors, reference
+from moe_jax import errors, quant, reference
 from moe_jax.combine import combine, combine_add_rms_norm
 from moe_jax.comm import ragged_all_to_all
 from moe_jax.config import RouterConfig, load_config
 from moe_jax.dispatch import dispatch
 from moe_jax.errors import MoEError
+from moe_jax.fused import all_to_allv_grouped_matmul, grouped_matmul_all_to_allv
 from moe_jax.kernels import Backend, grouped_matmul, register_backend, resolve_backend
 from moe_jax.layer import moe_layer
 from moe_jax.mesh import emulate_devices, make_mesh
@@ -29,17 +30,20 @@ __all__ = [
     "Plan",
     "RouterConfig",
     "Routing",
+    "all_to_allv_grouped_matmul",
     "combine",
     "combine_add_rms_norm",
     "dispatch",
     "emulate_devices",
     "errors",
     "grouped_matmul",
+    "grouped_matmul_all_to_allv",
     "load_config",
     "make_mesh",
     "make_plan",
     "moe_layer",
     "moe_on_mesh",
+    "quant",
     "ragged_all_to_all",
     "reference",
     "register_backend",

@@ -3,6 +3,7 @@
 Everything faster in this library is tested against these functions, forward and backward.
 """
 
+from moe_jax.reference import quant
 from moe_jax.reference.exchange import (
     Dispatched,
     combine,
@@ -13,6 +14,12 @@ from moe_jax.reference.exchange import (
     ragged_all_to_all_vjp,
 )
 from moe_jax.reference.experts import expert_ffn, expert_ffn_vjp, grouped_matmul, grouped_matmul_vjp
+from moe_jax.reference.fused import (
+    all_to_allv_grouped_matmul,
+    all_to_allv_grouped_matmul_vjp,
+    grouped_matmul_all_to_allv,
+    grouped_matmul_all_to_allv_vjp,
+)
 from moe_jax.reference.layer import combine_weights_vjp, moe_layer, moe_layer_vjp
 from moe_jax.reference.rms_norm import add_rms_norm, add_rms_norm_vjp
 from moe_jax.reference.routing import Routing, route, route_vjp, update_selection_bias
@@ -25,6 +32,8 @@ __all__ = [
     "SpecialExperts",
     "add_rms_norm",
     "add_rms_norm_vjp",
+    "all_to_allv_grouped_matmul",
+    "all_to_allv_grouped_matmul_vjp",
     "combine",
     "combine_vjp",
     "combine_weights_vjp",
@@ -33,9 +42,12 @@ __all__ = [
     "expert_ffn",
     "expert_ffn_vjp",
     "grouped_matmul",
+    "grouped_matmul_all_to_allv",
+    "grouped_matmul_all_to_allv_vjp",
     "grouped_matmul_vjp",
     "moe_layer",
     "moe_layer_vjp",
+    "quant",
     "ragged_all_to_all",
     "ragged_all_to_all_vjp",
     "route",

@@ -1,0 +1,267 @@
+"""The two directions of the fused pair, chunk by chunk, and their adjoints, which are each other.
+
+Every (rank, local expert) pair has two sides. The *expert side* is where the expert lives: rows stand by
+(local expert, peer), and are multiplied there. The *token side* is the other end: rows stand by (peer, expert of that
+peer). ``compute_then_send`` goes from the expert side to the token side, ``send_then_compute`` the other way, and the
+adjoint of either is the other one with transposed weights.
+
+A chunk is a group of peers: the ranks whose distance from here along the ring lies in one stretch. In every chunk each
+rank sends to R / chunks ranks and receives from as many. Each has buffers of its own, so that in the compiled program
+no product depends on the transfer of another chunk, nor a transfer on the product of a later one. All products, however
+many chunks there are, have operands of the same extent: back ends choose tiles by extent, and equal tiles give equal
+bits.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moe_jax import _compat, comm
+from moe_jax.comm.peers import swap_with_peers
+from moe_jax.kernels.table import call_kernel
+from moe_jax.layout import clip_to_window, exclusive_cumsum, map_blocks
+
+Array = jax.Array
+
+
+class Extents(NamedTuple):
+    """What is static about an exchange; hashable."""
+
+    axes: tuple[str, ...]
+    num_ranks: int
+    backend: str
+    transpose: bool  # whether the weights are stored transposed
+    chunks: int
+    token_rows: int  # rows of the token side's buffer
+    expert_rows: int  # rows of the expert side's buffer
+    wire_rows: int  # most rows of the expert side that one chunk moves
+
+
+class Route(NamedTuple):
+    """Which rows travel, from where to where; integers only. R ranks, e local experts."""
+
+    group_sizes: Array  # [e] rows of each expert in the expert side's buffer
+    expert_starts: Array  # [R, e] first row of each block in that buffer
+    expert_sizes: Array  # [R, e] rows of each block that travel
+    token_starts: Array  # [R] first row of each peer in the token side's buffer
+    token_sizes: Array  # [R] rows of each peer that travel
+    remote_token_starts: Array  # [R] where each peer's token side keeps its rows from or for this rank
+    remote_wire_starts: Array  # [R] where each peer's wire buffer of the chunk does
+
+
+def make_route(
+    extents: Extents, expert_counts: Array, token_counts: Array, *, token_limit: bool, expert_limit: bool
+) -> Route:
+    """The route for counts [R, e] of both sides.
+
+    ``token_limit`` and ``expert_limit`` say that more rows may come to that side than its buffer holds. Then those that
+    come last, by (source rank, expert), stay at home.
+    """
+    token_sizes, expert_sizes = token_counts, expert_counts
+    if token_limit:
+        token_sizes = clip_to_window(token_counts.ravel(), 0, extents.token_rows)[1].reshape(token_counts.shape)
+        expert_sizes = _keep_first(expert_counts, _swap(extents, jnp.sum(token_sizes, axis=1)))
+    if expert_limit:
+        expert_sizes = clip_to_window(expert_counts.ravel(), 0, extents.expert_rows)[1].reshape(expert_counts.shape)
+        token_sizes = _keep_first(token_counts, _swap(extents, jnp.sum(expert_sizes, axis=1)))
+    held = expert_sizes if expert_limit else expert_counts  # a result is compact, an input lies as it was given
+    wire_starts = jnp.zeros_like(expert_sizes[:, 0])
+    expert_side, _ = _chunk_of_peers(extents)
+    for chunk in range(extents.chunks):
+        mine = expert_side == chunk
+        wire_starts = jnp.where(mine, _wire_starts(jnp.where(mine[:, None], expert_sizes, 0))[:, 0], wire_starts)
+    token_starts = exclusive_cumsum(jnp.sum(token_counts, axis=1))
+    return Route(
+        group_sizes=jnp.sum(held, axis=0),
+        expert_starts=_expert_major_starts(held),
+        expert_sizes=expert_sizes,
+        token_starts=token_starts,
+        token_sizes=jnp.sum(token_sizes, axis=1),
+        remote_token_starts=_swap(extents, token_starts),
+        remote_wire_starts=_swap(extents, wire_starts),
+    )
+
+
+# custom_vjp rather than JAX's own transposes: the weights' gradient is one product over all rows, whatever the chunks.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def compute_then_send(extents: Extents, rows: Array, weight: Array, route: Route) -> Array:
+    """[expert_rows, H] times [e, H, N] -> [token_rows, N]; rows where nothing arrives are zero."""
+    return _compute_then_send(extents, rows, weight, route)
+
+
+def _compute_forward(extents, rows, weight, route):
+    return _compute_then_send(extents, rows, weight, route), (rows, weight, route)
+
+
+def _compute_backward(extents, residuals, ct):
+    rows, weight, route = residuals
+    d_rows, arrived = _send_then_compute(_transposed(extents), ct, weight, route)
+    return d_rows, _weight_gradient(extents, rows, arrived, weight, route), None
+
+
+compute_then_send.defvjp(_compute_forward, _compute_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def send_then_compute(extents: Extents, rows: Array, weight: Array, route: Route) -> tuple[Array, Array]:
+    """[token_rows, H] -> the product [expert_rows, N] and its left side [expert_rows, H]; zero past what arrives."""
+    return _send_then_compute(extents, rows, weight, route)
+
+
+def _send_forward(extents, rows, weight, route):
+    product, permuted = _send_then_compute(extents, rows, weight, route)
+    return (product, permuted), (permuted, weight, route)
+
+
+def _send_backward(extents, residuals, cts):
+    permuted, weight, route = residuals
+    ct_product, ct_permuted = cts
+    d_rows = _compute_then_send(_transposed(extents), ct_product, weight, route, addend=ct_permuted)
+    return d_rows, _weight_gradient(extents, permuted, ct_product, weight, route), None
+
+
+send_then_compute.defvjp(_send_forward, _send_backward)
+
+
+def _transposed(extents: Extents) -> Extents:
+    return extents._replace(transpose=not extents.transpose)
+
+
+def _weight_gradient(extents, rows, ct, weight, route):
+    left, right = (ct, rows) if extents.transpose else (rows, ct)
+    return call_kernel("grouped_outer", extents.backend, left, right, route.group_sizes, dtype=weight.dtype)
+
+
+def _compute_then_send(extents, rows, weight, route, addend=None):
+    num_columns = weight.shape[1 if extents.transpose else 2]
+    result = _zeros((extents.token_rows, num_columns), rows)
+    for chunk in _chunks(extents, route):
+        with jax.named_scope("product"):
+            product = _product(extents, _to_product(extents, rows, chunk, route), weight, chunk)
+            if addend is not None:
+                product = product + _to_product(extents, addend, chunk, route)
+        with jax.named_scope("transfer"):
+            order = map_blocks(chunk.starts.ravel(), chunk.product.ravel(), chunk.sizes.ravel(), extents.wire_rows)
+            result = comm.ragged_all_to_all(
+                _gather(product, order),
+                result,
+                chunk.starts[:, 0],
+                jnp.sum(chunk.sizes, axis=1),
+                route.remote_token_starts,
+                chunk.token_sizes,
+                axis_name=extents.axes,
+            )
+    return result
+
+
+def _send_then_compute(extents, rows, weight, route):
+    chunks, wires, products = list(_chunks(extents, route)), [], []
+    for chunk in chunks:
+        with jax.named_scope("transfer"):
+            wire = comm.ragged_all_to_all(
+                rows,
+                _zeros((extents.wire_rows, rows.shape[1]), rows),
+                route.token_starts,
+                chunk.token_sizes,
+                route.remote_wire_starts,
+                jnp.sum(chunk.sizes, axis=1),
+                axis_name=extents.axes,
+            )
+        with jax.named_scope("product"):
+            order = _map_expert_major(chunk.product, chunk.starts, chunk.sizes, extents.expert_rows)
+            products.append(_product(extents, _gather(wire, order), weight, chunk))
+        wires.append(wire)
+    with jax.named_scope("assemble"):
+        on_wire = sum(jnp.where(c.peers, i * extents.wire_rows + c.starts, 0) for i, c in enumerate(chunks))
+        in_product = sum(jnp.where(c.peers, i * extents.expert_rows + c.product, 0) for i, c in enumerate(chunks))
+        permuted = _assemble(wires, on_wire, extents, route)
+        return _assemble(products, in_product, extents, route), permuted
+
+
+class _Chunk(NamedTuple):
+    peers: Array  # [R, 1] bool, whose blocks of the expert side this chunk moves
+    sizes: Array  # [R, e] of the expert side's blocks, zero for other peers
+    starts: Array  # [R, e] in the wire buffer: by (peer, expert), end to end
+    product: Array  # [R, e] in the product's operand: by (expert, peer)
+    group_sizes: Array  # [e] rows of the product's operand
+    token_sizes: Array  # [R] of the token side, zero for other peers
+
+
+def _chunks(extents: Extents, route: Route):
+    expert_side, token_side = _chunk_of_peers(extents)
+    for index in range(extents.chunks):
+        peers = (expert_side == index)[:, None]
+        sizes = jnp.where(peers, route.expert_sizes, 0)
+        alone = extents.chunks == 1  # then the expert side's buffer is the product's operand as it stands
+        yield _Chunk(
+            peers=peers,
+            sizes=sizes,
+            starts=_wire_starts(sizes),
+            product=route.expert_starts if alone else _expert_major_starts(sizes),
+            group_sizes=route.group_sizes if alone else jnp.sum(sizes, axis=0),
+            token_sizes=jnp.where(token_side == index, route.token_sizes, 0),
+        )
+
+
+def _chunk_of_peers(extents: Extents) -> tuple[Array, Array]:
+    """[R] the chunk in which this rank's expert side exchanges with each peer, and the same for its token side."""
+    me, ranks = lax.axis_index(extents.axes), jnp.arange(extents.num_ranks, dtype=jnp.int32)
+    per_chunk = extents.num_ranks // extents.chunks
+    return (ranks - me) % extents.num_ranks // per_chunk, (me - ranks) % extents.num_ranks // per_chunk
+
+
+def _swap(extents: Extents, entries: Array) -> Array:
+    return swap_with_peers(_compat.as_varying(entries, extents.axes), extents.axes)
+
+
+def _keep_first(sizes: Array, totals: Array) -> Array:
+    """The part of each block that lies in the first ``totals[p]`` rows of peer p's list. [R, e], [R] -> [R, e]."""
+    return clip_to_window(sizes, 0, totals[:, None])[1]
+
+
+def _wire_starts(sizes: Array) -> Array:
+    return exclusive_cumsum(sizes.ravel()).reshape(sizes.shape)
+
+
+def _expert_major_starts(sizes: Array) -> Array:
+    return exclusive_cumsum(sizes.T.ravel()).reshape(sizes.T.shape).T
+
+
+def _map_expert_major(source_start: Array, target_start: Array, sizes: Array, length: int) -> Array:
+    """``map_blocks`` for blocks [R, e] whose source is ordered by expert, then peer."""
+    return map_blocks(source_start.T.ravel(), target_start.T.ravel(), sizes.T.ravel(), length)
+
+
+def _to_product(extents: Extents, rows: Array, chunk: _Chunk, route: Route) -> Array:
+    """The chunk's rows of the expert side's buffer, packed as the product's operand."""
+    if extents.chunks == 1:
+        return rows
+    return _gather(rows, _map_expert_major(chunk.product, route.expert_starts, chunk.sizes, extents.expert_rows))
+
+
+def _product(extents: Extents, rows: Array, weight: Array, chunk: _Chunk) -> Array:
+    options = {"transpose_rhs": extents.transpose}
+    return call_kernel("grouped_matmul", extents.backend, rows, weight, chunk.group_sizes, **options)
+
+
+def _assemble(parts: list[Array], starts: Array, extents: Extents, route: Route) -> Array:
+    """The expert side's buffer, from blocks that start at ``starts`` [R, e] in the parts laid end to end."""
+    index = _map_expert_major(route.expert_starts, starts, route.expert_sizes, extents.expert_rows)
+    return _gather(jnp.concatenate(parts), index)
+
+
+def _gather(rows: Array, index: Array) -> Array:
+    """rows[index], and zero where the index is -1."""
+    if not rows.shape[0]:
+        return _zeros((index.shape[0], rows.shape[1]), rows)
+    picked = jnp.take(rows, index, axis=0, mode="clip")
+    return jnp.where((index >= 0)[:, None], picked, jnp.zeros((), rows.dtype))
+
+
+def _zeros(shape: tuple[int, ...], like: Array) -> Array:
+    return _compat.as_varying(jnp.zeros(shape, like.dtype), _compat.varying_axes(like))
