@@ -1,0 +1,53 @@
+"""The derivative of quantisation: rounding has slope zero almost everywhere, so a useful one has to be chosen."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax import _compat
+from moe_jax.errors import check_type
+from moe_jax.quant.base import Recipe
+
+
+def straight_through(recipe: Recipe, x: jax.Array, smooth: jax.Array | None = None) -> jax.Array:
+    """``x`` as the receiver sees it, with the derivative of the identity.
+
+    ``x_hat = dequantize(quantize(x, smooth)) / smooth``, rounded to ``x.dtype``; columns with smooth = 0 give 0. The
+    cotangent passes to ``x`` unchanged, saturated values included. ``smooth`` gets zero: it cancels but for rounding.
+
+    Args:
+      recipe: what ``moe_jax.quant.recipe`` returned.
+      x: [rows, H] of the recipe's dtype.
+      smooth: as for ``Recipe.quantize``.
+
+    Returns:
+      x_hat [rows, H], like x.
+
+    >>> from moe_jax import quant
+    >>> int8, x = quant.recipe("int8", "float32"), jnp.array([[127.0, 3.4]])
+    >>> straight_through(int8, x), jax.grad(lambda x: straight_through(int8, x).sum())(x)
+    (Array([[127.,   3.]], dtype=float32), Array([[1., 1.]], dtype=float32))
+    """
+    check_type("recipe", recipe, Recipe, "get one from moe_jax.quant.recipe(name, dtype)")
+    axes = _compat.union_of_varying_axes((x, smooth))
+    return _straight_through(recipe, *_compat.as_varying((x, smooth), axes))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _straight_through(recipe, x, smooth):
+    x_hat = recipe.dequantize(recipe.quantize(x, smooth=smooth))
+    if smooth is not None:
+        x_hat = jnp.where(smooth == 0, 0.0, x_hat / smooth)
+    return x_hat.astype(x.dtype)
+
+
+def _forward(recipe, x, smooth):
+    return _straight_through(recipe, x, smooth), smooth
+
+
+def _backward(recipe, smooth, ct):
+    return ct, None if smooth is None else jnp.zeros_like(smooth)
+
+
+_straight_through.defvjp(_forward, _backward)

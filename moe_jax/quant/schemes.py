@@ -1,0 +1,263 @@
+"""The recipes: how the scale of a block follows from its numbers, and which names they go by."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from moe_jax.errors import check_choice, check_count
+from moe_jax.quant.base import FLOOR, TINY, Recipe, from_blocks, to_blocks
+from moe_jax.quant.formats import E2M1, E4M3, E5M2, INT8
+
+_LEAST_AMAX = np.float32(1e-4)  # of a block of ``MicroscaledClip``
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Static(Recipe):
+    """``q = saturate(rint(y))`` with ``y = fp32(x) * smooth``: the caller's scale alone, and none travels.
+
+    Ties to even; NaN gives 0. Error: half a unit of y inside [-127, 127], unbounded outside (values saturate). The
+    receiver divides by the scale it knows: ``dequantize`` returns about y.
+    """
+
+    needs_smooth = True
+
+    def scale_shape(self, hidden):
+        check_count("hidden", hidden)
+        return (0,)
+
+    def _scale(self, y):
+        return y, jnp.zeros((y.shape[0], 0), jnp.float32)
+
+    def _block_scale(self, scale, hidden):
+        return jnp.ones((scale.shape[0], 1, 1), jnp.float32)
+
+    def _saturation_loss(self):
+        return jnp.inf
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PerToken(Recipe):
+    """``m = largest / amax|y|``, ``q = round(y * m)``, ``scale = 1 / m``: one scale per row, each step in fp32.
+
+    The scale is the reciprocal of m, not amax / largest. Ties to even. A row of zeros, or one whose scale would be
+    subnormal, gives zeros with scale 0; a row with NaN or inf dequantises to NaN throughout. Error: scale / 2 for int8;
+    for fp8 the format's relative roundoff (1/16 for e4m3, 1/8 for e5m2), at least scale * half_step.
+    """
+
+    def _scale(self, y):
+        amax = _amax(y)
+        # Without the barrier XLA rewrites 1 / (c / amax) to amax / c, which rounds differently.
+        multiplier = lax.optimization_barrier(self.format.largest / amax)
+        return _apply(y, multiplier, 1.0 / multiplier)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PerGroup(Recipe):
+    """``m_g = largest / amax_g``, ``q = round(y * m_g)``, ``scale_g = amax_g * fp32(1 / largest)`` by groups of columns.
+
+    The last group may be short. Rounding, zeros, NaN and error: as ``PerToken``, by group.
+    """
+
+    def _scale(self, y):
+        amax = _amax(y)
+        multiplier = lax.optimization_barrier(self.format.largest / amax)
+        return _apply(y, multiplier, amax * _reciprocal(self.format.largest))
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Microscaled(Recipe):
+    """OCP microscaling: blocks of 32 columns share a power of two, ``q = round(x * 2^(127-s))``, s a byte (E8M0).
+
+    ``s = max(e - largest_exponent, 0)`` with e the largest biased fp32 exponent of the block: the *floor* rule, so a
+    value can exceed the format's largest one and saturates. The product is exact. A block of zeros and subnormals gives
+    zeros and s = 0; a block with NaN or inf gives s = 255, which dequantises to NaN. Scale bytes are padded with 0 to
+    an even number. Ties to even. Error: the format's relative roundoff, at least 2^(s-127) * half_step; for saturated
+    values up to 2^(s-127) * (2^(largest_exponent + 1) - largest).
+    """
+
+    scale_dtype = "uint8"
+    takes_smooth = False
+
+    def scale_shape(self, hidden):
+        blocks = super().scale_shape(hidden)[0]
+        return (blocks + blocks % 2,)
+
+    def _smoothed(self, x, smooth):
+        if x.dtype == jnp.bfloat16:  # by bits: a float conversion may flush subnormals
+            bits = lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32) << 16
+            return lax.bitcast_convert_type(bits, jnp.float32)
+        return x.astype(jnp.float32)  # a subnormal fp16 number is a normal fp32 one
+
+    def _scale(self, y):
+        exponent, mantissa = _exponent_and_mantissa(y)
+        block_exponent = jnp.max(exponent, axis=-1, keepdims=True)
+        s = jnp.maximum(block_exponent - self.format.largest_exponent, 0)
+        normal = y * _power_of_two(127 - s)
+        # An fp32 subnormal is mantissa * 2^-149; from s = 127 on it rounds to zero in any case.
+        below = jnp.copysign(mantissa.astype(jnp.float32) * 2.0**-22 * _power_of_two(-jnp.minimum(s, 126)), y)
+        z = jnp.where(exponent == 0, below, normal)
+        z = jnp.where(block_exponent == 0, 0.0, z)
+        return self._finish(z, s, block_exponent == 255)
+
+    def _finish(self, z, s, broken):
+        z, s = jnp.where(broken, jnp.nan, z), jnp.where(broken, 255, s)[..., 0].astype(jnp.uint8)
+        return z, jnp.pad(s, ((0, 0), (0, s.shape[1] % 2)))
+
+    def _factor(self, scale):
+        """2^(s-127), 2^-126 for s = 0."""
+        s = scale.astype(jnp.int32)
+        return jnp.where(s == 255, jnp.nan, _power_of_two(jnp.clip(s, 1, 254) - 127))
+
+    def _unscale(self, decoded, scale):
+        return decoded * jnp.where(scale == 0, 0.5, 1.0) * self._factor(scale)  # 2^-127 itself is subnormal
+
+    def _saturation_loss(self):
+        return 2.0 ** (self.format.largest_exponent + 1) - self.format.largest
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MicroscaledClip(Microscaled):
+    """``Microscaled`` with a scale that leaves room: ``2^(s-127)`` is the power of two at or above amax / largest.
+
+    ``v = max(amax, 1e-4) * fp32(1 / largest)`` in fp32; s is the biased exponent of v, plus 1 if v is no power of two.
+    Blocks of zeros therefore have the scale of 1e-4; a block with NaN or inf has s = 255. Nothing saturates by more than
+    a rounding. Error: the format's relative roundoff, at least 2^(s-127) * half_step.
+    """
+
+    def _scale(self, y):
+        amax = _amax(y)
+        amax = jnp.where(amax < _LEAST_AMAX, _LEAST_AMAX, amax)  # unlike maximum, keeps NaN on every back end
+        exponent, mantissa = _exponent_and_mantissa(amax * _reciprocal(self.format.largest))
+        s = exponent + (mantissa > 0)  # v is normal: amax is at least 1e-4
+        broken = exponent == 255
+        return self._finish(y * _power_of_two(127 - jnp.where(broken, 127, s)), s, broken)
+
+    def _saturation_loss(self):
+        return 0.0
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RoundedScale(Recipe):
+    """``s = amax * fp32(1/127)``, ``q = rint(fp16(x / s))`` by groups of columns; what travels is ``dtype(s)``.
+
+    The division is by the unrounded s; its quotient becomes fp16 before it becomes an integer (both ties to even). The
+    receiver's value is ``dtype(q * fp32(dtype(s)))``. A group of zeros, or one whose s is subnormal in fp32, gives
+    zeros; one with NaN or inf dequantises to NaN. In fp16, values near the largest one may come back as inf. Error:
+    scale * (1/2 + 1/32) plus the roundings of scale and value to the rows' dtype, each up to |value| * roundoff(dtype).
+    """
+
+    takes_smooth = False
+
+    @property
+    def scale_dtype(self):
+        return self.dtype
+
+    def _scale(self, y):
+        amax = _amax(y)
+        scale = lax.optimization_barrier(amax * _reciprocal(127.0))
+        dead = scale < TINY
+        quotient = jnp.where(dead, 0.0, y / jnp.where(dead, 1.0, scale))
+        half = lax.reduce_precision(quotient, exponent_bits=5, mantissa_bits=10)
+        return half, jnp.where(dead, 0.0, scale)[..., 0].astype(self.dtype)
+
+    def _unscale(self, decoded, scale):
+        # The barrier keeps XLA from dropping the narrow type between two wide ones.
+        narrow = lax.optimization_barrier((decoded * scale.astype(jnp.float32)).astype(self.dtype))
+        return narrow.astype(jnp.float32)
+
+    def error_bound(self, q):
+        size, scale = (
+            jnp.abs(to_blocks(self.format.decode(q.values), self.block)),
+            q.scale.astype(jnp.float32)[..., None],
+        )
+        roundoff = float(jnp.finfo(self.dtype).eps) / 2
+        floor = 2.0**-25 if self.dtype == "float16" else FLOOR  # half of the smallest fp16 number
+        unrounded = scale * (1 + 2 * roundoff) + floor  # at most that
+        bound = unrounded * (0.5 + 2.0**-5 + 2.0**-14) + size * (unrounded - scale) + size * scale * roundoff + floor
+        return jnp.where(jnp.isfinite(self.dequantize(q)), from_blocks(bound, q.values.shape[1]), jnp.inf)
+
+
+_RECIPES: dict[str, Callable[..., Recipe]] = {
+    "int8_static": lambda **kw: Static(format=INT8, **kw),
+    "int8": lambda **kw: PerToken(format=INT8, **kw),
+    "fp8_e4m3": lambda **kw: PerToken(format=E4M3, **kw),
+    "fp8_e5m2": lambda **kw: PerToken(format=E5M2, **kw),
+    "fp8_e4m3_group128": lambda **kw: PerGroup(format=E4M3, block=128, **kw),
+    "fp8_e5m2_group128": lambda **kw: PerGroup(format=E5M2, block=128, **kw),
+    "mx_e4m3": lambda **kw: Microscaled(format=E4M3, block=32, **kw),
+    "mx_e5m2": lambda **kw: Microscaled(format=E5M2, block=32, **kw),
+    "mx_e2m1": lambda **kw: Microscaled(format=E2M1, block=32, **kw),
+    "mx_clip_e4m3": lambda **kw: MicroscaledClip(format=E4M3, block=32, **kw),
+    "mx_clip_e5m2": lambda **kw: MicroscaledClip(format=E5M2, block=32, **kw),
+    "int8_group8": lambda **kw: RoundedScale(format=INT8, block=8, **kw),
+}
+NAMES = ("none", *_RECIPES)
+
+
+def recipe(name: str, dtype: str) -> Recipe | None:
+    """The recipe called ``name`` for rows of ``dtype``; None for "none", which leaves rows as they are.
+
+    ==================================  =================  ======================  =====================
+    name                                values             one scale per           scheme
+    ==================================  =================  ======================  =====================
+    int8_static                         int8               none travels            ``Static``
+    int8, fp8_e4m3, fp8_e5m2            int8, fp8          row: f32                ``PerToken``
+    fp8_e4m3_group128, .._e5m2_..       fp8                128 columns: f32        ``PerGroup``
+    mx_e4m3, mx_e5m2, mx_e2m1           fp8, fp4 pairs     32 columns: u8          ``Microscaled``
+    mx_clip_e4m3, mx_clip_e5m2          fp8                32 columns: u8          ``MicroscaledClip``
+    int8_group8                         int8               8 columns: ``dtype``    ``RoundedScale``
+    ==================================  =================  ======================  =====================
+
+    Args:
+      name: one of ``NAMES``.
+      dtype: "float32", "bfloat16" or "float16".
+
+    Raises:
+      InvalidArgumentError: the name or the dtype is unknown.
+
+    >>> recipe("int8", "bfloat16").row_bytes(7168)
+    7172
+    """
+    check_choice("name", name, NAMES)
+    check_choice("dtype", dtype, ("float32", "bfloat16", "float16"))
+    return None if name == "none" else _RECIPES[name](name=name, dtype=dtype)
+
+
+def _amax(y):
+    """max |y| of every block, [rows, G, 1]; NaN where there is one.
+
+    Taken on the bits, which order non-negative floats and put NaN above all: a compiled float maximum may drop NaN.
+    """
+    magnitude = lax.bitcast_convert_type(y, jnp.int32) & 0x7FFFFFFF
+    return lax.bitcast_convert_type(jnp.max(magnitude, axis=-1, keepdims=True), jnp.float32)
+
+
+def _apply(y, multiplier, scale):
+    """The numbers to encode and the scales; a block whose scale would be subnormal becomes zeros with scale 0."""
+    dead = scale < TINY  # false for NaN: such a block keeps its NaN
+    return y * jnp.where(dead, 0.0, multiplier), jnp.where(dead, 0.0, scale)[..., 0]
+
+
+def _reciprocal(largest):
+    return np.float32(1.0) / np.float32(largest)
+
+
+def _exponent_and_mantissa(x):
+    """The biased exponent and the mantissa field of fp32 numbers, both i32."""
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    return (bits >> 23) & 0xFF, bits & 0x7FFFFF
+
+
+def _power_of_two(exponent):
+    """2^exponent for i32 in [-126, 127], by bits: exact on every device."""
+    return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
