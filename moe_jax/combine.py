@@ -46,6 +46,15 @@ def combine(
     Raises:
       ShapeError, DtypeError, InvalidArgumentError, MissingArgumentError, MeshError: as for ``dispatch``.
 
+    >>> everywhere = P(("ep", "tp"))
+    >>> def there_and_back(x, ids):
+    ...     sent = dispatch(x, ids, plan)
+    ...     return combine(sent.x, jnp.full(ids.shape, 0.5), sent.handle)
+    >>> run = shard_map(there_and_back, mesh=mesh, in_specs=everywhere, out_specs=everywhere)
+    >>> y = run(x, jnp.zeros((8, 2), jnp.int32))
+    >>> bool((y == x).all())
+    True
+
     Source: MoeDistributeCombineV4.
     """
     constants = {"const_alpha1": const_alpha1, "const_alpha2": const_alpha2, "const_v": const_v}
@@ -120,6 +129,8 @@ def _sum(
     if shared_x is not None:
         check_shape("shared_x", shared_x, (plan.tokens_per_rank, plan.hidden), "[T, H]")
         check_dtype("shared_x", shared_x, (plan.dtype,), "the plan's dtype")
+    if not plan.num_pairs:  # no device has a token; see ``dispatch``
+        return jnp.zeros_like(combine_weights, shape=(0, plan.hidden))
     terms = special_terms(handle.expert_ids, plan, **special)
     # The weight of a pair that contributes nothing may be anything, NaN included.
     weights = copy_weights(combine_weights, plan)

@@ -1,5 +1,6 @@
 """Dispatch: which pairs travel, in which window, and the rows that they become at their experts."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -43,8 +44,22 @@ def dispatch(
       ShapeError, DtypeError, InvalidArgumentError, MissingArgumentError: an argument does not fit the plan.
       MeshError: not called inside ``shard_map`` over the plan's axes.
 
+    >>> everywhere = P(("ep", "tp"))  # x is [8, 8] over 2 x 1 devices: 4 tokens each, both choices of each expert 0
+    >>> count = lambda x, ids: dispatch(x, ids, plan).group_sizes
+    >>> shard_map(count, mesh=mesh, in_specs=everywhere, out_specs=everywhere)(x, jnp.zeros((8, 2), jnp.int32))
+    Array([16,  0,  0,  0], dtype=int32)
+
     Source: MoeDistributeDispatchV4, row order of its expandX.
     """
+    _check_dispatch(x, expert_ids, plan, token_mask)
+    if not plan.num_pairs:
+        # No device has a token. XLA rejects a program that communicates and has none but empty inputs: say it outright.
+        shapes = jax.eval_shape(functools.partial(_dispatch, plan=plan), x, expert_ids)
+        return _compat.as_varying(jax.tree.map(jnp.zeros_like, shapes), plan.exchange_axes)
+    return _dispatch(x, expert_ids, token_mask, plan=plan)
+
+
+def _dispatch(x: Array, expert_ids: Array, token_mask: Array | None = None, *, plan: Plan) -> Dispatched:
     exchange = prepare(x, expert_ids, plan, token_mask=token_mask)
     capacity = plan.pair_capacity if plan.overflow == "drop" else plan.max_pair_rows
     handle = open_window(exchange, 0, capacity, plan)
@@ -66,8 +81,7 @@ class Exchange(NamedTuple):
 
 
 def prepare(x: Array, expert_ids: Array, plan, *, token_mask: Array | None = None) -> Exchange:
-    """Checks the arguments, sorts the pairs and exchanges the counts."""
-    _check_dispatch(x, expert_ids, plan, token_mask)
+    """Sorts the pairs and exchanges the counts."""
     with jax.named_scope("layout"):
         wanted = expert_ids != -1
         if token_mask is not None:

@@ -142,16 +142,17 @@ def test_odd_sizes(transport, tokens, top_k, experts):
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_no_tokens(transport):
+    """Forward and backward of everything, in one program that has no input but empty ones."""
     plan = make_plan(4, 2, transport, tokens=0, experts=8)
-
-    def shard(x, ids, weights):
-        sent = moe.dispatch(x, ids, plan)
-        return sent.x, sent.group_sizes, moe.combine(sent.x, weights, sent.handle)
-
-    empty = np.zeros((4, 2, 0, K), np.float32)
-    run = jax.jit(over_mesh(mesh_of(4, 2), shard))
-    rows, sizes, y = run(np.zeros((4, 2, 0, H), np.float32), empty.astype(np.int32), empty)
-    assert y.shape == (4, 2, 0, H) and np.isnan(rows).all() and not np.asarray(sizes).any()
+    rows = plan.num_rows(plan.max_pair_rows)
+    empty = np.zeros((4, 2, 0, H), np.float32)
+    pairs = np.zeros((4, 2, 0, K), np.float32)
+    mask = np.zeros((4, 2, 0), bool)
+    got = program(plan)(empty, pairs.astype(np.int32), pairs, mask, np.zeros((4, 2, rows, H), np.float32), empty)
+    sent, sizes, y, d_x, d_rows, d_weights = got
+    assert sent.shape == d_rows.shape == (4, 2, rows, H)
+    assert y.shape == d_x.shape == empty.shape and d_weights.shape == pairs.shape
+    assert not np.asarray(sizes).any() and not np.asarray(d_rows).any()
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)

@@ -62,6 +62,13 @@ def ragged_all_to_all(
       MissingArgumentError, InvalidArgumentError: an array is None; ``axis_name`` is no name or tuple of names.
       MeshError: ``axis_name`` is not bound here.
 
+    >>> sizes = jnp.array([1, 2, 1, 2], jnp.int32)  # of 2 ranks: each sends 1 row to rank 0 and 2 to rank 1
+    >>> starts, lands = jnp.array([0, 1, 0, 1], jnp.int32), jnp.array([0, 0, 1, 2], jnp.int32)
+    >>> send = lambda rows, *ints: ragged_all_to_all(rows, jnp.zeros(4), *ints, axis_name="ep")
+    >>> shard_map(send, mesh=mesh, in_specs=P("ep"), out_specs=P(("ep", "tp")))(
+    ...     jnp.arange(6.0), starts, sizes, lands, jnp.array([1, 1, 2, 2], jnp.int32))
+    Array([0., 3., 0., 0., 1., 2., 4., 5.], dtype=float32)
+
     Source: the calling convention of jax.lax.ragged_all_to_all; L. G. Valiant, A Scheme for Fast Parallel
     Communication, SIAM J. Comput. 11 (1982), for the relay.
     """
