@@ -80,13 +80,14 @@ def moe_on_mesh(
     num_tokens = plan.tokens_per_rank * math.prod(mesh.shape.values())
     over_tokens = PartitionSpec(plan.token_axes)
 
+    shapes = param_shapes(plan, router, activation, ffn=ffn, shared_ffn=ffn * plan.num_shared_experts)
+    chosen = {name: shape for name, shape in shapes.items() if use_bias or name not in OPTIONAL_PARAMS}
+    shardings = {name: NamedSharding(mesh, param_spec(name, plan)) for name in chosen}
+    draw = jax.jit(lambda key: _draw(key, chosen), out_shardings=shardings)  # compiled once, not at every call
+
     def init(key: Array) -> dict[str, Array]:
         _check_key(key)
-        shared_ffn = ffn * plan.num_shared_experts
-        shapes = param_shapes(plan, router, activation, ffn=ffn, shared_ffn=shared_ffn)
-        chosen = {name: shape for name, shape in shapes.items() if use_bias or name not in OPTIONAL_PARAMS}
-        shardings = {name: NamedSharding(mesh, param_spec(name, plan)) for name in chosen}
-        return jax.jit(lambda key: _draw(key, chosen), out_shardings=shardings)(key)
+        return draw(key)
 
     def apply(params: dict[str, Array], x: Array, token_mask: Array | None = None) -> tuple[Array, LayerStats]:
         check_rank("x", x, 2, "[N, H]")
