@@ -155,7 +155,7 @@ def receive_maps(
     num_tp, num_ranks, _ = recv_counts.shape
     arrival_len = num_ranks * capacity
     first, sizes = clip_to_window(recv_counts, start, capacity)
-    from_source = jnp.sum(sizes, axis=-1)
+    from_source = jnp.sum(sizes, axis=-1, dtype=jnp.int32)
     if compact:
         bases = jnp.cumsum(from_source, axis=1) - from_source
     else:
@@ -166,7 +166,7 @@ def receive_maps(
     return ReceiveMaps(
         sizes=from_source,
         bases=bases,
-        group_sizes=jnp.sum(sizes, axis=(0, 1)),
+        group_sizes=jnp.sum(sizes, axis=(0, 1), dtype=jnp.int32),
         row_slot=map_blocks(_by_row(row_start), _by_row(slot_start), _by_row(sizes), num_rows),
         slot_row=map_blocks(slot_start.ravel(), row_start.ravel(), sizes.ravel(), num_tp * arrival_len),
     )
@@ -201,7 +201,7 @@ def gather_maps(
     position_row = map_blocks(sorted_start, row_start, _by_row(sizes), pairs.order.shape[0])
     return GatherMaps(
         recv_counts=recv_counts,
-        group_sizes=jnp.sum(sizes, axis=(0, 1)),
+        group_sizes=jnp.sum(sizes, axis=(0, 1), dtype=jnp.int32),
         row_pair=jnp.where(row_position < 0, -1, _take(pairs.order, row_position)),
         pair_row=_take(position_row, pairs.position).reshape(num_tp * num_ranks, n),
     )
