@@ -68,6 +68,8 @@ def route(
     axes = () if axis_name is None else _compat.bound_axes(axis_name)
     with jax.named_scope("route"):
         logits = logits.astype(jnp.float32)
+        if token_mask is not None:  # padding may hold anything, and its gradient is zero
+            logits = jnp.where(token_mask[:, None], logits, 0.0)
         scores = _scores(logits, router.score)
         selection = logits if router.topk_first else scores
         if bias is not None:

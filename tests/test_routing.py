@@ -264,3 +264,17 @@ def test_wrong_arguments_are_named(changes, error, names):
     router = moe_jax.RouterConfig(**given.pop("router"))
     with pytest.raises(error, match=names):
         moe_jax.route(given.pop("logits"), router, **given)
+
+
+def test_masked_tokens_may_hold_anything():
+    """NaN and inf in masked logits reach neither values nor gradients."""
+    logits = jnp.array([[1.0, 2.0, 3.0], [jnp.nan] * 3, [jnp.inf, 0.0, -jnp.inf]])
+    mask = jnp.array([True, False, False])
+
+    def total(logits):
+        routing = moe_jax.route(logits, moe_jax.RouterConfig(), top_k=2, token_mask=mask)
+        return jnp.sum(routing.combine_weights**2) + routing.losses["balance"] + routing.losses["z"]
+
+    gradient = jax.grad(total)(logits)
+    assert np.isfinite(gradient).all() and np.abs(gradient[0]).max() > 0
+    assert not np.asarray(gradient[1:]).any()
