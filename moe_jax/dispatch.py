@@ -60,7 +60,7 @@ def dispatch(
 
 
 def _dispatch(x: Array, expert_ids: Array, token_mask: Array | None = None, *, plan: Plan) -> Dispatched:
-    exchange = prepare(x, expert_ids, plan, token_mask=token_mask)
+    exchange = prepare(expert_ids, plan, token_mask=token_mask)
     capacity = plan.pair_capacity if plan.overflow == "drop" else plan.max_pair_rows
     handle = open_window(exchange, 0, capacity, plan)
     return Dispatched(
@@ -80,7 +80,7 @@ class Exchange(NamedTuple):
     stats: DispatchStats
 
 
-def prepare(x: Array, expert_ids: Array, plan, *, token_mask: Array | None = None) -> Exchange:
+def prepare(expert_ids: Array, plan: Plan, *, token_mask: Array | None = None) -> Exchange:
     """Sorts the pairs and exchanges the counts."""
     with jax.named_scope("layout"):
         wanted = expert_ids != -1

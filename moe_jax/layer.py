@@ -91,7 +91,7 @@ def moe_layer(
         token_mask=token_mask,
         axis_name=plan.token_axes,
     )
-    exchange = prepare(x, routing.expert_ids, plan)
+    exchange = prepare(routing.expert_ids, plan)
     num_rounds = count_rounds(exchange, plan)
     experts = {name: params[name] for name in params if name.startswith(("w_", "b_"))}
     experts, x, exchange = _compat.as_varying((experts, x, exchange), plan.token_axes)
