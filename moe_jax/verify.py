@@ -23,7 +23,7 @@ from moe_jax.errors import check_choice
 from moe_jax.kernels import backend_names, grouped_matmul
 from moe_jax.mesh import ensure_devices, has_accelerator, make_mesh
 from moe_jax.on_mesh import moe_on_mesh
-from moe_jax.plan import make_plan
+from moe_jax.plan import Plan, make_plan
 
 TOKENS, HIDDEN, TOP_K = 8, 16, 2
 TRANSPORTS = ("padded", "ragged", "allgather")
@@ -200,9 +200,20 @@ def _expert_ids(pattern: str, rng: np.random.Generator, lead: tuple[int, ...], n
     return np.stack(chosen).reshape(*lead, TOP_K).astype(np.int32)
 
 
-def _num_experts(mesh: Mesh) -> int:
+def _plan(mesh: Mesh, transport: str, backend: str, **options) -> Plan:
     ranks = mesh.size // mesh.shape["tp"]
-    return ranks * max(2, -(-4 // ranks))
+    return make_plan(
+        mesh,
+        tokens_per_rank=TOKENS,
+        hidden=HIDDEN,
+        num_experts=ranks * max(2, -(-4 // ranks)),
+        top_k=TOP_K,
+        dtype="float32",
+        transport=transport,
+        backend=backend,
+        poison=True,
+        **options,
+    )
 
 
 class _Exchange:
@@ -210,17 +221,7 @@ class _Exchange:
 
     def __init__(self, mesh: Mesh, transport: str, backend: str):
         self.ranks, self.peers = mesh.size // mesh.shape["tp"], mesh.shape["tp"]
-        self.plan = make_plan(
-            mesh,
-            tokens_per_rank=TOKENS,
-            hidden=HIDDEN,
-            num_experts=_num_experts(mesh),
-            top_k=TOP_K,
-            dtype="float32",
-            transport=transport,
-            backend=backend,
-            poison=True,
-        )
+        self.plan = _plan(mesh, transport, backend)
         self.program = _over(mesh, self._shard)
         self.deviations: dict[str, list[float]] = {}
         self.inner_products: list[float] = []
@@ -292,19 +293,7 @@ class _Layer:
     """The whole layer on one transport, random data, compared with the reference."""
 
     def __init__(self, mesh: Mesh, transport: str, backend: str):
-        self.plan = make_plan(
-            mesh,
-            tokens_per_rank=TOKENS,
-            hidden=HIDDEN,
-            num_experts=_num_experts(mesh),
-            top_k=TOP_K,
-            dtype="float32",
-            num_shared_experts=1,
-            transport=transport,
-            backend=backend,
-            capacity_factor=1.0,
-            poison=True,
-        )
+        self.plan = _plan(mesh, transport, backend, num_shared_experts=1, capacity_factor=1.0)
         self.num_tokens = TOKENS * mesh.size
         self.router = RouterConfig()
         self.init, apply = moe_on_mesh(mesh, self.plan, self.router, ffn=8 * mesh.shape["tp"], use_bias=True)
