@@ -7,7 +7,7 @@ from moe_jax import errors, quant, reference
 from moe_jax.combine import combine, combine_add_rms_norm
 from moe_jax.comm import ragged_all_to_all
 from moe_jax.config import RouterConfig, load_config
-from moe_jax.dispatch import dispatch
+from moe_jax.dispatch import dequantize, dispatch, make_receive_window
 from moe_jax.errors import MoEError
 from moe_jax.fused import all_to_allv_grouped_matmul, grouped_matmul_all_to_allv
 from moe_jax.kernels import Backend, grouped_matmul, register_backend, resolve_backend
@@ -33,6 +33,7 @@ __all__ = [
     "all_to_allv_grouped_matmul",
     "combine",
     "combine_add_rms_norm",
+    "dequantize",
     "dispatch",
     "emulate_devices",
     "errors",
@@ -41,6 +42,7 @@ __all__ = [
     "load_config",
     "make_mesh",
     "make_plan",
+    "make_receive_window",
     "moe_layer",
     "moe_on_mesh",
     "quant",

@@ -7,7 +7,7 @@ from moe_jax import comm
 from moe_jax.errors import InvalidArgumentError, check_dtype, check_rank, check_shape, check_type
 from moe_jax.movement import collect_rows, copy_weights, finish
 from moe_jax.special import special_terms
-from moe_jax.types import DispatchHandle, ExchangeMaps
+from moe_jax.types import DispatchHandle, ExchangeMaps, GatherMaps
 
 Array = jax.Array
 
@@ -121,7 +121,7 @@ def _sum(
     comm.check_axes(plan)
     check_rank("rows", rows, 2, "[M, H]")
     exchanged = isinstance(maps, ExchangeMaps)
-    num_rows = (maps.row_slot if exchanged else maps.row_pair).shape[0]
+    num_rows = (maps.row_pair if isinstance(maps, GatherMaps) else maps.row_slot).shape[0]
     check_shape("rows", rows, (num_rows, plan.hidden), "[M, H], the extent that dispatch gave")
     check_dtype("rows", rows, (plan.dtype,), "the plan's dtype")
     check_shape("combine_weights", combine_weights, (plan.tokens_per_rank, plan.top_k), "[T, K]")

@@ -18,7 +18,7 @@ from moe_jax.errors import ConfigError, InvalidArgumentError, raise_all, suggest
 SCORES = ("softmax", "sigmoid", "sqrt_softplus")
 GROUP_SCORES = ("auto", "max", "top2")
 ACTIVATIONS = ("swiglu", "gelu", "clamped_swiglu")
-TRANSPORTS = ("auto", "padded", "ragged", "allgather")
+TRANSPORTS = ("auto", "padded", "ragged", "allgather", "hierarchy")
 OVERFLOWS = ("dropless", "drop")
 DTYPES = ("float32", "bfloat16")
 

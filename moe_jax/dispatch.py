@@ -1,16 +1,30 @@
-"""Dispatch: which pairs travel, in which window, and the rows that they become at their experts."""
+"""Dispatch: tokens become rows at their experts."""
 
+import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax import _compat, comm, layout
-from moe_jax.errors import check_array, check_dtype, check_mask, check_rank, check_shape, check_type
-from moe_jax.movement import send_rows
+from moe_jax import _compat, comm
+from moe_jax.bookkeeping import open_window, prepare, read_table
+from moe_jax.errors import (
+    InvalidArgumentError,
+    MissingArgumentError,
+    ShapeError,
+    UnsupportedError,
+    check_array,
+    check_dtype,
+    check_mask,
+    check_rank,
+    check_shape,
+    check_type,
+)
+from moe_jax.message import Part
+from moe_jax.movement import Sent, dequantized, send_rows
 from moe_jax.plan import Plan
-from moe_jax.types import Dispatched, DispatchHandle, DispatchStats, ExchangeMaps, GatherMaps
+from moe_jax.types import Dispatched
+from moe_jax.window import Window, fresh_sources, make_window
 
 Array = jax.Array
 
@@ -20,7 +34,12 @@ def dispatch(
     expert_ids: Array,
     plan: Plan,
     *,
+    combine_weights: Array | None = None,
+    smooth_scales: Array | None = None,
     token_mask: Array | None = None,
+    rank_table: Array | None = None,
+    window: Window | None = None,
+    performance_info: Array | None = None,
 ) -> Dispatched:
     """Sends a copy of every token to each of its experts. Call it per shard, inside ``shard_map``.
 
@@ -29,19 +48,32 @@ def dispatch(
     all tp ranks of an ep rank get the rows of all of them. Repeated ids in a row are distinct copies. With
     ``plan.num_shared_ranks``, the copy for shared expert s counts as k = K + s, and lies in slot 0 of its rank.
 
+    With ``plan.quant``, rows travel as codes with their scales, in one message; ``dequantize`` makes rows of them.
+
     Args:
       x: [T, H] in ``plan.dtype``.
       expert_ids: [T, K] i32; -1 = this pair goes nowhere. Ids of zero, copy and constant experts (from E on) send no
         row; ids beyond them go nowhere and are counted in ``stats.num_invalid``.
       plan: the static plan. With overflow="dropless" M holds the worst skew, T * K * ep * tp rows; with "drop",
         ``plan.pair_capacity`` rows per pair of ranks.
+      combine_weights: [T, K] f32 that travel with the rows and come out as ``row_weights``.
+      smooth_scales: f32 factors of the rows before they are quantised: [1], [H], or [E, H], a row per expert; with
+        shared experts on ranks of their own [Ns + E, H], those first. The same on all ranks. "int8_static" needs it.
       token_mask: [T] or [T, K] bool; false = the token, or the pair, goes nowhere.
+      rank_table: [4 + 2 * ep] i32, who is alive; see ``make_rank_table``. Then expert ids count the experts of the
+        ranks that are left, and rows come by logical source rank. Removed ranks send and get nothing.
+      window: what ``make_receive_window`` returned, or the last dispatch; donate it. Arrivals are written into it. A
+        pair for a rank whose window is at another step is not sent, and counted in ``stats.num_stale``.
+      performance_info: [W] int, to which the microseconds are added that this rank waited for each source: the
+        exchange then goes to one peer after the other, with the host's clock in between. For "padded" and "ragged".
 
     Returns:
-      Dispatched. Differentiable in ``x``: the adjoint sends cotangents back and sums them in fp32.
+      Dispatched. Differentiable in ``x``, ``combine_weights`` and ``smooth_scales``; rounding counts as identity. The
+      adjoint sends cotangents back (as ``plan.backward_quant`` says) and sums them in fp32.
 
     Raises:
       ShapeError, DtypeError, InvalidArgumentError, MissingArgumentError: an argument does not fit the plan.
+      UnsupportedError: the transport cannot serve it.
       MeshError: not called inside ``shard_map`` over the plan's axes.
 
     >>> everywhere = P(("ep", "tp"))  # x is [8, 8] over 2 x 1 devices: 4 tokens each, both choices of each expert 0
@@ -52,134 +84,100 @@ def dispatch(
     Source: MoeDistributeDispatchV4, row order of its expandX.
     """
     _check_dispatch(x, expert_ids, plan, token_mask)
+    _check_options(plan, combine_weights, smooth_scales, rank_table, window, performance_info)
+    arrays = {
+        "combine_weights": combine_weights,
+        "smooth_scales": smooth_scales,
+        "token_mask": token_mask,
+        "rank_table": rank_table,
+        "window": window,
+        "performance_info": performance_info,
+    }
+    arrays = {name: value for name, value in arrays.items() if value is not None}
     if not plan.num_pairs:
         # No device has a token. XLA rejects a program that communicates and has none but empty inputs: say it outright.
-        shapes = jax.eval_shape(functools.partial(_dispatch, plan=plan), x, expert_ids)
-        return _compat.as_varying(jax.tree.map(jnp.zeros_like, shapes), plan.exchange_axes)
-    return _dispatch(x, expert_ids, token_mask, plan=plan)
+        shapes = jax.eval_shape(functools.partial(_dispatch, plan=plan), x, expert_ids, **arrays)
+        zeros = _compat.as_varying(jax.tree.map(jnp.zeros_like, shapes), plan.exchange_axes)
+        return _kept(zeros, window, performance_info)
+    return _dispatch(x, expert_ids, plan=plan, **arrays)
 
 
-def _dispatch(x: Array, expert_ids: Array, token_mask: Array | None = None, *, plan: Plan) -> Dispatched:
-    exchange = prepare(expert_ids, plan, token_mask=token_mask)
-    capacity = plan.pair_capacity if plan.overflow == "drop" else plan.max_pair_rows
-    handle = open_window(exchange, 0, capacity, plan)
-    return Dispatched(
-        x=send_rows(x, handle), scales=None, group_sizes=handle.group_sizes, handle=handle, stats=exchange.stats
-    )
+def dequantize(dispatched: Dispatched) -> Array:
+    """The rows [M, H] of a dispatch in ``plan.dtype``: ``x`` itself, or what its codes and scales stand for.
 
+    About the tokens, times their smoothing factors if any. Differentiable: the cotangent passes to the tokens (and to
+    the factors) as if nothing had been rounded.
 
-class Exchange(NamedTuple):
-    """All windows of one dispatch: what is known once destinations and counts are."""
-
-    expert_ids: Array  # [T, K] the choices that count, -1 otherwise
-    pairs: layout.PairOrder
-    send_counts: Array  # [W, L]
-    recv_counts: Array | None  # [P, W, L]; None for "allgather", which counts what it gathered
-    destinations: Array | None  # "allgather": [P, W, T * K] of all ranks
-    sizes: Array | None  # [W, W] list lengths of all ranks, for transports that move unequal slices
-    stats: DispatchStats
-
-
-def prepare(expert_ids: Array, plan: Plan, *, token_mask: Array | None = None) -> Exchange:
-    """Sorts the pairs and exchanges the counts."""
-    with jax.named_scope("layout"):
-        wanted = expert_ids != -1
-        if token_mask is not None:
-            wanted &= token_mask[:, None] if token_mask.ndim == 1 else token_mask
-        valid = (expert_ids >= 0) & (expert_ids < plan.num_ids)
-        chosen = _compat.as_varying(jnp.where(wanted & valid, expert_ids, -1), plan.exchange_axes)
-        destination = _destinations(chosen, token_mask, plan)
-        pairs = layout.sort_pairs(destination, plan.ep_size * plan.num_local_experts)
-        send_counts = jnp.diff(pairs.offsets).reshape(plan.ep_size, plan.num_local_experts)
-        dropped = jnp.zeros_like(send_counts[0, :1])
-        if plan.overflow == "drop":
-            over = jnp.maximum(jnp.sum(send_counts, axis=1) - plan.pair_capacity, 0)
-            dropped = jnp.sum(over, dtype=jnp.int32)[None]
-    invalid = jnp.sum(wanted & ~valid, dtype=jnp.int32)[None]
-    stats = DispatchStats(num_dropped=dropped, num_invalid=_compat.as_varying(invalid, plan.exchange_axes))
-    with jax.named_scope("exchange_counts"):
-        if plan.transport == "allgather":
-            everyone = comm.gather_tokens(destination, plan)
-            everyone = everyone.reshape(plan.tp_size, plan.ep_size, plan.num_pairs)
-            return Exchange(chosen, pairs, send_counts, None, everyone, None, stats)
-        return Exchange(
-            chosen,
-            pairs,
-            send_counts,
-            comm.exchange_counts(send_counts, plan),
-            None,
-            comm.all_send_sizes(jnp.sum(send_counts, axis=1, dtype=jnp.int32), plan),
-            stats,
-        )
-
-
-def _destinations(chosen: Array, token_mask: Array | None, plan: Plan) -> Array:
-    """[T * num_copies] flat expert slot, rank * L + local expert, of every copy of every token; -1 where none travels.
-
-    Routed expert e lives in slot S * L + e: behind the S ranks of shared experts. Experts without weights get no row.
+    Raises:
+      InvalidArgumentError: not what ``dispatch`` returned.
     """
-    num_local, num_shared = plan.num_local_experts, plan.num_shared_experts
-    first = plan.num_shared_ranks * num_local
-    routed = jnp.where((chosen >= 0) & (chosen < plan.num_experts), first + chosen, -1)
-    if not plan.num_shared_ranks:
-        return routed.ravel()
-    per_expert = plan.num_shared_ranks // num_shared
-    rank = comm.ep_rank(plan) % per_expert + per_expert * jnp.arange(num_shared, dtype=jnp.int32)
-    active = jnp.ones_like(chosen[:, 0], dtype=bool)
-    if token_mask is not None:
-        active &= token_mask if token_mask.ndim == 1 else jnp.any(token_mask, axis=1)
-    shared = jnp.where(active[:, None], rank * num_local, -1)
-    return jnp.concatenate([routed, shared], axis=1).ravel()
+    check_type("dispatched", dispatched, Dispatched, "pass what dispatch returned")
+    plan = dispatched.handle.plan
+    if dispatched.scales is None:
+        return dispatched.x
+    return dequantized(Sent(dispatched.gradient, dispatched.x, dispatched.scales, None, None, None), plan)
 
 
-def count_rounds(exchange: Exchange, plan) -> Array:
-    """Windows of ``plan.pair_capacity`` that hold every list of every rank of the group; at least 1. i32 scalar."""
-    if plan.max_rounds == 1:
-        return jnp.ones((), jnp.int32)
-    longest = comm.max_over_ranks(jnp.max(jnp.sum(exchange.send_counts, axis=1)), plan)
-    return jnp.maximum(1, (longest + plan.pair_capacity - 1) // plan.pair_capacity).astype(jnp.int32)
+def make_receive_window(plan: Plan, *, with_weights: bool = False) -> Window:
+    """An empty window for ``dispatch(..., window=)`` on one device; ``with_weights`` if it is given combine_weights."""
+    check_type("plan", plan, Plan, "build one with moe_jax.make_plan(...)")
+    part = _message_part(plan, with_weights)
+    return make_window(plan.ep_size * _capacity(plan), part.width, part.dtype, plan.ep_size)
 
 
-def open_window(exchange: Exchange, start: Array | int, capacity: int, plan) -> DispatchHandle:
-    """The handle of the pairs at places [start, start + capacity) of every list."""
-    num_rows = plan.num_rows(capacity)
-    with jax.named_scope("layout"):
-        if plan.transport == "allgather":
-            picked = layout.gather_maps(
-                exchange.destinations, comm.ep_rank(plan), plan.num_local_experts, start, capacity, num_rows=num_rows
-            )
-            recv_counts, group_sizes = picked.recv_counts, picked.group_sizes
-            sources = plan.tp_size * plan.ep_size
-            pair_row = picked.pair_row.reshape(sources, plan.tokens_per_rank, plan.num_copies)
-            maps = GatherMaps(row_pair=picked.row_pair, pair_row=pair_row)
-        else:
-            compact = _is_compact(capacity, plan)
-            send = layout.send_maps(exchange.pairs, plan.ep_size, start, capacity, compact=compact)
-            receive = layout.receive_maps(
-                exchange.recv_counts, start, capacity, compact=compact, num_rows=num_rows
-            )
-            sizes = jnp.clip(exchange.sizes - start, 0, capacity) if compact else exchange.sizes[:0, :0]
-            recv_counts, group_sizes = exchange.recv_counts, receive.group_sizes
-            maps = ExchangeMaps(
-                send_pair=send.slot_pair,
-                pair_slot=send.pair_slot.reshape(plan.tokens_per_rank, plan.num_copies),
-                row_slot=receive.row_slot,
-                slot_row=receive.slot_row,
-                sizes=sizes,
-            )
-    return DispatchHandle(
-        plan=plan,
-        expert_ids=exchange.expert_ids,
-        group_sizes=group_sizes,
-        send_counts=exchange.send_counts,
-        recv_counts=recv_counts,
-        maps=maps,
+def _capacity(plan: Plan) -> int:
+    """Rows that a pair of ranks can move in one dispatch."""
+    return plan.pair_capacity if plan.overflow == "drop" else plan.max_pair_rows
+
+
+def _message_part(plan: Plan, with_weights: bool) -> Part:
+    """What one row of the exchange holds."""
+    recipe = plan.dispatch_recipe
+    rows = Part(plan.hidden, plan.dtype) if recipe is None else Part(recipe.row_bytes(plan.hidden), "uint8")
+    return Part(rows.num_bytes + 4, "uint8") if with_weights else rows
+
+
+def _dispatch(
+    x: Array,
+    expert_ids: Array,
+    *,
+    plan: Plan,
+    combine_weights: Array | None = None,
+    smooth_scales: Array | None = None,
+    token_mask: Array | None = None,
+    rank_table: Array | None = None,
+    window: Window | None = None,
+    performance_info: Array | None = None,
+) -> Dispatched:
+    fresh = None if window is None else fresh_sources(window.step, plan.ep_axis)
+    exchange = prepare(expert_ids, plan, token_mask=token_mask, rank_table=rank_table, fresh=fresh)
+    timed = performance_info is not None
+    handle = open_window(exchange, 0, _capacity(plan), plan, compact=False if timed else None)
+    buffer = None if window is None else window.data
+    sent = send_rows(
+        x, handle, smooth=smooth_scales, weights=combine_weights, buffer=buffer, timed=timed
     )
+    result = Dispatched(
+        x=sent.rows if sent.values is None else sent.values,
+        scales=sent.scale,
+        group_sizes=handle.group_sizes,
+        handle=handle,
+        stats=exchange.stats,
+        row_weights=sent.weights,
+        gradient=None if sent.values is None else sent.rows,
+    )
+    if sent.arrival is None:
+        return _kept(result, window, performance_info)
+    if window is not None:
+        counts = jnp.sum(handle.recv_counts[comm.tp_rank(plan)], axis=-1)
+        window = Window(data=sent.arrival.data, counts=counts, step=window.step + 1)
+    if timed:
+        performance_info = performance_info + sent.arrival.microseconds.astype(performance_info.dtype)
+    return _kept(result, window, performance_info)
 
 
-def _is_compact(capacity: int, plan) -> bool:
-    """Whether a window's rows travel end to end, rather than in one equal block per rank."""
-    return plan.transport == "ragged" or capacity > plan.pair_capacity
+def _kept(result: Dispatched, window: Window | None, performance_info: Array | None) -> Dispatched:
+    return dataclasses.replace(result, window=window, performance_info=performance_info)
 
 
 def _check_dispatch(x, expert_ids, plan, token_mask):
@@ -195,3 +193,47 @@ def _check_dispatch(x, expert_ids, plan, token_mask):
         check_array("token_mask", token_mask)
         pairs = (plan.tokens_per_rank, plan.top_k)
         check_mask("token_mask", token_mask, pairs if token_mask.ndim == 2 else pairs[:1], "[T], or [T, K] for pairs")
+
+
+def _check_options(plan, combine_weights, smooth_scales, rank_table, window, performance_info):
+    if combine_weights is not None:
+        check_shape("combine_weights", combine_weights, (plan.tokens_per_rank, plan.top_k), "[T, K]")
+        check_dtype("combine_weights", combine_weights, ("float32",), "cast it with .astype(jnp.float32)")
+    _check_smooth(plan, smooth_scales)
+    if rank_table is not None:
+        read_table(rank_table, plan)  # raises
+    exchanging = plan.transport in ("padded", "ragged")
+    for name, value in (("window", window), ("performance_info", performance_info)):
+        if value is not None and not exchanging:
+            raise UnsupportedError(f"{name}: transport={plan.transport!r} has no exchange between pairs of ranks")
+    if performance_info is not None:
+        check_shape("performance_info", performance_info, (plan.ep_size,), "[W], one per source rank")
+        check_dtype("performance_info", performance_info, ("int32", "int64"), "microseconds are whole numbers")
+    if window is None:
+        return
+    check_type("window", window, Window, "make one with make_receive_window(plan)")
+    if performance_info is not None:
+        raise UnsupportedError("window and performance_info: a timed exchange writes no window; give one of them")
+    part = _message_part(plan, combine_weights is not None)
+    layout_text = "[W * capacity, message]: make_receive_window(plan, with_weights=...) has them"
+    check_shape("window.data", window.data, (plan.ep_size * _capacity(plan), part.width), layout_text)
+    check_dtype("window.data", window.data, (part.dtype,), layout_text)
+
+
+def _check_smooth(plan, smooth_scales):
+    recipe = plan.dispatch_recipe
+    if smooth_scales is None:
+        if recipe is not None and recipe.needs_smooth:
+            raise MissingArgumentError(f"smooth_scales is missing: quant={plan.quant!r} multiplies by it")
+        return
+    if recipe is None or not recipe.takes_smooth:
+        raise InvalidArgumentError(f"smooth_scales was given, but quant={plan.quant!r} takes none; leave it out")
+    check_array("smooth_scales", smooth_scales)
+    rows = plan.num_copies - plan.top_k + plan.num_experts
+    legal = [(1,), (plan.hidden,), (rows, plan.hidden)]
+    if smooth_scales.shape not in legal:
+        raise ShapeError(
+            f"smooth_scales has shape {smooth_scales.shape}; expected one of {legal}: a number, a row, or a row for "
+            "each expert, those of shared experts on ranks of their own first"
+        )
+    check_dtype("smooth_scales", smooth_scales, ("float32",), "cast it with .astype(jnp.float32)")

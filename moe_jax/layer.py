@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax import _compat, comm
+from moe_jax.bookkeeping import Exchange, count_rounds, open_window, prepare
 from moe_jax.config import ACTIVATIONS, RouterConfig
-from moe_jax.dispatch import Exchange, count_rounds, open_window, prepare
 from moe_jax.errors import (
     MoEError,
     UnsupportedError,
@@ -21,7 +21,7 @@ from moe_jax.errors import (
     suggest,
 )
 from moe_jax.experts import grouped_ffn, is_gated, shared_ffn
-from moe_jax.movement import collect_rows, finish, send_rows
+from moe_jax.movement import collect_rows, dequantized, finish, send_rows
 from moe_jax.plan import Plan
 from moe_jax.routing import route
 from moe_jax.special import special_terms
@@ -197,7 +197,7 @@ def _round(plan: Plan, activation: str, index, experts, x, weights, exchange: Ex
     handle = open_window(exchange, index * plan.pair_capacity, plan.pair_capacity, plan)
     rows = grouped_ffn(
         experts,
-        send_rows(x, handle),
+        dequantized(send_rows(x, handle), plan),
         handle.group_sizes,
         activation=activation,
         backend=plan.backend,

@@ -9,6 +9,7 @@ Addresses: a *send slot* is a row of the buffer that leaves, an *arrival slot* a
 a row of the experts' input, ordered by (local expert, tp rank, source rank, pair).
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -142,7 +143,13 @@ def send_maps(pairs: PairOrder, num_ranks: int, start: Array | int, capacity: in
 
 
 def receive_maps(
-    recv_counts: Array, start: Array | int, capacity: int, *, compact: bool, num_rows: int
+    recv_counts: Array,
+    start: Array | int,
+    capacity: int,
+    *,
+    compact: bool,
+    num_rows: int,
+    source_order: Array | None = None,
 ) -> ReceiveMaps:
     """The receiver's side of a window.
 
@@ -151,6 +158,8 @@ def receive_maps(
       start, capacity: the window.
       compact: True: the rows of all sources of one tp rank arrive end to end; False: each has ``capacity`` slots.
       num_rows: M, static row capacity.
+      source_order: [P * W] a permutation of the sources p * W + w, in the order of their rows within an expert;
+        None: ascending.
     """
     num_tp, num_ranks, _ = recv_counts.shape
     arrival_len = num_ranks * capacity
@@ -162,18 +171,26 @@ def receive_maps(
         bases = jnp.broadcast_to(jnp.arange(num_ranks, dtype=jnp.int32) * capacity, (num_tp, num_ranks))
     bases = bases + jnp.arange(num_tp, dtype=jnp.int32)[:, None] * arrival_len
     slot_start = bases[..., None] + first
-    row_start = row_starts(sizes)
+    row_start = row_starts(sizes, source_order)
+    by_row = functools.partial(_by_row, source_order=source_order)
     return ReceiveMaps(
         sizes=from_source,
         bases=bases,
         group_sizes=jnp.sum(sizes, axis=(0, 1), dtype=jnp.int32),
-        row_slot=map_blocks(_by_row(row_start), _by_row(slot_start), _by_row(sizes), num_rows),
+        row_slot=map_blocks(by_row(row_start), by_row(slot_start), by_row(sizes), num_rows),
         slot_row=map_blocks(slot_start.ravel(), row_start.ravel(), sizes.ravel(), num_tp * arrival_len),
     )
 
 
 def gather_maps(
-    destinations: Array, rank: Array, num_local: int, start: Array | int, capacity: int, *, num_rows: int
+    destinations: Array,
+    rank: Array,
+    num_local: int,
+    start: Array | int,
+    capacity: int,
+    *,
+    num_rows: int,
+    source_order: Array | None = None,
 ) -> GatherMaps:
     """A window as seen by a rank that holds everybody's tokens and picks its own.
 
@@ -183,22 +200,26 @@ def gather_maps(
       num_local: L.
       start, capacity: the window.
       num_rows: M, static row capacity.
+      source_order: as for ``receive_maps``.
     """
     num_tp, num_ranks, n = destinations.shape
+    num_sources = num_tp * num_ranks
     local = destinations - rank * num_local
     mine = (destinations >= 0) & (local >= 0) & (local < num_local)
-    source = jnp.arange(num_tp * num_ranks, dtype=jnp.int32).reshape(num_tp, num_ranks, 1)
-    block = jnp.where(mine, local * (num_tp * num_ranks) + source, -1)
-    pairs = sort_pairs(block.ravel(), num_local * num_tp * num_ranks)
-    recv_counts = jnp.diff(pairs.offsets).reshape(num_local, num_tp, num_ranks).transpose(1, 2, 0)
+    source = jnp.arange(num_sources, dtype=jnp.int32) if source_order is None else jnp.argsort(source_order)
+    source = source.astype(jnp.int32).reshape(num_tp, num_ranks, 1)
+    block = jnp.where(mine, local * num_sources + source, -1)
+    pairs = sort_pairs(block.ravel(), num_local * num_sources)
+    recv_counts = _by_source(jnp.diff(pairs.offsets), destinations.shape[:2], source_order)
 
     _, sizes = clip_to_window(recv_counts, start, capacity)
     list_start = jnp.cumsum(recv_counts, axis=-1) - recv_counts
     skipped = jnp.clip(start - list_start, 0, recv_counts)  # of each block, by earlier windows
-    sorted_start = _by_row(row_starts(recv_counts) + skipped)
-    row_start = _by_row(row_starts(sizes))
-    row_position = map_blocks(row_start, sorted_start, _by_row(sizes), num_rows)
-    position_row = map_blocks(sorted_start, row_start, _by_row(sizes), pairs.order.shape[0])
+    by_row = functools.partial(_by_row, source_order=source_order)
+    sorted_start = by_row(row_starts(recv_counts, source_order) + skipped)
+    row_start = by_row(row_starts(sizes, source_order))
+    row_position = map_blocks(row_start, sorted_start, by_row(sizes), num_rows)
+    position_row = map_blocks(sorted_start, row_start, by_row(sizes), pairs.order.shape[0])
     return GatherMaps(
         recv_counts=recv_counts,
         group_sizes=jnp.sum(sizes, axis=(0, 1), dtype=jnp.int32),
@@ -207,16 +228,23 @@ def gather_maps(
     )
 
 
-def row_starts(sizes: Array) -> Array:
+def row_starts(sizes: Array, source_order: Array | None = None) -> Array:
     """First row of each (tp rank, source, local expert) block when rows are ordered by expert first. [P, W, L]."""
-    by_row = _by_row(sizes)
-    num_tp, num_ranks, num_local = sizes.shape
-    return exclusive_cumsum(by_row).reshape(num_local, num_tp, num_ranks).transpose(1, 2, 0)
+    return _by_source(exclusive_cumsum(_by_row(sizes, source_order)), sizes.shape[:2], source_order)
 
 
-def _by_row(blocks: Array) -> Array:
-    """[P, W, L] -> flat, in row order: local expert first."""
-    return blocks.transpose(2, 0, 1).ravel()
+def _by_row(blocks: Array, source_order: Array | None) -> Array:
+    """[P, W, L] -> flat, in row order: local expert, then source."""
+    by_source = lax.collapse(blocks, 0, 2)
+    return (by_source if source_order is None else by_source[source_order]).T.ravel()
+
+
+def _by_source(flat: Array, sources: tuple[int, int], source_order: Array | None) -> Array:
+    """The inverse of ``_by_row``: [L * P * W] -> [P, W, L]."""
+    by_source = flat.reshape(-1, sources[0] * sources[1]).T
+    if source_order is not None:
+        by_source = by_source[jnp.argsort(source_order)]
+    return by_source.reshape(*sources, by_source.shape[1])
 
 
 def _take(table: Array, index: Array) -> Array:

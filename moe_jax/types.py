@@ -1,6 +1,7 @@
 """The traced data that crosses layer borders, as frozen pytrees.
 
-No leaf of a per-shard result has rank 0, so one ``PartitionSpec`` prefix such as ``P(("ep", "tp"))`` fits them all.
+No leaf of what ``dispatch`` returns has rank 0: one ``PartitionSpec`` prefix such as ``P(("ep", "tp"))`` fits it all.
+``LayerStats`` and ``Routing.losses`` are the same on every device, and hold scalars.
 T tokens per device, K choices and C copies per token, H hidden size, W expert-parallel ranks, P tensor-parallel ranks,
 L local experts, M row capacity, A arrival capacity (rows that an exchange may deliver), S send capacity.
 """
@@ -44,6 +45,19 @@ class GatherMaps:
 
 
 @_pytree()
+class HierarchyMaps:
+    """How rows move when a token crosses to each node once: maps of one window; -1 marks "none"."""
+
+    slot_token: Array  # [N * B] i32, token in each crossing slot
+    token_slot: Array  # [T, N] i32, crossing slot of each token for each node
+    inner_pair: Array  # [S] i32, guest slot * C + c in each inner slot; S = R * D for blocks, at most that otherwise
+    pair_inner: Array  # [N * B, C] i32, inner slot of each copy of the token in each guest slot
+    row_slot: Array  # [M] i32, arrival slot of each row
+    slot_row: Array  # [P * R * D] i32, row of each arrival slot
+    sizes: Array  # [R, R] i32, rows from each rank of this node to each; [0, 0] where blocks of equal size travel
+
+
+@_pytree()
 class SpecialTerms:
     """What zero, copy and constant experts add, before it is weighted; fp32. Made and read by ``special``."""
 
@@ -63,7 +77,15 @@ class DispatchHandle:
     group_sizes: Array  # [L] i32, rows per local expert in this window
     send_counts: Array  # [W, L] i32, pairs of this rank by destination, over all windows
     recv_counts: Array  # [P, W, L] i32, pairs for this rank by source, over all windows
-    maps: ExchangeMaps | GatherMaps
+    maps: ExchangeMaps | GatherMaps | HierarchyMaps
+
+
+@_pytree()
+class Arrival:
+    """What an exchange left here, before it is ordered."""
+
+    data: Array  # [A, V] arrival slots, as wide as a message
+    microseconds: Array | None  # [W] i32, how long this rank waited for each source; None where nobody looked
 
 
 @_pytree()
@@ -72,17 +94,26 @@ class DispatchStats:
 
     num_dropped: Array  # [1] i32, pairs that had a destination and did not fit; 0 unless overflow="drop"
     num_invalid: Array  # [1] i32, unmasked pairs whose id lies outside -1 .. num_ids - 1; they go nowhere
+    num_stale: Array  # [1] i32, pairs not sent because the peer is at another step; 0 without a window
 
 
 @_pytree()
 class Dispatched:
-    """Rows for this rank's experts, expert by expert; rows past ``sum(group_sizes)`` may hold anything."""
+    """Rows for this rank's experts, expert by expert; rows past ``sum(group_sizes)`` may hold anything.
 
-    x: Array  # [M, H]
-    scales: Array | None  # row scales of a quantised wire; None where rows travel unquantised
+    Quantised rows are integers or narrow floats, through which JAX sends no useful gradient; ``moe_jax.dequantize``
+    turns them into rows in ``plan.dtype`` that have one. A derivative through codes or scales themselves is NaN.
+    """
+
+    x: Array  # [M, H] in plan.dtype; with a quantised wire, codes [M, V]
+    scales: Array | None  # [M, S] row scales of a quantised wire; None where rows travel unquantised
     group_sizes: Array  # [L] i32
     handle: DispatchHandle
     stats: DispatchStats
+    row_weights: Array | None = None  # [M] f32, the combine weight of each row, if weights were given; 1 for shared
+    gradient: Array | None = None  # [M, H] zeros that carry the gradient of quantised rows; read by dequantize
+    window: Any = None  # the receive window after this step, if one was given
+    performance_info: Array | None = None  # [W] microseconds waited per source, added to what was given
 
 
 @_pytree()

@@ -9,6 +9,7 @@ from jax import lax
 
 from moe_jax import _compat
 from moe_jax.comm.ragged import chunked_all_to_all, portable_ragged_all_to_all
+from moe_jax.comm.timing import timed_all_to_all
 from moe_jax.errors import MeshError
 from moe_jax.kernels.table import find_transport
 from moe_jax.layout import exclusive_cumsum
@@ -29,9 +30,10 @@ def check_axes(plan, *, replicas: bool = False) -> None:
     ep_size = 1
     for axis in plan.ep_axis:
         ep_size *= sizes[axis]
-    if (ep_size, sizes[plan.tp_axis]) != (plan.ep_size, plan.tp_size):
+    tp_size = sizes.get(plan.tp_axis, 1)
+    if (ep_size, tp_size) != (plan.ep_size, plan.tp_size):
         raise MeshError(
-            f"the mesh has ep={ep_size}, tp={sizes[plan.tp_axis]} and the plan was made for ep={plan.ep_size}, "
+            f"the mesh has ep={ep_size}, tp={tp_size} and the plan was made for ep={plan.ep_size}, "
             f"tp={plan.tp_size}; make the plan from the mesh that runs it"
         )
 
@@ -43,7 +45,7 @@ def ep_rank(plan) -> Array:
 
 def tp_rank(plan) -> Array:
     """This device's tensor-parallel rank, traced."""
-    return lax.axis_index(plan.tp_axis)
+    return jnp.int32(0) if plan.tp_axis is None else lax.axis_index(plan.tp_axis)
 
 
 def max_over_ranks(x: Array, plan) -> Array:
@@ -85,18 +87,27 @@ def exchange_blocks(rows: Array, plan) -> Array:
     return moved.reshape(rows.shape)
 
 
-def exchange_compact(rows: Array, sizes: Array, num_out: int, plan) -> Array:
+def exchange_blocks_timed(rows: Array, plan) -> tuple[Array, Array]:
+    """As ``exchange_blocks``, one peer after the other; and [W] i32 microseconds that this rank waited for each."""
+    blocks = rows.reshape(plan.ep_size, rows.shape[0] // plan.ep_size, rows.shape[1])
+    moved, microseconds = timed_all_to_all(blocks, plan.ep_axis)
+    return moved.reshape(rows.shape), microseconds
+
+
+def exchange_compact(rows: Array, sizes: Array, num_out: int, plan, *, output: Array | None = None) -> Array:
     """Rows laid end to end by destination -> rows end to end by source.
 
     Args:
       rows: [S, H], those for rank 0 first.
       sizes: [W, W] rows from each rank to each.
-      num_out: extent of the result, static; rows past those that came are zero.
+      num_out: extent of the result, static.
+      output: [num_out, H] what rows past those that came hold; None: zeros.
     """
     me = ep_rank(plan)
     send, recv = sizes[me], sizes[:, me]
     arrival_starts = jnp.cumsum(sizes, axis=0) - sizes  # [source, destination]
-    output = _compat.as_varying(jnp.zeros((num_out, rows.shape[-1]), rows.dtype), _compat.varying_axes(rows))
+    if output is None:
+        output = _compat.as_varying(jnp.zeros((num_out, rows.shape[-1]), rows.dtype), _compat.varying_axes(rows))
     if plan.transport == "padded":
         return chunked_all_to_all(
             rows, output, sizes, exclusive_cumsum(send), arrival_starts[:, me], plan.ep_axis, chunk=plan.pair_capacity
@@ -119,9 +130,13 @@ def reduce_scatter_tp(rows: Array, plan) -> Array:
 
 def gather_tokens(x: Array, plan) -> Array:
     """[T, ...] of each device -> [P * W, T, ...] of all, tp rank first."""
-    return lax.all_gather(x, (plan.tp_axis, *plan.ep_axis))
+    return lax.all_gather(x, _token_axes(plan))
 
 
 def reduce_scatter_tokens(x: Array, plan) -> Array:
     """[P * W, T, ...] partial sums -> this device's [T, ...]."""
-    return lax.psum_scatter(x, (plan.tp_axis, *plan.ep_axis))
+    return lax.psum_scatter(x, _token_axes(plan))
+
+
+def _token_axes(plan) -> tuple[str, ...]:
+    return plan.ep_axis if plan.tp_axis is None else (plan.tp_axis, *plan.ep_axis)

@@ -16,6 +16,7 @@ from moe_jax.errors import (
     check_rank,
     check_shape,
 )
+from moe_jax.message import Part, join, split
 from moe_jax.quant.formats import Format
 
 TINY = 2.0**-126  # the smallest normal fp32 number
@@ -62,7 +63,7 @@ class Recipe:
 
     def row_bytes(self, hidden: int) -> int:
         """The length of one packed row."""
-        return sum(self._parts(hidden))
+        return sum(part.num_bytes for part in self._parts(hidden))
 
     def quantize(self, x: jax.Array, *, smooth: jax.Array | None = None) -> QTensor:
         """Rounds ``y = fp32(x) * smooth``; the class says how.
@@ -107,21 +108,19 @@ class Recipe:
 
     def pack(self, q: QTensor) -> jax.Array:
         """One message per row, [rows, row_bytes] u8: the bytes of the values, then those of the scales."""
-        return jnp.concatenate([_to_bytes(q.values), _to_bytes(q.scale)], axis=1)
+        return join([q.values, q.scale])[0]
 
     def unpack(self, rows: jax.Array, hidden: int) -> QTensor:
         """The inverse of ``pack``, bit by bit, for rows of ``hidden`` columns."""
         check_rank("rows", rows, 2, "[rows, row_bytes]")
         check_dtype("rows", rows, ("uint8",))
         check_shape("rows", rows, (rows.shape[0], self.row_bytes(hidden)), f"[rows, row_bytes({hidden})]")
-        split = self._parts(hidden)[0]
-        values = _from_bytes(rows[:, :split], self.values_dtype)
-        return QTensor(values=values, scale=_from_bytes(rows[:, split:], self.scale_dtype))
+        values, scale = split(rows, self._parts(hidden))
+        return QTensor(values=values, scale=scale)
 
     def _parts(self, hidden):
-        """Bytes of the values and of the scales of one row."""
-        values, scales = self.values_shape(hidden)[0], self.scale_shape(hidden)[0]
-        return values * jnp.dtype(self.values_dtype).itemsize, scales * jnp.dtype(self.scale_dtype).itemsize
+        values, scale = self.values_shape(hidden)[0], self.scale_shape(hidden)[0]
+        return Part(values, str(self.values_dtype)), Part(scale, str(self.scale_dtype))
 
     def _check_smooth(self, x, smooth):
         if smooth is None:
@@ -174,15 +173,3 @@ def to_blocks(x: jax.Array, block: int | None) -> jax.Array:
 def from_blocks(x: jax.Array, hidden: int) -> jax.Array:
     """The inverse of ``to_blocks``: [rows, G, block] -> [rows, hidden]."""
     return x.reshape(x.shape[0], x.shape[1] * x.shape[2])[:, :hidden]
-
-
-def _to_bytes(x):
-    """[rows, n] of any dtype -> [rows, n * itemsize] u8."""
-    parts = lax.bitcast_convert_type(x, jnp.uint8)
-    return parts.reshape(x.shape[0], x.shape[1] * jnp.dtype(x.dtype).itemsize)
-
-
-def _from_bytes(rows, dtype):
-    size = jnp.dtype(dtype).itemsize
-    parts = rows.reshape(rows.shape[0], rows.shape[1] // size, size)
-    return lax.bitcast_convert_type(parts if size > 1 else parts[..., 0], dtype)

@@ -22,9 +22,11 @@ class Format:
     roundoff: float  # half the spacing of the grid, relative to the number; 0 for integers
     half_step: float  # half the spacing of the grid around zero
 
+    columns_per_value = 1
+
     def values_size(self, hidden: int) -> int:
         """Stored values per ``hidden`` columns."""
-        return hidden
+        return hidden // self.columns_per_value
 
     def encode(self, z: jax.Array) -> jax.Array:
         """z [rows, H] f32 -> [rows, values_size(H)] of ``dtype``; NaN stays NaN where the format has one, else 0."""
@@ -57,10 +59,12 @@ class Float8(Format):
 class Float4(Format):
     """e2m1, two per byte: the even column in the low nibble. Integer logic, so no 4-bit type is needed below."""
 
+    columns_per_value = 2
+
     def values_size(self, hidden):
         if hidden % 2:
             raise ShapeError(f"hidden={hidden} is odd; two e2m1 values share a byte, so pad the rows to an even width")
-        return hidden // 2
+        return super().values_size(hidden)
 
     def encode(self, z):
         magnitude, code = jnp.abs(z), jnp.zeros(z.shape, jnp.uint8)

@@ -1,0 +1,67 @@
+"""One message per row: arrays of any dtypes side by side, as bytes, so that they travel in one collective."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Array = jax.Array
+
+
+class Part(NamedTuple):
+    """What one array of a message holds per row."""
+
+    width: int
+    dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Per row."""
+        return self.width * jnp.dtype(self.dtype).itemsize
+
+
+_ALONE = Part(-1, "")  # of a message that is its only part
+
+
+def join(arrays: Sequence[Array]) -> tuple[Array, tuple[Part, ...]]:
+    """Arrays [..., n_i] -> (one message [..., bytes] u8, what it holds). The bits travel, whatever they mean."""
+    parts = tuple(Part(array.shape[-1], str(array.dtype)) for array in arrays)
+    return jnp.concatenate([_to_bytes(array) for array in arrays], axis=-1), parts
+
+
+def split(message: Array, parts: Sequence[Part]) -> list[Array]:
+    """The inverse of ``join``."""
+    arrays, start = [], 0
+    for part in parts:
+        arrays.append(_from_bytes(message[..., start : start + part.num_bytes], part.dtype))
+        start += part.num_bytes
+    return arrays
+
+
+def join_some(arrays: Sequence[Array | None]) -> tuple[Array, tuple[Part | None, ...]]:
+    """As ``join``, of those that are not None; one alone stays as it is, in its own dtype."""
+    present = [array for array in arrays if array is not None]
+    message, parts = join(present) if len(present) > 1 else (present[0], [None])
+    parts = iter(parts)
+    return message, tuple(None if array is None else (next(parts) or _ALONE) for array in arrays)
+
+
+def split_some(message: Array, parts: Sequence[Part | None]) -> list[Array | None]:
+    """The inverse of ``join_some``."""
+    if _ALONE in parts:
+        return [None if part is None else message for part in parts]
+    arrays = iter(split(message, [part for part in parts if part is not None]))
+    return [None if part is None else next(arrays) for part in parts]
+
+
+def _to_bytes(array: Array) -> Array:
+    parts = lax.bitcast_convert_type(array, jnp.uint8)
+    return parts.reshape(*array.shape[:-1], array.shape[-1] * array.dtype.itemsize)
+
+
+def _from_bytes(message: Array, dtype: str) -> Array:
+    size = jnp.dtype(dtype).itemsize
+    parts = message.reshape(*message.shape[:-1], message.shape[-1] // size, size)
+    return lax.bitcast_convert_type(parts if size > 1 else parts[..., 0], dtype)

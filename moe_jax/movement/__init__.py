@@ -1,0 +1,13 @@
+"""How rows move between tokens and experts: one module per route, and the differentiable forms above them."""
+
+from moe_jax.movement.differentiable import (
+    Sent,
+    collect_rows,
+    copy_weights,
+    dequantized,
+    finish,
+    send_rows,
+    smooth_rows,
+)
+
+__all__ = ["Sent", "collect_rows", "copy_weights", "dequantized", "finish", "send_rows", "smooth_rows"]

@@ -1,0 +1,293 @@
+"""How rows move, differentiably: two linear maps, each the other's adjoint on the same handle.
+
+``send_rows``: token rows [T, H] -> expert rows [M, H], a copy for every pair in the window.
+``collect_rows``: expert rows [M, H] -> what came back: [T, C, H] at the tokens, or fp32 sums [T, H] for transports
+whose sums are made where the experts are. Windows add up; ``finish`` weights and sums what was collected.
+C = ``plan.num_copies``: the K choices of a token, and one copy for each shared expert on ranks of its own.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax import _compat
+from moe_jax.message import join_some, split_some
+from moe_jax.movement import exchange, gather, hierarchy
+from moe_jax.quant import QTensor
+from moe_jax.special import special_term
+from moe_jax.types import Arrival, DispatchHandle, ExchangeMaps, GatherMaps, HierarchyMaps, SpecialTerms
+
+Array = jax.Array
+
+_ROUTES = {ExchangeMaps: exchange, GatherMaps: gather, HierarchyMaps: hierarchy}
+
+
+class Sent(NamedTuple):
+    """Rows at their experts. Quantised ones are constants to JAX: their gradient flows through ``rows``."""
+
+    rows: Array  # [M, H] in ``plan.dtype``; zeros where the rows are quantised
+    values: Array | None  # [M, V] codes of quantised rows
+    scale: Array | None  # [M, S] their scales
+    weights: Array | None  # [M] f32, the combine weight of each row
+    tags: Array | None  # [M, G] i32
+    arrival: Arrival | None
+
+
+def send_rows(
+    x: Array,
+    handle: DispatchHandle,
+    *,
+    smooth: Array | None = None,
+    weights: Array | None = None,
+    tags: Array | None = None,
+    buffer: Array | None = None,
+    timed: bool = False,
+) -> Sent:
+    """Sends every pair of the handle's window to its row, with all that belongs to it in one message.
+
+    Args:
+      x: [T, H].
+      handle: of the window.
+      smooth: f32 [1], [H] or [R, H], factors of the rows before they are quantised, R by ``smooth_rows``.
+      weights: [T, K] f32.
+      tags: [T, C, G] i32, carried along.
+      buffer, timed: as for ``exchange.scatter``.
+
+    Returns:
+      Sent. Differentiable in x, smooth and weights.
+    """
+    plan = handle.plan
+    operands = (x, smooth, weights, tags, buffer)
+    x, smooth, weights, tags, buffer = _compat.as_varying(operands, plan.exchange_axes)
+    if not plan.num_pairs:  # no device has a token: nothing moves, and no row is written
+        return _nothing(x, weights, tags, plan)
+    by_expert = smooth is not None and smooth.ndim == 2
+    if not by_expert or isinstance(handle.maps, ExchangeMaps):
+        return _send(timed, x, smooth, weights, tags, buffer, handle)
+    # Here a token travels once for all its experts, and each expert's rank smooths and quantises its own copy.
+    factor = smooth_rows(handle)[..., None]
+    tags = factor if tags is None else jnp.concatenate([factor, tags], axis=-1)
+    sent = _send(timed, x, None, weights, tags, buffer, handle, quantised=False)
+    row, tags = sent.tags[:, 0], sent.tags[:, 1:] if sent.tags.shape[1] > 1 else None
+    written = jnp.arange(row.shape[0]) < jnp.sum(handle.group_sizes)
+    factors = jnp.where(written[:, None], jnp.take(smooth, row, axis=0, mode="clip"), 0.0)
+    rows, values, scale = _quantize_rows(plan.dispatch_recipe, sent.rows, factors)
+    return sent._replace(rows=rows, values=values, scale=scale, tags=tags)
+
+
+def dequantized(sent: Sent, plan) -> Array:
+    """The rows [M, H] in ``plan.dtype`` as the experts see them: about x, or x times its smoothing factors."""
+    if sent.values is None:
+        return sent.rows
+    recipe = plan.dispatch_recipe
+    rows = recipe.dequantize(QTensor(values=sent.values, scale=sent.scale)).astype(plan.dtype)
+    return _attach(jax.lax.stop_gradient(rows), sent.rows)
+
+
+def smooth_rows(handle: DispatchHandle) -> Array:
+    """[T, C] i32 the row of [R, H] smoothing factors that every pair takes; -1 where no routed expert is.
+
+    Without ranks for shared experts, the row of expert e is e; with them, shared expert s has row s, and e row Ns + e.
+    """
+    plan = handle.plan
+    num_shared = plan.num_copies - plan.top_k
+    ids = handle.expert_ids
+    routed = jnp.where((ids >= 0) & (ids < plan.num_experts), num_shared + ids, -1)
+    shared = jnp.broadcast_to(jnp.arange(num_shared, dtype=jnp.int32), (ids.shape[0], num_shared))
+    return jnp.concatenate([routed, _compat.as_varying(shared, _compat.varying_axes(ids))], axis=1)
+
+
+def collect_rows(rows: Array, combine_weights: Array, handle: DispatchHandle) -> Array:
+    """Expert rows of one window -> what ``finish`` takes; windows add up. Differentiable in both arrays."""
+    plan = handle.plan
+    rows, combine_weights = _compat.as_varying((rows, combine_weights), plan.exchange_axes)
+    if not plan.num_pairs:
+        pairs = jnp.zeros_like(combine_weights, dtype=plan.dtype)[..., None] * jnp.ones(plan.hidden, plan.dtype)
+        return jnp.sum(pairs, axis=1, dtype=jnp.float32) if plan.sums_at_experts else pairs
+    return _collect_rows(rows, combine_weights, handle)
+
+
+def copy_weights(combine_weights: Array, plan) -> Array:
+    """[T, K] -> [T, num_copies]: a copy to a shared expert on a rank of its own has weight 1."""
+    num_shared = plan.num_copies - plan.top_k
+    return jnp.pad(combine_weights, ((0, 0), (0, num_shared)), constant_values=1.0) if num_shared else combine_weights
+
+
+def finish(collected: Array, combine_weights: Array, special: SpecialTerms | None, plan) -> Array:
+    """The weighted sum over k, ascending, of rows and of what experts without rows add. -> [T, H] fp32."""
+    with jax.named_scope("combine_sum"):
+        summed = plan.sums_at_experts
+        if summed and special is None:
+            return collected
+        total = collected if summed else jnp.zeros_like(collected[:, 0], jnp.float32)
+        for k in range(plan.num_copies):
+            terms = [] if summed else [collected[:, k].astype(jnp.float32)]
+            terms += [] if special is None or k >= plan.top_k else [special_term(special, k, plan)]
+            total = total + combine_weights[:, k, None] * sum(terms)  # at most one of the terms is not zero
+        return total
+
+
+def _nothing(x: Array, weights: Array | None, tags: Array | None, plan) -> Sent:
+    """No device has a token."""
+    num_rows, recipe = plan.num_rows(1), plan.dispatch_recipe
+    fill = jnp.nan if plan.poison and recipe is None else 0
+
+    def empty(width, dtype):
+        return jnp.full_like(x, 0, shape=(num_rows, *width), dtype=dtype)
+
+    return Sent(
+        rows=jnp.full_like(x, fill, shape=(num_rows, plan.hidden)),
+        values=None if recipe is None else empty(recipe.values_shape(plan.hidden), recipe.values_dtype),
+        scale=None if recipe is None else empty(recipe.scale_shape(plan.hidden), recipe.scale_dtype),
+        weights=None if weights is None else empty((), jnp.float32),
+        tags=None if tags is None else empty(tags.shape[2:], jnp.int32),
+        arrival=None,
+    )
+
+
+def _sum_over_pairs(pair_rows: Array) -> Array:
+    """[T, C, H] -> [T, H] fp32, one k after the other."""
+    total = jnp.zeros_like(pair_rows[:, 0], jnp.float32)
+    for k in range(pair_rows.shape[1]):
+        total = total + pair_rows[:, k].astype(jnp.float32)
+    return total
+
+
+# The differentiable forms.
+
+
+class _How(NamedTuple):
+    """What is static about sending."""
+
+    timed: bool
+    quantised: bool
+
+
+def _send(timed, *operands, quantised: bool = True) -> Sent:
+    return _send_with(_How(timed=timed, quantised=quantised), *operands)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _send_with(how, x, smooth, weights, tags, buffer, handle):
+    plan = handle.plan
+    recipe = plan.dispatch_recipe if how.quantised else None
+    tokens, copies = x, None
+    with jax.named_scope("quantize"):
+        if recipe is not None and smooth is not None and smooth.ndim == 2:  # each copy has factors of its own
+            factors = jnp.take(smooth, smooth_rows(handle).ravel(), axis=0, mode="clip")
+            message = recipe.pack(recipe.quantize(jnp.repeat(x, plan.num_copies, axis=0), smooth=factors))
+            tokens, copies = None, message.reshape(x.shape[0], plan.num_copies, message.shape[1])
+        elif recipe is not None:
+            tokens = recipe.pack(recipe.quantize(x, smooth=smooth))
+    per_pair = [copies, None if weights is None else copy_weights(weights, plan)[..., None], tags]
+    pairs, held = (None, None) if all(part is None for part in per_pair) else join_some(per_pair)
+    options = {"buffer": buffer, "timed": how.timed} if buffer is not None or how.timed else {}
+    rows, pair_rows, arrival = _ROUTES[type(handle.maps)].scatter(tokens, pairs, handle.maps, plan, **options)
+    copies, row_weights, row_tags = (None, None, None) if held is None else split_some(pair_rows, held)
+    row_weights = None if weights is None else row_weights[:, 0]
+    message = copies if tokens is None else rows
+    if recipe is None:
+        return Sent(message, None, None, row_weights, row_tags, arrival)
+    q = recipe.unpack(message, plan.hidden)
+    return Sent(_carrier(q, plan), q.values, q.scale, row_weights, row_tags, arrival)
+
+
+def _carrier(q: QTensor, plan) -> Array:
+    return jnp.zeros_like(q.values, shape=(q.values.shape[0], plan.hidden), dtype=plan.dtype)
+
+
+def _send_forward(how, x, smooth, weights, tags, buffer, handle):
+    sent = _send_with(how, x, smooth, weights, tags, buffer, handle)
+    return sent, (x if smooth is not None else x[:0], smooth, weights, tags, buffer, handle)
+
+
+def _send_backward(how, residuals, ct):
+    x, smooth, weights, tags, buffer, handle = residuals
+    plan = handle.plan
+    scalars = None if weights is None else ct.weights[:, None]
+    collected, d_weights = _ROUTES[type(handle.maps)].collect(
+        _refuse_constants(ct), None, handle.maps, plan, recipe=plan.backward_recipe, scalars=scalars
+    )
+    d_weights = None if weights is None else d_weights[:, : plan.top_k, 0]
+    if smooth is not None and smooth.ndim == 2:
+        row = smooth_rows(handle)
+        collected = collected.astype(jnp.float32)
+        products = jax.lax.collapse(collected * x.astype(jnp.float32)[:, None], 0, 2)
+        target = jnp.where(row < 0, smooth.shape[0], row).ravel()
+        d_smooth = jnp.zeros_like(smooth).at[target].add(products, mode="drop")
+        collected = collected * jnp.take(smooth, row, axis=0, mode="clip")
+    total = collected if plan.sums_at_experts else _sum_over_pairs(collected)
+    if smooth is None:
+        d_smooth = None
+    elif smooth.ndim == 1:
+        products = jnp.sum(total * x.astype(jnp.float32), axis=0)
+        d_smooth = products if smooth.shape[0] == plan.hidden else jnp.sum(products)[None]
+        total = total * smooth
+    return total.astype(plan.dtype), d_smooth, d_weights, None, None, None
+
+
+_send_with.defvjp(_send_forward, _send_backward)
+
+
+def _refuse_constants(ct: Sent) -> Array:
+    """The cotangent of the rows; NaN where a derivative through codes or scales was asked for, which has no meaning."""
+    if ct.values is None:
+        return ct.rows
+    asked = jnp.any(ct.scale.astype(jnp.float32) != 0) if jnp.issubdtype(ct.scale.dtype, jnp.floating) else False
+    if jnp.issubdtype(ct.values.dtype, jnp.floating):
+        asked |= jnp.any(ct.values.astype(jnp.float32) != 0)
+    return jnp.where(asked, jnp.nan, ct.rows)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _quantize_rows(recipe, rows, factors):
+    q = recipe.quantize(rows, smooth=factors)
+    return jnp.zeros_like(rows), q.values, q.scale
+
+
+def _quantize_forward(recipe, rows, factors):
+    return _quantize_rows(recipe, rows, factors), (rows, factors)
+
+
+def _quantize_backward(recipe, residuals, cts):
+    rows, factors = residuals
+    ct = _refuse_constants(Sent(*cts, None, None, None)).astype(jnp.float32)
+    written = jnp.any(factors != 0, axis=1, keepdims=True)  # other rows may hold anything
+    d_factors = jnp.where(written, ct * rows.astype(jnp.float32), 0.0)
+    return (ct * factors).astype(rows.dtype), d_factors
+
+
+_quantize_rows.defvjp(_quantize_forward, _quantize_backward)
+
+
+@jax.custom_vjp
+def _attach(rows, carrier):
+    """``rows``, whose cotangent goes to ``carrier``."""
+    return rows
+
+
+_attach.defvjp(lambda rows, carrier: (rows, None), lambda _, ct: (jnp.zeros_like(ct), ct))
+
+
+@jax.custom_vjp
+def _collect_rows(rows, weights, handle):
+    plan = handle.plan
+    route = _ROUTES[type(handle.maps)]
+    return route.collect(rows, weights, handle.maps, plan, recipe=plan.combine_recipe)[0]
+
+
+def _collect_forward(rows, weights, handle):
+    kept = rows if handle.plan.sums_at_experts else rows[:0]
+    return _collect_rows(rows, weights, handle), (kept, weights, handle)
+
+
+def _collect_backward(residuals, ct):
+    rows, weights, handle = residuals
+    plan = handle.plan
+    route = _ROUTES[type(handle.maps)]
+    return *route.collect_adjoint(rows, weights, ct, handle.maps, plan, recipe=plan.backward_recipe), None
+
+
+_collect_rows.defvjp(_collect_forward, _collect_backward)

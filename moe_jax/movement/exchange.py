@@ -1,0 +1,88 @@
+"""The route of "padded" and "ragged": every rank sends each rank its rows; sums are made at the tokens."""
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax import comm
+from moe_jax.message import join_some, split_some
+from moe_jax.movement.picking import as_received, as_sent, pick, token_of
+from moe_jax.types import Arrival, ExchangeMaps
+
+Array = jax.Array
+
+
+def scatter(
+    tokens: Array | None,
+    pairs: Array | None,
+    maps: ExchangeMaps,
+    plan,
+    *,
+    buffer: Array | None = None,
+    timed: bool = False,
+) -> tuple[Array | None, Array | None, Arrival | None]:
+    """What every pair of the window carries, at its row, in one message: row(t, c) = tokens[t], pairs[t, c].
+
+    Args:
+      tokens: [T, F] of any dtype, or None.
+      pairs: [T, C, G] of any dtype, or None; not both.
+      maps, plan: of the window.
+      buffer: the arrival buffer to write into, as wide as the message; None makes one.
+      timed: measure how long this rank waits for each source. Slots must be equal blocks.
+
+    Returns:
+      ([M, F], [M, G], what arrived here if ``buffer`` or ``timed``).
+    """
+    with jax.named_scope("pack"):
+        packed_tokens = None if tokens is None else pick(tokens, token_of(maps.send_pair, plan), plan)
+        packed_pairs = None if pairs is None else pick(jax.lax.collapse(pairs, 0, 2), maps.send_pair, plan)
+        message, parts = join_some([packed_tokens, packed_pairs])
+    with jax.named_scope("exchange"):
+        microseconds = None
+        if timed:
+            arrived, microseconds = comm.exchange_blocks_timed(message, plan)
+        elif maps.sizes.size:
+            num_slots = maps.slot_row.shape[0] // plan.tp_size
+            arrived = comm.exchange_compact(message, maps.sizes, num_slots, plan, output=buffer)
+        else:
+            arrived = comm.exchange_blocks(message, plan)
+        everything = comm.gather_tp(arrived, plan)
+    with jax.named_scope("permute"):
+        rows = split_some(pick(everything, maps.row_slot, plan), parts)
+    return *rows, None if buffer is None and not timed else Arrival(data=arrived, microseconds=microseconds)
+
+
+def collect(
+    rows: Array, weights: None, maps: ExchangeMaps, plan, *, recipe=None, scalars: Array | None = None
+) -> tuple[Array, Array | None]:
+    """Rows [M, H] at their pairs: [T, C, H], zero for pairs outside the window; and scalars [M, G] -> [T, C, G].
+
+    tp > 1: the tp ranks' rows are partial sums, and are added. fp32 with a ``recipe``, else in the dtype of the rows.
+    """
+    del weights  # they are applied at the tokens
+    with jax.named_scope("unpermute"):
+        # Slots of the tp ranks are summed, so an unread one may be anything: it only meets its like.
+        slots = [None if part is None else pick(part, maps.slot_row, plan) for part in (rows, scalars)]
+    with jax.named_scope("exchange"):
+        slots = [None if part is None else comm.reduce_scatter_tp(part, plan) for part in slots]
+        message, parts = join_some([as_sent(slots[0], recipe), slots[1]])
+        if maps.sizes.size:
+            packed = comm.exchange_compact(message, maps.sizes.T, maps.send_pair.shape[0], plan)
+        else:
+            packed = comm.exchange_blocks(message, plan)
+    with jax.named_scope("unpack"):
+        collected, pair_scalars = split_some(pick(packed, maps.pair_slot, plan, absent=0), parts)
+        if recipe is not None:
+            values = as_received(jax.lax.collapse(collected, 0, 2), recipe, rows.shape[1])
+            values = values.reshape(*collected.shape[:2], rows.shape[1])
+            collected = jnp.where((maps.pair_slot >= 0)[..., None], values, 0.0)
+    return collected, pair_scalars
+
+
+def collect_adjoint(
+    rows: Array, weights: Array, ct: Array, maps: ExchangeMaps, plan, *, recipe=None
+) -> tuple[Array, Array]:
+    """Cotangents of rows and weights from that of what was collected, [T, C, H]: as scatter, with pairs for tokens."""
+    ct = ct.astype(plan.dtype)
+    pairs = as_sent(jax.lax.collapse(ct, 0, 2), recipe).reshape(*ct.shape[:2], -1) if recipe is not None else ct
+    d_rows = as_received(scatter(None, pairs, maps, plan)[1], recipe, plan.hidden)
+    return d_rows.astype(plan.dtype), jnp.zeros_like(weights)

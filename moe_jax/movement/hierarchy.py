@@ -1,0 +1,133 @@
+"""The route of "hierarchy": tokens cross to each node once, partial sums come home from each node once.
+
+``moe_jax.hierarchy`` has the maps and says what the slots are.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moe_jax import comm
+from moe_jax.comm import nodes
+from moe_jax.message import join_some, split_some
+from moe_jax.movement.picking import as_received, as_sent, pick
+from moe_jax.types import HierarchyMaps
+
+Array = jax.Array
+
+
+def scatter(
+    tokens: Array | None, pairs: Array | None, maps: HierarchyMaps, plan
+) -> tuple[Array | None, Array | None, None]:
+    """As ``exchange.scatter``: tokens [T, F] -> [M, F], pairs [T, C, G] -> [M, G]; one message on each leg."""
+    with jax.named_scope("pack"):
+        flat = None if pairs is None else lax.collapse(pairs, 1)
+        message, parts = join_some([tokens, flat])
+        leaving = pick(message, maps.slot_token, plan)
+    with jax.named_scope("exchange"):
+        guests, guest_pairs = split_some(nodes.exchange_nodes(leaving, plan), parts)
+    with jax.named_scope("pack"):
+        if tokens is not None:
+            guest = jnp.where(maps.inner_pair < 0, -1, maps.inner_pair // maps.pair_inner.shape[1])
+            guests = pick(guests, guest, plan)
+        if pairs is not None:
+            guest_pairs = pick(guest_pairs.reshape(-1, pairs.shape[2]), maps.inner_pair, plan)
+        packed, parts = join_some([guests, guest_pairs])
+    with jax.named_scope("exchange"):
+        if maps.sizes.size:
+            num_out = maps.slot_row.shape[0] // plan.tp_size
+            arrived = nodes.exchange_inside_compact(packed, maps.sizes, num_out, plan, chunk=_chunk(plan))
+        else:
+            arrived = nodes.exchange_inside(packed, plan)
+        arrived = comm.gather_tp(arrived, plan)
+    with jax.named_scope("permute"):
+        return *split_some(pick(arrived, maps.row_slot, plan), parts), None
+
+
+def collect(
+    rows: Array, weights: Array | None, maps: HierarchyMaps, plan, *, recipe=None, scalars: Array | None = None
+) -> tuple[Array, Array | None]:
+    """``y[t] = sum over nodes of round(sum over the copies c on that node of w[t, c] * row(t, c))``, fp32 [T, F].
+
+    Products and both sums in fp32, copies and nodes ascending; ``round`` is to ``plan.dtype``, the dtype in which
+    partial sums travel, and with a recipe what that leaves of it. With tp > 1 the rows of the tp ranks are partial
+    sums, and are added first, in their own dtype. Scalars [M, G] -> [T, C, G], added over tp alone.
+
+    Source: the layered combine kernels of MoeDistributeCombine, without their fp16 special case.
+    """
+    home, home_scalars = _gather_back([rows, scalars], maps, plan)
+    with jax.named_scope("exchange"):
+        guest_weights = None
+        if weights is not None:
+            guest_weights = nodes.exchange_nodes(pick(weights, maps.slot_token, plan), plan)
+    with jax.named_scope("partial_sum"):
+        partial = jnp.zeros((maps.pair_inner.shape[0], rows.shape[1]), jnp.float32)
+        for c in range(maps.pair_inner.shape[1]):
+            here = maps.pair_inner[:, c]
+            term = pick(home, here, plan, absent=0).astype(jnp.float32)
+            if guest_weights is not None:
+                term = jnp.where(here >= 0, guest_weights[:, c], 0.0)[:, None] * term
+            partial = partial + term
+        # The barrier keeps XLA from dropping the narrow type where nothing is exchanged.
+        message = as_sent(lax.optimization_barrier(partial.astype(plan.dtype)), recipe)
+        flat = None
+        if scalars is not None:
+            flat = lax.collapse(pick(home_scalars, maps.pair_inner, plan, absent=0), 1)
+    with jax.named_scope("exchange"):
+        packed, parts = join_some([message, flat])
+        returned, returned_scalars = split_some(nodes.exchange_nodes(packed, plan), parts)
+    with jax.named_scope("combine_sum"):
+        total = _sum_over_nodes(as_received(returned, recipe, rows.shape[1]), maps)
+        if scalars is None:
+            return total, None
+        return total, _sum_over_nodes(returned_scalars, maps).reshape(*total.shape[:1], -1, scalars.shape[1])
+
+
+def collect_adjoint(
+    rows: Array, weights: Array, ct: Array, maps: HierarchyMaps, plan, *, recipe=None
+) -> tuple[Array, Array]:
+    """Cotangents of rows and weights from that of the sums, ct [T, F] fp32; roundings count as identity.
+
+    ``d_row(t, c) = w[t, c] * ct[t]`` on every tp rank, and ``d_w[t, c] = <ct[t], row(t, c)>``, with the row summed over
+    tp. The cotangent crosses to each node once, as a row in ``plan.dtype``; products and sums are fp32.
+    """
+    message = as_sent(ct.astype(plan.dtype), recipe)
+    row_ct, row_weight, _ = scatter(message, weights[..., None], maps, plan)
+    row_ct = as_received(row_ct, recipe, rows.shape[1]).astype(jnp.float32)
+    with jax.named_scope("dot"):
+        dots = jnp.sum(rows.astype(jnp.float32) * row_ct, axis=-1, keepdims=True)
+    home, _ = _gather_back([dots, None], maps, plan)
+    with jax.named_scope("exchange"):
+        returned = nodes.exchange_nodes(pick(home[:, 0], maps.pair_inner, plan, absent=0), plan)
+    return (row_weight * row_ct).astype(rows.dtype), _sum_over_nodes(returned, maps)
+
+
+def _gather_back(parts: list[Array | None], maps: HierarchyMaps, plan) -> list[Array | None]:
+    """Expert rows, each [M, .] -> inner slots, each [S, .], summed over tp; one message."""
+    with jax.named_scope("unpermute"):
+        # Slots of the tp ranks are summed, so an unread one may be anything: it only meets its like.
+        slots = [None if part is None else pick(part, maps.slot_row, plan) for part in parts]
+    with jax.named_scope("exchange"):
+        slots = [None if part is None else comm.reduce_scatter_tp(part, plan) for part in slots]
+        message, held = join_some(slots)
+        if maps.sizes.size:
+            num_out = maps.inner_pair.shape[0]
+            message = nodes.exchange_inside_compact(message, maps.sizes.T, num_out, plan, chunk=_chunk(plan))
+        else:
+            message = nodes.exchange_inside(message, plan)
+        return split_some(message, held)
+
+
+def _chunk(plan) -> int:
+    """Rows per pair of ranks of a node and step: what a window of the layer holds."""
+    return nodes.num_nodes(plan) * plan.pair_capacity
+
+
+def _sum_over_nodes(returned: Array, maps: HierarchyMaps) -> Array:
+    """Crossing slots [N * B, G] as they came back -> fp32 sums over the nodes, one after the other. [T, G]."""
+    total = jnp.float32(0.0)
+    for node in range(maps.token_slot.shape[1]):
+        slot = maps.token_slot[:, node]
+        part = jnp.take(returned, slot, axis=0, mode="clip").astype(jnp.float32)
+        total = total + jnp.where((slot >= 0)[:, None], part, 0.0)
+    return total

@@ -1,0 +1,33 @@
+"""What the routes share: gathers by maps in which -1 means "none", and pairs as token * C + c."""
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def pick(rows: Array, index: Array, plan, *, absent: float | None = None) -> Array:
+    """``rows[index]``. Where index is -1: ``absent`` if given, NaN (all ones) under ``plan.poison``, else anything."""
+    picked = jnp.take(rows, index, axis=0, mode="clip")
+    fill = absent
+    if absent is None and plan.poison:
+        fill = jnp.nan if jnp.issubdtype(rows.dtype, jnp.floating) else jnp.iinfo(rows.dtype).max
+    if fill is None:
+        return picked
+    written = (index >= 0).reshape(*index.shape, *(1,) * (picked.ndim - index.ndim))
+    return jnp.where(written, picked, jnp.asarray(fill, picked.dtype))
+
+
+def token_of(pair: Array, plan) -> Array:
+    """The token of each pair, -1 for none."""
+    return jnp.where(pair < 0, -1, pair // plan.num_copies)
+
+
+def as_sent(rows: Array, recipe) -> Array:
+    """Rows [n, H] as they travel: a message of codes and scales, or themselves."""
+    return rows if recipe is None else recipe.pack(recipe.quantize(rows))
+
+
+def as_received(message: Array, recipe, hidden: int) -> Array:
+    """The inverse of ``as_sent`` but for what the recipe loses; fp32 where there is one."""
+    return message if recipe is None else recipe.dequantize(recipe.unpack(message, hidden))

@@ -1,0 +1,164 @@
+"""How a plan is made: every argument checked at once, every default resolved."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
+
+from moe_jax.config import OVERFLOWS, TRANSPORTS
+from moe_jax.errors import choice_violations, flag_violations, raise_all
+from moe_jax.kernels import resolve_backend
+from moe_jax.mesh import check_mesh
+from moe_jax.plan import checks
+from moe_jax.plan.plan import Plan, balanced_rows
+
+
+def make_plan(
+    mesh: Mesh | AbstractMesh,
+    *,
+    tokens_per_rank: int,
+    hidden: int,
+    num_experts: int,
+    top_k: int,
+    dtype: str = "bfloat16",
+    num_shared_experts: int = 0,
+    num_shared_ranks: int = 0,
+    num_zero_experts: int = 0,
+    num_copy_experts: int = 0,
+    num_const_experts: int = 0,
+    quant: str = "none",
+    combine_quant: str = "none",
+    transport: str = "auto",
+    overflow: str = "dropless",
+    capacity_factor: float | None = None,
+    backend: str = "auto",
+    product: str | None = None,
+    backward_quant: str = "none",
+    poison: bool = False,
+) -> Plan:
+    """Checks everything about a layer on a mesh at once, resolves every default, and returns the static plan.
+
+    Args:
+      mesh: has axes "ep" and "tp", may have "node" (experts spread over ("node", "ep")); any other axis replicates
+        the whole group. Only names, sizes and the platform are read.
+      tokens_per_rank: T, tokens per device; may be 0. Fewer true tokens are given by a mask.
+      hidden: H.
+      num_experts: E physical routed experts, divisible by the expert-parallel size.
+      top_k: K, at least 1 and at most the number of ids, E plus the zero, copy and constant experts.
+      dtype: "float32", "bfloat16" or "float16", of the rows.
+      num_shared_experts: Ns, experts that every token goes to.
+      num_shared_ranks: S. 0: shared experts are computed beside the exchange, where the token is. Otherwise they live
+        on the first S expert-parallel ranks, S / Ns of them for each, and routed experts on the others, E / (ep - S)
+        on each. Every token of source rank r also goes to rank (r mod S / Ns) + s * S / Ns for each shared expert s.
+        For ``dispatch`` and ``combine``; the layer does not serve it.
+      num_zero_experts, num_copy_experts, num_const_experts: experts that add nothing, the token itself, or a mix of the
+        token and a constant vector; their ids follow E, they send no row. See ``moe_jax.special``.
+      quant: recipe of the rows on their way to the experts, see ``moe_jax.quant``; "none" sends them as they are.
+      combine_quant: recipe of the rows on their way back; any that takes no scale of the caller's.
+      product: only None is legal in this version.
+      transport: "padded" (all_to_all of equal blocks), "ragged" (ragged_all_to_all), "allgather" (all tokens out,
+        reduce-scatter back), or "auto": the one with the fewest bytes on the wire.
+      overflow: "dropless": what does not fit into a round waits for the next; "drop": it is dropped and counted.
+      capacity_factor: rows that a pair of ranks can move in a round, relative to the balanced load, T * K / ep;
+        None: 1.25, and four
+        standard deviations of a uniform router at least. Never more than T * K.
+      backward_quant: recipe of the cotangents of rows, both ways; as ``combine_quant``.
+      backend: a registered back end, or "auto": the one of the mesh's platform.
+      poison: fill every slot and row that nobody may read with NaN, to prove that nobody does. For tests.
+
+    Raises:
+      InvalidArgumentError: lists every rule that is broken.
+      MeshError: the mesh has no "ep" or no "tp" axis, or is not a mesh.
+
+    >>> make_plan(make_mesh(ep=4), tokens_per_rank=16, hidden=8, num_experts=8, top_k=2).pair_capacity
+    20
+    """
+    check_mesh(mesh)
+    shape = mesh.shape
+    ep_axis = tuple(name for name in ("node", "ep") if name in shape)
+    ep_size = math.prod(shape[name] for name in ep_axis)
+    violations = [
+        *checks.size_violations(
+            ep_size,
+            shape["tp"],
+            tokens_per_rank=(tokens_per_rank, 0),
+            hidden=(hidden, 1),
+            num_experts=(num_experts, 1),
+            top_k=(top_k, 1),
+            num_shared_experts=(num_shared_experts, 0),
+            num_shared_ranks=(num_shared_ranks, 0),
+            num_zero_experts=(num_zero_experts, 0),
+            num_copy_experts=(num_copy_experts, 0),
+            num_const_experts=(num_const_experts, 0),
+        ),
+        *checks.dtype_violations(dtype),
+        *choice_violations("transport", transport, TRANSPORTS),
+        *choice_violations("overflow", overflow, OVERFLOWS),
+        *checks.backend_violations(backend),
+        *checks.capacity_violations(capacity_factor),
+        *flag_violations("poison", poison),
+        *checks.recipe_violations(hidden, quant=quant, combine_quant=combine_quant, backward_quant=backward_quant),
+        *checks.unavailable(product=(product, None)),
+    ]
+    raise_all(violations, "make_plan")
+
+    tokens_per_rank, top_k, platform = int(tokens_per_rank), int(top_k), _platform(mesh)
+    balanced = balanced_rows(tokens_per_rank, top_k, ep_size, int(num_shared_ranks))
+    pair_capacity = _pair_capacity(balanced, tokens_per_rank * top_k, capacity_factor)
+    transport, reason = _choose_transport(transport, platform, ep_size, tokens_per_rank, top_k, pair_capacity, dtype)
+    return Plan(
+        ep_axis=ep_axis,
+        tp_axis="tp",
+        dp_axis=tuple(name for name in shape if name not in ("node", "ep", "tp")),
+        ep_size=ep_size,
+        tp_size=shape["tp"],
+        tokens_per_rank=tokens_per_rank,
+        hidden=int(hidden),
+        num_experts=int(num_experts),
+        top_k=top_k,
+        dtype=str(jnp.dtype(dtype)),
+        num_shared_experts=int(num_shared_experts),
+        num_shared_ranks=int(num_shared_ranks),
+        num_zero_experts=int(num_zero_experts),
+        num_copy_experts=int(num_copy_experts),
+        num_const_experts=int(num_const_experts),
+        quant=quant,
+        combine_quant=combine_quant,
+        backward_quant=backward_quant,
+        transport=transport,
+        transport_reason=reason,
+        overflow=overflow,
+        pair_capacity=pair_capacity,
+        backend=resolve_backend("grouped_matmul", backend, platform=platform).name,
+        poison=bool(poison),
+    )
+
+
+def _platform(mesh) -> str:
+    return mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
+
+
+def _pair_capacity(balanced: float, most: int, capacity_factor: float | None) -> int:
+    """Rows that one rank may send another in one round; at least 1 and at most ``most``, the worst skew."""
+    if capacity_factor is None:
+        capacity = math.ceil(max(1.25 * balanced, balanced + 4 * math.sqrt(balanced)))
+    else:
+        capacity = math.ceil(min(float(min(capacity_factor, 1e9)) * balanced, most))
+    return max(1, min(capacity, most))
+
+
+def _choose_transport(transport, platform, ep_size, tokens, top_k, pair_capacity, dtype) -> tuple[str, str]:
+    """The transport and why, by bytes that a device sends in a balanced forward pass."""
+    if transport != "auto":
+        return transport, "as asked"
+    itemsize = jnp.dtype(dtype).itemsize
+    wire = {
+        "padded": 2 * (ep_size - 1) * pair_capacity * itemsize,
+        "allgather": (ep_size - 1) * tokens * (itemsize + 4),
+    }
+    if platform == "tpu":  # the native instruction; slow inside a node on GPUs, emulated on CPUs
+        wire["ragged"] = 2 * (ep_size - 1) * tokens * top_k / ep_size * itemsize
+    best = min(wire, key=wire.get)
+    words = ", ".join(f"{name} {size:,.0f}" for name, size in wire.items())
+    return best, f"fewest bytes per hidden unit that a device sends in a balanced forward pass ({words})"

@@ -1,0 +1,151 @@
+"""What a plan is: everything static about one MoE layer on one mesh."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.quant import Recipe, recipe
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One layer's static facts. Hashable; holds no array and no mesh. Build it with ``make_plan``."""
+
+    ep_axis: tuple[str, ...]
+    tp_axis: str | None  # None: no such axis
+    dp_axis: tuple[str, ...]
+    ep_size: int
+    tp_size: int
+    tokens_per_rank: int
+    hidden: int
+    num_experts: int
+    top_k: int
+    dtype: str
+    num_shared_experts: int
+    num_shared_ranks: int
+    num_zero_experts: int
+    num_copy_experts: int
+    num_const_experts: int
+    quant: str
+    combine_quant: str
+    backward_quant: str
+    transport: str
+    transport_reason: str
+    overflow: str
+    pair_capacity: int
+    backend: str
+    poison: bool
+
+    @property
+    def num_local_experts(self) -> int:
+        """L, routed experts on each rank that holds some; a rank of a shared expert uses the first of as many slots."""
+        return self.num_experts // (self.ep_size - self.num_shared_ranks)
+
+    @property
+    def num_copies(self) -> int:
+        """Copies of a token that may travel: K, and one for each shared expert that has ranks of its own."""
+        return self.top_k + (self.num_shared_experts if self.num_shared_ranks else 0)
+
+    @property
+    def num_ids(self) -> int:
+        """Ids that a router may give: routed, then zero, copy and constant experts."""
+        return self.num_experts + self.num_zero_experts + self.num_copy_experts + self.num_const_experts
+
+    @property
+    def num_pairs(self) -> int:
+        """The most copies that one device can send."""
+        return self.tokens_per_rank * self.num_copies
+
+    @property
+    def max_pair_rows(self) -> int:
+        """The most rows that one rank can send another: all choices of all its tokens."""
+        return max(1, self.tokens_per_rank * self.top_k)
+
+    @property
+    def exchange_axes(self) -> tuple[str, ...]:
+        """Axes over which rows move: expert parallel, then tensor parallel."""
+        return self.ep_axis if self.tp_axis is None else (*self.ep_axis, self.tp_axis)
+
+    @property
+    def token_axes(self) -> tuple[str, ...]:
+        """Axes over which tokens are spread: data parallel, then the exchange axes."""
+        return (*self.dp_axis, *self.exchange_axes)
+
+    @property
+    def max_rounds(self) -> int:
+        """Rounds that the worst skew needs: 1 where one window holds everything or overflow is dropped."""
+        if self.overflow == "drop" or not self.num_pairs:
+            return 1
+        return math.ceil(self.max_pair_rows / self.pair_capacity)
+
+    @property
+    def dispatch_recipe(self) -> Recipe | None:
+        """How rows travel to the experts; None: as they are."""
+        return recipe(self.quant, self.dtype)
+
+    @property
+    def combine_recipe(self) -> Recipe | None:
+        """How rows travel back from the experts; None: as they are."""
+        return recipe(self.combine_quant, self.dtype)
+
+    @property
+    def backward_recipe(self) -> Recipe | None:
+        """How cotangents travel, both ways; None: as they are."""
+        return recipe(self.backward_quant, self.dtype)
+
+    @property
+    def sums_at_experts(self) -> bool:
+        """Whether a token's rows are summed where they were made, rather than at the token."""
+        return self.transport in ("allgather", "hierarchy")
+
+    def num_rows(self, capacity: int) -> int:
+        """M, rows that a device can receive when every pair of ranks moves at most ``capacity``."""
+        return self.tp_size * self.ep_size * capacity
+
+    def workspace(self) -> dict[str, int]:
+        """Bytes per device of the buffers of one round of the layer, by purpose (forward pass)."""
+        row = self.hidden * jnp.dtype(self.dtype).itemsize
+        rows = self.num_rows(self.pair_capacity)
+        slots = self.ep_size * self.pair_capacity
+        tokens = self.tp_size * self.ep_size * self.tokens_per_rank
+        if self.transport == "allgather":
+            buffers = {"arrival": tokens * row, "return": tokens * self.hidden * 4}
+            integers = 2 * tokens * self.top_k + rows
+        else:
+            sent = min(slots, self.num_pairs) if self.transport == "ragged" else slots
+            arrival = self.tp_size * slots
+            buffers = {"send": sent * row, "arrival": arrival * row, "return": self.num_pairs * row}
+            integers = sent + 3 * self.num_pairs + arrival + rows
+        counts = (self.tp_size + 1) * self.num_experts
+        return {**buffers, "rows": rows * row, "integers": 4 * (integers + counts)}
+
+    def describe(self) -> str:
+        """The plan in words: sizes, choices with their reasons, and bytes per device."""
+        balanced = balanced_rows(self.tokens_per_rank, self.top_k, self.ep_size, self.num_shared_ranks)
+        slack = f", {self.pair_capacity / balanced:.2f} x the balanced load" if balanced else ""
+        lines = [
+            f"mesh       ep={self.ep_size} over {'*'.join(self.ep_axis)}, tp={self.tp_size} over {self.tp_axis}"
+            + (f", replicated over {'*'.join(self.dp_axis)}" if self.dp_axis else ""),
+            f"tokens     {self.tokens_per_rank} per device x {self.hidden} {self.dtype}, top {self.top_k} of "
+            f"{self.num_ids} experts, {self.num_experts} routed ({self.num_local_experts} per rank), "
+            f"{self.num_zero_experts} zero, {self.num_copy_experts} copy, {self.num_const_experts} constant; "
+            f"{self.num_shared_experts} shared"
+            + (f" on {self.num_shared_ranks} ranks of their own" if self.num_shared_ranks else ""),
+            f"transport  {self.transport}: {self.transport_reason}",
+            f"capacity   {self.pair_capacity} rows per pair of ranks and round{slack}; "
+            f"{self.num_rows(self.pair_capacity)} rows per device",
+            f"overflow   {self.overflow}, "
+            + (f"at most {self.max_rounds} rounds" if self.overflow == "dropless" else "counting what does not fit"),
+            f"backend    {self.backend}",
+            "workspace  " + ", ".join(f"{name} {size:,} B" for name, size in self.workspace().items()),
+        ]
+        return "\n".join(lines)
+
+
+def balanced_rows(tokens: int, top_k: int, ep_size: int, num_shared_ranks: int) -> float:
+    """Rows that a rank sends another when routes are even; a rank of a shared expert gets every token it serves."""
+    routed = tokens * top_k / (ep_size - num_shared_ranks)
+    return max(routed, float(tokens)) if num_shared_ranks else routed

@@ -1,0 +1,162 @@
+"""The timed exchange: the bits of lax.all_to_all, and the blame on the rank that was slow."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from processes import run_processes
+from test_barrier import behind, delayed, entry_graph, over_ep
+
+import moe_jax
+from moe_jax import _compat, errors
+from moe_jax.comm import timing
+from moe_jax.comm.timing import timed_all_to_all
+
+W = 8
+
+
+@functools.cache
+def timed(slow=False, axes="ep", nodes=1):
+    """The exchange of blocks [W, W, ...] of all ranks; ``slow`` adds an argument [W], seconds that a rank is late."""
+
+    def run(blocks, seconds=None):
+        return timed_all_to_all(delayed(blocks, seconds) if slow else blocks, axes)
+
+    return jax.jit(over_ep(run, moe_jax.make_mesh(ep=W, nodes=nodes)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "bool"])
+@pytest.mark.parametrize("axes,nodes", [("ep", 1), (("node", "ep"), 2)])
+def test_same_bits_as_all_to_all(axes, nodes, dtype):
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 2 if dtype == "bool" else 256, (W, W, 3, 4 * jnp.dtype(dtype).itemsize)).astype(np.uint8)
+    blocks = bits.view(jnp.dtype(dtype))  # NaNs included
+    got, microseconds = timed(axes=axes, nodes=nodes)(blocks)
+    np.testing.assert_array_equal(np.asarray(got).view(np.uint8), np.swapaxes(bits, 0, 1))
+    assert microseconds.shape == (W, W) and microseconds.dtype == jnp.int32
+    assert (np.asarray(microseconds) >= 0).all() and not np.diagonal(microseconds).any()
+
+
+def test_part_of_the_axes():
+    """Each node is a group of its own."""
+    blocks = np.arange(W * 4, dtype=np.float32).reshape(W, 4, 1)
+    got, microseconds = timed(axes="ep", nodes=2)(blocks)
+    np.testing.assert_array_equal(got, np.swapaxes(blocks.reshape(2, 4, 4, 1), 1, 2).reshape(W, 4, 1))
+    assert microseconds.shape == (W, 4)
+
+
+def test_empty_blocks_and_one_rank():
+    assert timed()(np.zeros((W, W, 0), np.float32))[0].shape == (W, W, 0)
+    specs = {"in_specs": P("ep"), "out_specs": (P("ep"), P(("ep", "tp")))}
+    alone = _compat.shard_map(lambda x: timed_all_to_all(x, "ep"), mesh=moe_jax.make_mesh(ep=1), **specs)
+    got, microseconds = jax.jit(alone)(np.ones((1, 2), np.float32))
+    assert got.tolist() == [[1.0, 1.0]] and microseconds.tolist() == [0]
+
+
+@pytest.mark.parametrize("slow", [0, 3, 7])
+def test_slow_rank_gets_the_blame(slow):
+    """Every peer names the slow rank, no peer another; for the slow rank itself nobody was late."""
+    seconds = np.zeros(W, np.float32)
+    seconds[slow] = 1.0
+    microseconds = np.array(timed(slow=True)(np.ones((W, W, 2), np.float32), seconds)[1])
+    for me in range(W):
+        if me != slow:
+            assert np.argmax(microseconds[me]) == slow, microseconds
+    assert microseconds[slow].sum() < microseconds[:, slow].sum() / (W - 1), microseconds
+
+
+def test_clock_survives_its_wrap(monkeypatch):
+    """A reading just below 2^31 followed by one just above: the difference is small, and not negative."""
+    step_ns, readings = 1000_000, []
+
+    def clock():
+        readings.append(None)
+        return timing._START + (2**31 - 20) * 1000 + len(readings) * step_ns
+
+    monkeypatch.setattr(timing.time, "monotonic_ns", clock)
+    microseconds = np.asarray(timed()(np.ones((W, W, 2), np.float32))[1])
+    assert len(readings) > 20 and (microseconds >= 0).all() and microseconds.max() < 1e7
+
+
+def test_twenty_runs_in_a_row():
+    program, blocks = timed(), np.arange(W * W, dtype=np.float32).reshape(W, W, 1)
+    for turn in range(20):
+        got, _ = program(blocks + turn)
+        np.testing.assert_array_equal(got, np.swapaxes(blocks + turn, 0, 1))
+
+
+def test_gradient_is_the_exchange_back():
+    x = np.arange(W * W, dtype=np.float32).reshape(W, W, 1)
+    weights = x * x % 7
+    got = jax.jit(jax.grad(lambda x: jnp.sum(weights * timed()(x)[0])))(x)
+    np.testing.assert_array_equal(got, np.swapaxes(weights, 0, 1))
+
+
+def test_inside_custom_vjp_and_remat():
+    @jax.custom_vjp
+    def exchange(x):
+        return timed_all_to_all(x, "ep")[0]
+
+    exchange.defvjp(lambda x: (exchange(x), None), lambda _, ct: (exchange(ct),))
+    x = np.arange(W * W, dtype=np.float32).reshape(W, W, 1)
+    got = jax.jit(jax.grad(lambda x: jnp.sum(x * over_ep(jax.checkpoint(exchange))(x))))(x)
+    np.testing.assert_array_equal(got, 2 * np.swapaxes(x, 0, 1))
+
+
+def test_program_alternates_clock_and_shift():
+    """W - 1 shifts, one after the other, a reading of the clock before the first and after each."""
+    root, nodes = entry_graph(over_ep(lambda x: timed_all_to_all(x, "ep")), np.ones((W, W, 2), np.float32))
+    needed = behind(root, nodes)
+    shifts = [name for name in needed if nodes[name][0].startswith("collective-permute")]
+    shifts = [name for name in shifts if not nodes[name][0].endswith("-done")]
+    calls = [name for name in needed if nodes[name][0] == "custom-call"]
+    assert len(shifts) == W - 1 and len(calls) == W + 1  # one call waits for the peers, the others read the clock
+    chain = sorted(shifts + calls, key=lambda name: len(behind(name, nodes) & {*shifts, *calls}))
+    kinds = ["call" if name in calls else "shift" for name in chain]
+    assert kinds == ["call", "call"] + ["shift", "call"] * (W - 1)
+    for earlier, later in zip(chain, chain[1:], strict=False):
+        assert earlier in behind(later, nodes)
+
+
+def test_processes_blame_the_slow_one():
+    program = """
+import time
+import jax, numpy as np
+from jax.sharding import PartitionSpec as P
+import moe_jax
+from moe_jax.comm.timing import timed_all_to_all
+num = len(jax.devices())
+mesh = moe_jax.make_mesh(ep=num)
+data = np.arange(num * num, dtype=np.float32).reshape(num * num, 1)
+x = jax.make_array_from_callback(data.shape, jax.NamedSharding(mesh, P("ep")), lambda index: data[index])
+spec = P("ep"), P(("ep", "tp"))
+run = jax.jit(jax.shard_map(lambda x: timed_all_to_all(x, "ep"), mesh=mesh, in_specs=P("ep"), out_specs=spec))
+jax.block_until_ready(run(x))
+time.sleep(2 * (PROCESS == 1))
+blocks, microseconds = run(x)
+for piece, times in zip(blocks.addressable_shards, microseconds.addressable_shards):
+    me = piece.index[0].start // num
+    assert np.asarray(piece.data).ravel().tolist() == [source * num + me for source in range(num)]
+    assert PROCESS == 1 or np.argmax(times.data) == 1, times.data
+print("PASSED")
+"""
+    for ended in run_processes(program, 3):
+        assert ended.returncode == 0 and "PASSED" in ended.output, ended.output
+
+
+BAD_CALLS = [
+    (lambda: timed_all_to_all(np.zeros((W + 1, 2), np.float32), "ep"), errors.ShapeError, "blocks"),
+    (lambda: timed_all_to_all(np.float32(1) * np.ones(()), "ep"), errors.DtypeError, "not an array"),
+    (lambda: timed_all_to_all(jnp.zeros(()), "ep"), errors.ShapeError, "scalar"),
+    (lambda: timed_all_to_all(None, "ep"), errors.MissingArgumentError, "blocks"),
+    (lambda: timed_all_to_all(jnp.zeros(W), "row"), errors.MeshError, "not bound"),
+]
+
+
+@pytest.mark.parametrize("call,error,text", BAD_CALLS)
+def test_bad_calls(call, error, text):
+    with pytest.raises(error, match=text):
+        jax.eval_shape(over_ep(lambda x: (call(), x)[1]), np.zeros((W, 1), np.float32))
