@@ -3,7 +3,8 @@
 Importing this package touches no device and no environment variable.
 """
 
-from moe_jax import errors, quant, reference
+from moe_jax import aclnn, errors, quant, reference
+from moe_jax.barrier import BarrierTimeoutError, barrier
 from moe_jax.combine import combine, combine_add_rms_norm
 from moe_jax.comm import ragged_all_to_all
 from moe_jax.config import RouterConfig, load_config
@@ -15,14 +16,17 @@ from moe_jax.layer import moe_layer
 from moe_jax.mesh import emulate_devices, make_mesh
 from moe_jax.on_mesh import moe_on_mesh
 from moe_jax.plan import Plan, make_plan
+from moe_jax.rank_table import make_rank_table
 from moe_jax.routing import route, update_selection_bias
 from moe_jax.types import Dispatched, DispatchHandle, LayerStats, Routing
 from moe_jax.update_expert import update_expert
+from moe_jax.window import Window, buffer_reset, receivable_info_collect, receivable_test
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Backend",
+    "BarrierTimeoutError",
     "DispatchHandle",
     "Dispatched",
     "LayerStats",
@@ -30,7 +34,11 @@ __all__ = [
     "Plan",
     "RouterConfig",
     "Routing",
+    "Window",
+    "aclnn",
     "all_to_allv_grouped_matmul",
+    "barrier",
+    "buffer_reset",
     "combine",
     "combine_add_rms_norm",
     "dequantize",
@@ -42,11 +50,14 @@ __all__ = [
     "load_config",
     "make_mesh",
     "make_plan",
+    "make_rank_table",
     "make_receive_window",
     "moe_layer",
     "moe_on_mesh",
     "quant",
     "ragged_all_to_all",
+    "receivable_info_collect",
+    "receivable_test",
     "reference",
     "register_backend",
     "resolve_backend",

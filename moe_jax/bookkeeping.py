@@ -34,8 +34,16 @@ def prepare(
     token_mask: Array | None = None,
     rank_table: Array | None = None,
     fresh: Array | None = None,
+    recv_counts: Array | None = None,
 ) -> Exchange:
-    """Sorts the pairs and exchanges the counts. ``fresh`` [W] bool: ranks that may be sent something; None: all."""
+    """Sorts the pairs and exchanges the counts.
+
+    Args:
+      expert_ids, token_mask, rank_table: as for ``dispatch``.
+      plan: static.
+      fresh: [W] bool, ranks that may be sent something; None: all.
+      recv_counts: [P, W, L] where they are known already; None: they are exchanged.
+    """
     with jax.named_scope("layout"):
         ranks = None if rank_table is None else read_table(rank_table, plan)
         wanted = expert_ids != -1
@@ -63,7 +71,7 @@ def prepare(
     invalid = jnp.sum(wanted & ~valid, dtype=jnp.int32)[None]
     stats = DispatchStats(num_dropped=dropped, num_invalid=invalid, num_stale=stale)
     stats = _compat.as_varying(stats, plan.exchange_axes)
-    everyone = recv_counts = sizes = None
+    everyone = sizes = None
     with jax.named_scope("exchange_counts"):
         if plan.transport == "allgather":
             everyone = comm.gather_tokens(destination, plan)
@@ -71,9 +79,9 @@ def prepare(
         elif plan.transport == "hierarchy":
             everyone = destination.reshape(plan.tokens_per_rank, plan.num_copies)
         else:
-            recv_counts = comm.exchange_counts(send_counts, plan)
+            recv_counts = comm.exchange_counts(send_counts, plan) if recv_counts is None else recv_counts
             sizes = comm.all_send_sizes(jnp.sum(send_counts, axis=1, dtype=jnp.int32), plan)
-    order = None if ranks is None else _source_order(ranks, plan)
+    order = None if ranks is None else source_order(ranks, plan)
     return Exchange(chosen, pairs, send_counts, recv_counts, everyone, sizes, order, stats)
 
 
@@ -82,7 +90,7 @@ def read_table(rank_table: Array, plan: Plan) -> RankTable:
     return read_rank_table(rank_table, plan.ep_size, plan.num_experts, plan.num_shared_ranks)
 
 
-def _source_order(ranks: RankTable, plan: Plan) -> Array:
+def source_order(ranks: RankTable, plan: Plan) -> Array:
     """[P * W] sources by tp rank, then logical rank; removed ranks last, who send nothing."""
     order = jnp.argsort(jnp.where(ranks.logical < 0, plan.ep_size, ranks.logical)).astype(jnp.int32)
     return (jnp.arange(plan.tp_size, dtype=jnp.int32)[:, None] * plan.ep_size + order).ravel()
@@ -121,13 +129,20 @@ def count_rounds(exchange: Exchange, plan) -> Array:
 
 
 def open_window(
-    exchange: Exchange, start: Array | int, capacity: int, plan, *, compact: bool | None = None
+    exchange: Exchange,
+    start: Array | int,
+    capacity: int,
+    plan,
+    *,
+    compact: bool | None = None,
+    num_rows: int | None = None,
 ) -> DispatchHandle:
     """The handle of the pairs at places [start, start + capacity) of every list.
 
     ``compact``: whether rows travel end to end, rather than in one equal block per rank; None: as suits the transport.
+    ``num_rows``: M where the caller knows that so many suffice.
     """
-    num_rows = plan.num_rows(capacity)
+    num_rows = plan.num_rows(capacity) if num_rows is None else num_rows
     with jax.named_scope("layout"):
         if plan.transport == "allgather":
             picked = layout.gather_maps(

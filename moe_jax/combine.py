@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from moe_jax import comm
 from moe_jax.errors import InvalidArgumentError, check_dtype, check_rank, check_shape, check_type
-from moe_jax.movement import collect_rows, copy_weights, finish
+from moe_jax.movement import collect_rows, collect_rows_timed, copy_weights, finish
 from moe_jax.special import special_terms
 from moe_jax.types import DispatchHandle, ExchangeMaps, GatherMaps
 
@@ -22,7 +22,8 @@ def combine(
     const_alpha2: Array | None = None,
     const_v: Array | None = None,
     shared_x: Array | None = None,
-) -> Array:
+    performance_info: Array | None = None,
+) -> Array | tuple[Array, Array]:
     """Brings expert rows back to their tokens and sums them with weights. Call it per shard, inside ``shard_map``.
 
     ``y[t] = sum_k combine_weights[t, k] * row(t, k) + shared_x[t]`` in fp32, rounded once. The exchanging transports
@@ -39,9 +40,11 @@ def combine(
       const_alpha1, const_alpha2: [Cc] or [Cc, H], const_v: [Cc, H], in ``plan.dtype``; required with constant experts.
         ``moe_jax.special`` says what they mean.
       shared_x: [T, H] in ``plan.dtype``, added with weight 1 before rounding: what shared experts made of the tokens.
+      performance_info: [W] int, to which the microseconds are added that this rank waited for each rank's rows, as in
+        ``dispatch``, whose handle must come from a call with it.
 
     Returns:
-      [T, H] in ``plan.dtype``. Differentiable in every float array.
+      [T, H] in ``plan.dtype``. Differentiable in every float array. With ``performance_info``, the pair of both.
 
     Raises:
       ShapeError, DtypeError, InvalidArgumentError, MissingArgumentError, MeshError: as for ``dispatch``.
@@ -58,7 +61,9 @@ def combine(
     Source: MoeDistributeCombineV4.
     """
     constants = {"const_alpha1": const_alpha1, "const_alpha2": const_alpha2, "const_v": const_v}
-    return _sum(rows, combine_weights, handle, shared_x, x=x, **constants).astype(handle.plan.dtype)
+    total, waited = combine_sum(rows, combine_weights, handle, shared_x, performance_info, x=x, **constants)
+    y = total.astype(handle.plan.dtype)
+    return y if performance_info is None else (y, waited)
 
 
 def combine_add_rms_norm(
@@ -96,31 +101,65 @@ def combine_add_rms_norm(
     Source: MoeDistributeCombineAddRmsNormV2.
     """
     constants = {"const_alpha1": const_alpha1, "const_alpha2": const_alpha2, "const_v": const_v}
-    total = _sum(rows, combine_weights, handle, shared_x, x=x, **constants)
+    total, _ = combine_sum(rows, combine_weights, handle, shared_x, None, x=x, **constants)
     plan = handle.plan
     check_shape("residual", residual, (plan.tokens_per_rank, plan.hidden), "[T, H]")
     check_dtype("residual", residual, (plan.dtype,), "the plan's dtype")
     check_shape("gamma", gamma, (plan.hidden,), "[H]")
     check_dtype("gamma", gamma, (plan.dtype,), "the plan's dtype")
+    return normalize(total, residual, gamma, eps, plan.dtype)
+
+
+def normalize(total: Array, residual: Array, gamma: Array, eps: float, dtype: str) -> tuple[Array, Array, Array]:
+    """(y, rstd, x) of ``combine_add_rms_norm`` from the combined sums, fp32 [T, H]."""
     if not 0 <= eps < float("inf"):
         raise InvalidArgumentError(f"eps={eps!r} must be finite and at least 0; 1e-6 is usual")
     with jax.named_scope("add_rms_norm"):
         total = total + residual.astype(jnp.float32)
         rstd = 1.0 / jnp.sqrt(jnp.mean(jnp.square(total), axis=-1) + eps)
-        scaled = (total * rstd[:, None]).astype(plan.dtype)
-        y = (scaled.astype(jnp.float32) * gamma.astype(jnp.float32)).astype(plan.dtype)
-    return y, rstd, total.astype(plan.dtype)
+        scaled = (total * rstd[:, None]).astype(dtype)
+        y = (scaled.astype(jnp.float32) * gamma.astype(jnp.float32)).astype(dtype)
+    return y, rstd, total.astype(dtype)
 
 
-def _sum(
-    rows: Array, combine_weights: Array, handle: DispatchHandle, shared_x: Array | None, **special: Array | None
-) -> Array:
-    """What both operators add up, fp32 [T, H]."""
+def combine_sum(
+    rows: Array,
+    combine_weights: Array,
+    handle: DispatchHandle,
+    shared_x: Array | None,
+    performance_info: Array | None,
+    *,
+    row_weights: Array | None = None,
+    **special: Array | None,
+) -> tuple[Array, Array | None]:
+    """What both operators add up, fp32 [T, H]; and ``performance_info`` after it.
+
+    ``row_weights``: [M] to take instead of ``combine_weights`` for rows, where they are summed at their experts.
+    """
+    _check(rows, combine_weights, handle, shared_x, performance_info)
+    plan, maps = handle.plan, handle.maps
+    if not plan.num_pairs:  # no device has a token; see ``dispatch``
+        return jnp.zeros_like(combine_weights, shape=(0, plan.hidden)), performance_info
+    terms = special_terms(handle.expert_ids, plan, **special)
+    # The weight of a pair that contributes nothing may be anything, NaN included.
+    weights = copy_weights(combine_weights, plan)
+    contributes = jnp.pad(handle.expert_ids >= plan.num_experts, ((0, 0), (0, plan.num_copies - plan.top_k)))
+    if isinstance(maps, ExchangeMaps):
+        contributes |= maps.pair_slot >= 0
+    if performance_info is None:
+        collected = collect_rows(rows, weights if row_weights is None else row_weights, handle)
+    else:
+        collected, microseconds = collect_rows_timed(rows, weights, handle)
+        performance_info = performance_info + microseconds.astype(performance_info.dtype)
+    total = finish(collected, jnp.where(contributes, weights, 0.0), terms, plan)
+    return total if shared_x is None else total + shared_x.astype(jnp.float32), performance_info
+
+
+def _check(rows, combine_weights, handle, shared_x, performance_info):
     check_type("handle", handle, DispatchHandle, "pass the .handle that dispatch returned")
     plan, maps = handle.plan, handle.maps
     comm.check_axes(plan)
     check_rank("rows", rows, 2, "[M, H]")
-    exchanged = isinstance(maps, ExchangeMaps)
     num_rows = (maps.row_pair if isinstance(maps, GatherMaps) else maps.row_slot).shape[0]
     check_shape("rows", rows, (num_rows, plan.hidden), "[M, H], the extent that dispatch gave")
     check_dtype("rows", rows, (plan.dtype,), "the plan's dtype")
@@ -129,14 +168,11 @@ def _sum(
     if shared_x is not None:
         check_shape("shared_x", shared_x, (plan.tokens_per_rank, plan.hidden), "[T, H]")
         check_dtype("shared_x", shared_x, (plan.dtype,), "the plan's dtype")
-    if not plan.num_pairs:  # no device has a token; see ``dispatch``
-        return jnp.zeros_like(combine_weights, shape=(0, plan.hidden))
-    terms = special_terms(handle.expert_ids, plan, **special)
-    # The weight of a pair that contributes nothing may be anything, NaN included.
-    weights = copy_weights(combine_weights, plan)
-    contributes = jnp.pad(handle.expert_ids >= plan.num_experts, ((0, 0), (0, plan.num_copies - plan.top_k)))
-    if exchanged:
-        contributes |= maps.pair_slot >= 0
-    collected = collect_rows(rows, weights, handle)
-    total = finish(collected, jnp.where(contributes, weights, 0.0), terms, plan)
-    return total if shared_x is None else total + shared_x.astype(jnp.float32)
+    if performance_info is None:
+        return
+    check_shape("performance_info", performance_info, (plan.ep_size,), "[W], one per rank")
+    check_dtype("performance_info", performance_info, ("int32", "int64"), "microseconds are whole numbers")
+    if plan.num_pairs and not (isinstance(maps, ExchangeMaps) and not maps.sizes.size):
+        raise InvalidArgumentError(
+            "performance_info was given to combine, but not to the dispatch that made the handle; give it to both"
+        )

@@ -114,7 +114,7 @@ def await_live(tree: Any, live: Array, axes: tuple[str, ...], timeout_us: int) -
 def group_of(axes: tuple[str, ...]) -> tuple[str, Array]:
     """The layout that ``axes`` belong to, and which of its groups this rank is in: the index along all other axes."""
     mesh = jax.sharding.get_abstract_mesh()
-    others = tuple(axis for axis in mesh.manual_axes if axis not in axes)
+    others = tuple(sorted(set(mesh.manual_axes) - set(axes)))  # in the same order in every process
     family = "+".join(axes) + "@" + ",".join(f"{axis}={mesh.shape[axis]}" for axis in sorted(mesh.manual_axes))
     return family, lax.axis_index(others) if others else jnp.zeros((), jnp.int32)
 

@@ -48,6 +48,11 @@ def tp_rank(plan) -> Array:
     return jnp.int32(0) if plan.tp_axis is None else lax.axis_index(plan.tp_axis)
 
 
+def rank_along(axes: tuple[str, ...]) -> Array:
+    """This device's index along mesh axes, traced."""
+    return lax.axis_index(axes)
+
+
 def max_over_ranks(x: Array, plan) -> Array:
     """The largest ``x`` of the exchange group, so that all its devices take the same branch."""
     return lax.pmax(x, plan.exchange_axes)

@@ -3,11 +3,23 @@
 from moe_jax.movement.differentiable import (
     Sent,
     collect_rows,
+    collect_rows_timed,
     copy_weights,
     dequantized,
     finish,
+    send_message,
     send_rows,
     smooth_rows,
 )
 
-__all__ = ["Sent", "collect_rows", "copy_weights", "dequantized", "finish", "send_rows", "smooth_rows"]
+__all__ = [
+    "Sent",
+    "collect_rows",
+    "collect_rows_timed",
+    "copy_weights",
+    "dequantized",
+    "finish",
+    "send_message",
+    "send_rows",
+    "smooth_rows",
+]

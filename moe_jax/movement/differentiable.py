@@ -77,6 +77,15 @@ def send_rows(
     return sent._replace(rows=rows, values=values, scale=scale, tags=tags)
 
 
+def send_message(
+    message: Array, handle: DispatchHandle, *, pairs: Array | None = None, timed: bool = False
+) -> tuple[Array, Array | None, Arrival | None]:
+    """Bytes [T, B], and [T, C, G] of any dtype, as ``send_rows`` sends rows: [M, B], [M, G], arrival. No gradient."""
+    message, pairs = _compat.as_varying((message, pairs), handle.plan.exchange_axes)
+    options = {"timed": True} if timed else {}
+    return _ROUTES[type(handle.maps)].scatter(message, pairs, handle.maps, handle.plan, **options)
+
+
 def dequantized(sent: Sent, plan) -> Array:
     """The rows [M, H] in ``plan.dtype`` as the experts see them: about x, or x times its smoothing factors."""
     if sent.values is None:
@@ -100,13 +109,22 @@ def smooth_rows(handle: DispatchHandle) -> Array:
 
 
 def collect_rows(rows: Array, combine_weights: Array, handle: DispatchHandle) -> Array:
-    """Expert rows of one window -> what ``finish`` takes; windows add up. Differentiable in both arrays."""
+    """Expert rows of one window -> what ``finish`` takes; windows add up. Differentiable in both arrays.
+
+    Weights are [T, C]; for "hierarchy" also [M], those that came with the rows.
+    """
     plan = handle.plan
     rows, combine_weights = _compat.as_varying((rows, combine_weights), plan.exchange_axes)
     if not plan.num_pairs:
         pairs = jnp.zeros_like(combine_weights, dtype=plan.dtype)[..., None] * jnp.ones(plan.hidden, plan.dtype)
         return jnp.sum(pairs, axis=1, dtype=jnp.float32) if plan.sums_at_experts else pairs
-    return _collect_rows(rows, combine_weights, handle)
+    return _collect_rows(False, rows, combine_weights, handle)[0]
+
+
+def collect_rows_timed(rows: Array, combine_weights: Array, handle: DispatchHandle) -> tuple[Array, Array]:
+    """As ``collect_rows`` over an exchange of equal blocks, and [W] i32 microseconds waited for each rank."""
+    operands = _compat.as_varying((rows, combine_weights), handle.plan.exchange_axes)
+    return _collect_rows(True, *operands, handle)
 
 
 def copy_weights(combine_weights: Array, plan) -> Array:
@@ -271,23 +289,25 @@ def _attach(rows, carrier):
 _attach.defvjp(lambda rows, carrier: (rows, None), lambda _, ct: (jnp.zeros_like(ct), ct))
 
 
-@jax.custom_vjp
-def _collect_rows(rows, weights, handle):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _collect_rows(timed, rows, weights, handle):
     plan = handle.plan
+    if timed:
+        return exchange.collect_timed(rows, handle.maps, plan, recipe=plan.combine_recipe)
     route = _ROUTES[type(handle.maps)]
-    return route.collect(rows, weights, handle.maps, plan, recipe=plan.combine_recipe)[0]
+    return route.collect(rows, weights, handle.maps, plan, recipe=plan.combine_recipe)[0], None
 
 
-def _collect_forward(rows, weights, handle):
+def _collect_forward(timed, rows, weights, handle):
     kept = rows if handle.plan.sums_at_experts else rows[:0]
-    return _collect_rows(rows, weights, handle), (kept, weights, handle)
+    return _collect_rows(timed, rows, weights, handle), (kept, weights, handle)
 
 
-def _collect_backward(residuals, ct):
+def _collect_backward(timed, residuals, cts):
     rows, weights, handle = residuals
     plan = handle.plan
     route = _ROUTES[type(handle.maps)]
-    return *route.collect_adjoint(rows, weights, ct, handle.maps, plan, recipe=plan.backward_recipe), None
+    return *route.collect_adjoint(rows, weights, cts[0], handle.maps, plan, recipe=plan.backward_recipe), None
 
 
 _collect_rows.defvjp(_collect_forward, _collect_backward)

@@ -52,30 +52,49 @@ def scatter(
 
 
 def collect(
-    rows: Array, weights: None, maps: ExchangeMaps, plan, *, recipe=None, scalars: Array | None = None
+    rows: Array, weights: Array | None, maps: ExchangeMaps, plan, *, recipe=None, scalars: Array | None = None
 ) -> tuple[Array, Array | None]:
     """Rows [M, H] at their pairs: [T, C, H], zero for pairs outside the window; and scalars [M, G] -> [T, C, G].
 
     tp > 1: the tp ranks' rows are partial sums, and are added. fp32 with a ``recipe``, else in the dtype of the rows.
     """
     del weights  # they are applied at the tokens
-    with jax.named_scope("unpermute"):
-        # Slots of the tp ranks are summed, so an unread one may be anything: it only meets its like.
-        slots = [None if part is None else pick(part, maps.slot_row, plan) for part in (rows, scalars)]
+    message, parts = _home_message(rows, scalars, maps, plan, recipe)
     with jax.named_scope("exchange"):
-        slots = [None if part is None else comm.reduce_scatter_tp(part, plan) for part in slots]
-        message, parts = join_some([as_sent(slots[0], recipe), slots[1]])
         if maps.sizes.size:
             packed = comm.exchange_compact(message, maps.sizes.T, maps.send_pair.shape[0], plan)
         else:
             packed = comm.exchange_blocks(message, plan)
     with jax.named_scope("unpack"):
         collected, pair_scalars = split_some(pick(packed, maps.pair_slot, plan, absent=0), parts)
-        if recipe is not None:
-            values = as_received(jax.lax.collapse(collected, 0, 2), recipe, rows.shape[1])
-            values = values.reshape(*collected.shape[:2], rows.shape[1])
-            collected = jnp.where((maps.pair_slot >= 0)[..., None], values, 0.0)
-    return collected, pair_scalars
+        return _decoded(collected, rows, maps, recipe), pair_scalars
+
+
+def collect_timed(rows: Array, maps: ExchangeMaps, plan, *, recipe=None) -> tuple[Array, Array]:
+    """As ``collect`` in equal blocks, one peer after the other; and [W] i32 microseconds waited for each."""
+    message, _ = _home_message(rows, None, maps, plan, recipe)
+    with jax.named_scope("exchange"):
+        packed, microseconds = comm.exchange_blocks_timed(message, plan)
+    with jax.named_scope("unpack"):
+        return _decoded(pick(packed, maps.pair_slot, plan, absent=0), rows, maps, recipe), microseconds
+
+
+def _home_message(rows, scalars, maps, plan, recipe):
+    """What every arrival slot sends back."""
+    with jax.named_scope("unpermute"):
+        # Slots of the tp ranks are summed, so an unread one may be anything: it only meets its like.
+        slots = [None if part is None else pick(part, maps.slot_row, plan) for part in (rows, scalars)]
+    with jax.named_scope("exchange"):
+        slots = [None if part is None else comm.reduce_scatter_tp(part, plan) for part in slots]
+        return join_some([as_sent(slots[0], recipe), slots[1]])
+
+
+def _decoded(collected, rows, maps, recipe):
+    if recipe is None:
+        return collected
+    values = as_received(jax.lax.collapse(collected, 0, 2), recipe, rows.shape[1])
+    values = values.reshape(*collected.shape[:2], rows.shape[1])
+    return jnp.where((maps.pair_slot >= 0)[..., None], values, 0.0)
 
 
 def collect_adjoint(

@@ -51,13 +51,19 @@ def collect(
 
     Products and both sums in fp32, copies and nodes ascending; ``round`` is to ``plan.dtype``, the dtype in which
     partial sums travel, and with a recipe what that leaves of it. With tp > 1 the rows of the tp ranks are partial
-    sums, and are added first, in their own dtype. Scalars [M, G] -> [T, C, G], added over tp alone.
+    sums, and are added first, in their own dtype. Scalars [M, G] -> [T, C, G], added over tp alone. Weights of shape
+    [M] are those of the rows, on tp rank 0; without scalars.
 
     Source: the layered combine kernels of MoeDistributeCombine, without their fp16 special case.
     """
-    home, home_scalars = _gather_back([rows, scalars], maps, plan)
-    with jax.named_scope("exchange"):
+    if weights is not None and weights.ndim == 1:
+        own = jnp.where(comm.tp_rank(plan) == 0, weights, 0.0)
+        home, home_weights = _gather_back([rows, own[:, None]], maps, plan)
+        guest_weights, weights = pick(home_weights[:, 0], maps.pair_inner, plan, absent=0), None
+    else:
+        home, home_scalars = _gather_back([rows, scalars], maps, plan)
         guest_weights = None
+    with jax.named_scope("exchange"):
         if weights is not None:
             guest_weights = nodes.exchange_nodes(pick(weights, maps.slot_token, plan), plan)
     with jax.named_scope("partial_sum"):
@@ -91,11 +97,15 @@ def collect_adjoint(
     ``d_row(t, c) = w[t, c] * ct[t]`` on every tp rank, and ``d_w[t, c] = <ct[t], row(t, c)>``, with the row summed over
     tp. The cotangent crosses to each node once, as a row in ``plan.dtype``; products and sums are fp32.
     """
-    message = as_sent(ct.astype(plan.dtype), recipe)
-    row_ct, row_weight, _ = scatter(message, weights[..., None], maps, plan)
+    message, of_rows = as_sent(ct.astype(plan.dtype), recipe), weights.ndim == 1
+    row_ct, row_weight, _ = scatter(message, None if of_rows else weights[..., None], maps, plan)
     row_ct = as_received(row_ct, recipe, rows.shape[1]).astype(jnp.float32)
     with jax.named_scope("dot"):
         dots = jnp.sum(rows.astype(jnp.float32) * row_ct, axis=-1, keepdims=True)
+    if of_rows:  # only those of tp rank 0 are read, and they weight the sum over tp
+        d_weights = comm.sum_over(dots, plan.tp_axis)[:, 0] if plan.tp_size > 1 else dots[:, 0]
+        d_weights = jnp.where((comm.tp_rank(plan) == 0) & (maps.row_slot >= 0), d_weights, 0.0)
+        return (weights[:, None] * row_ct).astype(rows.dtype), d_weights
     home, _ = _gather_back([dots, None], maps, plan)
     with jax.named_scope("exchange"):
         returned = nodes.exchange_nodes(pick(home[:, 0], maps.pair_inner, plan, absent=0), plan)

@@ -1,0 +1,78 @@
+"""The reference operators under their own names, parameters, outputs and error codes: for those who come from CANN.
+
+Each operator is called per shard, inside ``shard_map``: a group name is the name of a mesh axis, and the axis index is
+the rank. Beside each stands ``<operator>_get_workspace_size``, a host-side call that checks the arguments, for a
+product's limits too, and returns (bytes of workspace, executor). All are thin: the work is that of ``moe_jax.dispatch``,
+``moe_jax.combine`` and their companions, which are what a new program should use.
+"""
+
+from moe_jax.aclnn.combine import moe_distribute_combine_add_rms_norm_v2, moe_distribute_combine_v4
+from moe_jax.aclnn.dispatch import moe_distribute_dispatch_v4
+from moe_jax.aclnn.grouped import (
+    allto_allv_grouped_mat_mul,
+    allto_allv_quant_grouped_mat_mul,
+    grouped_mat_mul_allto_allv,
+    quant_grouped_mat_mul_allto_allv,
+)
+from moe_jax.aclnn.local import (
+    distribute_barrier,
+    distribute_barrier_v2,
+    moe_distribute_buffer_reset,
+    moe_update_expert,
+)
+from moe_jax.aclnn.results import (
+    AddRmsNormOutput,
+    AllToAllvGroupedMatmulOutput,
+    CombineOutput,
+    DispatchOutput,
+    GroupedMatmulAllToAllvOutput,
+    TimedCombineOutput,
+    TimedDispatchOutput,
+    UpdateExpertOutput,
+)
+from moe_jax.aclnn.workspace import (
+    allto_allv_grouped_mat_mul_get_workspace_size,
+    allto_allv_quant_grouped_mat_mul_get_workspace_size,
+    distribute_barrier_get_workspace_size,
+    distribute_barrier_v2_get_workspace_size,
+    grouped_mat_mul_allto_allv_get_workspace_size,
+    moe_distribute_buffer_reset_get_workspace_size,
+    moe_distribute_combine_add_rms_norm_v2_get_workspace_size,
+    moe_distribute_combine_v4_get_workspace_size,
+    moe_distribute_dispatch_v4_get_workspace_size,
+    moe_update_expert_get_workspace_size,
+    quant_grouped_mat_mul_allto_allv_get_workspace_size,
+)
+
+__all__ = [
+    "AddRmsNormOutput",
+    "AllToAllvGroupedMatmulOutput",
+    "CombineOutput",
+    "DispatchOutput",
+    "GroupedMatmulAllToAllvOutput",
+    "TimedCombineOutput",
+    "TimedDispatchOutput",
+    "UpdateExpertOutput",
+    "allto_allv_grouped_mat_mul",
+    "allto_allv_grouped_mat_mul_get_workspace_size",
+    "allto_allv_quant_grouped_mat_mul",
+    "allto_allv_quant_grouped_mat_mul_get_workspace_size",
+    "distribute_barrier",
+    "distribute_barrier_get_workspace_size",
+    "distribute_barrier_v2",
+    "distribute_barrier_v2_get_workspace_size",
+    "grouped_mat_mul_allto_allv",
+    "grouped_mat_mul_allto_allv_get_workspace_size",
+    "moe_distribute_buffer_reset",
+    "moe_distribute_buffer_reset_get_workspace_size",
+    "moe_distribute_combine_add_rms_norm_v2",
+    "moe_distribute_combine_add_rms_norm_v2_get_workspace_size",
+    "moe_distribute_combine_v4",
+    "moe_distribute_combine_v4_get_workspace_size",
+    "moe_distribute_dispatch_v4",
+    "moe_distribute_dispatch_v4_get_workspace_size",
+    "moe_update_expert",
+    "moe_update_expert_get_workspace_size",
+    "quant_grouped_mat_mul_allto_allv",
+    "quant_grouped_mat_mul_allto_allv_get_workspace_size",
+]

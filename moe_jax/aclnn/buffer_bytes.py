@@ -1,0 +1,110 @@
+"""Workspace of one call in bytes per rank: the rows that it sends and receives, with what travels beside them.
+
+Counted are the buffers of the exchange and what stands between it and the products: rows with their scales, the three
+integers that name each row's source, and the counts of both sides. Not counted are the caller's arrays.
+"""
+
+import math
+
+import jax.numpy as jnp
+
+from moe_jax.aclnn.limits import Call, dtype_name
+from moe_jax.aclnn.limits_exchange import hidden, sizes
+from moe_jax.aclnn.limits_fused import columns, expert_rows, token_rows
+
+_INT = 4
+_SOURCE = 3 * _INT  # rank, token and choice of a row
+
+
+def _size(width, dtype):
+    """Bytes of ``width`` values; e2m1 values share a byte in pairs."""
+    return width // 2 if dtype == "float4_e2m1fn" else width * jnp.dtype(dtype).itemsize
+
+
+def _exponents(width):
+    """Bytes of the exponents of blocks of 32, an even number of them."""
+    return 2 * -(-width // 64)
+
+
+def dispatch_row(call: Call) -> int:
+    """Bytes of one row on the wire of dispatch: its values, its scales, its source, its weight."""
+    mode, width = call["quant_mode"], hidden(call)
+    y_dtype = dtype_name("y_dtype", call["y_dtype"]) or "int8"  # the default of every mode has one byte per value
+    if mode == 0:
+        values = _size(call.shape("x")[1], call.dtype("x"))
+        scales = _size(call.shape("scales")[1], call.dtype("scales")) if call.given("scales") else 0
+    else:
+        values = width // 2 if y_dtype == "uint8" else _size(width, y_dtype)
+        scales = {1: 0, 2: 4, 3: 4 * -(-width // 128)}.get(mode, _exponents(width))
+    return values + scales + _SOURCE + (4 if call.given("expert_scales") else 0)
+
+
+def combine_row(call: Call) -> int:
+    """Bytes of one row on the wire of combine: its values, and its scales where they are quantised."""
+    mode, width, dtype = call["comm_quant_mode"], hidden(call), call.dtype("expand_x")
+    if mode == 0:
+        return _size(width, dtype)
+    return width + (_size(-(-width // 8), dtype) if mode == 2 else _exponents(width))
+
+
+def _token_copies(call):
+    """Copies of this rank's tokens that may travel."""
+    n = sizes(call)
+    return n.tokens * (n.top_k + (n.shared_expert_num if n.shared_expert_rank_num else 0))
+
+
+def dispatch(call: Call) -> int:
+    """Rows sent, rows received by both tensor-parallel ranks, counts of both sides and per expert (i64)."""
+    n = sizes(call)
+    copies = max(n.tp_world_size, 1)
+    rows = _token_copies(call) + n.capacity * copies
+    counts = n.ep_world_size * n.local_experts
+    return rows * dispatch_row(call) + (counts + counts * copies) * _INT + n.local_experts * 8
+
+
+def combine(call: Call) -> int:
+    """Rows sent back and received, the source of each row sent, and the counts."""
+    rows = call.shape("expand_x")[0]
+    counts = math.prod(call.shape("ep_send_counts"))
+    return (rows + _token_copies(call)) * combine_row(call) + rows * _SOURCE + counts * _INT
+
+
+def add_rms_norm(call: Call) -> int:
+    """Combine's, and the sum before it is rounded: fp32."""
+    return combine(call) + call.shape("expert_ids")[0] * hidden(call) * 4
+
+
+def update_expert(call: Call) -> int:
+    """The ids; with pruning the mask and each token's sum of weights."""
+    tokens, top_k = call.shape("expert_ids")
+    pruning = tokens * (top_k + 4) if call.given("pruning_threshold") else 0
+    return tokens * top_k * jnp.dtype(call.dtype("expert_ids")).itemsize + pruning
+
+
+def barrier(call: Call) -> int:
+    """A flag sent to each rank, and one from each."""
+    return 2 * call["world_size"] * _INT
+
+
+def buffer_reset(call: Call) -> int:
+    """The cleared window, and a barrier's flags if the ranks wait for each other."""
+    window = _size(math.prod(call.shape("window")), call.dtype("window"))
+    return window + (2 * call["ep_world_size"] * _INT if call["need_sync"] else 0)
+
+
+def _count_lists(call):
+    return 2 * call["ep_world_size"] * call.shape("gmm_weight")[0] * _INT
+
+
+def compute_then_send(call: Call) -> int:
+    """The product by expert, the same by destination, and the rows received."""
+    dtype = dtype_name("y_dtype", call.attributes.get("y_dtype")) or call.dtype("gmm_x")
+    row = _size(columns(call, "gmm_weight", "trans_gmm_weight"), dtype)
+    return (2 * expert_rows(call) + token_rows(call)) * row + _count_lists(call)
+
+
+def send_then_compute(call: Call) -> int:
+    """The rows sent, those received and the same by expert, each with its scales where it has some."""
+    width = call.shape("gmm_x")[1]
+    row = _size(width, call.dtype("gmm_x")) + (_exponents(width) if call.attributes.get("gmm_x_quant_mode") == 6 else 0)
+    return (token_rows(call) + 2 * expert_rows(call)) * row + _count_lists(call)

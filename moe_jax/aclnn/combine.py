@@ -1,0 +1,208 @@
+"""MoeDistributeCombine and MoeDistributeCombineAddRmsNorm, under the reference's names."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax import _compat, comm
+from moe_jax.aclnn import world as worlds
+from moe_jax.aclnn.results import AddRmsNormOutput, CombineOutput, TimedCombineOutput
+from moe_jax.aclnn.workspace import (
+    moe_distribute_combine_add_rms_norm_v2_get_workspace_size,
+    moe_distribute_combine_v4_get_workspace_size,
+)
+from moe_jax.bookkeeping import open_window
+from moe_jax.combine import combine_sum, normalize
+from moe_jax.types import DispatchHandle
+
+Array = jax.Array
+
+
+def moe_distribute_combine_v4(
+    expand_x: Array,
+    expert_ids: Array,
+    assist_info_for_combine: Array,
+    ep_send_counts: Array,
+    expert_scales: Array,
+    tp_send_counts: Array | None = None,
+    x_active_mask: Array | None = None,
+    activation_scale: None = None,
+    weight_scale: None = None,
+    group_list: None = None,
+    expand_scales: Array | None = None,
+    shared_expert_x: Array | None = None,
+    elastic_info: Array | None = None,
+    ori_x: Array | None = None,
+    const_expert_alpha_1: Array | None = None,
+    const_expert_alpha_2: Array | None = None,
+    const_expert_v: Array | None = None,
+    performance_info: Array | None = None,
+    *,
+    group_ep: Any,
+    ep_world_size: int,
+    moe_expert_num: int,
+    group_tp: Any = "",
+    tp_world_size: int = 0,
+    expert_shard_type: int = 0,
+    shared_expert_num: int = 1,
+    shared_expert_rank_num: int = 0,
+    global_bs: int = 0,
+    out_dtype: int = 0,
+    comm_quant_mode: int = 0,
+    group_list_type: int = 0,
+    comm_alg: str | None = "",
+    zero_expert_num: int = 0,
+    copy_expert_num: int = 0,
+    const_expert_num: int = 0,
+) -> CombineOutput | TimedCombineOutput:
+    """Brings the experts' rows back to their tokens, and sums them with weights. Per shard, inside ``shard_map``.
+
+    What dispatch returned goes in unchanged: assist_info_for_combine, ep_recv_counts as ``ep_send_counts`` and
+    tp_recv_counts as ``tp_send_counts`` say where rows go. Rows whose triple disagrees with the counts become NaN.
+    With "hierarchy" the weights are those of ``expand_scales``. Rows of tokens that are masked are zero.
+
+    Returns:
+      CombineOutput; with ``performance_info``, its new value too. Differentiable in every float array.
+
+    Raises:
+      As ``moe_distribute_combine_v4_get_workspace_size`` with product=None; MeshError: a group is not bound here.
+
+    Source: aclnnMoeDistributeCombineV4.
+    """
+    given = locals()
+    moe_distribute_combine_v4_get_workspace_size(**given)
+    total, active, waited = _total(given)
+    x_out = jnp.where(active[:, None], total.astype(expand_x.dtype), jnp.zeros((), expand_x.dtype))
+    return CombineOutput(x_out) if performance_info is None else TimedCombineOutput(x_out, waited)
+
+
+def moe_distribute_combine_add_rms_norm_v2(
+    expand_x: Array,
+    expert_ids: Array,
+    assist_info_for_combine: Array,
+    ep_send_counts: Array,
+    expert_scales: Array,
+    residual_x: Array,
+    gamma: Array,
+    tp_send_counts: Array | None = None,
+    x_active_mask: Array | None = None,
+    activation_scale: None = None,
+    weight_scale: None = None,
+    group_list: None = None,
+    expand_scales: Array | None = None,
+    shared_expert_x: Array | None = None,
+    elastic_info: Array | None = None,
+    ori_x: Array | None = None,
+    const_expert_alpha_1: Array | None = None,
+    const_expert_alpha_2: Array | None = None,
+    const_expert_v: Array | None = None,
+    *,
+    group_ep: Any,
+    ep_world_size: int,
+    moe_expert_num: int,
+    group_tp: Any = "",
+    tp_world_size: int = 0,
+    expert_shard_type: int = 0,
+    shared_expert_num: int = 1,
+    shared_expert_rank_num: int = 0,
+    global_bs: int = 0,
+    out_dtype: int = 0,
+    comm_quant_mode: int = 0,
+    group_list_type: int = 0,
+    comm_alg: str | None = "",
+    norm_eps: float = 1e-6,
+    zero_expert_num: int = 0,
+    copy_expert_num: int = 0,
+    const_expert_num: int = 0,
+) -> AddRmsNormOutput:
+    """``moe_distribute_combine_v4``, plus the residual, and its RMSNorm: residual_x [B, 1, H], gamma [H].
+
+    Returns:
+      AddRmsNormOutput, zero for masked tokens. Differentiable in every float array.
+
+    Raises:
+      As ``moe_distribute_combine_add_rms_norm_v2_get_workspace_size`` with product=None; MeshError likewise.
+
+    Source: aclnnMoeDistributeCombineAddRmsNormV2.
+    """
+    given = locals()
+    moe_distribute_combine_add_rms_norm_v2_get_workspace_size(**given)
+    total, active, _ = _total(given | {"performance_info": None})
+    y, rstd, x = normalize(total, residual_x.reshape(total.shape), gamma, norm_eps, expand_x.dtype)
+    y, rstd, x = (jnp.where(active[:, None], part, jnp.zeros((), part.dtype)) for part in (y, rstd[:, None], x))
+    return AddRmsNormOutput(y_out=y[:, None], rstd_out=rstd[:, None], x_out=x[:, None])
+
+
+def _total(given: dict[str, Any]) -> tuple[Array, Array, Array | None]:
+    """fp32 sums [B, H], the tokens that count [B], and performance_info."""
+    tokens, hidden = given["expert_ids"].shape[0], given["expand_x"].shape[1]
+    names = ["group_ep", "ep_world_size", "moe_expert_num", "group_tp", "tp_world_size", "shared_expert_num"]
+    names += ["shared_expert_rank_num", "global_bs", "comm_alg", "comm_quant_mode"]
+    names += ["zero_expert_num", "copy_expert_num", "const_expert_num"]
+    world = worlds.make_world(
+        tokens=tokens,
+        hidden=hidden,
+        top_k=given["expert_ids"].shape[1],
+        dtype=str(given["expand_x"].dtype),
+        **{name: given[name] for name in names},
+    )
+    plan = world.plan
+    arrays = {name: value for name, value in given.items() if isinstance(value, jax.Array)}
+    given = given | _compat.as_varying(arrays, plan.exchange_axes)
+    mask = worlds.as_pair_mask(given["x_active_mask"], given["expert_ids"])
+    active = worlds.active_tokens(mask, tokens)
+    weights = given["expert_scales"]
+    if not weights.size:  # a plain sum
+        weights = jnp.ones_like(given["expand_x"], shape=given["expert_ids"].shape, dtype=jnp.float32)
+    if not plan.num_pairs:
+        return jnp.zeros_like(weights, shape=(0, hidden)), active, given["performance_info"]
+    handle, rows = _handle(world, given, mask)
+    shared_x = given["shared_expert_x"]
+    hierarchical = plan.transport == "hierarchy"
+    total, waited = combine_sum(
+        rows,
+        weights,
+        handle,
+        None if shared_x is None else shared_x.reshape(tokens, hidden),
+        given["performance_info"],
+        row_weights=_fit(given["expand_scales"], world.num_rows) if hierarchical else None,
+        x=given["ori_x"] if plan.num_copy_experts + plan.num_const_experts else None,
+        const_alpha1=given["const_expert_alpha_1"],
+        const_alpha2=given["const_expert_alpha_2"],
+        const_v=given["const_expert_v"],
+    )
+    return total, active, waited
+
+
+def _handle(world: worlds.World, given: dict[str, Any], mask: Array | None) -> tuple[DispatchHandle, Array]:
+    """The handle that dispatch had, from what it returned; and the rows, NaN where that does not fit together."""
+    plan, capacity = world.plan, world.capacity
+    ledger = worlds.Ledger(plan, given["elastic_info"])
+    sums = given["ep_send_counts"].reshape(plan.tp_size, -1)
+    recv_counts = ledger.counts(sums)
+    exchange = worlds.open_exchange(world, given["expert_ids"], mask, given["elastic_info"], recv_counts)
+    handle = open_window(
+        exchange,
+        0,
+        plan.max_pair_rows,
+        plan,
+        compact=None if given["performance_info"] is None else False,
+        num_rows=world.num_rows,
+    )
+    lanes = jnp.sum(recv_counts, axis=(1, 2), dtype=jnp.int32)
+    row = jnp.arange(world.num_rows)
+    triples = given["assist_info_for_combine"][: 3 * capacity].reshape(capacity, 3)
+    fits = triples[:, 0] == ledger.source_of_row(sums[0], capacity)
+    fits &= (triples[:, 1] < plan.tokens_per_rank) & (triples[:, 2] < plan.num_copies)
+    fits = jnp.pad(fits, (0, world.num_rows - capacity), constant_values=True)
+    fits |= row >= lanes[comm.tp_rank(plan)]
+    if plan.tp_size > 1:
+        fits &= jnp.all(given["tp_send_counts"] == lanes)
+    rows = _fit(given["expand_x"], world.num_rows)
+    return handle, jnp.where(fits[:, None], rows, jnp.nan)
+
+
+def _fit(rows: Array, length: int) -> Array:
+    """The first ``length`` rows; callers may have allocated more."""
+    return rows[:length]

@@ -1,0 +1,189 @@
+"""MoeDistributeDispatch, under the reference's names."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax import _compat, comm
+from moe_jax.aclnn import world as worlds
+from moe_jax.aclnn.results import DispatchOutput, TimedDispatchOutput
+from moe_jax.aclnn.workspace import moe_distribute_dispatch_v4_get_workspace_size
+from moe_jax.bookkeeping import open_window
+from moe_jax.kernels import FLOAT_DTYPES
+from moe_jax.message import join_some, split_some
+from moe_jax.movement import Sent, send_message, send_rows
+from moe_jax.types import DispatchHandle
+
+Array = jax.Array
+
+
+def moe_distribute_dispatch_v4(
+    x: Array,
+    expert_ids: Array,
+    scales: Array | None = None,
+    x_active_mask: Array | None = None,
+    expert_scales: Array | None = None,
+    elastic_info: Array | None = None,
+    performance_info: Array | None = None,
+    *,
+    group_ep: Any,
+    ep_world_size: int,
+    moe_expert_num: int,
+    group_tp: Any = "",
+    tp_world_size: int = 0,
+    expert_shard_type: int = 0,
+    shared_expert_num: int = 1,
+    shared_expert_rank_num: int = 0,
+    quant_mode: int = 0,
+    global_bs: int = 0,
+    expert_token_nums_type: int = 1,
+    comm_alg: str | None = "",
+    zero_expert_num: int = 0,
+    copy_expert_num: int = 0,
+    const_expert_num: int = 0,
+    y_dtype: Any = None,
+) -> DispatchOutput | TimedDispatchOutput:
+    """Sends a copy of each active token to each of its experts. Call it per shard, inside ``shard_map``.
+
+    Parameters are the reference's; a group name is a mesh axis name, or a tuple of them (for "hierarchy": the axis of
+    nodes, then that of the ranks of a node), and the axis index is the rank. Of ``performance_info`` nothing is changed
+    in place: given it, the result has it as a further field.
+
+    Returns:
+      DispatchOutput. expand_x, where it is not quantised, and expand_scales are differentiable.
+
+    Raises:
+      As ``moe_distribute_dispatch_v4_get_workspace_size`` with product=None; MeshError: a group is not bound here.
+
+    Source: aclnnMoeDistributeDispatchV4.
+    """
+    moe_distribute_dispatch_v4_get_workspace_size(**locals())
+    passes_through = str(x.dtype) not in FLOAT_DTYPES or scales is not None and quant_mode == 0
+    world = worlds.make_world(
+        tokens=x.shape[0],
+        hidden=x.shape[1],
+        top_k=expert_ids.shape[1],
+        dtype="float32" if passes_through else str(x.dtype),
+        quant=worlds.dispatch_recipe(quant_mode, y_dtype),
+        group_ep=group_ep,
+        ep_world_size=ep_world_size,
+        moe_expert_num=moe_expert_num,
+        group_tp=group_tp,
+        tp_world_size=tp_world_size,
+        shared_expert_num=shared_expert_num,
+        shared_expert_rank_num=shared_expert_rank_num,
+        global_bs=global_bs,
+        comm_alg=comm_alg,
+        zero_expert_num=zero_expert_num,
+        copy_expert_num=copy_expert_num,
+        const_expert_num=const_expert_num,
+    )
+    plan, timed = world.plan, performance_info is not None
+    arrays = (x, expert_ids, scales, x_active_mask, expert_scales, elastic_info)
+    x, expert_ids, scales, mask, weights, table = _compat.as_varying(arrays, plan.exchange_axes)
+    mask = worlds.as_pair_mask(mask, expert_ids)
+    if not plan.num_pairs:
+        return _empty(world, x, scales, weights, quant_mode, performance_info)
+    exchange = worlds.open_exchange(world, expert_ids, mask, table)
+    compact = False if timed else None
+    handle = open_window(exchange, 0, plan.max_pair_rows, plan, compact=compact, num_rows=world.num_rows)
+    ledger = worlds.Ledger(plan, table)
+    sums = ledger.running_sums(handle.recv_counts)
+    tags = _tags(handle, ledger, table)
+    if passes_through:
+        sent = _send_as_is(x, scales, weights, tags, handle, timed)
+    else:
+        sent = send_rows(x, handle, smooth=scales, weights=weights, tags=tags, timed=timed)
+    result = _written(sent, handle, sums, world, expert_token_nums_type, ledger)
+    if not timed:
+        return result
+    waited = sent.arrival.microseconds.astype(performance_info.dtype)
+    return TimedDispatchOutput(*result, performance_info=performance_info + waited)
+
+
+def _tags(handle: DispatchHandle, ledger: worlds.Ledger, table: Array | None) -> Array:
+    """[B, K + shared, 3] i32: logical source rank, token and k of every pair."""
+    plan = handle.plan
+    me = comm.ep_rank(plan)
+    logical = me if table is None else jnp.argsort(ledger.order)[me].astype(jnp.int32)
+    shape = (plan.tokens_per_rank, plan.num_copies)
+    rank = jnp.broadcast_to(logical, shape).astype(jnp.int32)
+    token, copy = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+    return jnp.stack(_compat.as_varying((rank, token, copy), plan.exchange_axes), axis=-1)
+
+
+def _send_as_is(x, scales, weights, tags, handle, timed) -> Sent:
+    """Rows that are quantised already, of any dtype, with their scales."""
+    message, parts = join_some([x, None if scales is None else scales.reshape(scales.shape[0], -1)])
+    message, held = join_some([message, jnp.zeros((x.shape[0], 1), jnp.uint8)])  # bytes, whatever the dtype
+    shared = handle.plan.num_copies - handle.plan.top_k
+    weights = None if weights is None else jnp.pad(weights, ((0, 0), (0, shared)))[..., None]
+    pairs, pair_parts = join_some([weights, tags])
+    rows, pair_rows, arrival = send_message(message, handle, pairs=pairs, timed=timed)
+    values, row_scales = split_some(split_some(rows, held)[0], parts)
+    row_weights, row_tags = split_some(pair_rows, pair_parts)
+    if scales is not None and scales.ndim == 1:
+        row_scales = row_scales[:, 0]
+    return Sent(values, values, row_scales, None if weights is None else row_weights[:, 0], row_tags, arrival)
+
+
+def _written(sent: Sent, handle, sums, world, nums_type, ledger) -> DispatchOutput:
+    """The outputs, zero where nothing arrived."""
+    plan, capacity = world.plan, world.capacity
+    row = jnp.arange(world.num_rows)
+    num_rows = jnp.sum(handle.group_sizes)
+    lanes = jnp.sum(handle.recv_counts, axis=(1, 2), dtype=jnp.int32)  # by tp rank
+    own = row[:capacity] < lanes[comm.tp_rank(plan)]
+
+    def rows(array, written):
+        return jnp.where(written.reshape(-1, *(1,) * (array.ndim - 1)), array, jnp.zeros((), array.dtype))
+
+    triples = rows(sent.tags[:capacity], own)
+    assist = jnp.pad(triples.ravel(), (0, capacity * 125))
+    nums = handle.group_sizes
+    if nums_type == 0:
+        nums = jnp.where(jnp.arange(nums.shape[0]) < ledger.num_slots, jnp.cumsum(nums), 0)
+    scale, weights = sent.scale, sent.weights
+    if scale is not None and scale.ndim == 2 and scale.shape[1] == 0:
+        scale = None  # a static scale does not travel
+    if scale is not None and plan.quant in ("int8", "fp8_e4m3", "fp8_e5m2"):
+        scale = scale[:, 0]
+    if weights is not None:
+        weights = rows(weights[:capacity], own & (triples[:, 2] < plan.top_k))
+    return DispatchOutput(
+        expand_x=rows(sent.rows if sent.values is None else sent.values, row < num_rows),
+        dynamic_scales=None if scale is None else rows(scale, row < num_rows),
+        assist_info_for_combine=assist,
+        expert_token_nums=nums.astype(jax.dtypes.canonicalize_dtype("int64")),
+        ep_recv_counts=sums.ravel(),
+        tp_recv_counts=lanes if plan.tp_size > 1 else None,
+        expand_scales=weights,
+    )
+
+
+def _empty(world, x, scales, weights, quant_mode, performance_info):
+    """No rank has a token: zeros of the shapes of the outputs."""
+    plan, recipe = world.plan, world.plan.dispatch_recipe
+
+    def zeros(shape, dtype):
+        return jnp.zeros_like(x, shape=shape, dtype=dtype)
+
+    values, dtype, scale = (x.shape[1],), x.dtype, None
+    if recipe is not None:
+        values, dtype = recipe.values_shape(x.shape[1]), recipe.values_dtype
+        width = recipe.scale_shape(x.shape[1])
+        per_row = quant_mode == 2
+        scale = zeros((world.num_rows, *(() if per_row else width)), recipe.scale_dtype) if width != (0,) else None
+    elif scales is not None:
+        scale = zeros((world.num_rows, *scales.shape[1:]), scales.dtype)
+    result = DispatchOutput(
+        expand_x=zeros((world.num_rows, *values), dtype),
+        dynamic_scales=scale,
+        assist_info_for_combine=zeros((world.capacity * 128,), jnp.int32),
+        expert_token_nums=zeros((plan.num_local_experts,), jax.dtypes.canonicalize_dtype("int64")),
+        ep_recv_counts=zeros((plan.tp_size * plan.num_local_experts * plan.ep_size,), jnp.int32),
+        tp_recv_counts=zeros((2,), jnp.int32) if plan.tp_size > 1 else None,
+        expand_scales=None if weights is None else zeros((world.capacity,), jnp.float32),
+    )
+    return result if performance_info is None else TimedDispatchOutput(*result, performance_info=performance_info)

@@ -1,0 +1,65 @@
+"""What a first phase returns: the operator with everything static bound, ready for the arrays."""
+
+import dataclasses
+import importlib
+from typing import Any
+
+import jax
+
+from moe_jax.errors import (
+    DtypeError,
+    InvalidArgumentError,
+    MissingArgumentError,
+    ShapeError,
+    UnsupportedError,
+    suggest,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Executor:
+    """One checked call of an operator of ``moe_jax.aclnn``. Hashable; holds no array."""
+
+    operator_name: str
+    attributes: tuple[tuple[str, Any], ...]
+    arrays: tuple[tuple[str, tuple[int, ...], str], ...]  # name, shape and dtype of each array that was checked
+
+    def __call__(self, **arrays: Any) -> Any:
+        """Runs the operator inside ``shard_map`` on arrays of the shapes and dtypes that were checked.
+
+        Raises:
+          InvalidArgumentError: an array that was not among the checked ones.
+          MissingArgumentError: an array that was, and is not given.
+          ShapeError, DtypeError: an array is not like the one that was checked.
+          UnsupportedError: ``moe_jax.aclnn`` has the checks of this operator, but not the operator.
+        """
+        self._check(arrays)
+        aclnn = importlib.import_module("moe_jax.aclnn")
+        operator = getattr(aclnn, self.operator_name, None)
+        if operator is None:
+            raise UnsupportedError(f"moe_jax.aclnn cannot run {self.operator_name}; it only checks its calls")
+        return operator(**arrays, **dict(self.attributes))
+
+    def _check(self, arrays):
+        names = [name for name, _, _ in self.arrays]
+        for name, array in arrays.items():
+            if name not in names:
+                came = "None" if array is None else f"an array of shape {getattr(array, 'shape', '?')}"
+                raise InvalidArgumentError(
+                    f"{name}={came} was not given to {self.operator_name}_get_workspace_size; {suggest(name, names)}"
+                )
+        for name, shape, dtype in self.arrays:
+            array = arrays.get(name)
+            if array is None:
+                raise MissingArgumentError(f"{name} is None, but it was checked with shape {shape}; pass it")
+            if not (hasattr(array, "shape") and hasattr(array, "dtype")):
+                raise DtypeError(f"{name}={array!r} is no array; pass a jax or numpy array")
+            if tuple(array.shape) != shape:
+                raise ShapeError(f"{name} has shape {tuple(array.shape)}; it was checked with {shape}; check again")
+            if _canonical(array.dtype) != _canonical(dtype):
+                raise DtypeError(f"{name} has dtype {array.dtype}; it was checked with {dtype}; check again")
+
+
+def _canonical(dtype):
+    """The dtype that JAX holds for it: i32 for i64 unless 64-bit types are enabled."""
+    return jax.dtypes.canonicalize_dtype(dtype)

@@ -1,0 +1,67 @@
+"""The one way through every first phase: check the call, count its bytes, bind what is static."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from moe_jax.aclnn import (
+    buffer_bytes,
+    limits_combine,
+    limits_dispatch,
+    limits_fused,
+    limits_fused_quant,
+    limits_local,
+)
+from moe_jax.aclnn.executor import Executor
+from moe_jax.aclnn.limits import Call, check
+from moe_jax.products import ANY, Choices
+
+OPERATORS = {
+    "moe_distribute_dispatch_v4": (limits_dispatch.DISPATCH, buffer_bytes.dispatch),
+    "moe_distribute_combine_v4": (limits_combine.COMBINE, buffer_bytes.combine),
+    "moe_distribute_combine_add_rms_norm_v2": (limits_combine.ADD_RMS_NORM, buffer_bytes.add_rms_norm),
+    "moe_update_expert": (limits_local.UPDATE_EXPERT, buffer_bytes.update_expert),
+    "distribute_barrier": (limits_local.BARRIER, buffer_bytes.barrier),
+    "distribute_barrier_v2": (limits_local.BARRIER_V2, buffer_bytes.barrier),
+    "moe_distribute_buffer_reset": (limits_local.BUFFER_RESET, buffer_bytes.buffer_reset),
+    "grouped_mat_mul_allto_allv": (limits_fused.GROUPED_MATMUL_ALL_TO_ALLV, buffer_bytes.compute_then_send),
+    "allto_allv_grouped_mat_mul": (limits_fused.ALL_TO_ALLV_GROUPED_MATMUL, buffer_bytes.send_then_compute),
+    "quant_grouped_mat_mul_allto_allv": (
+        limits_fused_quant.QUANT_GROUPED_MATMUL_ALL_TO_ALLV,
+        buffer_bytes.compute_then_send,
+    ),
+    "allto_allv_quant_grouped_mat_mul": (
+        limits_fused_quant.ALL_TO_ALLV_QUANT_GROUPED_MATMUL,
+        buffer_bytes.send_then_compute,
+    ),
+}
+_UNREAD = ("group_list_type", "group_size", "hccl_buffsize")  # no operator reads them
+
+
+def first_phase(name: str, arguments: Mapping[str, Any]) -> tuple[int, Executor]:
+    """Workspace in bytes and executor of the operator ``name``, called with ``arguments``."""
+    definition, num_bytes = OPERATORS[name]
+    arguments = dict(arguments)
+    product = arguments.pop("product")
+    arrays = {key: value for key, value in arguments.items() if key in definition.arrays}
+    attributes = {key: value for key, value in arguments.items() if key not in definition.arrays}
+    for key in ("comm_alg", "group_tp"):
+        if key in attributes and attributes[key] is None:  # the reference's null string
+            attributes[key] = ""
+    call = Call(name, product, arrays, attributes)
+    check(call, definition)
+    bound = {key: _static(value) for key, value in attributes.items() if value is not None and _is_read(name, key)}
+    checked = tuple((key, call.shape(key), call.dtype(key)) for key in arrays if call.given(key))
+    return int(num_bytes(call)), Executor(name, tuple(bound.items()), checked)
+
+
+def _is_read(operator, attribute):
+    """Whether the running operator takes it: not what no operator reads, nor what has a single legal value."""
+    legal = ANY[operator].values.get(attribute)
+    return attribute not in _UNREAD and not (isinstance(legal, Choices) and len(legal.values) == 1)
+
+
+def _static(value):
+    """Hashable: lists and arrays of counts as tuples."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return tuple(_static(item) for item in value) if isinstance(value, (list, tuple)) else value

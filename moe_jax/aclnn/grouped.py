@@ -1,0 +1,187 @@
+"""GroupedMatMulAlltoAllv, AlltoAllvGroupedMatMul and their quantised siblings, under the reference's names.
+
+Counts are host values: a flat list that holds on every rank, or one row for each rank, since all ranks are one program.
+"""
+
+from typing import Any
+
+import jax
+
+from moe_jax.aclnn import workspace
+from moe_jax.aclnn.results import AllToAllvGroupedMatmulOutput, GroupedMatmulAllToAllvOutput
+from moe_jax.fused import all_to_allv_grouped_matmul, grouped_matmul_all_to_allv
+
+Array = jax.Array
+
+
+def grouped_mat_mul_allto_allv(
+    gmm_x: Array,
+    gmm_weight: Array,
+    send_counts_tensor: None = None,
+    recv_counts_tensor: None = None,
+    mm_x: Array | None = None,
+    mm_weight: Array | None = None,
+    *,
+    group: Any,
+    ep_world_size: int,
+    send_counts: Any,
+    recv_counts: Any,
+    trans_gmm_weight: bool = False,
+    trans_mm_weight: bool = False,
+) -> GroupedMatmulAllToAllvOutput:
+    """The product, then the exchange: see ``moe_jax.grouped_matmul_all_to_allv``.
+
+    Source: aclnnGroupedMatMulAlltoAllv.
+    """
+    workspace.grouped_mat_mul_allto_allv_get_workspace_size(**locals())
+    return GroupedMatmulAllToAllvOutput(
+        *grouped_matmul_all_to_allv(
+            gmm_x,
+            gmm_weight,
+            send_counts,
+            recv_counts,
+            group,
+            mm_x=mm_x,
+            mm_weight=mm_weight,
+            transpose_gmm_weight=trans_gmm_weight,
+            transpose_mm_weight=trans_mm_weight,
+        )
+    )
+
+
+def allto_allv_grouped_mat_mul(
+    gmm_x: Array,
+    gmm_weight: Array,
+    send_counts_tensor: None = None,
+    recv_counts_tensor: None = None,
+    mm_x: Array | None = None,
+    mm_weight: Array | None = None,
+    *,
+    group: Any,
+    ep_world_size: int,
+    send_counts: Any,
+    recv_counts: Any,
+    trans_gmm_weight: bool = False,
+    trans_mm_weight: bool = False,
+    permute_out_flag: bool = False,
+) -> AllToAllvGroupedMatmulOutput:
+    """The exchange, then the product: see ``moe_jax.all_to_allv_grouped_matmul``.
+
+    Source: aclnnAlltoAllvGroupedMatMul.
+    """
+    workspace.allto_allv_grouped_mat_mul_get_workspace_size(**locals())
+    gmm_y, mm_y, permuted = all_to_allv_grouped_matmul(
+        gmm_x,
+        gmm_weight,
+        send_counts,
+        recv_counts,
+        group,
+        mm_x=mm_x,
+        mm_weight=mm_weight,
+        transpose_gmm_weight=trans_gmm_weight,
+        transpose_mm_weight=trans_mm_weight,
+    )
+    return AllToAllvGroupedMatmulOutput(gmm_y, mm_y, permuted if permute_out_flag else None)
+
+
+def quant_grouped_mat_mul_allto_allv(
+    gmm_x: Array,
+    gmm_weight: Array,
+    gmm_x_scale: Array,
+    gmm_weight_scale: Array,
+    send_counts_tensor: None = None,
+    recv_counts_tensor: None = None,
+    mm_x: Array | None = None,
+    mm_weight: Array | None = None,
+    mm_x_scale: Array | None = None,
+    mm_weight_scale: Array | None = None,
+    comm_quant_scale: None = None,
+    *,
+    gmm_x_quant_mode: int,
+    gmm_weight_quant_mode: int,
+    mm_x_quant_mode: int = 0,
+    mm_weight_quant_mode: int = 0,
+    comm_quant_mode: int = 0,
+    comm_quant_dtype: int = -1,
+    group_size: int = 0,
+    group: Any,
+    ep_world_size: int,
+    send_counts: Any,
+    recv_counts: Any,
+    trans_gmm_weight: bool = False,
+    trans_mm_weight: bool = False,
+    y_dtype: Any = "bfloat16",
+) -> GroupedMatmulAllToAllvOutput:
+    """``grouped_mat_mul_allto_allv`` of quantised operands: quant modes (1, 1), per tensor, or (6, 6), microscaled.
+
+    Source: aclnnQuantGroupedMatMulAlltoAllv.
+    """
+    workspace.quant_grouped_mat_mul_allto_allv_get_workspace_size(**locals())
+    return GroupedMatmulAllToAllvOutput(
+        *grouped_matmul_all_to_allv(
+            gmm_x,
+            gmm_weight,
+            send_counts,
+            recv_counts,
+            group,
+            mm_x=mm_x,
+            mm_weight=mm_weight,
+            gmm_x_scale=gmm_x_scale,
+            gmm_weight_scale=gmm_weight_scale,
+            mm_x_scale=mm_x_scale,
+            mm_weight_scale=mm_weight_scale,
+            out_dtype=y_dtype,
+            transpose_gmm_weight=trans_gmm_weight,
+            transpose_mm_weight=trans_mm_weight,
+        )
+    )
+
+
+def allto_allv_quant_grouped_mat_mul(
+    gmm_x: Array,
+    gmm_weight: Array,
+    gmm_x_scale: Array,
+    gmm_weight_scale: Array,
+    send_counts_tensor: None = None,
+    recv_counts_tensor: None = None,
+    mm_x: Array | None = None,
+    mm_weight: Array | None = None,
+    mm_x_scale: Array | None = None,
+    mm_weight_scale: Array | None = None,
+    *,
+    gmm_x_quant_mode: int,
+    gmm_weight_quant_mode: int,
+    mm_x_quant_mode: int = 0,
+    mm_weight_quant_mode: int = 0,
+    group_size: int = 0,
+    group: Any,
+    ep_world_size: int,
+    send_counts: Any,
+    recv_counts: Any,
+    trans_gmm_weight: bool = False,
+    trans_mm_weight: bool = False,
+    permute_out_flag: bool = False,
+    y_dtype: Any = "bfloat16",
+) -> AllToAllvGroupedMatmulOutput:
+    """``allto_allv_grouped_mat_mul`` of quantised operands; scales of rows travel with them.
+
+    Source: aclnnAlltoAllvQuantGroupedMatMul.
+    """
+    workspace.allto_allv_quant_grouped_mat_mul_get_workspace_size(**locals())
+    gmm_y, mm_y, permuted = all_to_allv_grouped_matmul(
+        gmm_x,
+        gmm_weight,
+        send_counts,
+        recv_counts,
+        group,
+        mm_x=mm_x,
+        mm_weight=mm_weight,
+        gmm_x_scale=gmm_x_scale,
+        gmm_weight_scale=gmm_weight_scale,
+        mm_x_scale=mm_x_scale,
+        mm_weight_scale=mm_weight_scale,
+        out_dtype=y_dtype,
+        transpose_gmm_weight=trans_gmm_weight,
+        transpose_mm_weight=trans_mm_weight,
+    )
+    return AllToAllvGroupedMatmulOutput(gmm_y, mm_y, permuted if permute_out_flag else None)

@@ -1,0 +1,40 @@
+"""The names of all rules of an operator, so that a test can ask that each is exercised."""
+
+from moe_jax.aclnn.limits import Operator
+from moe_jax.products import ANY, PRODUCTS, Limits
+
+
+def registered(operator: str, definition: Operator) -> set[tuple[str, str | None]]:
+    """Every rule of ``operator`` as (name, product); tests ask that each is exercised."""
+    found = {(f"null:{name}", None) for name in definition.needs}
+    found |= {(f"shape:{name}", None) for name in definition.shapes}
+    found |= {("group_length", None)} if definition.group else set()
+    found |= {("kind", None), ("hccl_buffsize", None)}
+    for rule in definition.rules + definition.last_rules:
+        found |= {(rule.name, product) for product in rule.products or (None,)}
+    tables = {None: ANY[operator]}
+    for name, product in PRODUCTS.items():
+        if operator in product.operators:
+            tables[name] = product.operators[operator]
+        else:
+            found.add(("product", name))
+    for name, base in tables.items():
+        outer = ANY[operator] if name else Limits()
+        found |= {(rule, name) for rule in _table_rules(base, outer, (*definition.arrays, "y_dtype"))}
+    return found
+
+
+def _table_rules(base: Limits, outer: Limits, arrays: tuple[str, ...]) -> set[str]:
+    """Names of the rules of a table that ``outer`` does not have already."""
+    found = set()
+    for alg, limits in {"": base, **base.variants}.items():
+        suffix = f"@{alg}" if alg else ""
+        for name, legal in limits.values.items():
+            if outer.values.get(name) != legal:
+                found.add(name if base.values.get(name) == legal else name + suffix)
+        found |= {f"absent:{name}" + ("" if name in base.absent else suffix) for name in limits.absent}
+        found |= {f"null:{name}" + suffix for name in limits.required}
+        for name, allowed in limits.dtypes.items():
+            if name.partition(":")[0] in arrays and outer.dtypes.get(name) != allowed:
+                found.add(f"dtype:{name}")
+    return found

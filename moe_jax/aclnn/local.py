@@ -1,0 +1,95 @@
+"""MoeUpdateExpert, DistributeBarrier and MoeDistributeBufferReset, under the reference's names."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from moe_jax import _compat, comm
+from moe_jax.aclnn import workspace
+from moe_jax.aclnn.results import UpdateExpertOutput
+from moe_jax.barrier import barrier
+from moe_jax.errors import InvalidArgumentError
+from moe_jax.update_expert import update_expert
+from moe_jax.window import Window, buffer_reset
+
+Array = jax.Array
+
+
+def moe_update_expert(
+    expert_ids: Array,
+    eplb_table: Array,
+    expert_scales: Array | None = None,
+    pruning_threshold: Array | None = None,
+    active_mask: Array | None = None,
+    *,
+    world_size: int | None = None,
+    local_rank_id: int | Array | None = None,
+    balance_mode: int = 0,
+    group_ep: Any = "ep",
+) -> UpdateExpertOutput:
+    """Logical expert ids -> physical instances by a table, and pruning. Purely local.
+
+    The rank is ``local_rank_id``, or, where that is None and ``balance_mode`` is 0, the index along ``group_ep``.
+
+    Returns:
+      UpdateExpertOutput; its mask is None without ``pruning_threshold``.
+
+    Raises:
+      As ``moe_update_expert_get_workspace_size`` with product=None; MeshError: ``group_ep`` is not bound here.
+
+    Source: aclnnMoeUpdateExpert.
+    """
+    given, rank = locals(), local_rank_id
+    if isinstance(rank, jax.Array):  # its value cannot be checked
+        given["local_rank_id"] = None
+    workspace.moe_update_expert_get_workspace_size(**given)
+    if rank is None:
+        rank = comm.rank_along(_compat.bound_axes(group_ep)) if balance_mode == 0 else 0
+    ids, mask = update_expert(
+        expert_ids,
+        eplb_table,
+        rank=rank,
+        ep_size=world_size or 1,  # not read with balance_mode=1
+        balance="token" if balance_mode else "rank",
+        combine_weights=expert_scales,
+        pruning_threshold=pruning_threshold,
+        token_mask=active_mask,
+    )
+    return UpdateExpertOutput(ids, mask)
+
+
+def distribute_barrier(x_ref: Any, *, group: Any, world_size: int) -> Any:
+    """Returns ``x_ref`` unchanged, on no rank before all ranks of ``group`` have computed theirs: see ``barrier``.
+
+    Source: aclnnDistributeBarrier.
+    """
+    workspace.distribute_barrier_get_workspace_size(**locals())
+    return barrier(x_ref, group)
+
+
+def distribute_barrier_v2(
+    x_ref: Any, time_out: Any = None, elastic_info: Array | None = None, *, group: Any, world_size: int
+) -> Any:
+    """``distribute_barrier``; ranks that ``elastic_info`` removes may be late, and others for ``time_out`` at most.
+
+    ``time_out``: [1] int, microseconds; a host value, since it decides whether the host looks on. None: for ever.
+
+    Source: aclnnDistributeBarrierV2.
+    """
+    workspace.distribute_barrier_v2_get_workspace_size(**locals())
+    if isinstance(time_out, jax.core.Tracer):
+        raise InvalidArgumentError("time_out is traced; it must be a value of the host, such as np.array([5000000])")
+    limit = None if time_out is None else int(np.asarray(time_out).ravel()[0])
+    return barrier(x_ref, group, rank_table=elastic_info, timeout_us=limit)
+
+
+def moe_distribute_buffer_reset(
+    elastic_info: Array, window: Window, *, group_ep: Any, ep_world_size: int, need_sync: int = 1
+) -> Window:
+    """Zeroes the receive window of every rank that ``elastic_info`` [W] marks 1; with need_sync=1 they wait for all.
+
+    Source: aclnnMoeDistributeBufferReset, whose window is the communicator's.
+    """
+    workspace.moe_distribute_buffer_reset_get_workspace_size(**locals())
+    return buffer_reset(window, elastic_info, group_ep, sync=bool(need_sync))

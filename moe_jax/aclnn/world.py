@@ -1,0 +1,188 @@
+"""From the reference's parameters to the library's: plans, masks, windows and the counts that the reference passes on."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+
+from moe_jax import _compat, comm
+from moe_jax.bookkeeping import Exchange, prepare, read_table, source_order
+from moe_jax.errors import MeshError
+from moe_jax.plan import Plan, make_plan
+from moe_jax.rank_table import RankTable
+
+Array = jax.Array
+
+_FP8 = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
+_COMBINE_RECIPES = {0: "none", 2: "int8_group8", 3: "mx_e5m2", 4: "mx_e4m3"}
+
+
+def dispatch_recipe(quant_mode: int, y_dtype: Any) -> str:
+    """The name of the recipe of a quant_mode and an output dtype; None = the mode's own."""
+    if quant_mode == 0:
+        return "none"
+    if quant_mode == 1:
+        return "int8_static"
+    word = str(jnp.dtype(y_dtype).name) if y_dtype is not None else "int8" if quant_mode == 2 else "float8_e4m3fn"
+    if word == "int8":
+        return "int8"
+    kind = _FP8.get(word, "e2m1")
+    return {2: f"fp8_{kind}", 3: f"fp8_{kind}_group128", 4: f"mx_{kind}", 5: f"mx_clip_{kind}"}[quant_mode]
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """One call's static facts. A rows are enough for any rank; with two tp ranks the peer's rows follow."""
+
+    plan: Plan
+    capacity: int  # A
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of expand_x."""
+        return self.capacity * self.plan.tp_size
+
+
+def make_world(
+    *,
+    tokens: int,
+    hidden: int,
+    top_k: int,
+    dtype: str,
+    group_ep: Any,
+    ep_world_size: int,
+    moe_expert_num: int,
+    group_tp: Any,
+    tp_world_size: int,
+    shared_expert_num: int,
+    shared_expert_rank_num: int,
+    global_bs: int,
+    comm_alg: str | None,
+    zero_expert_num: int,
+    copy_expert_num: int,
+    const_expert_num: int,
+    quant: str = "none",
+    comm_quant_mode: int = 0,
+) -> World:
+    """The plan of one call, and its row capacity. Group names are bound mesh axes; the axis index is the rank.
+
+    Raises:
+      MeshError: a group is not bound here, or has another size than the call says.
+    """
+    ep_axes = _bound("group_ep", group_ep, ep_world_size)
+    tp_size = max(tp_world_size, 1)
+    tp_axes = _bound("group_tp", group_tp, tp_size) if tp_world_size > 1 else ()
+    plan = make_plan(
+        AbstractMesh((ep_world_size, tp_size), ("ep", "tp")),
+        tokens_per_rank=tokens,
+        hidden=hidden,
+        num_experts=moe_expert_num,
+        top_k=top_k,
+        dtype=dtype,
+        num_shared_experts=shared_expert_num if shared_expert_rank_num else 0,
+        num_shared_ranks=shared_expert_rank_num,
+        num_zero_experts=zero_expert_num,
+        num_copy_experts=copy_expert_num,
+        num_const_experts=const_expert_num,
+        quant=quant,
+        combine_quant=_COMBINE_RECIPES[comm_quant_mode],
+        transport="hierarchy" if comm_alg == "hierarchy" else "padded",
+    )
+    plan = dataclasses.replace(plan, ep_axis=ep_axes, tp_axis=tp_axes[0] if tp_axes else None)
+    most = global_bs // ep_world_size if global_bs else tokens
+    return World(plan, most * ep_world_size * min(plan.num_local_experts, top_k))
+
+
+def _bound(name: str, group: Any, size: int) -> tuple[str, ...]:
+    axes = _compat.bound_axes(group)
+    bound = 1
+    for axis in axes:
+        bound *= _compat.bound_axis_size(axis)
+    if bound != size:
+        raise MeshError(f"{name}={group!r} has {bound} ranks here, and the call says {size}; pass the size of the axis")
+    return axes
+
+
+def as_pair_mask(x_active_mask: Array | None, expert_ids: Array) -> Array | None:
+    """The mask of ``dispatch``: of a mask by tokens only the number of trues n counts; tokens 0 .. n - 1 are active."""
+    if x_active_mask is None or x_active_mask.ndim == 2:
+        return x_active_mask
+    return jnp.arange(expert_ids.shape[0]) < jnp.sum(x_active_mask)
+
+
+def active_tokens(mask: Array | None, tokens: int) -> Array:
+    """[B] bool, the tokens whose rows combine writes."""
+    if mask is None:
+        return jnp.ones(tokens, bool)
+    return mask if mask.ndim == 1 else jnp.any(mask, axis=1)
+
+
+def open_exchange(
+    world: World, expert_ids: Array, mask: Array | None, elastic_info: Array | None, recv_counts: Array | None = None
+) -> Exchange:
+    """The bookkeeping of one call; with two tp ranks, own rows come before the peer's."""
+    plan = world.plan
+    exchange = prepare(expert_ids, plan, token_mask=mask, rank_table=elastic_info, recv_counts=recv_counts)
+    return exchange if plan.tp_size == 1 else exchange._replace(source_order=_lane_order(plan).ravel())
+
+
+def _lane_order(plan: Plan) -> Array:
+    """[P, W] sources p * W + w, those of this tp rank first."""
+    lanes = jnp.arange(plan.tp_size * plan.ep_size, dtype=jnp.int32).reshape(plan.tp_size, plan.ep_size)
+    return jnp.roll(lanes, -comm.tp_rank(plan), axis=0)
+
+
+class Ledger:
+    """The reference's counts, from and to those by (tp rank, source, expert); all traced."""
+
+    def __init__(self, plan: Plan, elastic_info: Array | None):
+        self.plan = plan
+        table = None if elastic_info is None else read_table(elastic_info, plan)
+        self.num_sources, self.order, self.num_slots = self._sizes(table)
+
+    def _sizes(self, table: RankTable | None) -> tuple[Array, Array, Array]:
+        """W', the sources [W] by logical rank, and the slots of this rank: L, 1 for a shared expert, 0 if removed."""
+        plan, me = self.plan, comm.ep_rank(self.plan)
+        if table is None:
+            slots = jnp.where(me < plan.num_shared_ranks, 1, plan.num_local_experts)
+            return jnp.int32(plan.ep_size), jnp.arange(plan.ep_size, dtype=jnp.int32), slots
+        mine = table.logical[me]
+        slots = jnp.where(mine < table.num_shared_ranks, 1, plan.num_local_experts)
+        return table.world_size, source_order(table, plan)[: plan.ep_size], jnp.where(mine < 0, 0, slots)
+
+    def running_sums(self, recv_counts: Array) -> Array:
+        """[P, W, L] -> [P, L * W]: entry l * W' + s is the rows of experts and logical sources up to (l, s), own first.
+
+        Past the entries that the reference writes: zero.
+        """
+        sums = [jnp.cumsum(lane[self.order].T.ravel()).reshape(-1, self.plan.ep_size) for lane in recv_counts]
+        expert, source = self._entries()
+        written = expert < self.num_slots
+        flat = [jnp.where(written, lane[jnp.minimum(expert, lane.shape[0] - 1), source], 0) for lane in sums]
+        return jnp.roll(jnp.stack(flat).astype(jnp.int32), -comm.tp_rank(self.plan), axis=0)
+
+    def counts(self, running_sums: Array) -> Array:
+        """The inverse: [P, L * W], own first -> [P, W, L]."""
+        plan = self.plan
+        expert, _ = self._entries()
+        written = expert < self.num_slots
+        lanes = jnp.roll(running_sums, comm.tp_rank(plan), axis=0)
+        sizes = jnp.where(written, jnp.diff(lanes, axis=1, prepend=0), 0)
+        index = jnp.arange(plan.num_local_experts)[:, None] * self.num_sources + jnp.arange(plan.ep_size)
+        known = jnp.arange(plan.ep_size) < self.num_sources
+        by_logical = jnp.where(known, jnp.take(sizes, index, axis=1, mode="clip"), 0)  # [P, L, W]
+        return by_logical.transpose(0, 2, 1)[:, jnp.argsort(self.order)].astype(jnp.int32)
+
+    def source_of_row(self, own_sums: Array, num_rows: int) -> Array:
+        """[num_rows] logical source of every own row, by the running sums [L * W]; past the last row anything."""
+        expert, _ = self._entries()
+        sums = jnp.where(expert < self.num_slots, own_sums, jnp.iinfo(jnp.int32).max)
+        entry = jnp.searchsorted(sums, jnp.arange(num_rows, dtype=jnp.int32), side="right")
+        return entry.astype(jnp.int32) % self.num_sources
+
+    def _entries(self) -> tuple[Array, Array]:
+        """The (expert, logical source) of each entry of a vector of running sums."""
+        entry = jnp.arange(self.plan.num_local_experts * self.plan.ep_size, dtype=jnp.int32)
+        return entry // self.num_sources, entry % self.num_sources
