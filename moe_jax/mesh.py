@@ -13,7 +13,7 @@ from moe_jax.errors import DeviceInitError, InvalidArgumentError, MeshError, che
 def emulate_devices(num_devices: int) -> None:
     """Makes the CPU appear as ``num_devices`` devices; call it before the first device query.
 
-    Calling it again with a number that is already there does nothing.
+    Calling it again never takes devices away: the largest number that was asked for counts.
 
     Args:
       num_devices: how many CPU devices JAX shall show, at least 1.
@@ -33,7 +33,7 @@ def emulate_devices(num_devices: int) -> None:
             "number is fixed by the first device query; call emulate_devices before anything that touches a device"
         )
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", int(num_devices))
+    jax.config.update("jax_num_cpu_devices", max(int(num_devices), jax.config.jax_num_cpu_devices))
 
 
 def ensure_devices(num_devices: int) -> None:

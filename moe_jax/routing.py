@@ -24,7 +24,7 @@ from moe_jax.errors import (
 from moe_jax.types import Routing
 
 _FLOATS = ("float32", "bfloat16", "float16")
-_TINY = 1e-20  # keeps a renormalised sum of zeros finite
+_LEAST_LOG = -1e30  # of a score: keeps -inf out of differences
 
 
 def route(
@@ -41,7 +41,8 @@ def route(
     ``scores = f(logits)`` with f one of softmax, sigmoid, sqrt(softplus). The choice is the top k of ``scores``
     (of ``logits`` with ``router.topk_first``), plus ``bias`` if the router has a selection bias, inside the best
     ``top_groups`` of ``num_groups`` expert groups; ties go to the lower id. The weights are the chosen scores without
-    bias (with ``topk_first``: f over the chosen logits), divided by their sum if ``renormalize``, times ``scale``.
+    bias (with ``topk_first``: f over the chosen logits), divided by their sum if ``renormalize``, times ``scale``. The
+    quotient is right for any finite logits, as it is taken between logarithms; where all are -inf it is 1 / top_k.
     All arithmetic is fp32. The choice has no gradient; the weights and losses have.
 
     Args:
@@ -75,10 +76,12 @@ def route(
         if bias is not None:
             selection = selection + bias.astype(jnp.float32)
         _, expert_ids = lax.top_k(_mask_groups(lax.stop_gradient(selection), router), top_k)
-        chosen = _take_columns(logits if router.topk_first else scores, expert_ids)
-        weights = _scores(chosen, router.score) if router.topk_first else chosen
         if router.renormalize:
-            weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + _TINY)
+            weights = _shares(_take_columns(logits, expert_ids), router.score)
+        elif router.topk_first:
+            weights = _scores(_take_columns(logits, expert_ids), router.score)
+        else:
+            weights = _take_columns(scores, expert_ids)
         weights = weights * router.scale
         active = jnp.ones_like(logits[:, 0], dtype=bool) if token_mask is None else token_mask
         expert_ids = jnp.where(active[:, None], expert_ids, -1)
@@ -97,6 +100,9 @@ def update_selection_bias(bias: jax.Array, load: jax.Array, *, rate: float) -> j
       load: [E] integer or float, pairs per expert over all tokens of the step.
       rate: the step, in units of the score; not negative. A number, or a traced scalar.
 
+    Returns:
+      The new bias [E] f32, whatever the precision of ``rate``.
+
     Raises:
       ShapeError, DtypeError, InvalidArgumentError, MissingArgumentError: an argument breaks a rule above.
     """
@@ -110,7 +116,8 @@ def update_selection_bias(bias: jax.Array, load: jax.Array, *, rate: float) -> j
     elif isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 <= rate < math.inf:
         raise InvalidArgumentError(f"rate={rate!r} must be a number, finite and not below zero")
     load = load.astype(jnp.float32)
-    return bias + rate * jnp.sign(jnp.mean(load) - load)
+    rate = rate if isinstance(rate, (jax.Array, np.ndarray)) else float(rate)
+    return bias + jnp.asarray(rate, jnp.float32) * jnp.sign(jnp.mean(load) - load)
 
 
 def count_ids(ids: jax.Array, num_ids: int) -> jax.Array:
@@ -153,6 +160,21 @@ def _scores(logits: jax.Array, score: str) -> jax.Array:
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, softplus, 1.0)), 0.0)
 
 
+def _shares(logits: jax.Array, score: str) -> jax.Array:
+    """Scores divided by their sum along the last axis, for scores that may vanish in fp32 or in their squares."""
+    return jax.nn.softmax(jnp.maximum(_log_scores(logits, score), _LEAST_LOG), axis=-1)
+
+
+def _log_scores(logits: jax.Array, score: str) -> jax.Array:
+    """The logarithm of ``_scores``; of softmax without its constant."""
+    if score == "softmax":
+        return logits
+    if score == "sigmoid":
+        return jax.nn.log_sigmoid(logits)
+    small = logits < -20.0  # then log(softplus(x)) = x - exp(x) / 2 up to exp(2x), and x itself in fp32
+    return 0.5 * jnp.where(small, logits, jnp.log(jax.nn.softplus(jnp.where(small, 0.0, logits))))
+
+
 def _mask_groups(selection: jax.Array, router: RouterConfig) -> jax.Array:
     """Sets experts outside the best ``top_groups`` groups to -inf."""
     if router.top_groups == router.num_groups:
@@ -192,7 +214,7 @@ _take_columns.defvjp(_take_forward, _take_backward)
 def _losses(logits, scores, expert_ids, active, router, axes):
     """Losses and load over the active tokens of all ranks along ``axes``."""
     num_experts, top_k = logits.shape[1], expert_ids.shape[1]
-    shares = scores if router.score == "softmax" else scores / (jnp.sum(scores, axis=-1, keepdims=True) + _TINY)
+    shares = scores if router.score == "softmax" else _shares(logits, router.score)
     load = count_ids(expert_ids, num_experts)
     num_active = jnp.sum(active, dtype=jnp.int32)
     share_sum = jnp.sum(jnp.where(active[:, None], shares, 0.0), axis=0)

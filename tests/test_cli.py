@@ -171,6 +171,7 @@ def test_plain_output_ends_with_loss_and_sample():
     assert "8 devices" in lines[0]
     assert any(line.startswith("step   1/1") or line.startswith("step 1/1") for line in lines)
     assert any(line.startswith("validation loss 5.") for line in lines) and "sample:" in lines
+    assert all(c.isprintable() or c in "\n\t" for c in done.stdout)  # an untrained model speaks all bytes
 
 
 def test_plan(capsys):
@@ -234,6 +235,15 @@ def test_resume_without_a_checkpoint(folder, capsys):
     arguments = ["train", str(folder / "mini.toml"), "--data", str(folder / "text"), "--out", str(folder), "--resume"]
     assert main(arguments) == 2
     assert "checkpoint.moe: there is no checkpoint here" in capsys.readouterr().err
+
+
+def test_resume_beside_damaged_metrics(folder, capsys):
+    train(folder, capsys, "--out", folder / "run", "--steps", 1)
+    (folder / "run" / "metrics.jsonl").write_text("{}\n")
+    arguments = ["train", str(folder / "mini.toml"), "--data", str(folder / "text"), "--out", str(folder / "run")]
+    assert main([*arguments, "--steps", "2", "--resume"]) == 2
+    text = capsys.readouterr().err
+    assert "metrics.jsonl: line 1 is not a record" in text and text.count("\n") == 1
 
 
 def test_a_process_reports_bad_input_without_a_traceback():

@@ -1,5 +1,7 @@
 """Configuration files: what they mean, and one clear error for everything that can be wrong in them."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -115,11 +117,11 @@ def test_group_score(asked, bias, resolved):
     assert RouterConfig(group_score=asked, selection_bias=bias).resolved_group_score == resolved
 
 
-def test_choices_are_those_of_the_plan():
-    from moe_jax import plan
-
-    assert config_module.TRANSPORTS == plan.TRANSPORTS
-    assert config_module.OVERFLOWS == plan.OVERFLOWS
+def test_emulating_fewer_devices_keeps_the_larger_number():
+    """In a process of its own: the number is fixed by the first device query."""
+    program = "import jax, moe_jax as m; m.emulate_devices(3); m.emulate_devices(2); print(len(jax.devices()))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "3\n"
 
 
 def test_parse_mesh():

@@ -1,5 +1,6 @@
 """The router against the oracle: every option, both losses, every gradient, and tokens spread over devices."""
 
+import fractions
 import functools
 import itertools
 import re
@@ -70,9 +71,7 @@ def route_and_gradient(router, logits, bias, mask, cts):
     """One router: its routing, and the cotangent of ``logits`` for the cotangents ``cts``."""
 
     def differentiable(logits):
-        routing = moe_jax.route(
-            logits, router, top_k=K, bias=bias if router.selection_bias else None, token_mask=mask
-        )
+        routing = moe_jax.route(logits, router, top_k=K, bias=bias if router.selection_bias else None, token_mask=mask)
         return (routing.combine_weights, routing.losses["balance"], routing.losses["z"]), routing
 
     _, pullback, routing = jax.vjp(differentiable, logits, has_aux=True)
@@ -166,6 +165,91 @@ def test_extreme_logits_have_finite_gradients(score):
     np.testing.assert_allclose(gradient, expected, **CLOSE)
 
 
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("low", [-45.0, -60.0, -86.0, -1e3])
+def test_shares_of_scores_that_vanish(score, low):
+    """Scores, their squares or their sum below what fp32 holds. Differences are exact, and shares depend on them."""
+    logits = low + np.array([[3, 1.5, 0, -2, -4, -7]], np.float32)
+    routers = [moe_jax.RouterConfig(score=score, topk_first=first) for first in (True, False)]
+    for router in routers[: 1 if low < -100 else 2]:  # where scores are zero in fp32, only logits tell which are best
+
+        def differentiable(logits, router=router):
+            routing = moe_jax.route(logits, router, top_k=3)
+            return routing.combine_weights[0, 1] + routing.losses["balance"], routing
+
+        gradient, routing = jax.grad(differentiable, has_aux=True)(logits)
+        check_routing(routing, reference.route(logits, router, top_k=3))
+        expected = reference.route_vjp(logits, router, np.array([[0.0, 1, 0]]), top_k=3, ct_balance=1.0)
+        assert np.abs(expected).max() > 0.01
+        np.testing.assert_allclose(gradient, expected, **CLOSE)
+
+
+def test_shares_of_far_experts():
+    """A softmax router that a bias sends to experts of probability 1e-39: half each, as their logits are equal."""
+    logits, bias = np.array([[0.0, -90, -90]], np.float32), np.array([0, 5, 5], np.float32)
+    router = moe_jax.RouterConfig(selection_bias=True)
+    routing = moe_jax.route(logits, router, top_k=2, bias=bias)
+    np.testing.assert_array_equal(routing.combine_weights, [[0.5, 0.5]])
+    check_routing(routing, reference.route(logits, router, top_k=2, bias=bias))
+
+
+@pytest.mark.parametrize("score", ["sigmoid", "sqrt_softplus"])
+def test_infinitely_low_logits(score):
+    """Excluded experts have no weight; a token for which all are excluded gets equal ones, and no NaN."""
+    logits = np.array([[0.0, 1, -np.inf, -np.inf], [-np.inf] * 4], np.float32)
+    router = moe_jax.RouterConfig(score=score, topk_first=True)
+
+    def differentiable(logits):
+        routing = moe_jax.route(logits, router, top_k=3)
+        return jnp.sum(routing.combine_weights[:, 0]), routing
+
+    gradient, routing = jax.grad(differentiable, has_aux=True)(logits)
+    np.testing.assert_allclose(
+        routing.combine_weights, reference.route(logits, router, top_k=3).combine_weights, **CLOSE
+    )
+    np.testing.assert_allclose(routing.combine_weights[1], 1 / 3, **CLOSE)
+    assert np.isfinite(gradient).all() and np.any(gradient[0])
+
+
+# --- 64-bit mode -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_64_bit_mode_changes_no_type(score):
+    logits, bias, cts = arguments("spread")
+    options = {"score": score, "selection_bias": True, "num_groups": 4, "top_groups": 2}
+    for first, renormalize in itertools.product((False, True), (False, True)):
+        router = moe_jax.RouterConfig(topk_first=first, renormalize=renormalize, **options)
+        with jax.enable_x64(True):
+            given = jax.tree.map(jnp.asarray, (logits, bias, MASKS["some"], cts))
+            routing, d_logits = jax.jit(functools.partial(route_and_gradient, router))(*given)
+        check_routing(routing, reference.route(logits, router, top_k=K, bias=bias, token_mask=MASKS["some"]))
+        chex.assert_type([*routing.losses.values(), d_logits], jnp.float32)
+
+
+def test_layer_in_64_bit_mode():
+    """The same values, gradients and types."""
+    mesh, router = moe_jax.make_mesh(ep=2, tp=2), moe_jax.RouterConfig(score="sigmoid", selection_bias=True)
+    plan = moe_jax.make_plan(mesh, tokens_per_rank=4, hidden=8, num_experts=4, top_k=2, dtype="float32")
+    init, layer = moe_jax.moe_on_mesh(mesh, plan, router, ffn=8)
+    params = jax.tree.map(np.asarray, jax.jit(init)(jax.random.key(0)))
+    x = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
+
+    def run(x64):
+        def loss(params, x):
+            y, stats = layer(params, x)
+            return jnp.sum(y**2), (y, stats)
+
+        with jax.enable_x64(x64):
+            given = jax.tree.map(jnp.asarray, (params, x))
+            return jax.device_get(jax.jit(jax.grad(loss, (0, 1), has_aux=True))(*given))
+
+    wide, narrow = run(True), run(False)
+    chex.assert_trees_all_equal_dtypes(wide, narrow)
+    chex.assert_trees_all_close(wide, narrow, **CLOSE)
+    assert np.any(narrow[0][1])
+
+
 # --- tokens spread over devices --------------------------------------------------------------------------------------
 
 
@@ -219,6 +303,16 @@ def test_no_scatter_of_floats(score):
 def test_update_selection_bias(load):
     bias, load = np.array([0.5, -0.25, 0.0, 1.0], np.float32), np.array(load, np.int32)
     updated = moe_jax.update_selection_bias(bias, load, rate=0.125)  # a power of two: the sums are exact
+    np.testing.assert_array_equal(updated, reference.update_selection_bias(bias, load, rate=0.125))
+
+
+@pytest.mark.parametrize("rate", [0.125, np.float64(0.125), np.array(0.125), fractions.Fraction(1, 8)])
+@pytest.mark.parametrize("x64", [False, True])
+def test_the_bias_stays_in_fp32(rate, x64):
+    bias, load = np.array([0.5, -0.25], np.float32), np.array([3, 1])
+    with jax.enable_x64(x64):
+        updated = moe_jax.update_selection_bias(bias, load, rate=rate)
+        assert updated.dtype == jnp.float32
     np.testing.assert_array_equal(updated, reference.update_selection_bias(bias, load, rate=0.125))
 
 

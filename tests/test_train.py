@@ -14,7 +14,7 @@ import pytest
 import moe_jax
 from moe_jax.config import load_config, override
 from moe_jax.errors import CheckpointError, DataError, UnsupportedError
-from moe_jax.train import checkpoint, data, extras, model, progress, report, step
+from moe_jax.train import checkpoint, data, extras, model, progress, report, sample, step
 from moe_jax.train.atomic import atomic_write
 from moe_jax.train.interrupt import catch_interrupt
 
@@ -110,6 +110,16 @@ def test_bad_data(tmp_path):
     (tmp_path / "dangling").symlink_to(tmp_path / "absent")
     with pytest.raises(DataError, match="dangling: cannot be read"):
         data.load_corpus(tmp_path, 16)
+
+
+def test_what_is_no_file_is_left_out(tmp_path):
+    """A pipe that nobody writes to would be read for ever."""
+    write_files(tmp_path, 3)
+    os.mkfifo(tmp_path / "pipe")
+    corpus = data.load_corpus(tmp_path, 16)
+    assert len(corpus.train) + len(corpus.held_out) == 1200
+    with pytest.raises(DataError, match="no such file or folder"):
+        data.load_corpus(tmp_path / "pipe", 16)
 
 
 # Checkpoints
@@ -268,11 +278,40 @@ def test_metrics_of_a_resumed_run_replace_later_ones(tmp_path):
     assert path.read_bytes() == b""
 
 
-def test_damaged_metrics(tmp_path):
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"nonsense",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b"5",
+        b"{}",
+        json.dumps(make_record(2) | {"step": "2"}).encode(),
+        json.dumps(make_record(2) | {"loss": None}).encode(),
+        json.dumps(make_record(2) | {"load": [1, 2]}).encode(),
+        json.dumps(make_record(2) | {"load": [[1, 2], [3]]}).encode(),
+        json.dumps(make_record(2) | {"load": [[1, 2, 3]]}).encode(),
+    ],
+)
+def test_damaged_metrics(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1}\nnonsense\n')
-    with pytest.raises(DataError, match="a line that is not JSON"):
+    path.write_bytes(json.dumps(make_record(1)).encode() + b"\n" + line + b"\n")
+    with pytest.raises(DataError, match="line 2 is not a record"):
         report.MetricsFile(path, done_steps=1)
+    report.MetricsFile(path, done_steps=0).close()  # a run that starts afresh does not read them
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+@pytest.mark.parametrize("done_steps", [0, 1])
+def test_metrics_that_are_no_file(tmp_path, make, done_steps):
+    make(tmp_path / "metrics.jsonl")
+    with pytest.raises(DataError, match="metrics.jsonl: is not a file"):
+        report.MetricsFile(tmp_path / "metrics.jsonl", done_steps=done_steps)
+
+
+def test_sample_cannot_steer_the_terminal():
+    text = "a\tb\n\x1b[2J\x07\x7f\x9b\r\u202e\xe9\ufffd"
+    assert sample.printable(text) == "a\tb\n\\x1b[2J\\x07\\x7f\\x9b\\r\\u202e\xe9\ufffd"
 
 
 def test_report_is_a_picture(tmp_path):

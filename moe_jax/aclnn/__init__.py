@@ -2,8 +2,8 @@
 
 Each operator is called per shard, inside ``shard_map``: a group name is the name of a mesh axis, and the axis index is
 the rank. Beside each stands ``<operator>_get_workspace_size``, a host-side call that checks the arguments, for a
-product's limits too, and returns (bytes of workspace, executor). All are thin: the work is that of ``moe_jax.dispatch``,
-``moe_jax.combine`` and their companions, which are what a new program should use.
+product's limits too, and returns (bytes of workspace, executor). All are thin: the work is that of
+``moe_jax.dispatch``, ``moe_jax.combine`` and their companions, which are what a new program should use.
 """
 
 from moe_jax.aclnn.combine import moe_distribute_combine_add_rms_norm_v2, moe_distribute_combine_v4

@@ -1,4 +1,4 @@
-"""From the reference's parameters to the library's: plans, masks, windows and the counts that the reference passes on."""
+"""From the reference's parameters to the library's: plans, masks, windows and the counts that are passed on."""
 
 import dataclasses
 from typing import Any

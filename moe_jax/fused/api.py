@@ -1,27 +1,36 @@
-"""The public fused pair: checks, the route, and the independent dense product beside it."""
+"""The public fused pair: checks, the route, and the call of the exchange."""
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax.typing import DTypeLike
 
 from moe_jax import _compat
 from moe_jax.errors import (
     InvalidArgumentError,
-    MissingArgumentError,
     ShapeError,
     check_choice,
     check_count,
     check_dtype,
     check_flag,
     check_rank,
-    check_shape,
 )
 from moe_jax.fused.counts import Counts, most_rows_per_chunk, read_counts
-from moe_jax.fused.exchange import Extents, compute_then_send, make_route, send_then_compute
+from moe_jax.fused.dense import dense
+from moe_jax.fused.exchange import (
+    Extents,
+    compute_then_send,
+    compute_then_send_by,
+    make_route,
+    send_then_compute,
+    send_then_compute_by,
+)
+from moe_jax.fused.scaled import scaled_operands
+from moe_jax.fused.scheme import Scheme, read_out_dtype, read_scheme
 from moe_jax.kernels import FLOAT_DTYPES, backend_names
 
 Array = jax.Array
@@ -37,6 +46,11 @@ def grouped_matmul_all_to_allv(
     *,
     mm_x: Array | None = None,
     mm_weight: Array | None = None,
+    gmm_x_scale: Array | None = None,
+    gmm_weight_scale: Array | None = None,
+    mm_x_scale: Array | None = None,
+    mm_weight_scale: Array | None = None,
+    out_dtype: DTypeLike | None = None,
     transpose_gmm_weight: bool = False,
     transpose_mm_weight: bool = False,
     recv_capacity: int | None = None,
@@ -60,13 +74,30 @@ def grouped_matmul_all_to_allv(
     ``all_to_allv_grouped_matmul`` with the two lists swapped puts rows back into the order of ``gmm_x``, and is the
     adjoint. Differentiable in ``gmm_x``, ``gmm_weight``, ``mm_x`` and ``mm_weight``.
 
+    *Scaled numbers.* With scales the operands are codes, and products are fp32 rounded once to ``out_dtype``:
+
+    - per tensor: int8 with int8, or fp8 with fp8 (e4m3fn and e5m2 in any mix), and scales f32 [1], that of the rows
+      being the one of the rank they come from. ``(x @ w) * x_scale * weight_scale``; sums of int8 are exact.
+    - microscaled: fp8 with fp8, or e2m1 with e2m1, and E8M0 bytes (uint8 or float8_e8m0fnu), one for 32 numbers along
+      H1, by pairs: rows [A, ceil(H1 / 64), 2], weights [e, ceil(H1 / 64), N1, 2], transposed [e, N1, ceil(H1 / 64), 2].
+      Byte b is 2^(b - 127), 255 is NaN. Numbers are multiplied by their scales first, where fp32 subnormals count as
+      zero. e2m1 is float4_e2m1fn, or uint8 with two numbers side by side along the last axis, the first one low.
+
+    ``q = moe_jax.quant.recipe("mx_e4m3", "bfloat16").quantize(rows)`` has such numbers in ``q.values`` and scales in
+    ``q.scale.reshape(len(rows), -1, 2)``; for weights let ``rows`` be [e * N1, H1], transposed matrices. The dense part
+    takes scales of the same kind. Scaled operands have no derivative, and asking for one is refused. (Integer codes
+    rounded from floats do not ask: in JAX a conversion to integers has derivative zero.)
+
     Args:
-      gmm_x: [A, H1] fp32, bf16 or fp16.
+      gmm_x: [A, H1] fp32, bf16 or fp16; with scales see above, H1 counted in numbers.
       gmm_weight: [e, H1, N1], or [e, N1, H1] if ``transpose_gmm_weight``; the dtype of ``gmm_x``.
       send_counts: [R * e] rows of my expert l for rank p; their sum is at most A.
       recv_counts: [R * e] rows that come from expert l of rank p.
       axis_name: one mesh axis, or several that are flattened in that order.
       mm_x, mm_weight: [BS, H2] and [H2, N2], or [N2, H2] if ``transpose_mm_weight``; both or neither.
+      gmm_x_scale, gmm_weight_scale: see above; None = the operands are floats.
+      mm_x_scale, mm_weight_scale: likewise, without e: [ceil(H2 / 64), N2, 2] or [N2, ceil(H2 / 64), 2] for weights.
+      out_dtype: float32, bfloat16 or float16, of both products; with scales only, and then required.
       recv_capacity: rows of ``y``. None: static counts take the most that any rank receives, traced ones R * A, which
         always suffices. If traced counts exceed a smaller one, the rows that come last in (source rank, expert) order,
         ``max(0, sum(recv_counts) - recv_capacity)`` of them, are not sent, and their gradient is zero.
@@ -81,6 +112,7 @@ def grouped_matmul_all_to_allv(
     Raises:
       MissingArgumentError, ShapeError, DtypeError, InvalidArgumentError: an argument breaks a rule above.
       MeshError: ``axis_name`` is not bound here; call this inside ``shard_map``.
+      UnsupportedError: somebody differentiates in scaled operands.
 
     >>> def shard(rows, weight):  # rank 0 keeps a row and sends two; rank 1 sends one
     ...     return grouped_matmul_all_to_allv(rows, weight, [[1, 2], [1, 0]], [[1, 1], [2, 0]], "ep")[0]
@@ -88,15 +120,20 @@ def grouped_matmul_all_to_allv(
     >>> shard_map(shard, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))(rows, weight).ravel()
     Array([ 10., 400.,  20.,  30.], dtype=float32)
 
-    Source: aclnnGroupedMatMulAlltoAllv.
+    Source: aclnnGroupedMatMulAlltoAllv and aclnnQuantGroupedMatMulAlltoAllv, whose hif8 has no dtype in JAX.
     """
-    axes, num_ranks, counts = _check(
-        gmm_x, gmm_weight, send_counts, recv_counts, axis_name, transpose_gmm_weight, recv_capacity, chunks, backend
-    )
-    mm_y = _dense(mm_x, mm_weight, transpose_mm_weight, gmm_x.dtype)
+    call = _check(
+        gmm_x, gmm_weight, gmm_x_scale, gmm_weight_scale, out_dtype, send_counts, recv_counts, axis_name,
+        transpose_gmm_weight, recv_capacity, chunks, backend,
+    )  # fmt: skip
+    mm_y = dense(
+        mm_x, mm_weight, mm_x_scale, mm_weight_scale, transpose=transpose_mm_weight,
+        grouped_scheme=call.scheme, grouped_dtype=gmm_x.dtype, out_dtype=call.out_dtype,
+    )  # fmt: skip
+    counts, multiply = call.counts, None
     extents = Extents(
-        axes=axes,
-        num_ranks=num_ranks,
+        axes=call.axes,
+        num_ranks=call.num_ranks,
         backend=backend,
         transpose=bool(transpose_gmm_weight),
         chunks=int(chunks),
@@ -104,9 +141,14 @@ def grouped_matmul_all_to_allv(
         expert_rows=gmm_x.shape[0],
         wire_rows=most_rows_per_chunk(counts.tables[0], chunks) if counts.tables else gmm_x.shape[0],
     )
-    rows, weight, counts = _as_varying(gmm_x, gmm_weight, counts, axes)
+    rows, weight = gmm_x, gmm_weight
+    if call.scheme is not None:
+        rows, weight, multiply, _ = _scaled(call, extents, gmm_x, gmm_weight, gmm_x_scale, gmm_weight_scale)
+    rows, weight, counts = _as_varying(rows, weight, counts, call.axes)
     route = make_route(extents, counts.send, counts.recv, token_limit=counts.may_overflow, expert_limit=False)
     with jax.named_scope("grouped_matmul_all_to_allv"):
+        if multiply is not None:
+            return compute_then_send_by(multiply, extents, rows, weight, route), mm_y
         return compute_then_send(extents, rows, weight, route), mm_y
 
 
@@ -119,6 +161,11 @@ def all_to_allv_grouped_matmul(
     *,
     mm_x: Array | None = None,
     mm_weight: Array | None = None,
+    gmm_x_scale: Array | None = None,
+    gmm_weight_scale: Array | None = None,
+    mm_x_scale: Array | None = None,
+    mm_weight_scale: Array | None = None,
+    out_dtype: DTypeLike | None = None,
     transpose_gmm_weight: bool = False,
     transpose_mm_weight: bool = False,
     recv_capacity: int | None = None,
@@ -132,21 +179,23 @@ def all_to_allv_grouped_matmul(
 
     Rows of ``gmm_x`` stand by (destination rank, that rank's expert), those of ``gmm_y`` and ``permuted`` by (local
     expert, source rank); order inside a block is kept. Rows past the sums of the counts, what happens where counts
-    disagree, and gradients: as for ``grouped_matmul_all_to_allv``, which is the way back.
+    disagree, gradients, and scaled numbers: as for ``grouped_matmul_all_to_allv``, which is the way back. Scales of
+    rows travel with these, in the same message; ``permuted`` then holds codes, like ``gmm_x``, without scales.
 
     Args:
       gmm_x: [BSK, H1] fp32, bf16 or fp16.
       gmm_weight: [e, H1, N1], or [e, N1, H1] if ``transpose_gmm_weight``; the dtype of ``gmm_x``.
       send_counts: [R * e] rows for expert l of rank p; their sum is at most BSK.
       recv_counts: [R * e] rows that come from rank p for my expert l.
-      axis_name, mm_x, mm_weight, transpose_mm_weight, chunks, backend: as for ``grouped_matmul_all_to_allv``.
+      axis_name, mm_x, mm_weight, transpose_mm_weight, scales, out_dtype, chunks, backend: as for
+        ``grouped_matmul_all_to_allv``.
       recv_capacity: likewise, rows of ``gmm_y`` and ``permuted``; without it, traced counts take R * BSK.
 
     Returns:
       gmm_y [recv_capacity, N1], mm_y [BS, N2] or None, and permuted [recv_capacity, H1].
 
     Raises:
-      MissingArgumentError, ShapeError, DtypeError, InvalidArgumentError, MeshError: likewise.
+      MissingArgumentError, ShapeError, DtypeError, InvalidArgumentError, MeshError, UnsupportedError: likewise.
 
     >>> def shard(rows, weight):  # the way back of the example there
     ...     return all_to_allv_grouped_matmul(rows, weight, [[1, 1], [2, 0]], [[1, 2], [1, 0]], "ep")[0]
@@ -154,15 +203,20 @@ def all_to_allv_grouped_matmul(
     >>> shard_map(shard, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))(rows, weight).ravel()
     Array([1., 2., 3., 4., 0., 0.], dtype=float32)
 
-    Source: aclnnAlltoAllvGroupedMatMul.
+    Source: aclnnAlltoAllvGroupedMatMul and aclnnAlltoAllvQuantGroupedMatMul.
     """
-    axes, num_ranks, counts = _check(
-        gmm_x, gmm_weight, send_counts, recv_counts, axis_name, transpose_gmm_weight, recv_capacity, chunks, backend
-    )
-    mm_y = _dense(mm_x, mm_weight, transpose_mm_weight, gmm_x.dtype)
+    call = _check(
+        gmm_x, gmm_weight, gmm_x_scale, gmm_weight_scale, out_dtype, send_counts, recv_counts, axis_name,
+        transpose_gmm_weight, recv_capacity, chunks, backend,
+    )  # fmt: skip
+    mm_y = dense(
+        mm_x, mm_weight, mm_x_scale, mm_weight_scale, transpose=transpose_mm_weight,
+        grouped_scheme=call.scheme, grouped_dtype=gmm_x.dtype, out_dtype=call.out_dtype,
+    )  # fmt: skip
+    counts, multiply = call.counts, None
     extents = Extents(
-        axes=axes,
-        num_ranks=num_ranks,
+        axes=call.axes,
+        num_ranks=call.num_ranks,
         backend=backend,
         transpose=bool(transpose_gmm_weight),
         chunks=int(chunks),
@@ -170,15 +224,34 @@ def all_to_allv_grouped_matmul(
         expert_rows=counts.recv_capacity,
         wire_rows=most_rows_per_chunk(counts.tables[1], chunks) if counts.tables else counts.recv_capacity,
     )
-    rows, weight, counts = _as_varying(gmm_x, gmm_weight, counts, axes)
+    rows, weight = gmm_x, gmm_weight
+    if call.scheme is not None:
+        rows, weight, multiply, unpack = _scaled(call, extents, gmm_x, gmm_weight, gmm_x_scale, gmm_weight_scale)
+    rows, weight, counts = _as_varying(rows, weight, counts, call.axes)
     route = make_route(extents, counts.recv, counts.send, token_limit=False, expert_limit=counts.may_overflow)
     with jax.named_scope("all_to_allv_grouped_matmul"):
+        if multiply is not None:
+            gmm_y, permuted = send_then_compute_by(multiply, extents, rows, weight, route)
+            return gmm_y, mm_y, unpack(permuted)
         gmm_y, permuted = send_then_compute(extents, rows, weight, route)
     return gmm_y, mm_y, permuted
 
 
-def _check(x, weight, send_counts, recv_counts, axis_name, transpose, recv_capacity, chunks, backend):
-    """Raises on what is wrong with the grouped part; returns (axes, number of ranks, counts)."""
+class _Call(NamedTuple):
+    """What the arguments of the grouped part amount to."""
+
+    axes: tuple[str, ...]
+    num_ranks: int
+    counts: Counts
+    scheme: Scheme | None  # None: floats
+    out_dtype: jnp.dtype
+
+
+def _check(
+    x, weight, x_scale, weight_scale, out_dtype, send_counts, recv_counts, axis_name, transpose, recv_capacity, chunks,
+    backend,
+) -> _Call:  # fmt: skip
+    """Raises on what is wrong with the grouped part."""
     axes = _compat.bound_axes(axis_name)
     num_ranks = math.prod(_compat.bound_axis_size(axis) for axis in axes)
     check_flag("transpose_gmm_weight", transpose)
@@ -192,16 +265,12 @@ def _check(x, weight, send_counts, recv_counts, axis_name, transpose, recv_capac
     layout = "[e, N1, H1]" if transpose else "[e, H1, N1]"
     check_rank("gmm_x", x, 2, "[rows, H1]")
     check_rank("gmm_weight", weight, 3, layout)
-    check_dtype("gmm_x", x, FLOAT_DTYPES)
-    check_dtype("gmm_weight", weight, (x.dtype,), "the dtype of gmm_x: cast one of them")
     if not weight.shape[0]:
         raise ShapeError(f"gmm_weight has shape {weight.shape}; expected {layout} with at least one local expert")
-    contracted = weight.shape[2 if transpose else 1]
-    if x.shape[1] != contracted:
-        raise ShapeError(
-            f"gmm_x has shape {x.shape} and gmm_weight {weight.shape}; H1 is {x.shape[1]} in one and {contracted} in "
-            f"the other, read as {layout}: set transpose_gmm_weight to match how the weights are stored"
-        )
+    scheme = read_scheme("gmm", x, weight, x_scale, weight_scale, transpose)
+    if scheme is None:
+        _check_floats(x, weight, transpose, layout)
+    call_dtype = read_out_dtype(scheme, out_dtype, x.dtype)
     counts = read_counts(
         send_counts,
         recv_counts,
@@ -211,33 +280,29 @@ def _check(x, weight, send_counts, recv_counts, axis_name, transpose, recv_capac
         num_rows=x.shape[0],
         recv_capacity=recv_capacity,
     )
-    return axes, num_ranks, counts
+    return _Call(axes, num_ranks, counts, scheme, call_dtype)
 
 
-def _as_varying(rows: Array, weight: Array, counts: Counts, axes: tuple[str, ...]):
+def _check_floats(x, weight, transpose, layout):
+    check_dtype("gmm_x", x, FLOAT_DTYPES, "other numbers need gmm_x_scale and gmm_weight_scale")
+    check_dtype("gmm_weight", weight, (x.dtype,), "the dtype of gmm_x: cast one of them")
+    contracted = weight.shape[2 if transpose else 1]
+    if x.shape[1] != contracted:
+        raise ShapeError(
+            f"gmm_x has shape {x.shape} and gmm_weight {weight.shape}; H1 is {x.shape[1]} in one and {contracted} in "
+            f"the other, read as {layout}: set transpose_gmm_weight to match how the weights are stored"
+        )
+
+
+def _scaled(call: _Call, extents: Extents, x, weight, x_scale, weight_scale):
+    return scaled_operands(
+        call.scheme, x, weight, x_scale, weight_scale, transpose=extents.transpose, out_dtype=call.out_dtype
+    )
+
+
+def _as_varying(rows, weight, counts: Counts, axes: tuple[str, ...]):
     """Replicated operands become varying outside the custom rules, so that JAX itself sums their cotangents."""
-    operands = (jnp.asarray(rows), jnp.asarray(weight), counts.send, counts.recv)
+    operands = (*jax.tree.map(jnp.asarray, (rows, weight)), counts.send, counts.recv)
     varying = {*axes, *_compat.union_of_varying_axes(operands)}
     rows, weight, send, recv = _compat.as_varying(operands, sorted(varying))
     return rows, weight, counts._replace(send=send, recv=recv)
-
-
-def _dense(x: Array | None, weight: Array | None, transpose: bool, dtype) -> Array | None:
-    """The product beside the exchange; None where there is nothing to multiply."""
-    check_flag("transpose_mm_weight", transpose)
-    if (x is None) != (weight is None):
-        missing, given = ("mm_x", "mm_weight") if x is None else ("mm_weight", "mm_x")
-        raise MissingArgumentError(f"{missing} is None, but {given} was given; pass both or neither")
-    if x is None:
-        if transpose:
-            raise InvalidArgumentError("transpose_mm_weight=True needs mm_x and mm_weight; pass them or set it False")
-        return None
-    check_rank("mm_x", x, 2, "[BS, H2]")
-    check_rank("mm_weight", weight, 2, "[N2, H2]" if transpose else "[H2, N2]")
-    check_dtype("mm_x", x, (dtype,), "the dtype of gmm_x: cast one of them")
-    check_dtype("mm_weight", weight, (dtype,), "the dtype of gmm_x: cast one of them")
-    axis = 1 if transpose else 0
-    check_shape("mm_x", x, (x.shape[0], weight.shape[axis]), f"[BS, H2], H2 as in mm_weight {tuple(weight.shape)}")
-    with jax.named_scope("dense"):
-        product = lax.dot_general(x, weight, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
-    return product.astype(dtype)

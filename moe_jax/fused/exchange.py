@@ -13,7 +13,8 @@ bits.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,23 +64,23 @@ def make_route(
     token_sizes, expert_sizes = token_counts, expert_counts
     if token_limit:
         token_sizes = clip_to_window(token_counts.ravel(), 0, extents.token_rows)[1].reshape(token_counts.shape)
-        expert_sizes = _keep_first(expert_counts, _swap(extents, jnp.sum(token_sizes, axis=1)))
+        expert_sizes = _keep_first(expert_counts, _swap(extents, _sum(token_sizes, axis=1)))
     if expert_limit:
         expert_sizes = clip_to_window(expert_counts.ravel(), 0, extents.expert_rows)[1].reshape(expert_counts.shape)
-        token_sizes = _keep_first(token_counts, _swap(extents, jnp.sum(expert_sizes, axis=1)))
+        token_sizes = _keep_first(token_counts, _swap(extents, _sum(expert_sizes, axis=1)))
     held = expert_sizes if expert_limit else expert_counts  # a result is compact, an input lies as it was given
     wire_starts = jnp.zeros_like(expert_sizes[:, 0])
     expert_side, _ = _chunk_of_peers(extents)
     for chunk in range(extents.chunks):
         mine = expert_side == chunk
         wire_starts = jnp.where(mine, _wire_starts(jnp.where(mine[:, None], expert_sizes, 0))[:, 0], wire_starts)
-    token_starts = exclusive_cumsum(jnp.sum(token_counts, axis=1))
+    token_starts = exclusive_cumsum(_sum(token_counts, axis=1))
     return Route(
-        group_sizes=jnp.sum(held, axis=0),
+        group_sizes=_sum(held, axis=0),
         expert_starts=_expert_major_starts(held),
         expert_sizes=expert_sizes,
         token_starts=token_starts,
-        token_sizes=jnp.sum(token_sizes, axis=1),
+        token_sizes=_sum(token_sizes, axis=1),
         remote_token_starts=_swap(extents, token_starts),
         remote_wire_starts=_swap(extents, wire_starts),
     )
@@ -128,6 +129,23 @@ def _send_backward(extents, residuals, cts):
 send_then_compute.defvjp(_send_forward, _send_backward)
 
 
+# Products of another kind: rows in any form of which zeros mean nothing, weights in any pytree. No derivative.
+
+Multiply = Callable[[Extents, Array, Any, Array], Array]  # (extents, rows, weight, group_sizes) -> [rows, N]
+
+
+def compute_then_send_by(multiply: Multiply, extents: Extents, rows: Array, weight: Any, route: Route) -> Array:
+    """As ``compute_then_send`` with the caller's product, in the dtype of which rows travel."""
+    return _compute_then_send(extents, rows, weight, route, multiply=multiply)
+
+
+def send_then_compute_by(
+    multiply: Multiply, extents: Extents, rows: Array, weight: Any, route: Route
+) -> tuple[Array, Array]:
+    """As ``send_then_compute`` with the caller's product."""
+    return _send_then_compute(extents, rows, weight, route, multiply=multiply)
+
+
 def _transposed(extents: Extents) -> Extents:
     return extents._replace(transpose=not extents.transpose)
 
@@ -137,21 +155,27 @@ def _weight_gradient(extents, rows, ct, weight, route):
     return call_kernel("grouped_outer", extents.backend, left, right, route.group_sizes, dtype=weight.dtype)
 
 
-def _compute_then_send(extents, rows, weight, route, addend=None):
-    num_columns = weight.shape[1 if extents.transpose else 2]
-    result = _zeros((extents.token_rows, num_columns), rows)
+def _multiply(extents: Extents, rows: Array, weight: Array, group_sizes: Array) -> Array:
+    options = {"transpose_rhs": extents.transpose}
+    return call_kernel("grouped_matmul", extents.backend, rows, weight, group_sizes, **options)
+
+
+def _compute_then_send(extents, rows, weight, route, addend=None, multiply=_multiply):
+    result = None
     for chunk in _chunks(extents, route):
         with jax.named_scope("product"):
-            product = _product(extents, _to_product(extents, rows, chunk, route), weight, chunk)
+            product = multiply(extents, _to_product(extents, rows, chunk, route), weight, chunk.group_sizes)
             if addend is not None:
                 product = product + _to_product(extents, addend, chunk, route)
+        if result is None:
+            result = _zeros((extents.token_rows, product.shape[1]), product)
         with jax.named_scope("transfer"):
             order = map_blocks(chunk.starts.ravel(), chunk.product.ravel(), chunk.sizes.ravel(), extents.wire_rows)
             result = comm.ragged_all_to_all(
                 _gather(product, order),
                 result,
                 chunk.starts[:, 0],
-                jnp.sum(chunk.sizes, axis=1),
+                _sum(chunk.sizes, axis=1),
                 route.remote_token_starts,
                 chunk.token_sizes,
                 axis_name=extents.axes,
@@ -159,7 +183,7 @@ def _compute_then_send(extents, rows, weight, route, addend=None):
     return result
 
 
-def _send_then_compute(extents, rows, weight, route):
+def _send_then_compute(extents, rows, weight, route, multiply=_multiply):
     chunks, wires, products = list(_chunks(extents, route)), [], []
     for chunk in chunks:
         with jax.named_scope("transfer"):
@@ -169,12 +193,12 @@ def _send_then_compute(extents, rows, weight, route):
                 route.token_starts,
                 chunk.token_sizes,
                 route.remote_wire_starts,
-                jnp.sum(chunk.sizes, axis=1),
+                _sum(chunk.sizes, axis=1),
                 axis_name=extents.axes,
             )
         with jax.named_scope("product"):
             order = _map_expert_major(chunk.product, chunk.starts, chunk.sizes, extents.expert_rows)
-            products.append(_product(extents, _gather(wire, order), weight, chunk))
+            products.append(multiply(extents, _gather(wire, order), weight, chunk.group_sizes))
         wires.append(wire)
     with jax.named_scope("assemble"):
         on_wire = sum(jnp.where(c.peers, i * extents.wire_rows + c.starts, 0) for i, c in enumerate(chunks))
@@ -203,7 +227,7 @@ def _chunks(extents: Extents, route: Route):
             sizes=sizes,
             starts=_wire_starts(sizes),
             product=route.expert_starts if alone else _expert_major_starts(sizes),
-            group_sizes=route.group_sizes if alone else jnp.sum(sizes, axis=0),
+            group_sizes=route.group_sizes if alone else _sum(sizes, axis=0),
             token_sizes=jnp.where(token_side == index, route.token_sizes, 0),
         )
 
@@ -213,6 +237,10 @@ def _chunk_of_peers(extents: Extents) -> tuple[Array, Array]:
     me, ranks = lax.axis_index(extents.axes), jnp.arange(extents.num_ranks, dtype=jnp.int32)
     per_chunk = extents.num_ranks // extents.chunks
     return (ranks - me) % extents.num_ranks // per_chunk, (me - ranks) % extents.num_ranks // per_chunk
+
+
+def _sum(sizes: Array, axis: int) -> Array:
+    return jnp.sum(sizes, axis=axis, dtype=jnp.int32)  # without, it is i64 under jax_enable_x64
 
 
 def _swap(extents: Extents, entries: Array) -> Array:
@@ -242,11 +270,6 @@ def _to_product(extents: Extents, rows: Array, chunk: _Chunk, route: Route) -> A
     if extents.chunks == 1:
         return rows
     return _gather(rows, _map_expert_major(chunk.product, route.expert_starts, chunk.sizes, extents.expert_rows))
-
-
-def _product(extents: Extents, rows: Array, weight: Array, chunk: _Chunk) -> Array:
-    options = {"transpose_rhs": extents.transpose}
-    return call_kernel("grouped_matmul", extents.backend, rows, weight, chunk.group_sizes, **options)
 
 
 def _assemble(parts: list[Array], starts: Array, extents: Extents, route: Route) -> Array:

@@ -2,6 +2,8 @@
 
 R ranks, e experts each. Count lists are [R][R * e], rank r's list first, index peer * e + local expert. Arrays are
 given per rank, and so are results; these hold the rows that arrive and no padding.
+
+Operands may be scaled numbers; ``dequantize`` says which. Products are in f64 and stay there.
 """
 
 from collections.abc import Sequence
@@ -9,9 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from moe_jax import errors
+from moe_jax.reference.quant import number
 
 PerRank = Sequence[np.ndarray]
 Origins = list[list[tuple[int, int, int]]]  # per receiving rank and row: (source rank, row there, local expert)
+_FORMATS = {"int8": "int8", "float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
 
 
 def grouped_matmul_all_to_allv(
@@ -22,6 +26,10 @@ def grouped_matmul_all_to_allv(
     *,
     mm_x: PerRank | None = None,
     mm_weight: PerRank | None = None,
+    gmm_x_scale: PerRank | None = None,
+    gmm_weight_scale: PerRank | None = None,
+    mm_x_scale: PerRank | None = None,
+    mm_weight_scale: PerRank | None = None,
     transpose_gmm_weight: bool = False,
     transpose_mm_weight: bool = False,
     recv_capacity: int | None = None,
@@ -34,6 +42,7 @@ def grouped_matmul_all_to_allv(
       send_counts: rows of my expert l for rank p.
       recv_counts: rows that come from expert l of rank p.
       mm_x, mm_weight: [R] of [BS, H2] and [H2, N2], or [N2, H2] with ``transpose_mm_weight``; both or neither.
+      gmm_x_scale, gmm_weight_scale, mm_x_scale, mm_weight_scale: [R] of what ``dequantize`` takes; None = no scales.
       recv_capacity: only this many rows come to a rank, the first ones by (source rank, expert); None = all.
 
     Returns:
@@ -47,6 +56,8 @@ def grouped_matmul_all_to_allv(
     >>> [rows.ravel().tolist() for rows in y]
     [[10.0, 300.0, 400.0], [20.0]]
     """
+    gmm_x = _numbers(gmm_x, gmm_x_scale, True)
+    gmm_weight = _numbers(gmm_weight, gmm_weight_scale, transpose_gmm_weight)
     origins = _outward(send_counts, recv_counts, len(gmm_weight[0]), recv_capacity)
     y = []
     for arrived in origins:
@@ -54,7 +65,7 @@ def grouped_matmul_all_to_allv(
             np.asarray(gmm_x[a][i], np.float64) @ _matrix(gmm_weight[a][e], transpose_gmm_weight) for a, i, e in arrived
         ]
         y.append(np.array(products).reshape(len(arrived), gmm_weight[0].shape[1 if transpose_gmm_weight else 2]))
-    return y, _dense(mm_x, mm_weight, transpose_mm_weight)
+    return y, _dense(mm_x, mm_weight, mm_x_scale, mm_weight_scale, transpose_mm_weight)
 
 
 def grouped_matmul_all_to_allv_vjp(
@@ -89,6 +100,10 @@ def all_to_allv_grouped_matmul(
     *,
     mm_x: PerRank | None = None,
     mm_weight: PerRank | None = None,
+    gmm_x_scale: PerRank | None = None,
+    gmm_weight_scale: PerRank | None = None,
+    mm_x_scale: PerRank | None = None,
+    mm_weight_scale: PerRank | None = None,
     transpose_gmm_weight: bool = False,
     transpose_mm_weight: bool = False,
     recv_capacity: int | None = None,
@@ -99,11 +114,11 @@ def all_to_allv_grouped_matmul(
       gmm_x: [R] of [BSK, H1], rows by (destination rank, its expert); rows past the counts are not read.
       send_counts: rows for expert l of rank p.
       recv_counts: rows from rank p for my expert l.
-      gmm_weight, mm_x, mm_weight, recv_capacity: as for ``grouped_matmul_all_to_allv``.
+      gmm_weight, mm_x, mm_weight, scales, recv_capacity: as for ``grouped_matmul_all_to_allv``.
 
     Returns:
       gmm_y: [R] of [n, N1] f64, rows by (local expert, source rank); mm_y: likewise or None; permuted: [R] of [n, H1],
-      the rows that were multiplied.
+      the rows that were multiplied; with scales, their codes as they were given.
 
     Raises:
       InvalidArgumentError: the lists disagree.
@@ -113,15 +128,18 @@ def all_to_allv_grouped_matmul(
     >>> [rows.ravel().tolist() for rows in y], permuted[0].ravel().tolist()
     ([[10.0, 30.0, 40.0], [200.0]], [1.0, 3.0, 4.0])
     """
+    codes, gmm_x = gmm_x, _numbers(gmm_x, gmm_x_scale, True)
+    gmm_weight = _numbers(gmm_weight, gmm_weight_scale, transpose_gmm_weight)
     y, permuted = [], []
     for b, arrived in enumerate(_inward(send_counts, recv_counts, len(gmm_weight[0]), recv_capacity)):
-        rows = [np.asarray(gmm_x[a][i], np.float64) for a, i, _ in arrived]
         products = [
-            row @ _matrix(gmm_weight[b][e], transpose_gmm_weight) for row, (_, _, e) in zip(rows, arrived, strict=True)
+            np.asarray(gmm_x[a][i], np.float64) @ _matrix(gmm_weight[b][e], transpose_gmm_weight) for a, i, e in arrived
         ]
-        permuted.append(np.array(rows).reshape(len(rows), gmm_x[0].shape[1]))
-        y.append(np.array(products).reshape(len(rows), gmm_weight[0].shape[1 if transpose_gmm_weight else 2]))
-    return y, _dense(mm_x, mm_weight, transpose_mm_weight), permuted
+        kept = np.asarray(codes[0]).dtype if gmm_x_scale is not None else np.float64
+        rows = np.array([np.asarray(codes[a][i], kept) for a, i, _ in arrived], kept)
+        permuted.append(rows.reshape(len(arrived), codes[0].shape[1]))
+        y.append(np.array(products).reshape(len(arrived), gmm_weight[0].shape[1 if transpose_gmm_weight else 2]))
+    return y, _dense(mm_x, mm_weight, mm_x_scale, mm_weight_scale, transpose_mm_weight), permuted
 
 
 def all_to_allv_grouped_matmul_vjp(
@@ -192,9 +210,52 @@ def _tables(send_counts, recv_counts, num_local: int) -> np.ndarray:
     return send
 
 
-def _dense(x: PerRank | None, weight: PerRank | None, transpose: bool) -> list[np.ndarray] | None:
+def dequantize(data: np.ndarray, scale: np.ndarray, contracted: int) -> np.ndarray:
+    """What scaled numbers stand for, one by one, in f64.
+
+    Args:
+      data: int8, fp8, float4_e2m1fn, or uint8 with two e2m1 codes side by side along the last axis, the first of them
+        in the low bits.
+      scale: [1] f32 for all numbers; or bytes, uint8 or float8_e8m0fnu, one for 32 numbers along the axis
+        ``contracted``: byte b is 2^(b - 127), 255 is NaN. These have the shape of the numbers with ceil(H / 64) for H,
+        and a last axis of two.
+    """
+    values = _decode(np.asarray(data))
+    if scale.shape == (1,):
+        return values * np.float64(scale[0])
+    scale_bytes, result = np.asarray(scale).view(np.uint8), np.zeros(values.shape)
+    for index in np.ndindex(*values.shape):
+        at = list(index)
+        at[contracted], member = divmod(index[contracted] // 32, 2)
+        byte = int(scale_bytes[(*at, member)])
+        result[index] = np.nan if byte == 255 else values[index] * 2.0 ** (byte - 127)
+    return result
+
+
+def _decode(data: np.ndarray) -> np.ndarray:
+    name = str(data.dtype)
+    if name == "float4_e2m1fn":
+        return data.astype(np.float64)
+    if name == "uint8":
+        codes = np.stack([data & 0xF, data >> 4], axis=-1).reshape(*data.shape[:-1], 2 * data.shape[-1])
+        return np.array([number("e2m1", int(code)) for code in codes.ravel()]).reshape(codes.shape)
+    codes = data if name == "int8" else data.view(np.uint8)
+    return np.array([number(_FORMATS[name], int(code)) for code in codes.ravel()]).reshape(data.shape)
+
+
+def _numbers(arrays: PerRank, scales: PerRank | None, contracted_last: bool) -> PerRank:
+    if scales is None:
+        return arrays
+    return [
+        dequantize(np.asarray(data), np.asarray(scale), np.ndim(data) - (1 if contracted_last else 2))
+        for data, scale in zip(arrays, scales, strict=True)
+    ]
+
+
+def _dense(x, weight, x_scale, weight_scale, transpose: bool) -> list[np.ndarray] | None:
     if x is None or weight is None:
         return None
+    x, weight = _numbers(x, x_scale, True), _numbers(weight, weight_scale, transpose)
     return [np.asarray(a, np.float64) @ _matrix(w, transpose) for a, w in zip(x, weight, strict=True)]
 
 

@@ -16,12 +16,17 @@ import numpy as np
 from moe_jax import errors
 from moe_jax.reference import elementwise as ew
 
-EPSILON = 1e-20  # keeps a token whose scores are all zero from dividing by zero
-
 _SCORES = {
     "softmax": (ew.softmax, ew.softmax_vjp),
     "sigmoid": (ew.sigmoid, lambda ct, x: ct * ew.sigmoid_grad(x)),
     "sqrt_softplus": (ew.sqrt_softplus, lambda ct, x: ct * ew.sqrt_softplus_grad(x)),
+}
+# The logarithms of the scores and their derivatives. Shares of a sum are taken between these, as scores may vanish; the
+# constant that the logarithm of a softmax lacks drops out.
+_LOG_SCORES = {
+    "softmax": (lambda x: x, np.ones_like),
+    "sigmoid": (lambda x: -np.logaddexp(0.0, -x), lambda x: ew.sigmoid(-x)),
+    "sqrt_softplus": (lambda x: 0.5 * _log_softplus(x), lambda x: 0.5 * _log_softplus_grad(x)),
 }
 
 
@@ -112,7 +117,7 @@ def route_vjp(
         ct_probabilities = ct_balance * num_experts * share / len(active)
         ct_logsumexp = ct_z * 2.0 * np.logaddexp.reduce(logits[t]) / len(active)
         ct_logits[t] += _expert_weights_vjp(ct_weights[t], logits[t], routing.expert_ids[t], router)
-        ct_logits[t] += _probabilities_vjp(ct_probabilities, logits[t], router)
+        ct_logits[t] += _shares_vjp(ct_probabilities, logits[t], router.score)
         ct_logits[t] += ct_logsumexp * ew.softmax(logits[t])
     return ct_logits
 
@@ -153,10 +158,34 @@ def select_experts(logits: np.ndarray, router: Any, *, top_k: int, bias: np.ndar
 
 def expert_weights(logits: np.ndarray, expert_ids: np.ndarray, router: Any) -> np.ndarray:
     """The combine weights [K] of one token with ``logits`` [E] that goes to ``expert_ids`` [K]."""
-    values = _chosen_scores(logits, expert_ids, router)
     if router.renormalize:
-        values = values / (values.sum() + EPSILON)
+        return _shares(logits[expert_ids], router.score) * router.scale
+    score, _ = _SCORES[router.score]
+    values = score(logits[expert_ids]) if router.topk_first else score(logits)[expert_ids]
     return values * router.scale
+
+
+def _shares(logits: np.ndarray, score: str) -> np.ndarray:
+    """The scores of ``logits`` divided by their sum; equal shares where no logit is above -inf."""
+    if np.all(np.isneginf(logits)):
+        return np.full(len(logits), 1.0 / len(logits))
+    return ew.softmax(_LOG_SCORES[score][0](logits))
+
+
+def _shares_vjp(ct: np.ndarray, logits: np.ndarray, score: str) -> np.ndarray:
+    log_score, log_score_grad = _LOG_SCORES[score]
+    return ew.softmax_vjp(ct, log_score(logits)) * log_score_grad(logits)
+
+
+def _log_softplus(x: np.ndarray) -> np.ndarray:
+    """log(log(1 + exp(x))); below -40 it is x to the last bit."""
+    return np.where(x < -40.0, x, np.log(np.logaddexp(0.0, np.maximum(x, -40.0))))
+
+
+def _log_softplus_grad(x: np.ndarray) -> np.ndarray:
+    """sigmoid(x) / softplus(x)."""
+    bounded = np.maximum(x, -40.0)
+    return np.where(x < -40.0, 1.0, ew.sigmoid(bounded) / np.logaddexp(0.0, bounded))
 
 
 def _top(values: np.ndarray, count: int) -> np.ndarray:
@@ -178,38 +207,18 @@ def _mask_groups(selection: np.ndarray, router: Any) -> np.ndarray:
     return masked.ravel()
 
 
-def _chosen_scores(logits: np.ndarray, expert_ids: np.ndarray, router: Any) -> np.ndarray:
-    score, _ = _SCORES[router.score]
-    return score(logits[expert_ids]) if router.topk_first else score(logits)[expert_ids]
-
-
 def _expert_weights_vjp(ct: np.ndarray, logits: np.ndarray, expert_ids: np.ndarray, router: Any) -> np.ndarray:
     ct = ct * router.scale
-    if router.renormalize:  # w_k = v_k / total, and every v_j is part of total
-        values = _chosen_scores(logits, expert_ids, router)
-        total = values.sum() + EPSILON
-        ct = ct / total - (ct @ values) / total**2
     _, score_vjp = _SCORES[router.score]
     scattered = np.zeros_like(logits)
+    if router.renormalize:
+        scattered[expert_ids] = _shares_vjp(ct, logits[expert_ids], router.score)
+        return scattered
     if router.topk_first:
         scattered[expert_ids] = score_vjp(ct, logits[expert_ids])
         return scattered
     scattered[expert_ids] = ct
     return score_vjp(scattered, logits)
-
-
-def _probabilities(logits: np.ndarray, router: Any) -> np.ndarray:
-    """p_te [E] of one token: the scores, normalised over all experts (a softmax already is)."""
-    scores = _SCORES[router.score][0](logits)
-    return scores if router.score == "softmax" else scores / (scores.sum() + EPSILON)
-
-
-def _probabilities_vjp(ct: np.ndarray, logits: np.ndarray, router: Any) -> np.ndarray:
-    score, score_vjp = _SCORES[router.score]
-    if router.score != "softmax":
-        total = score(logits).sum() + EPSILON
-        ct = ct / total - (ct @ score(logits)) / total**2
-    return score_vjp(ct, logits)
 
 
 def _balance_loss(logits: np.ndarray, load: np.ndarray, router: Any, top_k: int) -> float:
@@ -218,7 +227,7 @@ def _balance_loss(logits: np.ndarray, load: np.ndarray, router: Any, top_k: int)
     if num_active == 0:
         return 0.0
     share = load / (num_active * top_k)
-    mean_probability = sum(_probabilities(row, router) for row in logits) / num_active
+    mean_probability = sum(_shares(row, router.score) for row in logits) / num_active
     return float(num_experts * (share @ mean_probability))
 
 

@@ -5,6 +5,7 @@ A batch is a pure function of (corpus, seed, step): there is no reader state, so
 
 import hashlib
 import os
+import stat
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ class Corpus:
 
 def load_corpus(path: str | Path | None, seq_len: int) -> Corpus:
     """Reads a file, a folder (all its files, sorted by name) or, for None, Python's own standard library.
+
+    Hidden files are left out, and so is what is no file: reading a pipe could wait for ever.
 
     About 5 % of the bytes are held out: whole files, picked by the hash of their names, or the tail of few files.
 
@@ -77,7 +80,8 @@ def _list_files(root: Path, *, standard_library: bool) -> list[str]:
     for folder, subfolders, files in os.walk(root, onerror=_raise_unreadable):
         subfolders[:] = [name for name in subfolders if not _is_skipped(name, standard_library)]
         relative = Path(folder).relative_to(root)
-        names += [(relative / name).as_posix() for name in files if _is_text(name, standard_library)]
+        texts = [name for name in files if _is_text(name, standard_library)]
+        names += [(relative / name).as_posix() for name in texts if _is_regular(os.path.join(folder, name))]
     if not names:
         remedy = "pass --data with a file or folder" if standard_library else "give --data a folder with files in it"
         raise DataError(f"{root}: holds no files to train on; {remedy}")
@@ -90,6 +94,14 @@ def _is_skipped(folder: str, standard_library: bool) -> bool:
 
 def _is_text(name: str, standard_library: bool) -> bool:
     return name.endswith(".py") if standard_library else not name.startswith(".")
+
+
+def _is_regular(path: str) -> bool:
+    """False for pipes, sockets and devices. What cannot be asked passes: reading it gives the better error."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return True
 
 
 def _raise_unreadable(error: OSError) -> None:

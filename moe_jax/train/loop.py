@@ -20,7 +20,7 @@ from moe_jax.train.interrupt import Interrupt, catch_interrupt
 from moe_jax.train.model import Decoder, build_decoder
 from moe_jax.train.progress import Progress, Record, make_progress
 from moe_jax.train.report import MetricsFile, write_report
-from moe_jax.train.sample import sample_text
+from moe_jax.train.sample import printable, sample_text
 from moe_jax.train.step import StepMetrics, TrainState, compile_eval, compile_step, init_state, make_optimizer
 
 CHECKPOINT = "checkpoint.moe"
@@ -224,7 +224,7 @@ def _finish(run: Run) -> None:
             batch_size=config.batch_size,
             seed=config.seed,
         )
-        run.progress.result("sample", f"sample:\n{text}", text=text)
+        run.progress.result("sample", f"sample:\n{printable(text)}", text=text)
 
 
 def _validate(run: Run) -> float:

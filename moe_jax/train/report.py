@@ -14,10 +14,16 @@ Record = dict[str, Any]
 
 
 class MetricsFile:
-    """`metrics.jsonl`, one line per step. A resumed run keeps the records up to its step and drops the rest."""
+    """`metrics.jsonl`, one line per step. A resumed run keeps the records up to its step and drops the rest.
+
+    Raises:
+      DataError: the path is no regular file, or holds something else than such records.
+    """
 
     def __init__(self, path: Path, *, done_steps: int) -> None:
         self._path = path
+        if path.exists() and not path.is_file():
+            raise DataError(f"{path}: is not a file, and metrics are written there; remove it or change --out")
         kept = [record for record in _read_records(path) if record["step"] <= done_steps] if done_steps else []
         with atomic_write(path) as file:
             file.writelines(_line(record) for record in kept)
@@ -87,12 +93,32 @@ def _read_records(path: Path) -> list[Record]:
     """All whole records; a last line that was cut off by a killed run is left out.
 
     Raises:
-      DataError: any other line is not a record.
+      DataError: the file cannot be read, or any other line is not a record.
     """
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")[:-1]
     try:
-        return [json.loads(line) for line in lines]
-    except ValueError:
-        raise DataError(f"{path}: holds a line that is not JSON; remove the file or change --out") from None
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+    records = []
+    for number, line in enumerate(lines, start=1):
+        record = _parse(line)
+        if record is None or (records and np.shape(record["load"]) != np.shape(records[0]["load"])):
+            raise DataError(
+                f"{path}: line {number} is not a record of a step of this run; remove the file or change --out"
+            )
+        records.append(record)
+    return records
+
+
+def _parse(line: bytes) -> Record | None:
+    """The record on a line, None where it holds something else."""
+    try:
+        record = json.loads(line)
+        numbers = [record["step"], record["loss"], *np.ravel(record["load"]).tolist()]
+        drawable = np.ndim(record["load"]) == 2
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    plain = all(type(value) in (int, float) for value in numbers) and type(record["step"]) is int
+    return record if plain and drawable else None

@@ -42,3 +42,8 @@ def sample_text(decoder: Decoder, params: Params, prompt: bytes, *, num_bytes: i
         )
         text.append(int(next_byte(params, *inputs)))
     return bytes(text).decode(errors="replace")
+
+
+def printable(text: str) -> str:
+    """`text` with what could steer a terminal written as escapes, such as \\x1b; line breaks and tabs stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)

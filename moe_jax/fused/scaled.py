@@ -1,0 +1,177 @@
+"""Products of scaled numbers: what travels for a row, how weights are prepared, and one multiplication.
+
+Every 8-bit and 4-bit number here, times a power of two, is exact in bf16. Products of fp32 operands are therefore exact
+even where a device multiplies these at a lower precision, and so are int8 sums: integers up to 2^24 are exact in fp32.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moe_jax import _compat, quant
+from moe_jax.errors import UnsupportedError
+from moe_jax.fused.exchange import Extents
+from moe_jax.fused.scheme import Scheme, logical_shape
+from moe_jax.kernels.table import call_kernel
+from moe_jax.message import Part, join, split
+
+Array = jax.Array
+_EXACT_COLUMNS = 1024  # a sum of as many products of two int8 numbers is at most 2^24
+
+
+class Weights(NamedTuple):
+    """Matrices that are ready to be multiplied."""
+
+    values: Array  # [e, N, H] with their scales in them if microscaled; or as stored; fp32 or bf16
+    scale: Array | None  # [1] f32, what the products have yet to be multiplied by
+
+
+class Scaled(NamedTuple):
+    """The grouped part with scales, as the exchange takes it."""
+
+    rows: Array  # [rows, bytes] u8: numbers and scales
+    weight: Weights
+    multiply: Callable[[Extents, Array, Weights, Array], Array]
+    unpack: Callable[[Array], Array]  # such rows -> their numbers, in the dtype in which they came
+
+
+def scaled_operands(
+    scheme: Scheme, x: Array, weight: Array, x_scale: Array, weight_scale: Array, *, transpose: bool, out_dtype
+) -> Scaled:
+    """x, weight and their scales as ``read_scheme`` accepts them, weights with a leading axis [e]."""
+    x, weight, x_scale, weight_scale = _without_derivative((x, weight, x_scale, weight_scale))
+    rows, parts = join(_values_and_scales(x, x_scale))
+    return Scaled(
+        rows=rows,
+        weight=_prepare(scheme, weight, weight_scale, transpose, out_dtype),
+        multiply=functools.partial(_multiply_groups, scheme, parts, transpose or scheme.microscaled, out_dtype),
+        unpack=functools.partial(_unpack, parts, x.dtype),
+    )
+
+
+def scaled_dense(
+    scheme: Scheme, x: Array, weight: Array, x_scale: Array, weight_scale: Array, *, transpose: bool, out_dtype
+) -> Array:
+    """The product beside the exchange: [BS, H] and [H, N] or [N, H], with their scales -> [BS, N]."""
+    x, weight, x_scale, weight_scale = _without_derivative((x, weight, x_scale, weight_scale))
+    values, scale = _values_and_scales(x, x_scale)
+    stacked = weight_scale[None] if scheme.microscaled else weight_scale
+    ready = _prepare(scheme, weight[None], stacked, transpose, out_dtype)
+    axis = 1 if transpose or scheme.microscaled else 0
+
+    def dot(lhs, rhs):
+        return lax.dot_general(lhs, rhs[0], (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
+
+    with jax.named_scope("dense"):
+        return _multiply(scheme, values, scale, ready, dot, axis + 1, out_dtype)
+
+
+@jax.custom_jvp
+def _without_derivative(operands):
+    return operands
+
+
+@_without_derivative.defjvp
+def _refuse(primals, tangents):
+    raise UnsupportedError(
+        "scaled operands have no derivative here: numbers are codes, and their scales belong to them; differentiate "
+        "the same call on floats, or put jax.lax.stop_gradient around the operands and their scales"
+    )
+
+
+def _values_and_scales(x, x_scale):
+    """What travels: [rows, V] numbers, e2m1 as bytes, and [rows, S] scales, E8M0 as bytes."""
+    values = _as_bytes(x)
+    if x_scale.ndim == 3:
+        scale = _e8m0_bytes(x_scale).reshape(x.shape[0], 2 * x_scale.shape[1])
+    else:
+        scale = jnp.broadcast_to(x_scale, (x.shape[0], 1))  # a row may come to a rank where x has another one
+    return _compat.as_varying((values, scale), _compat.union_of_varying_axes((values, scale)))
+
+
+def _unpack(parts: tuple[Part, ...], dtype, rows: Array) -> Array:
+    values = split(rows, parts)[0]
+    if values.dtype == dtype:
+        return values
+    pairs = lax.bitcast_convert_type(values, dtype)  # two e2m1 numbers from each byte
+    return pairs.reshape(values.shape[0], 2 * values.shape[1])
+
+
+def _prepare(scheme: Scheme, weight, weight_scale, transpose, out_dtype) -> Weights:
+    if not scheme.microscaled:
+        return Weights(values=weight.astype(jnp.float32), scale=weight_scale)
+    stored = _as_bytes(weight) if transpose else _swap_columns(weight)  # [e, N, V]
+    scale = _e8m0_bytes(weight_scale)
+    scale = scale if transpose else jnp.swapaxes(scale, 1, 2)  # [e, N, pairs, 2]
+    num_experts, num_columns, width = stored.shape
+    flat = num_experts * num_columns
+    scale = scale.reshape(flat, 2 * scale.shape[2])
+    values = _dequantize(scheme.weight_format, stored.reshape(flat, width), scale)
+    values = values.reshape(num_experts, num_columns, scheme.hidden)
+    # The kernels round to the dtype of their operands, so bf16 ones, which take half the memory, serve bf16 results.
+    return Weights(values=values.astype(jnp.bfloat16 if out_dtype == jnp.bfloat16 else jnp.float32), scale=None)
+
+
+def _multiply_groups(scheme, parts, transposed, out_dtype, extents, rows, weight, group_sizes):
+    values, scale = split(rows, parts)
+
+    def dot(lhs, rhs):
+        operands = lhs, rhs, group_sizes
+        return call_kernel("grouped_matmul", extents.backend, *operands, transpose_rhs=transposed)
+
+    return _multiply(scheme, values, scale, weight, dot, 2 if transposed else 1, out_dtype)
+
+
+def _multiply(scheme, values, scale, weight, dot, axis, out_dtype):
+    """values [rows, V], scale [rows, S] and ``weight``, contracted along ``axis`` of its values by ``dot``."""
+    if scheme.microscaled:
+        lhs = _dequantize(scheme.x_format, values, scale).astype(weight.values.dtype)
+        return dot(lhs, weight.values).astype(out_dtype)
+    lhs = values.astype(jnp.float32)
+    if scheme.x_format == "int8" and scheme.hidden > _EXACT_COLUMNS:
+        total = _whole_numbers(lhs, weight.values, dot, axis)
+    else:
+        total = dot(lhs, weight.values)
+    return (total * scale * weight.scale).astype(out_dtype)
+
+
+def _whole_numbers(lhs, rhs, dot, axis):
+    """A product of whole numbers, exact until it becomes fp32."""
+    total = None
+    for start in range(0, lhs.shape[1], _EXACT_COLUMNS):
+        stop = min(start + _EXACT_COLUMNS, lhs.shape[1])
+        part = dot(lhs[:, start:stop], lax.slice_in_dim(rhs, start, stop, axis=axis)).astype(jnp.int32)
+        total = part if total is None else total + part
+    return total.astype(jnp.float32)
+
+
+def _dequantize(number_format, values, scale):
+    """[rows, V] numbers and [rows, S] bytes of E8M0, one per 32 -> [rows, H] f32."""
+    return quant.recipe(f"mx_{number_format}", "float32").dequantize(quant.QTensor(values=values, scale=scale))
+
+
+def _as_bytes(array):
+    """Unpacked e2m1 numbers, two per byte along the last axis; anything else as it is."""
+    array = jnp.asarray(array)
+    if str(array.dtype) != "float4_e2m1fn":
+        return array
+    return lax.bitcast_convert_type(array.reshape(*array.shape[:-1], array.shape[-1] // 2, 2), jnp.uint8)
+
+
+def _e8m0_bytes(scale):
+    scale = jnp.asarray(scale)
+    return scale if scale.dtype == jnp.uint8 else lax.bitcast_convert_type(scale, jnp.uint8)
+
+
+def _swap_columns(weight):
+    """[e, H, N] -> [e, N, H], where e2m1 bytes hold two numbers along the last axis, before and after."""
+    weight = jnp.asarray(weight)
+    if weight.dtype != jnp.uint8:
+        return _as_bytes(jnp.swapaxes(weight, 1, 2))
+    codes = jnp.stack([weight & 0xF, weight >> 4], axis=-1).reshape(logical_shape(weight))
+    codes = jnp.swapaxes(codes, 1, 2)
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)

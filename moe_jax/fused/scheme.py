@@ -1,0 +1,161 @@
+"""Which kinds of scaled numbers the fused pair multiplies, and how they must be laid out. Static facts only."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.errors import (
+    DtypeError,
+    InvalidArgumentError,
+    MissingArgumentError,
+    ShapeError,
+    check_array,
+    check_choice,
+    check_shape,
+)
+from moe_jax.kernels import FLOAT_DTYPES
+
+Array = jax.Array
+
+FORMATS = {
+    "int8": "int8",
+    "float8_e4m3fn": "e4m3",
+    "float8_e5m2": "e5m2",
+    "uint8": "e2m1",  # two per byte
+    "float4_e2m1fn": "e2m1",
+}
+_EIGHT_BITS = {("int8", "int8")} | {(a, b) for a in ("e4m3", "e5m2") for b in ("e4m3", "e5m2")}
+_PAIRS = {  # of the formats of rows and weights, by whether they are microscaled
+    False: _EIGHT_BITS,
+    True: _EIGHT_BITS - {("int8", "int8")} | {("e2m1", "e2m1")},
+}
+_RULE = (
+    "take int8 with int8 or fp8 with fp8 under float32 scales [1], or fp8 with fp8 or e2m1 with e2m1 (two per uint8 "
+    "byte, or float4_e2m1fn) under E8M0 scales (uint8 or float8_e8m0fnu), one per 32 numbers"
+)
+_LONGEST_INT8 = 2**17 - 1  # columns whose products, each up to 2^14, surely sum up in an int32
+
+
+class Scheme(NamedTuple):
+    """How a pair of operands is scaled; hashable. Which of both is stored how: ``FORMATS``."""
+
+    microscaled: bool  # a power of two per 32 numbers along the contracted axis; or one fp32 scale for a whole operand
+    x_format: str
+    weight_format: str
+    hidden: int  # numbers per row
+
+
+def read_scheme(
+    part: str,
+    x: Array,
+    weight: Array,
+    x_scale: Array | None,
+    weight_scale: Array | None,
+    transpose: bool,
+) -> Scheme | None:
+    """The scheme of ``{part}_x`` [rows, H] and ``{part}_weight`` [..., H, N] or [..., N, H]; None without scales.
+
+    The ranks of ``x`` and ``weight`` are right already.
+
+    Raises:
+      MissingArgumentError, DtypeError, ShapeError: the scales or the numbers are not what some scheme takes.
+    """
+    scales = {f"{part}_x_scale": x_scale, f"{part}_weight_scale": weight_scale}
+    missing = [name for name, scale in scales.items() if scale is None]
+    if len(missing) == 2:
+        return None
+    if missing:
+        raise MissingArgumentError(f"{missing[0]} is None, but the other scale was given; pass both or neither")
+    for name, scale in scales.items():
+        check_array(name, scale)
+    microscaled = _is_microscaled(scales)
+    formats = tuple(FORMATS.get(str(array.dtype)) for array in (x, weight))
+    if formats not in _PAIRS[microscaled]:
+        raise DtypeError(
+            f"{part}_x is {x.dtype} and {part}_weight {weight.dtype}, with {x_scale.dtype} scales; that is no scheme: "
+            f"{_RULE}"
+        )
+    rows, weights = logical_shape(x), logical_shape(weight)
+    axis = -1 if transpose else -2
+    if rows[1] != weights[axis]:
+        raise ShapeError(
+            f"{part}_x holds rows of {rows[1]} numbers and {part}_weight {weight.shape} contracts {weights[axis]}; "
+            f"they must agree: set transpose_{part}_weight to match how the weights are stored"
+        )
+    scheme = Scheme(microscaled, *formats, rows[1])
+    _check_width(part, x, scheme)
+    _check_scale_shapes(part, scheme, rows, weights, scales, transpose)
+    return scheme
+
+
+def check_same_kind(scheme: Scheme | None, other: Scheme | None) -> None:
+    """Raises unless the dense part, ``other``, is scaled like the grouped part."""
+    kinds = [None if s is None else s.microscaled for s in (scheme, other)]
+    if kinds[0] == kinds[1]:
+        return
+    words = {None: "without scales", True: "with E8M0 scales", False: "with float32 scales"}
+    remedy = "pass scales of the same kind for both, or none"
+    if kinds[1] is None:
+        raise MissingArgumentError(f"mm_x comes without scales and gmm_x {words[kinds[0]]}; {remedy}")
+    raise InvalidArgumentError(f"mm_x comes {words[kinds[1]]} and gmm_x {words[kinds[0]]}; {remedy}")
+
+
+def read_out_dtype(scheme: Scheme | None, out_dtype, x_dtype) -> jnp.dtype:
+    """The dtype of the products: the caller's with scales, and ``x_dtype`` without."""
+    if scheme is None:
+        if out_dtype is not None:
+            raise InvalidArgumentError(f"out_dtype={out_dtype!r} needs scales; without, results are like gmm_x")
+        return jnp.dtype(x_dtype)
+    if out_dtype is None:
+        raise MissingArgumentError(f"out_dtype is None; scaled numbers need one of {', '.join(FLOAT_DTYPES)}")
+    try:
+        name = jnp.dtype(out_dtype).name
+    except TypeError:
+        name = out_dtype
+    check_choice("out_dtype", name, FLOAT_DTYPES)
+    return jnp.dtype(name)
+
+
+def logical_shape(array: Array) -> tuple[int, ...]:
+    """The shape in numbers: a byte of e2m1 holds two, side by side along the last axis."""
+    packed = str(array.dtype) == "uint8"
+    return (*array.shape[:-1], array.shape[-1] * (2 if packed else 1))
+
+
+def _is_microscaled(scales) -> bool:
+    kinds = []
+    for name, scale in scales.items():
+        dtype = str(scale.dtype)
+        if dtype not in ("float32", "uint8", "float8_e8m0fnu"):
+            raise DtypeError(f"{name} has dtype {dtype}; expected float32, or E8M0 bytes in uint8 or float8_e8m0fnu")
+        kinds.append(dtype != "float32")
+    if kinds[0] != kinds[1]:
+        (first, a), (second, b) = scales.items()
+        raise DtypeError(f"{first} has dtype {a.dtype} and {second} {b.dtype}; both must be float32, or both E8M0")
+    return kinds[0]
+
+
+def _check_width(part, x, scheme):
+    if scheme.x_format == "e2m1" and scheme.hidden % 2:
+        raise ShapeError(f"{part}_x has {scheme.hidden} columns; e2m1 rows travel two per byte: pad to an even width")
+    if scheme.x_format == "int8" and scheme.hidden > _LONGEST_INT8:
+        raise ShapeError(
+            f"{part}_x has {scheme.hidden} columns; sums of more than {_LONGEST_INT8} products of int8 may overflow "
+            "int32: split the contracted axis"
+        )
+
+
+def _check_scale_shapes(part, scheme, rows, weights, scales, transpose):
+    (x_name, x_scale), (weight_name, weight_scale) = scales.items()
+    if not scheme.microscaled:
+        check_shape(x_name, x_scale, (1,), "[1]: float32 scales serve a whole operand")
+        check_shape(weight_name, weight_scale, (1,), "[1]: float32 scales serve a whole operand")
+        return
+    pairs = -(-scheme.hidden // 64)
+    check_shape(x_name, x_scale, (rows[0], pairs, 2), "[rows, ceil(H / 64), 2]")
+    lead, layout = weights[:-2], "e, " if len(weights) == 3 else ""
+    if transpose:
+        check_shape(weight_name, weight_scale, (*lead, weights[-2], pairs, 2), f"[{layout}N, ceil(H / 64), 2]")
+    else:
+        check_shape(weight_name, weight_scale, (*lead, pairs, weights[-1], 2), f"[{layout}ceil(H / 64), N, 2]")
