@@ -15,6 +15,7 @@ from moe_jax.errors import (
     check_choice,
     check_dtype,
     check_mask,
+    check_rank,
     check_shape,
     check_type,
     raise_all,
@@ -26,6 +27,7 @@ from moe_jax.plan import Plan
 from moe_jax.routing import route
 from moe_jax.special import special_terms
 from moe_jax.types import LayerStats
+from moe_jax.update_expert import update_expert
 
 Array = jax.Array
 
@@ -40,6 +42,9 @@ def moe_layer(
     *,
     activation: str = "swiglu",
     token_mask: Array | None = None,
+    table: Array | None = None,
+    balance: str = "rank",
+    rank_table: Array | None = None,
 ) -> tuple[Array, LayerStats]:
     """One Mixture-of-Experts layer. Call it per shard, inside ``shard_map`` with ``check_vma=True``.
 
@@ -60,6 +65,11 @@ def moe_layer(
       plan, router: static.
       activation: "swiglu", "gelu" or "clamped_swiglu"; see ``experts.activate``.
       token_mask: [T] bool; false = padding: it goes nowhere, counts nowhere and its result is zero.
+      table: [E_logical, F] i32, the instances of each logical expert, see ``update_expert``. Then the router scores
+        logical experts (E' = E_logical plus the special ones), and ``plan.num_experts`` counts instances.
+      balance: "rank" or "token", how the instances of an expert share its tokens; read with ``table`` only.
+      rank_table: [4 + 2 * ep] i32, who is alive, see ``dispatch``: tokens of removed ranks get nothing from routed
+        experts. Without ``table`` the router must not choose the experts that are gone; choices that do are dropped.
 
     Returns:
       y [T, H] in ``plan.dtype``, and LayerStats over all tokens of the mesh. Differentiable in x and every float
@@ -78,7 +88,9 @@ def moe_layer(
     check_dtype("x", x, (plan.dtype,), "the plan's dtype: cast x, or make a plan with dtype=...")
     if token_mask is not None:
         check_mask("token_mask", token_mask, x.shape[:1], "[T]")
-    check_params(params, plan, router, activation, num_experts=plan.num_local_experts, where="on each device")
+    check_params(
+        params, plan, router, activation, num_experts=plan.num_local_experts, where="on each device", table=table
+    )
 
     x = _compat.as_varying(x, plan.token_axes)
     if token_mask is not None:  # padding may hold anything; from here on it is zero
@@ -91,7 +103,8 @@ def moe_layer(
         token_mask=token_mask,
         axis_name=plan.token_axes,
     )
-    exchange = prepare(routing.expert_ids, plan)
+    expert_ids = routing.expert_ids if table is None else _instances(routing.expert_ids, table, balance, plan)
+    exchange = prepare(expert_ids, plan, rank_table=rank_table)
     num_rounds = count_rounds(exchange, plan)
     experts = {name: params[name] for name in params if name.startswith(("w_", "b_"))}
     experts, x, exchange = _compat.as_varying((experts, x, exchange), plan.token_axes)
@@ -114,9 +127,24 @@ def moe_layer(
     return total.astype(plan.dtype), stats
 
 
+def _instances(expert_ids: Array, table: Array, balance: str, plan: Plan) -> Array:
+    """Ids of logical experts, then special ones -> ids of instances, then special ones."""
+    num_logical = table.shape[0]
+    ids, _ = update_expert(
+        jnp.where(expert_ids < num_logical, expert_ids, -1),
+        table,
+        rank=comm.ep_rank(plan),
+        ep_size=plan.ep_size,
+        balance=balance,
+    )
+    return jnp.where(expert_ids < num_logical, ids, expert_ids - num_logical + plan.num_experts)
+
+
 def check_layer_plan(plan: Plan) -> None:
     """Raises unless ``plan`` is one that the layer can serve."""
     check_type("plan", plan, Plan, "build one with moe_jax.make_plan(...)")
+    if plan.dispatch_recipe is not None and plan.dispatch_recipe.needs_smooth:
+        raise UnsupportedError(f"plan.quant={plan.quant!r} needs scales, which the layer has not; use quant='int8'")
     if plan.num_shared_ranks:
         raise UnsupportedError(
             f"plan.num_shared_ranks={plan.num_shared_ranks}: the layer computes shared experts beside the exchange; "
@@ -135,20 +163,33 @@ def router_logits(params: dict[str, Array], x: Array) -> Array:
 
 
 def param_shapes(
-    plan: Plan, router: RouterConfig, activation: str, *, ffn: int, shared_ffn: int, num_experts: int | None = None
+    plan: Plan,
+    router: RouterConfig,
+    activation: str,
+    *,
+    ffn: int,
+    shared_ffn: int,
+    num_experts: int | None = None,
+    num_logical_experts: int | None = None,
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of everything that ``params`` may hold; ``num_experts`` of the expert weights, all by default."""
+    """Shapes of everything that ``params`` may hold; ``num_experts`` of the expert weights, all by default.
+
+    ``num_logical_experts``: those that the router scores; None: it scores instances.
+    """
     experts, hidden = plan.num_experts if num_experts is None else num_experts, plan.hidden
+    num_ids = plan.num_ids
+    if num_logical_experts is not None:
+        num_ids += num_logical_experts - plan.num_experts
     shapes = {
-        "router": (hidden, plan.num_ids),
-        "router_bias": (plan.num_ids,),
+        "router": (hidden, num_ids),
+        "router_bias": (num_ids,),
         "w_up": (experts, hidden, ffn),
         "w_down": (experts, ffn, hidden),
         "b_up": (experts, ffn),
         "b_down": (experts, hidden),
     }
     if router.selection_bias:
-        shapes["selection_bias"] = (plan.num_ids,)
+        shapes["selection_bias"] = (num_ids,)
     if plan.num_const_experts:
         shapes |= {name: (plan.num_const_experts, hidden) for name in ("const_alpha1", "const_alpha2", "const_v")}
     if plan.num_shared_experts:
@@ -159,9 +200,20 @@ def param_shapes(
     return shapes
 
 
-def check_params(params, plan: Plan, router: RouterConfig, activation: str, *, num_experts: int, where: str) -> None:
+def check_params(
+    params,
+    plan: Plan,
+    router: RouterConfig,
+    activation: str,
+    *,
+    num_experts: int,
+    where: str,
+    table: Array | None = None,
+) -> None:
     """Raises one error that lists all that is wrong with ``params``, of which ``num_experts`` experts lie ``where``."""
     check_type("params", params, dict, "pass a dict of arrays by name")
+    if table is not None:
+        check_rank("table", table, 2, "[E_logical, F]")
     shapes = param_shapes(
         plan,
         router,
@@ -169,6 +221,7 @@ def check_params(params, plan: Plan, router: RouterConfig, activation: str, *, n
         ffn=_width(params, "w"),
         shared_ffn=_width(params, "shared"),
         num_experts=num_experts,
+        num_logical_experts=None if table is None else table.shape[0],
     )
     found = [f"{name!r} is unknown here; {suggest(name, shapes)}" for name in params if name not in shapes]
     for name, shape in shapes.items():

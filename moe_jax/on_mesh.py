@@ -39,6 +39,7 @@ def moe_on_mesh(
     ffn: int = 1024,
     activation: str = "swiglu",
     use_bias: bool = False,
+    num_logical_experts: int | None = None,
 ) -> tuple[Callable, Callable]:
     """The MoE layer on global arrays: ``init(key) -> params`` and ``apply(params, x) -> (y, stats)``.
 
@@ -52,13 +53,16 @@ def moe_on_mesh(
       ffn: F, width of an expert, divisible by tp. A shared expert has width F * ``plan.num_shared_experts``.
       activation: "swiglu", "gelu" or "clamped_swiglu".
       use_bias: whether ``init`` makes the optional biases (zero at first).
+      num_logical_experts: experts that the router scores, where ``apply`` is given a ``table`` of their instances;
+        None: it scores the plan's experts.
 
     Returns:
       init: key -> dict of fp32 arrays: router [H, E'], w_gate (if gated), w_up [E, H, F], w_down [E, F, H],
         selection_bias [E] if the router has one, shared_gate (if gated), shared_up, shared_down if there are shared
         experts, and router_bias, b_gate, b_up, b_down with ``use_bias``.
       apply: (params, x [N, H] in ``plan.dtype``, token_mask [N] bool or None) -> (y [N, H], LayerStats), with N =
-        tokens_per_rank * number of devices, sharded over every axis of the mesh.
+        tokens_per_rank * number of devices, sharded over every axis of the mesh. Its keywords ``table``, ``balance``
+        and ``rank_table`` are those of ``moe_layer``, the same on every device.
 
     Raises:
       InvalidArgumentError: ``ffn`` is not divisible by tp, or the activation is unknown; ``init`` and ``apply`` check
@@ -80,7 +84,16 @@ def moe_on_mesh(
     num_tokens = plan.tokens_per_rank * math.prod(mesh.shape.values())
     over_tokens = PartitionSpec(plan.token_axes)
 
-    shapes = param_shapes(plan, router, activation, ffn=ffn, shared_ffn=ffn * plan.num_shared_experts)
+    if num_logical_experts is not None:
+        check_count("num_logical_experts", num_logical_experts)
+    shapes = param_shapes(
+        plan,
+        router,
+        activation,
+        ffn=ffn,
+        shared_ffn=ffn * plan.num_shared_experts,
+        num_logical_experts=num_logical_experts,
+    )
     chosen = {name: shape for name, shape in shapes.items() if use_bias or name not in OPTIONAL_PARAMS}
     shardings = {name: NamedSharding(mesh, param_spec(name, plan)) for name in chosen}
     draw = jax.jit(lambda key: _draw(key, chosen), out_shardings=shardings)  # compiled once, not at every call
@@ -89,14 +102,24 @@ def moe_on_mesh(
         _check_key(key)
         return draw(key)
 
-    def apply(params: dict[str, Array], x: Array, token_mask: Array | None = None) -> tuple[Array, LayerStats]:
+    def apply(
+        params: dict[str, Array],
+        x: Array,
+        token_mask: Array | None = None,
+        *,
+        table: Array | None = None,
+        balance: str = "rank",
+        rank_table: Array | None = None,
+    ) -> tuple[Array, LayerStats]:
         check_rank("x", x, 2, "[N, H]")
         check_shape("x", x, (num_tokens, plan.hidden), "[N, H], N = tokens_per_rank * devices; pad and use token_mask")
         check_dtype("x", x, (plan.dtype,), "the plan's dtype: cast x, or make a plan with dtype=...")
         if token_mask is not None:
             check_mask("token_mask", token_mask, (num_tokens,), "[N]")
             _check_placed("token_mask", token_mask, over_tokens, mesh)
-        check_params(params, plan, router, activation, num_experts=plan.num_experts, where="over the mesh")
+        check_params(
+            params, plan, router, activation, num_experts=plan.num_experts, where="over the mesh", table=table
+        )
         _check_width(f"params: 'w_up' has shape {params['w_up'].shape}; its width", params["w_up"].shape[-1], plan)
 
         specs = {name: param_spec(name, plan) for name in params}
@@ -104,16 +127,19 @@ def moe_on_mesh(
         for name in params:
             _check_placed(f"params: {name!r}", params[name], specs[name], mesh)
 
-        def shard(params, x, token_mask):
-            return moe_layer(params, x, plan, router, activation=activation, token_mask=token_mask)
+        tables = {"table": table, "rank_table": rank_table}
+
+        def shard(params, x, token_mask, tables):
+            options = {"activation": activation, "token_mask": token_mask, "balance": balance}
+            return moe_layer(params, x, plan, router, **options, **tables)
 
         mapped = _compat.shard_map(
             shard,
             mesh=mesh,
-            in_specs=(specs, over_tokens, over_tokens),
+            in_specs=(specs, over_tokens, over_tokens, PartitionSpec()),
             out_specs=(over_tokens, PartitionSpec()),
         )
-        return mapped(params, x, token_mask)
+        return mapped(params, x, token_mask, tables)
 
     return init, apply
 

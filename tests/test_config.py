@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from moe_jax import config as config_module
 from moe_jax.config import Config, MeshConfig, MoEConfig, RouterConfig, TrainConfig, load_config, override, parse_mesh
 from moe_jax.errors import ConfigError, InvalidArgumentError
 

@@ -1,0 +1,181 @@
+"""The layer with instances of experts, removed ranks, a quantised wire and nodes: against the float64 oracle.
+
+The oracle knows logical experts alone; tables, wires and transports must not show in values or gradients.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import mesh_of
+from test_layer import BALANCE, EXPERTS, TOLERANCE, F, H, K, T, Z, assert_close, make_params, steered_tokens
+
+import moe_jax as moe
+from moe_jax import reference
+
+EP, TP, INSTANCES = 4, 2, 16
+LOCAL = INSTANCES // EP
+EXPERT_WEIGHTS = ("w_gate", "w_up", "w_down", "b_gate", "b_up", "b_down")
+
+
+def make(mesh, *, num_experts=INSTANCES, num_logical_experts=EXPERTS, dtype="float32", **options):
+    size = mesh.devices.size
+    plan = moe.make_plan(
+        mesh, tokens_per_rank=T * EP * TP // size, hidden=H, num_experts=num_experts, top_k=K, dtype=dtype,
+        num_shared_experts=1, poison=True, **options,
+    )  # fmt: skip
+    return moe.moe_on_mesh(
+        mesh, plan, moe.RouterConfig(), ffn=F, use_bias=True, num_logical_experts=num_logical_experts
+    )
+
+
+def logical_params(rng):
+    init, _ = make(mesh_of(EP, TP), num_experts=EXPERTS)
+    return make_params(init, rng)
+
+
+def on_instances(params, owner):
+    """The parameters with a copy of the expert ``owner[i]`` at instance i."""
+    return {name: value[owner] if name in EXPERT_WEIGHTS else value for name, value in params.items()}
+
+
+def table_of(owner, num_ids=None):
+    """[EXPERTS, F] the instances of every expert among the first ``num_ids``."""
+    owner = owner[:num_ids]
+    table = np.zeros((EXPERTS, 1 + len(owner)), np.int32)
+    for e in range(EXPERTS):
+        instances = np.flatnonzero(owner == e)
+        table[e, 0], table[e, 1 : 1 + len(instances)] = len(instances), instances
+    return table
+
+
+def compare(run, params, owner, x, mask, rng, **tables):
+    """Values and gradients of one case; those of an expert are summed over its instances."""
+    ct = rng.normal(size=x.shape).astype(np.float32)
+    (_, (y, stats)), (d_params, d_x) = run(on_instances(params, owner), x, mask, ct, tables)
+    options = {"top_k": K, "token_mask": mask}
+    expected, routing = reference.moe_layer(params, x, moe.RouterConfig(), **options)
+    ct_params, ct_x = reference.moe_layer_vjp(
+        params, x, ct, moe.RouterConfig(), ct_balance=BALANCE, ct_z=Z, **options
+    )
+    assert_close("y", y, expected)
+    assert_close("x", d_x, ct_x)
+    for name, want in ct_params.items():
+        got = np.asarray(d_params[name], np.float64)
+        if name in EXPERT_WEIGHTS:
+            summed = np.zeros(want.shape)
+            np.add.at(summed, owner, got)
+            got = summed
+        assert_close(name, got, want)
+    np.testing.assert_array_equal(stats.load, routing.load)
+    assert stats.num_dropped == 0
+
+
+def value_and_grads(apply):
+    def loss(params, x, mask, ct, tables):
+        y, stats = apply(params, x, mask, **tables)
+        return jnp.sum(y * ct) + BALANCE * stats.losses["balance"] + Z * stats.losses["z"], (y, stats)
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+
+
+@pytest.mark.parametrize("transport", ["padded", "allgather"])
+def test_tables_of_instances_change_nothing_and_never_retrace(transport):
+    rng = np.random.default_rng(0)
+    _, apply = make(mesh_of(EP, TP), transport=transport)
+    chex.clear_trace_counter()
+    run = value_and_grads(chex.assert_max_traces(lambda *args, **kw: apply(*args, **kw), 1))
+    params = logical_params(rng)
+    width = None
+    for pattern in ("random", "one_rank", "masked"):
+        owner = np.concatenate([np.arange(EXPERTS), rng.integers(0, EXPERTS, INSTANCES - EXPERTS)])
+        owner = rng.permutation(owner)
+        table = table_of(owner)
+        assert width in (None, table.shape)
+        width = table.shape
+        x, mask = steered_tokens(pattern, rng, T * EP * TP, EP)
+        compare(run, params, owner, x, mask, rng, table=table)
+
+
+def test_a_killed_rank_takes_no_expert_with_it():
+    """Rank 1 is gone; every expert has an instance on another. Its own tokens get the shared expert alone."""
+    rng = np.random.default_rng(1)
+    _, apply = make(mesh_of(EP, TP))
+    alive = np.array([True, False, True, True])
+    rank_table = moe.make_rank_table(EP, alive, num_experts=INSTANCES)
+    left = LOCAL * alive.sum()  # ids count the instances that are left
+    owner_of_id = rng.permutation(np.concatenate([np.arange(EXPERTS), rng.integers(0, EXPERTS, left - EXPERTS)]))
+    owner = np.zeros(INSTANCES, int)
+    for place, rank in enumerate(np.flatnonzero(alive)):
+        owner[rank * LOCAL : (rank + 1) * LOCAL] = owner_of_id[place * LOCAL : (place + 1) * LOCAL]
+    params = logical_params(rng)
+    x, mask = steered_tokens("random", rng, T * EP * TP, EP)
+    y, stats = jax.jit(apply)(
+        on_instances(params, owner), x, mask, table=table_of(owner_of_id), rank_table=rank_table
+    )
+    expected, _ = reference.moe_layer(params, x, moe.RouterConfig(), top_k=K)
+    shared = {name.replace("shared", "w"): params[name] for name in params if name.startswith("shared")}
+    alone = reference.expert_ffn(x.astype(np.float64), shared, "swiglu")
+    gone = np.repeat(~alive, T * TP)
+    assert_close("y", np.asarray(y)[~gone], expected[~gone])
+    assert_close("y of the killed rank", np.asarray(y)[gone], alone[gone])
+    assert stats.num_dropped == 0
+
+
+@pytest.mark.parametrize("transport", ["padded", "ragged", "allgather"])
+def test_a_quantised_wire_loses_nothing_of_what_it_can_hold(transport):
+    """Rows and cotangents that the recipes represent exactly: the layer must agree with the oracle to fp32."""
+    rng = np.random.default_rng(2)
+    _, apply = make(mesh_of(EP, TP), num_experts=EXPERTS, transport=transport, quant="int8", num_logical_experts=None)
+    params = logical_params(rng)
+    x, mask = steered_tokens("random", rng, T * EP * TP, EP)
+    x = np.clip(np.rint(x * 32), -127, 127)
+    x[:, -1] = 127  # the largest of every row: the multiplier is exactly 1
+    x = (x / 32).astype(np.float32)
+    compare(value_and_grads(apply), params, np.arange(EXPERTS), x, mask, rng)
+
+
+@pytest.mark.parametrize("options", [{"combine_quant": "int8_group8"}, {"backward_quant": "mx_e5m2"}])
+def test_a_quantised_way_back_stays_within_its_error(options):
+    rng = np.random.default_rng(3)
+    params = logical_params(rng)
+    x, mask = steered_tokens("random", rng, T * EP * TP, EP)
+    ct = rng.normal(size=x.shape).astype(np.float32)
+    results = []
+    for chosen in ({}, options):
+        _, apply = make(mesh_of(EP, TP), num_experts=EXPERTS, num_logical_experts=None, transport="padded", **chosen)
+        results.append(value_and_grads(apply)(params, x, mask, ct, {}))
+    (_, (y, _)), (_, d_x) = results[0]
+    (_, (y_hat, _)), (_, d_x_hat) = results[1]
+    bound = {"combine_quant": (1 / 127, 1 / 127), "backward_quant": (0, 0.25)}[next(iter(options))]
+    for got, want, relative in ((y_hat, y, bound[0]), (d_x_hat, d_x, bound[1])):
+        error = np.abs(np.asarray(got) - np.asarray(want)).max() / np.abs(want).max()
+        assert error <= relative + TOLERANCE
+    assert np.array_equal(y, y_hat) == ("combine_quant" not in options)
+    assert not np.array_equal(d_x, d_x_hat)  # rows that come back make the gradient of their weights
+
+
+def test_over_nodes():
+    rng = np.random.default_rng(4)
+    mesh = moe.make_mesh(ep=EP, nodes=2, tp=TP)
+    _, apply = make(mesh, num_experts=EXPERTS, num_logical_experts=None, transport="hierarchy", capacity_factor=1.0)
+    params = logical_params(rng)
+    run = value_and_grads(apply)
+    for pattern in ("random", "one_rank", "masked"):
+        x, mask = steered_tokens(pattern, rng, T * EP * TP, EP)
+        compare(run, params, np.arange(EXPERTS), x, mask, rng)
+
+
+def test_bad_input():
+    init, apply = make(mesh_of(EP, TP))
+    params = init(jax.random.key(0))
+    x = jnp.zeros((T * EP * TP, H))
+    with pytest.raises(moe.MoEError, match="'router' has shape"):
+        apply(params, x)  # its router scores logical experts, and no table says where they are
+    with pytest.raises(moe.MoEError, match="table"):
+        apply(params, x, table=np.zeros(EXPERTS, np.int32))
+    with pytest.raises(moe.MoEError, match="rank_table has shape"):
+        apply(params, x, table=table_of(np.arange(INSTANCES) % EXPERTS), rank_table=np.zeros(3, np.int32))
+    with pytest.raises(moe.errors.UnsupportedError, match="int8_static"):
+        make(mesh_of(EP, TP), quant="int8_static")
