@@ -132,9 +132,10 @@ DEVICES = [
 
 # --- plans -----------------------------------------------------------------------------------------------------------
 
-UNAVAILABLE = {
-    "quant": ("int8", None, 0),
+UNKNOWN = {
+    "quant": ("int4", None, 0),
     "combine_quant": ("fp8", False),
+    "backward_quant": ("fp8", True),
     "product": ("v5e", "", 0),
 }
 MAY_BE_ZERO = (
@@ -176,8 +177,8 @@ PLANS = rows_for(
         ),
         *(({"poison": value}, InvalidArgumentError, f"poison={value!r}", "True or False") for value in (1, "no", None)),
         *(
-            ({name: value}, InvalidArgumentError, f"{name}={value!r} is not available in this version", "leave it at")
-            for name, values in UNAVAILABLE.items()
+            ({name: value}, InvalidArgumentError, f"{name}={value!r} is unknown", "known:")
+            for name, values in UNKNOWN.items()
             for value in values
         ),
         *(({"mesh": mesh}, MeshError, f"mesh={mesh!r}", "moe_jax.make_mesh") for mesh in (None, 8, {"ep": 2}, "ep=2")),
@@ -614,7 +615,7 @@ def test_misuse_is_one_clear_error(call, error, words):
 
 def test_make_plan_reports_everything_at_once():
     wrong = {"hidden": -8, "top_k": True, "dtype": "int8", "transport": "paded", "overflow": 3, "backend": "cpuu"}
-    wrong |= {"capacity_factor": math.nan, "quant": "int8", "num_zero_experts": -2, "poison": "yes"}
+    wrong |= {"capacity_factor": math.nan, "quant": "int4", "num_zero_experts": -2, "poison": "yes"}
     words = [f"{name}={value!r}" for name, value in wrong.items()]
     check_clear(lambda: moe.make_plan(MESH, **SIZES | wrong), InvalidArgumentError, ["10 problems", *words])
 

@@ -4,20 +4,22 @@ import math
 import numbers
 
 import jax.numpy as jnp
-import numpy as np
 
 from moe_jax import quant
 from moe_jax.errors import UnsupportedError, choice_violations, count_violations
 from moe_jax.kernels import FLOAT_DTYPES, backend_names, resolve_backend
 from moe_jax.kernels.table import KERNELS
+from moe_jax.products import ANY, PRODUCTS
+
+_AT_LEAST_ONE = ("hidden", "num_experts", "top_k")  # other sizes may be 0
 
 
-def size_violations(ep_size: int, tp_size: int, **sizes: tuple[object, int]) -> list[str]:
-    """Broken rules of and between the sizes, each given with its least value."""
-    found = [text for name, (value, low) in sizes.items() for text in count_violations(name, value, low)]
+def size_violations(ep_size: int, tp_size: int, sizes: dict[str, object]) -> list[str]:
+    """Broken rules of and between the sizes, by the names of the arguments."""
+    found = [text for name in sizes for text in count_violations(name, sizes[name], int(name in _AT_LEAST_ONE))]
     if found:  # the rules below compare whole numbers
         return found
-    number = {name: int(value) for name, (value, _) in sizes.items()}
+    number = {name: int(value) for name, value in sizes.items()}
     experts, top_k, tokens = number["num_experts"], number["top_k"], number["tokens_per_rank"]
     num_ids = experts + sum(number[f"num_{kind}_experts"] for kind in ("zero", "copy", "const"))
     shared, shared_ranks = number["num_shared_experts"], number["num_shared_ranks"]
@@ -63,7 +65,7 @@ def backend_violations(backend) -> list[str]:
     return found
 
 
-def recipe_violations(hidden, **names) -> list[str]:
+def recipe_violations(hidden, names: dict[str, object]) -> list[str]:
     """Recipes that do not exist, need a scale that only the caller of dispatch has, or cannot store the width."""
     found = []
     for argument, name in names.items():
@@ -79,14 +81,68 @@ def recipe_violations(hidden, **names) -> list[str]:
     return found
 
 
-def unavailable(**options) -> list[str]:
-    """Options of the operator family that this version does not serve; anything but their default is refused."""
-    found = []
-    for name, (value, default) in options.items():
-        plain = value.item() if isinstance(value, np.generic) else value
-        if type(plain) is not type(default) or plain != default:
-            found.append(f"{name}={value!r} is not available in this version; leave it at {default!r}")
-    return found
+_QUANT_MODES = {"none": 0, "int8_static": 1, "int8": 2, "fp8_e4m3": 2, "fp8_e5m2": 2}  # of dispatch
+_COMBINE_MODES = {"none": 0, "int8_group8": 2, "mx_e5m2": 3, "mx_e4m3": 4}
+_OUTPUTS = {"int8": "int8", "e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2", "e2m1": "float4_e2m1fn"}
+
+
+def product_violations(product, ep_size: int, tp_size: int, dtype, transport, recipes, sizes) -> list[str]:
+    """What the operators of a product's family do not take: ``moe_jax.products`` has the limits and their sources."""
+    if product is None:
+        return []
+    found = choice_violations("product", product, PRODUCTS)
+    known = all(isinstance(name, str) and name in quant.NAMES for name in recipes.values())
+    if found or not known or any(count_violations(name, value, 0) for name, value in sizes.items()):
+        return found  # the rules below compare whole numbers and recipes
+    out, back = recipes["quant"], recipes["combine_quant"]
+    holders = ep_size - sizes["num_shared_ranks"]
+    local = sizes["num_experts"] // holders if holders > 0 else 0
+    values = {
+        "ep_world_size": (f"mesh: ep={ep_size}", ep_size),
+        "tp_world_size": (f"mesh: tp={tp_size}", tp_size if tp_size > 1 else 0),
+        "local_experts": (f"num_experts={sizes['num_experts']} on {holders} ranks", local),
+        "local_experts_with_tp": (f"tp={tp_size} with {local} experts per rank", local if tp_size > 1 else None),
+        "experts_by_ranks": (f"{local} experts per rank times ep={ep_size}", local * ep_size),
+        "quant_mode": (f"quant={out!r}", _quant_mode(out)),
+        "comm_quant_mode": (f"combine_quant={back!r}", _COMBINE_MODES.get(back, -1)),
+    }
+    for quantity, argument in _QUANTITIES.items():
+        values[quantity] = (f"{argument}={sizes[argument]}", sizes[argument])
+    for operator in ("moe_distribute_dispatch_v4", "moe_distribute_combine_v4"):
+        limits = PRODUCTS[product].operators[operator].under("hierarchy" if transport == "hierarchy" else "")
+        for quantity, legal in (ANY[operator].values | limits.values).items():
+            what, value = values.get(quantity, ("", None))
+            if value is not None and not legal.allows(value):
+                found.append(f"{what} is not legal on product={product!r}: {quantity} must be {legal}")
+        rows = limits.dtypes.get("x", limits.dtypes.get("expand_x", ()))
+        if rows and str(dtype) not in rows:
+            found.append(f"dtype={dtype!r} is not legal on product={product!r}: rows are {' or '.join(rows)}")
+        outputs = limits.dtypes.get(f"y_dtype:{_quant_mode(out)}")
+        if outputs and next(name for part, name in _OUTPUTS.items() if part in out) not in outputs:
+            found.append(f"quant={out!r} is not legal on product={product!r}: it makes {' or '.join(outputs)}")
+    return list(dict.fromkeys(found))
+
+
+_QUANTITIES = {
+    "moe_expert_num": "num_experts",
+    "tokens": "tokens_per_rank",
+    "hidden": "hidden",
+    "top_k": "top_k",
+    "shared_expert_num": "num_shared_experts",
+    "shared_expert_rank_num": "num_shared_ranks",
+    "zero_expert_num": "num_zero_experts",
+    "copy_expert_num": "num_copy_experts",
+    "const_expert_num": "num_const_experts",
+}
+
+
+def _quant_mode(name) -> int:
+    """The quant_mode of dispatch that a recipe is; -1 for none of them."""
+    if name in _QUANT_MODES:
+        return _QUANT_MODES[name]
+    if name == "int8_group8":
+        return -1
+    return 3 if name.endswith("group128") else 5 if name.startswith("mx_clip") else 4
 
 
 def capacity_violations(capacity_factor) -> list[str]:

@@ -11,7 +11,8 @@ from moe_jax.errors import choice_violations, flag_violations, raise_all
 from moe_jax.kernels import resolve_backend
 from moe_jax.mesh import check_mesh
 from moe_jax.plan import checks
-from moe_jax.plan.plan import Plan, balanced_rows
+from moe_jax.plan.cost import balanced_rows, row_bytes, wire_bytes
+from moe_jax.plan.plan import Plan
 
 
 def make_plan(
@@ -56,7 +57,8 @@ def make_plan(
         token and a constant vector; their ids follow E, they send no row. See ``moe_jax.special``.
       quant: recipe of the rows on their way to the experts, see ``moe_jax.quant``; "none" sends them as they are.
       combine_quant: recipe of the rows on their way back; any that takes no scale of the caller's.
-      product: only None is legal in this version.
+      product: "a2", "a3" or "a5": also refuse what the reference operators refuse on that hardware, see
+        ``moe_jax.products``; None: whatever is possible.
       transport: "padded" (all_to_all of equal blocks), "ragged" (ragged_all_to_all), "allgather" (all tokens out,
         reduce-scatter back), or "auto": the one with the fewest bytes on the wire.
       overflow: "dropless": what does not fit into a round waits for the next; "drop": it is dropped and counted.
@@ -77,61 +79,62 @@ def make_plan(
     check_mesh(mesh)
     shape = mesh.shape
     ep_axis = tuple(name for name in ("node", "ep") if name in shape)
-    ep_size = math.prod(shape[name] for name in ep_axis)
+    ep_size, tp_size = math.prod(shape[name] for name in ep_axis), shape["tp"]
+    sizes = {
+        "tokens_per_rank": tokens_per_rank,
+        "hidden": hidden,
+        "num_experts": num_experts,
+        "top_k": top_k,
+        "num_shared_experts": num_shared_experts,
+        "num_shared_ranks": num_shared_ranks,
+        "num_zero_experts": num_zero_experts,
+        "num_copy_experts": num_copy_experts,
+        "num_const_experts": num_const_experts,
+    }
+    recipes = {"quant": quant, "combine_quant": combine_quant, "backward_quant": backward_quant}
     violations = [
-        *checks.size_violations(
-            ep_size,
-            shape["tp"],
-            tokens_per_rank=(tokens_per_rank, 0),
-            hidden=(hidden, 1),
-            num_experts=(num_experts, 1),
-            top_k=(top_k, 1),
-            num_shared_experts=(num_shared_experts, 0),
-            num_shared_ranks=(num_shared_ranks, 0),
-            num_zero_experts=(num_zero_experts, 0),
-            num_copy_experts=(num_copy_experts, 0),
-            num_const_experts=(num_const_experts, 0),
-        ),
+        *checks.size_violations(ep_size, tp_size, sizes),
         *checks.dtype_violations(dtype),
         *choice_violations("transport", transport, TRANSPORTS),
         *choice_violations("overflow", overflow, OVERFLOWS),
         *checks.backend_violations(backend),
         *checks.capacity_violations(capacity_factor),
         *flag_violations("poison", poison),
-        *checks.recipe_violations(hidden, quant=quant, combine_quant=combine_quant, backward_quant=backward_quant),
-        *checks.unavailable(product=(product, None)),
+        *checks.recipe_violations(hidden, recipes),
+        *checks.product_violations(product, ep_size, tp_size, dtype, transport, recipes, sizes),
     ]
     raise_all(violations, "make_plan")
 
-    tokens_per_rank, top_k, platform = int(tokens_per_rank), int(top_k), _platform(mesh)
-    balanced = balanced_rows(tokens_per_rank, top_k, ep_size, int(num_shared_ranks))
-    pair_capacity = _pair_capacity(balanced, tokens_per_rank * top_k, capacity_factor)
-    transport, reason = _choose_transport(transport, platform, ep_size, tokens_per_rank, top_k, pair_capacity, dtype)
+    sizes = {name: int(value) for name, value in sizes.items()}
+    dtype, platform = str(jnp.dtype(dtype)), _platform(mesh)
+    tokens, most = sizes["tokens_per_rank"], sizes["tokens_per_rank"] * sizes["top_k"]
+    balanced = balanced_rows(tokens, sizes["top_k"], ep_size, sizes["num_shared_ranks"])
+    pair_capacity = _pair_capacity(balanced, most, capacity_factor)
+    reason = "as asked"
+    if transport == "auto":
+        candidates = ("padded", "allgather", "ragged") if platform == "tpu" else ("padded", "allgather")
+        out, back = (row_bytes(name, sizes["hidden"], dtype) for name in (quant, combine_quant))
+        group = {"ep_size": ep_size, "tp_size": tp_size, "tokens": tokens, "hidden": sizes["hidden"]}
+        wire = wire_bytes(**group, balanced=balanced, pair_capacity=pair_capacity, out=out, back=back)
+        transport = min(candidates, key=wire.get)
+        words = ", ".join(f"{name} {wire[name]:,.0f}" for name in candidates)
+        reason = f"fewest bytes that a device sends in a balanced forward pass ({words})"
     return Plan(
         ep_axis=ep_axis,
         tp_axis="tp",
         dp_axis=tuple(name for name in shape if name not in ("node", "ep", "tp")),
         ep_size=ep_size,
-        tp_size=shape["tp"],
-        tokens_per_rank=tokens_per_rank,
-        hidden=int(hidden),
-        num_experts=int(num_experts),
-        top_k=top_k,
-        dtype=str(jnp.dtype(dtype)),
-        num_shared_experts=int(num_shared_experts),
-        num_shared_ranks=int(num_shared_ranks),
-        num_zero_experts=int(num_zero_experts),
-        num_copy_experts=int(num_copy_experts),
-        num_const_experts=int(num_const_experts),
-        quant=quant,
-        combine_quant=combine_quant,
-        backward_quant=backward_quant,
+        tp_size=tp_size,
+        num_nodes=shape.get("node", 1),
+        dtype=dtype,
         transport=transport,
         transport_reason=reason,
         overflow=overflow,
         pair_capacity=pair_capacity,
         backend=resolve_backend("grouped_matmul", backend, platform=platform).name,
         poison=bool(poison),
+        **sizes,
+        **recipes,
     )
 
 
@@ -146,19 +149,3 @@ def _pair_capacity(balanced: float, most: int, capacity_factor: float | None) ->
     else:
         capacity = math.ceil(min(float(min(capacity_factor, 1e9)) * balanced, most))
     return max(1, min(capacity, most))
-
-
-def _choose_transport(transport, platform, ep_size, tokens, top_k, pair_capacity, dtype) -> tuple[str, str]:
-    """The transport and why, by bytes that a device sends in a balanced forward pass."""
-    if transport != "auto":
-        return transport, "as asked"
-    itemsize = jnp.dtype(dtype).itemsize
-    wire = {
-        "padded": 2 * (ep_size - 1) * pair_capacity * itemsize,
-        "allgather": (ep_size - 1) * tokens * (itemsize + 4),
-    }
-    if platform == "tpu":  # the native instruction; slow inside a node on GPUs, emulated on CPUs
-        wire["ragged"] = 2 * (ep_size - 1) * tokens * top_k / ep_size * itemsize
-    best = min(wire, key=wire.get)
-    words = ", ".join(f"{name} {size:,.0f}" for name, size in wire.items())
-    return best, f"fewest bytes per hidden unit that a device sends in a balanced forward pass ({words})"

@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from moe_jax.plan.cost import balanced_rows, row_bytes
 from moe_jax.quant import Recipe, recipe
 
 
@@ -19,6 +20,7 @@ class Plan:
     dp_axis: tuple[str, ...]
     ep_size: int
     tp_size: int
+    num_nodes: int
     tokens_per_rank: int
     hidden: int
     num_experts: int
@@ -108,16 +110,27 @@ class Plan:
     def workspace(self) -> dict[str, int]:
         """Bytes per device of the buffers of one round of the layer, by purpose (forward pass)."""
         row = self.hidden * jnp.dtype(self.dtype).itemsize
+        out, back = (row_bytes(name, self.hidden, self.dtype) for name in (self.quant, self.combine_quant))
         rows = self.num_rows(self.pair_capacity)
         slots = self.ep_size * self.pair_capacity
         tokens = self.tp_size * self.ep_size * self.tokens_per_rank
         if self.transport == "allgather":
-            buffers = {"arrival": tokens * row, "return": tokens * self.hidden * 4}
+            buffers = {"arrival": tokens * out, "return": tokens * self.hidden * 4}
             integers = 2 * tokens * self.top_k + rows
+        elif self.transport == "hierarchy":
+            crossing = self.num_nodes * min(self.tokens_per_rank, self.ep_size // self.num_nodes * self.pair_capacity)
+            arrival = self.tp_size * slots
+            buffers = {
+                "crossing": 2 * crossing * out,
+                "send": slots * out,
+                "arrival": arrival * out,
+                "return": slots * row + crossing * (4 * self.hidden + back),
+            }
+            integers = crossing * (1 + self.num_copies) + self.tokens_per_rank * self.num_nodes + slots + arrival + rows
         else:
             sent = min(slots, self.num_pairs) if self.transport == "ragged" else slots
             arrival = self.tp_size * slots
-            buffers = {"send": sent * row, "arrival": arrival * row, "return": self.num_pairs * row}
+            buffers = {"send": sent * out, "arrival": arrival * out, "return": self.num_pairs * back}
             integers = sent + 3 * self.num_pairs + arrival + rows
         counts = (self.tp_size + 1) * self.num_experts
         return {**buffers, "rows": rows * row, "integers": 4 * (integers + counts)}
@@ -137,15 +150,10 @@ class Plan:
             f"transport  {self.transport}: {self.transport_reason}",
             f"capacity   {self.pair_capacity} rows per pair of ranks and round{slack}; "
             f"{self.num_rows(self.pair_capacity)} rows per device",
+            f"wire       out {self.quant}, back {self.combine_quant}, cotangents {self.backward_quant}",
             f"overflow   {self.overflow}, "
             + (f"at most {self.max_rounds} rounds" if self.overflow == "dropless" else "counting what does not fit"),
             f"backend    {self.backend}",
             "workspace  " + ", ".join(f"{name} {size:,} B" for name, size in self.workspace().items()),
         ]
         return "\n".join(lines)
-
-
-def balanced_rows(tokens: int, top_k: int, ep_size: int, num_shared_ranks: int) -> float:
-    """Rows that a rank sends another when routes are even; a rank of a shared expert gets every token it serves."""
-    routed = tokens * top_k / (ep_size - num_shared_ranks)
-    return max(routed, float(tokens)) if num_shared_ranks else routed
