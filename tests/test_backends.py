@@ -135,6 +135,37 @@ def test_transports_are_resolved_like_kernels():
     assert moe_jax.resolve_backend("grouped_matmul").name == "cpu"
 
 
+@pytest.mark.parametrize("capacity", [1.0, 8.0])
+def test_a_layer_mixes_what_back_ends_bring(capacity):
+    """Under "auto" one brings a kernel, another moves the rows, in windows of any length; the rest is served as ever."""
+    calls = []
+
+    def move(blocks, axes):
+        calls.append(blocks.shape)
+        return jax.lax.all_to_all(blocks, axes, 0, 0)
+
+    mine = Counting(platforms=("cpu",), kernels=("grouped_matmul",))
+    moe_jax.register_backend(mine.backend)
+    moe_jax.register_backend(moe_jax.Backend(name="mover", platforms=("cpu",), transports={"padded": move}))
+    mesh = moe_jax.make_mesh(ep=4)
+    plan = moe_jax.make_plan(
+        mesh, tokens_per_rank=4, hidden=8, num_experts=8, top_k=2, dtype="float32", transport="padded",
+        capacity_factor=capacity,
+    )  # fmt: skip
+    assert plan.backend == "auto"
+    init, apply = moe_jax.moe_on_mesh(mesh, plan, moe_jax.RouterConfig(), ffn=4)
+    gradient = jax.grad(lambda params: apply(params, jnp.ones((16, 8)))[0].sum())(init(jax.random.key(0)))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    assert mine.calls["grouped_matmul"] > 0
+    assert {shape[1] for shape in calls} == {plan.pair_capacity}
+    calls.clear()
+    everywhere = jax.sharding.PartitionSpec(("ep", "tp"))
+    sent = jax.shard_map(
+        lambda x, ids: moe_jax.dispatch(x, ids, plan).x, mesh=mesh, in_specs=everywhere, out_specs=everywhere
+    )(jnp.ones((16, 8)), jnp.zeros((16, 2), jnp.int32))
+    assert calls and (sent[:32] == 1).all()  # rank 0 got every pair
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 

@@ -115,7 +115,14 @@ def exchange_compact(rows: Array, sizes: Array, num_out: int, plan, *, output: A
         output = _compat.as_varying(jnp.zeros((num_out, rows.shape[-1]), rows.dtype), _compat.varying_axes(rows))
     if plan.transport == "padded":
         return chunked_all_to_all(
-            rows, output, sizes, exclusive_cumsum(send), arrival_starts[:, me], plan.ep_axis, chunk=plan.pair_capacity
+            rows,
+            output,
+            sizes,
+            exclusive_cumsum(send),
+            arrival_starts[:, me],
+            plan.ep_axis,
+            chunk=plan.pair_capacity,
+            all_to_all=find_transport("padded", plan.backend),
         )
     custom = find_transport("ragged", plan.backend)
     return (custom or portable_ragged_all_to_all)(

@@ -46,7 +46,10 @@ def exchange_inside_compact(rows: Array, sizes: Array, num_out: int, plan, *, ch
     arrival_starts = exclusive_cumsum(sizes[:, me])
     output = _compat.as_varying(jnp.zeros((num_out, rows.shape[1]), rows.dtype), _compat.varying_axes(rows))
     starts = exclusive_cumsum(sizes[me])
-    return chunked_all_to_all(rows, output, sizes, starts, arrival_starts, _inside(plan), chunk=chunk)
+    custom = find_transport("padded", plan.backend)
+    return chunked_all_to_all(
+        rows, output, sizes, starts, arrival_starts, _inside(plan), chunk=chunk, all_to_all=custom
+    )
 
 
 def swap_with_nodes(entries: Array, plan) -> Array:

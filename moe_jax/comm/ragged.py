@@ -195,13 +195,16 @@ def wire_rows(sizes: Array, chunk: int) -> tuple[Array, Array]:
     return padded(jnp.max(sizes)), padded(jnp.max(first)) + padded(jnp.max(second))
 
 
-def chunked_all_to_all(operand, output, sizes, input_offsets, arrival_offsets, axes, *, chunk: int) -> Array:
+def chunked_all_to_all(
+    operand, output, sizes, input_offsets, arrival_offsets, axes, *, chunk: int, all_to_all=None
+) -> Array:
     """Direct schedule: [N, F] slices into [M, F], ``chunk`` rows of each slice per all_to_all.
 
     Args:
       sizes: [W, W] rows from each rank to each, the same everywhere.
       input_offsets: [W] first row of the slice for each rank.
       arrival_offsets: [W] first row of the result for each source.
+      all_to_all: (blocks [W, chunk, F], axes) -> the same; None: JAX's.
     """
     num_ranks, num_out = sizes.shape[0], output.shape[0]
     if not operand.shape[0] or not num_out:
@@ -212,7 +215,7 @@ def chunked_all_to_all(operand, output, sizes, input_offsets, arrival_offsets, a
     def exchange(step, result):
         rows = input_offsets[:, None] + step * chunk + inner
         sent = jnp.take(operand, rows.ravel(), axis=0, mode="clip").reshape(num_ranks, chunk, -1)
-        received = lax.all_to_all(sent, axes, 0, 0)
+        received = all_to_all(sent, axes) if all_to_all else lax.all_to_all(sent, axes, 0, 0)
 
         def place(source, result):
             first = arrival_offsets[source] + step * chunk

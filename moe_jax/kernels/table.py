@@ -116,9 +116,17 @@ def resolve_backend(kernel: str, name: str = "auto", *, platform: str | None = N
     return _TABLE["xla"]
 
 
+def resolve_all(platform: str) -> str:
+    """The back end of a plan under "auto": the one that serves everything, or "auto" where several share the work."""
+    chosen = {resolve_backend(kernel, platform=platform).name for kernel in KERNELS}
+    brought = {resolve_backend(transport, platform=platform).name for transport in TRANSPORTS} - {"xla"}
+    return chosen.pop() if len(chosen | brought) == 1 else "auto"
+
+
 def find_transport(transport: str, backend: str) -> Callable | None:
     """What back end ``backend`` brings along for ``transport``; None where the portable collectives serve."""
-    return _TABLE[backend].transports.get(transport)
+    found = resolve_backend(transport) if backend == "auto" else _TABLE[backend]
+    return found.transports.get(transport)
 
 
 def call_kernel(kernel: str, backend: str, *operands: jax.Array, **static):

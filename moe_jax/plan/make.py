@@ -8,7 +8,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from moe_jax.config import OVERFLOWS, TRANSPORTS
 from moe_jax.errors import choice_violations, flag_violations, raise_all
-from moe_jax.kernels import resolve_backend
+from moe_jax.kernels.table import resolve_all
 from moe_jax.mesh import check_mesh
 from moe_jax.plan import checks
 from moe_jax.plan.cost import balanced_rows, row_bytes, wire_bytes
@@ -66,7 +66,7 @@ def make_plan(
         None: 1.25, and four
         standard deviations of a uniform router at least. Never more than T * K.
       backward_quant: recipe of the cotangents of rows, both ways; as ``combine_quant``.
-      backend: a registered back end, or "auto": the one of the mesh's platform.
+      backend: a registered back end, or "auto": the one of the mesh's platform, or several if none has everything.
       poison: fill every slot and row that nobody may read with NaN, to prove that nobody does. For tests.
 
     Raises:
@@ -131,7 +131,7 @@ def make_plan(
         transport_reason=reason,
         overflow=overflow,
         pair_capacity=pair_capacity,
-        backend=resolve_backend("grouped_matmul", backend, platform=platform).name,
+        backend=resolve_all(platform) if backend == "auto" else backend,
         poison=bool(poison),
         **sizes,
         **recipes,
