@@ -154,9 +154,7 @@ def _dispatch(
     timed = performance_info is not None
     handle = open_window(exchange, 0, _capacity(plan), plan, compact=False if timed else None)
     buffer = None if window is None else window.data
-    sent = send_rows(
-        x, handle, smooth=smooth_scales, weights=combine_weights, buffer=buffer, timed=timed
-    )
+    sent = send_rows(x, handle, smooth=smooth_scales, weights=combine_weights, buffer=buffer, timed=timed)
     result = Dispatched(
         x=sent.rows if sent.values is None else sent.values,
         scales=sent.scale,
@@ -169,8 +167,8 @@ def _dispatch(
     if sent.arrival is None:
         return _kept(result, window, performance_info)
     if window is not None:
-        counts = jnp.sum(handle.recv_counts[comm.tp_rank(plan)], axis=-1)
-        window = Window(data=sent.arrival.data, counts=counts, step=window.step + 1)
+        counts = jnp.sum(handle.recv_counts[comm.tp_rank(plan)], axis=-1, dtype=jnp.int32)
+        window = Window(data=sent.arrival.data, counts=jnp.minimum(counts, _capacity(plan)), step=window.step + 1)
     if timed:
         performance_info = performance_info + sent.arrival.microseconds.astype(performance_info.dtype)
     return _kept(result, window, performance_info)

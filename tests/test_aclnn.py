@@ -23,7 +23,8 @@ NORM = "moe_distribute_combine_add_rms_norm_v2"
 def groups(config):
     names = {"group_ep": ("node", "ep") if config.nodes > 1 else "ep", "ep_world_size": config.world}
     names |= {"group_tp": "tp"} if config.tp > 1 else {}
-    return names | {"comm_alg": "hierarchy" if config.nodes > 1 else ""}
+    fullmesh = ("", "fullmesh", "fullmesh_v1", "fullmesh_v2", None)[(config.tokens + config.top_k) % 5]
+    return names | {"comm_alg": "hierarchy" if config.nodes > 1 else fullmesh}
 
 
 @functools.lru_cache(maxsize=4)
@@ -75,8 +76,6 @@ def over_ranks(config, drawn):
 
 def compare(config, rng):
     drawn = data(rng, config)
-    if config.elastic and config.norm:
-        pass
     sent, out = jax.tree.map(np.asarray, program(config)(over_ranks(config, drawn)))
     expected = family.moe_distribute_dispatch(
         drawn["x"], drawn["expert_ids"], **dispatch_arrays(config, drawn), **config.dispatch

@@ -151,7 +151,7 @@ def _total(given: dict[str, Any]) -> tuple[Array, Array, Array | None]:
     arrays = {name: value for name, value in given.items() if isinstance(value, jax.Array)}
     given = given | _compat.as_varying(arrays, plan.exchange_axes)
     mask = worlds.as_pair_mask(given["x_active_mask"], given["expert_ids"])
-    active = worlds.active_tokens(mask, tokens)
+    active = worlds.active_tokens(mask, tokens, plan, given["elastic_info"])
     weights = given["expert_scales"]
     if not weights.size:  # a plain sum
         weights = jnp.ones_like(given["expand_x"], shape=given["expert_ids"].shape, dtype=jnp.float32)

@@ -16,6 +16,14 @@ from moe_jax.rank_table import RankTable
 Array = jax.Array
 
 _FP8 = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
+# The reference's algorithms differ in how rows move, and so do the transports; fullmesh ones give the same bits.
+_TRANSPORTS = {
+    "": "padded",
+    "fullmesh": "padded",
+    "fullmesh_v1": "padded",
+    "fullmesh_v2": "ragged",
+    "hierarchy": "hierarchy",
+}
 _COMBINE_RECIPES = {0: "none", 2: "int8_group8", 3: "mx_e5m2", 4: "mx_e4m3"}
 
 
@@ -88,7 +96,7 @@ def make_world(
         num_const_experts=const_expert_num,
         quant=quant,
         combine_quant=_COMBINE_RECIPES[comm_quant_mode],
-        transport="hierarchy" if comm_alg == "hierarchy" else "padded",
+        transport=_TRANSPORTS[comm_alg or ""],
     )
     plan = dataclasses.replace(plan, ep_axis=ep_axes, tp_axis=tp_axes[0] if tp_axes else None)
     most = global_bs // ep_world_size if global_bs else tokens
@@ -112,11 +120,12 @@ def as_pair_mask(x_active_mask: Array | None, expert_ids: Array) -> Array | None
     return jnp.arange(expert_ids.shape[0]) < jnp.sum(x_active_mask)
 
 
-def active_tokens(mask: Array | None, tokens: int) -> Array:
-    """[B] bool, the tokens whose rows combine writes."""
-    if mask is None:
-        return jnp.ones(tokens, bool)
-    return mask if mask.ndim == 1 else jnp.any(mask, axis=1)
+def active_tokens(mask: Array | None, tokens: int, plan: Plan, elastic_info: Array | None) -> Array:
+    """[B] bool, the tokens whose rows combine writes; none on a rank that was removed."""
+    active = jnp.ones(tokens, bool) if mask is None else mask if mask.ndim == 1 else jnp.any(mask, axis=1)
+    if elastic_info is None:
+        return active
+    return active & (read_table(elastic_info, plan).logical[comm.ep_rank(plan)] >= 0)
 
 
 def open_exchange(

@@ -61,7 +61,8 @@ def make_plan(
         ``moe_jax.products``; None: whatever is possible.
       transport: "padded" (all_to_all of equal blocks), "ragged" (ragged_all_to_all), "allgather" (all tokens out,
         reduce-scatter back), or "auto": the one with the fewest bytes on the wire.
-      overflow: "dropless": what does not fit into a round waits for the next; "drop": it is dropped and counted.
+      overflow: "dropless": what does not fit into a round waits for the next; "drop": it is dropped and counted. Each
+        pair of ranks keeps the front of its list, which is sorted by expert: the last experts of a rank lose most.
       capacity_factor: rows that a pair of ranks can move in a round, relative to the balanced load, T * K / ep;
         None: 1.25, and four
         standard deviations of a uniform router at least. Never more than T * K.
