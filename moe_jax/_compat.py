@@ -59,13 +59,13 @@ def bound_axis_size(axis: str) -> int | None:
         return None
 
 
-def bound_axes(axis_name: Any) -> tuple[str, ...]:
-    """The mesh axes that an ``axis_name`` argument names, as a tuple; raises where they cannot serve here."""
+def bound_axes(axis_name: Any, argument: str = "axis_name") -> tuple[str, ...]:
+    """The mesh axes that an argument names, as a tuple; raises where they cannot serve here."""
     axes = (axis_name,) if isinstance(axis_name, str) else axis_name
     named = isinstance(axes, (tuple, list)) and all(isinstance(axis, str) for axis in axes)
     if not named or not axes or len(set(axes)) < len(axes):
-        raise InvalidArgumentError(f"axis_name={axis_name!r} must be the name of a mesh axis, or a tuple of such names")
+        raise InvalidArgumentError(f"{argument}={axis_name!r} must be the name of a mesh axis, or a tuple of such names")
     for axis in axes:
         if bound_axis_size(axis) is None:
-            raise MeshError(f"axis_name={axis!r} is not bound here; call this inside jax.shard_map over that axis")
+            raise MeshError(f"{argument}={axis!r} is not bound here; call this inside jax.shard_map over that axis")
     return tuple(axes)

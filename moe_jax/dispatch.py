@@ -63,7 +63,8 @@ def dispatch(
       rank_table: [4 + 2 * ep] i32, who is alive; see ``make_rank_table``. Then expert ids count the experts of the
         ranks that are left, and rows come by logical source rank. Removed ranks send and get nothing.
       window: what ``make_receive_window`` returned, or the last dispatch; donate it. Arrivals are written into it. A
-        pair for a rank whose window is at another step is not sent, and counted in ``stats.num_stale``.
+        pair for a rank whose window is at another step is not sent, and counted in ``stats.num_stale``. Slots past
+        what ``window.counts`` says may hold what older steps left.
       performance_info: [W] int, to which the microseconds are added that this rank waited for each source: the
         exchange then goes to one peer after the other, with the host's clock in between. For "padded" and "ragged".
 

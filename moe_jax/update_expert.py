@@ -86,6 +86,7 @@ def update_expert(
 
 
 def _instances(expert_ids, table, rank, ep_size, balance):
+    table = jnp.asarray(table)  # NumPy's cannot be indexed by what is traced
     num_experts, width = table.shape
     known = (expert_ids >= 0) & (expert_ids < num_experts)
     expert = jnp.where(known, expert_ids, 0).astype(jnp.int32)

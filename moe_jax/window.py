@@ -39,6 +39,16 @@ class Window:
     counts: Array  # [W] i32, by source: rows that came; after receivable_test: source + 1, or 0
     step: Array  # [1] i32, the step that wrote it
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of ``data``: a first phase of ``moe_jax.aclnn`` takes a window where the reference has a buffer."""
+        return self.data.shape
+
+    @property
+    def dtype(self) -> Any:
+        """That of ``data``."""
+        return self.data.dtype
+
 
 def make_window(num_rows: int, width: int, dtype: Any, num_ranks: int) -> Window:
     """A window of zeros: data [num_rows, width] in ``dtype``, counts [num_ranks], step 0.
@@ -213,7 +223,7 @@ def _check_links(name: str, mask: Array, num_ranks: int) -> None:
 
 
 def _check_window(window: Window, num_ranks: int) -> None:
-    check_type("window", window, Window, "build it with moe_jax.make_window")
+    check_type("window", window, Window, "build it with moe_jax.make_receive_window")
     check_rank("window.data", window.data, 2, "[A, V]")
     check_shape("window.counts", window.counts, (num_ranks,), "[W]")
     check_dtype("window.counts", window.counts, ("int32",))

@@ -25,7 +25,7 @@ class Executor:
     arrays: tuple[tuple[str, tuple[int, ...], str], ...]  # name, shape and dtype of each array that was checked
 
     def __call__(self, **arrays: Any) -> Any:
-        """Runs the operator inside ``shard_map`` on arrays of the shapes and dtypes that were checked.
+        """Runs the operator inside ``shard_map`` on arrays of the shapes and dtypes that were checked; None = not given.
 
         Raises:
           InvalidArgumentError: an array that was not among the checked ones.
@@ -33,6 +33,7 @@ class Executor:
           ShapeError, DtypeError: an array is not like the one that was checked.
           UnsupportedError: ``moe_jax.aclnn`` has the checks of this operator, but not the operator.
         """
+        arrays = {name: array for name, array in arrays.items() if array is not None}
         self._check(arrays)
         aclnn = importlib.import_module("moe_jax.aclnn")
         operator = getattr(aclnn, self.operator_name, None)
@@ -44,7 +45,7 @@ class Executor:
         names = [name for name, _, _ in self.arrays]
         for name, array in arrays.items():
             if name not in names:
-                came = "None" if array is None else f"an array of shape {getattr(array, 'shape', '?')}"
+                came = f"an array of shape {getattr(array, 'shape', '?')}"
                 raise InvalidArgumentError(
                     f"{name}={came} was not given to {self.operator_name}_get_workspace_size; {suggest(name, names)}"
                 )

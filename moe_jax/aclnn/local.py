@@ -45,7 +45,7 @@ def moe_update_expert(
         given["local_rank_id"] = None
     workspace.moe_update_expert_get_workspace_size(**given)
     if rank is None:
-        rank = comm.rank_along(_compat.bound_axes(group_ep)) if balance_mode == 0 else 0
+        rank = comm.rank_along(_compat.bound_axes(group_ep, "group_ep")) if balance_mode == 0 else 0
     ids, mask = update_expert(
         expert_ids,
         eplb_table,

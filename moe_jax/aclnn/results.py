@@ -58,7 +58,7 @@ class UpdateExpertOutput(NamedTuple):
     """Of ``moe_update_expert``."""
 
     balanced_expert_ids: Array  # [BS, K]
-    balanced_active_mask: Array  # [BS, K] bool; all true without pruning
+    balanced_active_mask: Array | None  # [BS, K] bool; None without pruning
 
 
 class GroupedMatmulAllToAllvOutput(NamedTuple):

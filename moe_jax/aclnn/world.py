@@ -104,7 +104,7 @@ def make_world(
 
 
 def _bound(name: str, group: Any, size: int) -> tuple[str, ...]:
-    axes = _compat.bound_axes(group)
+    axes = _compat.bound_axes(group, name)
     bound = 1
     for axis in axes:
         bound *= _compat.bound_axis_size(axis)

@@ -114,7 +114,8 @@ def await_live(tree: Any, live: Array, axes: tuple[str, ...], timeout_us: int) -
 def group_of(axes: tuple[str, ...]) -> tuple[str, Array]:
     """The layout that ``axes`` belong to, and which of its groups this rank is in: the index along all other axes."""
     mesh = jax.sharding.get_abstract_mesh()
-    others = tuple(sorted(set(mesh.manual_axes) - set(axes)))  # in the same order in every process
+    others = set(mesh.manual_axes) - set(axes)
+    others = tuple(sorted(axis for axis in others if mesh.shape[axis] > 1))  # in the same order in every process
     family = "+".join(axes) + "@" + ",".join(f"{axis}={mesh.shape[axis]}" for axis in sorted(mesh.manual_axes))
     return family, lax.axis_index(others) if others else jnp.zeros((), jnp.int32)
 

@@ -37,7 +37,8 @@ def timed_all_to_all(blocks: Array, axis_names: str | tuple[str, ...]) -> tuple[
 
     Returns:
       blocks: [W, ...], block i came from rank i; the same bits as ``lax.all_to_all(blocks, axis_names, 0, 0)``.
-      microseconds: [W] i32 by source; at least 0, and 0 for this rank itself. Varies over every axis of the mesh.
+      microseconds: [W] i32 by source; at least 0, and 0 for this rank itself. Varies over every axis of more
+        than one device.
 
     Raises:
       ShapeError, MissingArgumentError, DtypeError: ``blocks`` is no array with one block for each rank.

@@ -60,7 +60,8 @@ def make_plan(
       product: "a2", "a3" or "a5": also refuse what the reference operators refuse on that hardware, see
         ``moe_jax.products``; None: whatever is possible.
       transport: "padded" (all_to_all of equal blocks), "ragged" (ragged_all_to_all), "allgather" (all tokens out,
-        reduce-scatter back), or "auto": the one with the fewest bytes on the wire.
+        reduce-scatter back), "hierarchy" (a token crosses to each node of a mesh with a "node" axis once, and one
+        partial sum comes back), or "auto": of the first three the one with the fewest bytes on the wire.
       overflow: "dropless": what does not fit into a round waits for the next; "drop": it is dropped and counted. Each
         pair of ranks keeps the front of its list, which is sorted by expert: the last experts of a rank lose most.
       capacity_factor: rows that a pair of ranks can move in a round, relative to the balanced load, T * K / ep;
