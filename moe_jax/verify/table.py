@@ -1,0 +1,127 @@
+"""Checks this installation on the devices that are there: laws, and the float64 reference.
+
+Every case is generated from a fixed seed. Data are small integers where a result must be exact (limit 0); unwritten
+rows and slots are poisoned with NaN, so one that leaks makes its check fail.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from moe_jax import quant
+from moe_jax.config import MeshConfig
+from moe_jax.errors import check_choice
+from moe_jax.kernels import backend_names
+from moe_jax.mesh import ensure_devices, has_accelerator, make_mesh
+from moe_jax.verify.exchange import Exchange, ragged_deviations, same_bits
+from moe_jax.verify.kernels import grouped_matmul_deviations, recipe_deviations
+from moe_jax.verify.layer import Layer
+
+TRANSPORTS = ("padded", "ragged", "allgather")
+
+# fp32 against float64, relative to the largest entry of an array; products at the back end's highest precision.
+TOLERANCE = 1e-5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Check:
+    """One line of the table."""
+
+    law: str
+    subject: str  # the transport or back end that was checked
+    cases: int
+    worst: float  # largest deviation; 0 where results must be equal
+    limit: float
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.worst <= self.limit)  # false for NaN
+
+
+def run(mesh_config: MeshConfig | None = None, backend: str = "auto", json_lines: bool = False) -> int:
+    """Runs all checks and prints a line for each. Returns the exit code: 0 if all passed, 1 otherwise.
+
+    Args:
+      mesh_config: None: all accelerators that are there as ep, or 8 emulated CPU devices as ep=4, tp=2.
+      backend: a registered back end, or "auto".
+      json_lines: print JSON lines instead of a table.
+
+    Raises:
+      InvalidArgumentError, MeshError: an unknown back end, or too few devices.
+    """
+    check_choice("backend", backend, ["auto", *backend_names()])
+    mesh = _mesh(mesh_config)
+    device = mesh.devices.flat[0]
+    if not json_lines:
+        print(f"moe_jax verify: {dict(mesh.shape)} on {mesh.size} {device.platform} device(s), {backend=}")
+        print(f"{'law':<44} {'subject':<17} {'cases':>5} {'worst':>9} {'limit':>7} {'s':>6}")
+    checks = []
+    with jax.default_matmul_precision("highest"):
+        for check in _checks(mesh, backend):
+            checks.append(check)
+            _show(check, json_lines)
+    failed = [check for check in checks if not check.passed]
+    cases = sum(check.cases for check in checks)
+    if json_lines:
+        print(json.dumps({"event": "summary", "checks": len(checks), "cases": cases, "failed": len(failed)}))
+    elif failed:
+        print(f"{len(failed)} of {len(checks)} checks FAILED: do not trust results from this installation")
+    else:
+        print(f"all {len(checks)} checks passed ({cases} generated cases)")
+    return 1 if failed else 0
+
+
+def _mesh(config: MeshConfig | None) -> Mesh:
+    if config is None:
+        config = MeshConfig(ep=4, tp=2) if not has_accelerator() else MeshConfig(ep=len(jax.devices()))
+    ensure_devices(config.num_devices)
+    return make_mesh(ep=config.ep, tp=config.tp, nodes=config.nodes, dp=config.dp)
+
+
+def _show(check: Check, json_lines: bool) -> None:
+    if json_lines:
+        print(json.dumps({"event": "check", "passed": check.passed, **dataclasses.asdict(check)}), flush=True)
+        return
+    verdict = "ok" if check.passed else "FAILED"
+    print(
+        f"{check.law:<44} {check.subject:<17} {check.cases:>5} {check.worst:>9.1e} {check.limit:>7.0e} "
+        f"{check.seconds:>6.1f}  {verdict}",
+        flush=True,
+    )
+
+
+def _checks(mesh: Mesh, backend: str) -> Iterator[Check]:
+    yield _timed("grouped matmul and gradients = reference", backend, 0.0, lambda: grouped_matmul_deviations(backend))
+    for name in quant.NAMES[1:]:
+        yield _timed("codes, scales and rows = reference", name, 0.0, lambda name=name: recipe_deviations(name))
+    transports = (*TRANSPORTS, "hierarchy") if "node" in mesh.shape else TRANSPORTS
+    if "dp" not in mesh.shape:  # the reference knows no replicas
+        yield _timed("ragged all-to-all = reference", "ragged", 0.0, lambda: ragged_deviations(mesh))
+        sent = {}
+        for transport in transports:
+            errors = Exchange(mesh, transport, backend)
+            for law in ("dispatch = reference", "combine = reference", "gradients of both = reference"):
+                yield _timed(law, transport, 0.0, lambda law=law, errors=errors: errors.of(law))
+            yield _timed("<dispatch x, y> = <x, combine y>", transport, 0.0, errors.adjoint)
+            sent[transport] = errors.rows
+        yield _timed("dispatch: same bits on every transport", "all", 0.0, lambda: same_bits(sent))
+    for transport in transports:
+        layer = Layer(mesh, transport, backend)
+        yield _timed("layer = reference", transport, TOLERANCE, layer.values)
+        yield _timed("every gradient of the layer = reference", transport, TOLERANCE, layer.gradients)
+        yield _timed("nothing dropped, every choice counted", transport, 0.0, layer.counts)
+        yield _timed("two runs: same bits", transport, 0.0, layer.repeated)
+
+
+def _timed(law: str, subject: str, limit: float, deviations: Callable[[], list[float]]) -> Check:
+    start = time.perf_counter()
+    found = deviations()
+    worst = float(np.max(found)) if found else float("nan")  # np.max keeps NaN; no case at all is no proof
+    seconds = time.perf_counter() - start
+    return Check(law=law, subject=subject, cases=len(found), worst=worst, limit=limit, seconds=seconds)
