@@ -15,7 +15,7 @@ ROOT = Path(moe_jax.__file__).parent
 LAYERS = [
     {"errors"},
     {"_compat", "message"},
-    {"config", "types", "reference", "layout", "quant", "products"},
+    {"config", "types", "reference", "layout", "quant", "products", "contract"},
     {"mesh", "kernels", "rank_table"},
     {"comm", "plan"},
     {"special", "hierarchy", "barrier"},
@@ -25,7 +25,7 @@ LAYERS = [
     {"on_mesh"},
     {"verify", "aclnn"},
     {"__init__"},  # the public names; what follows uses them as any user does
-    {"train"},
+    {"train", "bench"},
     {"cli"},
     {"__main__"},
 ]

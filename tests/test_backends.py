@@ -166,6 +166,23 @@ def test_a_layer_mixes_what_back_ends_bring(capacity):
     assert calls and (sent[:32] == 1).all()  # rank 0 got every pair
 
 
+def test_the_public_exchange_is_the_registered_one():
+    calls = []
+
+    def move(operand, output, *sizes, axis_name):
+        calls.append(axis_name)
+        return output + 1
+
+    moe_jax.register_backend(moe_jax.Backend(name="mover", platforms=("cpu",), transports={"ragged": move}))
+    everywhere = jax.sharding.PartitionSpec(("ep", "tp"))
+    sizes = jnp.ones(2, jnp.int32)
+    moved = jax.shard_map(
+        lambda rows: moe_jax.ragged_all_to_all(rows, rows, sizes - 1, sizes, sizes - 1, sizes, axis_name="ep"),
+        mesh=moe_jax.make_mesh(ep=2), in_specs=everywhere, out_specs=everywhere,
+    )(jnp.arange(4.0))  # fmt: skip
+    assert calls and moved.tolist() == [1, 2, 3, 4]
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ from jax import lax
 
 from moe_jax import _compat
 from moe_jax.errors import ShapeError, check_dtype, check_rank, check_shape
+from moe_jax.kernels.table import find_transport
 from moe_jax.layout import exclusive_cumsum, map_blocks
 
 Array = jax.Array
@@ -96,9 +97,8 @@ def ragged_all_to_all(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ragged(axes, operand, output, input_offsets, send_sizes, output_offsets, recv_sizes):
-    return portable_ragged_all_to_all(
-        operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, axis_name=axes
-    )
+    move = find_transport("ragged", "auto") or portable_ragged_all_to_all
+    return move(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, axis_name=axes)
 
 
 def _ragged_forward(axes, operand, output, *integers):
