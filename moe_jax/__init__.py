@@ -8,6 +8,7 @@ from moe_jax.barrier import BarrierTimeoutError, barrier
 from moe_jax.combine import combine, combine_add_rms_norm
 from moe_jax.comm import ragged_all_to_all
 from moe_jax.config import RouterConfig, load_config
+from moe_jax.contract import Contract, assert_hlo_contract, hlo_contract
 from moe_jax.dispatch import dequantize, dispatch, make_receive_window
 from moe_jax.errors import MoEError
 from moe_jax.fused import all_to_allv_grouped_matmul, grouped_matmul_all_to_allv
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Backend",
     "BarrierTimeoutError",
+    "Contract",
     "DispatchHandle",
     "Dispatched",
     "LayerStats",
@@ -37,6 +39,7 @@ __all__ = [
     "Window",
     "aclnn",
     "all_to_allv_grouped_matmul",
+    "assert_hlo_contract",
     "barrier",
     "buffer_reset",
     "combine",
@@ -47,6 +50,7 @@ __all__ = [
     "errors",
     "grouped_matmul",
     "grouped_matmul_all_to_allv",
+    "hlo_contract",
     "load_config",
     "make_mesh",
     "make_plan",

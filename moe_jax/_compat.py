@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax._src import xla_bridge  # no public way to ask whether the back ends are up
 from jax.sharding import AxisType, Mesh
@@ -64,8 +65,16 @@ def bound_axes(axis_name: Any, argument: str = "axis_name") -> tuple[str, ...]:
     axes = (axis_name,) if isinstance(axis_name, str) else axis_name
     named = isinstance(axes, (tuple, list)) and all(isinstance(axis, str) for axis in axes)
     if not named or not axes or len(set(axes)) < len(axes):
-        raise InvalidArgumentError(f"{argument}={axis_name!r} must be the name of a mesh axis, or a tuple of such names")
+        raise InvalidArgumentError(f"{argument}={axis_name!r} must be the name of a mesh axis, or a tuple of names")
     for axis in axes:
         if bound_axis_size(axis) is None:
             raise MeshError(f"{argument}={axis!r} is not bound here; call this inside jax.shard_map over that axis")
     return tuple(axes)
+
+
+def searchsorted(ascending: jax.Array, values: jax.Array, *, side: str) -> jax.Array:
+    """``jnp.searchsorted`` as i32. Its fast methods fail in JAX 0.10 where a mesh is manual in some axes only."""
+    mesh = jax.sharding.get_abstract_mesh()
+    partly = bool(mesh.manual_axes) and set(mesh.manual_axes) != set(mesh.axis_names)
+    found = jnp.searchsorted(ascending, values, side=side, method="sort" if partly else "scan")
+    return found.astype(jnp.int32)

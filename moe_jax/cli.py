@@ -47,6 +47,7 @@ def _make_parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_verify(commands)
     _add_plan(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -84,6 +85,27 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help=f"of the rows (default: train.dtype, or {PLAN_DTYPE})")
     _add_mesh_and_json(parser)
     parser.set_defaults(command=_plan)
+
+
+def _add_bench(commands: argparse._SubParsersAction) -> None:
+    text = "time the layer beside the dense limit and three usual ways of doing it, and count its bytes"
+    parser = commands.add_parser("bench", help=text, description=text, allow_abbrev=False)
+    own = "TOML with [moe] and [model]: a workload of your own, alone or beside --workloads"
+    parser.add_argument("config", metavar="CONFIG", nargs="?", help=own)
+    parser.add_argument("--mesh", metavar="ep=4,tp=2", help="axes ep, tp, nodes, dp (default: CONFIG's, or ep=8)")
+    parser.add_argument("--workloads", type=_words, metavar="W1,W3", help="of W1 to W6 (default: all, or CONFIG alone)")
+    parser.add_argument("--dtype", type=_words, default=["float32"], metavar="D,...", help="float32, bfloat16 or both")
+    parser.add_argument("--quant", type=_words, default=["none"], metavar="Q,...", help="wires: none, int8, fp8_e4m3")
+    parser.add_argument("--repeats", type=int, metavar="N", help="rounds of timing (default: 7, or 3 with --quick)")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, and W1, W3 and W4 only")
+    slowest = "leave out baselines that need longer for a run (default: 60)"
+    parser.add_argument("--max-seconds", type=float, default=60.0, metavar="S", help=slowest)
+    parser.add_argument("--json", metavar="FILE", help="JSON lines with raw seconds; -: on standard output, no tables")
+    parser.set_defaults(command=_bench)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",")]
 
 
 def _add_mesh_and_json(parser: argparse.ArgumentParser) -> None:
@@ -124,6 +146,25 @@ def _plan(arguments: argparse.Namespace) -> int:
     else:
         print(plan.describe())
     return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    config = None if arguments.config is None else _load(arguments)
+    mesh = None if arguments.mesh is None else parse_mesh(arguments.mesh)
+    from moe_jax import bench
+
+    return bench.run(
+        config,
+        path=arguments.config or "",
+        mesh=mesh,
+        workloads=arguments.workloads,
+        dtypes=arguments.dtype,
+        quants=arguments.quant,
+        repeats=arguments.repeats,
+        quick=arguments.quick,
+        max_seconds=arguments.max_seconds,
+        json_path=arguments.json,
+    )
 
 
 def _make_plan(config: Config, tokens_per_rank: int | None, dtype: str | None):

@@ -1,5 +1,7 @@
 """Combine: expert rows back at their tokens, weighted and summed; alone, or with residual and RMSNorm."""
 
+import numbers
+
 import jax
 import jax.numpy as jnp
 
@@ -112,7 +114,8 @@ def combine_add_rms_norm(
 
 def normalize(total: Array, residual: Array, gamma: Array, eps: float, dtype: str) -> tuple[Array, Array, Array]:
     """(y, rstd, x) of ``combine_add_rms_norm`` from the combined sums, fp32 [T, H]."""
-    if not 0 <= eps < float("inf"):
+    number = isinstance(eps, numbers.Real) and not isinstance(eps, bool)
+    if not number or not 0 <= eps < float("inf"):
         raise InvalidArgumentError(f"eps={eps!r} must be finite and at least 0; 1e-6 is usual")
     with jax.named_scope("add_rms_norm"):
         total = total + residual.astype(jnp.float32)

@@ -69,7 +69,7 @@ def dispatch(
         exchange then goes to one peer after the other, with the host's clock in between. For "padded" and "ragged".
 
     Returns:
-      Dispatched. Differentiable in ``x``, ``combine_weights`` and ``smooth_scales``; rounding counts as identity. The
+      Dispatched, varying over the plan's ep and tp axes: ``out_specs=P(("ep", "tp"))``. Differentiable in ``x``, ``combine_weights`` and ``smooth_scales``; rounding counts as identity. The
       adjoint sends cotangents back (as ``plan.backward_quant`` says) and sums them in fp32.
 
     Raises:
@@ -150,9 +150,9 @@ def _dispatch(
     window: Window | None = None,
     performance_info: Array | None = None,
 ) -> Dispatched:
+    timed = performance_info is not None
     fresh = None if window is None else fresh_sources(window.step, plan.ep_axis)
     exchange = prepare(expert_ids, plan, token_mask=token_mask, rank_table=rank_table, fresh=fresh)
-    timed = performance_info is not None
     handle = open_window(exchange, 0, _capacity(plan), plan, compact=False if timed else None)
     buffer = None if window is None else window.data
     sent = send_rows(x, handle, smooth=smooth_scales, weights=combine_weights, buffer=buffer, timed=timed)

@@ -27,7 +27,7 @@ from moe_jax.plan import Plan
 from moe_jax.routing import route
 from moe_jax.special import special_terms
 from moe_jax.types import LayerStats
-from moe_jax.update_expert import update_expert
+from moe_jax.update_expert import BALANCES, update_expert
 
 Array = jax.Array
 
@@ -83,6 +83,7 @@ def moe_layer(
     check_layer_plan(plan)
     check_type("router", router, RouterConfig, "build one with moe_jax.RouterConfig(...)")
     check_choice("activation", activation, ACTIVATIONS)
+    check_choice("balance", balance, BALANCES)
     comm.check_axes(plan, replicas=True)
     check_shape("x", x, (plan.tokens_per_rank, plan.hidden), "[T, H], fixed by the plan; pad and use token_mask")
     check_dtype("x", x, (plan.dtype,), "the plan's dtype: cast x, or make a plan with dtype=...")

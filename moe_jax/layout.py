@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe_jax import _compat
+
 Array = jax.Array
 
 
@@ -77,7 +79,7 @@ def sort_pairs(destination: Array, num_destinations: int) -> PairOrder:
     else:
         sorted_key, order = lax.sort((key, iota), num_keys=1, is_stable=True)
     position = jnp.zeros(n, jnp.int32).at[order].set(iota, unique_indices=True)
-    offsets = jnp.searchsorted(sorted_key, jnp.arange(num_destinations + 1, dtype=jnp.int32)).astype(jnp.int32)
+    offsets = _compat.searchsorted(sorted_key, jnp.arange(num_destinations + 1, dtype=jnp.int32), side="left")
     return PairOrder(order=order, position=position, destination=destination, offsets=offsets)
 
 
@@ -96,7 +98,7 @@ def map_blocks(source_start: Array, target_start: Array, sizes: Array, length: i
     if not sizes.shape[0]:
         return jnp.full((length,), -1, jnp.int32)
     address = jnp.arange(length, dtype=jnp.int32)
-    block = jnp.searchsorted(source_start, address, side="right").astype(jnp.int32) - 1
+    block = _compat.searchsorted(source_start, address, side="right") - 1
     inner = address - source_start[block]
     inside = (block >= 0) & (inner < sizes[block])
     return jnp.where(inside, target_start[block] + inner, -1)

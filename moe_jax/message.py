@@ -19,7 +19,7 @@ class Part(NamedTuple):
     @property
     def num_bytes(self) -> int:
         """Per row."""
-        return self.width * jnp.dtype(self.dtype).itemsize
+        return -(-self.width // 2) if _is_nibble(self.dtype) else self.width * jnp.dtype(self.dtype).itemsize
 
 
 _ALONE = Part(-1, "")  # of a message that is its only part
@@ -35,7 +35,7 @@ def split(message: Array, parts: Sequence[Part]) -> list[Array]:
     """The inverse of ``join``."""
     arrays, start = [], 0
     for part in parts:
-        arrays.append(_from_bytes(message[..., start : start + part.num_bytes], part.dtype))
+        arrays.append(_from_bytes(message[..., start : start + part.num_bytes], part.dtype, part.width))
         start += part.num_bytes
     return arrays
 
@@ -56,12 +56,23 @@ def split_some(message: Array, parts: Sequence[Part | None]) -> list[Array | Non
     return [None if part is None else next(arrays) for part in parts]
 
 
+def _is_nibble(dtype) -> bool:
+    return jnp.dtype(dtype).name in ("float4_e2m1fn", "int4", "uint4")
+
+
 def _to_bytes(array: Array) -> Array:
+    if _is_nibble(array.dtype):  # two to a byte, the even column low
+        codes = lax.bitcast_convert_type(array, jnp.uint4).astype(jnp.uint8)
+        codes = jnp.concatenate([codes, codes[..., : codes.shape[-1] % 2]], axis=-1)
+        return codes[..., ::2] | codes[..., 1::2] << 4
     parts = lax.bitcast_convert_type(array, jnp.uint8)
     return parts.reshape(*array.shape[:-1], array.shape[-1] * array.dtype.itemsize)
 
 
-def _from_bytes(message: Array, dtype: str) -> Array:
+def _from_bytes(message: Array, dtype: str, width: int) -> Array:
+    if _is_nibble(dtype):
+        codes = jnp.stack([message & 0xF, message >> 4], axis=-1).reshape(*message.shape[:-1], -1)[..., :width]
+        return lax.bitcast_convert_type(codes.astype(jnp.uint4), dtype)
     size = jnp.dtype(dtype).itemsize
     parts = message.reshape(*message.shape[:-1], message.shape[-1] // size, size)
     return lax.bitcast_convert_type(parts if size > 1 else parts[..., 0], dtype)

@@ -122,7 +122,7 @@ def update_selection_bias(bias: jax.Array, load: jax.Array, *, rate: float) -> j
 
 def count_ids(ids: jax.Array, num_ids: int) -> jax.Array:
     """How often each of 0..num_ids-1 stands in ``ids``; others do not count. i32 [num_ids], by one sort."""
-    edges = jnp.searchsorted(jnp.sort(ids.ravel()), jnp.arange(num_ids + 1, dtype=ids.dtype))
+    edges = _compat.searchsorted(jnp.sort(ids.ravel()), jnp.arange(num_ids + 1, dtype=ids.dtype), side="left")
     return jnp.diff(edges).astype(jnp.int32)
 
 

@@ -17,6 +17,7 @@ from moe_jax.errors import (
     check_shape,
 )
 
+BALANCES = ("rank", "token")
 _NO_INSTANCE = -2  # neither an instance nor the -1 of "no expert": dispatch counts it in stats.num_invalid
 
 
@@ -74,7 +75,7 @@ def update_expert(
     Source: moe_update_expert; where its document and the kernel differ, this is the kernel.
     """
     _check_ids_and_table(expert_ids, table)
-    check_choice("balance", balance, ("rank", "token"))
+    check_choice("balance", balance, BALANCES)
     if balance == "rank":
         _check_rank(rank, ep_size)
     _check_pruning(expert_ids, combine_weights, pruning_threshold, token_mask)

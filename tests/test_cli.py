@@ -221,6 +221,8 @@ TINY = str(ROOT / "configs" / "tiny.toml")
         (["plan", TINY, "--tokens-per-rank", "-1"], "tokens_per_rank=-1"),
         (["plan", TINY, "--dtype", "float8"], "invalid choice: 'float8'"),
         (["verify", "--mesh", "4x2"], "names the axis '4x2'"),
+        (["bench", "--workloads", "W7"], "workloads='W7' is unknown"),
+        (["bench", "--mesh", "ep=3"], "num_experts=16 is not divisible by ep=3"),
     ],
 )
 def test_bad_input(arguments, words, capsys):
@@ -254,9 +256,10 @@ def test_a_process_reports_bad_input_without_a_traceback():
 
 
 def test_help(capsys):
-    for command in ([], ["train"], ["verify"], ["plan"]):
+    for command in ([], ["train"], ["verify"], ["plan"], ["bench"]):
         with pytest.raises(SystemExit) as caught:
             main([*command, "--help"])
         assert caught.value.code == 0
         text = capsys.readouterr().out
-        assert all(word in text for word in (["train", "verify", "plan"] if not command else ["--mesh", "--json"]))
+        words = ["train", "verify", "plan", "bench"] if not command else ["--mesh", "--json"]
+        assert all(word in text for word in words)

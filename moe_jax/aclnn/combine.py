@@ -12,8 +12,9 @@ from moe_jax.aclnn.workspace import (
     moe_distribute_combine_add_rms_norm_v2_get_workspace_size,
     moe_distribute_combine_v4_get_workspace_size,
 )
-from moe_jax.bookkeeping import open_window
+from moe_jax.bookkeeping import Exchange, open_window
 from moe_jax.combine import combine_sum, normalize
+from moe_jax.plan import Plan
 from moe_jax.types import DispatchHandle
 
 Array = jax.Array
@@ -59,7 +60,8 @@ def moe_distribute_combine_v4(
     """Brings the experts' rows back to their tokens, and sums them with weights. Per shard, inside ``shard_map``.
 
     What dispatch returned goes in unchanged: assist_info_for_combine, ep_recv_counts as ``ep_send_counts`` and
-    tp_recv_counts as ``tp_send_counts`` say where rows go. Rows whose triple disagrees with the counts become NaN.
+    tp_recv_counts as ``tp_send_counts`` say where rows go. Rows whose triple is out of range or names another source
+    than the counts become NaN, and so do all rows of a rank whose counts are not what the others sent.
     With "hierarchy" the weights are those of ``expand_scales``. Rows of tokens that are masked are zero.
 
     Returns:
@@ -181,7 +183,7 @@ def _handle(world: worlds.World, given: dict[str, Any], mask: Array | None) -> t
     ledger = worlds.Ledger(plan, given["elastic_info"])
     sums = given["ep_send_counts"].reshape(plan.tp_size, -1)
     recv_counts = ledger.counts(sums)
-    exchange = worlds.open_exchange(world, given["expert_ids"], mask, given["elastic_info"], recv_counts)
+    exchange = worlds.open_exchange(world, given["expert_ids"], mask, given["elastic_info"], recv_counts=recv_counts)
     handle = open_window(
         exchange,
         0,
@@ -192,15 +194,27 @@ def _handle(world: worlds.World, given: dict[str, Any], mask: Array | None) -> t
     )
     lanes = jnp.sum(recv_counts, axis=(1, 2), dtype=jnp.int32)
     row = jnp.arange(world.num_rows)
-    triples = given["assist_info_for_combine"][: 3 * capacity].reshape(capacity, 3)
+    triples = given["assist_info_for_combine"].ravel()[: 3 * capacity].reshape(capacity, 3)
     fits = triples[:, 0] == ledger.source_of_row(sums[0], capacity)
-    fits &= (triples[:, 1] < plan.tokens_per_rank) & (triples[:, 2] < plan.num_copies)
+    for column, end in ((1, plan.tokens_per_rank), (2, plan.num_copies)):
+        fits &= (triples[:, column] >= 0) & (triples[:, column] < end)
+    if given["performance_info"] is None:  # a collective in front of the timed exchange would wait for its slow ranks
+        fits &= _agree(recv_counts, exchange, handle, plan)
     fits = jnp.pad(fits, (0, world.num_rows - capacity), constant_values=True)
     fits |= row >= lanes[comm.tp_rank(plan)]
     if plan.tp_size > 1:
         fits &= jnp.all(given["tp_send_counts"] == lanes)
-    rows = _fit(given["expand_x"], world.num_rows)
-    return handle, jnp.where(fits[:, None], rows, jnp.nan)
+    written = (row < jnp.sum(lanes))[:, None]
+    rows = jnp.where(written, _fit(given["expand_x"], world.num_rows), 0)
+    return handle, jnp.where(fits[:, None] | ~written, rows, jnp.nan)
+
+
+def _agree(recv_counts: Array, exchange: Exchange, handle: DispatchHandle, plan: Plan) -> Array:
+    """Whether the counts that were passed on are those of the rows that the other ranks wait for."""
+    if exchange.sizes is None:  # the route exchanged them itself
+        return jnp.all(recv_counts == handle.recv_counts)
+    mine = jnp.sum(recv_counts[comm.tp_rank(plan)], axis=-1)
+    return jnp.all(mine == exchange.sizes[:, comm.ep_rank(plan)])
 
 
 def _fit(rows: Array, length: int) -> Array:

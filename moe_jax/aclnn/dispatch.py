@@ -11,8 +11,7 @@ from moe_jax.aclnn.results import DispatchOutput, TimedDispatchOutput
 from moe_jax.aclnn.workspace import moe_distribute_dispatch_v4_get_workspace_size
 from moe_jax.bookkeeping import open_window
 from moe_jax.kernels import FLOAT_DTYPES
-from moe_jax.message import join_some, split_some
-from moe_jax.movement import Sent, send_message, send_rows
+from moe_jax.movement import Sent, send_as_is, send_rows
 from moe_jax.types import DispatchHandle
 
 Array = jax.Array
@@ -92,7 +91,7 @@ def moe_distribute_dispatch_v4(
     sums = ledger.running_sums(handle.recv_counts)
     tags = _tags(handle, ledger, table)
     if passes_through:
-        sent = _send_as_is(x, scales, weights, tags, handle, timed)
+        sent = _pass_through(x, scales, weights, tags, handle, timed)
     else:
         sent = send_rows(x, handle, smooth=scales, weights=weights, tags=tags, timed=timed)
     result = _written(sent, handle, sums, world, expert_token_nums_type, ledger)
@@ -113,19 +112,12 @@ def _tags(handle: DispatchHandle, ledger: worlds.Ledger, table: Array | None) ->
     return jnp.stack(_compat.as_varying((rank, token, copy), plan.exchange_axes), axis=-1)
 
 
-def _send_as_is(x, scales, weights, tags, handle, timed) -> Sent:
+def _pass_through(x, scales, weights, tags, handle, timed) -> Sent:
     """Rows that are quantised already, of any dtype, with their scales."""
-    message, parts = join_some([x, None if scales is None else scales.reshape(scales.shape[0], -1)])
-    message, held = join_some([message, jnp.zeros((x.shape[0], 1), jnp.uint8)])  # bytes, whatever the dtype
-    shared = handle.plan.num_copies - handle.plan.top_k
-    weights = None if weights is None else jnp.pad(weights, ((0, 0), (0, shared)))[..., None]
-    pairs, pair_parts = join_some([weights, tags])
-    rows, pair_rows, arrival = send_message(message, handle, pairs=pairs, timed=timed)
-    values, row_scales = split_some(split_some(rows, held)[0], parts)
-    row_weights, row_tags = split_some(pair_rows, pair_parts)
-    if scales is not None and scales.ndim == 1:
-        row_scales = row_scales[:, 0]
-    return Sent(values, values, row_scales, None if weights is None else row_weights[:, 0], row_tags, arrival)
+    tokens = (x,) if scales is None else (x, scales.reshape(scales.shape[0], -1))
+    moved, weights, tags, arrival = send_as_is(tokens, handle, weights=weights, tags=tags, timed=timed)
+    row_scales = moved[1].reshape(-1, *scales.shape[1:]) if scales is not None else None
+    return Sent(moved[0], moved[0], row_scales, weights, tags, arrival)
 
 
 def _written(sent: Sent, handle, sums, world, nums_type, ledger) -> DispatchOutput:
@@ -137,7 +129,7 @@ def _written(sent: Sent, handle, sums, world, nums_type, ledger) -> DispatchOutp
     own = row[:capacity] < lanes[comm.tp_rank(plan)]
 
     def rows(array, written):
-        return jnp.where(written.reshape(-1, *(1,) * (array.ndim - 1)), array, jnp.zeros((), array.dtype))
+        return jnp.where(written.reshape(-1, *(1,) * (array.ndim - 1)), array, _zero(array.dtype))
 
     triples = rows(sent.tags[:capacity], own)
     assist = jnp.pad(triples.ravel(), (0, capacity * 125))
@@ -160,6 +152,13 @@ def _written(sent: Sent, handle, sums, world, nums_type, ledger) -> DispatchOutp
         tp_recv_counts=lanes if plan.tp_size > 1 else None,
         expand_scales=weights,
     )
+
+
+def _zero(dtype) -> Array:
+    """Zero; of exponents, which have none, the byte 0."""
+    if dtype.name == "float8_e8m0fnu":
+        return jax.lax.bitcast_convert_type(jnp.zeros((), jnp.uint8), dtype)
+    return jnp.zeros((), dtype)
 
 
 def _empty(world, x, scales, weights, quant_mode, performance_info):

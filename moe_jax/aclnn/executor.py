@@ -25,7 +25,7 @@ class Executor:
     arrays: tuple[tuple[str, tuple[int, ...], str], ...]  # name, shape and dtype of each array that was checked
 
     def __call__(self, **arrays: Any) -> Any:
-        """Runs the operator inside ``shard_map`` on arrays of the shapes and dtypes that were checked; None = not given.
+        """Runs the operator inside ``shard_map`` on arrays like those that were checked; None = not given.
 
         Raises:
           InvalidArgumentError: an array that was not among the checked ones.

@@ -129,11 +129,17 @@ def active_tokens(mask: Array | None, tokens: int, plan: Plan, elastic_info: Arr
 
 
 def open_exchange(
-    world: World, expert_ids: Array, mask: Array | None, elastic_info: Array | None, recv_counts: Array | None = None
+    world: World,
+    expert_ids: Array,
+    mask: Array | None,
+    elastic_info: Array | None,
+    *,
+    recv_counts: Array | None = None,
 ) -> Exchange:
     """The bookkeeping of one call; with two tp ranks, own rows come before the peer's."""
     plan = world.plan
-    exchange = prepare(expert_ids, plan, token_mask=mask, rank_table=elastic_info, recv_counts=recv_counts)
+    given = {"token_mask": mask, "rank_table": elastic_info, "recv_counts": recv_counts}
+    exchange = prepare(expert_ids, plan, **given)
     return exchange if plan.tp_size == 1 else exchange._replace(source_order=_lane_order(plan).ravel())
 
 
@@ -188,7 +194,7 @@ class Ledger:
         """[num_rows] logical source of every own row, by the running sums [L * W]; past the last row anything."""
         expert, _ = self._entries()
         sums = jnp.where(expert < self.num_slots, own_sums, jnp.iinfo(jnp.int32).max)
-        entry = jnp.searchsorted(sums, jnp.arange(num_rows, dtype=jnp.int32), side="right")
+        entry = _compat.searchsorted(sums, jnp.arange(num_rows, dtype=jnp.int32), side="right")
         return entry.astype(jnp.int32) % self.num_sources
 
     def _entries(self) -> tuple[Array, Array]:

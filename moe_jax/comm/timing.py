@@ -17,7 +17,8 @@ Array = jax.Array
 
 _START = time.monotonic_ns()
 _CLOCK_MASK = 2**31 - 1  # clocks wrap after 35 minutes; differences do not mind
-_LONGEST_WAIT = 60.0  # seconds; then the exchange goes on and behaves as it would without a stopwatch
+_LONGEST_WAIT = 10.0  # seconds; then the exchange goes on and behaves as it would without a stopwatch. It ends a deadlock
+# between ranks that reach this and another collective of the program in different orders, before XLA gives up (40 s).
 _SCALAR = jax.ShapeDtypeStruct((), jnp.int32)
 
 
@@ -101,10 +102,11 @@ def _wait_for_peers(blocks: Array, me: Array, family: str, group: Array) -> Arra
         board, name, rank = arrival.current_board(), f"{family}/{int(group)}", int(rank)
         turn = board.announce(name, rank)
         waited, complete = np.zeros(num_ranks, np.int32), True
+        deadline = time.monotonic() + _LONGEST_WAIT
         for shift in range(1, num_ranks):
             peer = (rank - shift) % num_ranks
             start = time.monotonic_ns()
-            complete &= board.wait(name, turn, peer, _LONGEST_WAIT)
+            complete &= board.wait(name, turn, peer, max(0.0, deadline - time.monotonic()))
             waited[peer] = (time.monotonic_ns() - start) // 1000
         if complete and not rank:  # all are here, so all have left the turn before
             board.clean(name, turn - 1)

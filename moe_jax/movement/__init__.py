@@ -7,7 +7,7 @@ from moe_jax.movement.differentiable import (
     copy_weights,
     dequantized,
     finish,
-    send_message,
+    send_as_is,
     send_rows,
     smooth_rows,
 )
@@ -19,7 +19,7 @@ __all__ = [
     "copy_weights",
     "dequantized",
     "finish",
-    "send_message",
+    "send_as_is",
     "send_rows",
     "smooth_rows",
 ]

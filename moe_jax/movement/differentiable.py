@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import _compat
-from moe_jax.message import join_some, split_some
+from moe_jax.message import join, join_some, split, split_some
 from moe_jax.movement import exchange, gather, hierarchy
 from moe_jax.quant import QTensor
 from moe_jax.special import special_term
@@ -77,13 +77,21 @@ def send_rows(
     return sent._replace(rows=rows, values=values, scale=scale, tags=tags)
 
 
-def send_message(
-    message: Array, handle: DispatchHandle, *, pairs: Array | None = None, timed: bool = False
-) -> tuple[Array, Array | None, Arrival | None]:
-    """Bytes [T, B], and [T, C, G] of any dtype, as ``send_rows`` sends rows: [M, B], [M, G], arrival. No gradient."""
-    message, pairs = _compat.as_varying((message, pairs), handle.plan.exchange_axes)
-    options = {"timed": True} if timed else {}
-    return _ROUTES[type(handle.maps)].scatter(message, pairs, handle.maps, handle.plan, **options)
+def send_as_is(
+    tokens: tuple[Array, ...],
+    handle: DispatchHandle,
+    *,
+    weights: Array | None = None,
+    tags: Array | None = None,
+    timed: bool = False,
+) -> tuple[tuple[Array, ...], Array | None, Array | None, Arrival | None]:
+    """Arrays [T, n] of any dtypes to the rows [M, n] of their copies, bit by bit, in one message.
+
+    Returns:
+      (the arrays, weights [M], tags, arrival) as ``send_rows`` has them. Differentiable in floats.
+    """
+    operands = _compat.as_varying((tokens, weights, tags), handle.plan.exchange_axes)
+    return _send_as_is(timed, *operands, handle)
 
 
 def dequantized(sent: Sent, plan) -> Array:
@@ -278,6 +286,43 @@ def _quantize_backward(recipe, residuals, cts):
 
 
 _quantize_rows.defvjp(_quantize_forward, _quantize_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _send_as_is(timed, tokens, weights, tags, handle):
+    plan = handle.plan
+    message, parts = join(tokens)
+    per_pair = [None if weights is None else copy_weights(weights, plan)[..., None], tags]
+    pairs, held = (None, None) if all(part is None for part in per_pair) else join_some(per_pair)
+    options = {"timed": True} if timed else {}
+    rows, pair_rows, arrival = _ROUTES[type(handle.maps)].scatter(message, pairs, handle.maps, plan, **options)
+    row_weights, row_tags = (None, None) if held is None else split_some(pair_rows, held)
+    return tuple(split(rows, parts)), None if weights is None else row_weights[:, 0], row_tags, arrival
+
+
+def _as_is_forward(timed, tokens, weights, tags, handle):
+    return _send_as_is(timed, tokens, weights, tags, handle), (tokens, weights, handle)
+
+
+def _as_is_backward(timed, residuals, cts):
+    tokens, weights, handle = residuals
+    plan = handle.plan
+    floats = [jnp.issubdtype(part.dtype, jnp.floating) for part in tokens]
+    columns = [ct.astype(jnp.float32) for ct, is_float in zip(cts[0], floats, strict=True) if is_float]
+    columns = columns or [jnp.zeros_like(handle.group_sizes, shape=(len(cts[0][0]), 1), dtype=jnp.float32)]
+    rows = jnp.concatenate(columns, axis=1)
+    scalars = None if weights is None else cts[1][:, None]
+    collected, d_weights = _ROUTES[type(handle.maps)].collect(rows, None, handle.maps, plan, scalars=scalars)
+    total = collected if plan.sums_at_experts else _sum_over_pairs(collected)
+    d_tokens, start = [], 0
+    for part, is_float in zip(tokens, floats, strict=True):
+        width = part.shape[1] if is_float else 0
+        d_tokens.append(total[:, start : start + width].astype(part.dtype) if is_float else None)
+        start += width
+    return tuple(d_tokens), None if weights is None else d_weights[:, : plan.top_k, 0], None, None
+
+
+_send_as_is.defvjp(_as_is_forward, _as_is_backward)
 
 
 @jax.custom_vjp

@@ -1,0 +1,135 @@
+"""The command: workloads one after the other, a table on standard output, JSON lines where asked, progress aside."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+from jax.sharding import Mesh
+
+from moe_jax import quant
+from moe_jax.bench.check import WrongResult
+from moe_jax.bench.measure import measure
+from moe_jax.bench.programs import make_layer, make_setting
+from moe_jax.bench.report import describe
+from moe_jax.bench.workloads import WORKLOADS, Workload, of_config
+from moe_jax.config import DTYPES, Config, MeshConfig
+from moe_jax.errors import InvalidArgumentError, check_choice, check_count
+from moe_jax.mesh import ensure_devices, make_mesh
+
+QUICK = ("W1", "W3", "W4")
+REPEATS, QUICK_REPEATS = 7, 3
+DEFAULT_MESH = MeshConfig(ep=8)
+WIRES = tuple(name for name in quant.NAMES if not name.endswith("static"))  # the layer has no scales for that
+
+
+def run(
+    config: Config | None = None,
+    *,
+    path: str = "",
+    mesh: MeshConfig | None = None,
+    workloads: Sequence[str] | None = None,
+    dtypes: Sequence[str] = ("float32",),
+    quants: Sequence[str] = ("none",),
+    repeats: int | None = None,
+    quick: bool = False,
+    max_seconds: float = 60.0,
+    json_path: str | None = None,
+) -> int:
+    """Times the layer on ``workloads`` and on ``config``, with every dtype and wire. Returns the exit code.
+
+    Args:
+      config, path: one more workload, and the file that it came from; the only one if ``workloads`` is None.
+      mesh: None: that of ``config``, or ep=8.
+      workloads: names in ``WORKLOADS``; None: all, or W1, W3 and W4 with ``quick``.
+      dtypes, quants: of the rows, and how they travel.
+      repeats: rounds of timing; None: 7, or 3 with ``quick``.
+      max_seconds: baselines that need longer for one run are left out.
+      json_path: a file for JSON lines, raw seconds included; "-": standard output, instead of the tables.
+
+    Returns:
+      0, or 1 if a program computed something wrong: such a workload has no times.
+
+    Raises:
+      InvalidArgumentError, ConfigError, MeshError: a name or a size is not as above; all is checked first.
+    """
+    chosen = _workloads(config, path, workloads, quick)
+    _check_each("dtype", dtypes, DTYPES)
+    _check_each("quant", quants, WIRES)
+    if repeats is not None:
+        check_count("repeats", repeats)
+    if not max_seconds > 0:
+        raise InvalidArgumentError(f"max_seconds={max_seconds} must be above zero")
+    extents = mesh or (config.mesh if config else DEFAULT_MESH)
+    ensure_devices(extents.num_devices)
+    devices = make_mesh(ep=extents.ep, tp=extents.tp, nodes=extents.nodes, dp=extents.dp)
+    rounds = repeats or (QUICK_REPEATS if quick else REPEATS)
+    runs = [(workload, dtype, wire) for workload in chosen for dtype in dtypes for wire in quants]
+    for workload, dtype, wire in runs:
+        make_layer(workload, devices, dtype, wire)  # sizes that do not fit are told before the first run
+    failed = False
+    with contextlib.ExitStack() as stack:
+        lines = _open(json_path, stack)
+        header = {"event": "bench", "mesh": dict(devices.shape), "repeats": rounds, "jax": jax.__version__}
+        header["platform"] = devices.devices.flat[0].platform
+        _emit(header, lines)
+        if lines is not sys.stdout:
+            print(
+                f"moe_jax bench: {header['mesh']} on {devices.size} {header['platform']} device(s), median (quartiles) "
+                f"of {rounds} rounds; 1 = the dense limit; * see below"
+            )
+        for workload, dtype, wire in runs:
+            failed |= not _one(workload, dtype, wire, devices, rounds, max_seconds, lines)
+    return 1 if failed else 0
+
+
+def _one(
+    workload: Workload, dtype: str, wire: str, mesh: Mesh, rounds: int, max_seconds: float, lines: TextIO | None
+) -> bool:
+    """Measures and prints one workload. Returns whether all its programs were right."""
+
+    def progress(text: str) -> None:
+        print(f"{workload.name} {dtype} {wire}: {text}", file=sys.stderr, flush=True)
+
+    precision = "highest" if dtype == "float32" else "default"  # fp32 products in fp32 wherever it runs
+    try:
+        with jax.default_matmul_precision(precision):
+            found = measure(make_setting(workload, mesh, dtype, wire), rounds, max_seconds, progress)
+    except WrongResult as error:
+        print(f"moe_jax bench: {workload.name} {dtype} {wire}: no times: {error}", file=sys.stderr, flush=True)
+        _emit({"event": "wrong", "workload": workload.name, "dtype": dtype, "quant": wire, "what": str(error)}, lines)
+        return False
+    _emit(found, lines)
+    if lines is not sys.stdout:
+        print("\n" + describe(found), flush=True)
+    return True
+
+
+def _workloads(config: Config | None, path: str, names: Sequence[str] | None, quick: bool) -> list[Workload]:
+    if names is None:
+        names = () if config else QUICK if quick else tuple(WORKLOADS)
+    _check_each("workloads", names, WORKLOADS)
+    return [WORKLOADS[name] for name in names] + ([of_config(config, path)] if config else [])
+
+
+def _check_each(name: str, values: Sequence[str], known: Any) -> None:
+    for value in values:
+        check_choice(name, value, known)
+
+
+def _open(path: str | None, stack: contextlib.ExitStack) -> TextIO | None:
+    """Where JSON lines go; None: nowhere."""
+    if path is None or path == "-":
+        return None if path is None else sys.stdout
+    try:
+        return stack.enter_context(Path(path).open("w"))
+    except OSError as error:
+        raise InvalidArgumentError(f"json={path!r} cannot be written ({error.strerror}); give another file") from None
+
+
+def _emit(values: dict[str, Any], lines: TextIO | None) -> None:
+    if lines is not None:
+        print(json.dumps(values), file=lines, flush=True)

@@ -1,0 +1,41 @@
+"""Times of several programs in one process, taken in turn so that what else the machine does hits all of them alike."""
+
+import time
+from collections.abc import Callable, Hashable, Mapping
+
+import numpy as np
+
+SLOW = 20.0  # times the layer; baselines slower than that and than SLOW_SECONDS are run once
+SLOW_SECONDS = 1.0
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    """How long ``run`` takes; it waits for its results itself."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def interleave(runs: Mapping[Hashable, Callable[[], object]], repeats: int) -> dict[Hashable, list[float]]:
+    """Seconds of each run in each of ``repeats`` rounds; a round runs everything in turn.
+
+    Each turn runs twice and the second run counts: the first pays for the caches and pages that the one before left.
+    """
+    seconds: dict[Hashable, list[float]] = {key: [] for key in runs}
+    for _ in range(repeats):
+        for key, run in runs.items():
+            run()
+            seconds[key].append(seconds_of(run))
+    return seconds
+
+
+def quotient(above: list[float], below: list[float]) -> dict[str, float]:
+    """The median of the rounds' quotients and its quartiles; where a side has fewer rounds, that of the medians."""
+    if len(above) == len(below):
+        values = np.asarray(above) / np.asarray(below)
+    elif len(above) == 1:
+        values = above[0] / np.asarray(below)
+    else:
+        values = np.asarray([np.median(above) / np.median(below)])
+    low, middle, high = np.percentile(values, [25, 50, 75])
+    return {"median": float(middle), "low": float(low), "high": float(high)}
