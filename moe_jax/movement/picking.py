@@ -31,3 +31,17 @@ def as_sent(rows: Array, recipe) -> Array:
 def as_received(message: Array, recipe, hidden: int) -> Array:
     """The inverse of ``as_sent`` but for what the recipe loses; fp32 where there is one."""
     return message if recipe is None else recipe.dequantize(recipe.unpack(message, hidden))
+
+
+def copy_weights(combine_weights: Array, plan) -> Array:
+    """[T, K] -> [T, num_copies]: a copy to a shared expert on a rank of its own has weight 1."""
+    num_shared = plan.num_copies - plan.top_k
+    return jnp.pad(combine_weights, ((0, 0), (0, num_shared)), constant_values=1.0) if num_shared else combine_weights
+
+
+def sum_over_pairs(pair_rows: Array) -> Array:
+    """[T, C, H] -> [T, H] fp32, one k after the other."""
+    total = jnp.zeros_like(pair_rows[:, 0], jnp.float32)
+    for k in range(pair_rows.shape[1]):
+        total = total + pair_rows[:, k].astype(jnp.float32)
+    return total

@@ -1,8 +1,6 @@
-"""How rows move, differentiably: two linear maps, each the other's adjoint on the same handle.
+"""Rows on their way to the experts, differentiably: the adjoint of what ``collecting`` does with unit weights.
 
 ``send_rows``: token rows [T, H] -> expert rows [M, H], a copy for every pair in the window.
-``collect_rows``: expert rows [M, H] -> what came back: [T, C, H] at the tokens, or fp32 sums [T, H] for transports
-whose sums are made where the experts are. Windows add up; ``finish`` weights and sums what was collected.
 C = ``plan.num_copies``: the K choices of a token, and one copy for each shared expert on ranks of its own.
 """
 
@@ -14,14 +12,12 @@ import jax.numpy as jnp
 
 from moe_jax import _compat
 from moe_jax.message import join, join_some, split, split_some
-from moe_jax.movement import exchange, gather, hierarchy
+from moe_jax.movement.picking import copy_weights, sum_over_pairs
+from moe_jax.movement.routes import ROUTES
 from moe_jax.quant import QTensor
-from moe_jax.special import special_term
-from moe_jax.types import Arrival, DispatchHandle, ExchangeMaps, GatherMaps, HierarchyMaps, SpecialTerms
+from moe_jax.types import Arrival, DispatchHandle, ExchangeMaps
 
 Array = jax.Array
-
-_ROUTES = {ExchangeMaps: exchange, GatherMaps: gather, HierarchyMaps: hierarchy}
 
 
 class Sent(NamedTuple):
@@ -116,45 +112,6 @@ def smooth_rows(handle: DispatchHandle) -> Array:
     return jnp.concatenate([routed, _compat.as_varying(shared, _compat.varying_axes(ids))], axis=1)
 
 
-def collect_rows(rows: Array, combine_weights: Array, handle: DispatchHandle) -> Array:
-    """Expert rows of one window -> what ``finish`` takes; windows add up. Differentiable in both arrays.
-
-    Weights are [T, C]; for "hierarchy" also [M], those that came with the rows.
-    """
-    plan = handle.plan
-    rows, combine_weights = _compat.as_varying((rows, combine_weights), plan.exchange_axes)
-    if not plan.num_pairs:
-        pairs = jnp.zeros_like(combine_weights, dtype=plan.dtype)[..., None] * jnp.ones(plan.hidden, plan.dtype)
-        return jnp.sum(pairs, axis=1, dtype=jnp.float32) if plan.sums_at_experts else pairs
-    return _collect_rows(False, rows, combine_weights, handle)[0]
-
-
-def collect_rows_timed(rows: Array, combine_weights: Array, handle: DispatchHandle) -> tuple[Array, Array]:
-    """As ``collect_rows`` over an exchange of equal blocks, and [W] i32 microseconds waited for each rank."""
-    operands = _compat.as_varying((rows, combine_weights), handle.plan.exchange_axes)
-    return _collect_rows(True, *operands, handle)
-
-
-def copy_weights(combine_weights: Array, plan) -> Array:
-    """[T, K] -> [T, num_copies]: a copy to a shared expert on a rank of its own has weight 1."""
-    num_shared = plan.num_copies - plan.top_k
-    return jnp.pad(combine_weights, ((0, 0), (0, num_shared)), constant_values=1.0) if num_shared else combine_weights
-
-
-def finish(collected: Array, combine_weights: Array, special: SpecialTerms | None, plan) -> Array:
-    """The weighted sum over k, ascending, of rows and of what experts without rows add. -> [T, H] fp32."""
-    with jax.named_scope("combine_sum"):
-        summed = plan.sums_at_experts
-        if summed and special is None:
-            return collected
-        total = collected if summed else jnp.zeros_like(collected[:, 0], jnp.float32)
-        for k in range(plan.num_copies):
-            terms = [] if summed else [collected[:, k].astype(jnp.float32)]
-            terms += [] if special is None or k >= plan.top_k else [special_term(special, k, plan)]
-            total = total + combine_weights[:, k, None] * sum(terms)  # at most one of the terms is not zero
-        return total
-
-
 def _nothing(x: Array, weights: Array | None, tags: Array | None, plan) -> Sent:
     """No device has a token."""
     num_rows, recipe = plan.num_rows(1), plan.dispatch_recipe
@@ -171,14 +128,6 @@ def _nothing(x: Array, weights: Array | None, tags: Array | None, plan) -> Sent:
         tags=None if tags is None else empty(tags.shape[2:], jnp.int32),
         arrival=None,
     )
-
-
-def _sum_over_pairs(pair_rows: Array) -> Array:
-    """[T, C, H] -> [T, H] fp32, one k after the other."""
-    total = jnp.zeros_like(pair_rows[:, 0], jnp.float32)
-    for k in range(pair_rows.shape[1]):
-        total = total + pair_rows[:, k].astype(jnp.float32)
-    return total
 
 
 # The differentiable forms.
@@ -210,7 +159,7 @@ def _send_with(how, x, smooth, weights, tags, buffer, handle):
     per_pair = [copies, None if weights is None else copy_weights(weights, plan)[..., None], tags]
     pairs, held = (None, None) if all(part is None for part in per_pair) else join_some(per_pair)
     options = {"buffer": buffer, "timed": how.timed} if buffer is not None or how.timed else {}
-    rows, pair_rows, arrival = _ROUTES[type(handle.maps)].scatter(tokens, pairs, handle.maps, plan, **options)
+    rows, pair_rows, arrival = ROUTES[type(handle.maps)].scatter(tokens, pairs, handle.maps, plan, **options)
     copies, row_weights, row_tags = (None, None, None) if held is None else split_some(pair_rows, held)
     row_weights = None if weights is None else row_weights[:, 0]
     message = copies if tokens is None else rows
@@ -233,7 +182,7 @@ def _send_backward(how, residuals, ct):
     x, smooth, weights, tags, buffer, handle = residuals
     plan = handle.plan
     scalars = None if weights is None else ct.weights[:, None]
-    collected, d_weights = _ROUTES[type(handle.maps)].collect(
+    collected, d_weights = ROUTES[type(handle.maps)].collect(
         _refuse_constants(ct), None, handle.maps, plan, recipe=plan.backward_recipe, scalars=scalars
     )
     d_weights = None if weights is None else d_weights[:, : plan.top_k, 0]
@@ -244,7 +193,7 @@ def _send_backward(how, residuals, ct):
         target = jnp.where(row < 0, smooth.shape[0], row).ravel()
         d_smooth = jnp.zeros_like(smooth).at[target].add(products, mode="drop")
         collected = collected * jnp.take(smooth, row, axis=0, mode="clip")
-    total = collected if plan.sums_at_experts else _sum_over_pairs(collected)
+    total = collected if plan.sums_at_experts else sum_over_pairs(collected)
     if smooth is None:
         d_smooth = None
     elif smooth.ndim == 1:
@@ -295,7 +244,7 @@ def _send_as_is(timed, tokens, weights, tags, handle):
     per_pair = [None if weights is None else copy_weights(weights, plan)[..., None], tags]
     pairs, held = (None, None) if all(part is None for part in per_pair) else join_some(per_pair)
     options = {"timed": True} if timed else {}
-    rows, pair_rows, arrival = _ROUTES[type(handle.maps)].scatter(message, pairs, handle.maps, plan, **options)
+    rows, pair_rows, arrival = ROUTES[type(handle.maps)].scatter(message, pairs, handle.maps, plan, **options)
     row_weights, row_tags = (None, None) if held is None else split_some(pair_rows, held)
     return tuple(split(rows, parts)), None if weights is None else row_weights[:, 0], row_tags, arrival
 
@@ -312,8 +261,8 @@ def _as_is_backward(timed, residuals, cts):
     columns = columns or [jnp.zeros_like(handle.group_sizes, shape=(len(cts[0][0]), 1), dtype=jnp.float32)]
     rows = jnp.concatenate(columns, axis=1)
     scalars = None if weights is None else cts[1][:, None]
-    collected, d_weights = _ROUTES[type(handle.maps)].collect(rows, None, handle.maps, plan, scalars=scalars)
-    total = collected if plan.sums_at_experts else _sum_over_pairs(collected)
+    collected, d_weights = ROUTES[type(handle.maps)].collect(rows, None, handle.maps, plan, scalars=scalars)
+    total = collected if plan.sums_at_experts else sum_over_pairs(collected)
     d_tokens, start = [], 0
     for part, is_float in zip(tokens, floats, strict=True):
         width = part.shape[1] if is_float else 0
@@ -332,27 +281,3 @@ def _attach(rows, carrier):
 
 
 _attach.defvjp(lambda rows, carrier: (rows, None), lambda _, ct: (jnp.zeros_like(ct), ct))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _collect_rows(timed, rows, weights, handle):
-    plan = handle.plan
-    if timed:
-        return exchange.collect_timed(rows, handle.maps, plan, recipe=plan.combine_recipe)
-    route = _ROUTES[type(handle.maps)]
-    return route.collect(rows, weights, handle.maps, plan, recipe=plan.combine_recipe)[0], None
-
-
-def _collect_forward(timed, rows, weights, handle):
-    kept = rows if handle.plan.sums_at_experts else rows[:0]
-    return _collect_rows(timed, rows, weights, handle), (kept, weights, handle)
-
-
-def _collect_backward(timed, residuals, cts):
-    rows, weights, handle = residuals
-    plan = handle.plan
-    route = _ROUTES[type(handle.maps)]
-    return *route.collect_adjoint(rows, weights, cts[0], handle.maps, plan, recipe=plan.backward_recipe), None
-
-
-_collect_rows.defvjp(_collect_forward, _collect_backward)
