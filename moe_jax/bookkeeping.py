@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import _compat, comm, layout
+from moe_jax.comm.arrival import hold
 from moe_jax.hierarchy import open_hierarchy
 from moe_jax.plan import Plan
 from moe_jax.rank_table import RankTable, read_rank_table
@@ -25,6 +26,7 @@ class Exchange(NamedTuple):
     sizes: Array | None  # [W, W] list lengths of all ranks, for transports that move unequal slices
     source_order: Array | None  # [P * W] the sources in the order of their rows; None: ascending
     stats: DispatchStats
+    microseconds: Array | None = None  # [W] waited for each rank's counts
 
 
 def prepare(
@@ -35,6 +37,7 @@ def prepare(
     rank_table: Array | None = None,
     fresh: Array | None = None,
     recv_counts: Array | None = None,
+    timed: bool = False,
 ) -> Exchange:
     """Sorts the pairs and exchanges the counts.
 
@@ -43,6 +46,8 @@ def prepare(
       plan: static.
       fresh: [W] bool, ranks that may be sent something; None: all.
       recv_counts: [P, W, L] where they are known already; None: they are exchanged.
+      timed: measure how long this rank waits for the counts of each other one; before any other exchange, which would
+        hold up everybody.
     """
     with jax.named_scope("layout"):
         ranks = None if rank_table is None else read_table(rank_table, plan)
@@ -71,7 +76,7 @@ def prepare(
     invalid = jnp.sum(wanted & ~valid, dtype=jnp.int32)[None]
     stats = DispatchStats(num_dropped=dropped, num_invalid=invalid, num_stale=stale)
     stats = _compat.as_varying(stats, plan.exchange_axes)
-    everyone = sizes = None
+    everyone = sizes = microseconds = None
     with jax.named_scope("exchange_counts"):
         if plan.transport == "allgather":
             everyone = comm.gather_tokens(destination, plan)
@@ -79,10 +84,15 @@ def prepare(
         elif plan.transport == "hierarchy":
             everyone = destination.reshape(plan.tokens_per_rank, plan.num_copies)
         else:
-            recv_counts = comm.exchange_counts(send_counts, plan) if recv_counts is None else recv_counts
-            sizes = comm.all_send_sizes(jnp.sum(send_counts, axis=1, dtype=jnp.int32), plan)
+            totals = jnp.sum(send_counts, axis=1, dtype=jnp.int32)
+            if timed:
+                recv_counts, microseconds = comm.exchange_counts_timed(send_counts, plan)
+                totals, pairs = hold((totals, pairs), jnp.max(microseconds))  # all that follows comes after it
+            elif recv_counts is None:
+                recv_counts = comm.exchange_counts(send_counts, plan)
+            sizes = comm.all_send_sizes(totals, plan)
     order = None if ranks is None else source_order(ranks, plan)
-    return Exchange(chosen, pairs, send_counts, recv_counts, everyone, sizes, order, stats)
+    return Exchange(chosen, pairs, send_counts, recv_counts, everyone, sizes, order, stats, microseconds)
 
 
 def read_table(rank_table: Array, plan: Plan) -> RankTable:

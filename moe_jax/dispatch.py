@@ -69,8 +69,9 @@ def dispatch(
         exchange then goes to one peer after the other, with the host's clock in between. For "padded" and "ragged".
 
     Returns:
-      Dispatched, varying over the plan's ep and tp axes: ``out_specs=P(("ep", "tp"))``. Differentiable in ``x``, ``combine_weights`` and ``smooth_scales``; rounding counts as identity. The
-      adjoint sends cotangents back (as ``plan.backward_quant`` says) and sums them in fp32.
+      Dispatched, varying over the plan's ep and tp axes: ``out_specs=P(("ep", "tp"))``. Differentiable in ``x``,
+      ``combine_weights`` and ``smooth_scales``; rounding counts as identity. The adjoint sends cotangents back (as
+      ``plan.backward_quant`` says) and sums them in fp32.
 
     Raises:
       ShapeError, DtypeError, InvalidArgumentError, MissingArgumentError: an argument does not fit the plan.
@@ -152,7 +153,7 @@ def _dispatch(
 ) -> Dispatched:
     timed = performance_info is not None
     fresh = None if window is None else fresh_sources(window.step, plan.ep_axis)
-    exchange = prepare(expert_ids, plan, token_mask=token_mask, rank_table=rank_table, fresh=fresh)
+    exchange = prepare(expert_ids, plan, token_mask=token_mask, rank_table=rank_table, fresh=fresh, timed=timed)
     handle = open_window(exchange, 0, _capacity(plan), plan, compact=False if timed else None)
     buffer = None if window is None else window.data
     sent = send_rows(x, handle, smooth=smooth_scales, weights=combine_weights, buffer=buffer, timed=timed)
@@ -171,7 +172,8 @@ def _dispatch(
         counts = jnp.sum(handle.recv_counts[comm.tp_rank(plan)], axis=-1, dtype=jnp.int32)
         window = Window(data=sent.arrival.data, counts=jnp.minimum(counts, _capacity(plan)), step=window.step + 1)
     if timed:
-        performance_info = performance_info + sent.arrival.microseconds.astype(performance_info.dtype)
+        waited = exchange.microseconds + sent.arrival.microseconds
+        performance_info = performance_info + waited.astype(performance_info.dtype)
     return _kept(result, window, performance_info)
 
 

@@ -84,7 +84,7 @@ def moe_distribute_dispatch_v4(
     mask = worlds.as_pair_mask(mask, expert_ids)
     if not plan.num_pairs:
         return _empty(world, x, scales, weights, quant_mode, performance_info)
-    exchange = worlds.open_exchange(world, expert_ids, mask, table)
+    exchange = worlds.open_exchange(world, expert_ids, mask, table, timed=timed)
     compact = False if timed else None
     handle = open_window(exchange, 0, plan.max_pair_rows, plan, compact=compact, num_rows=world.num_rows)
     ledger = worlds.Ledger(plan, table)
@@ -97,8 +97,8 @@ def moe_distribute_dispatch_v4(
     result = _written(sent, handle, sums, world, expert_token_nums_type, ledger)
     if not timed:
         return result
-    waited = sent.arrival.microseconds.astype(performance_info.dtype)
-    return TimedDispatchOutput(*result, performance_info=performance_info + waited)
+    waited = exchange.microseconds + sent.arrival.microseconds
+    return TimedDispatchOutput(*result, performance_info=performance_info + waited.astype(performance_info.dtype))
 
 
 def _tags(handle: DispatchHandle, ledger: worlds.Ledger, table: Array | None) -> Array:

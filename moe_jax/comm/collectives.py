@@ -79,6 +79,12 @@ def exchange_counts(send_counts: Array, plan) -> Array:
     return lax.all_gather(received, plan.tp_axis) if plan.tp_size > 1 else received[None]
 
 
+def exchange_counts_timed(send_counts: Array, plan) -> tuple[Array, Array]:
+    """As ``exchange_counts``, and [W] i32 microseconds that this rank waited for each."""
+    received, microseconds = timed_all_to_all(send_counts, plan.ep_axis)
+    return lax.all_gather(received, plan.tp_axis) if plan.tp_size > 1 else received[None], microseconds
+
+
 def all_send_sizes(sizes: Array, plan) -> Array:
     """[W] rows for each rank -> [W, W] rows from each rank to each."""
     return lax.all_gather(sizes, plan.ep_axis)

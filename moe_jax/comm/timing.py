@@ -17,8 +17,9 @@ Array = jax.Array
 
 _START = time.monotonic_ns()
 _CLOCK_MASK = 2**31 - 1  # clocks wrap after 35 minutes; differences do not mind
-_LONGEST_WAIT = 10.0  # seconds; then the exchange goes on and behaves as it would without a stopwatch. It ends a deadlock
-# between ranks that reach this and another collective of the program in different orders, before XLA gives up (40 s).
+# Seconds; then the exchange goes on and behaves as it would without a stopwatch. It ends a deadlock between ranks that
+# reach this and another collective of the program in different orders, before XLA gives up (40 s).
+_LONGEST_WAIT = 10.0
 _SCALAR = jax.ShapeDtypeStruct((), jnp.int32)
 
 
