@@ -255,6 +255,7 @@ def test_the_command(config, tmp_path, capsys):
     assert "checked all experts, forward + backward" in progress
 
 
+@pytest.mark.slow
 def test_json_on_standard_output_and_a_quantised_wire(config, capsys):
     arguments = ["--repeats", "1", "--quant", "fp8_e4m3", "--dtype", "bfloat16", "--max-seconds", "1e-9", "--json", "-"]
     assert main(["bench", str(config), *arguments]) == 0
@@ -266,6 +267,7 @@ def test_json_on_standard_output_and_a_quantised_wire(config, capsys):
         assert set(phase["seconds"]) == {"dense limit", "layer"}
 
 
+@pytest.mark.slow
 def test_slow_baselines_are_run_once_and_said_so(config, monkeypatch, capsys):
     monkeypatch.setattr(measure, "SLOW", 0)
     monkeypatch.setattr(measure, "SLOW_SECONDS", 0)

@@ -13,7 +13,9 @@ from moe_jax import reference
 
 H, T, K = 40, 3, 2
 RECIPES = [name for name in moe.quant.NAMES if name not in ("none", "int8_static")]
-SMOOTHABLE = ["int8", "fp8_e4m3", "fp8_e5m2_group128", "int8_static"]
+SMOOTHABLE = ["int8", "int8_static"] + [
+    pytest.param(name, marks=pytest.mark.slow) for name in ("fp8_e4m3", "fp8_e5m2_group128")
+]
 
 
 def make_plan(ep, tp, transport, **options):
