@@ -235,3 +235,22 @@ def test_changing_ids_and_masks_never_retraces():
     for pattern in PATTERNS:
         ids = expert_ids(pattern, rng, (4, 2, 5, K), plan.num_experts, 4)
         run(small_integers(rng, (4, 2, 5, H)), ids, rng.random((4, 2, 5)) < 0.5)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_mesh_that_is_manual_in_the_plans_axes_only(transport):
+    """An Auto axis beside them: XLA shards over it as it likes."""
+    mesh = jax.make_mesh((2, 2, 2), ("data", "ep", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    options = {"tokens_per_rank": 4, "hidden": H, "num_experts": 8, "top_k": K, "dtype": "float32"}
+    plan = moe.make_plan(mesh, **options, transport=transport)
+
+    def shard(x, ids):
+        sent = moe.dispatch(x, ids, plan)
+        return moe.combine(sent.x, jnp.ones(ids.shape), sent.handle)
+
+    spec = jax.sharding.PartitionSpec(("ep", "tp"))
+    run = jax.jit(jax.shard_map(shard, mesh=mesh, in_specs=spec, out_specs=spec, axis_names={"ep", "tp"}))
+    rng = np.random.default_rng(0)
+    x, ids = small_integers(rng, (16, H)), expert_ids("masked", rng, (16, K), 8, 2)
+    want = 2 * (ids >= 0).sum(1, keepdims=True) * x  # both tp ranks return every row
+    np.testing.assert_array_equal(run(x, ids), want)
