@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 import moe_jax
 from moe_jax.cli import main
@@ -58,6 +59,7 @@ def compile_once(tmp_path_factory):
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+    compilation_cache.reset_cache()  # or JAX goes on writing to the folder
 
 
 @pytest.fixture
