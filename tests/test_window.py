@@ -189,7 +189,7 @@ def test_links_default_to_good():
 WINDOW = make_window(W * R, V, jnp.int32, W)
 PATTERN, MASK, DST = np.ones((R, V), np.int32), np.ones(W, bool), np.zeros(1, np.int32)
 BAD_CALLS = [
-    (lambda: buffer_reset(None, MASK, "ep"), errors.MissingArgumentError, "make_window"),
+    (lambda: buffer_reset(None, MASK, "ep"), errors.MissingArgumentError, "make_receive_window"),
     (lambda: buffer_reset((1, 2, 3), MASK, "ep"), errors.InvalidArgumentError, "a tuple"),
     (lambda: buffer_reset(make_window(4, 4, jnp.int32, 3), MASK, "ep"), errors.ShapeError, "counts"),
     (lambda: buffer_reset(WINDOW, MASK[1:], "ep"), errors.ShapeError, "link_mask"),
