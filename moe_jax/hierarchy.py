@@ -141,11 +141,6 @@ def _receive_maps(
         split = blocks.reshape(num_tp, num_nodes, per_node, num_local)
         return split.transpose(0, 2, 3, 1).reshape(num_tp, per_node, num_local * num_nodes)
 
-    def by_row(blocks):
-        """[P, W, L] -> flat, local expert first."""
-        sources = lax.collapse(blocks, 0, 2)
-        return (sources if source_order is None else sources[source_order]).T.ravel()
-
     lists = by_slot(sizes)
     if compact:
         from_rank = jnp.sum(lists, axis=-1, dtype=jnp.int32)
@@ -157,6 +152,6 @@ def _receive_maps(
     slot_start = starts.transpose(0, 3, 1, 2).reshape(sizes.shape)
     row_start = layout.row_starts(sizes, source_order)
     return (
-        layout.map_blocks(by_row(row_start), by_row(slot_start), by_row(sizes), num_rows),
+        layout.map_blocks(*(layout.by_row(part, source_order) for part in (row_start, slot_start, sizes)), num_rows),
         layout.map_blocks(starts.ravel(), by_slot(row_start).ravel(), lists.ravel(), num_tp * per_node * block),
     )

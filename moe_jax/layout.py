@@ -174,12 +174,12 @@ def receive_maps(
     bases = bases + jnp.arange(num_tp, dtype=jnp.int32)[:, None] * arrival_len
     slot_start = bases[..., None] + first
     row_start = row_starts(sizes, source_order)
-    by_row = functools.partial(_by_row, source_order=source_order)
+    flat = functools.partial(by_row, source_order=source_order)
     return ReceiveMaps(
         sizes=from_source,
         bases=bases,
         group_sizes=jnp.sum(sizes, axis=(0, 1), dtype=jnp.int32),
-        row_slot=map_blocks(by_row(row_start), by_row(slot_start), by_row(sizes), num_rows),
+        row_slot=map_blocks(flat(row_start), flat(slot_start), flat(sizes), num_rows),
         slot_row=map_blocks(slot_start.ravel(), row_start.ravel(), sizes.ravel(), num_tp * arrival_len),
     )
 
@@ -217,11 +217,11 @@ def gather_maps(
     _, sizes = clip_to_window(recv_counts, start, capacity)
     list_start = jnp.cumsum(recv_counts, axis=-1) - recv_counts
     skipped = jnp.clip(start - list_start, 0, recv_counts)  # of each block, by earlier windows
-    by_row = functools.partial(_by_row, source_order=source_order)
-    sorted_start = by_row(row_starts(recv_counts, source_order) + skipped)
-    row_start = by_row(row_starts(sizes, source_order))
-    row_position = map_blocks(row_start, sorted_start, by_row(sizes), num_rows)
-    position_row = map_blocks(sorted_start, row_start, by_row(sizes), pairs.order.shape[0])
+    flat = functools.partial(by_row, source_order=source_order)
+    sorted_start = flat(row_starts(recv_counts, source_order) + skipped)
+    row_start = flat(row_starts(sizes, source_order))
+    row_position = map_blocks(row_start, sorted_start, flat(sizes), num_rows)
+    position_row = map_blocks(sorted_start, row_start, flat(sizes), pairs.order.shape[0])
     return GatherMaps(
         recv_counts=recv_counts,
         group_sizes=jnp.sum(sizes, axis=(0, 1), dtype=jnp.int32),
@@ -232,17 +232,17 @@ def gather_maps(
 
 def row_starts(sizes: Array, source_order: Array | None = None) -> Array:
     """First row of each (tp rank, source, local expert) block when rows are ordered by expert first. [P, W, L]."""
-    return _by_source(exclusive_cumsum(_by_row(sizes, source_order)), sizes.shape[:2], source_order)
+    return _by_source(exclusive_cumsum(by_row(sizes, source_order)), sizes.shape[:2], source_order)
 
 
-def _by_row(blocks: Array, source_order: Array | None) -> Array:
+def by_row(blocks: Array, source_order: Array | None) -> Array:
     """[P, W, L] -> flat, in row order: local expert, then source."""
     by_source = lax.collapse(blocks, 0, 2)
     return (by_source if source_order is None else by_source[source_order]).T.ravel()
 
 
 def _by_source(flat: Array, sources: tuple[int, int], source_order: Array | None) -> Array:
-    """The inverse of ``_by_row``: [L * P * W] -> [P, W, L]."""
+    """The inverse of ``by_row``: [L * P * W] -> [P, W, L]."""
     by_source = flat.reshape(-1, sources[0] * sources[1]).T
     if source_order is not None:
         by_source = by_source[jnp.argsort(source_order)]

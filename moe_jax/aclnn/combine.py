@@ -168,7 +168,7 @@ def _total(given: dict[str, Any]) -> tuple[Array, Array, Array | None]:
         handle,
         None if shared_x is None else shared_x.reshape(tokens, hidden),
         given["performance_info"],
-        row_weights=_fit(given["expand_scales"], world.num_rows) if hierarchical else None,
+        row_weights=given["expand_scales"][: world.num_rows] if hierarchical else None,
         x=given["ori_x"] if plan.num_copy_experts + plan.num_const_experts else None,
         const_alpha1=given["const_expert_alpha_1"],
         const_alpha2=given["const_expert_alpha_2"],
@@ -205,7 +205,7 @@ def _handle(world: worlds.World, given: dict[str, Any], mask: Array | None) -> t
     if plan.tp_size > 1:
         fits &= jnp.all(given["tp_send_counts"] == lanes)
     written = (row < jnp.sum(lanes))[:, None]
-    rows = jnp.where(written, _fit(given["expand_x"], world.num_rows), 0)
+    rows = jnp.where(written, given["expand_x"][: world.num_rows], 0)  # a caller may have allocated more
     return handle, jnp.where(fits[:, None] | ~written, rows, jnp.nan)
 
 
@@ -215,8 +215,3 @@ def _agree(recv_counts: Array, exchange: Exchange, handle: DispatchHandle, plan:
         return jnp.all(recv_counts == handle.recv_counts)
     mine = jnp.sum(recv_counts[comm.tp_rank(plan)], axis=-1)
     return jnp.all(mine == exchange.sizes[:, comm.ep_rank(plan)])
-
-
-def _fit(rows: Array, length: int) -> Array:
-    """The first ``length`` rows; callers may have allocated more."""
-    return rows[:length]

@@ -84,8 +84,8 @@ def read_scheme(
             f"they must agree: set transpose_{part}_weight to match how the weights are stored"
         )
     scheme = Scheme(microscaled, *formats, rows[1])
-    _check_width(part, x, scheme)
-    _check_scale_shapes(part, scheme, rows, weights, scales, transpose)
+    _check_width(part, scheme)
+    _check_scale_shapes(scheme, rows, weights, scales, transpose)
     return scheme
 
 
@@ -136,7 +136,7 @@ def _is_microscaled(scales) -> bool:
     return kinds[0]
 
 
-def _check_width(part, x, scheme):
+def _check_width(part, scheme):
     if scheme.x_format == "e2m1" and scheme.hidden % 2:
         raise ShapeError(f"{part}_x has {scheme.hidden} columns; e2m1 rows travel two per byte: pad to an even width")
     if scheme.x_format == "int8" and scheme.hidden > _LONGEST_INT8:
@@ -146,7 +146,7 @@ def _check_width(part, x, scheme):
         )
 
 
-def _check_scale_shapes(part, scheme, rows, weights, scales, transpose):
+def _check_scale_shapes(scheme, rows, weights, scales, transpose):
     (x_name, x_scale), (weight_name, weight_scale) = scales.items()
     if not scheme.microscaled:
         check_shape(x_name, x_scale, (1,), "[1]: float32 scales serve a whole operand")
