@@ -1,6 +1,7 @@
 """Feed-forward experts: many at once over grouped rows, and one for every token."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -34,37 +35,45 @@ def activate(gate: Array | None, up: Array, activation: str) -> Array:
     return (gate * jax.nn.sigmoid(_ALPHA * gate) * (wide + 1.0)).astype(up.dtype)
 
 
-def grouped_ffn(
-    weights: dict[str, Array], rows: Array, group_sizes: Array, *, activation: str, backend: str, adds_bias: Array
-) -> Array:
-    """Each row through the expert of its group.
+def grouped_product(inputs: Array, weight: Array, bias: Array | None, *, group_sizes: Array, backend: str) -> Array:
+    """Rows [M, I] in consecutive groups through the weight [L, I, O], and bias [L, O], of their group -> [M, O].
 
-    Args:
-      weights: w_gate (if gated) and w_up [L, H, F], w_down [L, F, H]; optional b_gate, b_up [L, F], b_down [L, H].
-      rows: [M, H]; those past ``sum(group_sizes)`` influence nothing.
-      group_sizes: [L] i32.
-      activation, backend: static.
-      adds_bias: bool scalar; whether this rank adds b_down. One tp rank must, as their results are summed.
-
-    Returns:
-      [M, H] in ``rows.dtype``.
+    Rows past ``sum(group_sizes)`` influence nothing, forward or backward.
     """
+    product = grouped_matmul(inputs, weight, group_sizes, backend=backend)
+    if bias is None:
+        return product
+    # A bias per group is a grouped product too: its gradient sums a group's rows and reads none past the sum.
+    ones = _compat.as_varying(jnp.ones((inputs.shape[0], 1), inputs.dtype), _compat.varying_axes(inputs))
+    return product + grouped_matmul(ones, bias[:, None, :], group_sizes, backend=backend)
 
-    def project(inputs, name):
-        product = grouped_matmul(inputs, weights[f"w_{name}"].astype(rows.dtype), group_sizes, backend=backend)
-        bias = weights.get(f"b_{name}")
-        if bias is None:
-            return product
-        bias = bias.astype(rows.dtype)
-        if name == "down":
-            bias = jnp.where(adds_bias, bias, jnp.zeros((), bias.dtype))
-        # A bias per group is a grouped product too: its gradient sums a group's rows and reads none past the sum.
-        ones = _compat.as_varying(jnp.ones((rows.shape[0], 1), rows.dtype), _compat.varying_axes(rows))
-        return product + grouped_matmul(ones, bias[:, None, :], group_sizes, backend=backend)
 
-    with jax.named_scope("experts"):
-        gate = project(rows, "gate") if is_gated(activation) else None
-        return project(activate(gate, project(rows, "up"), activation), "down")
+def batched_product(inputs: Array, weight: Array, bias: Array | None) -> Array:
+    """As many rows in each group, [L, S, I], through the weight [L, I, O], and bias [L, O], of it -> [L, S, O].
+
+    Sums are fp32, rounded once.
+    """
+    product = jnp.einsum("lsi,lio->lso", inputs, weight, preferred_element_type=jnp.float32).astype(inputs.dtype)
+    return product if bias is None else product + bias[:, None, :]
+
+
+def project_in(weights: dict[str, Array], rows: Array, product: Callable) -> tuple[Array | None, Array]:
+    """(gate, up): rows through w_gate and w_up, with b_gate and b_up where there are any; gate None without w_gate.
+
+    ``product``: (rows, weight, bias or None) -> rows, each through the weight of its expert.
+    """
+    projected = (_through(weights, rows, name, product) if f"w_{name}" in weights else None for name in ("gate", "up"))
+    return tuple(projected)
+
+
+def project_out(weights: dict[str, Array], gate: Array | None, up: Array, activation: str, product: Callable) -> Array:
+    """The activation through w_down, with b_down if there is one; ``product`` as for ``project_in``."""
+    return _through(weights, activate(gate, up, activation), "down", product)
+
+
+def _through(weights: dict[str, Array], rows: Array, name: str, product: Callable) -> Array:
+    bias = weights.get(f"b_{name}")
+    return product(rows, weights[f"w_{name}"].astype(rows.dtype), None if bias is None else bias.astype(rows.dtype))
 
 
 def shared_ffn(weights: dict[str, Array], x: Array, *, activation: str) -> Array:

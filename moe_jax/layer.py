@@ -21,8 +21,9 @@ from moe_jax.errors import (
     raise_all,
     suggest,
 )
-from moe_jax.experts import grouped_ffn, is_gated, shared_ffn
-from moe_jax.movement import collect_rows, dequantized, finish, send_rows
+from moe_jax.expert_slots import expert_slots
+from moe_jax.experts import is_gated, shared_ffn
+from moe_jax.movement import arrival_order, collect_rows, dequantized, finish, send_rows
 from moe_jax.plan import Plan
 from moe_jax.routing import route
 from moe_jax.special import special_terms
@@ -108,6 +109,8 @@ def moe_layer(
     exchange = prepare(expert_ids, plan, rank_table=rank_table)
     num_rounds = count_rounds(exchange, plan)
     experts = {name: params[name] for name in params if name.startswith(("w_", "b_"))}
+    if "b_down" in experts:  # the results of the tp ranks are summed: one of them adds it
+        experts["b_down"] = jnp.where(comm.tp_rank(plan) == 0, experts["b_down"], 0.0)
     experts, x, exchange = _compat.as_varying((experts, x, exchange), plan.token_axes)
     constants = {name: params.get(name) for name in ("const_alpha1", "const_alpha2", "const_v")}
     constants = {name: value if value is None else value.astype(plan.dtype) for name, value in constants.items()}
@@ -249,15 +252,17 @@ def _width(params: dict[str, Array], kind: str) -> int | str:
 def _round(plan: Plan, activation: str, index, experts, x, weights, exchange: Exchange) -> Array:
     """Round ``index``: its pairs to the experts, through them and back."""
     handle = open_window(exchange, index * plan.pair_capacity, plan.pair_capacity, plan)
-    rows = grouped_ffn(
+    order = arrival_order(handle)
+    made = expert_slots(
         experts,
-        dequantized(send_rows(x, handle), plan),
+        dequantized(send_rows(x, handle, order=order), plan),
+        order,
         handle.group_sizes,
+        plan,
         activation=activation,
-        backend=plan.backend,
-        adds_bias=comm.tp_rank(plan) == 0,
+        equal_rows=plan.equal_rows if isinstance(index, int) else 0,  # what overflows is seldom even
     )
-    return collect_rows(rows, weights, handle)
+    return collect_rows(made, weights, handle, order=order)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

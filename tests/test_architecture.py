@@ -21,6 +21,7 @@ LAYERS = [
     {"special", "hierarchy", "barrier"},
     {"movement", "bookkeeping", "window"},
     {"routing", "dispatch", "combine", "experts", "fused", "update_expert"},
+    {"expert_slots"},
     {"layer"},
     {"on_mesh"},
     {"verify", "aclnn"},

@@ -99,5 +99,8 @@ def grouped_outer(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, dty
 
 
 BACKEND = Backend(
-    name="cpu", platforms=("cpu",), kernels={"grouped_matmul": grouped_matmul, "grouped_outer": grouped_outer}
+    name="cpu",
+    platforms=("cpu",),
+    kernels={"grouped_matmul": grouped_matmul, "grouped_outer": grouped_outer},
+    batches_equal_groups=True,  # no loop, no copy of a group's weights, no tile that is partly empty
 )

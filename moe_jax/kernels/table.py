@@ -34,6 +34,8 @@ class Backend:
       transports: by name:
         "padded": (rows [W, C, H], axis_name) -> [W, C, H], row block j to rank j;
         "ragged": the calling convention of jax.lax.ragged_all_to_all.
+      batches_equal_groups: whether one batched product over groups of equal size is worth a layout of its own. Then
+        the layer compiles both, and takes it in the rounds in which no expert has more than the even load.
 
     Raises:
       InvalidArgumentError: an unknown kernel, transport or platform, something that cannot be called, or a name
@@ -44,6 +46,7 @@ class Backend:
     platforms: tuple[str, ...] = ()
     kernels: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
     transports: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
+    batches_equal_groups: bool = False
 
     def __post_init__(self):
         if not isinstance(self.name, str) or self.name in ("", "auto"):
@@ -55,6 +58,7 @@ class Backend:
             for word, function in given.items():
                 if not callable(function):
                     raise InvalidArgumentError(f"{what}: {word!r} is {function!r}; pass a function")
+        check_flag("batches_equal_groups", self.batches_equal_groups)
         object.__setattr__(self, "platforms", tuple(self.platforms))
         object.__setattr__(self, "kernels", MappingProxyType(dict(self.kernels)))
         object.__setattr__(self, "transports", MappingProxyType(dict(self.transports)))

@@ -5,71 +5,104 @@ whose sums are made where the experts are. Windows add up; ``finish`` weights an
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax import _compat
 from moe_jax.movement import exchange
-from moe_jax.movement.routes import ROUTES
+from moe_jax.movement.routes import ROUTES, RowOrder
 from moe_jax.special import special_term
 from moe_jax.types import DispatchHandle, SpecialTerms
 
 Array = jax.Array
 
 
-def collect_rows(rows: Array, combine_weights: Array, handle: DispatchHandle) -> Array:
+def collect_rows(
+    rows: Array, combine_weights: Array, handle: DispatchHandle, *, order: RowOrder | None = None
+) -> Array:
     """Expert rows of one window -> what ``finish`` takes; windows add up. Differentiable in both arrays.
 
-    Weights are [T, C]; for "hierarchy" also [M], those that came with the rows.
+    Weights are [T, C]; for "hierarchy" also [M], those that came with the rows. ``order``: as for ``send_rows``.
     """
     plan = handle.plan
     rows, combine_weights = _compat.as_varying((rows, combine_weights), plan.exchange_axes)
     if not plan.num_pairs:
         pairs = jnp.zeros_like(combine_weights, dtype=plan.dtype)[..., None] * jnp.ones(plan.hidden, plan.dtype)
         return jnp.sum(pairs, axis=1, dtype=jnp.float32) if plan.sums_at_experts else pairs
-    return _collect_rows(False, rows, combine_weights, handle)[0]
+    return _collect_rows(_How(timed=False, ordered=order is None), rows, combine_weights, handle)[0]
 
 
 def collect_rows_timed(rows: Array, combine_weights: Array, handle: DispatchHandle) -> tuple[Array, Array]:
     """As ``collect_rows`` over an exchange of equal blocks, and [W] i32 microseconds waited for each rank."""
     operands = _compat.as_varying((rows, combine_weights), handle.plan.exchange_axes)
-    return _collect_rows(True, *operands, handle)
+    return _collect_rows(_How(timed=True, ordered=True), *operands, handle)
 
 
 def finish(collected: Array, combine_weights: Array, special: SpecialTerms | None, plan) -> Array:
     """The weighted sum over k, ascending, of rows and of what experts without rows add. -> [T, H] fp32."""
     with jax.named_scope("combine_sum"):
         summed = plan.sums_at_experts
-        if summed and special is None:
-            return collected
+        if special is None:
+            return collected if summed else _weighted_sum(collected, combine_weights)
         total = collected if summed else jnp.zeros_like(collected[:, 0], jnp.float32)
         for k in range(plan.num_copies):
             terms = [] if summed else [collected[:, k].astype(jnp.float32)]
-            terms += [] if special is None or k >= plan.top_k else [special_term(special, k, plan)]
+            terms += [] if k >= plan.top_k else [special_term(special, k, plan)]
             total = total + combine_weights[:, k, None] * sum(terms)  # at most one of the terms is not zero
         return total
 
 
+@jax.custom_vjp
+def _weighted_sum(rows: Array, weights: Array) -> Array:
+    """``sum_c weights[t, c] * rows[t, c]``, c ascending. [T, C, H], [T, C] -> [T, H] fp32."""
+    total = jnp.zeros_like(rows[:, 0], jnp.float32)
+    for c in range(rows.shape[1]):
+        total = total + weights[:, c, None] * rows[:, c].astype(jnp.float32)
+    return total
+
+
+def _weighted_sum_backward(operands, ct):
+    """JAX's own rule would pad and add a cotangent of all the rows for each c."""
+    rows, weights = operands
+    d_rows = weights[..., None] * ct[:, None]
+    return d_rows.astype(rows.dtype), jnp.sum(rows.astype(jnp.float32) * ct[:, None], axis=-1)
+
+
+_weighted_sum.defvjp(lambda *operands: (_weighted_sum(*operands), operands), _weighted_sum_backward)
+
+
+class _How(NamedTuple):
+    """What is static about collecting."""
+
+    timed: bool
+    ordered: bool
+
+    @property
+    def options(self) -> dict[str, bool]:
+        return {} if self.ordered else {"ordered": False}
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _collect_rows(timed, rows, weights, handle):
+def _collect_rows(how, rows, weights, handle):
     plan = handle.plan
-    if timed:
+    if how.timed:
         return exchange.collect_timed(rows, handle.maps, plan, recipe=plan.combine_recipe)
     route = ROUTES[type(handle.maps)]
-    return route.collect(rows, weights, handle.maps, plan, recipe=plan.combine_recipe)[0], None
+    return route.collect(rows, weights, handle.maps, plan, recipe=plan.combine_recipe, **how.options)[0], None
 
 
-def _collect_forward(timed, rows, weights, handle):
+def _collect_forward(how, rows, weights, handle):
     kept = rows if handle.plan.sums_at_experts else rows[:0]
-    return _collect_rows(timed, rows, weights, handle), (kept, weights, handle)
+    return _collect_rows(how, rows, weights, handle), (kept, weights, handle)
 
 
-def _collect_backward(timed, residuals, cts):
+def _collect_backward(how, residuals, cts):
     rows, weights, handle = residuals
-    plan = handle.plan
-    route = ROUTES[type(handle.maps)]
-    return *route.collect_adjoint(rows, weights, cts[0], handle.maps, plan, recipe=plan.backward_recipe), None
+    plan, route = handle.plan, ROUTES[type(handle.maps)]
+    options = {"recipe": plan.backward_recipe, **how.options}
+    return *route.collect_adjoint(rows, weights, cts[0], handle.maps, plan, **options), None
 
 
 _collect_rows.defvjp(_collect_forward, _collect_backward)

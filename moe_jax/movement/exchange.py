@@ -17,6 +17,7 @@ def scatter(
     maps: ExchangeMaps,
     plan,
     *,
+    ordered: bool = True,
     buffer: Array | None = None,
     timed: bool = False,
 ) -> tuple[Array | None, Array | None, Arrival | None]:
@@ -26,6 +27,7 @@ def scatter(
       tokens: [T, F] of any dtype, or None.
       pairs: [T, C, G] of any dtype, or None; not both.
       maps, plan: of the window.
+      ordered: False leaves everything in its arrival slot: M is then P * A.
       buffer: the arrival buffer to write into, as wide as the message; None makes one.
       timed: measure how long this rank waits for each source. Slots must be equal blocks.
 
@@ -47,19 +49,27 @@ def scatter(
             arrived = comm.exchange_blocks(message, plan)
         everything = comm.gather_tp(arrived, plan)
     with jax.named_scope("permute"):
-        rows = split_some(pick(everything, maps.row_slot, plan), parts)
+        rows = split_some(pick(everything, maps.row_slot, plan) if ordered else everything, parts)
     return *rows, None if buffer is None and not timed else Arrival(data=arrived, microseconds=microseconds)
 
 
 def collect(
-    rows: Array, weights: Array | None, maps: ExchangeMaps, plan, *, recipe=None, scalars: Array | None = None
+    rows: Array,
+    weights: Array | None,
+    maps: ExchangeMaps,
+    plan,
+    *,
+    ordered: bool = True,
+    recipe=None,
+    scalars: Array | None = None,
 ) -> tuple[Array, Array | None]:
     """Rows [M, H] at their pairs: [T, C, H], zero for pairs outside the window; and scalars [M, G] -> [T, C, G].
 
     tp > 1: the tp ranks' rows are partial sums, and are added. fp32 with a ``recipe``, else in the dtype of the rows.
+    ``ordered``: as for ``scatter``.
     """
     del weights  # they are applied at the tokens
-    message, parts = _home_message(rows, scalars, maps, plan, recipe)
+    message, parts = _home_message(rows, scalars, maps, plan, recipe, ordered)
     with jax.named_scope("exchange"):
         if maps.sizes.size:
             packed = comm.exchange_compact(message, maps.sizes.T, maps.send_pair.shape[0], plan)
@@ -72,18 +82,20 @@ def collect(
 
 def collect_timed(rows: Array, maps: ExchangeMaps, plan, *, recipe=None) -> tuple[Array, Array]:
     """As ``collect`` in equal blocks, one peer after the other; and [W] i32 microseconds waited for each."""
-    message, _ = _home_message(rows, None, maps, plan, recipe)
+    message, _ = _home_message(rows, None, maps, plan, recipe, ordered=True)
     with jax.named_scope("exchange"):
         packed, microseconds = comm.exchange_blocks_timed(message, plan)
     with jax.named_scope("unpack"):
         return _decoded(pick(packed, maps.pair_slot, plan, absent=0), rows, maps, recipe), microseconds
 
 
-def _home_message(rows, scalars, maps, plan, recipe):
+def _home_message(rows, scalars, maps, plan, recipe, ordered):
     """What every arrival slot sends back."""
+    slots = [rows, scalars]
     with jax.named_scope("unpermute"):
         # Slots of the tp ranks are summed, so an unread one may be anything: it only meets its like.
-        slots = [None if part is None else pick(part, maps.slot_row, plan) for part in (rows, scalars)]
+        if ordered:
+            slots = [None if part is None else pick(part, maps.slot_row, plan) for part in slots]
     with jax.named_scope("exchange"):
         slots = [None if part is None else comm.reduce_scatter_tp(part, plan) for part in slots]
         return join_some([as_sent(slots[0], recipe), slots[1]])
@@ -98,10 +110,10 @@ def _decoded(collected, rows, maps, recipe):
 
 
 def collect_adjoint(
-    rows: Array, weights: Array, ct: Array, maps: ExchangeMaps, plan, *, recipe=None
+    rows: Array, weights: Array, ct: Array, maps: ExchangeMaps, plan, *, ordered: bool = True, recipe=None
 ) -> tuple[Array, Array]:
     """Cotangents of rows and weights from that of what was collected, [T, C, H]: as scatter, with pairs for tokens."""
     ct = ct.astype(plan.dtype)
     pairs = as_sent(jax.lax.collapse(ct, 0, 2), recipe).reshape(*ct.shape[:2], -1) if recipe is not None else ct
-    d_rows = as_received(scatter(None, pairs, maps, plan)[1], recipe, plan.hidden)
+    d_rows = as_received(scatter(None, pairs, maps, plan, ordered=ordered)[1], recipe, plan.hidden)
     return d_rows.astype(plan.dtype), jnp.zeros_like(weights)

@@ -17,7 +17,7 @@ Array = jax.Array
 
 
 def scatter(
-    tokens: Array | None, pairs: Array | None, maps: HierarchyMaps, plan
+    tokens: Array | None, pairs: Array | None, maps: HierarchyMaps, plan, *, ordered: bool = True
 ) -> tuple[Array | None, Array | None, None]:
     """As ``exchange.scatter``: tokens [T, F] -> [M, F], pairs [T, C, G] -> [M, G]; one message on each leg."""
     with jax.named_scope("pack"):
@@ -41,11 +41,18 @@ def scatter(
             arrived = nodes.exchange_inside(packed, plan)
         arrived = comm.gather_tp(arrived, plan)
     with jax.named_scope("permute"):
-        return *split_some(pick(arrived, maps.row_slot, plan), parts), None
+        return *split_some(pick(arrived, maps.row_slot, plan) if ordered else arrived, parts), None
 
 
 def collect(
-    rows: Array, weights: Array | None, maps: HierarchyMaps, plan, *, recipe=None, scalars: Array | None = None
+    rows: Array,
+    weights: Array | None,
+    maps: HierarchyMaps,
+    plan,
+    *,
+    ordered: bool = True,
+    recipe=None,
+    scalars: Array | None = None,
 ) -> tuple[Array, Array | None]:
     """``y[t] = sum over nodes of round(sum over the copies c on that node of w[t, c] * row(t, c))``, fp32 [T, F].
 
@@ -58,10 +65,10 @@ def collect(
     """
     if weights is not None and weights.ndim == 1:
         own = jnp.where(comm.tp_rank(plan) == 0, weights, 0.0)
-        home, home_weights = _gather_back([rows, own[:, None]], maps, plan)
+        home, home_weights = _gather_back([rows, own[:, None]], maps, plan, ordered)
         guest_weights, weights = pick(home_weights[:, 0], maps.pair_inner, plan, absent=0), None
     else:
-        home, home_scalars = _gather_back([rows, scalars], maps, plan)
+        home, home_scalars = _gather_back([rows, scalars], maps, plan, ordered)
         guest_weights = None
     with jax.named_scope("exchange"):
         if weights is not None:
@@ -90,7 +97,7 @@ def collect(
 
 
 def collect_adjoint(
-    rows: Array, weights: Array, ct: Array, maps: HierarchyMaps, plan, *, recipe=None
+    rows: Array, weights: Array, ct: Array, maps: HierarchyMaps, plan, *, ordered: bool = True, recipe=None
 ) -> tuple[Array, Array]:
     """Cotangents of rows and weights from that of the sums, ct [T, F] fp32; roundings count as identity.
 
@@ -98,7 +105,9 @@ def collect_adjoint(
     tp. The cotangent crosses to each node once, as a row in ``plan.dtype``; products and sums are fp32.
     """
     message, of_rows = as_sent(ct.astype(plan.dtype), recipe), weights.ndim == 1
-    row_ct, row_weight, _ = scatter(message, None if of_rows else weights[..., None], maps, plan)
+    row_ct, row_weight, _ = scatter(
+        message, None if of_rows else weights[..., None], maps, plan, ordered=ordered
+    )
     row_ct = as_received(row_ct, recipe, rows.shape[1]).astype(jnp.float32)
     with jax.named_scope("dot"):
         dots = jnp.sum(rows.astype(jnp.float32) * row_ct, axis=-1, keepdims=True)
@@ -106,17 +115,19 @@ def collect_adjoint(
         d_weights = comm.sum_over(dots, plan.tp_axis)[:, 0] if plan.tp_size > 1 else dots[:, 0]
         d_weights = jnp.where((comm.tp_rank(plan) == 0) & (maps.row_slot >= 0), d_weights, 0.0)
         return (weights[:, None] * row_ct).astype(rows.dtype), d_weights
-    home, _ = _gather_back([dots, None], maps, plan)
+    home, _ = _gather_back([dots, None], maps, plan, ordered)
     with jax.named_scope("exchange"):
         returned = nodes.exchange_nodes(pick(home[:, 0], maps.pair_inner, plan, absent=0), plan)
     return (row_weight * row_ct).astype(rows.dtype), _sum_over_nodes(returned, maps)
 
 
-def _gather_back(parts: list[Array | None], maps: HierarchyMaps, plan) -> list[Array | None]:
+def _gather_back(parts: list[Array | None], maps: HierarchyMaps, plan, ordered: bool) -> list[Array | None]:
     """Expert rows, each [M, .] -> inner slots, each [S, .], summed over tp; one message."""
+    slots = parts
     with jax.named_scope("unpermute"):
         # Slots of the tp ranks are summed, so an unread one may be anything: it only meets its like.
-        slots = [None if part is None else pick(part, maps.slot_row, plan) for part in parts]
+        if ordered:
+            slots = [None if part is None else pick(part, maps.slot_row, plan) for part in parts]
     with jax.named_scope("exchange"):
         slots = [None if part is None else comm.reduce_scatter_tp(part, plan) for part in slots]
         message, held = join_some(slots)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from moe_jax import _compat
 from moe_jax.message import join, join_some, split, split_some
 from moe_jax.movement.picking import copy_weights, sum_over_pairs
-from moe_jax.movement.routes import ROUTES
+from moe_jax.movement.routes import ROUTES, RowOrder
 from moe_jax.quant import QTensor
 from moe_jax.types import Arrival, DispatchHandle, ExchangeMaps
 
@@ -40,6 +40,7 @@ def send_rows(
     tags: Array | None = None,
     buffer: Array | None = None,
     timed: bool = False,
+    order: RowOrder | None = None,
 ) -> Sent:
     """Sends every pair of the handle's window to its row, with all that belongs to it in one message.
 
@@ -50,6 +51,8 @@ def send_rows(
       weights: [T, K] f32.
       tags: [T, C, G] i32, carried along.
       buffer, timed: as for ``exchange.scatter``.
+      order: of ``arrival_order``, to leave the rows in their arrival slots; None: they are put in order. Without
+        factors by expert.
 
     Returns:
       Sent. Differentiable in x, smooth and weights.
@@ -61,7 +64,7 @@ def send_rows(
         return _nothing(x, weights, tags, plan)
     by_expert = smooth is not None and smooth.ndim == 2
     if not by_expert or isinstance(handle.maps, ExchangeMaps):
-        return _send(timed, x, smooth, weights, tags, buffer, handle)
+        return _send(timed, x, smooth, weights, tags, buffer, handle, ordered=order is None)
     # Here a token travels once for all its experts, and each expert's rank smooths and quantises its own copy.
     factor = smooth_rows(handle)[..., None]
     tags = factor if tags is None else jnp.concatenate([factor, tags], axis=-1)
@@ -138,10 +141,15 @@ class _How(NamedTuple):
 
     timed: bool
     quantised: bool
+    ordered: bool
+
+    @property
+    def options(self) -> dict[str, bool]:
+        return {} if self.ordered else {"ordered": False}
 
 
-def _send(timed, *operands, quantised: bool = True) -> Sent:
-    return _send_with(_How(timed=timed, quantised=quantised), *operands)
+def _send(timed, *operands, quantised: bool = True, ordered: bool = True) -> Sent:
+    return _send_with(_How(timed=timed, quantised=quantised, ordered=ordered), *operands)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -159,6 +167,7 @@ def _send_with(how, x, smooth, weights, tags, buffer, handle):
     per_pair = [copies, None if weights is None else copy_weights(weights, plan)[..., None], tags]
     pairs, held = (None, None) if all(part is None for part in per_pair) else join_some(per_pair)
     options = {"buffer": buffer, "timed": how.timed} if buffer is not None or how.timed else {}
+    options |= how.options
     rows, pair_rows, arrival = ROUTES[type(handle.maps)].scatter(tokens, pairs, handle.maps, plan, **options)
     copies, row_weights, row_tags = (None, None, None) if held is None else split_some(pair_rows, held)
     row_weights = None if weights is None else row_weights[:, 0]
@@ -182,9 +191,8 @@ def _send_backward(how, residuals, ct):
     x, smooth, weights, tags, buffer, handle = residuals
     plan = handle.plan
     scalars = None if weights is None else ct.weights[:, None]
-    collected, d_weights = ROUTES[type(handle.maps)].collect(
-        _refuse_constants(ct), None, handle.maps, plan, recipe=plan.backward_recipe, scalars=scalars
-    )
+    options = {"recipe": plan.backward_recipe, "scalars": scalars, **how.options}
+    collected, d_weights = ROUTES[type(handle.maps)].collect(_refuse_constants(ct), None, handle.maps, plan, **options)
     d_weights = None if weights is None else d_weights[:, : plan.top_k, 0]
     if smooth is not None and smooth.ndim == 2:
         row = smooth_rows(handle)

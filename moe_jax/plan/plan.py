@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from moe_jax.kernels import resolve_backend
 from moe_jax.plan.cost import balanced_rows, row_bytes
 from moe_jax.quant import Recipe, recipe
 
@@ -102,6 +103,13 @@ class Plan:
     def sums_at_experts(self) -> bool:
         """Whether a token's rows are summed where they were made, rather than at the token."""
         return self.transport in ("allgather", "hierarchy")
+
+    @property
+    def equal_rows(self) -> int:
+        """S, rows of each expert of a round under an even load, where the back end batches equal groups; else 0."""
+        if not self.num_pairs or not resolve_backend("grouped_matmul", self.backend).batches_equal_groups:
+            return 0
+        return math.ceil(self.ep_size * self.tp_size * self.tokens_per_rank * self.top_k / self.num_experts)
 
     def num_rows(self, capacity: int) -> int:
         """M, rows that a device can receive when every pair of ranks moves at most ``capacity``."""
