@@ -19,7 +19,6 @@ still has R * D = W * T * C rows, a P-th of the M rows that the caller asks for.
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from moe_jax import _compat, comm, layout
 from moe_jax.comm import nodes

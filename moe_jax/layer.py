@@ -1,18 +1,17 @@
-"""The differentiable MoE layer: route, then rounds of dispatch, experts and collect, then one sum."""
-
-import functools
+"""The differentiable MoE layer: route, send tokens through their experts in rounds, add the shared experts."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from moe_jax import _compat, comm
-from moe_jax.bookkeeping import Exchange, count_rounds, open_window, prepare
 from moe_jax.config import ACTIVATIONS, RouterConfig
 from moe_jax.errors import (
+    InvalidArgumentError,
     MoEError,
     UnsupportedError,
     check_choice,
+    check_count,
     check_dtype,
     check_mask,
     check_rank,
@@ -21,18 +20,17 @@ from moe_jax.errors import (
     raise_all,
     suggest,
 )
-from moe_jax.expert_slots import expert_slots
 from moe_jax.experts import is_gated, shared_ffn
-from moe_jax.movement import arrival_order, collect_rows, dequantized, finish, send_rows
 from moe_jax.plan import Plan
+from moe_jax.rounds import routed_sum
 from moe_jax.routing import route
-from moe_jax.special import special_terms
 from moe_jax.types import LayerStats
 from moe_jax.update_expert import BALANCES, update_expert
 
 Array = jax.Array
 
 OPTIONAL_PARAMS = frozenset({"router_bias", "b_gate", "b_up", "b_down"})
+_CONSTANTS = ("const_alpha1", "const_alpha2", "const_v")
 
 
 def moe_layer(
@@ -46,6 +44,7 @@ def moe_layer(
     table: Array | None = None,
     balance: str = "rank",
     rank_table: Array | None = None,
+    chunks: int = 1,
 ) -> tuple[Array, LayerStats]:
     """One Mixture-of-Experts layer. Call it per shard, inside ``shard_map`` with ``check_vma=True``.
 
@@ -71,13 +70,17 @@ def moe_layer(
       balance: "rank" or "token", how the instances of an expert share its tokens; read with ``table`` only.
       rank_table: [4 + 2 * ep] i32, who is alive, see ``dispatch``: tokens of removed ranks get nothing from routed
         experts. Without ``table`` the router must not choose the experts that are gone; choices that do are dropped.
+      chunks: a divisor of T. The tokens pass in this many parts, each with its share of ``plan.pair_capacity``, and no
+        part waits for another: while one is multiplied, the next can travel. Same values as with 1, except for
+        which copies overflow="drop" drops. ``num_rounds`` is that of the part that needed most.
 
     Returns:
       y [T, H] in ``plan.dtype``, and LayerStats over all tokens of the mesh. Differentiable in x and every float
       parameter except ``selection_bias``.
 
     Raises:
-      InvalidArgumentError: lists everything that is wrong with ``params``; or an unknown activation.
+      InvalidArgumentError: lists everything that is wrong with ``params``; an unknown activation; chunks that do not
+        divide T.
       MissingArgumentError, ShapeError, DtypeError, MeshError: as for ``dispatch``.
       UnsupportedError: the plan puts shared experts on ranks of their own.
     """
@@ -85,6 +88,7 @@ def moe_layer(
     check_type("router", router, RouterConfig, "build one with moe_jax.RouterConfig(...)")
     check_choice("activation", activation, ACTIVATIONS)
     check_choice("balance", balance, BALANCES)
+    check_chunks(chunks, plan)
     comm.check_axes(plan, replicas=True)
     check_shape("x", x, (plan.tokens_per_rank, plan.hidden), "[T, H], fixed by the plan; pad and use token_mask")
     check_dtype("x", x, (plan.dtype,), "the plan's dtype: cast x, or make a plan with dtype=...")
@@ -106,24 +110,20 @@ def moe_layer(
         axis_name=plan.token_axes,
     )
     expert_ids = routing.expert_ids if table is None else _instances(routing.expert_ids, table, balance, plan)
-    exchange = prepare(expert_ids, plan, rank_table=rank_table)
-    num_rounds = count_rounds(exchange, plan)
     experts = {name: params[name] for name in params if name.startswith(("w_", "b_"))}
     if "b_down" in experts:  # the results of the tp ranks are summed: one of them adds it
         experts["b_down"] = jnp.where(comm.tp_rank(plan) == 0, experts["b_down"], 0.0)
-    experts, x, exchange = _compat.as_varying((experts, x, exchange), plan.token_axes)
-    constants = {name: params.get(name) for name in ("const_alpha1", "const_alpha2", "const_v")}
-    constants = {name: value if value is None else value.astype(plan.dtype) for name, value in constants.items()}
-    tokens = x if plan.num_copy_experts + plan.num_const_experts else None
-    special = special_terms(exchange.expert_ids, plan, x=tokens, **constants)
-    special = _compat.as_varying(special, plan.token_axes)
-    total = _routed_sum(plan, activation, experts, x, routing.combine_weights, special, exchange, num_rounds)
+    constants = {name: params[name].astype(plan.dtype) if name in params else None for name in _CONSTANTS}
+    operands = _compat.as_varying((experts, constants, x, routing.combine_weights), plan.token_axes)
+    total, num_dropped, num_rounds = routed_sum(
+        expert_ids, *operands, plan, activation=activation, rank_table=rank_table, chunks=chunks
+    )
     if plan.num_shared_experts:
         total = total + shared_ffn(params, x, activation=activation)
     if token_mask is not None:
         total = jnp.where(token_mask[:, None], total, 0.0)
     stats = LayerStats(
-        num_dropped=comm.sum_over_tokens(exchange.stats.num_dropped[0], plan),
+        num_dropped=comm.sum_over_tokens(num_dropped, plan),
         num_rounds=comm.max_over_replicas(num_rounds, plan),
         load=routing.load,
         losses=routing.losses,
@@ -153,6 +153,15 @@ def check_layer_plan(plan: Plan) -> None:
         raise UnsupportedError(
             f"plan.num_shared_ranks={plan.num_shared_ranks}: the layer computes shared experts beside the exchange; "
             "make the plan with num_shared_ranks=0, or call dispatch and combine yourself"
+        )
+
+
+def check_chunks(chunks: int, plan: Plan) -> None:
+    """Raises unless the tokens of a device can be cut into ``chunks`` equal parts."""
+    check_count("chunks", chunks)
+    if plan.tokens_per_rank % chunks:
+        raise InvalidArgumentError(
+            f"chunks={chunks} does not divide tokens_per_rank={plan.tokens_per_rank}; take a divisor, or pad the tokens"
         )
 
 
@@ -195,7 +204,7 @@ def param_shapes(
     if router.selection_bias:
         shapes["selection_bias"] = (num_ids,)
     if plan.num_const_experts:
-        shapes |= {name: (plan.num_const_experts, hidden) for name in ("const_alpha1", "const_alpha2", "const_v")}
+        shapes |= {name: (plan.num_const_experts, hidden) for name in _CONSTANTS}
     if plan.num_shared_experts:
         shapes |= {"shared_up": (hidden, shared_ffn), "shared_down": (shared_ffn, hidden)}
     if is_gated(activation):
@@ -247,63 +256,3 @@ def _width(params: dict[str, Array], kind: str) -> int | str:
         if len(shape) > 1:
             return shape[axis]
     return "F"
-
-
-def _round(plan: Plan, activation: str, index, experts, x, weights, exchange: Exchange) -> Array:
-    """Round ``index``: its pairs to the experts, through them and back."""
-    handle = open_window(exchange, index * plan.pair_capacity, plan.pair_capacity, plan)
-    order = arrival_order(handle)
-    made = expert_slots(
-        experts,
-        dequantized(send_rows(x, handle, order=order), plan),
-        order,
-        handle.group_sizes,
-        plan,
-        activation=activation,
-        equal_rows=plan.equal_rows if isinstance(index, int) else 0,  # what overflows is seldom even
-    )
-    return collect_rows(made, weights, handle, order=order)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _routed_sum(plan, activation, experts, x, weights, special, exchange, num_rounds):
-    """[T, H] fp32. The first round is inline and keeps its residuals; the others are a loop that keeps none."""
-    return _routed_forward(plan, activation, experts, x, weights, special, exchange, num_rounds)[0]
-
-
-def _routed_forward(plan, activation, experts, x, weights, special, exchange, num_rounds):
-    first = functools.partial(_round, plan, activation, 0, exchange=exchange)
-    collected, pull_first = jax.vjp(first, experts, x, weights)
-
-    def overflow(state):
-        index, collected = state
-        # Every pair comes back in one round and is zero in the others, so adding loses nothing.
-        return index + 1, collected + _round(plan, activation, index, experts, x, weights, exchange)
-
-    if plan.max_rounds > 1:
-        start = (jnp.ones_like(num_rounds), collected)
-        _, collected = lax.while_loop(lambda state: state[0] < num_rounds, overflow, start)
-    total = finish(collected, weights, special, plan)
-    return total, (pull_first, collected, experts, x, weights, special, exchange, num_rounds)
-
-
-def _routed_backward(plan, activation, residuals, ct):
-    pull_first, collected, experts, x, weights, special, exchange, num_rounds = residuals
-    pull_finish = jax.vjp(lambda *operands: finish(*operands, plan), collected, weights, special)[1]
-    d_collected, d_weights, d_special = pull_finish(ct)
-    grads = pull_first(d_collected)
-
-    def overflow(state):
-        index, grads = state
-        recomputed = functools.partial(_round, plan, activation, index, exchange=exchange)
-        _, pull = jax.vjp(recomputed, experts, x, weights)
-        return index + 1, jax.tree.map(jnp.add, grads, pull(pull_finish(ct)[0]))
-
-    if plan.max_rounds > 1:
-        start = (jnp.ones_like(num_rounds), grads)
-        _, grads = lax.while_loop(lambda state: state[0] < num_rounds, overflow, start)
-    d_experts, d_x, d_sent_weights = grads
-    return d_experts, d_x, d_weights + d_sent_weights, d_special, None, None
-
-
-_routed_sum.defvjp(_routed_forward, _routed_backward)

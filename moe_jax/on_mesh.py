@@ -23,7 +23,7 @@ from moe_jax.errors import (
     check_shape,
     check_type,
 )
-from moe_jax.layer import OPTIONAL_PARAMS, check_layer_plan, check_params, moe_layer, param_shapes
+from moe_jax.layer import OPTIONAL_PARAMS, check_chunks, check_layer_plan, check_params, moe_layer, param_shapes
 from moe_jax.mesh import check_mesh
 from moe_jax.plan import Plan
 from moe_jax.types import LayerStats
@@ -40,6 +40,7 @@ def moe_on_mesh(
     activation: str = "swiglu",
     use_bias: bool = False,
     num_logical_experts: int | None = None,
+    chunks: int = 1,
 ) -> tuple[Callable, Callable]:
     """The MoE layer on global arrays: ``init(key) -> params`` and ``apply(params, x) -> (y, stats)``.
 
@@ -55,6 +56,7 @@ def moe_on_mesh(
       use_bias: whether ``init`` makes the optional biases (zero at first).
       num_logical_experts: experts that the router scores, where ``apply`` is given a ``table`` of their instances;
         None: it scores the plan's experts.
+      chunks: parts in which the tokens of a device pass, see ``moe_layer``.
 
     Returns:
       init: key -> dict of fp32 arrays: router [H, E'], w_gate (if gated), w_up [E, H, F], w_down [E, F, H],
@@ -65,8 +67,8 @@ def moe_on_mesh(
         and ``rank_table`` are those of ``moe_layer``, the same on every device.
 
     Raises:
-      InvalidArgumentError: ``ffn`` is not divisible by tp, or the activation is unknown; ``init`` and ``apply`` check
-        their own arguments.
+      InvalidArgumentError: ``ffn`` is not divisible by tp, the activation is unknown, or ``chunks`` does not divide T;
+        ``init`` and ``apply`` check their own arguments.
       MeshError: the mesh is not the plan's.
       UnsupportedError: the plan puts shared experts on ranks of their own.
 
@@ -78,6 +80,7 @@ def moe_on_mesh(
     _check_plan_of(mesh, plan)
     check_choice("activation", activation, ACTIVATIONS)
     check_flag("use_bias", use_bias)
+    check_chunks(chunks, plan)
     check_count("ffn", ffn)
     _check_width(f"ffn={ffn}", ffn, plan)
     ffn = int(ffn)
@@ -131,7 +134,7 @@ def moe_on_mesh(
 
         def shard(params, x, token_mask, tables):
             options = {"activation": activation, "token_mask": token_mask, "balance": balance}
-            return moe_layer(params, x, plan, router, **options, **tables)
+            return moe_layer(params, x, plan, router, chunks=chunks, **options, **tables)
 
         mapped = _compat.shard_map(
             shard,

@@ -22,6 +22,7 @@ LAYERS = [
     {"movement", "bookkeeping", "window"},
     {"routing", "dispatch", "combine", "experts", "fused", "update_expert"},
     {"expert_slots"},
+    {"rounds"},
     {"layer"},
     {"on_mesh"},
     {"verify", "aclnn"},

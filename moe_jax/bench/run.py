@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from moe_jax import quant
 from moe_jax.bench.check import WrongResult
 from moe_jax.bench.measure import measure
+from moe_jax.bench.memory import keep_freed_memory
 from moe_jax.bench.programs import make_layer, make_setting
 from moe_jax.bench.report import describe
 from moe_jax.bench.workloads import WORKLOADS, Workload, of_config
@@ -64,6 +65,7 @@ def run(
     if not max_seconds > 0:
         raise InvalidArgumentError(f"max_seconds={max_seconds} must be above zero")
     extents = mesh or (config.mesh if config else DEFAULT_MESH)
+    kept = keep_freed_memory()
     ensure_devices(extents.num_devices)
     devices = make_mesh(ep=extents.ep, tp=extents.tp, nodes=extents.nodes, dp=extents.dp)
     rounds = repeats or (QUICK_REPEATS if quick else REPEATS)
@@ -74,7 +76,7 @@ def run(
     with contextlib.ExitStack() as stack:
         lines = _open(json_path, stack)
         header = {"event": "bench", "mesh": dict(devices.shape), "repeats": rounds, "jax": jax.__version__}
-        header["platform"] = devices.devices.flat[0].platform
+        header |= {"platform": devices.devices.flat[0].platform, "keeps_freed_memory": kept}
         _emit(header, lines)
         if lines is not sys.stdout:
             print(

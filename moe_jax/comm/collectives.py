@@ -9,6 +9,7 @@ from jax import lax
 
 from moe_jax import _compat
 from moe_jax.comm.ragged import chunked_all_to_all, portable_ragged_all_to_all
+from moe_jax.comm.rows import gather_rows, swap_blocks
 from moe_jax.comm.timing import timed_all_to_all
 from moe_jax.errors import MeshError
 from moe_jax.kernels.table import find_transport
@@ -94,7 +95,7 @@ def exchange_blocks(rows: Array, plan) -> Array:
     """[W * C, H]: block j of C slots goes to rank j; block i of the result came from rank i."""
     blocks = rows.reshape(plan.ep_size, rows.shape[0] // plan.ep_size, rows.shape[1])
     custom = find_transport("padded", plan.backend)
-    moved = custom(blocks, plan.ep_axis) if custom else lax.all_to_all(blocks, plan.ep_axis, 0, 0)
+    moved = custom(blocks, plan.ep_axis) if custom else swap_blocks(blocks, plan.ep_axis)
     return moved.reshape(rows.shape)
 
 
@@ -138,7 +139,7 @@ def exchange_compact(rows: Array, sizes: Array, num_out: int, plan, *, output: A
 
 def gather_tp(rows: Array, plan) -> Array:
     """[A, ...] of each tp rank -> [P * A, ...] of all, in rank order."""
-    return lax.all_gather(rows, plan.tp_axis, tiled=True) if plan.tp_size > 1 else rows
+    return gather_rows(rows, plan.tp_axis, True) if plan.tp_size > 1 else rows
 
 
 def reduce_scatter_tp(rows: Array, plan) -> Array:
@@ -148,7 +149,7 @@ def reduce_scatter_tp(rows: Array, plan) -> Array:
 
 def gather_tokens(x: Array, plan) -> Array:
     """[T, ...] of each device -> [P * W, T, ...] of all, tp rank first."""
-    return lax.all_gather(x, _token_axes(plan))
+    return gather_rows(x, _token_axes(plan), False)
 
 
 def reduce_scatter_tokens(x: Array, plan) -> Array:

@@ -12,6 +12,7 @@ from jax import lax
 
 from moe_jax import _compat
 from moe_jax.comm.ragged import chunked_all_to_all
+from moe_jax.comm.rows import swap_blocks
 from moe_jax.kernels.table import find_transport
 from moe_jax.layout import exclusive_cumsum
 
@@ -73,5 +74,5 @@ def _inside(plan) -> tuple[str, ...]:
 def _exchange(rows, num_blocks, axes, plan):
     blocks = rows.reshape(num_blocks, rows.shape[0] // num_blocks, rows.shape[1])
     custom = find_transport("padded", plan.backend)
-    moved = custom(blocks, axes) if custom else lax.all_to_all(blocks, axes, 0, 0)
+    moved = custom(blocks, axes) if custom else swap_blocks(blocks, axes)
     return moved.reshape(rows.shape)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax import _compat
+from moe_jax.comm.rows import swap_blocks
 from moe_jax.errors import ShapeError, check_dtype, check_rank, check_shape
 from moe_jax.kernels.table import find_transport
 from moe_jax.layout import exclusive_cumsum, map_blocks
@@ -215,7 +216,7 @@ def chunked_all_to_all(
     def exchange(step, result):
         rows = input_offsets[:, None] + step * chunk + inner
         sent = jnp.take(operand, rows.ravel(), axis=0, mode="clip").reshape(num_ranks, chunk, -1)
-        received = all_to_all(sent, axes) if all_to_all else lax.all_to_all(sent, axes, 0, 0)
+        received = all_to_all(sent, axes) if all_to_all else swap_blocks(sent, axes)
 
         def place(source, result):
             first = arrival_offsets[source] + step * chunk

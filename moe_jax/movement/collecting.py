@@ -67,7 +67,8 @@ def _weighted_sum_backward(operands, ct):
     """JAX's own rule would pad and add a cotangent of all the rows for each c."""
     rows, weights = operands
     d_rows = weights[..., None] * ct[:, None]
-    return d_rows.astype(rows.dtype), jnp.sum(rows.astype(jnp.float32) * ct[:, None], axis=-1)
+    d_weights = jnp.einsum("tch,th->tc", rows.astype(jnp.float32), ct, precision=jax.lax.Precision.HIGHEST)
+    return d_rows.astype(rows.dtype), d_weights
 
 
 _weighted_sum.defvjp(lambda *operands: (_weighted_sum(*operands), operands), _weighted_sum_backward)

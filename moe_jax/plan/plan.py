@@ -109,7 +109,8 @@ class Plan:
         """S, rows of each expert of a round under an even load, where the back end batches equal groups; else 0."""
         if not self.num_pairs or not resolve_backend("grouped_matmul", self.backend).batches_equal_groups:
             return 0
-        return math.ceil(self.ep_size * self.tp_size * self.tokens_per_rank * self.top_k / self.num_experts)
+        even = math.ceil(self.ep_size * self.tp_size * self.tokens_per_rank * self.top_k / self.num_experts)
+        return min(even, self.num_rows(self.pair_capacity) // self.num_local_experts)
 
     def num_rows(self, capacity: int) -> int:
         """M, rows that a device can receive when every pair of ranks moves at most ``capacity``."""

@@ -1,0 +1,128 @@
+"""Rounds of exchange, experts and exchange back, as many as the skew needs.
+
+The first round stands in the program as it is, and keeps what its backward pass needs. The others are a loop that keeps
+nothing and runs again in the backward pass, so that memory does not grow with the skew.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moe_jax import _compat
+from moe_jax.bookkeeping import Exchange, count_rounds, open_window, prepare
+from moe_jax.expert_slots import expert_slots
+from moe_jax.movement import arrival_order, collect_rows, dequantized, finish, send_rows
+from moe_jax.plan import Plan
+from moe_jax.special import special_terms
+
+Array = jax.Array
+
+
+def routed_sum(
+    expert_ids: Array,
+    experts: dict[str, Array],
+    constants: dict[str, Array | None],
+    x: Array,
+    weights: Array,
+    plan: Plan,
+    *,
+    activation: str,
+    rank_table: Array | None,
+    chunks: int,
+) -> tuple[Array, Array, Array]:
+    """What routed and special experts add for each token.
+
+    Args:
+      expert_ids, weights: [T, K] i32 and f32.
+      experts: as for ``expert_slots``; constants: of ``special_terms``.
+      x: [T, H] in ``plan.dtype``.
+      plan, activation: static. rank_table: as for ``dispatch``.
+      chunks: a divisor of T; each part of the tokens passes by itself, with its share of ``plan.pair_capacity``.
+
+    Returns:
+      ([T, H] fp32, i32 pairs of this device that were dropped, i32 rounds of the part that took most).
+    """
+    tokens = plan.tokens_per_rank // chunks
+    part = dataclasses.replace(plan, tokens_per_rank=tokens, pair_capacity=-(-plan.pair_capacity // chunks))
+    found = []
+    for start in range(0, max(1, plan.tokens_per_rank), max(1, tokens)):
+        ids_here, x_here, weights_here = (a[start : start + tokens] for a in (expert_ids, x, weights))
+        exchange = prepare(ids_here, part, rank_table=rank_table)
+        num_rounds = count_rounds(exchange, part)
+        exchange = _compat.as_varying(exchange, plan.token_axes)
+        needed = x_here if plan.num_copy_experts + plan.num_const_experts else None
+        special = special_terms(exchange.expert_ids, part, x=needed, **constants)
+        special = _compat.as_varying(special, plan.token_axes)
+        total = _routed_sum(part, activation, experts, x_here, weights_here, special, exchange, num_rounds)
+        found.append((total, exchange.stats.num_dropped[0], num_rounds))
+    totals, dropped, rounds = zip(*found, strict=True)
+    return jnp.concatenate(totals), sum(dropped), functools.reduce(jnp.maximum, rounds)
+
+
+def _round(plan: Plan, activation: str, index, experts, x, weights, exchange: Exchange) -> Array:
+    """Round ``index``: its pairs to the experts, through them and back."""
+    handle = open_window(exchange, index * plan.pair_capacity, plan.pair_capacity, plan)
+    order = arrival_order(handle)
+    made = expert_slots(
+        experts,
+        dequantized(send_rows(x, handle, order=order), plan),
+        order,
+        handle.group_sizes,
+        plan,
+        activation=activation,
+        equal_rows=plan.equal_rows if isinstance(index, int) else 0,  # what overflows is seldom even
+    )
+    return collect_rows(made, weights, handle, order=order)
+
+
+def _late(index: Array, *operands):
+    """``operands`` as depending on the round: XLA must not convert weights, say, ahead of a loop that seldom runs."""
+    return lax.optimization_barrier((index, operands))[1]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _routed_sum(plan, activation, experts, x, weights, special, exchange, num_rounds):
+    """[T, H] fp32. The first round is inline and keeps its residuals; the others are a loop that keeps none."""
+    return _routed_forward(plan, activation, experts, x, weights, special, exchange, num_rounds)[0]
+
+
+def _routed_forward(plan, activation, experts, x, weights, special, exchange, num_rounds):
+    first = functools.partial(_round, plan, activation, 0, exchange=exchange)
+    collected, pull_first = jax.vjp(first, experts, x, weights)
+
+    def overflow(state):
+        index, collected = state
+        # Every pair comes back in one round and is zero in the others, so adding loses nothing.
+        return index + 1, collected + _round(plan, activation, index, *_late(index, experts, x, weights), exchange)
+
+    if plan.max_rounds > 1:
+        start = (jnp.ones_like(num_rounds), collected)
+        _, collected = lax.while_loop(lambda state: state[0] < num_rounds, overflow, start)
+    total = finish(collected, weights, special, plan)
+    return total, (pull_first, collected, experts, x, weights, special, exchange, num_rounds)
+
+
+def _routed_backward(plan, activation, residuals, ct):
+    pull_first, collected, experts, x, weights, special, exchange, num_rounds = residuals
+    pull_finish = jax.vjp(lambda *operands: finish(*operands, plan), collected, weights, special)[1]
+    d_collected, d_weights, d_special = pull_finish(ct)
+    grads = pull_first(d_collected)
+
+    def overflow(state):
+        index, grads = state
+        late_ct, *operands = _late(index, ct, experts, x, weights)
+        recomputed = functools.partial(_round, plan, activation, index, exchange=exchange)
+        _, pull = jax.vjp(recomputed, *operands)
+        return index + 1, jax.tree.map(jnp.add, grads, pull(pull_finish(late_ct)[0]))
+
+    if plan.max_rounds > 1:
+        start = (jnp.ones_like(num_rounds), grads)
+        _, grads = lax.while_loop(lambda state: state[0] < num_rounds, overflow, start)
+    d_experts, d_x, d_sent_weights = grads
+    return d_experts, d_x, d_weights + d_sent_weights, d_special, None, None
+
+
+_routed_sum.defvjp(_routed_forward, _routed_backward)
