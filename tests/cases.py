@@ -5,14 +5,18 @@ Arrays over all ranks have the leading axes [W, P] (ep, tp), as in ``moe_jax.ref
 
 import jax
 import numpy as np
+import pytest
 from jax.sharding import PartitionSpec as P
 
 import moe_jax as moe
 from moe_jax import _compat
 
 MESHES = [(1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (2, 2), (4, 2), (2, 4)]
-FEW_MESHES = [(1, 1), (8, 1), (1, 2), (4, 2), (2, 4)]  # of the tests that everybody runs; the slow ones take all
 TRANSPORTS = ["padded", "ragged", "allgather"]
+# Of the tests that everybody runs; the slow ones take every mesh with every transport.
+FEW_WORLDS = [(1, 1, "padded"), (8, 1, "padded"), *((4, 2, transport) for transport in TRANSPORTS)]
+# For the layer, where other tests that everybody runs hold the same of dispatch and combine on every transport.
+MOSTLY_PADDED = ["padded", *(pytest.param(transport, marks=pytest.mark.slow) for transport in TRANSPORTS[1:])]
 PATTERNS = ["balanced", "random", "zipf", "one_rank", "empty_experts", "masked", "none"]
 
 

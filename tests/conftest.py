@@ -16,6 +16,6 @@ hypothesis.settings.load_profile("default")
 
 @pytest.fixture(scope="module", autouse=True)
 def _release_compiled_programs():
-    """A compiled program holds memory mappings for as long as it is cached, and Linux allows a process 65530 of them."""
+    """A compiled program holds memory mappings while it is cached, and Linux allows a process 65530 of them."""
     yield
     jax.clear_caches()

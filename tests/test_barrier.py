@@ -333,6 +333,7 @@ def test_processes_pass_together():
         assert ended.returncode == 0 and "PASSED" in ended.output, ended.output
 
 
+@pytest.mark.slow
 def test_processes_give_up_on_one_that_never_comes():
     settings = "PATIENCE, LATE = 3_000_000, {2: 1000}\n"
     *waiting, asleep = run_processes(settings + _PROGRAM, 3, wait_for=[0, 1])

@@ -99,8 +99,11 @@ def test_rows_that_leave(ep, tp, pattern):
     assert rows_that_leave(ids, plan) == leaving / (ep * tp)
 
 
+BASELINE_MESHES = [(4, 2), pytest.param(2, 1, marks=pytest.mark.slow)]
+
+
 @pytest.mark.parametrize("make", [one_hot_layer, all_experts_layer])
-@pytest.mark.parametrize("ep,tp", [(4, 2), (2, 1)])
+@pytest.mark.parametrize("ep,tp", BASELINE_MESHES)
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 def test_baselines_equal_the_reference(make, ep, tp, activation):
     setting = setting_of(ep, tp, dataclasses.replace(TINY, activation=activation))
@@ -119,7 +122,7 @@ def test_baselines_equal_the_reference(make, ep, tp, activation):
         assert_close(d_params[name], ct_params[name])
 
 
-@pytest.mark.parametrize("ep,tp", [(4, 2), (2, 1)])
+@pytest.mark.parametrize("ep,tp", BASELINE_MESHES)
 def test_one_hot_drops_what_does_not_fit(ep, tp):
     """Per device and expert the first 2 * T * K / E copies stay, all first choices before the second ones."""
     setting = setting_of(ep, tp, dataclasses.replace(TINY, pattern="zipf"))
@@ -142,7 +145,7 @@ def test_one_hot_drops_what_does_not_fit(ep, tp):
     assert_close(y, expected)
 
 
-@pytest.mark.parametrize("ep,tp", [(4, 2), (2, 1)])
+@pytest.mark.parametrize("ep,tp", BASELINE_MESHES)
 def test_dense_limit_is_every_experts_product(ep, tp):
     setting = setting_of(ep, tp)
     data, mesh = setting.data, setting.mesh

@@ -121,6 +121,7 @@ def test_selection_bias_moves_and_bfloat16_trains(folder, capsys):
     assert late[0] < late[1]
 
 
+@pytest.mark.slow
 def test_seed_changes_the_run(folder, capsys):
     def loss(seed):
         return train(folder, capsys, "--mesh", "ep=1", "--steps", 2, "--seed", seed)["step"][1]["loss"]
@@ -165,6 +166,7 @@ def test_interrupt_saves_and_resume_goes_on(folder):
     assert steps == [last["step"] + 1]
 
 
+@pytest.mark.slow
 def test_plain_output_ends_with_loss_and_sample():
     """As a person calls it: devices are emulated without being asked for."""
     command = [sys.executable, "-m", "moe_jax", "train", "configs/tiny.toml", "--steps", "1"]

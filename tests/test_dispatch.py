@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FEW_MESHES, MESHES, PATTERNS, TRANSPORTS, expert_ids, mesh_of, over_mesh, small_integers
+from cases import FEW_WORLDS, MESHES, PATTERNS, TRANSPORTS, expert_ids, mesh_of, over_mesh, small_integers
 
 import moe_jax as moe
 from moe_jax import reference
@@ -85,8 +85,7 @@ def compare(plan, rng, pattern, mask_kind, ids=None):
     return sent
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("ep,tp", FEW_MESHES)
+@pytest.mark.parametrize("ep,tp,transport", FEW_WORLDS)
 def test_equals_oracle(ep, tp, transport):
     rng = np.random.default_rng([ep, tp])
     plan = make_plan(ep, tp, transport)
@@ -96,7 +95,8 @@ def test_equals_oracle(ep, tp, transport):
         compare(plan, rng, "random", mask_kind)
 
 
-SHARED = [(2, 1, 1, 1), (4, 1, 2, 1), (4, 2, 2, 2), (8, 1, 4, 2), (8, 1, 6, 3)]  # ep, tp, shared ranks and experts
+SHARED = [(4, 2, 2, 2), (8, 1, 6, 3)]  # ep, tp, shared ranks and experts
+SHARED += [pytest.param(*world, marks=pytest.mark.slow) for world in ((2, 1, 1, 1), (4, 1, 2, 1), (8, 1, 4, 2))]
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -133,8 +133,11 @@ def test_transports_agree_to_the_bit():
             np.testing.assert_array_equal(sent[0].view(np.int32), other.view(np.int32))
 
 
+ODD_SIZES = [(1, 5, 8), (7, 8, 8), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((1, 1, 4), (3, 2, 12)))]
+
+
 @pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("tokens,top_k,experts", [(1, 1, 4), (1, 5, 8), (7, 8, 8), (3, 2, 12)])
+@pytest.mark.parametrize("tokens,top_k,experts", ODD_SIZES)
 def test_odd_sizes(transport, tokens, top_k, experts):
     plan = make_plan(4, 2, transport, tokens=tokens, top_k=top_k, experts=experts)
     compare(plan, np.random.default_rng(tokens), "random", "all")
@@ -161,7 +164,7 @@ def test_repeated_ids_are_copies(transport):
     compare(make_plan(4, 2, transport), np.random.default_rng(3), "all_to_one", "all", ids=ids)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_dispatch_moves_bits(transport, dtype):
     """Subnormals, infinities and signed zeros arrive as they left (a NaN may lose its payload)."""

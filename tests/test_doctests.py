@@ -17,6 +17,7 @@ MODULES = [
     for _, name, _ in pkgutil.walk_packages(moe_jax.__path__, "moe_jax.")
     if not name.startswith(("moe_jax.train", "moe_jax.cli", "moe_jax.__main__"))
 ]
+SLOW = {"moe_jax.fused.api", "moe_jax.combine", "moe_jax.dispatch"}  # without jit: every operation is compiled alone
 
 
 def _globals():
@@ -27,7 +28,7 @@ def _globals():
             "x": jnp.ones((8, 8)), "shard_map": _compat.shard_map, "P": jax.sharding.PartitionSpec}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in MODULES])
 def test_doctests(name):
     module = importlib.import_module(name)
     lacking = {key: value for key, value in _globals().items() if not hasattr(module, key)}

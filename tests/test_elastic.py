@@ -211,8 +211,8 @@ WORLDS = [
     (4, 2, {"local": 2}),
     (4, 1, {"local": 2, "shared": 1, "num_shared": 1}),
 ]
-DEFAULT = [(WORLDS[1], t) for t in TRANSPORTS] + [(WORLDS[2], t) for t in TRANSPORTS]
-SLOW = [(world, t) for world in (WORLDS[0], WORLDS[3]) for t in TRANSPORTS]
+DEFAULT = [*((WORLDS[1], t) for t in TRANSPORTS), (WORLDS[2], "padded")]
+SLOW = [(world, t) for world in (WORLDS[0], WORLDS[2], WORLDS[3]) for t in TRANSPORTS if (world, t) not in DEFAULT]
 SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
 
 
@@ -384,8 +384,8 @@ def draw_step(rng, plan, table, steps):
 
 WINDOWS = [
     (8, 1, "padded", True, {"local": 1, "shared": 2, "num_shared": 1}),
-    (8, 1, "ragged", False, {"local": 1, "shared": 2, "num_shared": 1}),
     (2, 2, "ragged", True, {"local": 2}),
+    pytest.param(8, 1, "ragged", False, {"local": 1, "shared": 2, "num_shared": 1}, marks=pytest.mark.slow),
     pytest.param(2, 2, "padded", False, {"local": 2}, marks=pytest.mark.slow),
     pytest.param(4, 1, "padded", False, {"local": 2, "quant": "none"}, marks=pytest.mark.slow),
 ]

@@ -145,7 +145,11 @@ def check(op, program_results, x, weight, cts, send, recv, **options):
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(
     ("num_ranks", "num_local", "axes", "transpose"),
-    [(1, 2, "x", False), (2, 3, "x", True), (4, 1, "x", False), (8, 2, ("ep", "tp"), True)],
+    [
+        (2, 3, "x", True),
+        (8, 2, ("ep", "tp"), True),
+        *(pytest.param(ranks, local, "x", False, marks=pytest.mark.slow) for ranks, local in ((1, 2), (4, 1))),
+    ],
 )
 def test_patterns(op, num_ranks, num_local, axes, transpose):
     """With two ranks the capacity is the default one, which holds even all rows of both."""

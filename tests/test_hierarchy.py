@@ -20,7 +20,8 @@ import moe_jax as moe
 from moe_jax import _compat, hierarchy, quant, reference
 from moe_jax.movement import hierarchy as route
 
-MESHES = [(2, 2, 1), (2, 4, 1), (2, 2, 2), (4, 2, 1), (1, 4, 1)]  # nodes, ranks of each, tp
+MESHES = [(2, 2, 2), (4, 2, 1), (1, 4, 1)]  # nodes, ranks of each, tp
+MESHES += [pytest.param(mesh, marks=pytest.mark.slow) for mesh in ((2, 2, 1), (2, 4, 1))]
 T, K, H, BYTES = 5, 3, 4, 6
 LOCAL = 2  # experts per rank
 
@@ -351,7 +352,7 @@ def test_no_tokens_trace():
     assert sizes.shape == (4, 1, LOCAL) and counts.shape == (4, 1, 1, 4, LOCAL)
 
 
-@pytest.mark.parametrize("nodes,per_node,tp", [(2, 2, 2), (4, 2, 1)])
+@pytest.mark.parametrize("nodes,per_node,tp", [(2, 2, 2), pytest.param(4, 2, 1, marks=pytest.mark.slow)])
 def test_public_operators(nodes, per_node, tp):
     """dispatch and combine over nodes: the same rows, codes and weights as "padded", and exact sums and adjoints."""
     W, rng = nodes * per_node, np.random.default_rng(5)

@@ -47,7 +47,7 @@ def instructions(traced):
     return counts, shapes
 
 
-@pytest.mark.parametrize("ep,tp", [(2, 1), (8, 1), (4, 2)])
+@pytest.mark.parametrize("ep,tp", [pytest.param(2, 1, marks=pytest.mark.slow), (8, 1), (4, 2)])
 def test_forward_budget(ep, tp):
     """Two data all-to-alls per round and one for the counts; nothing scattered but integers; no weights gathered."""
     counts, shapes = instructions(layer_program(ep, tp, "padded")[0])
@@ -81,6 +81,7 @@ def test_allgather_sends_tokens_once_and_sums_once():
     assert counts["all-gather", "float", "inline"] == 2  # tokens, and the weights of their pairs
 
 
+@pytest.mark.slow
 def test_collectives_do_not_grow_with_ep():
     few, _ = instructions(layer_program(2, 1, "padded", gradient=True)[0])
     many, _ = instructions(layer_program(8, 1, "padded", gradient=True)[0])

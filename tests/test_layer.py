@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FEW_MESHES, MESHES, TRANSPORTS, expert_ids, mesh_of, over_mesh
+from cases import FEW_WORLDS, MESHES, MOSTLY_PADDED, TRANSPORTS, expert_ids, mesh_of, over_mesh
 
 import moe_jax as moe
 from moe_jax import reference
@@ -108,8 +108,7 @@ def run_patterns(ep, tp, transport, repeats):
     return rounds
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("ep,tp", FEW_MESHES)
+@pytest.mark.parametrize("ep,tp,transport", FEW_WORLDS)
 def test_equals_oracle(ep, tp, transport):
     rounds = run_patterns(ep, tp, transport, repeats=1)
     assert rounds["balanced"] == 1
@@ -124,13 +123,14 @@ def test_equals_oracle_many(ep, tp, transport):
     run_patterns(ep, tp, transport, repeats=15)
 
 
-ROUTERS = [
+ROUTERS = [moe.RouterConfig(score="sigmoid", selection_bias=True, num_groups=4, top_groups=2, scale=2.5)]
+SLOW_ROUTERS = [  # every option by itself is in test_routing
     moe.RouterConfig(topk_first=True),
     moe.RouterConfig(renormalize=False, scale=16.0),
-    moe.RouterConfig(score="sigmoid", selection_bias=True, num_groups=4, top_groups=2, scale=2.5),
     moe.RouterConfig(score="sqrt_softplus", selection_bias=True, scale=1.5),
     moe.RouterConfig(num_groups=4, top_groups=2, group_score="max", renormalize=False),
 ]
+ROUTERS += [pytest.param(router, marks=pytest.mark.slow) for router in SLOW_ROUTERS]
 
 
 @pytest.mark.parametrize("router", ROUTERS, ids=str)
@@ -141,7 +141,7 @@ def test_routers(router):
     compare(value_and_grads(apply), make_params(init, rng), x, mask, router, rng)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "clamped_swiglu"])
+@pytest.mark.parametrize("activation", [pytest.param("gelu", marks=pytest.mark.slow), "clamped_swiglu"])
 def test_activations(activation):
     rng = np.random.default_rng(2)
     _, init, apply = make(2, 2, activation=activation)
@@ -151,7 +151,7 @@ def test_activations(activation):
     compare(value_and_grads(apply), params, x, mask, moe.RouterConfig(), rng, activation=activation)
 
 
-@pytest.mark.parametrize("top_k", [1, 5, 8])
+@pytest.mark.parametrize("top_k", [pytest.param(1, marks=pytest.mark.slow), 5, pytest.param(8, marks=pytest.mark.slow)])
 def test_top_k(top_k):
     rng = np.random.default_rng(3)
     _, init, apply = make(4, 1, top_k=top_k)
@@ -196,7 +196,7 @@ def test_result_of_a_token_does_not_depend_on_the_others():
     np.testing.assert_array_equal(run(params, x)[0][3], run(params, other)[0][3])
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", MOSTLY_PADDED)
 def test_drop_counts_and_skips(transport):
     """What is dropped is counted, contributes nothing and has no gradient."""
     plan, init, apply = make(4, 1, transport, overflow="drop", capacity_factor=1.0, shared=0)
@@ -273,7 +273,7 @@ def test_per_shard_call_inside_ones_own_shard_map():
     assert_close("y", np.asarray(y).reshape(-1, H), expected)
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", MOSTLY_PADDED)
 def test_no_tokens(transport):
     mesh = mesh_of(4, 2)
     plan = moe.make_plan(

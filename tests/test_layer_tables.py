@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import mesh_of
+from cases import MOSTLY_PADDED, mesh_of
 from test_layer import BALANCE, EXPERTS, TOLERANCE, F, H, K, T, Z, assert_close, make_params, steered_tokens
 
 import moe_jax as moe
@@ -80,7 +80,7 @@ def value_and_grads(apply):
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
 
 
-@pytest.mark.parametrize("transport", ["padded", "allgather"])
+@pytest.mark.parametrize("transport", ["padded", pytest.param("allgather", marks=pytest.mark.slow)])
 def test_tables_of_instances_change_nothing_and_never_retrace(transport):
     rng = np.random.default_rng(0)
     _, apply = make(mesh_of(EP, TP), transport=transport)
@@ -123,7 +123,7 @@ def test_a_killed_rank_takes_no_expert_with_it():
     assert stats.num_dropped == 0
 
 
-@pytest.mark.parametrize("transport", ["padded", "ragged", "allgather"])
+@pytest.mark.parametrize("transport", MOSTLY_PADDED)
 def test_a_quantised_wire_loses_nothing_of_what_it_can_hold(transport):
     """Rows and cotangents that the recipes represent exactly: the layer must agree with the oracle to fp32."""
     rng = np.random.default_rng(2)
@@ -136,7 +136,10 @@ def test_a_quantised_wire_loses_nothing_of_what_it_can_hold(transport):
     compare(value_and_grads(apply), params, np.arange(EXPERTS), x, mask, rng)
 
 
-@pytest.mark.parametrize("options", [{"combine_quant": "int8_group8"}, {"backward_quant": "mx_e5m2"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"combine_quant": "int8_group8"}, pytest.param({"backward_quant": "mx_e5m2"}, marks=pytest.mark.slow)],
+)
 def test_a_quantised_way_back_stays_within_its_error(options):
     rng = np.random.default_rng(3)
     params = logical_params(rng)

@@ -4,6 +4,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 import moe_jax as moe
+from moe_jax.plan.rates import RATES
 
 SIZES = {"tokens_per_rank": 64, "hidden": 7168, "num_experts": 256, "top_k": 8}
 
@@ -50,17 +51,36 @@ def test_workspace_counts_the_message_of_a_quantised_row(quant, bytes_per_row):
     assert f"out {quant}" in plan.describe()
 
 
-def test_auto_weighs_all_bytes_of_both_ways():
-    """Few experts per token favour the exchange, as many as ranks the gather; a quantised wire shifts the balance."""
-    assert make(ep=8, top_k=1).transport == "padded"
-    assert make(ep=8, top_k=8, tokens_per_rank=4096, dtype="float32").transport == "allgather"
-    narrow = {"ep": 8, "top_k": 3, "tokens_per_rank": 4096, "capacity_factor": 1.0}
-    chosen = [make(**narrow, quant=q, combine_quant=q).transport for q in ("none", "int8")]
-    out, slots = {"none": 2 * 7168, "int8": 7168 + 4}, make(**narrow).pair_capacity
-    for quant, transport in zip(("none", "int8"), chosen, strict=True):
-        padded = 7 * slots * 2 * out[quant]
-        gathered = 7 * 4096 * (out[quant] + 4 * 7168)
-        assert transport == ("padded" if padded < gathered else "allgather")
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("options", [{}, {"quant": "int8"}, {"top_k": 1}, {"tokens_per_rank": 4}, {"ep": 2}])
+def test_auto_takes_the_least_time_to_move_rows(monkeypatch, platform, options):
+    """Bytes on the wire and bytes through memory, at nominal rates; the reason has them for every candidate."""
+    monkeypatch.setattr("moe_jax.plan.make._platform", lambda mesh: platform)
+    chosen = make(backend="xla", **options)
+    candidates, seconds = {"cpu": ("padded", "allgather"), "gpu": ("padded", "allgather", "ragged")}[platform], {}
+    for name in candidates:
+        cost = make(backend="xla", transport=name, **options).cost(0, platform=platform)["forward + backward"]
+        rates = RATES[platform]
+        seconds[name] = cost.traffic_bytes / rates.memory + cost.even_wire_bytes / rates.wire
+        for figure in (f"{1e3 * seconds[name]:.3g} ms", f"{cost.even_wire_bytes:,}", f"{cost.traffic_bytes:,}"):
+            assert f"{name} " in chosen.transport_reason and figure in chosen.transport_reason
+    assert seconds[chosen.transport] == min(seconds.values())
+    assert platform in chosen.transport_reason
+
+
+MEASURED = [  # tokens, hidden, experts, top_k, ep, what took least, forward + backward, on 8 emulated devices
+    (512, 512, 16, 1, 8, "padded"),
+    (512, 512, 16, 2, 8, "padded"),
+    (512, 512, 16, 8, 8, "padded"),
+    (256, 1024, 128, 8, 8, "padded"),
+    (256, 1024, 32, 8, 2, "allgather"),
+]
+
+
+@pytest.mark.parametrize("tokens,hidden,experts,top_k,ep,fastest", MEASURED)
+def test_auto_takes_what_was_measured_to_be_fastest(tokens, hidden, experts, top_k, ep, fastest):
+    sizes = {"tokens_per_rank": tokens, "hidden": hidden, "num_experts": experts, "top_k": top_k, "dtype": "float32"}
+    assert make(ep=ep, **sizes).transport == fastest
 
 
 def test_hierarchy_has_a_workspace_and_says_its_nodes():

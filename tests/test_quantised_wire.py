@@ -127,13 +127,17 @@ def test_every_recipe_is_exact(name):
     compare(make_plan(4, 2, "padded", quant=name), "none", 0)
 
 
+WIRES = [("int8", "bfloat16"), ("mx_e4m3", "float16")]
+WIRES += [pytest.param("fp8_e4m3_group128", "float32", marks=pytest.mark.slow)]
+
+
 @pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("name,dtype", [("int8", "bfloat16"), ("mx_e4m3", "float16"), ("fp8_e4m3_group128", "float32")])
+@pytest.mark.parametrize("name,dtype", WIRES)
 def test_transports_and_dtypes(name, dtype, transport):
     compare(make_plan(8, 1, transport, quant=name, dtype=dtype), "none", 1, with_weights=transport != "ragged")
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", ["padded", "allgather", pytest.param("ragged", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["one", "row", "experts"])
 @pytest.mark.parametrize("name", SMOOTHABLE)
 def test_smoothing(name, kind, transport):
@@ -191,6 +195,7 @@ def test_combine_and_cotangents_on_a_quantised_wire(name, transport):
     np.testing.assert_allclose(d_weights, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
 
 
+@pytest.mark.slow
 def test_a_derivative_through_codes_is_nan_and_not_zero():
     plan = make_plan(2, 1, "padded", quant="int8", dtype="float32", poison=False)
 

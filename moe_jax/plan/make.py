@@ -1,5 +1,6 @@
 """How a plan is made: every argument checked at once, every default resolved."""
 
+import dataclasses
 import math
 
 import jax
@@ -11,7 +12,7 @@ from moe_jax.errors import choice_violations, flag_violations, raise_all
 from moe_jax.kernels.table import resolve_all
 from moe_jax.mesh import check_mesh
 from moe_jax.plan import checks
-from moe_jax.plan.cost import balanced_rows, row_bytes, wire_bytes
+from moe_jax.plan.cost import PHASES, balanced_rows, layer_costs
 from moe_jax.plan.plan import Plan
 
 
@@ -61,7 +62,8 @@ def make_plan(
         ``moe_jax.products``; None: whatever is possible.
       transport: "padded" (all_to_all of equal blocks), "ragged" (ragged_all_to_all), "allgather" (all tokens out,
         reduce-scatter back), "hierarchy" (a token crosses to each node of a mesh with a "node" axis once, and one
-        partial sum comes back), or "auto": of the first three the one with the fewest bytes on the wire.
+        partial sum comes back), or "auto": of the first two, and on GPU and TPU "ragged", the one that should take the
+        least time to move rows in a forward and a backward pass, by nominal rates; see ``moe_jax.plan.cost``.
       overflow: "dropless": what does not fit into a round waits for the next; "drop": it is dropped and counted. Each
         pair of ranks keeps the front of its list, which is sorted by expert: the last experts of a rank lose most.
       capacity_factor: rows that a pair of ranks can move in a round, relative to the balanced load, T * K / ep;
@@ -112,16 +114,7 @@ def make_plan(
     tokens, most = sizes["tokens_per_rank"], sizes["tokens_per_rank"] * sizes["top_k"]
     balanced = balanced_rows(tokens, sizes["top_k"], ep_size, sizes["num_shared_ranks"])
     pair_capacity = _pair_capacity(balanced, most, capacity_factor)
-    reason = "as asked"
-    if transport == "auto":
-        candidates = ("padded", "allgather", "ragged") if platform == "tpu" else ("padded", "allgather")
-        out, back = (row_bytes(name, sizes["hidden"], dtype) for name in (quant, combine_quant))
-        group = {"ep_size": ep_size, "tp_size": tp_size, "tokens": tokens, "hidden": sizes["hidden"]}
-        wire = wire_bytes(**group, balanced=balanced, pair_capacity=pair_capacity, out=out, back=back)
-        transport = min(candidates, key=wire.get)
-        words = ", ".join(f"{name} {wire[name]:,.0f}" for name in candidates)
-        reason = f"fewest bytes that a device sends in a balanced forward pass ({words})"
-    return Plan(
+    plan = Plan(
         ep_axis=ep_axis,
         tp_axis="tp",
         dp_axis=tuple(name for name in shape if name not in ("node", "ep", "tp")),
@@ -130,7 +123,7 @@ def make_plan(
         num_nodes=shape.get("node", 1),
         dtype=dtype,
         transport=transport,
-        transport_reason=reason,
+        transport_reason="as asked",
         overflow=overflow,
         pair_capacity=pair_capacity,
         backend=resolve_all(platform) if backend == "auto" else backend,
@@ -138,6 +131,23 @@ def make_plan(
         **sizes,
         **recipes,
     )
+    return _with_least_time(plan, platform) if transport == "auto" else plan
+
+
+def _with_least_time(plan: Plan, platform: str) -> Plan:
+    """``plan`` with the transport that should take the least time to move rows."""
+    costs = {}
+    for name in ("padded", "allgather") if platform == "cpu" else ("padded", "allgather", "ragged"):
+        candidate = dataclasses.replace(plan, transport=name)
+        phases = layer_costs(candidate, platform, ffn=0, activation="swiglu", num_replicas=1)
+        costs[name] = phases[PHASES[1]]
+    seconds = {name: cost.memory_seconds + cost.wire_seconds for name, cost in costs.items()}
+    words = ", ".join(
+        f"{name} {1e3 * seconds[name]:.3g} ms for {cost.even_wire_bytes:,} bytes sent, {cost.traffic_bytes:,} touched"
+        for name, cost in costs.items()
+    )
+    reason = f"least time to move rows, {PHASES[1]}, at nominal rates of {platform} ({words})"
+    return dataclasses.replace(plan, transport=min(seconds, key=seconds.get), transport_reason=reason)
 
 
 def _platform(mesh) -> str:

@@ -6,8 +6,11 @@ import math
 import jax
 import jax.numpy as jnp
 
+from moe_jax.config import ACTIVATIONS
+from moe_jax.errors import InvalidArgumentError, UnsupportedError, check_choice, check_count
 from moe_jax.kernels import resolve_backend
-from moe_jax.plan.cost import balanced_rows, row_bytes
+from moe_jax.plan.cost import Cost, balanced_rows, layer_costs, row_bytes
+from moe_jax.plan.rates import RATES
 from moe_jax.quant import Recipe, recipe
 
 
@@ -144,8 +147,46 @@ class Plan:
         counts = (self.tp_size + 1) * self.num_experts
         return {**buffers, "rows": rows * row, "integers": 4 * (integers + counts)}
 
-    def describe(self) -> str:
-        """The plan in words: sizes, choices with their reasons, and bytes per device."""
+    def cost(
+        self, ffn: int, *, activation: str = "swiglu", num_replicas: int = 1, platform: str | None = None
+    ) -> dict[str, Cost]:
+        """What one call of the layer costs one device, by phase: "forward" and "forward + backward".
+
+        Args:
+          ffn: F, width of an expert, divisible by tp; a shared expert is as many times as wide as there are. 0 leaves
+            out what depends on it: products of experts, and gradients of weights that are summed over devices.
+          activation: as for ``moe_on_mesh``.
+          num_replicas: devices along the data-parallel axes, whose sizes a plan does not hold.
+          platform: "cpu", "gpu" or "tpu", whose nominal rates bound the time, see ``plan.rates``; None: the back end's,
+            or else the default device's.
+
+        Raises:
+          InvalidArgumentError: an argument is not as above.
+          UnsupportedError: the plan puts shared experts on ranks of their own, which the layer does not serve.
+
+        >>> plan.cost(64)["forward"].flops
+        24832
+        """
+        check_count("ffn", ffn, low=0)
+        if ffn % self.tp_size:
+            raise InvalidArgumentError(f"ffn={ffn} must be divisible by tp={self.tp_size}")
+        check_choice("activation", activation, ACTIVATIONS)
+        check_count("num_replicas", num_replicas)
+        if platform is None:
+            platform = self.backend if self.backend in RATES else jax.default_backend()
+        check_choice("platform", platform, RATES)
+        if self.num_shared_ranks:
+            raise UnsupportedError(
+                f"num_shared_ranks={self.num_shared_ranks}: the layer computes shared experts beside the exchange, and "
+                "its cost is that of a plan with num_shared_ranks=0"
+            )
+        return layer_costs(self, platform, ffn=ffn, activation=activation, num_replicas=num_replicas)
+
+    def describe(self, *, ffn: int | None = None, activation: str = "swiglu") -> str:
+        """The plan in words: sizes, choices with their reasons, bytes and costs per device.
+
+        ``ffn``, ``activation``: as for ``cost``; None: of the costs only what they do not decide.
+        """
         balanced = balanced_rows(self.tokens_per_rank, self.top_k, self.ep_size, self.num_shared_ranks)
         slack = f", {self.pair_capacity / balanced:.2f} x the balanced load" if balanced else ""
         lines = [
@@ -165,4 +206,21 @@ class Plan:
             f"backend    {self.backend}",
             "workspace  " + ", ".join(f"{name} {size:,} B" for name, size in self.workspace().items()),
         ]
+        if ffn is not None or not self.num_shared_ranks:
+            costs = self.cost(ffn or 0, activation=activation)
+            lines += [f"cost       {phase}: {_words(cost, whole=bool(ffn))}" for phase, cost in costs.items()]
         return "\n".join(lines)
+
+
+def _words(cost: Cost, *, whole: bool) -> str:
+    """``whole``: whether the experts' products are in it."""
+    even = "" if cost.even_wire_bytes == cost.wire_bytes else f" at most, {cost.even_wire_bytes:,} B under an even load"
+    words = f"{cost.wire_bytes:,} B leave the device{even}; "
+    if not whole:
+        return words + f"{cost.traffic_bytes:,} B read and written but for products of experts"
+    resource, seconds = cost.bound
+    return words + (
+        f"{cost.flops:,} flops; {cost.traffic_bytes:,} B read and written; {1e3 * seconds:.3g} ms bound by {resource} "
+        f"(compute {1e3 * cost.compute_seconds:.3g}, memory {1e3 * cost.memory_seconds:.3g}, wire "
+        f"{1e3 * cost.wire_seconds:.3g}, at nominal rates of {cost.platform})"
+    )

@@ -1,0 +1,41 @@
+"""What one device of each platform reaches, nominally: figures to divide a cost by, not promises."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Per device and second."""
+
+    flops16: float  # of products of 16-bit numbers
+    flops32: float  # of products of fp32 numbers
+    memory: float  # bytes read and written
+    wire: float  # bytes that leave the device
+    widened: tuple[str, ...] = ()  # dtypes that a sum over ranks turns into fp32 first
+    source: str
+
+
+RATES = {
+    "cpu": Rates(
+        flops16=40e9,  # XLA:CPU multiplies 16-bit numbers as fp32
+        flops32=40e9,
+        memory=5e9,
+        wire=2e9,
+        widened=("bfloat16",),
+        source="measured on one of 8 emulated devices that share 2 cores",
+    ),
+    "gpu": Rates(
+        flops16=989e12,
+        flops32=67e12,
+        memory=3.35e12,
+        wire=450e9,
+        source="H100 SXM by NVIDIA's data sheet: BF16 without sparsity, FP32, HBM3, NVLink one way (half of 900 GB/s)",
+    ),
+    "tpu": Rates(
+        flops16=459e12,
+        flops32=459e12 / 6,  # six passes of bf16 products
+        memory=2765e9,
+        wire=600e9,
+        source="TPU v5p by Google Cloud's documentation: BF16, HBM, interconnect one way (half of 1200 GB/s)",
+    ),
+}

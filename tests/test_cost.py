@@ -1,0 +1,218 @@
+"""Costs of a plan against what the compiled layer contains: bytes on the wire and flops to the last one."""
+
+import functools
+import math
+import re
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh
+
+import moe_jax as moe
+from moe_jax.contract import contract_of
+from moe_jax.plan.cost import PHASES
+from moe_jax.plan.rates import RATES
+
+TOKENS, HIDDEN, EXPERTS, TOP_K, FFN = 32, 16, 16, 2, 24
+SIZES = {"tokens_per_rank": TOKENS, "hidden": HIDDEN, "num_experts": EXPERTS, "top_k": TOP_K, "dtype": "float32"}
+CODED = {"quant": "int8", "combine_quant": "fp8_e4m3", "backward_quant": "int8"}
+SHARED = {"num_shared_experts": 2, "dtype": "bfloat16"}
+FP16 = {"num_shared_experts": 1, "dtype": "float16", "num_const_experts": 1, "num_copy_experts": 2}
+
+
+class Case(tuple):
+    """(mesh, options of the plan, activation), hashable."""
+
+    def __new__(cls, mesh, activation="swiglu", **options):
+        return super().__new__(cls, (tuple(mesh.items()), tuple(options.items()), activation))
+
+    @functools.cached_property
+    def mesh(self):
+        return moe.make_mesh(**dict(self[0]))
+
+    @property
+    def options(self):
+        return SIZES | dict(self[1])
+
+    @functools.cached_property
+    def plan(self):
+        return moe.make_plan(self.mesh, **self.options)
+
+    def cost(self, phase):
+        return self.plan.cost(FFN, activation=self[2], num_replicas=dict(self[0]).get("dp", 1))[phase]
+
+    def layer(self, phase):
+        """(function, arguments): ``moe_on_mesh``, with the gradients of parameters and x in the second phase."""
+        init, apply = moe.moe_on_mesh(self.mesh, self.plan, moe.RouterConfig(), ffn=FFN, activation=self[2])
+        params = jax.eval_shape(init, jax.random.key(0))
+        x = jax.ShapeDtypeStruct((self.plan.tokens_per_rank * self.mesh.size, HIDDEN), self.plan.dtype)
+
+        def with_gradients(params, x, ct):
+            y, pull, stats = jax.vjp(apply, params, x, has_aux=True)
+            return y, stats, pull(ct)
+
+        return (jax.jit(apply), (params, x)) if phase == PHASES[0] else (jax.jit(with_gradients), (params, x, x))
+
+
+@functools.cache
+def compiled(case, phase):
+    function, arguments = case.layer(phase)
+    return function.lower(*arguments).compile()
+
+
+PADDED = Case({"ep": 8}, transport="padded")
+CASES = {
+    "padded": PADDED,
+    "padded, tp, bf16, shared": Case({"ep": 4, "tp": 2}, transport="padded", **SHARED),
+    "padded, quantised, one window": Case({"ep": 4}, transport="padded", capacity_factor=4.0, **CODED),
+    "padded, fp16, special, gelu": Case({"ep": 4, "tp": 2}, "gelu", transport="padded", **FP16),
+    "padded, replicas, drop": Case({"ep": 2, "tp": 2, "dp": 2}, transport="padded", overflow="drop"),
+    "allgather": Case({"ep": 8}, transport="allgather"),
+    "allgather, tp, bf16, shared": Case({"ep": 2, "tp": 2}, transport="allgather", **SHARED),
+    "allgather, quantised": Case({"ep": 4}, transport="allgather", **CODED),
+    "hierarchy": Case({"ep": 8, "nodes": 2}, transport="hierarchy"),
+    "hierarchy, tp, bf16, shared": Case({"ep": 4, "tp": 2, "nodes": 2}, transport="hierarchy", **SHARED),
+    "hierarchy, quantised": Case({"ep": 4, "nodes": 2}, transport="hierarchy", **CODED),
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_wire_bytes_are_those_of_the_compiled_layer(case, phase):
+    assert case.cost(phase).wire_bytes == contract_of(compiled(case, phase)).inline_wire_bytes > 0
+    assert case.cost(phase).even_wire_bytes == case.cost(phase).wire_bytes
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("mesh", [{"ep": 8}, {"ep": 4, "tp": 2}], ids=["tp 1", "tp 2"])
+def test_wire_bytes_of_the_native_ragged_exchange(mesh, phase):
+    """On a CPU it is emulated, so the program is the one that goes to a TPU; one window, so that there is no loop."""
+    case = Case(mesh, transport="ragged", backend="tpu", capacity_factor=float(mesh["ep"]))
+    function, arguments = case.layer(phase)
+    found = stable_wire_bytes(function.trace(*arguments).lower(lowering_platforms=("tpu",)).as_text())
+    cost = case.plan.cost(FFN, platform="tpu")[phase]
+    assert cost.wire_bytes == found
+    ep, exchanges = mesh["ep"], 1 if phase == PHASES[0] else 2
+    unused = (ep - 1) * TOKENS * TOP_K  # of the rows of an arrival buffer, which is the operand on the way back
+    assert cost.wire_bytes - cost.even_wire_bytes == exchanges * unused * HIDDEN * 4 * (ep - 1) // ep
+
+
+FACTORS = {"all_gather": lambda group: group, "all_reduce": lambda _: 2}
+COLLECTIVE = re.compile(
+    r"(all_to_all|all_gather|all_reduce|reduce_scatter)\b.*?replica_groups = dense<\[\[([\d, ]+)\].*?"
+    r" : \(tensor<([\dx]*)([a-z]+\d+)>",
+    re.DOTALL,
+)
+
+
+def stable_wire_bytes(text):
+    """What leaves a device in all collectives of a StableHLO program."""
+    total = 0
+    for op, group, extents, dtype in COLLECTIVE.findall(text):
+        members = len(group.split(","))
+        handed = math.prod(map(int, extents.split("x")[:-1])) * int(dtype[1:]) // 8
+        total += FACTORS.get(op, lambda _: 1)(members) * handed * (members - 1) // members
+    return total
+
+
+def dot_flops(text):
+    """2 * m * n * k of every product of matrices outside loops; the branch that takes unequal groups is all loops."""
+    total = 0
+    for line in text.splitlines():
+        if line.endswith("{"):
+            extents = {}
+        found = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = \w+\[([\d,]*)\]", line)
+        if not found:
+            continue
+        extents[found[1]] = [int(n) for n in found[2].split(",") if n]
+        dot = re.search(r" dot\(%([\w.\-]+), .*lhs_contracting_dims=\{(\d+)\}", line)
+        if dot and "/while/" not in line and 1 not in extents[found[1]]:  # no product with a vector
+            total += 2 * math.prod(extents[found[1]]) * extents[dot[1]][int(dot[2])]
+    return total
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("name", ["padded", "padded, tp, bf16, shared", "padded, fp16, special, gelu", "allgather"])
+def test_flops_are_those_of_the_compiled_layer(name, phase):
+    case = CASES[name]
+    plan, cost = case.plan, case.cost(phase)
+    assert plan.equal_rows * EXPERTS == plan.ep_size * plan.tp_size * TOKENS * TOP_K  # the even load
+    assert cost.flops == dot_flops(compiled(case, phase).as_text()) > cost.router_flops
+    assert cost.router_flops == (1 if phase == PHASES[0] else 3) * 2 * TOKENS * HIDDEN * plan.num_ids
+
+
+def test_memory_traffic_by_hand():
+    """Pass by pass: what is read, then what is written. 8 ranks of 2 experts, S = 32 rows each, 20 slots per pair."""
+    row, pairs, slots, equal = HIDDEN * 4, TOKENS * TOP_K, 160, 64
+    weights, inner = 2 * HIDDEN * FFN * 4, equal * FFN * 4
+    matrices = 4 * (TOKENS * HIDDEN + HIDDEN * EXPERTS + TOKENS * EXPERTS)
+    products = 3 * weights + 3 * equal * row + 6 * inner  # each projection: both operands, the result; the activation
+    gradients = 6 * weights + (2 + 2 + 2 + 3) * equal * row + 14 * inner  # 3 to add gate's and up's cotangents of rows
+    moved = 2 * slots + 2 * slots + 2 * equal  # pack, exchange, permute
+    home = 2 * slots + 2 * slots + 2 * pairs + pairs + TOKENS  # unpermute, exchange, unpack, sum
+    forward, both = (PADDED.cost(phase).traffic_bytes for phase in PHASES)
+    assert forward == matrices + products + (moved + home) * row
+    assert both - forward == 2 * matrices + gradients + (moved + home + 2 * (pairs + TOKENS)) * row
+
+    everyone = 8 * TOKENS
+    moved = TOKENS + everyone + 2 * slots + 2 * equal  # gather, permute, to equal groups
+    home = 2 * slots + everyone * (TOP_K + 1) + everyone + TOKENS  # back, partial sums, reduce-scatter
+    scores = 2 * TOKENS + 2 * slots + 2 * everyone * TOP_K  # cast, weighted cotangents, <row, cotangent>
+    forward, both = (CASES["allgather"].cost(phase).traffic_bytes for phase in PHASES)
+    assert forward == matrices + products + (moved + home) * row
+    assert both - forward == 2 * matrices + gradients + (moved + home + scores) * row
+
+
+def abstract(ep=8, **options):
+    return moe.make_plan(AbstractMesh((ep, 1), ("ep", "tp")), **(SIZES | options))
+
+
+def test_seconds_and_the_bound_follow_the_rates():
+    big = {"tokens_per_rank": 4096, "hidden": 4096, "num_experts": 64, "top_k": 8, "transport": "padded"}
+    for platform, rates in RATES.items():
+        for dtype, flops in (("float32", rates.flops32), ("bfloat16", rates.flops16)):
+            cost = abstract(**big, dtype=dtype).cost(2048, platform=platform)["forward"]
+            products = (cost.flops - cost.router_flops) / flops + cost.router_flops / rates.flops32
+            assert cost.compute_seconds == pytest.approx(products)
+            assert cost.memory_seconds == pytest.approx(cost.traffic_bytes / rates.memory)
+            assert cost.wire_seconds == pytest.approx(cost.wire_bytes / rates.wire)
+            seconds = {"compute": cost.compute_seconds, "memory": cost.memory_seconds, "wire": cost.wire_seconds}
+            assert cost.bound[1] == max(seconds.values()) == seconds[cost.bound[0]]
+    assert abstract(**big).cost(2048, platform="cpu")["forward"].bound[0] == "compute"
+    assert abstract(**big).cost(1, platform="cpu")["forward"].bound[0] == "memory"
+    copied = abstract(tokens_per_rank=8, transport="padded").cost(2048, num_replicas=16, platform="gpu")
+    assert copied["forward + backward"].bound[0] == "wire"  # the gradients of the experts' weights
+
+
+def test_describe_says_what_it_knows():
+    plan = PADDED.plan
+    short, long = plan.describe(), plan.describe(ffn=FFN)
+    for phase, cost in plan.cost(FFN).items():
+        line = next(line for line in long.splitlines() if line.startswith(f"cost       {phase}:"))
+        for count in (cost.wire_bytes, cost.flops, cost.traffic_bytes):
+            assert f"{count:,}" in line
+        assert f"bound by {cost.bound[0]}" in line and "nominal rates of cpu" in line
+        assert f"{cost.wire_bytes:,} B leave the device" in short and f"{cost.flops:,}" not in short
+    assert "under an even load" in abstract(transport="ragged").describe() and "under an even" not in short
+    assert "w_gate" not in short and plan.describe(ffn=FFN, activation="gelu") != long
+    own_ranks = abstract(num_shared_experts=1, num_shared_ranks=1, num_experts=14)
+    assert "cost  " not in own_ranks.describe()
+    with pytest.raises(moe.errors.UnsupportedError, match="num_shared_ranks=1"):
+        own_ranks.describe(ffn=FFN)
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        ({"ffn": -1}, "ffn=-1"),
+        ({"ffn": 2.0}, "ffn=2.0"),
+        ({"ffn": 25}, "ffn=25 must be divisible by tp=2"),
+        ({"ffn": 24, "activation": "relu"}, "activation='relu'"),
+        ({"ffn": 24, "num_replicas": 0}, "num_replicas=0"),
+        ({"ffn": 24, "platform": "npu"}, "platform='npu'"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, words):
+    plan = moe.make_plan(AbstractMesh((4, 2), ("ep", "tp")), **SIZES)
+    with pytest.raises(moe.errors.InvalidArgumentError, match=re.escape(words)):
+        plan.cost(**arguments)

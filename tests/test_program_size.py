@@ -1,0 +1,140 @@
+"""The size of the layer's program, and its bytes beside those that must move. Programs are made, none is run."""
+
+import collections
+import dataclasses
+import functools
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+from cases import TRANSPORTS, mesh_of
+from jax.sharding import AbstractMesh
+
+import moe_jax as moe
+from moe_jax.bench.programs import PASSES, make_layer, with_backward
+from moe_jax.bench.workloads import WORKLOADS
+from moe_jax.contract import COLLECTIVES, Contract, contract_of
+
+FORWARD, BOTH = PASSES
+
+
+def layer_arguments(plan, init, num_devices):
+    """Shapes of params, x and the cotangent of y."""
+    params = jax.eval_shape(init, jax.random.key(0))
+    x = jax.ShapeDtypeStruct((plan.tokens_per_rank * num_devices, plan.hidden), plan.dtype)
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, plan.dtype), params), x, x
+
+
+# --- the lowered program ----------------------------------------------------------------------------------------------
+
+_FUNCTION = re.compile(r'^\s*func\.func .*?@"?([^"(]+)')
+_CALL = re.compile(r'\bcall @"?([^"(]+)')
+_OPERATION = re.compile(r'^\s+%\S+ = "?([\w.]+)')
+
+
+def operations(text):
+    """Counter of the operations of a StableHLO program, with every call replaced by what it calls.
+
+    Functions that come out alike are written once, and which do depends on the sizes.
+    """
+    own, calls, name = collections.defaultdict(collections.Counter), collections.defaultdict(list), None
+    for line in text.splitlines():
+        if found := _FUNCTION.search(line):
+            name = found[1]
+        elif found := _CALL.search(line):
+            calls[name].append(found[1])
+        elif found := _OPERATION.search(line):
+            own[name][found[1]] += 1
+
+    @functools.cache
+    def expanded(name):
+        return sum(map(expanded, calls[name]), own[name])
+
+    return expanded("main")
+
+
+def test_operations_by_hand():
+    @jax.jit
+    def inner(x):
+        return jnp.sin(jnp.sin(x))
+
+    found = operations(jax.jit(lambda x: inner(inner(x)) * x).lower(1.0).as_text())
+    assert found == {"stablehlo.sine": 4, "stablehlo.multiply": 1}
+
+
+def lowered(transport, *, ep, tokens, experts):
+    """Operations of both passes, for CPUs that need not be there; "hierarchy": on two nodes of ``ep`` ranks."""
+    extents = ({"node": 2} if transport == "hierarchy" else {}) | {"ep": ep, "tp": 1}
+    mesh = AbstractMesh(tuple(extents.values()), tuple(extents))
+    plan = moe.make_plan(
+        mesh, tokens_per_rank=tokens, hidden=512, num_experts=experts, top_k=4, dtype="float32", transport=transport
+    )
+    init, apply = moe.moe_on_mesh(mesh, plan, moe.RouterConfig(), ffn=32)
+    traced = jax.jit(with_backward(apply)).trace(*layer_arguments(plan, init, mesh.size))
+    return operations(traced.lower(lowering_platforms=("cpu",)).as_text())
+
+
+@pytest.mark.parametrize("transport", [*TRANSPORTS, "hierarchy"])
+def test_lowered_program_grows_with_nothing(transport):
+    """The same operations for 2, 8 and 64 ranks, 64 and 1024 tokens, 64 and 512 experts."""
+    sizes = {"ep": 8, "tokens": 1024, "experts": 512}
+    expected = lowered(transport, **sizes)
+    assert expected["stablehlo.while"] and expected["stablehlo.dot_general"]
+    for change in ({"ep": 2}, {"ep": 64}, {"tokens": 64}, {"experts": 64}):
+        assert lowered(transport, **(sizes | change)) == expected, change
+
+
+# --- the compiled program ---------------------------------------------------------------------------------------------
+
+_WORK = re.compile(rf" ({'|'.join(COLLECTIVES)}|dot|custom-call|sort|gather|scatter|while|conditional)(?:-start)?\(")
+
+
+class Compiled(NamedTuple):
+    work: collections.Counter  # of the instructions above
+    contract: Contract
+
+
+@functools.cache
+def compiled(name, phase, *, ep=8, dtype="float32", quant="none", overflow="dropless"):
+    """The layer of a workload, its rows in equal blocks. XLA does all but optimise machine code, which nobody needs."""
+    workload = dataclasses.replace(WORKLOADS[name], options=(("transport", "padded"), ("overflow", overflow)))
+    plan, init, apply = make_layer(workload, mesh_of(ep, 1), dtype, quant)
+    *operands, ct = layer_arguments(plan, init, ep)
+    run, operands = (apply, operands) if phase == FORWARD else (with_backward(apply), [*operands, ct])
+    program = jax.jit(run).lower(*operands).compile(compiler_options={"xla_backend_optimization_level": 0})
+    return Compiled(collections.Counter(_WORK.findall(program.as_text())), contract_of(program))
+
+
+def test_compiled_program_does_no_more_for_more_ranks():
+    """XLA takes an all-to-all apart into slices, one for each rank, on CPUs; what works on them stays."""
+    few, many = compiled("W2", BOTH, ep=2).work, compiled("W2", BOTH).work
+    assert few == many and min(many[op] for op in ("all-to-all", "dot", "gather", "sort", "while")) > 0
+
+
+@pytest.mark.parametrize("phase", PASSES)
+def test_skew_takes_no_more_memory(phase):
+    """W6 sends all tokens of W2 to one rank. Routes are data, so its program is W2's, and that holds little more than
+    one without further rounds, which serves the balanced load alone.
+    """
+    balanced, skewed = WORKLOADS["W2"], WORKLOADS["W6"]
+    assert dataclasses.replace(skewed, name="W2", pattern="balanced") == balanced
+    any_skew, one_round = compiled("W2", phase).contract, compiled("W2", phase, overflow="drop").contract
+    assert any_skew.count("all-to-all", in_loop=True) > 0 == one_round.count("all-to-all", in_loop=True)
+    assert any_skew.temporary_bytes <= 1.3 * one_round.temporary_bytes
+
+
+@pytest.mark.parametrize("phase", PASSES)
+@pytest.mark.parametrize("name", ["W1", "W2", "W3"])
+def test_equal_blocks_send_little_more_than_the_rows(name, phase):
+    """Of T * K rows of a device 7 / 8 leave it, and as many come back; cotangents likewise. All bytes sent count."""
+    workload, sends = WORKLOADS[name], {FORWARD: 2, BOTH: 4}[phase]
+    rows = sends * workload.tokens * workload.top_k * 7 // 8 * workload.hidden * 4
+    assert rows <= compiled(name, phase).contract.inline_wire_bytes <= 1.6 * rows
+
+
+def test_int8_halves_the_wire():
+    """Codes, scales, counts and all: at most 0.55 of what bf16 sends."""
+    plain, coded = (compiled("W2", FORWARD, dtype="bfloat16", quant=quant).contract for quant in ("none", "int8"))
+    assert 0 < coded.inline_wire_bytes <= 0.55 * plain.inline_wire_bytes
