@@ -141,10 +141,13 @@ def _plan(arguments: argparse.Namespace) -> int:
     if config.model is None:
         raise ConfigError(f"{arguments.config}: has no [model] section; a plan needs model.hidden")
     plan = _make_plan(config, arguments.tokens_per_rank, arguments.dtype)
+    experts = {"ffn": config.moe.ffn, "activation": config.moe.activation}
     if arguments.json:
-        print(json.dumps({"event": "plan", **dataclasses.asdict(plan), "workspace": plan.workspace()}))
+        costs = {phase: dataclasses.asdict(cost) for phase, cost in plan.cost(**experts).items()}
+        values = {**dataclasses.asdict(plan), "workspace": plan.workspace(), "cost": costs}
+        print(json.dumps({"event": "plan", **values}))
     else:
-        print(plan.describe())
+        print(plan.describe(**experts))
     return 0
 
 

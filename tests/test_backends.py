@@ -137,7 +137,7 @@ def test_transports_are_resolved_like_kernels():
 
 @pytest.mark.parametrize("capacity", [1.0, pytest.param(8.0, marks=pytest.mark.slow)])
 def test_a_layer_mixes_what_back_ends_bring(capacity):
-    """Under "auto" one brings a kernel, another moves the rows, in windows of any length; the rest is served as ever."""
+    """Under "auto" one brings a kernel, another moves the rows, in windows of any length; the rest is as ever."""
     calls = []
 
     def move(blocks, axes):

@@ -182,10 +182,14 @@ def test_plan(capsys):
     assert main(["plan", str(ROOT / "configs" / "deepseek_v3.toml")]) == 0
     text = capsys.readouterr().out
     assert "ep=32 over node*ep" in text and "512 per device x 7168 bfloat16, top 8 of 256" in text
+    assert text.count("flops; ") == 2 and "bound by" in text
     assert main(["plan", str(ROOT / "configs" / "tiny.toml"), "--mesh", "ep=2", "--dtype", "bfloat16", "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
     assert (values["ep_size"], values["tp_size"], values["dtype"]) == (2, 1, "bfloat16")
     assert sum(values["workspace"].values()) > 0
+    projections = 2 * 3 * values["tokens_per_rank"] * values["top_k"] * values["hidden"] * 256  # ffn of tiny.toml
+    forward = values["cost"]["forward"]
+    assert forward["flops"] - forward["router_flops"] == projections
     tokens = values["tokens_per_rank"]
     assert main(["plan", str(ROOT / "configs" / "tiny.toml"), "--tokens-per-rank", str(tokens + 1), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tokens_per_rank"] == tokens + 1
