@@ -15,9 +15,10 @@ from moe_jax.plan.rates import RATES
 
 TOKENS, HIDDEN, EXPERTS, TOP_K, FFN = 32, 16, 16, 2, 24
 SIZES = {"tokens_per_rank": TOKENS, "hidden": HIDDEN, "num_experts": EXPERTS, "top_k": TOP_K, "dtype": "float32"}
-CODED = {"quant": "int8", "combine_quant": "fp8_e4m3", "backward_quant": "int8"}
-SHARED = {"num_shared_experts": 2, "dtype": "bfloat16"}
-FP16 = {"num_shared_experts": 1, "dtype": "float16", "num_const_experts": 1, "num_copy_experts": 2}
+DROP = {"overflow": "drop"}  # one round: no loop to compile
+CODED = {"quant": "int8", "combine_quant": "fp8_e4m3", "backward_quant": "int8"} | DROP
+SHARED = {"num_shared_experts": 2, "dtype": "bfloat16"} | DROP
+FP16 = {"num_shared_experts": 1, "dtype": "float16", "num_const_experts": 1, "num_copy_experts": 2} | DROP
 
 
 class Case(tuple):
@@ -57,20 +58,19 @@ class Case(tuple):
 @functools.cache
 def compiled(case, phase):
     function, arguments = case.layer(phase)
-    return function.lower(*arguments).compile()
+    lowered = function.lower(*arguments)
+    return lowered.compile({"xla_backend_optimization_level": 0})  # of machine code; HLO is what is read here
 
 
 PADDED = Case({"ep": 8}, transport="padded")
 CASES = {
     "padded": PADDED,
     "padded, tp, bf16, shared": Case({"ep": 4, "tp": 2}, transport="padded", **SHARED),
-    "padded, quantised, one window": Case({"ep": 4}, transport="padded", capacity_factor=4.0, **CODED),
-    "padded, fp16, special, gelu": Case({"ep": 4, "tp": 2}, "gelu", transport="padded", **FP16),
-    "padded, replicas, drop": Case({"ep": 2, "tp": 2, "dp": 2}, transport="padded", overflow="drop"),
+    "padded, quantised": Case({"ep": 4}, transport="padded", **CODED),
+    "padded, replicas, fp16, special, gelu": Case({"ep": 2, "tp": 2, "dp": 2}, "gelu", transport="padded", **FP16),
     "allgather": Case({"ep": 8}, transport="allgather"),
     "allgather, tp, bf16, shared": Case({"ep": 2, "tp": 2}, transport="allgather", **SHARED),
     "allgather, quantised": Case({"ep": 4}, transport="allgather", **CODED),
-    "hierarchy": Case({"ep": 8, "nodes": 2}, transport="hierarchy"),
     "hierarchy, tp, bf16, shared": Case({"ep": 4, "tp": 2, "nodes": 2}, transport="hierarchy", **SHARED),
     "hierarchy, quantised": Case({"ep": 4, "nodes": 2}, transport="hierarchy", **CODED),
 }
@@ -132,7 +132,7 @@ def dot_flops(text):
 
 
 @pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("name", ["padded", "padded, tp, bf16, shared", "padded, fp16, special, gelu", "allgather"])
+@pytest.mark.parametrize("name", [name for name in CASES if "hierarchy" not in name])
 def test_flops_are_those_of_the_compiled_layer(name, phase):
     case = CASES[name]
     plan, cost = case.plan, case.cost(phase)

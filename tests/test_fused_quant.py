@@ -124,7 +124,11 @@ def magnitudes(given, transpose):
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(
     ("num_ranks", "num_local", "axes", "hidden", "transpose", "chunks"),
-    [(1, 2, "x", 7, False, 1), (4, 2, "x", 5, True, 2), (8, 1, ("ep", "tp"), 9, False, 8)],
+    [
+        pytest.param(1, 2, "x", 7, False, 1, marks=pytest.mark.slow),
+        pytest.param(4, 2, "x", 5, True, 2, marks=pytest.mark.slow),
+        (8, 1, ("ep", "tp"), 9, False, 8),
+    ],
 )
 def test_int8_is_exact(op, num_ranks, num_local, axes, hidden, transpose, chunks):
     """Every rank has scales of its own, powers of two; those of rows go along."""
@@ -176,15 +180,18 @@ def test_int8_sums_are_exact_in_whatever_order_a_device_adds():
 FLOATS = [
     # formats, hidden, microscaled, transposed, result, dtype of microscales
     ((E4M3, E5M2), 33, False, True, "float16", None),
-    ((E5M2, E5M2), 12, False, False, "bfloat16", None),
     ((E4M3, E4M3), 70, True, False, "float32", np.uint8),
     ((E5M2, E4M3), 128, True, True, "bfloat16", E8M0),
-    ((E4M3, E5M2), 31, True, True, "float16", np.uint8),
     ((PACKED, PACKED), 98, True, False, "bfloat16", np.uint8),
-    ((PACKED, PACKED), 34, True, True, "float32", np.uint8),
-    ((E2M1, E2M1), 66, True, False, "float16", E8M0),
     ((E2M1, PACKED), 66, True, True, "float32", np.uint8),
 ]
+SLOW_FLOATS = [
+    ((E5M2, E5M2), 12, False, False, "bfloat16", None),
+    ((E4M3, E5M2), 31, True, True, "float16", np.uint8),
+    ((PACKED, PACKED), 34, True, True, "float32", np.uint8),
+    ((E2M1, E2M1), 66, True, False, "float16", E8M0),
+]
+FLOATS += [pytest.param(*scheme, marks=pytest.mark.slow) for scheme in SLOW_FLOATS]
 
 
 @pytest.mark.parametrize("op", OPS)
