@@ -72,6 +72,11 @@ def bound_axes(axis_name: Any, argument: str = "axis_name") -> tuple[str, ...]:
     return tuple(axes)
 
 
+def late(turn: jax.Array, tree: Any) -> Any:
+    """``tree`` as depending on the turn of a loop: XLA must do nothing with it ahead of a loop that seldom turns."""
+    return lax.optimization_barrier((turn, tree))[1]
+
+
 def searchsorted(ascending: jax.Array, values: jax.Array, *, side: str) -> jax.Array:
     """``jnp.searchsorted`` as i32. Its fast methods fail in JAX 0.10 where a mesh is manual in some axes only."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_jax import _compat
+from moe_jax import _compat, comm
 from moe_jax.experts import batched_product, grouped_product, project_in, project_out
 from moe_jax.layout import exclusive_cumsum
 from moe_jax.movement import RowOrder, pick
 from moe_jax.plan import Plan
 
 Array = jax.Array
+Pieces = tuple[Array, ...]  # of slots, see comm.cut_pieces
 
 
 class _How(NamedTuple):
@@ -30,6 +31,8 @@ class _How(NamedTuple):
     activation: str
     equal_rows: int  # S; 0: always compact
     num_rows: int  # M
+    num_pieces: int  # in which slots come and go
+    dtype: Any  # of slots
 
     @property
     def num_kept(self) -> int:
@@ -53,7 +56,7 @@ class _Layout(NamedTuple):
     fill: float | None  # of rows without a slot; None: anything
     product: Callable
     keep: Callable  # (rows, inner) -> _Kept
-    restore: Callable  # (experts without w_down, _Kept) -> (rows, inner)
+    restore: Callable  # (experts, _Kept) -> (rows, inner)
 
 
 def expert_slots(
@@ -79,49 +82,129 @@ def expert_slots(
     Returns:
       [A, H] in the dtype of ``arrived``. Differentiable in ``experts`` and ``arrived``.
     """
-    num_rows = arrived.shape[0] if order is None else order.row_slot.shape[0]
-    return _expert_slots(_How(plan, activation, equal_rows, num_rows), experts, arrived, order, group_sizes)
+    how = _how(plan, activation, equal_rows, arrived, order)
+    return _expert_slots(how, experts, arrived, order, group_sizes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _expert_slots(how, experts, arrived, order, group_sizes):
-    def run(layout):
-        gate, up = project_in(experts, _rows(arrived, layout, how), layout.product)
-        return _slots(project_out(experts, gate, up, how.activation, layout.product), layout, how)
+    pieces = comm.cut_pieces(arrived, how.num_pieces)
+    made = _in_layout(how, order, group_sizes, lambda layout: _made(how, experts, pieces, layout))
+    return comm.join_pieces(made, arrived.dtype)
 
-    return _in_layout(how, order, group_sizes, run)
+
+def _made(how: _How, experts: dict[str, Array], arrived: Pieces, layout: "_Layout") -> Pieces:
+    gate, up = project_in(experts, _rows(arrived, layout, how), layout.product)
+    return _slots(project_out(experts, gate, up, how.activation, layout.product), layout, how)
 
 
 def _forward(how, experts, arrived, order, group_sizes):
+    pieces = comm.cut_pieces(arrived, how.num_pieces)
+
     def run(layout):
-        rows = _rows(arrived, layout, how)
+        rows = _rows(pieces, layout, how)
         inner = project_in(experts, rows, layout.product)
         out = project_out(experts, *inner, how.activation, layout.product)
         return _slots(out, layout, how), layout.keep(rows, inner)
 
     out, kept = _in_layout(how, order, group_sizes, run)
-    return out, (experts, kept, order, group_sizes)
+    return comm.join_pieces(out, arrived.dtype), (experts, kept, order, group_sizes)
 
 
 def _backward(how, residuals, ct):
     experts, kept, order, group_sizes = residuals
-    of_out = {name: value for name, value in experts.items() if name.endswith("_down")}
-    of_inner = {name: value for name, value in experts.items() if name not in of_out}
+    pieces = comm.cut_pieces(ct, how.num_pieces)
 
     def run(layout):
-        rows, inner = layout.restore(of_inner, kept)
-        d_of_out, d_inner = jax.vjp(
-            lambda weights, inner: project_out(weights, *inner, how.activation, layout.product), of_out, inner
-        )[1](_rows(ct, layout, how))
-        d_of_inner, d_rows = jax.vjp(
-            lambda weights, rows: project_in(weights, rows, layout.product), of_inner, rows
-        )[1](d_inner)
-        return {**d_of_out, **d_of_inner}, _slots(d_rows, layout, how)
+        rows, inner = layout.restore(experts, kept)
+        return _gradients(how, experts, rows, inner, pieces, layout)
 
-    return *_in_layout(how, order, group_sizes, run), None, None
+    d_experts, d_arrived = _in_layout(how, order, group_sizes, run)
+    return d_experts, comm.join_pieces(d_arrived, ct.dtype), None, None
+
+
+def _gradients(how: _How, experts, rows: Array, inner, ct: Pieces, layout: "_Layout") -> tuple[dict, Pieces]:
+    """Of the experts, and of what arrived, from that of what they made."""
+    of_out = {name: value for name, value in experts.items() if name.endswith("_down")}
+    of_inner = {name: value for name, value in experts.items() if name not in of_out}
+    d_of_out, d_inner = jax.vjp(
+        lambda weights, inner: project_out(weights, *inner, how.activation, layout.product), of_out, inner
+    )[1](_rows(ct, layout, how))
+    d_of_inner, d_rows = jax.vjp(lambda weights, rows: project_in(weights, rows, layout.product), of_inner, rows)[1](
+        d_inner
+    )
+    return {**d_of_out, **d_of_inner}, _slots(d_rows, layout, how)
 
 
 _expert_slots.defvjp(_forward, _backward)
+
+
+def overflow_slots(
+    experts: dict[str, Array],
+    arrived: Array,
+    order: RowOrder | None,
+    group_sizes: Array,
+    plan: Plan,
+    *,
+    activation: str,
+) -> Array:
+    """As ``expert_slots`` in the compact layout; ``arrived`` itself where no row came."""
+    how = _how(plan, activation, 0, arrived, order)
+
+    def run(arrived, experts):
+        return _made(how, experts, arrived, _compact(how, order, group_sizes))
+
+    made = _if_any(group_sizes, run, comm.cut_pieces(arrived, how.num_pieces), experts)
+    return comm.join_pieces(made, arrived.dtype)
+
+
+def add_overflow_gradients(
+    grads: dict[str, Array],
+    experts: dict[str, Array],
+    arrived: Array,
+    ct: Array,
+    order: RowOrder | None,
+    group_sizes: Array,
+    plan: Plan,
+    *,
+    activation: str,
+) -> tuple[dict[str, Array], Array]:
+    """``grads`` of the experts plus those of ``overflow_slots``, and the cotangent of ``arrived``, from that of its result.
+
+    Where no row came, ``grads`` and ``ct`` themselves. The inner activations are computed again.
+    """
+    how = _how(plan, activation, 0, arrived, order)
+
+    def run(carry, read):
+        (grads, ct), (experts, arrived) = carry, read
+        layout = _compact(how, order, group_sizes)
+        rows = _rows(arrived, layout, how)
+        more, d_arrived = _gradients(how, experts, rows, project_in(experts, rows, layout.product), ct, layout)
+        return jax.tree.map(jnp.add, grads, more), d_arrived
+
+    ct, arrived_pieces = (comm.cut_pieces(slots, how.num_pieces) for slots in (ct, arrived))
+    grads, d_arrived = _if_any(group_sizes, run, (grads, ct), (experts, arrived_pieces))
+    return grads, comm.join_pieces(d_arrived, arrived.dtype)
+
+
+def _how(plan: Plan, activation: str, equal_rows: int, arrived: Array, order: RowOrder | None) -> _How:
+    """``equal_rows`` as for ``expert_slots``. Rows that a recipe turns into messages are not cut before."""
+    as_they_are = plan.dispatch_recipe is plan.combine_recipe is plan.backward_recipe is None
+    num_rows, num_pieces = arrived.shape[0], 1
+    if order is not None:
+        num_rows, num_pieces = order.row_slot.shape[0], plan.num_pieces if as_they_are else 1
+    return _How(plan, activation, equal_rows, num_rows, num_pieces, arrived.dtype)
+
+
+def _if_any(group_sizes: Array, run: Callable, init: Any, read: Any) -> Any:
+    """``run(init, read)`` where there are rows, else ``init``.
+
+    A loop of one turn or none: it works in place, where a conditional would copy what it lets pass.
+    """
+    with jax.named_scope("experts"):
+        init, read = _compat.as_varying((init, read), _compat.union_of_varying_axes((init, read, group_sizes)))
+        turns = jnp.any(group_sizes > 0).astype(jnp.int32)
+        return lax.fori_loop(0, turns, lambda turn, carry: run(carry, _compat.late(turn, read)), init)
 
 
 def _in_layout(how: _How, order: RowOrder | None, group_sizes: Array, run: Callable) -> Any:
@@ -178,10 +261,14 @@ def _equal(how: _How, order: RowOrder | None, group_sizes: Array) -> _Layout:
     return _Layout(row_slot, slot_row, 0.0, batched_product, keep, restore)
 
 
-def _rows(slots: Array, layout: _Layout, how: _How) -> Array:
+def _rows(pieces: Pieces, layout: _Layout, how: _How) -> Array:
+    slots = comm.join_pieces(pieces, how.dtype)
     return slots if layout.row_slot is None else pick(slots, layout.row_slot, how.plan, absent=layout.fill)
 
 
-def _slots(rows: Array, layout: _Layout, how: _How) -> Array:
+def _slots(rows: Array, layout: _Layout, how: _How) -> Pieces:
     flat = lax.collapse(rows, 0, rows.ndim - 1)
-    return flat if layout.slot_row is None else pick(flat, layout.slot_row, how.plan)
+    if layout.slot_row is None:
+        return (flat,)
+    flat = comm.to_bits(flat) if how.num_pieces > 1 else flat
+    return tuple(pick(flat, part, how.plan) for part in jnp.split(layout.slot_row, how.num_pieces))

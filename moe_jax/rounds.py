@@ -13,10 +13,11 @@ from jax import lax
 
 from moe_jax import _compat
 from moe_jax.bookkeeping import Exchange, count_rounds, open_window, prepare
-from moe_jax.expert_slots import expert_slots
-from moe_jax.movement import arrival_order, collect_rows, dequantized, finish, send_rows
+from moe_jax.expert_slots import add_overflow_gradients, expert_slots, overflow_slots
+from moe_jax.movement import RowOrder, arrival_order, collect_rows, dequantized, finish, send_rows
 from moe_jax.plan import Plan
 from moe_jax.special import special_terms
+from moe_jax.types import DispatchHandle
 
 Array = jax.Array
 
@@ -62,25 +63,41 @@ def routed_sum(
     return jnp.concatenate(totals), sum(dropped), functools.reduce(jnp.maximum, rounds)
 
 
-def _round(plan: Plan, activation: str, index, experts, x, weights, exchange: Exchange) -> Array:
-    """Round ``index``: its pairs to the experts, through them and back."""
+def _window(plan: Plan, index: Array | int, exchange: Exchange) -> tuple[DispatchHandle, RowOrder | None]:
+    """The pairs of round ``index``, and in which slots they arrive."""
     handle = open_window(exchange, index * plan.pair_capacity, plan.pair_capacity, plan)
-    order = arrival_order(handle)
-    made = expert_slots(
-        experts,
-        dequantized(send_rows(x, handle, order=order), plan),
-        order,
-        handle.group_sizes,
-        plan,
-        activation=activation,
-        equal_rows=plan.equal_rows if isinstance(index, int) else 0,  # what overflows is seldom even
-    )
+    return handle, arrival_order(handle)
+
+
+def _arrived(x: Array, handle: DispatchHandle, order: RowOrder | None) -> Array:
+    return dequantized(send_rows(x, handle, order=order), handle.plan)
+
+
+def _first_round(plan: Plan, activation: str, experts, x, weights, exchange: Exchange) -> Array:
+    """Its pairs to the experts, through them and back."""
+    handle, order = _window(plan, 0, exchange)
+    arrived, sizes = _arrived(x, handle, order), handle.group_sizes
+    made = expert_slots(experts, arrived, order, sizes, plan, activation=activation, equal_rows=plan.equal_rows)
     return collect_rows(made, weights, handle, order=order)
 
 
-def _late(index: Array, *operands):
-    """``operands`` as depending on the round: XLA must not convert weights, say, ahead of a loop that seldom runs."""
-    return lax.optimization_barrier((index, operands))[1]
+def _overflow_round(plan: Plan, activation: str, index, experts, x, weights, exchange: Exchange) -> Array:
+    """As the first, for pairs of which most devices may have none; seldom even."""
+    handle, order = _window(plan, index, exchange)
+    made = overflow_slots(experts, _arrived(x, handle, order), order, handle.group_sizes, plan, activation=activation)
+    return collect_rows(made, weights, handle, order=order)
+
+
+def _add_overflow_round(plan: Plan, activation: str, index, grads, ct, experts, x, weights, exchange: Exchange):
+    """``grads`` of experts, x and weights, and what an overflow round adds to them: that round again, and backward."""
+    d_experts, d_x, d_weights = grads
+    handle, order = _window(plan, index, exchange)
+    arrived, pull_arrived = jax.vjp(lambda x: _arrived(x, handle, order), x)
+    operands = order, handle.group_sizes, plan
+    made = overflow_slots(experts, arrived, *operands, activation=activation)  # read if sums are made at the experts
+    d_made, more = jax.vjp(lambda *made: collect_rows(*made, handle, order=order), made, weights)[1](ct)
+    d_experts, d_arrived = add_overflow_gradients(d_experts, experts, arrived, d_made, *operands, activation=activation)
+    return d_experts, d_x + pull_arrived(d_arrived)[0], d_weights + more
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -90,13 +107,15 @@ def _routed_sum(plan, activation, experts, x, weights, special, exchange, num_ro
 
 
 def _routed_forward(plan, activation, experts, x, weights, special, exchange, num_rounds):
-    first = functools.partial(_round, plan, activation, 0, exchange=exchange)
+    first = functools.partial(_first_round, plan, activation, exchange=exchange)
     collected, pull_first = jax.vjp(first, experts, x, weights)
 
     def overflow(state):
         index, collected = state
         # Every pair comes back in one round and is zero in the others, so adding loses nothing.
-        return index + 1, collected + _round(plan, activation, index, *_late(index, experts, x, weights), exchange)
+        return index + 1, collected + _overflow_round(
+            plan, activation, index, *_compat.late(index, (experts, x, weights)), exchange
+        )
 
     if plan.max_rounds > 1:
         start = (jnp.ones_like(num_rounds), collected)
@@ -113,10 +132,9 @@ def _routed_backward(plan, activation, residuals, ct):
 
     def overflow(state):
         index, grads = state
-        late_ct, *operands = _late(index, ct, experts, x, weights)
-        recomputed = functools.partial(_round, plan, activation, index, exchange=exchange)
-        _, pull = jax.vjp(recomputed, *operands)
-        return index + 1, jax.tree.map(jnp.add, grads, pull(pull_finish(late_ct)[0]))
+        late_ct, *operands = _compat.late(index, (ct, experts, x, weights))
+        d_collected = pull_finish(late_ct)[0]
+        return index + 1, _add_overflow_round(plan, activation, index, grads, d_collected, *operands, exchange)
 
     if plan.max_rounds > 1:
         start = (jnp.ones_like(num_rounds), grads)

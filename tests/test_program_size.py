@@ -78,12 +78,21 @@ def lowered(transport, *, ep, tokens, experts):
 
 @pytest.mark.parametrize("transport", [*TRANSPORTS, "hierarchy"])
 def test_lowered_program_grows_with_nothing(transport):
-    """The same operations for 2, 8 and 64 ranks, 64 and 1024 tokens, 64 and 512 experts."""
-    sizes = {"ep": 8, "tokens": 1024, "experts": 512}
+    """The same operations for 16 and 64 ranks, 64 and 1024 tokens, 64 and 512 experts; without pieces for 2 ranks too."""
+    sizes = {"ep": 16, "tokens": 1024, "experts": 512}
     expected = lowered(transport, **sizes)
     assert expected["stablehlo.while"] and expected["stablehlo.dot_general"]
-    for change in ({"ep": 2}, {"ep": 64}, {"tokens": 64}, {"experts": 64}):
+    changes = [{"ep": 64}, {"tokens": 64}, {"experts": 64}] + [{"ep": 2}] * (transport != "padded")
+    for change in changes:
         assert lowered(transport, **(sizes | change)) == expected, change
+
+
+def test_pieces_are_a_few_gathers_for_each_rank():
+    """Up to eight ranks, CPUs pick what they send in a piece for each: as many operations for each, and no others."""
+    two, four, eight, nine = (lowered("padded", ep=ep, tokens=1024, experts=5 * 72) for ep in (2, 4, 8, 9))
+    assert eight - four == (four - two) + (four - two)
+    assert {op.removeprefix("stablehlo.") for op in eight - two} == {"gather", "slice", "reshape", "broadcast_in_dim"}
+    assert (four - two).total() <= 2 * 66 and nine.total() < two.total()
 
 
 # --- the compiled program ---------------------------------------------------------------------------------------------
@@ -108,9 +117,10 @@ def compiled(name, phase, *, ep=8, dtype="float32", quant="none", overflow="drop
 
 
 def test_compiled_program_does_no_more_for_more_ranks():
-    """XLA takes an all-to-all apart into slices, one for each rank, on CPUs; what works on them stays."""
+    """XLA takes an all-to-all apart, one piece for each rank, on CPUs: gathers make them. All other work stays."""
     few, many = compiled("W2", BOTH, ep=2).work, compiled("W2", BOTH).work
-    assert few == many and min(many[op] for op in ("all-to-all", "dot", "gather", "sort", "while")) > 0
+    assert many.pop("gather") - few.pop("gather") <= 12 * (8 - 2)
+    assert few == many and min(many[op] for op in ("all-to-all", "dot", "sort", "while")) > 0
 
 
 @pytest.mark.parametrize("phase", PASSES)

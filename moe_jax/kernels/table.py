@@ -7,7 +7,15 @@ from types import MappingProxyType
 
 import jax
 
-from moe_jax.errors import InvalidArgumentError, UnsupportedError, check_choice, check_flag, check_type, suggest
+from moe_jax.errors import (
+    InvalidArgumentError,
+    UnsupportedError,
+    check_choice,
+    check_count,
+    check_flag,
+    check_type,
+    suggest,
+)
 
 KERNELS = ("grouped_matmul", "grouped_outer")
 TRANSPORTS = ("padded", "ragged")
@@ -36,6 +44,8 @@ class Backend:
         "ragged": the calling convention of jax.lax.ragged_all_to_all.
       batches_equal_groups: whether one batched product over groups of equal size is worth a layout of its own. Then
         the layer compiles both, and takes it in the rounds in which no expert has more than the even load.
+      piecewise_ranks: up to how many ranks the operand of an all-to-all is better made in one piece for each rank, since
+        the compiler would cut it and copy them; 0: in one piece always. The program grows with the pieces.
 
     Raises:
       InvalidArgumentError: an unknown kernel, transport or platform, something that cannot be called, or a name
@@ -47,6 +57,7 @@ class Backend:
     kernels: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
     transports: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
     batches_equal_groups: bool = False
+    piecewise_ranks: int = 0
 
     def __post_init__(self):
         if not isinstance(self.name, str) or self.name in ("", "auto"):
@@ -59,6 +70,7 @@ class Backend:
                 if not callable(function):
                     raise InvalidArgumentError(f"{what}: {word!r} is {function!r}; pass a function")
         check_flag("batches_equal_groups", self.batches_equal_groups)
+        check_count("piecewise_ranks", self.piecewise_ranks, low=0)
         object.__setattr__(self, "platforms", tuple(self.platforms))
         object.__setattr__(self, "kernels", MappingProxyType(dict(self.kernels)))
         object.__setattr__(self, "transports", MappingProxyType(dict(self.transports)))

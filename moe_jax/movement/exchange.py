@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from moe_jax import comm
 from moe_jax.message import join_some, split_some
-from moe_jax.movement.picking import as_received, as_sent, pick, token_of
+from moe_jax.movement.picking import as_received, as_sent, pick, pick_pieces, token_of
 from moe_jax.types import Arrival, ExchangeMaps
 
 Array = jax.Array
@@ -35,8 +35,10 @@ def scatter(
       ([M, F], [M, G], what arrived here if ``buffer`` or ``timed``).
     """
     with jax.named_scope("pack"):
-        packed_tokens = None if tokens is None else pick(tokens, token_of(maps.send_pair, plan), plan)
-        packed_pairs = None if pairs is None else pick(jax.lax.collapse(pairs, 0, 2), maps.send_pair, plan)
+        alone = not timed and (tokens is None or pairs is None)
+        put = pick_pieces if alone and not maps.sizes.size else pick
+        packed_tokens = None if tokens is None else put(tokens, token_of(maps.send_pair, plan), plan)
+        packed_pairs = None if pairs is None else put(jax.lax.collapse(pairs, 0, 2), maps.send_pair, plan)
         message, parts = join_some([packed_tokens, packed_pairs])
     with jax.named_scope("exchange"):
         microseconds = None
@@ -95,7 +97,9 @@ def _home_message(rows, scalars, maps, plan, recipe, ordered):
     with jax.named_scope("unpermute"):
         # Slots of the tp ranks are summed, so an unread one may be anything: it only meets its like.
         if ordered:
-            slots = [None if part is None else pick(part, maps.slot_row, plan) for part in slots]
+            alone = recipe is None and scalars is None
+            put = pick_pieces if alone and not maps.sizes.size else pick
+            slots = [None if part is None else put(part, maps.slot_row, plan) for part in slots]
     with jax.named_scope("exchange"):
         slots = [None if part is None else comm.reduce_scatter_tp(part, plan) for part in slots]
         return join_some([as_sent(slots[0], recipe), slots[1]])

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from moe_jax import comm
+
 Array = jax.Array
 
 
@@ -16,6 +18,14 @@ def pick(rows: Array, index: Array, plan, *, absent: float | None = None) -> Arr
         return picked
     written = (index >= 0).reshape(*index.shape, *(1,) * (picked.ndim - index.ndim))
     return jnp.where(written, picked, jnp.asarray(fill, picked.dtype))
+
+
+def pick_pieces(rows: Array, index: Array, plan) -> Array:
+    """As ``pick``, for an exchange in equal blocks: in as many pieces as the plan wants."""
+    if plan.num_pieces == 1:
+        return pick(rows, index, plan)
+    bits = comm.to_bits(rows)
+    return comm.join_pieces([pick(bits, part, plan) for part in jnp.split(index, plan.num_pieces)], rows.dtype)
 
 
 def token_of(pair: Array, plan) -> Array:

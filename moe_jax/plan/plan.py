@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from moe_jax.config import ACTIVATIONS
 from moe_jax.errors import InvalidArgumentError, UnsupportedError, check_choice, check_count
-from moe_jax.kernels import resolve_backend
+from moe_jax.kernels import find_transport, resolve_backend
 from moe_jax.plan.cost import Cost, balanced_rows, layer_costs, row_bytes
 from moe_jax.plan.rates import RATES
 from moe_jax.quant import Recipe, recipe
@@ -114,6 +114,14 @@ class Plan:
             return 0
         even = math.ceil(self.ep_size * self.tp_size * self.tokens_per_rank * self.top_k / self.num_experts)
         return min(even, self.num_rows(self.pair_capacity) // self.num_local_experts)
+
+    @property
+    def num_pieces(self) -> int:
+        """In how many pieces the rows of an exchange in equal blocks are made: one for each rank, or 1."""
+        if self.transport != "padded" or self.tp_size > 1 or find_transport("padded", self.backend):
+            return 1
+        most = resolve_backend("grouped_matmul", self.backend).piecewise_ranks
+        return self.ep_size if self.ep_size <= most else 1
 
     def num_rows(self, capacity: int) -> int:
         """M, rows that a device can receive when every pair of ranks moves at most ``capacity``."""
