@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax import _compat, comm
-from moe_jax.experts import batched_product, grouped_product, project_in, project_out
+from moe_jax.experts import activate, batched_product, grouped_product, project_in, project_out
 from moe_jax.layout import exclusive_cumsum
 from moe_jax.movement import RowOrder, pick
 from moe_jax.plan import Plan
@@ -94,8 +94,8 @@ def _expert_slots(how, experts, arrived, order, group_sizes):
 
 
 def _made(how: _How, experts: dict[str, Array], arrived: Pieces, layout: "_Layout") -> Pieces:
-    gate, up = project_in(experts, _rows(arrived, layout, how), layout.product)
-    return _slots(project_out(experts, gate, up, how.activation, layout.product), layout, how)
+    inner = project_in(experts, _rows(arrived, layout, how), layout.product)
+    return _slots(project_out(experts, activate(*inner, how.activation), layout.product), layout, how)
 
 
 def _forward(how, experts, arrived, order, group_sizes):
@@ -104,7 +104,7 @@ def _forward(how, experts, arrived, order, group_sizes):
     def run(layout):
         rows = _rows(pieces, layout, how)
         inner = project_in(experts, rows, layout.product)
-        out = project_out(experts, *inner, how.activation, layout.product)
+        out = project_out(experts, activate(*inner, how.activation), layout.product)
         return _slots(out, layout, how), layout.keep(rows, inner)
 
     out, kept = _in_layout(how, order, group_sizes, run)
@@ -127,12 +127,12 @@ def _gradients(how: _How, experts, rows: Array, inner, ct: Pieces, layout: "_Lay
     """Of the experts, and of what arrived, from that of what they made."""
     of_out = {name: value for name, value in experts.items() if name.endswith("_down")}
     of_inner = {name: value for name, value in experts.items() if name not in of_out}
-    d_of_out, d_inner = jax.vjp(
-        lambda weights, inner: project_out(weights, *inner, how.activation, layout.product), of_out, inner
-    )[1](_rows(ct, layout, how))
-    d_of_inner, d_rows = jax.vjp(lambda weights, rows: project_in(weights, rows, layout.product), of_inner, rows)[1](
-        d_inner
-    )
+    hidden, pull_hidden = jax.vjp(lambda inner: activate(*inner, how.activation), inner)
+    pull_out = jax.vjp(lambda *operands: project_out(*operands, layout.product), of_out, hidden)[1]
+    d_of_out, d_hidden = pull_out(_rows(ct, layout, how))
+    (d_inner,) = pull_hidden(d_hidden)
+    pull_in = jax.vjp(lambda *operands: project_in(*operands, layout.product), of_inner, rows)[1]
+    d_of_inner, d_rows = pull_in(d_inner)
     return {**d_of_out, **d_of_inner}, _slots(d_rows, layout, how)
 
 
@@ -169,9 +169,9 @@ def add_overflow_gradients(
     *,
     activation: str,
 ) -> tuple[dict[str, Array], Array]:
-    """``grads`` of the experts plus those of ``overflow_slots``, and the cotangent of ``arrived``, from that of its result.
+    """``grads`` of the experts plus those of ``overflow_slots``, and the cotangent of ``arrived``.
 
-    Where no row came, ``grads`` and ``ct`` themselves. The inner activations are computed again.
+    ``ct``: of the result. Where no row came, ``grads`` and ``ct`` themselves. Inner activations are computed again.
     """
     how = _how(plan, activation, 0, arrived, order)
 

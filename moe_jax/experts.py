@@ -66,9 +66,9 @@ def project_in(weights: dict[str, Array], rows: Array, product: Callable) -> tup
     return tuple(projected)
 
 
-def project_out(weights: dict[str, Array], gate: Array | None, up: Array, activation: str, product: Callable) -> Array:
-    """The activation through w_down, with b_down if there is one; ``product`` as for ``project_in``."""
-    return _through(weights, activate(gate, up, activation), "down", product)
+def project_out(weights: dict[str, Array], hidden: Array, product: Callable) -> Array:
+    """Hidden activations through w_down, with b_down if there is one; ``product`` as for ``project_in``."""
+    return _through(weights, hidden, "down", product)
 
 
 def _through(weights: dict[str, Array], rows: Array, name: str, product: Callable) -> Array:

@@ -6,6 +6,7 @@ nothing and runs again in the backward pass, so that memory does not grow with t
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jax import lax
 from moe_jax import _compat
 from moe_jax.bookkeeping import Exchange, count_rounds, open_window, prepare
 from moe_jax.expert_slots import add_overflow_gradients, expert_slots, overflow_slots
-from moe_jax.movement import RowOrder, arrival_order, collect_rows, dequantized, finish, send_rows
+from moe_jax.movement import arrival_order, collect_rows, dequantized, finish, send_rows
 from moe_jax.plan import Plan
 from moe_jax.special import special_terms
 from moe_jax.types import DispatchHandle
@@ -63,41 +64,42 @@ def routed_sum(
     return jnp.concatenate(totals), sum(dropped), functools.reduce(jnp.maximum, rounds)
 
 
-def _window(plan: Plan, index: Array | int, exchange: Exchange) -> tuple[DispatchHandle, RowOrder | None]:
-    """The pairs of round ``index``, and in which slots they arrive."""
+def _open(plan: Plan, activation: str, index: Array | int, exchange: Exchange) -> tuple[DispatchHandle, dict[str, Any]]:
+    """The pairs of round ``index``, and what the functions of ``expert_slots`` need to know of them."""
     handle = open_window(exchange, index * plan.pair_capacity, plan.pair_capacity, plan)
-    return handle, arrival_order(handle)
+    slots = {"order": arrival_order(handle), "group_sizes": handle.group_sizes}
+    return handle, slots | {"plan": plan, "activation": activation}
 
 
-def _arrived(x: Array, handle: DispatchHandle, order: RowOrder | None) -> Array:
-    return dequantized(send_rows(x, handle, order=order), handle.plan)
+def _arrived(x: Array, handle: DispatchHandle, slots: dict[str, Any]) -> Array:
+    return dequantized(send_rows(x, handle, order=slots["order"]), handle.plan)
 
 
 def _first_round(plan: Plan, activation: str, experts, x, weights, exchange: Exchange) -> Array:
     """Its pairs to the experts, through them and back."""
-    handle, order = _window(plan, 0, exchange)
-    arrived, sizes = _arrived(x, handle, order), handle.group_sizes
-    made = expert_slots(experts, arrived, order, sizes, plan, activation=activation, equal_rows=plan.equal_rows)
-    return collect_rows(made, weights, handle, order=order)
+    handle, slots = _open(plan, activation, 0, exchange)
+    made = expert_slots(experts, _arrived(x, handle, slots), **slots, equal_rows=plan.equal_rows)
+    return collect_rows(made, weights, handle, order=slots["order"])
 
 
 def _overflow_round(plan: Plan, activation: str, index, experts, x, weights, exchange: Exchange) -> Array:
-    """As the first, for pairs of which most devices may have none; seldom even."""
-    handle, order = _window(plan, index, exchange)
-    made = overflow_slots(experts, _arrived(x, handle, order), order, handle.group_sizes, plan, activation=activation)
-    return collect_rows(made, weights, handle, order=order)
+    """As the first, for pairs of which most devices may have none."""
+    handle, slots = _open(plan, activation, index, exchange)
+    made = overflow_slots(experts, _arrived(x, handle, slots), **slots)
+    return collect_rows(made, weights, handle, order=slots["order"])
 
 
 def _add_overflow_round(plan: Plan, activation: str, index, grads, ct, experts, x, weights, exchange: Exchange):
     """``grads`` of experts, x and weights, and what an overflow round adds to them: that round again, and backward."""
     d_experts, d_x, d_weights = grads
-    handle, order = _window(plan, index, exchange)
-    arrived, pull_arrived = jax.vjp(lambda x: _arrived(x, handle, order), x)
-    operands = order, handle.group_sizes, plan
-    made = overflow_slots(experts, arrived, *operands, activation=activation)  # read if sums are made at the experts
-    d_made, more = jax.vjp(lambda *made: collect_rows(*made, handle, order=order), made, weights)[1](ct)
-    d_experts, d_arrived = add_overflow_gradients(d_experts, experts, arrived, d_made, *operands, activation=activation)
-    return d_experts, d_x + pull_arrived(d_arrived)[0], d_weights + more
+    handle, slots = _open(plan, activation, index, exchange)
+    arrived, pull_arrived = jax.vjp(lambda x: _arrived(x, handle, slots), x)
+    made = overflow_slots(experts, arrived, **slots)  # read where sums are made at the experts, else left out
+    pull_made = jax.vjp(lambda *operands: collect_rows(*operands, handle, order=slots["order"]), made, weights)[1]
+    d_made, more_weights = pull_made(ct)
+    d_experts, d_arrived = add_overflow_gradients(d_experts, experts, arrived, d_made, **slots)
+    (more_x,) = pull_arrived(d_arrived)
+    return d_experts, d_x + more_x, d_weights + more_weights
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -64,6 +64,18 @@ def with_gradients(forward):
     return jax.jit(run)
 
 
+def overflowing(plan, activation):
+    """As ``with_gradients``, of a round that keeps nothing and adds to what other rounds gave, here the experts."""
+
+    def run(experts, arrived, order, group_sizes, ct):
+        where = {"order": order, "group_sizes": group_sizes, "plan": plan, "activation": activation}
+        made = expert_slots.overflow_slots(experts, arrived, **where)
+        grads, d_arrived = expert_slots.add_overflow_gradients(experts, experts, arrived, ct, **where)
+        return made, jax.tree.map(jnp.subtract, grads, experts), d_arrived
+
+    return jax.jit(run)
+
+
 def draw_experts(rng, activation, biases, *, exact=True):
     shapes = {"w_gate": (L, H, F), "w_up": (L, H, F), "w_down": (L, F, H)}
     shapes |= {"b_gate": (L, F), "b_up": (L, F), "b_down": (L, H)} if biases else {}
@@ -157,6 +169,50 @@ def test_equals_a_loop_over_rows_many(equal_rows, activation, biases, ordered):
     drawn = [rng.multinomial(total, rng.dirichlet(np.ones(L) * rng.choice([0.3, 1, 30]))) for total in totals]
     assert any(max(sizes) <= S for sizes in drawn) and any(max(sizes) > S and sum(sizes) < S * L for sizes in drawn)
     run_form(equal_rows, activation, biases, ordered, [sizes.tolist() for sizes in drawn])
+
+
+@pytest.mark.parametrize("activation,biases,ordered", [("gelu", True, False), ("swiglu", False, True)])
+def test_overflow_equals_a_loop_over_rows(activation, biases, ordered):
+    run, rng = overflowing(make_plan(), activation), np.random.default_rng(int(biases))
+    for sizes in SIZES.values():
+        compare(run, rng, sizes, activation=activation, biases=biases, ordered=ordered)
+
+
+def test_overflow_does_nothing_where_no_row_came():
+    """What came in goes out, bit for bit, and not one product is made: all stand in loops that turn once or never."""
+    experts, arrived, order, _, ct = (
+        jax.tree.map(lambda a: np.full(a.shape, np.nan if a.dtype == np.float32 else -1, a.dtype), operand)
+        for operand in shapes_of(biases=False)
+    )
+    nobody, run = np.zeros(L, np.int32), overflowing(make_plan(), "swiglu")
+    experts = jax.tree.map(np.zeros_like, experts)
+    made, d_experts, d_arrived = run(experts, arrived, order, nobody, ct)
+    assert np.isnan(made).all() and np.isnan(d_arrived).all()
+    chex.assert_trees_all_equal(d_experts, experts)
+    run = overflowing(make_plan(backend="xla"), "swiglu")  # whose products are no loops of their own
+    program = contract._Program(run.lower(experts, arrived, order, nobody, ct).compile().as_text())
+    products = [found for found in program.instructions() if found.op == "dot"]
+    assert len(products) >= 3 + 2 + 6 and all(found.in_loop for found in products)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_pieces_change_no_bit(dtype):
+    """Slots in a piece for each of four ranks, or at once, as on a back end that is not asked for pieces."""
+    meshes = {"cpu": (4, 1), "cpu_at_once": (4, 2)}  # the slots of tp ranks are summed, and never in pieces
+    plans = {name: make_plan(mesh, num_experts=4 * L, dtype=dtype, transport="padded") for name, mesh in meshes.items()}
+    assert [plan.num_pieces for plan in plans.values()] == [4, 1]
+    rng, found = np.random.default_rng(0), []
+    experts = jax.tree.map(lambda a: jnp.asarray(a, dtype), draw_experts(rng, "swiglu", True, exact=False))
+    slots, sizes = rng.permutation(28), np.array([3, 1, 2, 0, 3], np.int32)
+    order = RowOrder(row_slot=np.full(M, -1, np.int32), slot_row=np.full(28, -1, np.int32))
+    order.row_slot[:9], order.slot_row[slots[:9]] = slots[:9], np.arange(9)
+    arrived, ct = (jnp.asarray(rng.normal(size=(28, H)), dtype) for _ in range(2))
+    for plan in plans.values():
+        runs = [with_gradients(through(plan, "swiglu", equal_rows)) for equal_rows in (0, S)]
+        runs.append(overflowing(plan, "swiglu"))
+        found.append([run(experts, arrived, order, sizes, ct) for run in runs])
+    used = jax.tree.map(lambda a: a if a.shape[0] != 28 else a[slots[:9]], found)
+    chex.assert_trees_all_equal(*used)
 
 
 @pytest.mark.parametrize("equal_rows,num_rows", [(1, M), (4, M), (4, 4 * L)])
