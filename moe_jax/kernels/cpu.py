@@ -1,8 +1,9 @@
 """Grouped products for the CPU: loops over row tiles, so that work follows the rows that are there.
 
 ``lax.ragged_dot`` multiplies every row with every group's weights on a CPU. Here the outer loop runs over the groups
-that have rows and takes a group's weights once; the inner loop runs over that group's row tiles. A tile that reaches
-past its group, or that was shifted back at the end of the buffer, writes only its own group's rows.
+that have rows and takes a group's weights once; the inner loops run over that group's row tiles: in a product of rows
+large ones while they are full, then small ones. A tile that reaches past its group, or that was shifted back at the end
+of the buffer, writes only its own group's rows.
 """
 
 import jax
@@ -14,14 +15,15 @@ from moe_jax.kernels.table import Backend
 
 _MAX_TILE = 256
 _MIN_TILE = 16
+_TILES_IN_LARGE = 8
 
 
-def _tile_rows(num_rows: int, num_groups: int) -> int:
-    """Rows per tile: about half the average group, a power of two, so that the last tile of a group wastes little."""
+def _tile_rows(num_rows: int, num_groups: int) -> tuple[int, int]:
+    """Rows of a large tile, a power of two, about half the average group; and of a small one."""
     tile = _MIN_TILE
     while tile < _MAX_TILE and 4 * tile * num_groups <= num_rows:
         tile *= 2
-    return min(tile, num_rows)
+    return min(tile, num_rows), min(max(tile // _TILES_IN_LARGE, _MIN_TILE), num_rows)
 
 
 def _for_each_group(group_sizes: jax.Array, body, init):
@@ -57,7 +59,7 @@ def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, tr
     """lhs [M, H], rhs [G, H, N] ([G, N, H] if ``transpose_rhs``), group_sizes [G] -> [M, N]; zeros past the sum."""
     num_rows, out_dim = lhs.shape[0], rhs.shape[1 if transpose_rhs else 2]
     out = _zeros((num_rows, out_dim), lhs.dtype, lhs, rhs, group_sizes)
-    tile = _tile_rows(num_rows, rhs.shape[0])
+    large, small = _tile_rows(num_rows, rhs.shape[0])
     if not out.size:
         return out
     contract = (((1,), (1 if transpose_rhs else 0,)), ((), ()))
@@ -65,13 +67,21 @@ def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, tr
     def group_body(group, start, stop, out):
         weight = lax.dynamic_index_in_dim(rhs, group, keepdims=False)
 
-        def tile_body(first, mine, out):
-            rows = lax.dynamic_slice_in_dim(lhs, first, tile)
-            product = lax.dot_general(rows, weight, contract, preferred_element_type=jnp.float32)
-            kept = lax.dynamic_slice_in_dim(out, first, tile)
-            return lax.dynamic_update_slice_in_dim(out, jnp.where(mine, product.astype(out.dtype), kept), first, 0)
+        def product(first, size):
+            rows = lax.dynamic_slice_in_dim(lhs, first, size)
+            return lax.dot_general(rows, weight, contract, preferred_element_type=jnp.float32).astype(out.dtype)
 
-        return _for_each_tile(start, stop, tile, num_rows, tile_body, out)
+        def large_tile(i, out):
+            first = start + i * large
+            return lax.dynamic_update_slice_in_dim(out, product(first, large), first, 0)
+
+        def small_tile(first, mine, out):
+            kept = lax.dynamic_slice_in_dim(out, first, small)
+            return lax.dynamic_update_slice_in_dim(out, jnp.where(mine, product(first, small), kept), first, 0)
+
+        num_large = (stop - start) // large
+        out = lax.fori_loop(0, num_large, large_tile, out)
+        return _for_each_tile(start + num_large * large, stop, small, num_rows, small_tile, out)
 
     return _for_each_group(group_sizes, group_body, out)
 
@@ -80,7 +90,7 @@ def grouped_outer(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, dty
     """lhs [M, H], rhs [M, N], group_sizes [G] -> [G, H, N] in ``dtype``."""
     num_rows, num_groups = lhs.shape[0], group_sizes.shape[0]
     out = _zeros((num_groups, lhs.shape[1], rhs.shape[1]), dtype, lhs, rhs, group_sizes)
-    tile = _tile_rows(num_rows, num_groups)
+    tile, _ = _tile_rows(num_rows, num_groups)  # every tile costs a pass over the group's sum: small ones save nothing
     if not out.size or not num_rows:
         return out
 
