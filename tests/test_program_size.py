@@ -78,7 +78,7 @@ def lowered(transport, *, ep, tokens, experts):
 
 @pytest.mark.parametrize("transport", [*TRANSPORTS, "hierarchy"])
 def test_lowered_program_grows_with_nothing(transport):
-    """The same operations for 16 and 64 ranks, 64 and 1024 tokens, 64 and 512 experts; without pieces for 2 ranks too."""
+    """The same operations for 16 and 64 ranks, 64 and 1024 tokens, 64 and 512 experts; without pieces for 2 ranks."""
     sizes = {"ep": 16, "tokens": 1024, "experts": 512}
     expected = lowered(transport, **sizes)
     assert expected["stablehlo.while"] and expected["stablehlo.dot_general"]

@@ -44,8 +44,8 @@ class Backend:
         "ragged": the calling convention of jax.lax.ragged_all_to_all.
       batches_equal_groups: whether one batched product over groups of equal size is worth a layout of its own. Then
         the layer compiles both, and takes it in the rounds in which no expert has more than the even load.
-      piecewise_ranks: up to how many ranks the operand of an all-to-all is better made in one piece for each rank, since
-        the compiler would cut it and copy them; 0: in one piece always. The program grows with the pieces.
+      piecewise_ranks: up to how many ranks the operand of an all-to-all is better made in a piece for each rank, since
+        the compiler would cut it and copy them; 0: at once always. The program grows with the pieces.
 
     Raises:
       InvalidArgumentError: an unknown kernel, transport or platform, something that cannot be called, or a name
