@@ -266,15 +266,16 @@ def products_by_branch(run, *operands):
 
 
 def test_one_choice_of_layout_for_each_pass():
-    """On one side of it products in loops over groups, on the other as many without a loop. S = 0: no choice."""
+    """On one side of it products in loops, for large tiles and small ones, on the other without. S = 0: no choice."""
     *operands, ct = shapes_of(biases=False)
     for equal_rows in (0, S):
         forward = through(make_plan(), "swiglu", equal_rows)
         there = products_by_branch(jax.jit(forward), *operands)
         both = products_by_branch(with_gradients(forward), *operands, ct)
-        assert there == ([[(0, 3), (3, 0)]] if equal_rows else [])
-        # six gradients of three products; in a loop also the first two again, for the rows without inner activations
-        assert both == ([[(0, 3), (3, 0)], [(0, 8), (6, 0)]] if equal_rows else [])
+        assert there == ([[(0, 6), (3, 0)]] if equal_rows else [])
+        # six gradients of three products, those of weights in one size of tiles; in loops also the first two products
+        # again, for the rows without inner activations, which fit into one tile: it serves as large and small
+        assert both == ([[(0, 6), (3, 0)], [(0, 11), (6, 0)]] if equal_rows else [])
 
 
 def test_layout_follows_from_the_counts(monkeypatch):

@@ -162,7 +162,8 @@ def lowered_text(backend, platform, dtype=jnp.float32):
 def test_narrow_products_are_summed_in_fp32(backend, platform):
     lines = lowered_text(backend, platform, jnp.bfloat16).splitlines()
     products = [line for line in lines if "stablehlo.dot_general" in line or NATIVE in line]
-    assert len(products) == 3  # the product and both gradients
+    # the product and both gradients; on a CPU those of rows in large tiles and in small ones
+    assert len(products) == (5 if backend == "cpu" else 3)
     assert all(line.endswith("xf32>") for line in products)
 
 

@@ -79,12 +79,9 @@ def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, tr
             kept = lax.dynamic_slice_in_dim(out, first, small)
             return lax.dynamic_update_slice_in_dim(out, jnp.where(mine, product(first, small), kept), first, 0)
 
-        rest = start
-        if large > small:
-            num_large = (stop - start) // large
-            out = lax.fori_loop(0, num_large, large_tile, out)
-            rest = start + num_large * large
-        return _for_each_tile(rest, stop, small, num_rows, small_tile, out)
+        num_large = (stop - start) // large
+        out = lax.fori_loop(0, num_large, large_tile, out)
+        return _for_each_tile(start + num_large * large, stop, small, num_rows, small_tile, out)
 
     return _for_each_group(group_sizes, group_body, out)
 
