@@ -17,7 +17,7 @@ from jax import lax
 from moe_jax import _compat, comm
 from moe_jax.experts import activate, batched_product, grouped_product, project_in, project_out
 from moe_jax.layout import exclusive_cumsum
-from moe_jax.movement import RowOrder, pick
+from moe_jax.movement import RowOrder, pick, pick_pieces
 from moe_jax.plan import Plan
 
 Array = jax.Array
@@ -89,26 +89,22 @@ def expert_slots(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _expert_slots(how, experts, arrived, order, group_sizes):
     pieces = comm.cut_pieces(arrived, how.num_pieces)
-    made = _in_layout(how, order, group_sizes, lambda layout: _made(how, experts, pieces, layout))
+    made = _in_layout(how, order, group_sizes, lambda layout: _through(how, experts, pieces, layout)[0])
     return comm.join_pieces(made, arrived.dtype)
 
 
-def _made(how: _How, experts: dict[str, Array], arrived: Pieces, layout: "_Layout") -> Pieces:
-    inner = project_in(experts, _rows(arrived, layout, how), layout.product)
-    return _slots(project_out(experts, activate(*inner, how.activation), layout.product), layout, how)
+def _through(how: _How, experts: dict[str, Array], arrived: Pieces, layout: _Layout) -> tuple[Pieces, _Kept]:
+    """What the experts make of what arrived, and what the backward pass needs."""
+    rows = _rows(arrived, layout, how)
+    inner = project_in(experts, rows, layout.product)
+    made = project_out(experts, activate(*inner, how.activation), layout.product)
+    return _slots(made, layout, how), layout.keep(rows, inner)
 
 
 def _forward(how, experts, arrived, order, group_sizes):
     pieces = comm.cut_pieces(arrived, how.num_pieces)
-
-    def run(layout):
-        rows = _rows(pieces, layout, how)
-        inner = project_in(experts, rows, layout.product)
-        out = project_out(experts, activate(*inner, how.activation), layout.product)
-        return _slots(out, layout, how), layout.keep(rows, inner)
-
-    out, kept = _in_layout(how, order, group_sizes, run)
-    return comm.join_pieces(out, arrived.dtype), (experts, kept, order, group_sizes)
+    made, kept = _in_layout(how, order, group_sizes, functools.partial(_through, how, experts, pieces))
+    return comm.join_pieces(made, arrived.dtype), (experts, kept, order, group_sizes)
 
 
 def _backward(how, residuals, ct):
@@ -123,7 +119,7 @@ def _backward(how, residuals, ct):
     return d_experts, comm.join_pieces(d_arrived, ct.dtype), None, None
 
 
-def _gradients(how: _How, experts, rows: Array, inner, ct: Pieces, layout: "_Layout") -> tuple[dict, Pieces]:
+def _gradients(how: _How, experts, rows: Array, inner, ct: Pieces, layout: _Layout) -> tuple[dict, Pieces]:
     """Of the experts, and of what arrived, from that of what they made."""
     of_out = {name: value for name, value in experts.items() if name.endswith("_down")}
     of_inner = {name: value for name, value in experts.items() if name not in of_out}
@@ -152,7 +148,7 @@ def overflow_slots(
     how = _how(plan, activation, 0, arrived, order)
 
     def run(arrived, experts):
-        return _made(how, experts, arrived, _compact(how, order, group_sizes))
+        return _through(how, experts, arrived, _compact(how, order, group_sizes))[0]
 
     made = _if_any(group_sizes, run, comm.cut_pieces(arrived, how.num_pieces), experts)
     return comm.join_pieces(made, arrived.dtype)
@@ -270,5 +266,4 @@ def _slots(rows: Array, layout: _Layout, how: _How) -> Pieces:
     flat = lax.collapse(rows, 0, rows.ndim - 1)
     if layout.slot_row is None:
         return (flat,)
-    flat = comm.to_bits(flat) if how.num_pieces > 1 else flat
-    return tuple(pick(flat, part, how.plan) for part in jnp.split(layout.slot_row, how.num_pieces))
+    return pick_pieces(flat, layout.slot_row, how.plan, how.num_pieces)

@@ -6,6 +6,7 @@ nothing and runs again in the backward pass, so that memory does not grow with t
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -75,17 +76,10 @@ def _arrived(x: Array, handle: DispatchHandle, slots: dict[str, Any]) -> Array:
     return dequantized(send_rows(x, handle, order=slots["order"]), handle.plan)
 
 
-def _first_round(plan: Plan, activation: str, experts, x, weights, exchange: Exchange) -> Array:
-    """Its pairs to the experts, through them and back."""
-    handle, slots = _open(plan, activation, 0, exchange)
-    made = expert_slots(experts, _arrived(x, handle, slots), **slots, equal_rows=plan.equal_rows)
-    return collect_rows(made, weights, handle, order=slots["order"])
-
-
-def _overflow_round(plan: Plan, activation: str, index, experts, x, weights, exchange: Exchange) -> Array:
-    """As the first, for pairs of which most devices may have none."""
+def _round(through: Callable, plan: Plan, activation: str, index, experts, x, weights, exchange: Exchange) -> Array:
+    """Round ``index``: its pairs to the experts, ``through`` them and back."""
     handle, slots = _open(plan, activation, index, exchange)
-    made = overflow_slots(experts, _arrived(x, handle, slots), **slots)
+    made = through(experts, _arrived(x, handle, slots), **slots)
     return collect_rows(made, weights, handle, order=slots["order"])
 
 
@@ -109,15 +103,15 @@ def _routed_sum(plan, activation, experts, x, weights, special, exchange, num_ro
 
 
 def _routed_forward(plan, activation, experts, x, weights, special, exchange, num_rounds):
-    first = functools.partial(_first_round, plan, activation, exchange=exchange)
+    through = functools.partial(expert_slots, equal_rows=plan.equal_rows)
+    first = functools.partial(_round, through, plan, activation, 0, exchange=exchange)
     collected, pull_first = jax.vjp(first, experts, x, weights)
 
     def overflow(state):
         index, collected = state
         # Every pair comes back in one round and is zero in the others, so adding loses nothing.
-        return index + 1, collected + _overflow_round(
-            plan, activation, index, *_compat.late(index, (experts, x, weights)), exchange
-        )
+        operands = _compat.late(index, (experts, x, weights))
+        return index + 1, collected + _round(overflow_slots, plan, activation, index, *operands, exchange)
 
     if plan.max_rounds > 1:
         start = (jnp.ones_like(num_rounds), collected)

@@ -1,7 +1,7 @@
 """How rows move between tokens and experts: one module per route, and the differentiable ways there and back."""
 
 from moe_jax.movement.collecting import collect_rows, collect_rows_timed, finish
-from moe_jax.movement.picking import copy_weights, pick
+from moe_jax.movement.picking import copy_weights, pick, pick_pieces
 from moe_jax.movement.routes import RowOrder, arrival_order
 from moe_jax.movement.sending import Sent, dequantized, send_as_is, send_rows, smooth_rows
 
@@ -15,6 +15,7 @@ __all__ = [
     "dequantized",
     "finish",
     "pick",
+    "pick_pieces",
     "send_as_is",
     "send_rows",
     "smooth_rows",

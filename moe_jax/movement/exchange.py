@@ -1,5 +1,7 @@
 """The route of "padded" and "ragged": every rank sends each rank its rows; sums are made at the tokens."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -35,10 +37,9 @@ def scatter(
       ([M, F], [M, G], what arrived here if ``buffer`` or ``timed``).
     """
     with jax.named_scope("pack"):
-        alone = not timed and (tokens is None or pairs is None)
-        put = pick_pieces if alone and not maps.sizes.size else pick
-        packed_tokens = None if tokens is None else put(tokens, token_of(maps.send_pair, plan), plan)
-        packed_pairs = None if pairs is None else put(jax.lax.collapse(pairs, 0, 2), maps.send_pair, plan)
+        put = _put(maps, plan, alone=not timed and (tokens is None or pairs is None))
+        packed_tokens = None if tokens is None else put(tokens, token_of(maps.send_pair, plan))
+        packed_pairs = None if pairs is None else put(jax.lax.collapse(pairs, 0, 2), maps.send_pair)
         message, parts = join_some([packed_tokens, packed_pairs])
     with jax.named_scope("exchange"):
         microseconds = None
@@ -91,15 +92,20 @@ def collect_timed(rows: Array, maps: ExchangeMaps, plan, *, recipe=None) -> tupl
         return _decoded(pick(packed, maps.pair_slot, plan, absent=0), rows, maps, recipe), microseconds
 
 
+def _put(maps: ExchangeMaps, plan, *, alone: bool) -> Callable[[Array, Array], Array]:
+    """(rows, index) -> ``rows[index]`` for a message; in pieces if it is those ``alone``, and goes in equal blocks."""
+    num_pieces = plan.num_pieces if alone and not maps.sizes.size else 1
+    return lambda rows, index: comm.join_pieces(pick_pieces(rows, index, plan, num_pieces), rows.dtype)
+
+
 def _home_message(rows, scalars, maps, plan, recipe, ordered):
     """What every arrival slot sends back."""
     slots = [rows, scalars]
     with jax.named_scope("unpermute"):
         # Slots of the tp ranks are summed, so an unread one may be anything: it only meets its like.
         if ordered:
-            alone = recipe is None and scalars is None
-            put = pick_pieces if alone and not maps.sizes.size else pick
-            slots = [None if part is None else put(part, maps.slot_row, plan) for part in slots]
+            put = _put(maps, plan, alone=recipe is None and scalars is None)
+            slots = [None if part is None else put(part, maps.slot_row) for part in slots]
     with jax.named_scope("exchange"):
         slots = [None if part is None else comm.reduce_scatter_tp(part, plan) for part in slots]
         return join_some([as_sent(slots[0], recipe), slots[1]])

@@ -20,12 +20,10 @@ def pick(rows: Array, index: Array, plan, *, absent: float | None = None) -> Arr
     return jnp.where(written, picked, jnp.asarray(fill, picked.dtype))
 
 
-def pick_pieces(rows: Array, index: Array, plan) -> Array:
-    """As ``pick``, for an exchange in equal blocks: in as many pieces as the plan wants."""
-    if plan.num_pieces == 1:
-        return pick(rows, index, plan)
-    bits = comm.to_bits(rows)
-    return comm.join_pieces([pick(bits, part, plan) for part in jnp.split(index, plan.num_pieces)], rows.dtype)
+def pick_pieces(rows: Array, index: Array, plan, num_pieces: int) -> tuple[Array, ...]:
+    """As ``pick``, in as many pieces, see ``comm.cut_pieces``."""
+    rows = comm.to_bits(rows) if num_pieces > 1 else rows
+    return tuple(pick(rows, part, plan) for part in jnp.split(index, num_pieces))
 
 
 def token_of(pair: Array, plan) -> Array:
