@@ -1,9 +1,10 @@
 """From what arrived to what goes back: rows picked out of arrival slots, through their experts, and into slots again.
 
 Nothing here communicates. Rows lie in one of two layouts, which the counts decide at run time: *compact*, group after
-group, for any counts; or *equal*, S rows for each expert, zeros where there are fewer, if no expert has more. In the
-latter each projection is one batched product, which some back ends run much faster than a grouped one. S is the even
-load, so the backward pass keeps the rows and inner activations of an even load, and computes those beyond it again.
+group, for any counts; or *equal*, S rows for each expert, zeros where there are fewer, if no expert has more and most
+are there. In the latter each projection is one batched product, which some back ends run much faster than a grouped one,
+but which multiplies the zeros too. S is the even load, so the backward pass keeps the rows and inner activations of an
+even load, and computes those beyond it again.
 """
 
 import functools
@@ -209,8 +210,9 @@ def _in_layout(how: _How, order: RowOrder | None, group_sizes: Array, run: Calla
         if not how.equal_rows:
             return run(_compact(how, order, group_sizes))
         fits = jnp.all(group_sizes <= how.equal_rows)
+        pays = 3 * jnp.sum(group_sizes) >= 2 * how.equal_rows * how.plan.num_local_experts
         return lax.cond(
-            fits, lambda: run(_equal(how, order, group_sizes)), lambda: run(_compact(how, order, group_sizes))
+            fits & pays, lambda: run(_equal(how, order, group_sizes)), lambda: run(_compact(how, order, group_sizes))
         )
 
 

@@ -43,7 +43,7 @@ class Backend:
         "padded": (rows [W, C, H], axis_name) -> [W, C, H], row block j to rank j;
         "ragged": the calling convention of jax.lax.ragged_all_to_all.
       batches_equal_groups: whether one batched product over groups of equal size is worth a layout of its own. Then
-        the layer compiles both, and takes it in the rounds in which no expert has more than the even load.
+        the layer compiles both, and takes it where no expert has more than the even load and two thirds of it came.
       piecewise_ranks: up to how many ranks the operand of an all-to-all is better made in a piece for each rank, since
         the compiler would cut it and copy them; 0: at once always. The program grows with the pieces.
 
