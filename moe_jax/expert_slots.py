@@ -2,9 +2,9 @@
 
 Nothing here communicates. Rows lie in one of two layouts, which the counts decide at run time: *compact*, group after
 group, for any counts; or *equal*, S rows for each expert, zeros where there are fewer, if no expert has more and most
-are there. In the latter each projection is one batched product, which some back ends run much faster than a grouped one,
-but which multiplies the zeros too. S is the even load, so the backward pass keeps the rows and inner activations of an
-even load, and computes those beyond it again.
+are there. In the latter each projection is one batched product, which some back ends run much faster than a grouped
+one, but which multiplies the zeros too. S is the even load, so the backward pass keeps the rows and inner activations
+of an even load, and computes those beyond it again.
 """
 
 import functools
