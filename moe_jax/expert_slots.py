@@ -185,8 +185,8 @@ def add_overflow_gradients(
 
 
 def _how(plan: Plan, activation: str, equal_rows: int, arrived: Array, order: RowOrder | None) -> _How:
-    """``equal_rows`` as for ``expert_slots``. Rows that a recipe turns into messages are not cut before."""
-    as_they_are = plan.dispatch_recipe is plan.combine_recipe is plan.backward_recipe is None
+    """``equal_rows`` as for ``expert_slots``. Rows that a recipe turns into messages, or tp ranks sum, are not cut."""
+    as_they_are = plan.dispatch_recipe is plan.combine_recipe is plan.backward_recipe is None and plan.tp_size == 1
     num_rows, num_pieces = arrived.shape[0], 1
     if order is not None:
         num_rows, num_pieces = order.row_slot.shape[0], plan.num_pieces if as_they_are else 1

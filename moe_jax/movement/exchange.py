@@ -93,7 +93,7 @@ def collect_timed(rows: Array, maps: ExchangeMaps, plan, *, recipe=None) -> tupl
 
 
 def _put(maps: ExchangeMaps, plan, *, alone: bool) -> Callable[[Array, Array], Array]:
-    """(rows, index) -> ``rows[index]`` for a message; in pieces if it is those ``alone``, and goes in equal blocks."""
+    """(rows, index) -> ``rows[index]`` for a message; in pieces if those ``alone`` are what goes, in equal blocks."""
     num_pieces = plan.num_pieces if alone and not maps.sizes.size else 1
     return lambda rows, index: comm.join_pieces(pick_pieces(rows, index, plan, num_pieces), rows.dtype)
 
@@ -104,7 +104,7 @@ def _home_message(rows, scalars, maps, plan, recipe, ordered):
     with jax.named_scope("unpermute"):
         # Slots of the tp ranks are summed, so an unread one may be anything: it only meets its like.
         if ordered:
-            put = _put(maps, plan, alone=recipe is None and scalars is None)
+            put = _put(maps, plan, alone=recipe is None and scalars is None and plan.tp_size == 1)
             slots = [None if part is None else put(part, maps.slot_row) for part in slots]
     with jax.named_scope("exchange"):
         slots = [None if part is None else comm.reduce_scatter_tp(part, plan) for part in slots]

@@ -117,8 +117,11 @@ class Plan:
 
     @property
     def num_pieces(self) -> int:
-        """In how many pieces the rows of an exchange in equal blocks are made: one for each rank, or 1."""
-        if self.transport != "padded" or self.tp_size > 1 or find_transport("padded", self.backend):
+        """In how many pieces the rows of an exchange in equal blocks are made: one for each rank, or 1.
+
+        Between that exchange and the experts, rows go through the exchanges of the tp ranks, if there are some, at once.
+        """
+        if self.transport != "padded" or find_transport("padded", self.backend):
             return 1
         most = resolve_backend("grouped_matmul", self.backend).piecewise_ranks
         return self.ep_size if self.ep_size <= most else 1
