@@ -96,9 +96,11 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--workloads", type=_words, metavar="W1,W3", help="of W1 to W6 (default: all, or CONFIG alone)")
     parser.add_argument("--dtype", type=_words, default=["float32"], metavar="D,...", help="float32, bfloat16 or both")
     parser.add_argument("--quant", type=_words, default=["none"], metavar="Q,...", help="wires: none, int8, fp8_e4m3")
+    against = "what to compare with: ragged_dot, one-hot capacity, all experts (default: these), or a transport by name"
+    parser.add_argument("--against", type=_words, metavar="A,...", help=against)
     parser.add_argument("--repeats", type=int, metavar="N", help="rounds of timing (default: 7, or 3 with --quick)")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, and W1, W3 and W4 only")
-    slowest = "leave out baselines that need longer for a run (default: 60)"
+    slowest = "leave out what would need longer for a run (default: 60)"
     parser.add_argument("--max-seconds", type=float, default=60.0, metavar="S", help=slowest)
     parser.add_argument("--json", metavar="FILE", help="JSON lines with raw seconds; -: on standard output, no tables")
     parser.set_defaults(command=_bench)
@@ -163,6 +165,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         workloads=arguments.workloads,
         dtypes=arguments.dtype,
         quants=arguments.quant,
+        contenders=arguments.against,
         repeats=arguments.repeats,
         quick=arguments.quick,
         max_seconds=arguments.max_seconds,

@@ -12,7 +12,7 @@ from cases import mesh_of
 
 import moe_jax as moe
 from moe_jax import reference
-from moe_jax.bench import check, measure, programs, timing
+from moe_jax.bench import check, measure, programs, report, timing
 from moe_jax.bench.baselines import all_experts_layer, dense_limit, one_hot_layer
 from moe_jax.bench.workloads import WORKLOADS, Workload, expert_ids, rows_that_leave
 from moe_jax.cli import main
@@ -259,6 +259,29 @@ def test_the_command(config, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_against_other_transports(config, capsys):
+    """The layer's own is not compared with itself."""
+    assert main(["bench", str(config), "--repeats", "2", "--against", "padded,allgather,one-hot capacity"]) == 0
+    printed, progress = capsys.readouterr()
+    assert "faster than allgather" in printed and "faster than one-hot capacity" in printed
+    assert "faster than padded" not in printed and "faster than ragged_dot" not in printed
+    assert "checked allgather, forward + backward" in progress and "the layer's transport was the fastest in" in printed
+
+
+def test_transports_in_words():
+    def record(name, **medians):
+        quotients = {name: {"median": m, "low": m - 0.1, "high": m + 0.1} for name, m in medians.items()}
+        phases = {"forward + backward": {"speedups": quotients | {"ragged_dot": None}}}
+        return {"workload": name, "dtype": "float32", "quant": "none", "transport": "padded", "phases": phases}
+
+    records = [record("W1", allgather=1.5, ragged=1.25), record("W2", allgather=0.75, ragged=0.5), record("W3")]
+    assert report.describe_transports(records).splitlines() == [
+        "the layer's transport was the fastest in 1 of 2, forward + backward",
+        "  W2 float32 none: ragged took 0.5 (0.4 to 0.6) of the time of padded",
+    ]
+
+
+@pytest.mark.slow
 def test_json_on_standard_output_and_a_quantised_wire(config, capsys):
     arguments = ["--repeats", "1", "--quant", "fp8_e4m3", "--dtype", "bfloat16", "--max-seconds", "1e-9", "--json", "-"]
     assert main(["bench", str(config), *arguments]) == 0
@@ -306,6 +329,7 @@ def test_no_times_for_a_wrong_result(config, monkeypatch, capsys):
         (["--workloads", "W1,W9"], "workloads='W9' is unknown"),
         (["--dtype", "float8"], "dtype='float8' is unknown"),
         (["--quant", "int9"], "quant='int9' is unknown; did you mean 'int8'?"),
+        (["--against", "allgater"], "against='allgater' is unknown; did you mean 'allgather'?"),
         (["--repeats", "0"], "repeats=0 must be a whole number of at least 1"),
         (["--repeats", "few"], "invalid int value: 'few'"),
         (["--max-seconds", "0"], "max_seconds=0.0 must be above zero"),

@@ -167,6 +167,17 @@ def abstract(ep=8, **options):
     return moe.make_plan(AbstractMesh((ep, 1), ("ep", "tp")), **(SIZES | options))
 
 
+def test_only_cpus_cast_rows_for_sums_of_tp_ranks():
+    """There and back between bf16 and fp32, rows that arrived and their sums, on every way home."""
+    for tp, dtype in ((2, "bfloat16"), (2, "float32"), (1, "bfloat16")):
+        mesh = AbstractMesh((4, tp), ("ep", "tp"))
+        plan = moe.make_plan(mesh, **(SIZES | {"dtype": dtype, "transport": "padded"}))
+        for passes, phase in enumerate(PHASES, 1):
+            cpu, gpu = (plan.cost(FFN, platform=platform)[phase].traffic_bytes for platform in ("cpu", "gpu"))
+            slots = 4 * plan.pair_capacity
+            assert cpu - gpu == (passes * 3 * slots * 2 * HIDDEN * 4 if (tp, dtype) == (2, "bfloat16") else 0)
+
+
 def test_seconds_and_the_bound_follow_the_rates():
     big = {"tokens_per_rank": 4096, "hidden": 4096, "num_experts": 64, "top_k": 8, "transport": "padded"}
     for platform, rates in RATES.items():

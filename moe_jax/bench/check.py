@@ -68,9 +68,7 @@ def check_limit(setting: Setting, y: jax.Array) -> None:
     device = y.shape[0] - 1
     first = device % plan.ep_size * plan.num_local_experts
     for local in {0, plan.num_local_experts - 1}:
-        weights = {
-            name: _wide(value[first + local]) for name, value in data.params.items() if name.startswith("w_")
-        }
+        weights = {name: _wide(value[first + local]) for name, value in data.params.items() if name.startswith("w_")}
         row = _wide(data.rows[device, local, :1])
         expected = reference.expert_ffn(row, weights, setting.workload.activation)
         got = y[device, local, :1]
@@ -78,7 +76,7 @@ def check_limit(setting: Setting, y: jax.Array) -> None:
 
 
 def check_agreement(setting: Setting, program: Program, layer: Any, results: Any) -> str | None:
-    """Compares a baseline's results with the layer's; all gradients too where both have them.
+    """Compares a contender's results with the layer's; all gradients too where both have them.
 
     Returns:
       None, or why they were not compared: the one-hot layer dropped copies, so it computes something else.

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.bench.check import check_agreement, check_layer, check_limit
-from moe_jax.bench.programs import BASELINES, LAYER, LIMIT, PASSES, Program, Setting, compile_programs
+from moe_jax.bench.programs import LAYER, LIMIT, PASSES, Program, Setting, compile_programs
 from moe_jax.bench.timing import SLOW, SLOW_SECONDS, interleave, quotient, seconds_of
 from moe_jax.bench.workloads import rows_that_leave
 from moe_jax.experts import is_gated
@@ -23,7 +23,7 @@ def measure(setting: Setting, repeats: int, max_seconds: float, progress: Callab
     Args:
       setting: what to run.
       repeats: rounds of timing.
-      max_seconds: baselines that need longer for one run, by their flops and the pace of the dense limit, are left out.
+      max_seconds: contenders that need longer for a run, by their flops and the pace of the dense limit, are left out.
       progress: takes a few words.
 
     Raises:
@@ -35,7 +35,8 @@ def measure(setting: Setting, repeats: int, max_seconds: float, progress: Callab
         progress(f"compiled {program.name}, {program.phase}, in {program.compile_seconds:.1f} s")
     notes: dict[Key, str] = {}
     first, num_rounds = _first_runs(setting, programs, max_seconds, notes, progress)
-    slow = [key for key in first if key[0] in BASELINES and first[key] > max(SLOW * first[LAYER, key[1]], SLOW_SECONDS)]
+    others = [key for key in first if key[0] in setting.contenders]
+    slow = [key for key in others if first[key] > max(SLOW * first[LAYER, key[1]], SLOW_SECONDS)]
     for key in slow:
         _add_note(notes, key, f"1 run: slower than {SLOW:.0f} layers")
     timed = {key: programs[key].run for key in first if key not in slow}
@@ -48,7 +49,7 @@ def _first_runs(setting, programs, max_seconds, notes, progress) -> tuple[dict[K
     """Runs and checks everything once.
 
     Returns:
-      Seconds by key, of a second run of limit and layer, and of the only run of a baseline; the layer's rounds.
+      Seconds by key, of a second run of limit and layer, and of the only run of a contender; the layer's rounds.
     """
     seconds: dict[Key, float] = {}
     num_rounds = 0
@@ -62,7 +63,7 @@ def _first_runs(setting, programs, max_seconds, notes, progress) -> tuple[dict[K
         num_rounds = int(stats.num_rounds)
         del result
         seconds[limit.key], seconds[layer.key] = seconds_of(limit.run), seconds_of(layer.run)
-        for name in BASELINES:
+        for name in setting.contenders:
             program = programs[name, phase]
             reason = _too_much(program, limit, seconds[limit.key], max_seconds, setting.mesh.size)
             if reason:
@@ -115,7 +116,7 @@ def record(
 ) -> dict[str, Any]:
     """The workload's sizes, and for each pass: quotients of times, raw seconds, contracts and minima.
 
-    ``limit_over_layer`` is the dense limit's time over the layer's: 1 is the limit. ``speedups`` are a baseline's time
+    ``limit_over_layer`` is the dense limit's time over the layer's: 1 is the limit. ``speedups`` are a contender's time
     over the layer's. Minima are those of ``minima``; wire bytes are those of the rounds that were taken.
     """
     workload, plan = setting.workload, setting.plan
@@ -127,7 +128,8 @@ def record(
         phases[phase] = {
             "limit_over_layer": quotient(seconds[LIMIT, phase], layer),
             "speedups": {
-                name: quotient(seconds[name, phase], layer) if (name, phase) in seconds else None for name in BASELINES
+                name: quotient(seconds[name, phase], layer) if (name, phase) in seconds else None
+                for name in setting.contenders
             },
             "notes": {name: text for (name, noted), text in notes.items() if noted == phase},
             "seconds": {name: values for (name, timed), values in seconds.items() if timed == phase},

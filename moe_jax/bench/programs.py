@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from moe_jax.bench.baselines import all_experts_layer, dense_limit, one_hot_layer
 from moe_jax.bench.workloads import Data, Workload, check_steerable, make_data
-from moe_jax.config import RouterConfig
+from moe_jax.config import TRANSPORTS, RouterConfig
 from moe_jax.contract import Contract, contract_of
 from moe_jax.experts import is_gated
 from moe_jax.on_mesh import moe_on_mesh
@@ -20,6 +20,7 @@ from moe_jax.plan import Plan, make_plan
 LIMIT, LAYER = "dense limit", "layer"
 RAGGED_DOT, ONE_HOT, ALL_EXPERTS = "ragged_dot", "one-hot capacity", "all experts"
 BASELINES = (RAGGED_DOT, ONE_HOT, ALL_EXPERTS)
+CONTENDERS = (*BASELINES, *(name for name in TRANSPORTS if name != "auto"))  # the layer over another transport
 PASSES = ("forward", "forward + backward")
 
 
@@ -51,6 +52,7 @@ class Setting:
     plan: Plan
     data: Data
     apply: Callable  # of the layer
+    contenders: tuple[str, ...] = BASELINES  # what the layer is compared with, of CONTENDERS
 
     @property
     def limit_flops(self) -> float:
@@ -70,25 +72,29 @@ def make_layer(workload: Workload, mesh: Mesh, dtype: str, quant: str) -> tuple[
     return plan, *_layer(workload, mesh, plan)
 
 
-def make_setting(workload: Workload, mesh: Mesh, dtype: str, quant: str) -> Setting:
-    """The layer of ``make_layer``, and its data; raises what that raises."""
+def make_setting(
+    workload: Workload, mesh: Mesh, dtype: str, quant: str, contenders: Sequence[str] = BASELINES
+) -> Setting:
+    """The layer of ``make_layer``, its data, and all ``contenders`` but itself; raises what that raises."""
     plan, init, apply = make_layer(workload, mesh, dtype, quant)
-    return Setting(workload=workload, mesh=mesh, plan=plan, data=make_data(workload, plan, mesh, init), apply=apply)
+    data = make_data(workload, plan, mesh, init)
+    others = tuple(name for name in contenders if name != plan.transport)
+    return Setting(workload=workload, mesh=mesh, plan=plan, data=data, apply=apply, contenders=others)
 
 
 def compile_programs(setting: Setting) -> Iterator[Program]:
-    """The limit, the layer and all baselines, forward and with the backward pass."""
+    """The limit, the layer and all contenders, forward and with the backward pass."""
     data, mesh, plan, activation = setting.data, setting.mesh, setting.plan, setting.workload.activation
     for phase, function in zip(PASSES, dense_limit(mesh, plan, activation), strict=True):
         arguments = (data.params, data.rows) if phase == PASSES[0] else (data.params, data.rows, data.ct_rows)
         yield _compile(LIMIT, phase, function, arguments)
-    layers = {
-        LAYER: setting.apply,
-        RAGGED_DOT: _worst_case_layer(setting),
-        ONE_HOT: one_hot_layer(mesh, plan, activation),
-        ALL_EXPERTS: all_experts_layer(mesh, plan, activation),
+    makers = {
+        RAGGED_DOT: lambda: _worst_case_layer(setting),
+        ONE_HOT: lambda: one_hot_layer(mesh, plan, activation),
+        ALL_EXPERTS: lambda: all_experts_layer(mesh, plan, activation),
     }
-    for name, apply in layers.items():
+    for name in (LAYER, *setting.contenders):
+        apply = setting.apply if name == LAYER else makers.get(name, lambda: _on_transport(setting, name))()
         yield _compile(name, PASSES[0], apply, (data.params, data.x))
         yield _compile(name, PASSES[1], with_backward(apply), (data.params, data.x, data.ct))
 
@@ -123,6 +129,17 @@ def _worst_case_layer(setting: Setting) -> Callable:
     changed = {"backend": "xla", "capacity_factor": float(setting.plan.ep_size), "transport": setting.plan.transport}
     plan = make_plan(setting.mesh, **{**arguments, **changed, "overflow": "dropless"})
     return _layer(setting.workload, setting.mesh, plan)[1]
+
+
+def _on_transport(setting: Setting, transport: str) -> Callable:
+    plan = setting.plan
+    workload = on_transport(setting.workload, transport)
+    return make_layer(workload, setting.mesh, plan.dtype, plan.quant)[2]
+
+
+def on_transport(workload: Workload, transport: str) -> Workload:
+    """``workload`` with its rows moved by ``transport``."""
+    return dataclasses.replace(workload, options=(*workload.options, ("transport", transport)))
 
 
 def _layer(workload: Workload, mesh: Mesh, plan: Plan) -> tuple[Callable, Callable]:

@@ -17,7 +17,7 @@ def describe(record: dict[str, Any]) -> str:
         f"{record['pattern']}; wire {record['quant']}, {record['transport']}, {record['backend']}{rounds}",
         _line("", PASSES),
         _line("of the dense limit", [_quotient(p["limit_over_layer"]) for p in phases]),
-        *(_line(f"faster than {name}", [_speedup(p, name) for p in phases]) for name in BASELINES),
+        *(_line(f"faster than {name}", [_speedup(p, name) for p in phases]) for name in phases[0]["speedups"]),
         _line("compile, s (limit)", [_compiled(p["compile_seconds"]) for p in phases]),
     ]
     for name in ("temporary_bytes", "wire_bytes"):
@@ -27,6 +27,22 @@ def describe(record: dict[str, Any]) -> str:
     for phase, found in zip(PASSES, phases, strict=True):
         lines += [f"  {phase}: {name}: {text}" for name, text in found["notes"].items()]
     return "\n".join(lines)
+
+
+def describe_transports(records: list[dict[str, Any]]) -> str:
+    """In how many workloads no other transport was faster with the backward pass, and which was faster elsewhere."""
+    compared, slower = 0, []
+    for record in records:
+        speedups = record["phases"][PASSES[1]]["speedups"]
+        others = {name: value for name, value in speedups.items() if name not in BASELINES and value is not None}
+        compared += bool(others)
+        faster = {name: value for name, value in others.items() if value["median"] < 1}
+        if faster:
+            name = min(faster, key=lambda name: faster[name]["median"])
+            where = f"{record['workload']} {record['dtype']} {record['quant']}"
+            slower.append(f"  {where}: {name} took {_quotient(faster[name])} of the time of {record['transport']}")
+    best = f"{compared - len(slower)} of {compared}"
+    return "\n".join([f"the layer's transport was the fastest in {best}, {PASSES[1]}", *slower])
 
 
 def _line(name: str, texts: Any) -> str:

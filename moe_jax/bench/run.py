@@ -1,21 +1,21 @@
 """The command: workloads one after the other, a table on standard output, JSON lines where asked, progress aside."""
 
 import contextlib
+import functools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import jax
-from jax.sharding import Mesh
 
 from moe_jax import quant
 from moe_jax.bench.check import WrongResult
 from moe_jax.bench.measure import measure
 from moe_jax.bench.memory import keep_freed_memory
-from moe_jax.bench.programs import make_layer, make_setting
-from moe_jax.bench.report import describe
+from moe_jax.bench.programs import BASELINES, CONTENDERS, Setting, make_layer, make_setting, on_transport
+from moe_jax.bench.report import describe, describe_transports
 from moe_jax.bench.workloads import WORKLOADS, Workload, of_config
 from moe_jax.config import DTYPES, Config, MeshConfig
 from moe_jax.errors import InvalidArgumentError, check_choice, check_count
@@ -35,6 +35,7 @@ def run(
     workloads: Sequence[str] | None = None,
     dtypes: Sequence[str] = ("float32",),
     quants: Sequence[str] = ("none",),
+    contenders: Sequence[str] | None = None,
     repeats: int | None = None,
     quick: bool = False,
     max_seconds: float = 60.0,
@@ -47,8 +48,10 @@ def run(
       mesh: None: that of ``config``, or ep=8.
       workloads: names in ``WORKLOADS``; None: all, or W1, W3 and W4 with ``quick``.
       dtypes, quants: of the rows, and how they travel.
+      contenders: what the layer is compared with, of ``CONTENDERS``: usual ways of computing it, the default, and
+        itself over other transports.
       repeats: rounds of timing; None: 7, or 3 with ``quick``.
-      max_seconds: baselines that need longer for one run are left out.
+      max_seconds: contenders that need longer for one run are left out.
       json_path: a file for JSON lines, raw seconds included; "-": standard output, instead of the tables.
 
     Returns:
@@ -60,6 +63,8 @@ def run(
     chosen = _workloads(config, path, workloads, quick)
     _check_each("dtype", dtypes, DTYPES)
     _check_each("quant", quants, WIRES)
+    contenders = BASELINES if contenders is None else contenders
+    _check_each("against", contenders, CONTENDERS)
     if repeats is not None:
         check_count("repeats", repeats)
     if not max_seconds > 0:
@@ -69,10 +74,12 @@ def run(
     ensure_devices(extents.num_devices)
     devices = make_mesh(ep=extents.ep, tp=extents.tp, nodes=extents.nodes, dp=extents.dp)
     rounds = repeats or (QUICK_REPEATS if quick else REPEATS)
+    others = [name for name in contenders if name not in BASELINES]
     runs = [(workload, dtype, wire) for workload in chosen for dtype in dtypes for wire in quants]
-    for workload, dtype, wire in runs:
-        make_layer(workload, devices, dtype, wire)  # sizes that do not fit are told before the first run
-    failed = False
+    for workload, *rows in runs:  # what does not fit is told before the first run
+        for layer in (workload, *(on_transport(workload, name) for name in others)):
+            make_layer(layer, devices, *rows)
+    records = []
     with contextlib.ExitStack() as stack:
         lines = _open(json_path, stack)
         header = {"event": "bench", "mesh": dict(devices.shape), "repeats": rounds, "jax": jax.__version__}
@@ -83,31 +90,40 @@ def run(
                 f"moe_jax bench: {header['mesh']} on {devices.size} {header['platform']} device(s), median (quartiles) "
                 f"of {rounds} rounds; 1 = the dense limit; * see below"
             )
-        for workload, dtype, wire in runs:
-            failed |= not _one(workload, dtype, wire, devices, rounds, max_seconds, lines)
-    return 1 if failed else 0
+        for workload, *rows in runs:
+            setting = functools.partial(make_setting, workload, devices, *rows, contenders)
+            records.append(_one((workload.name, *rows), setting, rounds, max_seconds, lines))
+    measured = [record for record in records if record is not None]
+    if others and measured and json_path != "-":
+        print("\n" + describe_transports(measured))
+    return 0 if len(measured) == len(runs) else 1
 
 
 def _one(
-    workload: Workload, dtype: str, wire: str, mesh: Mesh, rounds: int, max_seconds: float, lines: TextIO | None
-) -> bool:
-    """Measures and prints one workload. Returns whether all its programs were right."""
+    names: tuple[str, str, str],
+    make: Callable[[], Setting],
+    rounds: int,
+    max_seconds: float,
+    lines: TextIO | None,
+) -> dict[str, Any] | None:
+    """Measures and prints one workload, by the names of it, its dtype and wire. None if a program was wrong."""
 
     def progress(text: str) -> None:
-        print(f"{workload.name} {dtype} {wire}: {text}", file=sys.stderr, flush=True)
+        print(f"{' '.join(names)}: {text}", file=sys.stderr, flush=True)
 
-    precision = "highest" if dtype == "float32" else "default"  # fp32 products in fp32 wherever it runs
+    precision = "highest" if "float32" in names else "default"  # fp32 products in fp32 wherever it runs
     try:
         with jax.default_matmul_precision(precision):
-            found = measure(make_setting(workload, mesh, dtype, wire), rounds, max_seconds, progress)
+            found = measure(make(), rounds, max_seconds, progress)
     except WrongResult as error:
-        print(f"moe_jax bench: {workload.name} {dtype} {wire}: no times: {error}", file=sys.stderr, flush=True)
-        _emit({"event": "wrong", "workload": workload.name, "dtype": dtype, "quant": wire, "what": str(error)}, lines)
-        return False
+        print(f"moe_jax bench: {' '.join(names)}: no times: {error}", file=sys.stderr, flush=True)
+        what = dict(zip(("workload", "dtype", "quant"), names, strict=True))
+        _emit({"event": "wrong", **what, "what": str(error)}, lines)
+        return None
     _emit(found, lines)
     if lines is not sys.stdout:
         print("\n" + describe(found), flush=True)
-    return True
+    return found
 
 
 def _workloads(config: Config | None, path: str, names: Sequence[str] | None, quick: bool) -> list[Workload]:

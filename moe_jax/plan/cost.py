@@ -282,7 +282,8 @@ def _pass_home(plan, size: _Size, message: int) -> int:
         sums = size.everyone * (plan.num_copies * size.row + size.wide)
         moved = (size.everyone + tokens) * size.wide if plan.ep_size * plan.tp_size > 1 else 0
         return (unplaced if size.equal else 0) + 2 * _recoded(size, message, size.arrived) + sums + moved
-    added = (size.arrived + size.slots) * size.row if plan.tp_size > 1 else 0
+    widened = 2 * size.wide if size.sum_item > size.itemsize else 0  # rows are cast for the sum, and cast back
+    added = (size.arrived + size.slots) * (size.row + widened) if plan.tp_size > 1 else 0
     if plan.transport == "hierarchy":
         inside = 2 * size.slots * size.row if plan.ep_size > plan.num_nodes else 0
         sums = size.crossing * (plan.num_copies * size.row + size.wide + 3 * message)

@@ -119,7 +119,7 @@ class Plan:
     def num_pieces(self) -> int:
         """In how many pieces the rows of an exchange in equal blocks are made: one for each rank, or 1.
 
-        Between that exchange and the experts, rows go through the exchanges of the tp ranks, if there are some, at once.
+        Between that exchange and the experts, rows go through the exchanges of tp ranks, if there are some, at once.
         """
         if self.transport != "padded" or find_transport("padded", self.backend):
             return 1
