@@ -294,16 +294,20 @@ def test_json_on_standard_output_and_a_quantised_wire(config, capsys):
 
 
 @pytest.mark.slow
-def test_slow_baselines_are_run_once_and_said_so(config, monkeypatch, capsys):
-    monkeypatch.setattr(measure, "SLOW", 0)
-    monkeypatch.setattr(measure, "SLOW_SECONDS", 0)
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [({"SLOW": 0, "SLOW_SECONDS": 0}, "1 run: slower than 0 layers"), ({"HEAVY": 0}, "1 run: takes 0 GiB of memory")],
+)
+def test_slow_and_heavy_baselines_are_run_once_and_said_so(limits, words, config, monkeypatch, capsys):
+    for name, value in limits.items():
+        monkeypatch.setattr(measure, name, value)
     assert main(["bench", str(config), "--repeats", "3", "--json", "-"]) == 0
     _, record = map(json.loads, capsys.readouterr().out.splitlines())
     for phase in record["phases"].values():
         assert {name: len(values) for name, values in phase["seconds"].items()} == {
             "dense limit": 3, "layer": 3, "ragged_dot": 1, "one-hot capacity": 1, "all experts": 1,
         }  # fmt: skip
-        assert all("1 run" in phase["notes"][name] for name in programs.BASELINES)
+        assert all(words in phase["notes"][name] for name in programs.BASELINES)
 
 
 def test_no_times_for_a_wrong_result(config, monkeypatch, capsys):

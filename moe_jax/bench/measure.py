@@ -4,10 +4,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from moe_jax.bench.check import check_agreement, check_layer, check_limit
+from moe_jax.bench.memory import HEAVY, free_bytes, give_back_freed_memory
 from moe_jax.bench.programs import LAYER, LIMIT, PASSES, Program, Setting, compile_programs
 from moe_jax.bench.timing import SLOW, SLOW_SECONDS, interleave, quotient, seconds_of
 from moe_jax.bench.workloads import rows_that_leave
@@ -35,13 +35,14 @@ def measure(setting: Setting, repeats: int, max_seconds: float, progress: Callab
         progress(f"compiled {program.name}, {program.phase}, in {program.compile_seconds:.1f} s")
     notes: dict[Key, str] = {}
     first, num_rounds = _first_runs(setting, programs, max_seconds, notes, progress)
-    others = [key for key in first if key[0] in setting.contenders]
-    slow = [key for key in others if first[key] > max(SLOW * first[LAYER, key[1]], SLOW_SECONDS)]
-    for key in slow:
-        _add_note(notes, key, f"1 run: slower than {SLOW:.0f} layers")
-    timed = {key: programs[key].run for key in first if key not in slow}
+    give_back_freed_memory()
+    once = {key: _why_once(programs[key], seconds, first[LAYER, key[1]], setting) for key, seconds in first.items()}
+    once = {key: reason for key, reason in once.items() if reason and key[0] in setting.contenders}
+    for key, reason in once.items():
+        _add_note(notes, key, f"1 run: {reason}")
+    timed = {key: programs[key].run for key in first if key not in once}
     progress(f"timing {len(timed)} programs, {repeats} rounds")
-    seconds = {**interleave(timed, repeats), **{key: [first[key]] for key in slow}}
+    seconds = {**interleave(timed, repeats), **{key: [first[key]] for key in once}}
     return record(setting, programs, seconds, notes, num_rounds)
 
 
@@ -65,7 +66,8 @@ def _first_runs(setting, programs, max_seconds, notes, progress) -> tuple[dict[K
         seconds[limit.key], seconds[layer.key] = seconds_of(limit.run), seconds_of(layer.run)
         for name in setting.contenders:
             program = programs[name, phase]
-            reason = _too_much(program, limit, seconds[limit.key], max_seconds, setting.mesh.size)
+            give_back_freed_memory()
+            reason = _why_never(program, limit, seconds[limit.key], max_seconds, setting.mesh.size)
             if reason:
                 notes[program.key] = reason
                 progress(f"{name}, {phase}: {reason}")
@@ -79,28 +81,30 @@ def _first_runs(setting, programs, max_seconds, notes, progress) -> tuple[dict[K
     return seconds, num_rounds
 
 
-def _too_much(program: Program, limit: Program, limit_seconds: float, max_seconds: float, devices: int) -> str | None:
+def _why_once(program: Program, seconds: float, layer_seconds: float, setting: Setting) -> str | None:
+    """Why one run, of so many seconds, is enough; None: it is not."""
+    if seconds > max(SLOW * layer_seconds, SLOW_SECONDS):
+        return f"slower than {SLOW:.0f} layers"
+    free, needed = free_bytes(), _needed_bytes(program, setting.mesh.size)
+    if free is not None and needed > HEAVY * free:  # all others would find their memory gone
+        return f"takes {needed / 2**30:.0f} GiB of memory"
+    return None
+
+
+def _why_never(program: Program, limit: Program, limit_seconds: float, max_seconds: float, devices: int) -> str | None:
     """Why ``program`` cannot be run here; None: it can."""
     if program.contract.flops and limit.contract.flops:
         needed = limit_seconds * program.contract.flops / limit.contract.flops
         if needed > max_seconds:
             return f"not run: {program.contract.flops / limit.contract.flops:.0f} x the flops of the dense limit"
-    free, needed = _free_bytes(), devices * (program.contract.temporary_bytes + program.contract.output_bytes)
+    free, needed = free_bytes(), _needed_bytes(program, devices)
     if free is not None and needed > free:
         return f"not run: needs {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} GiB are free"
     return None
 
 
-def _free_bytes() -> int | None:
-    """Memory that emulated devices can still take; None: unknown, or the devices have their own."""
-    if jax.default_backend() != "cpu":
-        return None
-    try:
-        with open("/proc/meminfo") as file:
-            lines = dict(line.split(":") for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return None
+def _needed_bytes(program: Program, devices: int) -> int:
+    return devices * (program.contract.temporary_bytes + program.contract.output_bytes)
 
 
 def _add_note(notes: dict[Key, str], key: Key, text: str) -> None:

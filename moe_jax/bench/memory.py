@@ -1,8 +1,12 @@
-"""Memory of the host: kept between runs, as accelerators keep theirs."""
+"""Memory of the host: kept between runs, as accelerators keep theirs, and given back before it runs out."""
 
 import ctypes
 import sys
+from collections.abc import Callable
 
+import jax
+
+HEAVY = 0.25  # of the free memory; contenders that need more are run once
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # of mallopt, malloc.h
 
 
@@ -13,9 +17,29 @@ def keep_freed_memory() -> bool:
     32 MiB and more come from the kernel and go back to it, and all emulated devices hold theirs at once where they
     communicate. Touching fresh pages then costs more than the exchange itself, up to four times as much.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:  # not the GNU C library
-        return False
-    return all([mallopt(_MMAP_MAX, 0), mallopt(_TRIM_THRESHOLD, -1), mallopt(_ARENA_MAX, 1)])
+    mallopt = _c_function("mallopt")
+    return bool(mallopt) and all([mallopt(_MMAP_MAX, 0), mallopt(_TRIM_THRESHOLD, -1), mallopt(_ARENA_MAX, 1)])
+
+
+def give_back_freed_memory() -> None:
+    """Lets the kernel have what was freed and kept, where that is possible."""
+    malloc_trim = _c_function("malloc_trim")
+    if malloc_trim:
+        malloc_trim(0)
+
+
+def free_bytes() -> int | None:
+    """Memory that emulated devices can still take; None: unknown, or the devices have their own."""
+    if jax.default_backend() != "cpu":
+        return None
+    try:
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":") for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return None
+
+
+def _c_function(name: str) -> Callable | None:
+    """None where there is no GNU C library."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None

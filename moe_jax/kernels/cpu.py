@@ -6,6 +6,8 @@ large ones while they are full, then small ones. A tile that reaches past its gr
 of the buffer, writes only its own group's rows.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -13,17 +15,26 @@ from jax import lax
 from moe_jax._compat import as_varying, union_of_varying_axes
 from moe_jax.kernels.table import Backend
 
-_MAX_TILE = 256
 _MIN_TILE = 16
-_TILES_IN_LARGE = 8
 
 
-def _tile_rows(num_rows: int, num_groups: int) -> tuple[int, int]:
-    """Rows of a large tile, a power of two, about half the average group; and of a small one."""
-    tile = _MIN_TILE
-    while tile < _MAX_TILE and 4 * tile * num_groups <= num_rows:
+class _Tiling(NamedTuple):
+    """Measured. For 16-bit numbers XLA packs the weights anew for every tile, and products take half the time."""
+
+    max_rows: int
+    tiles_in_group: int  # at least so many large ones in an average group
+    tiles_in_large: int  # so many small ones
+
+
+_TILING, _TILING16 = _Tiling(256, 2, 8), _Tiling(1024, 1, 4)
+
+
+def _tile_rows(num_rows: int, num_groups: int, dtype) -> tuple[int, int]:
+    """Rows of a large tile, a power of two that goes with the average group; and of a small one."""
+    tiling, tile = _TILING16 if jnp.dtype(dtype).itemsize == 2 else _TILING, _MIN_TILE
+    while tile < tiling.max_rows and 2 * tile * tiling.tiles_in_group * num_groups <= num_rows:
         tile *= 2
-    return min(tile, num_rows), min(max(tile // _TILES_IN_LARGE, _MIN_TILE), num_rows)
+    return min(tile, num_rows), min(max(tile // tiling.tiles_in_large, _MIN_TILE), num_rows)
 
 
 def _for_each_group(group_sizes: jax.Array, body, init):
@@ -59,7 +70,7 @@ def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, tr
     """lhs [M, H], rhs [G, H, N] ([G, N, H] if ``transpose_rhs``), group_sizes [G] -> [M, N]; zeros past the sum."""
     num_rows, out_dim = lhs.shape[0], rhs.shape[1 if transpose_rhs else 2]
     out = _zeros((num_rows, out_dim), lhs.dtype, lhs, rhs, group_sizes)
-    large, small = _tile_rows(num_rows, rhs.shape[0])
+    large, small = _tile_rows(num_rows, rhs.shape[0], lhs.dtype)
     if not out.size:
         return out
     contract = (((1,), (1 if transpose_rhs else 0,)), ((), ()))
@@ -90,7 +101,8 @@ def grouped_outer(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, dty
     """lhs [M, H], rhs [M, N], group_sizes [G] -> [G, H, N] in ``dtype``."""
     num_rows, num_groups = lhs.shape[0], group_sizes.shape[0]
     out = _zeros((num_groups, lhs.shape[1], rhs.shape[1]), dtype, lhs, rhs, group_sizes)
-    tile, _ = _tile_rows(num_rows, num_groups)  # every tile costs a pass over the group's sum: small ones save nothing
+    # Every tile costs a pass over the group's sum: small ones save nothing.
+    tile, _ = _tile_rows(num_rows, num_groups, lhs.dtype)
     if not out.size or not num_rows:
         return out
 
