@@ -66,7 +66,6 @@ def _first_runs(setting, programs, max_seconds, notes, progress) -> tuple[dict[K
         seconds[limit.key], seconds[layer.key] = seconds_of(limit.run), seconds_of(layer.run)
         for name in setting.contenders:
             program = programs[name, phase]
-            give_back_freed_memory()
             reason = _why_never(program, limit, seconds[limit.key], max_seconds, setting.mesh.size)
             if reason:
                 notes[program.key] = reason
@@ -98,6 +97,9 @@ def _why_never(program: Program, limit: Program, limit_seconds: float, max_secon
         if needed > max_seconds:
             return f"not run: {program.contract.flops / limit.contract.flops:.0f} x the flops of the dense limit"
     free, needed = free_bytes(), _needed_bytes(program, devices)
+    if free is not None and needed > free:
+        give_back_freed_memory()
+        free = free_bytes()
     if free is not None and needed > free:
         return f"not run: needs {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} GiB are free"
     return None
