@@ -36,10 +36,12 @@ def measure(setting: Setting, repeats: int, max_seconds: float, progress: Callab
     notes: dict[Key, str] = {}
     first, num_rounds = _first_runs(setting, programs, max_seconds, notes, progress)
     give_back_freed_memory()
-    once = {key: _why_once(programs[key], seconds, first[LAYER, key[1]], setting) for key, seconds in first.items()}
-    once = {key: reason for key, reason in once.items() if reason and key[0] in setting.contenders}
-    for key, reason in once.items():
-        _add_note(notes, key, f"1 run: {reason}")
+    once = []
+    for key in (key for key in first if key[0] in setting.contenders):
+        reason = _why_once(programs[key], first[key], first[LAYER, key[1]], setting)
+        if reason:
+            _add_note(notes, key, f"1 run: {reason}")
+            once.append(key)
     timed = {key: programs[key].run for key in first if key not in once}
     progress(f"timing {len(timed)} programs, {repeats} rounds")
     seconds = {**interleave(timed, repeats), **{key: [first[key]] for key in once}}

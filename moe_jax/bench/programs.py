@@ -88,13 +88,8 @@ def compile_programs(setting: Setting) -> Iterator[Program]:
     for phase, function in zip(PASSES, dense_limit(mesh, plan, activation), strict=True):
         arguments = (data.params, data.rows) if phase == PASSES[0] else (data.params, data.rows, data.ct_rows)
         yield _compile(LIMIT, phase, function, arguments)
-    makers = {
-        RAGGED_DOT: lambda: _worst_case_layer(setting),
-        ONE_HOT: lambda: one_hot_layer(mesh, plan, activation),
-        ALL_EXPERTS: lambda: all_experts_layer(mesh, plan, activation),
-    }
     for name in (LAYER, *setting.contenders):
-        apply = setting.apply if name == LAYER else makers.get(name, lambda: _on_transport(setting, name))()
+        apply = _apply_of(name, setting)
         yield _compile(name, PASSES[0], apply, (data.params, data.x))
         yield _compile(name, PASSES[1], with_backward(apply), (data.params, data.x, data.ct))
 
@@ -123,18 +118,26 @@ def with_backward(apply: Callable) -> Callable:
     return run
 
 
+def _apply_of(name: str, setting: Setting) -> Callable:
+    """``apply`` of the layer or of a contender."""
+    mesh, plan, activation = setting.mesh, setting.plan, setting.workload.activation
+    if name == LAYER:
+        return setting.apply
+    if name == RAGGED_DOT:
+        return _worst_case_layer(setting)
+    if name == ONE_HOT:
+        return one_hot_layer(mesh, plan, activation)
+    if name == ALL_EXPERTS:
+        return all_experts_layer(mesh, plan, activation)
+    return make_layer(on_transport(setting.workload, name), mesh, plan.dtype, plan.quant)[2]
+
+
 def _worst_case_layer(setting: Setting) -> Callable:
     """The layer on ``lax.ragged_dot``, rows unquantised, one window that holds everything at any skew."""
     arguments = _plan_arguments(setting.workload, setting.plan.dtype)
     changed = {"backend": "xla", "capacity_factor": float(setting.plan.ep_size), "transport": setting.plan.transport}
     plan = make_plan(setting.mesh, **{**arguments, **changed, "overflow": "dropless"})
     return _layer(setting.workload, setting.mesh, plan)[1]
-
-
-def _on_transport(setting: Setting, transport: str) -> Callable:
-    plan = setting.plan
-    workload = on_transport(setting.workload, transport)
-    return make_layer(workload, setting.mesh, plan.dtype, plan.quant)[2]
 
 
 def on_transport(workload: Workload, transport: str) -> Workload:

@@ -111,7 +111,8 @@ def _one(
     def progress(text: str) -> None:
         print(f"{' '.join(names)}: {text}", file=sys.stderr, flush=True)
 
-    precision = "highest" if "float32" in names else "default"  # fp32 products in fp32 wherever it runs
+    _, dtype, _ = names
+    precision = "highest" if dtype == "float32" else "default"  # fp32 products in fp32 wherever it runs
     try:
         with jax.default_matmul_precision(precision):
             found = measure(make(), rounds, max_seconds, progress)
