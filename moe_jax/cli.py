@@ -1,13 +1,16 @@
 """The command line, `python -m moe_jax COMMAND ...`: the only place where a MoEError is caught.
 
-Exit codes: 0 done, 1 a check failed (verify), 2 bad input with one sentence on standard error, 130 interrupted.
+Exit codes: 0 done, 1 a check failed (verify), 2 bad input with one sentence on standard error, 130 interrupted (Ctrl-C),
+and of a training run that saved and ended because it was asked to: 143 (SIGTERM), 129 (SIGHUP); 141: nobody reads any more.
 """
 
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from moe_jax.config import DTYPES, Config, MeshConfig, load_config, override, parse_mesh
@@ -35,6 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("moe_jax: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # else Python fails again when it flushes at exit
+        print("moe_jax: stopped: whoever read standard output has closed it", file=sys.stderr)
+        return 141
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -57,8 +66,10 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("config", metavar="CONFIG", help="TOML with [moe], [model], [train]: configs/tiny.toml")
     parser.add_argument("--data", metavar="PATH", help="file or folder of text (default: Python's standard library)")
     parser.add_argument("--steps", type=int, metavar="N", help="stop after N steps; the learning-rate schedule stays")
-    parser.add_argument("--out", metavar="DIR", help="write checkpoint.moe, metrics.jsonl and report.png here")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    out = "for checkpoint.moe, metrics.jsonl and report.png (default: runs/CONFIG, runs/CONFIG-2, ...: the first empty)"
+    parser.add_argument("--out", metavar="DIR", help=out)
+    resume = "go on from the checkpoint in --out (default: the folder of CONFIG that was saved last)"
+    parser.add_argument("--resume", action="store_true", help=resume)
     parser.add_argument("--seed", type=int, metavar="N", help="instead of train.seed")
     _add_mesh_and_json(parser)
     parser.set_defaults(command=_train)
@@ -126,6 +137,7 @@ def _train(arguments: argparse.Namespace) -> int:
         data=arguments.data,
         steps=arguments.steps,
         out=arguments.out,
+        name=Path(arguments.config).stem,
         resume=arguments.resume,
         json_lines=arguments.json,
     )

@@ -147,7 +147,8 @@ class TrainConfig(_Checked):
     seed: int = 0
     eval_batches: int = 8
     log_every: int = 10
-    save_every: int = 0  # 0: only at the end
+    save_seconds: float = 300.0  # a checkpoint after so much time; inf: none by time
+    save_every: int = 0  # a checkpoint after so many steps; 0: none by steps. There is always one at the end
     sample_bytes: int = 64
 
     def _violations(self) -> typing.Iterator[str]:
@@ -156,6 +157,8 @@ class TrainConfig(_Checked):
         yield from _choice(self, "dtype", DTYPES)
         if not self.grad_clip > 0:
             yield f"grad_clip={self.grad_clip} must be above zero; use inf to switch clipping off"
+        if not self.save_seconds > 0:
+            yield f"save_seconds={self.save_seconds} must be above zero; use inf to save nothing by time"
         if self.warmup_steps >= self.steps > 0:
             yield f"warmup_steps={self.warmup_steps} must be below steps={self.steps}"
         if not 0 <= self.seed < 2**32:

@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import types
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -16,6 +18,9 @@ from jax.experimental.compilation_cache import compilation_cache
 import moe_jax
 from moe_jax.cli import main
 from moe_jax.config import MeshConfig
+from moe_jax.errors import DataError
+from moe_jax.train import loop
+from moe_jax.train.checkpoint import read_step
 
 ROOT = Path(__file__).parent.parent
 MINIATURE = """
@@ -63,8 +68,9 @@ def compile_once(tmp_path_factory):
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """A folder with a miniature configuration and some text to train on."""
+def folder(tmp_path, monkeypatch):
+    """A folder with a miniature configuration and some text to train on; runs without --out are kept there too."""
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "mini.toml").write_text(MINIATURE)
     (tmp_path / "text").write_bytes(Path(__file__).read_bytes())
     return tmp_path
@@ -89,8 +95,20 @@ def test_training_learns_and_leaves_a_report(folder, capsys):
     assert abs(events["validation"][0]["loss"] - losses[-1]) < 0.5
     assert len(events["sample"][0]["text"]) >= 4
     assert sorted(path.name for path in (folder / "run").iterdir()) == ["checkpoint.moe", "metrics.jsonl", "report.png"]
-    written = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    *written, validation, sample = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
     assert written == [{k: v for k, v in record.items() if k != "event"} for record in events["step"]]
+    assert validation == {"step": 20, "validation_loss": events["validation"][0]["loss"]}
+    assert sample == {"step": 20, "sample": events["sample"][0]["text"]}
+    tasks = [(task["name"], task["done"]) for task in events["task"]]
+    assert tasks == [
+        ("making the parameters", 0),
+        ("compiling the step", 0),
+        ("compiling the validation", 0),
+        *(("validating", done) for done in range(2)),
+        ("compiling the sampler", 0),
+        *(("sampling", done) for done in range(4)),
+        ("drawing the report", 0),
+    ]
     for record in written:
         assert record["dropped"] == 0
         assert [sum(load) for load in record["load"]] == [8 * 16 * 2] * 2  # every token went to top_k experts
@@ -139,43 +157,176 @@ def test_every_mesh_trains_alike(folder, capsys):
         np.testing.assert_allclose(values, losses[0], rtol=1e-4, err_msg=mesh)
 
 
+def test_runs_without_out_are_kept_apart(folder, capsys):
+    """Run twice, nothing is lost and nothing refused; --resume goes on with the last one."""
+    saved = [train(folder, capsys, "--mesh", "ep=1", "--steps", steps)["saved"][0] for steps in (1, 2)]
+    assert [(event["step"], event["path"]) for event in saved] == [
+        (1, "runs/mini/checkpoint.moe"),
+        (2, "runs/mini-2/checkpoint.moe"),
+    ]
+    events = train(folder, capsys, "--mesh", "ep=1", "--steps", 3, "--resume")
+    assert [record["step"] for record in events["step"]] == [3]
+    assert any("resuming runs/mini-2 after step 2" in note["text"] for note in events["note"])
+
+
 def test_a_diverging_run_stops_and_keeps_its_last_checkpoint(folder, capsys):
-    train(folder, capsys, "--out", folder / "run", "--steps", 1)
-    before = (folder / "run" / "checkpoint.moe").read_bytes()
-    (folder / "mini.toml").write_text(MINIATURE.replace("1e-2", "1e30"))
+    (folder / "mini.toml").write_text(MINIATURE.replace("1e-2", "1e30") + "save_every = 1\n")
     code = main(["train", str(folder / "mini.toml"), "--data", str(folder / "text"), "--out", str(folder / "run")])
-    assert code == 2 and "lower train.learning_rate=1e+30" in capsys.readouterr().err
+    text = capsys.readouterr().err
+    assert code == 2 and "at step 2; lower train.learning_rate=1e+30" in text
+    assert text.endswith("the checkpoint of step 1 is kept\n")
+    assert read_step(folder / "run" / "checkpoint.moe") == 1
+
+
+def test_a_new_run_never_replaces_one_and_a_refused_resume_names_the_key(folder, capsys):
+    train(folder, capsys, "--mesh", "ep=1", "--out", "run", "--steps", 1)
+    before = (folder / "run" / "checkpoint.moe").read_bytes()
+    arguments = ["train", "mini.toml", "--data", "text", "--mesh", "ep=1", "--out", "run"]
+    assert main(arguments) == 2
+    assert "run: holds a run, which a new one would replace; add --resume" in capsys.readouterr().err
+    assert main([*arguments, "--resume", "--seed", "7"]) == 2
+    assert "train.seed was 0 and is 7 now" in capsys.readouterr().err
     assert (folder / "run" / "checkpoint.moe").read_bytes() == before
 
 
-def test_interrupt_saves_and_resume_goes_on(folder):
-    """In a process of its own: Ctrl-C after some steps exits with 130, and the checkpoint continues."""
-    command = [sys.executable, "-m", "moe_jax", "train", folder / "mini.toml", "--data", folder / "text"]
-    command += ["--out", folder / "run", "--mesh", "ep=2", "--json", "--steps"]
-    with subprocess.Popen([*command, "100000"], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if json.loads(line).get("step") == 3:
-                process.send_signal(signal.SIGINT)
-                break
-        last = [json.loads(line) for line in process.stdout][-1]
-    assert process.returncode == 130
-    assert last["event"] == "interrupted" and last["step"] >= 3
-    goal = str(last["step"] + 1)
-    done = subprocess.run([*command, goal, "--resume"], cwd=ROOT, capture_output=True, text=True, check=True)
-    steps = [record["step"] for record in map(json.loads, done.stdout.splitlines()) if record["event"] == "step"]
-    assert steps == [last["step"] + 1]
+def test_data_that_fails_during_a_run_costs_no_step(folder, capsys, monkeypatch):
+    """The parameters are whole when a batch cannot be read, or a line not be written: they are saved first."""
+
+    def read_batch(corpus, *, step, **options):
+        if step == 2:
+            raise DataError("text: became shorter during the run")
+        return train_batch(corpus, step=step, **options)
+
+    train_batch = loop.train_batch
+    monkeypatch.setattr(loop, "train_batch", read_batch)
+    assert train(folder, capsys, "--mesh", "ep=1")["saved"][-1]["step"] == 2
+    assert read_step(folder / "runs" / "mini" / "checkpoint.moe") == 2
+    assert (folder / "runs" / "mini" / "report.png").exists()
+
+
+@contextmanager
+def start(folder, *options, **keywords):
+    """The miniature in a process of its own, on one device, with JSON lines into a pipe; a failing test ends it."""
+    command = [sys.executable, "-m", "moe_jax", "train", "mini.toml", "--data", "text", "--mesh", "ep=1", "--json"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    }
+    keywords = {"cwd": folder, "env": environment, "stdout": subprocess.PIPE, "text": True, **keywords}
+    with subprocess.Popen([*command, *options], **keywords) as process:
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            raise
+
+
+def until(process, **wanted):
+    """Reads JSON lines up to the first that has these values, and returns that one."""
+    for line in process.stdout:
+        record = json.loads(line)
+        if wanted.items() <= record.items():
+            return record
+    raise AssertionError(f"the run ended without {wanted}")
+
+
+def test_sigterm_saves_and_ends(folder):
+    """As a cluster sends it; SIGINT and SIGHUP take the same way."""
+    with start(folder, "--steps", "100000") as process:
+        until(process, step=3)
+        process.send_signal(signal.SIGTERM)
+        answer = until(process, event="note")["text"]
+        *_, last = map(json.loads, process.stdout)
+    assert answer.startswith("SIGTERM while taking step ")
+    assert process.returncode == 143 and last["event"] == "interrupted" and last["step"] >= 3
+    assert read_step(folder / "runs" / "mini" / "checkpoint.moe") == last["step"]
+
+
+def test_a_killed_run_loses_only_what_came_after_the_last_save(folder):
+    """kill -9 cannot be caught; the run saves by time, and goes on from there."""
+    (folder / "mini.toml").write_text(MINIATURE + "save_seconds = 0.2\n")
+    with start(folder, "--steps", "5000") as process:
+        until(process, event="saved")
+        saved = until(process, event="saved")["step"]
+        process.kill()
+    step = read_step(folder / "runs" / "mini" / "checkpoint.moe")
+    assert step >= saved > 1
+    with start(folder, "--steps", str(step + 1), "--resume") as process:
+        records = list(map(json.loads, process.stdout))
+    assert process.returncode == 0
+    assert [record["step"] for record in records if record["event"] == "step"] == [step + 1]
+    written = map(json.loads, (folder / "runs" / "mini" / "metrics.jsonl").read_text().splitlines())
+    assert [record["step"] for record in written if "loss" in record] == list(range(1, step + 2))
+
+
+def test_a_signal_while_compiling_is_answered_and_a_second_one_leaves_at_once(folder):
+    """Eight layers take much longer to compile than the seconds that are allowed here."""
+    (folder / "mini.toml").write_text(MINIATURE.replace("layers = 1", "layers = 8"))
+    with start(folder, stderr=subprocess.PIPE) as process:
+        until(process, name="compiling the step")
+        time.sleep(3)  # tracing is over: XLA has the main thread
+        begin = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        answer = until(process, event="note")["text"]
+        assert answer.startswith("Ctrl-C while compiling the step: the run stops as soon as that is done")
+        assert "a second one leaves at once" in answer and time.monotonic() - begin < 3
+        time.sleep(0.7)
+        begin = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=60)
+        assert time.monotonic() - begin < 3
+        assert process.returncode == 130
+        assert process.stdout.read() == ""  # no step, and no word of an orderly end
+        assert "left at once" in process.stderr.read()
+
+
+def test_a_reader_that_leaves_costs_no_step(folder):
+    with start(folder, "--steps", "100000", stderr=subprocess.PIPE) as process:
+        until(process, step=2)
+        process.stdout.close()
+        process.wait(timeout=60)
+        assert process.stderr.read() == "moe_jax: stopped: whoever read standard output has closed it\n"
+    assert process.returncode == 141
+    assert read_step(folder / "runs" / "mini" / "checkpoint.moe") >= 2
+
+
+@pytest.mark.parametrize(("task", "done"), [("validating", 1), ("sampling", 1)])
+def test_a_signal_after_the_last_step(folder, capsys, monkeypatch, task, done):
+    """Validating and sampling are given up, in this process; the steps are saved by then."""
+
+    def tell(job, name, *values):
+        if (name, values[:1]) == (task, (done,)):
+            signal.raise_signal(signal.SIGTERM)
+            while not job.interrupt.signum:
+                time.sleep(0.01)
+        honest(job, name, *values)
+
+    honest = loop.Job.tell
+    monkeypatch.setattr(loop.Job, "tell", tell)
+    (folder / "mini.toml").write_text(SAMPLING)
+    events = train(folder, capsys, "--mesh", "ep=1", "--steps", 2)
+    assert events["code"] == 143 and events["interrupted"] == [{"event": "interrupted", "step": 2}]
+    assert ("validation" in events) == (task == "sampling") and "sample" not in events
+    assert read_step(folder / "runs" / "mini" / "checkpoint.moe") == 2
 
 
 @pytest.mark.slow
-def test_plain_output_ends_with_loss_and_sample():
-    """As a person calls it: devices are emulated without being asked for."""
-    command = [sys.executable, "-m", "moe_jax", "train", "configs/tiny.toml", "--steps", "1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+def test_plain_output_ends_with_loss_and_sample(tmp_path):
+    """As a person calls it: devices are emulated without being asked for, and the run is kept."""
+    command = [sys.executable, "-m", "moe_jax", "train", TINY, "--steps", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
-    assert "8 devices" in lines[0]
+    assert "8 devices" in lines[1]
+    assert any(line.startswith("the run is kept in runs/tiny: a checkpoint every 300 s") for line in lines)
     assert any(line.startswith("step   1/1") or line.startswith("step 1/1") for line in lines)
     assert any(line.startswith("validation loss 5.") for line in lines) and "sample:" in lines
     assert all(c.isprintable() or c in "\n\t" for c in done.stdout)  # an untrained model speaks all bytes
+    names = sorted(path.name for path in (tmp_path / "runs" / "tiny").iterdir())
+    assert names == ["checkpoint.moe", "metrics.jsonl", "report.png"]
 
 
 def test_plan(capsys):
@@ -218,7 +369,8 @@ TINY = str(ROOT / "configs" / "tiny.toml")
         (["train", TINY, "--steps", "many"], "invalid int value: 'many'"),
         (["train", TINY, "--steps", "0"], "steps=0 must be at least 1"),
         (["train", TINY, "--seed", "-1"], "seed=-1 must be at least 0"),
-        (["train", TINY, "--resume"], "pass --out DIR"),
+        (["train", TINY, "--resume"], "runs/tiny: there is no checkpoint here"),
+        (["train", TINY, "--data", "/dev/null"], "/dev/null: is a character device; give --data a file or folder"),
         (["train", TINY, "--mesh", "ep=4,node=2"], "names the axis 'node'; did you mean 'nodes'?"),
         (["train", TINY, "--mesh", "ep=3"], "train.batch_size=16 must be a multiple of the 3 devices"),
         (["train", "absent.toml"], "absent.toml: cannot be read"),
@@ -233,12 +385,14 @@ TINY = str(ROOT / "configs" / "tiny.toml")
         (["bench", "--mesh", "ep=3"], "num_experts=16 is not divisible by ep=3"),
     ],
 )
-def test_bad_input(arguments, words, capsys):
+def test_bad_input(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     output, text = capsys.readouterr()
     assert output == ""
     assert text.startswith("moe_jax: error: ") and words in text
     assert text.count("\n") == 1 and text.endswith("\n")
+    assert not list(tmp_path.iterdir())
 
 
 def test_resume_without_a_checkpoint(folder, capsys):

@@ -75,6 +75,10 @@ def test_deepseek_preset():
         (MOE + MODEL + TRAIN + "warmup_steps = 40", ["warmup_steps=40 must be below steps=40"]),
         (MOE + MODEL + TRAIN + "seed = -1", ["seed=-1 must be at least 0"]),
         (MOE + MODEL + TRAIN + "grad_clip = 0", ["grad_clip=0.0 must be above zero"]),
+        (
+            MOE + MODEL + TRAIN + "save_seconds = 0",
+            ["save_seconds=0.0 must be above zero; use inf to save nothing by time"],
+        ),
         (MOE + MODEL + TRAIN + "final_rate = -0.5", ["final_rate=-0.5 must be finite and not below zero"]),
         ("[moe", ["is not valid TOML"]),
     ],

@@ -1,125 +1,32 @@
-"""The training job's parts that need no step: data, checkpoints, metrics, progress, interrupt."""
+"""The training job's parts: checkpoints, the step, metrics, progress, interrupt."""
 
+import contextlib
+import dataclasses
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
+import threading
+import time
+import warnings
 
 import jax
 import jax.numpy as jnp
+import matplotlib.text
 import numpy as np
 import pytest
 
 import moe_jax
 from moe_jax.config import load_config, override
 from moe_jax.errors import CheckpointError, DataError, UnsupportedError
-from moe_jax.train import checkpoint, data, extras, model, progress, report, sample, step
+from moe_jax.train import checkpoint, extras, model, progress, report, sample, step
 from moe_jax.train.atomic import atomic_write
-from moe_jax.train.interrupt import catch_interrupt
+from moe_jax.train.folder import open_folder
+from moe_jax.train.interrupt import Stopped, catch_interrupt
 
 ROOT = os.path.dirname(os.path.dirname(__file__))
-SHAPE = {"batch_size": 4, "seq_len": 16}
-
-
-def write_files(folder, num_files, size=400):
-    """Files of `size` bytes; each holds its own byte value only, so a window tells which file it came from."""
-    for i in range(num_files):
-        (folder / f"{i:03d}.txt").write_bytes(bytes([i]) * size)
-
-
-# Data
-
-
-def test_standard_library_is_the_default():
-    corpus = data.load_corpus(None, 128)
-    share = len(corpus.held_out) / (len(corpus.train) + len(corpus.held_out))
-    assert len(corpus.train) > 1_000_000 and 0.04 < share <= 0.05
-    assert b"import " in corpus.train.tobytes() and b"import " in corpus.held_out.tobytes()
-    assert corpus.digest == data.load_corpus(None, 128).digest
-
-
-def test_whole_files_are_held_out(tmp_path):
-    write_files(tmp_path, 60)
-    corpus = data.load_corpus(tmp_path, 16)
-    trained, held_out = set(corpus.train.tolist()), set(corpus.held_out.tolist())
-    assert len(held_out) == 3 and trained | held_out == set(range(60)) and not trained & held_out
-    assert corpus.train.tolist() == sorted(corpus.train.tolist())  # the files come in the order of their names
-
-
-def test_tail_of_a_single_file_is_held_out(tmp_path):
-    path = tmp_path / "text"
-    path.write_bytes(bytes(range(200)) * 10)
-    corpus = data.load_corpus(path, 16)
-    assert corpus.train.tobytes() + corpus.held_out.tobytes() == path.read_bytes()
-    assert len(corpus.held_out) == 100
-
-
-def test_hidden_files_are_left_out_and_size_is_capped(tmp_path, monkeypatch):
-    write_files(tmp_path, 3)
-    (tmp_path / ".hidden").write_bytes(b"\xff" * 400)
-    (tmp_path / ".git").mkdir()
-    (tmp_path / ".git" / "x").write_bytes(b"\xfe" * 400)
-    monkeypatch.setattr(data, "MAX_BYTES", 1000)
-    corpus = data.load_corpus(tmp_path, 16)
-    assert len(corpus.train) + len(corpus.held_out) == 1000
-    assert set(corpus.train.tolist()) == {0, 1, 2}
-
-
-def test_digest_follows_content(tmp_path):
-    write_files(tmp_path, 4)
-    before = data.load_corpus(tmp_path, 16).digest
-    (tmp_path / "001.txt").write_bytes(b"\x07" * 400)
-    assert data.load_corpus(tmp_path, 16).digest != before
-
-
-def test_batches_are_a_function_of_seed_and_step(tmp_path):
-    (tmp_path / "text").write_bytes(np.random.default_rng(0).bytes(5000))
-    corpus = data.load_corpus(tmp_path, 16)
-    batch = data.train_batch(corpus, seed=3, step=7, **SHAPE)
-    assert batch.shape == (4, 17) and batch.dtype == np.int32
-    np.testing.assert_array_equal(batch, data.train_batch(corpus, seed=3, step=7, **SHAPE))
-    assert (batch != data.train_batch(corpus, seed=3, step=8, **SHAPE)).any()
-    assert (batch != data.train_batch(corpus, seed=4, step=7, **SHAPE)).any()
-    for row in batch:
-        assert row.astype(np.uint8).tobytes() in corpus.train.tobytes()
-
-
-def test_eval_windows_span_the_held_out_bytes(tmp_path):
-    (tmp_path / "text").write_bytes(bytes(range(256)) * 20)
-    corpus = data.load_corpus(tmp_path, 16)
-    batches = [data.eval_batch(corpus, index=i, num_batches=3, **SHAPE) for i in range(3)]
-    assert batches[0][0].tolist() == corpus.held_out[:17].tolist()
-    assert batches[-1][-1].tolist() == corpus.held_out[-17:].tolist()
-
-
-def test_smallest_corpus(tmp_path):
-    (tmp_path / "text").write_bytes(b"x" * 340)  # 17 bytes held out: exactly one window
-    corpus = data.load_corpus(tmp_path, 16)
-    assert data.eval_batch(corpus, index=0, num_batches=1, **SHAPE).shape == (4, 17)
-    (tmp_path / "text").write_bytes(b"x" * 339)
-    with pytest.raises(DataError, match="held-out part has 16 bytes and one window needs 17"):
-        data.load_corpus(tmp_path, 16)
-
-
-def test_bad_data(tmp_path):
-    with pytest.raises(DataError, match="no such file or folder"):
-        data.load_corpus(tmp_path / "absent", 16)
-    with pytest.raises(DataError, match="holds no files"):
-        data.load_corpus(tmp_path, 16)
-    (tmp_path / "dangling").symlink_to(tmp_path / "absent")
-    with pytest.raises(DataError, match="dangling: cannot be read"):
-        data.load_corpus(tmp_path, 16)
-
-
-def test_what_is_no_file_is_left_out(tmp_path):
-    """A pipe that nobody writes to would be read for ever."""
-    write_files(tmp_path, 3)
-    os.mkfifo(tmp_path / "pipe")
-    corpus = data.load_corpus(tmp_path, 16)
-    assert len(corpus.train) + len(corpus.held_out) == 1200
-    with pytest.raises(DataError, match="no such file or folder"):
-        data.load_corpus(tmp_path / "pipe", 16)
 
 
 # Checkpoints
@@ -158,11 +65,11 @@ def test_every_damage_is_noticed(tmp_path, config, state):
         damaged = bytearray(whole)
         damaged[position] ^= 1
         path.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match="damaged or cut short|is not a moe_jax checkpoint"):
+        with pytest.raises(CheckpointError, match="damaged or cut short|is not a checkpoint of this version"):
             checkpoint.restore(path, state, identity=identity)
     for length in (0, 7, 8, 20, 39, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(CheckpointError, match="damaged or cut short|is not a moe_jax checkpoint"):
+        with pytest.raises(CheckpointError, match="damaged or cut short|is not a checkpoint of this version"):
             checkpoint.restore(path, state, identity=identity)
 
 
@@ -178,14 +85,81 @@ def test_identity(tmp_path, config, state):
     checkpoint.save(path, state, step=1, identity=identity)
     for same in (override(config, mesh={"ep": 8, "tp": 1}), override(config, train={"log_every": 3})):
         checkpoint.restore(path, state, identity=checkpoint.identify(same, "data"))
-    for section, change in (("train", {"seed": 1}), ("moe", {"top_k": 1}), ("router", {"scale": 2.0})):
-        other = override(config, **{section: change})
-        with pytest.raises(CheckpointError, match="another configuration"):
-            checkpoint.restore(path, state, identity=checkpoint.identify(other, "data"))
-    with pytest.raises(CheckpointError, match="trained on other data"):
-        checkpoint.restore(path, state, identity=checkpoint.identify(config, "other"))
     with pytest.raises(CheckpointError, match="other parameters"):
         checkpoint.restore(path, {**state, "count": jnp.float32(7)}, identity=identity)
+
+
+def test_a_refusal_names_every_key_and_both_values(tmp_path, config, state):
+    path, identity = tmp_path / "c", checkpoint.identify(config, "1 byte")
+    checkpoint.save(path, state, step=1, identity=identity)
+
+    def refusal(other, data):
+        with pytest.raises(CheckpointError, match="c: belongs to another run") as caught:
+            checkpoint.restore(path, state, identity=checkpoint.identify(other, data))
+        return str(caught.value)
+
+    other = override(
+        config, train={"seed": 1, "grad_clip": float("inf")}, moe={"capacity_factor": 1.5}, router={"score": "sigmoid"}
+    )
+    assert refusal(other, "2 bytes").splitlines()[1:] == [
+        "  - moe.capacity_factor was nothing and is 1.5 now",
+        '  - router.score was "softmax" and is "sigmoid" now',
+        "  - train.grad_clip was 1.0 and is Infinity now",
+        "  - train.seed was 0 and is 1 now",
+        '  - data was "1 byte" and is "2 bytes" now',
+    ]
+    assert refusal(override(config, moe={"top_k": 1}), "1 byte").endswith(": moe.top_k was 2 and is 1 now")
+
+
+def test_every_setting_is_either_free_or_refused(tmp_path, config):
+    """No key is forgotten: the identity holds all of them but the mesh and those that may change."""
+    sections = {"moe": config.moe, "router": config.router, "model": config.model, "train": config.train}
+    keys = {f"{name}.{field.name}" for name, section in sections.items() for field in dataclasses.fields(section)}
+    free = {"moe.transport", "moe.backend"} | {
+        f"train.{name}" for name in ("eval_batches", "log_every", "save_seconds", "save_every", "sample_bytes")
+    }
+    assert set(checkpoint.identify(config, "data")) == keys - free | {"data"}
+
+
+@contextlib.contextmanager
+def room_for(num_bytes):
+    """As on a full disk: the system writes no file beyond `num_bytes`."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, config):
+    path, identity = tmp_path / "c", checkpoint.identify(config, "data")
+    state = {"w": jnp.zeros(10_000)}
+    checkpoint.save(path, state, step=1, identity=identity)
+    with room_for(8192), pytest.raises(CheckpointError, match="c: cannot be written after step 2 .*is still there"):
+        checkpoint.save(path, state, step=2, identity=identity)
+    assert checkpoint.read_step(path) == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
+
+
+def test_kill_while_saving_leaves_the_old_checkpoint(tmp_path, config):
+    """Killed while the second file is half written; the next run in the folder removes that half."""
+    program = (
+        "import sys, time, numpy as np; from pathlib import Path; from moe_jax.train import atomic\n"
+        "path = Path(sys.argv[1])\n"
+        "for content in (b'old', b'new'):\n"
+        "    with atomic.atomic_write(path) as file:\n"
+        "        file.write(content)\n"
+        "        if content == b'new': file.flush(); print('writing', flush=True); time.sleep(600)\n"
+    )
+    path = tmp_path / "checkpoint.moe"
+    command = [sys.executable, "-c", program, path]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"writing\n"
+        process.kill()
+    assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 2
+    with open_folder(tmp_path, "name", resume=True):
+        assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint.moe"]
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, config, state, monkeypatch):
@@ -196,7 +170,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, config, state, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(CheckpointError, match="cannot be written .No space left"):
+    with pytest.raises(CheckpointError, match="cannot be written after step 2 .No space left"):
         checkpoint.save(path, state, step=2, identity=identity)
     assert checkpoint.read_step(path) == 1
     assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
@@ -274,8 +248,36 @@ def test_metrics_of_a_resumed_run_replace_later_ones(tmp_path):
     metrics.append({**make_record(3), "loss": 9.0})
     assert [(r["step"], r["loss"]) for r in metrics.records()] == [(1, 2.0), (2, 2.0), (3, 9.0)]
     metrics.close()
-    report.MetricsFile(path, done_steps=0).close()
-    assert path.read_bytes() == b""
+    afresh = report.MetricsFile(path, done_steps=0)
+    assert afresh.records() == [] and len(path.read_bytes().splitlines()) == 3  # so far nothing was replaced
+    afresh.append(make_record(1))
+    afresh.close()
+    assert len(path.read_bytes().splitlines()) == 1
+
+
+def test_metrics_keep_validation_losses_and_samples(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    records = [
+        make_record(1),
+        {"step": 1, "validation_loss": 2.5},
+        {"step": 1, "sample": "\ud800 text\n\ufffd"},
+        make_record(2),
+    ]
+    with contextlib.closing(report.MetricsFile(path, done_steps=0)) as metrics:
+        for record in records:
+            metrics.append(record)
+        assert metrics.records() == records
+    assert report.MetricsFile(path, done_steps=1).records() == records[:3]
+
+
+def test_a_full_disk_tears_no_record(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with contextlib.closing(report.MetricsFile(path, done_steps=0)) as metrics:
+        metrics.append(make_record(1))
+        with room_for(path.stat().st_size + 9), pytest.raises(DataError, match="metrics.jsonl: cannot be written"):
+            metrics.append(make_record(2))
+        metrics.append(make_record(3))  # somebody made room
+        assert [record["step"] for record in metrics.records()] == [1, 3]
 
 
 @pytest.mark.parametrize(
@@ -287,6 +289,9 @@ def test_metrics_of_a_resumed_run_replace_later_ones(tmp_path):
         b"5",
         b"{}",
         json.dumps(make_record(2) | {"step": "2"}).encode(),
+        b'{"step": 2, "validation_loss": "low"}',
+        b'{"step": 2, "sample": 5}',
+        b'{"sample": "no step"}',
         json.dumps(make_record(2) | {"loss": None}).encode(),
         json.dumps(make_record(2) | {"load": [1, 2]}).encode(),
         json.dumps(make_record(2) | {"load": [[1, 2], [3]]}).encode(),
@@ -314,11 +319,26 @@ def test_sample_cannot_steer_the_terminal():
     assert sample.printable(text) == "a\tb\n\\x1b[2J\\x07\\x7f\\x9b\\r\\u202e\xe9\ufffd"
 
 
-def test_report_is_a_picture(tmp_path):
+def test_report_is_a_picture(tmp_path, monkeypatch):
     path = tmp_path / "report.png"
-    assert "wrote" in report.write_report(path, [make_record(1), make_record(2)])
+    texts = []
+    draw = matplotlib.text.Text.draw
+    monkeypatch.setattr(
+        matplotlib.text.Text, "draw", lambda self, *args: texts.append(self.get_text()) or draw(self, *args)
+    )
+    records = [make_record(1), make_record(2)]
+    assert "drew" in report.write_report(path, records)
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
+    assert "sample" not in texts and not any("validation" in text for text in texts)
+    results = [{"step": 2, "validation_loss": 1.23456}, {"step": 2, "sample": "if $x_1$:\n\treturn \x1b" + "y" * 5000}]
+    with warnings.catch_warnings(action="error"):
+        assert "drew" in report.write_report(path, records + results)
+    assert "validation: 1.235" in texts and "sample" in texts
+    (sample,) = {text for text in texts if text.startswith("if $x_1$:\n    return \\x1by")}
+    assert sample.endswith("\n...") and max(map(len, sample.splitlines())) <= 110
     assert "no step" in report.write_report(tmp_path / "none.png", []) and not (tmp_path / "none.png").exists()
+    with room_for(1000):
+        assert "was not drawn (File too large)" in report.write_report(tmp_path / "none.png", records)
 
 
 def test_missing_matplotlib_is_said(tmp_path, monkeypatch):
@@ -357,32 +377,99 @@ def test_plain_progress(capsys):
     assert lines[0] == "step 1/8  loss 2.0000  1,234 tokens/s  imbalance 1.50  dropped 3"
 
 
+def test_plain_progress_is_not_silent_for_long(capsys, monkeypatch):
+    shown = progress.PlainProgress(log_every=100, num_steps=800)
+    shown.task("validating", 0, 3)
+    shown.task("validating", 1, 3)
+    monkeypatch.setattr(progress, "SILENT_SECONDS", 0.0)
+    shown.task("validating", 2, 3)
+    shown.step(make_record(5))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["validating 0/3", "validating 2/3"] and lines[2].startswith("step   5/800")
+
+
 def test_json_progress(capsys):
     shown = progress.JsonProgress()
     shown.step(make_record(1))
+    shown.task("validating", 1, 2)
     shown.result("validation", "validation loss 1.500", loss=1.5)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert lines == [{"event": "step", **make_record(1)}, {"event": "validation", "loss": 1.5}]
+    assert lines == [
+        {"event": "step", **make_record(1)},
+        {"event": "task", "name": "validating", "done": 1, "total": 2},
+        {"event": "validation", "loss": 1.5},
+    ]
 
 
 def test_live_progress(capsys):
     shown = progress.LiveProgress(4)
     shown.step(make_record(1))
     shown.note("[bold]a note")
+    shown.task("validating", 1, 2)
     shown.result("validation", "validation loss 1.500", loss=1.5)
+    shown.close()
     text = capsys.readouterr().out
-    assert "[bold]a note" in text and "validation loss 1.500" in text and "imbalance 1.50" in text
+    assert "[bold]a note" in text and "validation loss 1.500" in text
+    assert text.count("imbalance 1.50") == 1  # the last step stays when something else begins
 
 
-def test_second_interrupt_acts_at_once():
-    before = signal.getsignal(signal.SIGINT)
-    with catch_interrupt() as interrupt:
-        assert not interrupt.requested
-        signal.raise_signal(signal.SIGINT)
-        assert interrupt.requested
-        with pytest.raises(KeyboardInterrupt):
+def wait_for(condition, seconds=10.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown", "code"), [("SIGINT", "Ctrl-C", 130), ("SIGTERM", "SIGTERM", 143), ("SIGHUP", "SIGHUP", 129)]
+)
+def test_the_first_signal_is_answered_and_stops_where_it_is_safe(name, shown, code):
+    number = getattr(signal, name)
+    before, said = signal.getsignal(number), []
+    with catch_interrupt(said.append) as interrupt:
+        interrupt.check()
+        interrupt.doing = "testing"
+        signal.raise_signal(number)
+        signal.raise_signal(number)  # an echo of the first, as some programs send it
+        wait_for(lambda: said)
+        assert len(said) == 1 and said[0].startswith(f"{shown} while testing: the run stops as soon as that is done")
+        assert interrupt.exit_code == code
+        with pytest.raises(Stopped):
+            interrupt.check()
+    assert signal.getsignal(number) is before and signal.set_wakeup_fd(-1) == -1
+
+
+def test_an_answer_that_cannot_be_given_stops_the_run_all_the_same():
+    def fail(text):
+        raise OSError("the terminal is gone")
+
+    with catch_interrupt(fail) as interrupt:
+        signal.raise_signal(signal.SIGTERM)
+        wait_for(lambda: interrupt.signum)
+
+
+def test_ignored_signals_stay_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with catch_interrupt(print) as interrupt:
+            signal.raise_signal(signal.SIGHUP)
             signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+            wait_for(lambda: interrupt.signum)
+            assert interrupt.signum == signal.SIGINT
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_other_threads_catch_nothing():
+    def work():
+        with catch_interrupt(print) as interrupt:
+            found.append(interrupt.signum)
+
+    found = []
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [0]
 
 
 def test_importing_the_library_imports_no_extra():

@@ -3,7 +3,7 @@
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,7 +14,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
     A reader, or a run killed at any moment, sees either the old content of `path` or the new one.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path))
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
@@ -26,6 +26,19 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         os.unlink(temporary)
         raise
     _sync_folder(path.parent)
+
+
+def remove_unfinished(*paths: Path) -> None:
+    """Removes what killed processes had begun to write for `paths`; call it where nobody else writes them."""
+    for path in paths:
+        for temporary in path.parent.iterdir():
+            if temporary.name.startswith(_prefix(path)):
+                with suppress(OSError):
+                    temporary.unlink()
+
+
+def _prefix(path: Path) -> str:
+    return f".{path.name}-"
 
 
 def _umask() -> int:

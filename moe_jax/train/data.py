@@ -1,57 +1,136 @@
 """The byte corpus: which bytes are trained on, which are held out, and the batch of every step.
 
 A batch is a pure function of (corpus, seed, step): there is no reader state, so a resumed run sees the same bytes.
+Only the windows of a batch are ever in memory, so the corpus may be larger than that.
 """
 
 import hashlib
 import os
 import stat
 import sysconfig
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from moe_jax.errors import DataError
 
-MAX_BYTES = 32 * 1024 * 1024
 HELD_OUT = 0.05
 MIN_FILES_TO_SPLIT = 20  # below this many files the tail of the bytes is held out, not whole files
 # Not in the standard corpus: other people's packages, tests, and tables that are generated rather than written.
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data"})
+BLOCK = 64 * 1024 * 1024  # bytes that are read at once where all of them are read
+_KINDS = {
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+@dataclass(frozen=True)
+class Span:
+    """`length` bytes of a file, from its byte `start` on."""
+
+    path: str
+    start: int
+    length: int
+
+    def read(self, offset: int, length: int) -> bytes:
+        """`length` bytes from byte `offset` of the span on."""
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self.start + offset)
+                content = file.read(length)
+        except OSError as error:
+            raise _unreadable(self.path, error) from None
+        if len(content) != length:
+            raise DataError(f"{self.path}: became shorter during the run; leave the data as it is while a run reads it")
+        return content
+
+
+@dataclass(frozen=True)
+class Text:
+    """Spans of files, one after the other, as one sequence of bytes that stays on the disk."""
+
+    spans: tuple[Span, ...]
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        """Where each span ends in the whole: inclusive prefix sums of the lengths, [num_spans] i64."""
+        return np.cumsum([span.length for span in self.spans], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if self.spans else 0
+
+    def read(self, start: int, length: int) -> bytes:
+        """`length` bytes from byte `start` on; they may lie in several files."""
+        parts = []
+        index = int(np.searchsorted(self._ends, start, side="right"))  # the span that holds byte `start`
+        while length > 0:
+            span = self.spans[index]
+            offset = start - (int(self._ends[index]) - span.length)
+            part = span.read(offset, min(length, span.length - offset))
+            parts.append(part)
+            start, length, index = start + len(part), length - len(part), index + 1
+        return b"".join(parts)
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Bytes to train on and bytes to validate on, each one uint8 array; `digest` names the content."""
+    """Bytes to train on and bytes to validate on. `left_out` names what lies below a folder and is not read."""
 
-    train: np.ndarray  # [num_train_bytes] uint8
-    held_out: np.ndarray  # [num_held_out_bytes] uint8
-    digest: str
+    train: Text
+    held_out: Text
+    left_out: tuple[str, ...] = ()
 
 
 def load_corpus(path: str | Path | None, seq_len: int) -> Corpus:
-    """Reads a file, a folder (all its files, sorted by name) or, for None, Python's own standard library.
+    """Finds the bytes of a file, a folder (all its files, sorted by name) or, for None, Python's standard library.
 
-    Hidden files are left out, and so is what is no file: reading a pipe could wait for ever.
-
-    About 5 % of the bytes are held out: whole files, picked by the hash of their names, or the tail of few files.
+    Below a folder, hidden files and folders, links to folders, and what is no file (reading a pipe could wait for ever)
+    are left out. About 5 % of the bytes are held out: whole files, picked by the hash of their names, or the tail of
+    few files. No content is read here.
 
     Raises:
-      DataError: the path cannot be read, or either part is too small for one window of `seq_len` + 1 bytes.
+      DataError: there is nothing to read at the path, or either part is too small for a window of `seq_len` + 1 bytes.
     """
     root = Path(path) if path is not None else Path(sysconfig.get_path("stdlib"))
-    files = _list_files(root, standard_library=path is None)
-    texts = _read_files(root, files)
-    train, held_out = _split(texts)
+    names, left_out = _list_files(root, standard_library=path is None)
+    sizes = {name: _size(root / name) for name in names}
+    total = sum(sizes.values())
+    if not total:
+        what = f"all {len(names)} files in it are empty" if root.is_dir() else "is empty"
+        raise DataError(f"{root}: {what}; give --data a file or folder with text in it")
+    train, held_out = _split(root, sizes)
     for name, part in (("training", train), ("held-out", held_out)):
         if len(part) < seq_len + 1:
             raise DataError(
-                f"{root}: the {name} part has {len(part)} bytes and one window needs {seq_len + 1}; "
+                f"{root}: has {total} bytes, its {name} part has {len(part)} bytes and one window needs {seq_len + 1}; "
                 "give more data, or lower model.seq_len"
             )
-    digest = hashlib.sha256(train + b"\0" + held_out).hexdigest()
-    return Corpus(np.frombuffer(train, np.uint8), np.frombuffer(held_out, np.uint8), digest)
+    return Corpus(train, held_out, tuple(left_out))
+
+
+def digest(corpus: Corpus, tell: Callable[[str, int, int], None]) -> str:
+    """The SHA-256 of the whole content; `tell` hears how far reading has come, in MiB.
+
+    Raises:
+      DataError: a file cannot be read, or has become shorter.
+    """
+    found, done = hashlib.sha256(), 0
+    total = len(corpus.train) + len(corpus.held_out)
+    for text, separator in ((corpus.train, b"\0"), (corpus.held_out, b"")):
+        for start in range(0, len(text), BLOCK):
+            block = text.read(start, min(BLOCK, len(text) - start))
+            found.update(block)
+            done += len(block)
+            if BLOCK <= done < total:
+                tell("reading the data (MiB)", done >> 20, total >> 20)
+        found.update(separator)
+    return found.hexdigest()
 
 
 def train_batch(corpus: Corpus, *, seed: int, step: int, batch_size: int, seq_len: int) -> np.ndarray:
@@ -66,26 +145,33 @@ def eval_batch(corpus: Corpus, *, index: int, num_batches: int, batch_size: int,
     return _windows(corpus.held_out, starts[index * batch_size : (index + 1) * batch_size], seq_len)
 
 
-def _windows(data: np.ndarray, starts: np.ndarray, seq_len: int) -> np.ndarray:
-    return data[starts[:, None] + np.arange(seq_len + 1)].astype(np.int32)
+def _windows(text: Text, starts: np.ndarray, seq_len: int) -> np.ndarray:
+    content = b"".join(text.read(int(start), seq_len + 1) for start in starts)
+    return np.frombuffer(content, np.uint8).reshape(len(starts), seq_len + 1).astype(np.int32)
 
 
-def _list_files(root: Path, *, standard_library: bool) -> list[str]:
-    """Names of the files below `root`, relative to it, sorted; [""] where `root` is itself a file."""
-    if root.is_file():
-        return [""]
-    if not root.is_dir():
-        raise DataError(f"{root}: there is no such file or folder; give --data a path to text")
-    names = []
-    for folder, subfolders, files in os.walk(root, onerror=_raise_unreadable):
-        subfolders[:] = [name for name in subfolders if not _is_skipped(name, standard_library)]
+def _list_files(root: Path, *, standard_library: bool) -> tuple[list[str], list[str]]:
+    """(files to read, what is left out): names relative to `root`, sorted; [""] where `root` is itself a file."""
+    mode = _mode(root)
+    if stat.S_ISREG(mode):
+        return [""], []
+    if not stat.S_ISDIR(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "no file and no folder")
+        raise DataError(f"{root}: is {kind}; give --data a file or folder of text")
+    names, left_out = [], []
+    for folder, subfolders, files in os.walk(root, onerror=_raise):
+        skipped = [name for name in subfolders if _is_skipped(name, standard_library)]
+        links = [name for name in subfolders if name not in skipped and os.path.islink(os.path.join(folder, name))]
+        subfolders[:] = [name for name in subfolders if name not in skipped]
+        texts = [name for name in files if _is_text(name, standard_library) and _is_regular(os.path.join(folder, name))]
         relative = Path(folder).relative_to(root)
-        texts = [name for name in files if _is_text(name, standard_library)]
-        names += [(relative / name).as_posix() for name in texts if _is_regular(os.path.join(folder, name))]
+        names += [(relative / name).as_posix() for name in texts]
+        left_out += [(relative / name).as_posix() for name in [*skipped, *links, *(set(files) - set(texts))]]
     if not names:
         remedy = "pass --data with a file or folder" if standard_library else "give --data a folder with files in it"
-        raise DataError(f"{root}: holds no files to train on; {remedy}")
-    return sorted(names)
+        besides = f" (only {min(left_out)!r} and the like, which is left out)" if left_out else ""
+        raise DataError(f"{root}: holds no files to train on{besides}; {remedy}")
+    return sorted(names), [] if standard_library else sorted(left_out)
 
 
 def _is_skipped(folder: str, standard_library: bool) -> bool:
@@ -104,40 +190,58 @@ def _is_regular(path: str) -> bool:
         return True
 
 
-def _raise_unreadable(error: OSError) -> None:
-    raise DataError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from None
+def _mode(root: Path) -> int:
+    try:
+        return root.stat().st_mode
+    except FileNotFoundError:
+        raise DataError(f"{root}: there is no such file or folder; give --data a path to text") from None
+    except OSError as error:
+        raise _unreadable(root, error) from None
 
 
-def _read_files(root: Path, names: list[str]) -> dict[str, bytes]:
-    """Content by name, in order, up to MAX_BYTES in all; what lies beyond is left out."""
-    texts: dict[str, bytes] = {}
-    room = MAX_BYTES
-    for name in names:
-        if room <= 0:
-            break
-        try:
-            with open(root / name, "rb") as file:
-                texts[name] = file.read(room)
-        except OSError as error:
-            _raise_unreadable(error)
-        room -= len(texts[name])
-    return texts
+def _size(path: Path) -> int:
+    """The size of a file that can be opened: better told now than in the middle of a run."""
+    try:
+        with path.open("rb") as file:
+            return os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise _unreadable(path, error) from None
 
 
-def _split(texts: dict[str, bytes]) -> tuple[bytes, bytes]:
-    """(training bytes, held-out bytes); no byte is in both."""
-    total = sum(map(len, texts.values()))
-    if len(texts) < MIN_FILES_TO_SPLIT:
-        joined = b"".join(texts.values())
-        cut = total - int(total * HELD_OUT)
-        return joined[:cut], joined[cut:]
+def _raise(error: OSError) -> None:
+    raise _unreadable(error.filename, error) from None
+
+
+def _unreadable(path: str | Path, error: OSError) -> DataError:
+    return DataError(f"{path}: cannot be read ({error.strerror}); check its permissions")
+
+
+def _split(root: Path, sizes: dict[str, int]) -> tuple[Text, Text]:
+    """(training bytes, held-out bytes) of the files, sizes by name in order; no byte is in both."""
+    total = sum(sizes.values())
+    spans = {name: Span(str(root / name), 0, size) for name, size in sizes.items() if size}
+    if len(sizes) < MIN_FILES_TO_SPLIT:
+        return _cut(list(spans.values()), total - int(total * HELD_OUT))
     held_out: set[str] = set()
     room = total * HELD_OUT
-    for name in sorted(texts, key=lambda name: hashlib.sha256(name.encode(errors="surrogateescape")).digest()):
-        if len(texts[name]) <= room:
+    for name in sorted(sizes, key=lambda name: hashlib.sha256(name.encode(errors="surrogateescape")).digest()):
+        if sizes[name] <= room:
             held_out.add(name)
-            room -= len(texts[name])
+            room -= sizes[name]
     return (
-        b"".join(text for name, text in texts.items() if name not in held_out),
-        b"".join(text for name, text in texts.items() if name in held_out),
+        Text(tuple(span for name, span in spans.items() if name not in held_out)),
+        Text(tuple(span for name, span in spans.items() if name in held_out)),
     )
+
+
+def _cut(spans: list[Span], size: int) -> tuple[Text, Text]:
+    """The first `size` bytes, and the rest; a span may fall into both."""
+    before, after = [], []
+    for span in spans:
+        head = min(size, span.length)
+        size -= head
+        if head:
+            before.append(Span(span.path, span.start, head))
+        if head < span.length:
+            after.append(Span(span.path, span.start + head, span.length - head))
+    return Text(tuple(before)), Text(tuple(after))

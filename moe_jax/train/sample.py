@@ -25,15 +25,27 @@ def compile_next_byte(decoder: Decoder, params: Params, *, batch_size: int) -> C
     return jax.jit(next_byte, out_shardings=decoder.replicated).lower(params, *like).compile()
 
 
-def sample_text(decoder: Decoder, params: Params, prompt: bytes, *, num_bytes: int, batch_size: int, seed: int) -> str:
+def sample_text(
+    decoder: Decoder,
+    params: Params,
+    prompt: bytes,
+    *,
+    num_bytes: int,
+    batch_size: int,
+    seed: int,
+    tell: Callable[[str, int, int], None],
+) -> str:
     """`prompt` and `num_bytes` sampled bytes after it, as text; bytes that are no UTF-8 show as the replacement mark.
+
+    `tell` hears how many bytes are there before each one.
 
     The batch is the one that the model was planned for, so nothing is planned anew; every row holds the same text and
     row 0 is read. Text longer than the window is seen through its last `seq_len` bytes.
     """
     next_byte = compile_next_byte(decoder, params, batch_size=batch_size)
     seq_len, text = decoder.config.seq_len, list(prompt)
-    for key in np.asarray(jax.random.key_data(jax.random.split(jax.random.key(seed), num_bytes))):
+    for done, key in enumerate(np.asarray(jax.random.key_data(jax.random.split(jax.random.key(seed), num_bytes)))):
+        tell("sampling", done, num_bytes)
         window = text[-seq_len:]
         tokens = np.zeros((batch_size, seq_len), np.int32)
         tokens[:, : len(window)] = window
