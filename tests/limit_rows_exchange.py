@@ -198,8 +198,8 @@ EXCHANGE_ROWS = [
      {"performance_info": array((8,), "int32")}, "performance_info has dtype int32", DTYPE),
     ("absent:performance_info", "7", DISPATCH_COMBINE, "a3", {}, {"performance_info": array((8,), "int64")},
      "performance_info was given", VALUE),
-    ("absent:performance_info@hierarchy", "7", DISPATCH_COMBINE, "a2", HIER, {"performance_info": array((16,),
-     "int64"), **HIER}, "performance_info was given", VALUE),
+    ("performance_info_by_rank", "7", DISPATCH_COMBINE, None, HIER, {"performance_info": array((4,), "int64"), **HIER},
+     "performance_info was given.*'hierarchy'.*whose they are", VALUE),
 ]  # fmt: skip
 
 # Section 8. The sizes of the other rows are too small to need more than a megabyte.

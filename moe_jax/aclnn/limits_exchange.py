@@ -7,7 +7,7 @@ tensor-parallel size. Sections are those of the reference sheet.
 from typing import Any
 
 from moe_jax.aclnn.limits import Call, Operator, Rule, where
-from moe_jax.errors import InvalidArgumentError, ShapeError
+from moe_jax.errors import InvalidArgumentError, ShapeError, UnsupportedError
 from moe_jax.products import PRODUCTS, Sizes, megabytes
 
 MAX_IDS = 2**31 - 1  # ids are int32
@@ -111,6 +111,14 @@ def _groups_differ(call):
         raise InvalidArgumentError("group_tp='' must name a mesh axis with tp_world_size=2; pass it")
 
 
+def _performance_info_by_rank(call):
+    if call.given("performance_info") and call["comm_alg"] == "hierarchy":
+        raise UnsupportedError(
+            f"performance_info was given, with shape {call.shape('performance_info')}, but with comm_alg='hierarchy' rows "
+            "come through another rank of the node, which hides whose they are; pass None, or comm_alg=''"
+        )
+
+
 def _buffer(call):
     limits = PRODUCTS[call.product].operators[call.operator].under(call["comm_alg"])
     needed = megabytes(limits.buffer(sizes(call)))
@@ -151,9 +159,10 @@ def exchange_operator(name: str, arrays, needs, shapes, before, after, **others:
         Rule("global_bs_relation", "2.2", _global_bs),
         Rule("groups_differ", "2.2, 15", _groups_differ),
     )
-    performance = {"performance_info": lambda call: ((call["ep_world_size"],),)}
-    if "performance_info" not in arrays:
-        performance = {}
+    performance = {}
+    if "performance_info" in arrays:
+        performance = {"performance_info": lambda call: ((call["ep_world_size"],),)}
+        relations += (Rule("performance_info_by_rank", "7", _performance_info_by_rank),)
     width = _HIDDEN.get(name, "expand_x")
     return Operator(
         arrays=arrays,

@@ -37,7 +37,7 @@ def _operator(values, dtypes, *, hierarchy, absent, required):
     base = _FULLMESH.but(values=values, dtypes={"performance_info": ("int64",), **dtypes})  # [2.2]
     with_hierarchy = base.but(
         values={**_HIERARCHY, **hierarchy},
-        absent=("elastic_info", "performance_info", "x_active_mask", *absent),  # [2.2, 7]
+        absent=("elastic_info", "x_active_mask", *absent),  # [2.2, 6]
         required=required,
         buffer=buffers.hierarchy_a2,  # [8]
     )
