@@ -141,13 +141,12 @@ def open_exchange(
     plan = world.plan
     given = {"token_mask": mask, "rank_table": elastic_info, "recv_counts": recv_counts, "timed": timed}
     exchange = prepare(expert_ids, plan, **given)
-    return exchange if plan.tp_size == 1 else exchange._replace(source_order=_lane_order(plan).ravel())
-
-
-def _lane_order(plan: Plan) -> Array:
-    """[P, W] sources p * W + w, those of this tp rank first."""
-    lanes = jnp.arange(plan.tp_size * plan.ep_size, dtype=jnp.int32).reshape(plan.tp_size, plan.ep_size)
-    return jnp.roll(lanes, -comm.tp_rank(plan), axis=0)
+    if plan.tp_size == 1:
+        return exchange
+    order = exchange.source_order  # by tp rank, then by logical rank; the lane of this tp rank comes first here
+    lanes = jnp.arange(plan.tp_size * plan.ep_size, dtype=jnp.int32) if order is None else order
+    lanes = jnp.roll(lanes.reshape(plan.tp_size, plan.ep_size), -comm.tp_rank(plan), axis=0)
+    return exchange._replace(source_order=lanes.ravel())
 
 
 class Ledger:

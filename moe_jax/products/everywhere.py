@@ -19,6 +19,7 @@ _EXCHANGE = Limits(
         "hidden": Interval(1),
         "top_k": Interval(1),
         "tp_world_size": Choices((0, 1, 2)),  # [2.2]
+        "local_experts_with_tp": Choices((1,)),  # [2.2, 2.9] own rows stand before the peer's, not expert by expert
         "expert_shard_type": Choices((0,)),  # [2.2]
         "shared_expert_num": _COUNT,
         "shared_expert_rank_num": _COUNT,
