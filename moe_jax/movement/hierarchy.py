@@ -60,7 +60,7 @@ def collect(
     partial sums travel, and with a recipe what that leaves of it. With tp > 1 the rows of the tp ranks are partial
     sums, and are added first, in their own dtype. Scalars [M, G] -> [T, C, G], added over tp alone. Weights of shape
     [M] stand beside the rows and are added over tp too: of each row one tp rank holds the weight, the others zero.
-    They go without scalars.
+    They go without scalars, and with rows that are in order.
 
     Source: the layered combine kernels of MoeDistributeCombine, without their fp16 special case.
     """
@@ -111,12 +111,13 @@ def collect_adjoint(
     row_ct = as_received(row_ct, recipe, rows.shape[1]).astype(jnp.float32)
     with jax.named_scope("dot"):
         dots = jnp.sum(rows.astype(jnp.float32) * row_ct, axis=-1, keepdims=True)
-    if of_rows:  # both the rows and their weights are sums over tp
-        if plan.tp_size > 1:
-            dots, weights = comm.sum_over((dots, weights), plan.tp_axis)
-            dots, weights = _compat.as_varying((dots, weights), plan.exchange_axes)
-        d_weights = jnp.where(maps.row_slot >= 0, dots[:, 0], 0.0)
-        return (weights[:, None] * row_ct).astype(rows.dtype), d_weights
+    if of_rows:
+        both = jnp.concatenate([dots, weights[:, None]], axis=1)
+        if plan.tp_size > 1:  # rows and weights are sums over tp, whose ranks may order rows differently, but not slots
+            slots = comm.sum_over(pick(both, maps.slot_row, plan, absent=0), plan.tp_axis)
+            both = pick(_compat.as_varying(slots, plan.exchange_axes), maps.row_slot, plan, absent=0)
+        d_weights = jnp.where(maps.row_slot >= 0, both[:, 0], 0.0)
+        return (both[:, 1:] * row_ct).astype(rows.dtype), d_weights
     home, _ = _gather_back([dots, None], maps, plan, ordered)
     with jax.named_scope("exchange"):
         returned = nodes.exchange_nodes(pick(home[:, 0], maps.pair_inner, plan, absent=0), plan)
