@@ -131,7 +131,7 @@ def moe_distribute_combine(
             else:
                 homes = [node_of[rank] if rank >= 0 else -1 for rank in _homes(world, w, ids[w, p, i], active[w, p, i])]
                 acc = _sum_nodes(homes, nodes, expand_x.dtype, recipe, values[w, p, i], weights[w, p, i])
-                acc = acc + _sum_token(world, special, i, np.zeros_like(values[w, p, i]), *chosen)
+                acc = acc + _sum_token(world, special, i, None, *chosen)
             if shared_x is not None:
                 acc = acc + shared_x[w, p].reshape(ids.shape[2], -1)[i].astype(_F32)
             unrounded[w, p, i] = acc
@@ -183,14 +183,14 @@ def moe_distribute_combine_add_rms_norm(
 
 
 def _sum_token(world: World, special: _Special, i, values, ids, weights, active):
-    """The fp32 sum of token ``i``: values [K + Ns, H], ids, weights and active [K]."""
-    acc = np.zeros(values.shape[-1], _F32)
+    """The fp32 sum of token ``i``: values [K + Ns, H], or None for special experts alone; ids, weights and active [K]."""
+    acc = np.zeros((), _F32) if values is None else np.zeros(values.shape[-1], _F32)
     for k in range(len(ids)):
-        if active[k] and ids[k] < world.num_experts:
+        if active[k] and ids[k] >= world.num_experts:
+            acc = acc + weights[k] * _special_value(special, i, int(ids[k]))
+        elif active[k] and values is not None:
             acc = acc + weights[k] * values[k]
-        elif active[k]:
-            acc = acc + weights[k] * _special_value(special, i, int(ids[k]), values.shape[-1])
-    for s in range(world.num_shared):
+    for s in range(world.num_shared if values is not None else 0):
         acc = acc + values[len(ids) + s]
     return acc
 
@@ -221,10 +221,10 @@ def _sum_nodes(homes, num_nodes, dtype, recipe, values, weights):
     return acc
 
 
-def _special_value(special: _Special, i: int, expert_id: int, hidden: int) -> np.ndarray:
-    """What a special expert makes of token ``i``, f32 [H], before weighting."""
+def _special_value(special: _Special, i: int, expert_id: int) -> np.ndarray:
+    """What a special expert makes of token ``i`` before weighting, f32 [H], or a scalar zero."""
     if expert_id < special.first_copy or expert_id >= special.end:
-        return np.zeros(hidden, _F32)
+        return _F32(0.0)
     x = special.ori_x[i].astype(_F32)
     if expert_id < special.first_const:
         return x
