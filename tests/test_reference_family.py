@@ -547,7 +547,7 @@ def test_special_experts_by_hand():
 def test_sums_by_node_that_need_no_rounding_are_those_of_one_node(seed):
     """Whatever else a call has: shared ranks, special experts, masks, tables, two tp ranks."""
     found = 0
-    kind = {"comm_quant_mode": 0, "dtype": "float16", "norm": False}
+    kind = {"comm_quant_mode": 0, "dtype": "float16", "norm": False, "alpha_ndim": 1}
     for config, drawn in draws(seed, lambda c: c.nodes > 1, per_config=4, **kind):
         quarters = 4 * drawn["expert_scales"]
         if quarters.size and (quarters == np.rint(quarters)).all():  # the draws of whole numbers
