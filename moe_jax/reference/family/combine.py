@@ -170,7 +170,8 @@ def moe_distribute_combine_add_rms_norm(
     )  # fmt: skip
     written = active_pairs(np.asarray(expert_ids), x_active_mask).any(axis=-1)
     if elastic_info is not None and elastic_info[0] == 1:
-        written &= (np.asarray(elastic_info[4 : 4 + len(written)]) >= 0)[:, None]
+        alive = np.asarray(elastic_info[4 : 4 + len(written)]) >= 0
+        written &= alive.reshape(-1, *[1] * (written.ndim - 1))
     acc, rstd = np.zeros(residual_x.shape, _F32), np.zeros((*residual_x.shape[:-1], 1), _F32)
     y = np.zeros(residual_x.shape, expand_x.dtype)
     for token in zip(*np.nonzero(written), strict=True):
