@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from limit_calls import (
     COMBINE,
+    COMBINE_3,
     COMBINES,
     CONST,
     DISPATCH,
+    DISPATCH_3,
     DISPATCH_COMBINE,
     DTYPE,
     EXCHANGE,
@@ -29,6 +31,7 @@ from limit_calls import (
 
 X_DTYPES = ("float16", "bfloat16")
 HIER, V2 = {"ALG": "hierarchy"}, {"ALG": "fullmesh_v2"}
+ELASTIC = (DISPATCH_3, COMBINE_3, NORM)  # those that take elastic_info on a3
 
 
 EXCHANGE_ROWS = [
@@ -120,8 +123,8 @@ EXCHANGE_ROWS = [
     ("zero_expert_num", "2.2", EXCHANGE, None, {"Z": 2**31 - 9}, {"Z": -1}, "zero_expert_num=-1", VALUE),
     ("copy_expert_num", "2.2", EXCHANGE, None, {"CP": 2**31 - 9}, {"CP": -1}, "copy_expert_num=-1", VALUE),
     ("const_expert_num", "2.2", EXCHANGE, None, {"CC": 3}, {"CC": -1}, "const_expert_num=-1", VALUE),
-    ("ids_total", "1", EXCHANGE, None, {"Z": 2**31 - 9}, [{"Z": 2**31 - 8}, {"Z": 2**30, "CP": 2**30}],
-     "zero_expert_num=.*2147483647", VALUE),
+    ("ids_total", "1", EXCHANGE, None, [{"Z": 2**31 - 9}, {"E": 2**31 - 4}], [{"Z": 2**31 - 8}, {"Z": 2**30,
+     "CP": 2**30}, {"E": 2**31}], "moe_expert_num=.*2147483647", VALUE),
     ("zero_expert_num@hierarchy", "2.2", EXCHANGE, "a2", {"Z": 0, **HIER}, {"Z": 1, **HIER},
      "zero_expert_num=1 must be 0", VALUE),
     ("copy_expert_num@hierarchy", "2.2", EXCHANGE, "a2", {"CP": 0, **HIER}, {"CP": 1, **HIER}, "copy_expert_num=1",
@@ -181,11 +184,11 @@ EXCHANGE_ROWS = [
      "elastic_info was given", VALUE),
     ("absent:elastic_info", "6", EXCHANGE, "a5", {}, {"elastic_info": array((20,), "int32")},
      "elastic_info was given", VALUE),
-    ("absent:elastic_info@fullmesh_v2", "8", NORM, "a3", {"elastic_info": array((20,), "int32")},
+    ("absent:elastic_info@fullmesh_v2", "8", ELASTIC, "a3", {"elastic_info": array((20,), "int32")},
      {"elastic_info": array((20,), "int32"), **V2}, "elastic_info was given.*fullmesh_v2", VALUE),
-    ("absent:elastic_info@hierarchy", "6", NORM, "a3", {"W": 16, **HIER}, {"W": 16, "elastic_info": array((36,),
+    ("absent:elastic_info@hierarchy", "6", ELASTIC, "a3", {"W": 16, **HIER}, {"W": 16, "elastic_info": array((36,),
      "int32"), **HIER}, "elastic_info was given", VALUE),
-    ("tp_world_size_with_elastic", "6", NORM, "a3", {"T": 1, "elastic_info": array((20,), "int32")}, {"T": 2, "E": 8,
+    ("tp_world_size_with_elastic", "6", ELASTIC, "a3", {"T": 1, "elastic_info": array((20,), "int32")}, {"T": 2, "E": 8,
      "elastic_info": array((20,), "int32")}, "tp_world_size, elastic_info: 2", VALUE),
     ("dtype:performance_info", "7", DISPATCH_COMBINE, None, [{"performance_info": array((4,), "int64")},
      {"performance_info": array((4,), "int32")}], {"performance_info": array((4,), "float32")},

@@ -14,12 +14,7 @@ from moe_jax.aclnn.grouped import (
     grouped_mat_mul_allto_allv,
     quant_grouped_mat_mul_allto_allv,
 )
-from moe_jax.aclnn.local import (
-    distribute_barrier,
-    distribute_barrier_v2,
-    moe_distribute_buffer_reset,
-    moe_update_expert,
-)
+from moe_jax.aclnn.local import distribute_barrier_v2, moe_distribute_buffer_reset, moe_update_expert
 from moe_jax.aclnn.results import (
     AddRmsNormOutput,
     AllToAllvGroupedMatmulOutput,
@@ -30,10 +25,23 @@ from moe_jax.aclnn.results import (
     TimedDispatchOutput,
     UpdateExpertOutput,
 )
+from moe_jax.aclnn.versions import (
+    distribute_barrier,
+    distribute_barrier_get_workspace_size,
+    moe_distribute_combine_add_rms_norm,
+    moe_distribute_combine_add_rms_norm_get_workspace_size,
+    moe_distribute_combine_v2,
+    moe_distribute_combine_v2_get_workspace_size,
+    moe_distribute_combine_v3,
+    moe_distribute_combine_v3_get_workspace_size,
+    moe_distribute_dispatch_v2,
+    moe_distribute_dispatch_v2_get_workspace_size,
+    moe_distribute_dispatch_v3,
+    moe_distribute_dispatch_v3_get_workspace_size,
+)
 from moe_jax.aclnn.workspace import (
     allto_allv_grouped_mat_mul_get_workspace_size,
     allto_allv_quant_grouped_mat_mul_get_workspace_size,
-    distribute_barrier_get_workspace_size,
     distribute_barrier_v2_get_workspace_size,
     grouped_mat_mul_allto_allv_get_workspace_size,
     moe_distribute_buffer_reset_get_workspace_size,
@@ -65,10 +73,20 @@ __all__ = [
     "grouped_mat_mul_allto_allv_get_workspace_size",
     "moe_distribute_buffer_reset",
     "moe_distribute_buffer_reset_get_workspace_size",
+    "moe_distribute_combine_add_rms_norm",
+    "moe_distribute_combine_add_rms_norm_get_workspace_size",
     "moe_distribute_combine_add_rms_norm_v2",
     "moe_distribute_combine_add_rms_norm_v2_get_workspace_size",
+    "moe_distribute_combine_v2",
+    "moe_distribute_combine_v2_get_workspace_size",
+    "moe_distribute_combine_v3",
+    "moe_distribute_combine_v3_get_workspace_size",
     "moe_distribute_combine_v4",
     "moe_distribute_combine_v4_get_workspace_size",
+    "moe_distribute_dispatch_v2",
+    "moe_distribute_dispatch_v2_get_workspace_size",
+    "moe_distribute_dispatch_v3",
+    "moe_distribute_dispatch_v3_get_workspace_size",
     "moe_distribute_dispatch_v4",
     "moe_distribute_dispatch_v4_get_workspace_size",
     "moe_update_expert",

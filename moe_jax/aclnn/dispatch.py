@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from moe_jax import _compat, comm
 from moe_jax.aclnn import world as worlds
+from moe_jax.aclnn.arguments import signature_checked
 from moe_jax.aclnn.results import DispatchOutput, TimedDispatchOutput
 from moe_jax.aclnn.workspace import moe_distribute_dispatch_v4_get_workspace_size
 from moe_jax.bookkeeping import open_window
@@ -17,6 +18,7 @@ from moe_jax.types import DispatchHandle
 Array = jax.Array
 
 
+@signature_checked
 def moe_distribute_dispatch_v4(
     x: Array,
     expert_ids: Array,

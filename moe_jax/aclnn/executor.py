@@ -6,11 +6,13 @@ from typing import Any
 
 import jax
 
+from moe_jax.aclnn.arguments import stand_in
 from moe_jax.errors import (
     DtypeError,
     InvalidArgumentError,
     MissingArgumentError,
     ShapeError,
+    UnexpectedArgumentError,
     UnsupportedError,
     suggest,
 )
@@ -29,6 +31,7 @@ class Executor:
 
         Raises:
           InvalidArgumentError: an array that was not among the checked ones.
+          UnexpectedArgumentError: a part of the C++ call that no function here has, such as a stream or an output.
           MissingArgumentError: an array that was, and is not given.
           ShapeError, DtypeError: an array is not like the one that was checked.
           UnsupportedError: ``moe_jax.aclnn`` has the checks of this operator, but not the operator.
@@ -44,6 +47,9 @@ class Executor:
     def _check(self, arrays):
         names = [name for name, _, _ in self.arrays]
         for name, array in arrays.items():
+            why = None if name in names else stand_in(self.operator_name, names, name)
+            if why is not None:
+                raise UnexpectedArgumentError(f"{name} was given, but the executor does not take it: {why}")
             if name not in names:
                 came = f"an array of shape {getattr(array, 'shape', '?')}"
                 raise InvalidArgumentError(

@@ -13,15 +13,14 @@ from moe_jax.aclnn import (
 )
 from moe_jax.aclnn.executor import Executor
 from moe_jax.aclnn.limits import Call, check
-from moe_jax.products import ANY, Choices
+from moe_jax.products import ANY, VERSIONS, Choices, lacking
 
 OPERATORS = {
     "moe_distribute_dispatch_v4": (limits_dispatch.DISPATCH, buffer_bytes.dispatch),
     "moe_distribute_combine_v4": (limits_combine.COMBINE, buffer_bytes.combine),
     "moe_distribute_combine_add_rms_norm_v2": (limits_combine.ADD_RMS_NORM, buffer_bytes.add_rms_norm),
     "moe_update_expert": (limits_local.UPDATE_EXPERT, buffer_bytes.update_expert),
-    "distribute_barrier": (limits_local.BARRIER, buffer_bytes.barrier),
-    "distribute_barrier_v2": (limits_local.BARRIER_V2, buffer_bytes.barrier),
+    "distribute_barrier_v2": (limits_local.BARRIER, buffer_bytes.barrier),
     "moe_distribute_buffer_reset": (limits_local.BUFFER_RESET, buffer_bytes.buffer_reset),
     "grouped_mat_mul_allto_allv": (limits_fused.GROUPED_MATMUL_ALL_TO_ALLV, buffer_bytes.compute_then_send),
     "allto_allv_grouped_mat_mul": (limits_fused.ALL_TO_ALLV_GROUPED_MATMUL, buffer_bytes.send_then_compute),
@@ -34,11 +33,18 @@ OPERATORS = {
         buffer_bytes.send_then_compute,
     ),
 }
+OPERATORS |= {
+    name: (OPERATORS[version.newest][0].without(version.without), OPERATORS[version.newest][1])
+    for name, version in VERSIONS.items()
+}
 _UNREAD = ("group_list_type", "group_size", "hccl_buffsize")  # no operator reads them
 
 
 def first_phase(name: str, arguments: Mapping[str, Any]) -> tuple[int, Executor]:
-    """Workspace in bytes and executor of the operator ``name``, called with ``arguments``."""
+    """Workspace in bytes and executor of the operator ``name``, called with ``arguments``.
+
+    For an earlier version they are those of the newest one, with the default where it lacks a parameter.
+    """
     definition, num_bytes = OPERATORS[name]
     arguments = dict(arguments)
     product = arguments.pop("product")
@@ -55,9 +61,10 @@ def first_phase(name: str, arguments: Mapping[str, Any]) -> tuple[int, Executor]
 
 
 def _is_read(operator, attribute):
-    """Whether the running operator takes it: not what no operator reads, nor what has a single legal value."""
+    """Whether the running operator takes it: not what it lacks or does not read, nor what has a single legal value."""
     legal = ANY[operator].values.get(attribute)
-    return attribute not in _UNREAD and not (isinstance(legal, Choices) and len(legal.values) == 1)
+    unread = (*_UNREAD, *lacking(operator))
+    return attribute not in unread and not (isinstance(legal, Choices) and len(legal.values) == 1)
 
 
 def _static(value):

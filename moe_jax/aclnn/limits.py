@@ -76,6 +76,7 @@ class Rule:
     check: Callable[[Call], None]
     stage: str = REST
     products: tuple[str, ...] | None = None  # None: whatever the product
+    about: str | None = None  # a parameter; versions without it have no such rule
 
     def __call__(self, call: Call) -> None:
         """Raises if the rule is in force and broken."""
@@ -98,6 +99,15 @@ class Operator:
     rules: tuple[Rule, ...] = ()
     last_rules: tuple[Rule, ...] = ()  # those that follow the product's table
     missing_product: int = BAD_VALUE  # the code on a product that does not have it
+
+    def without(self, parameters: tuple[str, ...]) -> "Operator":
+        """How calls of a version are checked that does not have ``parameters``; they count as not given."""
+        return dataclasses.replace(
+            self,
+            shapes={name: shapes for name, shapes in self.shapes.items() if name not in parameters},
+            rules=tuple(rule for rule in self.rules if rule.about not in parameters),
+            last_rules=tuple(rule for rule in self.last_rules if rule.about not in parameters),
+        )
 
 
 def make_error(kind: type[MoEError], text: str, status: int | None = None) -> MoEError:

@@ -12,7 +12,11 @@ from moe_jax.products import PRODUCTS, Sizes, megabytes
 
 MAX_IDS = 2**31 - 1  # ids are int32
 NEEDS = ("group_ep", "ep_world_size", "moe_expert_num")  # attributes without a default
-_HIDDEN = {"moe_distribute_dispatch_v4": "x"}  # the array that has H columns; else expand_x
+
+
+def _rows_of(arrays):
+    """The array that has H columns."""
+    return "x" if "x" in arrays else "expand_x"
 
 
 def tokens(call: Call) -> int:
@@ -22,7 +26,7 @@ def tokens(call: Call) -> int:
 
 def hidden(call: Call) -> int:
     """H. Packed e2m1 has two columns per byte."""
-    name = _HIDDEN.get(call.operator, "expand_x")
+    name = _rows_of(call.arrays)
     return call.shape(name)[1] * (2 if call.dtype(name) == "uint8" else 1)
 
 
@@ -154,7 +158,7 @@ def exchange_operator(name: str, arrays, needs, shapes, before, after, **others:
     performance = {"performance_info": lambda call: ((call["ep_world_size"],),)}
     if "performance_info" not in arrays:
         performance = {}
-    width = _HIDDEN.get(name, "expand_x")
+    width = _rows_of(arrays)
     return Operator(
         arrays=arrays,
         needs=needs,

@@ -117,24 +117,15 @@ UPDATE_EXPERT = Operator(
 )
 
 
-# Barriers. The group's length is no null pointer and no dtype here [13].
+# The barrier. The group's length is no null pointer and no dtype here [13].
 
-
-def _barrier(arrays, shapes):
-    return Operator(
-        arrays=arrays,
-        needs=("x_ref", "group", "world_size"),
-        group="group",
-        long_group=(REST, BAD_VALUE),
-        shapes=shapes,
-        quantities={},
-    )
-
-
-BARRIER = _barrier(("x_ref",), {})
-BARRIER_V2 = _barrier(
-    ("x_ref", "time_out", "elastic_info"),
-    {"time_out": lambda call: ((1,),), "elastic_info": lambda call: ((4 + 2 * call["world_size"],),)},
+BARRIER = Operator(
+    arrays=("x_ref", "time_out", "elastic_info"),
+    needs=("x_ref", "group", "world_size"),
+    group="group",
+    long_group=(REST, BAD_VALUE),
+    shapes={"time_out": lambda call: ((1,),), "elastic_info": lambda call: ((4 + 2 * call["world_size"],),)},
+    quantities={},
 )
 
 

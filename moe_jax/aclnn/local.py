@@ -7,6 +7,7 @@ import numpy as np
 
 from moe_jax import _compat, comm
 from moe_jax.aclnn import workspace
+from moe_jax.aclnn.arguments import signature_checked
 from moe_jax.aclnn.results import UpdateExpertOutput
 from moe_jax.barrier import barrier
 from moe_jax.errors import InvalidArgumentError
@@ -16,6 +17,7 @@ from moe_jax.window import Window, buffer_reset
 Array = jax.Array
 
 
+@signature_checked
 def moe_update_expert(
     expert_ids: Array,
     eplb_table: Array,
@@ -59,21 +61,14 @@ def moe_update_expert(
     return UpdateExpertOutput(ids, mask)
 
 
-def distribute_barrier(x_ref: Any, *, group: Any, world_size: int) -> Any:
-    """Returns ``x_ref`` unchanged, on no rank before all ranks of ``group`` have computed theirs: see ``barrier``.
-
-    Source: aclnnDistributeBarrier.
-    """
-    workspace.distribute_barrier_get_workspace_size(**locals())
-    return barrier(x_ref, group)
-
-
+@signature_checked
 def distribute_barrier_v2(
     x_ref: Any, time_out: Any = None, elastic_info: Array | None = None, *, group: Any, world_size: int
 ) -> Any:
-    """``distribute_barrier``; ranks that ``elastic_info`` removes may be late, and others for ``time_out`` at most.
+    """Returns ``x_ref`` unchanged, on no rank before all ranks of ``group`` have computed theirs: see ``barrier``.
 
-    ``time_out``: [1] int, microseconds; a host value, since it decides whether the host looks on. None: for ever.
+    Ranks that ``elastic_info`` removes may be late, and others for ``time_out`` at most: [1] int, microseconds; a host
+    value, since it decides whether the host looks on. None: for ever.
 
     Source: aclnnDistributeBarrierV2.
     """
@@ -84,6 +79,7 @@ def distribute_barrier_v2(
     return barrier(x_ref, group, rank_table=elastic_info, timeout_us=limit)
 
 
+@signature_checked
 def moe_distribute_buffer_reset(
     elastic_info: Array, window: Window, *, group_ep: Any, ep_world_size: int, need_sync: int = 1
 ) -> Window:

@@ -74,3 +74,16 @@ class AllToAllvGroupedMatmulOutput(NamedTuple):
     gmm_y: Array  # [A, N1]
     mm_y: Array | None  # [BS, N2]
     permute_out: Array | None  # [A, H1]; None unless permute_out_flag
+
+
+# What each operator may return, by its newest version.
+OUTPUTS = {
+    "moe_distribute_dispatch_v4": (DispatchOutput, TimedDispatchOutput),
+    "moe_distribute_combine_v4": (CombineOutput, TimedCombineOutput),
+    "moe_distribute_combine_add_rms_norm_v2": (AddRmsNormOutput,),
+    "moe_update_expert": (UpdateExpertOutput,),
+    "grouped_mat_mul_allto_allv": (GroupedMatmulAllToAllvOutput,),
+    "quant_grouped_mat_mul_allto_allv": (GroupedMatmulAllToAllvOutput,),
+    "allto_allv_grouped_mat_mul": (AllToAllvGroupedMatmulOutput,),
+    "allto_allv_quant_grouped_mat_mul": (AllToAllvGroupedMatmulOutput,),
+}

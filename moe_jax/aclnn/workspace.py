@@ -14,12 +14,14 @@ A parameter without a value is None; group names are mesh axis names, or tuples 
 
 from typing import Any
 
+from moe_jax.aclnn.arguments import signature_checked
 from moe_jax.aclnn.executor import Executor
 from moe_jax.aclnn.first_phase import first_phase
 
 WorkspaceAndExecutor = tuple[int, Executor]
 
 
+@signature_checked
 def moe_distribute_dispatch_v4_get_workspace_size(
     x: Any = None,
     expert_ids: Any = None,
@@ -62,6 +64,7 @@ def moe_distribute_dispatch_v4_get_workspace_size(
     return first_phase("moe_distribute_dispatch_v4", locals())
 
 
+@signature_checked
 def moe_distribute_combine_v4_get_workspace_size(
     expand_x: Any = None,
     expert_ids: Any = None,
@@ -105,6 +108,7 @@ def moe_distribute_combine_v4_get_workspace_size(
     return first_phase("moe_distribute_combine_v4", locals())
 
 
+@signature_checked
 def moe_distribute_combine_add_rms_norm_v2_get_workspace_size(
     expand_x: Any = None,
     expert_ids: Any = None,
@@ -150,6 +154,7 @@ def moe_distribute_combine_add_rms_norm_v2_get_workspace_size(
     return first_phase("moe_distribute_combine_add_rms_norm_v2", locals())
 
 
+@signature_checked
 def moe_update_expert_get_workspace_size(
     expert_ids: Any = None,
     eplb_table: Any = None,
@@ -168,18 +173,7 @@ def moe_update_expert_get_workspace_size(
     return first_phase("moe_update_expert", locals())
 
 
-def distribute_barrier_get_workspace_size(
-    x_ref: Any = None,
-    *,
-    group: Any = None,
-    world_size: int | None = None,
-    product: str | None = None,
-    hccl_buffsize: int = 200,
-) -> WorkspaceAndExecutor:
-    """First phase of ``distribute_barrier``."""
-    return first_phase("distribute_barrier", locals())
-
-
+@signature_checked
 def distribute_barrier_v2_get_workspace_size(
     x_ref: Any = None,
     time_out: Any = None,
@@ -194,6 +188,7 @@ def distribute_barrier_v2_get_workspace_size(
     return first_phase("distribute_barrier_v2", locals())
 
 
+@signature_checked
 def moe_distribute_buffer_reset_get_workspace_size(
     elastic_info: Any = None,
     window: Any = None,
@@ -208,6 +203,7 @@ def moe_distribute_buffer_reset_get_workspace_size(
     return first_phase("moe_distribute_buffer_reset", locals())
 
 
+@signature_checked
 def grouped_mat_mul_allto_allv_get_workspace_size(
     gmm_x: Any = None,
     gmm_weight: Any = None,
@@ -229,6 +225,7 @@ def grouped_mat_mul_allto_allv_get_workspace_size(
     return first_phase("grouped_mat_mul_allto_allv", locals())
 
 
+@signature_checked
 def allto_allv_grouped_mat_mul_get_workspace_size(
     gmm_x: Any = None,
     gmm_weight: Any = None,
@@ -251,6 +248,7 @@ def allto_allv_grouped_mat_mul_get_workspace_size(
     return first_phase("allto_allv_grouped_mat_mul", locals())
 
 
+@signature_checked
 def quant_grouped_mat_mul_allto_allv_get_workspace_size(
     gmm_x: Any = None,
     gmm_weight: Any = None,
@@ -285,6 +283,7 @@ def quant_grouped_mat_mul_allto_allv_get_workspace_size(
     return first_phase("quant_grouped_mat_mul_allto_allv", locals())
 
 
+@signature_checked
 def allto_allv_quant_grouped_mat_mul_get_workspace_size(
     gmm_x: Any = None,
     gmm_weight: Any = None,
