@@ -20,6 +20,7 @@ from test_fused_quant import E2M1, INT8, codes, scales
 import moe_jax as moe
 from moe_jax import _compat, aclnn, errors, reference
 from moe_jax.aclnn.executor import Executor
+from moe_jax.products import VERSIONS, lacking
 from moe_jax.reference import family
 from moe_jax.window import Window
 
@@ -47,12 +48,25 @@ def shape_of(array):
     return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 
+RAN = set()  # the versions whose executors were called
+
+
 def both(name, arrays, attributes):
-    """Both ways to run an operator, the second from shapes alone; for use inside ``shard_map``."""
-    first = getattr(aclnn, f"{name}_get_workspace_size")
-    num_bytes, executor = first(**jax.tree.map(shape_of, arrays), **attributes)
+    """Both ways to run an operator; for use inside ``shard_map``.
+
+    The second is from shapes alone, and by the earliest version that has all that is given.
+    """
+    older = [version for version, one in VERSIONS.items() if one.newest == name]
+    given = {key for key, value in arrays.items() if value is not None}
+    given |= {key for key, value in attributes.items() if value}
+    version = next((version for version in older if not given & set(VERSIONS[version].without)), name)
+    known = {key: value for key, value in attributes.items() if key not in lacking(version)}
+    first = getattr(aclnn, f"{version}_get_workspace_size")
+    num_bytes, executor = first(**jax.tree.map(shape_of, arrays), **known)
     assert isinstance(num_bytes, int) and num_bytes >= 0 and isinstance(executor, Executor)
-    assert hash(executor) == hash(first(**jax.tree.map(shape_of, arrays), **attributes)[1])
+    assert executor.operator_name == version
+    RAN.add(version)
+    assert hash(executor) == hash(first(**jax.tree.map(shape_of, arrays), **known)[1])
     return getattr(aclnn, name)(**arrays, **attributes), executor(**arrays)
 
 
@@ -93,6 +107,15 @@ WORLDS = {
     "codes": Config(world=4, local_experts=1, top_k=2, quant_mode=2, y_dtype="int8", smooth="experts", mask="tokens",
                     comm_quant_mode=2),
 }  # fmt: skip
+
+
+VERSIONS_OF = {
+    "shared": ("dispatch_v3", "combine_v3"),
+    "tp": ("dispatch_v2", "combine_add_rms_norm"),
+    "nodes": ("dispatch_v2", "combine_v2"),
+    "elastic": ("dispatch_v3", "combine_v3"),
+    "codes": ("dispatch_v2", "combine_v2"),
+}
 
 
 def oracle_dispatch(config, drawn):
@@ -141,6 +164,7 @@ def test_dispatch_and_combine(name):
     for seed in range(4):
         drawn = draw(np.random.default_rng(seed), config)
         sent, out = world_program(name)(over_ranks(config, drawn))
+        assert {f"moe_distribute_{version}" for version in VERSIONS_OF[name]} <= RAN
         sent, out = agree(*sent), agree(*out)
         expected = oracle_dispatch(config, drawn)
         for field in aclnn.DispatchOutput._fields:
@@ -406,8 +430,7 @@ def test_barriers_are_the_identity(dtype):
 
     def shard(x, table):
         numbers = {"group": "ep", "world_size": 4}
-        outs = [both("distribute_barrier", {"x_ref": x}, numbers)]
-        outs.append(both("distribute_barrier_v2", {"x_ref": x}, numbers))
+        outs = [both("distribute_barrier_v2", {"x_ref": x}, numbers)]
         outs.append(both("distribute_barrier_v2", {"x_ref": x, "elastic_info": table}, numbers))
         outs.append(both("distribute_barrier_v2", {"x_ref": x, "time_out": patience}, numbers))
         arrays = {"x_ref": x, "time_out": patience, "elastic_info": table}
