@@ -47,7 +47,7 @@ from moe_jax.errors import (
     ShapeError,
     UnsupportedError,
 )
-from moe_jax.products import PRODUCTS, VERSIONS, Choices, Interval, Sizes
+from moe_jax.products import ANY, PRODUCTS, VERSIONS, Choices, Interval, Sizes
 
 RULES = {operator: registered(operator, definition) for operator, (definition, _) in OPERATORS.items()}
 ROWS = limit_rows_exchange.ROWS + limit_rows_others.ROWS
@@ -120,6 +120,32 @@ def test_null_pointers_come_before_dtypes_and_dtypes_before_the_rest():
     del broken["expert_ids"]
     with pytest.raises(InvalidArgumentError, match="ep_world_size=1 "):
         first_phase(DISPATCH, "a3", broken)
+
+
+EXTENTS = {"ep_world_size", "moe_expert_num", "shared_expert_num", "shared_expert_rank_num", "world_size"}
+ALGS = ["fullmesh", "fullmesh_v1", "fullmesh_v2", "hierarchy"]
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_an_attribute_out_of_range_comes_before_what_it_would_need(operator):
+    """Nothing but what is always needed, and one attribute out of its range: the text is about that attribute."""
+    definition, tried = OPERATORS[operator][0], set()
+    check = getattr(aclnn, f"{operator}_get_workspace_size")
+    for product in (None, *(name for name in PRODUCTS if operator in PRODUCTS[name].operators)):
+        limits = [ANY[operator]] + ([PRODUCTS[product].operators[operator]] if product else [])
+        call = call_of(operator, product, {})
+        bare = {name: call[name] for name in call if name not in definition.arrays or name in definition.needs}
+        names = {name for table in limits for name in table.values} & inspect.signature(check).parameters.keys()
+        for name in names - EXTENTS:
+            for value in ALGS if name == "comm_alg" else range(-1, 9):
+                if all(table.values[name].allows(value) for table in limits if name in table.values):
+                    continue
+                with pytest.raises(MoEError, match=f"^{name}={value!r} must be") as caught:
+                    check(**bare | {name: value})
+                assert caught.value.status == VALUE
+                tried.add((name, value))
+    if operator.startswith("moe_distribute_dispatch"):
+        assert {("quant_mode", 1), ("tp_world_size", 2), ("comm_alg", "hierarchy")} <= tried
 
 
 def test_no_product_refuses_no_range():

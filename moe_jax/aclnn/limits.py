@@ -27,6 +27,7 @@ from moe_jax.products import ANY, PRODUCTS, QUANTITIES, Limits
 NULL, DTYPE, REST = "null", "dtype", "rest"
 NULL_POINTER, BAD_PARAMETER, BAD_VALUE = 161001, 161002, 561002
 GROUP_LENGTH = 128  # a group's name is shorter
+_WORDS = ("comm_alg",)  # attributes that are words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,12 @@ class Call:
         """Whether the call is for one of ``products``."""
         return self.product in products
 
+    def in_range(self, name: str) -> bool:
+        """Whether the attribute ``name`` is what every table in force allows."""
+        value, legal = self[name], [limits.values[name] for _, _, limits in self.tables() if name in limits.values]
+        kind = str if name in _WORDS else (int, np.integer)
+        return isinstance(value, kind) and not isinstance(value, bool) and all(one.allows(value) for one in legal)
+
     def tables(self) -> Iterator[tuple[str | None, Limits, Limits]]:
         """Every table in force, the one that always holds first: its product, its base, and itself."""
         base = ANY[self.operator]
@@ -77,9 +84,12 @@ class Rule:
     stage: str = REST
     products: tuple[str, ...] | None = None  # None: whatever the product
     about: str | None = None  # a parameter; versions without it have no such rule
+    depends_on: str | None = None  # an attribute; where it is out of its own range, that is what is wrong, not this
 
     def __call__(self, call: Call) -> None:
         """Raises if the rule is in force and broken."""
+        if self.depends_on is not None and not call.in_range(self.depends_on):
+            return
         if self.products is None or call.product in self.products:
             _marked(self.name, call.product if self.products else None, self.check, call)
 
@@ -187,11 +197,11 @@ def _nulls(call, operator):
         if value is None:
             _marked(f"null:{name}", None, _raise_missing, name, f"{call.operator} needs it")
     for product, base, limits in call.tables():
-        for name in limits.required:
-            if not call.given(name):
-                alg = call["comm_alg"]
-                rule = f"null:{name}" + ("" if name in base.required else f"@{alg}")
-                _marked(rule, product, _raise_missing, name, f"comm_alg={alg!r} needs it{where(product)}")
+        missing = [name for name in limits.required if not call.given(name)]
+        for name in missing if missing and call.in_range("comm_alg") else ():
+            alg = call["comm_alg"]
+            rule = f"null:{name}" + ("" if name in base.required else f"@{alg}")
+            _marked(rule, product, _raise_missing, name, f"comm_alg={alg!r} needs it{where(product)}")
 
 
 def _raise_missing(name, why):
@@ -239,7 +249,7 @@ def _check_is_array(name, array):
 
 def _check_dtype(call, key, allowed, product):
     name, _, mode = key.partition(":")
-    if mode and call["quant_mode"] != int(mode):
+    if mode and not (call["quant_mode"] == int(mode) and call.in_range("quant_mode")):
         return
     if name in call.attributes:
         dtype = dtype_name(name, call[name])
@@ -267,7 +277,7 @@ def _kinds(call, operator):
             continue
         if name in operator.flags:
             legal, kind = isinstance(value, (bool, np.bool_)), "True or False"
-        elif name == "comm_alg":
+        elif name in _WORDS:
             legal, kind = isinstance(value, str), "a word, or None"
         elif name in ("group_tp", operator.group):
             parts = value if isinstance(value, tuple) else (value,)

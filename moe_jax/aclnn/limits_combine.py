@@ -145,7 +145,7 @@ _COMBINE_SHAPES = {
     "const_expert_v": lambda call: ((call["const_expert_num"], hidden(call)),),
 }
 _COMBINE_BEFORE = (
-    Rule("tp_counts_given", "9.1", _tp_counts_given, NULL),
+    Rule("tp_counts_given", "9.1", _tp_counts_given, NULL, depends_on="tp_world_size"),
     Rule("same_dtype", "9.1", _same_dtype, DTYPE),
 )
 _COMBINE_AFTER = (

@@ -84,7 +84,7 @@ DISPATCH = exchange_operator(
         "expert_scales": lambda call: (call.shape("expert_ids"),),
     },
     (
-        Rule("scales_given", "3.2", _scales_given, NULL),
+        Rule("scales_given", "3.2", _scales_given, NULL, depends_on="quant_mode"),
         Rule("unquantised_dtype", "3.2", _unquantised_dtype, DTYPE),
         Rule("scales_dtype", "3.2", _scales_dtype, DTYPE),
     ),

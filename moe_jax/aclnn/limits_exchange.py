@@ -153,7 +153,7 @@ def exchange_operator(name: str, arrays, needs, shapes, before, after, **others:
         Rule("ids_total", "1", _ids_total),
         Rule("top_k_of_ids", "2.2", _top_k_of_ids),
         Rule("global_bs_relation", "2.2", _global_bs),
-        Rule("groups_differ", "2.2, 15", _groups_differ),
+        Rule("groups_differ", "2.2, 15", _groups_differ, depends_on="tp_world_size"),
     )
     performance = {"performance_info": lambda call: ((call["ep_world_size"],),)}
     if "performance_info" not in arrays:
