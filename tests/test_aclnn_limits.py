@@ -90,7 +90,7 @@ def test_the_last_legal_call(rule, operator, product, change, words, status):
 
 @pytest.mark.parametrize("rule, operator, product, change, words, status", list(cases(1)))
 def test_the_first_illegal_call(rule, operator, product, change, words, status):
-    with pytest.raises(MoEError) as caught:
+    with pytest.raises(MoEError) as caught, jax.enable_x64(True):  # which tells int64 from int32
         first_phase(operator, None if rule == "product" else product, change)
     error = caught.value
     assert (error.rule, error.status) == (rule, status), str(error)
@@ -124,6 +124,29 @@ def test_null_pointers_come_before_dtypes_and_dtypes_before_the_rest():
 
 EXTENTS = {"ep_world_size", "moe_expert_num", "shared_expert_num", "shared_expert_rank_num", "world_size"}
 ALGS = ["fullmesh", "fullmesh_v1", "fullmesh_v2", "hierarchy"]
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_64_bits_are_32_where_jax_has_no_more(operator):
+    """Every array whose documents say int64 or so: what JAX makes of it is taken, and refused where JAX has 64 bits."""
+    check = getattr(aclnn, f"{operator}_get_workspace_size")
+    for product in (None, *(name for name in PRODUCTS if operator in PRODUCTS[name].operators)):
+        call = call_of(operator, product, {})
+        own = PRODUCTS[product].operators[operator] if product else ANY[operator]
+        limits = ANY[operator].dtypes | own.dtypes
+        for name, allowed in limits.items():
+            if name in own.absent:
+                continue
+            for dtype in [dtype for dtype in allowed if dtype in ("int64", "uint64", "float64")]:
+                shape = getattr(call.get(name), "shape", (call.get("ep_world_size"),))
+                narrow = call | {name: array(shape, dtype.replace("64", "32"))}
+                check(**call | {name: array(shape, dtype)})
+                check(**narrow)
+                with jax.enable_x64(True):
+                    check(**call | {name: array(shape, dtype)})
+                    if dtype.replace("64", "32") not in allowed:
+                        with pytest.raises(DtypeError, match=f"{name} has dtype .*32; it must be {dtype} on {product}"):
+                            check(**narrow)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

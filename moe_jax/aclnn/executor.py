@@ -4,9 +4,8 @@ import dataclasses
 import importlib
 from typing import Any
 
-import jax
-
 from moe_jax.aclnn.arguments import stand_in
+from moe_jax.aclnn.limits import canonical
 from moe_jax.errors import (
     DtypeError,
     InvalidArgumentError,
@@ -63,10 +62,5 @@ class Executor:
                 raise DtypeError(f"{name}={array!r} is no array; pass a jax or numpy array")
             if tuple(array.shape) != shape:
                 raise ShapeError(f"{name} has shape {tuple(array.shape)}; it was checked with {shape}; check again")
-            if _canonical(array.dtype) != _canonical(dtype):
+            if canonical(array.dtype) != canonical(dtype):
                 raise DtypeError(f"{name} has dtype {array.dtype}; it was checked with {dtype}; check again")
-
-
-def _canonical(dtype):
-    """The dtype that JAX holds for it: i32 for i64 unless 64-bit types are enabled."""
-    return jax.dtypes.canonicalize_dtype(dtype)

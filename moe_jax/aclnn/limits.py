@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -157,7 +158,7 @@ def _check_values(call, operator, tables):
     for owner, base, limits in tables:
         for name in limits.absent:
             variant = "" if name in base.absent else f"@{call['comm_alg']}"
-            _marked(f"absent:{name}{variant}", owner, _check_absent, call, name)
+            _marked(f"absent:{name}{variant}", owner, _check_absent, call, name, limits.why.get(name))
         for name, legal in limits.values.items():
             rule = name if base.values.get(name) == legal else f"{name}@{call['comm_alg']}"
             _marked(rule, owner, _check_value, call, operator, name, legal, owner)
@@ -255,11 +256,17 @@ def _check_dtype(call, key, allowed, product):
         dtype = dtype_name(name, call[name])
     else:
         dtype = call.dtype(name) if call.given(name) else None
+    allowed = tuple(dict.fromkeys((*allowed, *map(canonical, allowed))))
     if dtype is not None and dtype not in allowed:
         with_mode = f" with quant_mode={mode}" if mode else ""
         raise DtypeError(
             f"{name} has dtype {dtype}; it must be {' or '.join(allowed)}{with_mode}{where(product)}"
         )
+
+
+def canonical(dtype: Any) -> str:
+    """What JAX makes of a dtype: of int64 int32, unless 64-bit types are enabled."""
+    return jax.dtypes.canonicalize_dtype(dtype).name
 
 
 def dtype_name(name: str, dtype: Any) -> str | None:
@@ -309,12 +316,13 @@ def check_shape(name: str, shape: tuple[int, ...], legal: tuple[tuple[Any, ...],
     raise ShapeError(f"{name} has shape {shape}; it must be {shown} to fit the other arguments")
 
 
-def _check_absent(call, name):
+def _check_absent(call, name, why):
     if call.given(name):
         alg = f" with comm_alg={call['comm_alg']!r}" if call.attributes.get("comm_alg") else ""
         came = getattr(call.arrays[name], "shape", call.arrays[name])
         raise InvalidArgumentError(
-            f"{name} was given, with shape {came}; {call.operator} takes none{where(call.product)}{alg}; pass None"
+            f"{name} was given, with shape {came}; {call.operator} takes none{where(call.product)}{alg}"
+            f"{f': {why}' if why else ''}; pass None"
         )
 
 
