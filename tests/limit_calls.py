@@ -5,7 +5,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from moe_jax import aclnn
+from jax.sharding import AbstractMesh
+
+from moe_jax import _compat, aclnn
 from moe_jax.products import lacking, newest_of
 
 NULL, DTYPE, VALUE = 161001, 161002, 561002
@@ -172,7 +174,7 @@ BUILDERS |= {UPDATE: update_call, BARRIER_2: barrier_call, RESET: reset_call}
 
 def call_of(operator, product, changes):
     """The arguments of a call; None where an earlier version lacks a parameter that it needs."""
-    changes = dict(changes)
+    changes = {name: change for name, change in changes.items() if name != "MESH"}
     chosen = {"product": changes.pop("product")} if "product" in changes else {}
     newest = newest_of(operator)
     call = BUILDERS[newest](newest, product, **changes) | chosen
@@ -181,4 +183,15 @@ def call_of(operator, product, changes):
 
 
 def first_phase(operator, product, changes):
-    return getattr(aclnn, f"{operator}_get_workspace_size")(**call_of(operator, product, changes))
+    """What the first phase of the changed call returns; "MESH": the sizes of the axes that are bound meanwhile."""
+    results, call = [], call_of(operator, product, changes)
+
+    def check():
+        results.append(getattr(aclnn, f"{operator}_get_workspace_size")(**call))
+
+    if "MESH" in changes:
+        mesh = AbstractMesh(tuple(changes["MESH"].values()), tuple(changes["MESH"]))
+        jax.eval_shape(_compat.shard_map(check, mesh=mesh, in_specs=(), out_specs=None))
+    else:
+        check()
+    return results[0]

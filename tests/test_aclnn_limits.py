@@ -110,6 +110,14 @@ def test_every_rule_has_a_legal_and_an_illegal_case():
             assert not stale, f"{operator}: cases of unknown rules {stale}"
 
 
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_every_size_of_a_group_is_compared_with_it(operator):
+    names = inspect.signature(getattr(aclnn, operator)).parameters
+    compared = [rule for rule, _ in RULES[operator] if rule.startswith("group_size:")]
+    assert len(compared) == sum(name.endswith("world_size") for name in names) > 0
+    assert {rule.removeprefix("group_size:") for rule in compared} <= {name for name in names if name[:5] == "group"}
+
+
 def test_null_pointers_come_before_dtypes_and_dtypes_before_the_rest():
     broken = {"W": 1, "expert_ids": array((8, 4), "int64"), "x": None}
     with pytest.raises(MissingArgumentError, match="x is None"):

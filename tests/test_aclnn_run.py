@@ -418,6 +418,37 @@ def test_update_expert(mode, dtype, prune):
                 np.testing.assert_array_equal(out.balanced_active_mask[rank], want_mask)
 
 
+def test_a_traced_rank_goes_through_both_phases():
+    ranks, table = 4, np.array([[2, 5, 7, 0], [1, 3, 0, 0], [3, 1, 2, 8]], np.int32)
+    ids = np.random.default_rng(0).integers(0, 3, (ranks, 5, 2)).astype(np.int32)
+
+    def shard(ids):
+        arrays = {"expert_ids": ids, "eplb_table": table}
+        numbers = {"world_size": ranks, "local_rank_id": (jax.lax.axis_index("ep") + 1) % ranks}
+        _, executor = aclnn.moe_update_expert_get_workspace_size(**arrays, **numbers, product="a3")
+        with pytest.raises(TypeError, match="unhashable"):
+            hash(executor)
+        for wrong in (numbers["local_rank_id"].astype(np.float32), numbers["local_rank_id"][None]):
+            with pytest.raises(errors.InvalidArgumentError, match="local_rank_id=.*must be in"):
+                aclnn.moe_update_expert(**arrays, **numbers | {"local_rank_id": wrong})
+        return aclnn.moe_update_expert(**arrays, **numbers), executor(**arrays)
+
+    got = agree(*over_ep(ranks, shard)(ids)).balanced_expert_ids
+    for rank in range(ranks):
+        want, _ = reference.update_expert(ids[rank], table, rank=(rank + 1) % ranks, ep_size=ranks, balance="rank")
+        np.testing.assert_array_equal(got[rank], want)
+
+
+def test_a_rank_that_is_an_array_with_a_value_is_checked():
+    arrays = {"expert_ids": np.zeros((4, 2), np.int32), "eplb_table": np.ones((3, 2), np.int32)}
+    first = aclnn.moe_update_expert_get_workspace_size
+    for rank in (1, np.int64(1), np.array(1), jnp.int32(1)):
+        executor = first(**arrays, world_size=2, local_rank_id=rank)[1]
+        assert dict(executor.attributes)["local_rank_id"] == 1 and hash(executor) is not None
+        with pytest.raises(errors.InvalidArgumentError, match=r"local_rank_id=.*2.* must be in \[0, 1\]"):
+            first(**arrays, world_size=2, local_rank_id=rank + 1)
+
+
 # --- barriers and the reset -------------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,10 @@ from moe_jax.errors import (
 
 @dataclasses.dataclass(frozen=True)
 class Executor:
-    """One checked call of an operator of ``moe_jax.aclnn``. Hashable; holds no array."""
+    """One checked call of an operator of ``moe_jax.aclnn``. Holds no array, and is hashable.
+
+    A traced ``local_rank_id`` is the exception: it binds the executor to the program that is being traced.
+    """
 
     operator_name: str
     attributes: tuple[tuple[str, Any], ...]

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from moe_jax.aclnn import (
     buffer_bytes,
     limits_combine,
@@ -68,7 +70,7 @@ def _is_read(operator, attribute):
 
 
 def _static(value):
-    """Hashable: lists and arrays of counts as tuples."""
-    if hasattr(value, "tolist"):
+    """Hashable, unless it is traced: lists and arrays of counts as tuples."""
+    if hasattr(value, "tolist") and not isinstance(value, jax.core.Tracer):
         value = value.tolist()
     return tuple(_static(item) for item in value) if isinstance(value, (list, tuple)) else value

@@ -7,6 +7,7 @@ has this rule, or None where nothing else is possible.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -14,9 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax import _compat
 from moe_jax.errors import (
     DtypeError,
     InvalidArgumentError,
+    MeshError,
     MissingArgumentError,
     MoEError,
     ShapeError,
@@ -259,9 +262,7 @@ def _check_dtype(call, key, allowed, product):
     allowed = tuple(dict.fromkeys((*allowed, *map(canonical, allowed))))
     if dtype is not None and dtype not in allowed:
         with_mode = f" with quant_mode={mode}" if mode else ""
-        raise DtypeError(
-            f"{name} has dtype {dtype}; it must be {' or '.join(allowed)}{with_mode}{where(product)}"
-        )
+        raise DtypeError(f"{name} has dtype {dtype}; it must be {' or '.join(allowed)}{with_mode}{where(product)}")
 
 
 def canonical(dtype: Any) -> str:
@@ -314,6 +315,21 @@ def check_shape(name: str, shape: tuple[int, ...], legal: tuple[tuple[Any, ...],
             return
     shown = " or ".join(str(tuple("any" if n is None else n for n in one)).replace("'", "") for one in legal)
     raise ShapeError(f"{name} has shape {shape}; it must be {shown} to fit the other arguments")
+
+
+def group_size_rule(group: str, size: str, section: str, is_used: Callable[[Call], bool] = lambda call: True) -> Rule:
+    """The attribute ``size`` is the number of ranks of ``group``, where that is bound: while a program is traced."""
+
+    def check(call):
+        axes = call[group] if isinstance(call[group], tuple) else (call[group],)
+        bound = [_compat.bound_axis_size(axis) if isinstance(axis, str) else None for axis in axes]
+        if None not in bound and math.prod(bound) != call[size] and is_used(call):
+            raise MeshError(
+                f"{size}={call[size]}, but {group}={call[group]!r} has {math.prod(bound)} ranks here; pass the size of "
+                "the mesh axis"
+            )
+
+    return Rule(f"group_size:{group}", section, check)
 
 
 def _check_absent(call, name, why):

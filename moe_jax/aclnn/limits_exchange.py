@@ -6,7 +6,7 @@ tensor-parallel size. Sections are those of the reference sheet.
 
 from typing import Any
 
-from moe_jax.aclnn.limits import Call, Operator, Rule, where
+from moe_jax.aclnn.limits import Call, Operator, Rule, group_size_rule, where
 from moe_jax.errors import InvalidArgumentError, ShapeError
 from moe_jax.products import PRODUCTS, Sizes, megabytes
 
@@ -153,6 +153,8 @@ def exchange_operator(name: str, arrays, needs, shapes, before, after, **others:
         Rule("ids_total", "1", _ids_total),
         Rule("top_k_of_ids", "2.2", _top_k_of_ids),
         Rule("global_bs_relation", "2.2", _global_bs),
+        group_size_rule("group_ep", "ep_world_size", "2.2"),
+        group_size_rule("group_tp", "tp_world_size", "2.2", is_used=lambda call: call["tp_world_size"] > 0),
         Rule("groups_differ", "2.2, 15", _groups_differ, depends_on="tp_world_size"),
     )
     performance = {"performance_info": lambda call: ((call["ep_world_size"],),)}

@@ -42,10 +42,8 @@ def moe_update_expert(
 
     Source: aclnnMoeUpdateExpert.
     """
-    given, rank = locals(), local_rank_id
-    if isinstance(rank, jax.Array):  # its value cannot be checked
-        given["local_rank_id"] = None
-    workspace.moe_update_expert_get_workspace_size(**given)
+    workspace.moe_update_expert_get_workspace_size(**locals())
+    rank = local_rank_id
     if rank is None:
         rank = comm.rank_along(_compat.bound_axes(group_ep, "group_ep")) if balance_mode == 0 else 0
     ids, mask = update_expert(

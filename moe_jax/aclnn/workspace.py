@@ -9,7 +9,8 @@ the reference's order (null pointers, dtypes, everything else) and returns
 or raises a ``MoEError`` whose ``status`` is the reference's code: 161001 (something is missing), 161002 (a dtype),
 561002 (a shape, a value, a relation). ``product`` says whose limits hold: "a2", "a3", "a5", or None for no product's,
 where only the impossible is refused. ``hccl_buffsize`` is the size in MB of a communicator's buffer there.
-A parameter without a value is None; group names are mesh axis names, or tuples of some.
+A parameter without a value is None; group names are mesh axis names, or tuples of some. Where they are bound, as inside
+``shard_map``, their sizes must be those that the call says.
 """
 
 from typing import Any
@@ -163,13 +164,16 @@ def moe_update_expert_get_workspace_size(
     active_mask: Any = None,
     *,
     world_size: int | None = None,
-    local_rank_id: int | None = None,
+    local_rank_id: Any = None,
     balance_mode: int = 0,
     group_ep: Any = "ep",
     product: str | None = None,
     hccl_buffsize: int = 200,
 ) -> WorkspaceAndExecutor:
-    """First phase of ``moe_update_expert``; ``world_size`` is read with ``balance_mode=0`` only."""
+    """First phase of ``moe_update_expert``; ``world_size`` is read with ``balance_mode=0`` only.
+
+    A traced ``local_rank_id`` stays in the executor, which then runs in the program that is being traced.
+    """
     return first_phase("moe_update_expert", locals())
 
 
