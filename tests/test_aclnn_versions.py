@@ -30,12 +30,12 @@ SPECIAL, CONST = "zero_expert_num copy_expert_num const_expert_num", "const_expe
 BACK = "expand_x expert_ids assist_info_for_combine ep_send_counts expert_scales"
 REST = "tp_send_counts x_active_mask activation_scale weight_scale group_list expand_scales shared_expert_x"
 SIGNATURES = {
-    "moe_distribute_dispatch_v2": (f"x expert_ids scales x_active_mask expert_scales / {DISPATCH} / y_dtype"),
+    "moe_distribute_dispatch_v2": (f"x expert_ids scales x_active_mask expert_scales / {DISPATCH} / y_dtype window"),
     "moe_distribute_dispatch_v3": (
-        f"x expert_ids scales x_active_mask expert_scales elastic_info / {DISPATCH} {SPECIAL} / y_dtype"
+        f"x expert_ids scales x_active_mask expert_scales elastic_info / {DISPATCH} {SPECIAL} / y_dtype window"
     ),
     "moe_distribute_dispatch_v4": (
-        f"x expert_ids scales x_active_mask expert_scales elastic_info performance_info / {DISPATCH} {SPECIAL} / y_dtype"
+        f"x expert_ids scales x_active_mask expert_scales elastic_info performance_info / {DISPATCH} {SPECIAL} / y_dtype window"
     ),
     "moe_distribute_combine_v2": f"{BACK} {REST} / {COMBINE} /",
     "moe_distribute_combine_v3": f"{BACK} {REST} elastic_info ori_x {CONST} const_expert_v / {COMBINE} {SPECIAL} /",

@@ -15,6 +15,7 @@ from moe_jax.aclnn.grouped import (
     quant_grouped_mat_mul_allto_allv,
 )
 from moe_jax.aclnn.local import distribute_barrier_v2, moe_distribute_buffer_reset, moe_update_expert
+from moe_jax.aclnn.receive_window import make_receive_window
 from moe_jax.aclnn.results import (
     AddRmsNormOutput,
     AllToAllvGroupedMatmulOutput,
@@ -24,6 +25,7 @@ from moe_jax.aclnn.results import (
     TimedCombineOutput,
     TimedDispatchOutput,
     UpdateExpertOutput,
+    WindowDispatchOutput,
 )
 from moe_jax.aclnn.versions import (
     distribute_barrier,
@@ -61,6 +63,7 @@ __all__ = [
     "TimedCombineOutput",
     "TimedDispatchOutput",
     "UpdateExpertOutput",
+    "WindowDispatchOutput",
     "allto_allv_grouped_mat_mul",
     "allto_allv_grouped_mat_mul_get_workspace_size",
     "allto_allv_quant_grouped_mat_mul",
@@ -71,6 +74,7 @@ __all__ = [
     "distribute_barrier_v2_get_workspace_size",
     "grouped_mat_mul_allto_allv",
     "grouped_mat_mul_allto_allv_get_workspace_size",
+    "make_receive_window",
     "moe_distribute_buffer_reset",
     "moe_distribute_buffer_reset_get_workspace_size",
     "moe_distribute_combine_add_rms_norm",

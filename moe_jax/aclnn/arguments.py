@@ -67,6 +67,34 @@ def bind(
     return given
 
 
+def with_fewer_parameters(
+    name: str,
+    function: Callable,
+    without: tuple[str, ...],
+    call: Callable[[Mapping[str, Any]], Any],
+    text: str,
+    returns: Any = None,
+) -> Callable:
+    """A function ``name`` with the signature of ``function`` but for some parameters, which passes arguments on.
+
+    ``text`` is its docstring; ``returns`` is what it returns, where that is something else.
+    """
+    whole = inspect.signature(function)
+    kept = [parameter for parameter in whole.parameters.values() if parameter.name not in without]
+    signature = whole.replace(parameters=kept, return_annotation=returns or whole.return_annotation)
+
+    def version(*args, **kwargs):
+        return call(bind(name, signature.parameters, args, kwargs))
+
+    version.__name__ = version.__qualname__ = name
+    version.__module__ = __package__
+    version.__signature__ = signature
+    version.__annotations__ = {parameter.name: parameter.annotation for parameter in kept}
+    version.__annotations__["return"] = signature.return_annotation
+    version.__doc__ = text
+    return version
+
+
 def stand_in(operator: str, parameters: Mapping[str, Any], name: str) -> str | None:
     """What stands for the argument ``name`` of a C++ call, which ``operator`` lacks; None where it is unknown there."""
     later = [v for v, version in VERSIONS.items() if version.newest == newest_of(operator)] + [newest_of(operator)]

@@ -47,19 +47,24 @@ def first_phase(name: str, arguments: Mapping[str, Any]) -> tuple[int, Executor]
 
     For an earlier version they are those of the newest one, with the default where it lacks a parameter.
     """
-    definition, num_bytes = OPERATORS[name]
-    arguments = dict(arguments)
-    product = arguments.pop("product")
+    call = checked_call(name, arguments)
+    read = {key: value for key, value in call.attributes.items() if value is not None and _is_read(name, key)}
+    bound = tuple((key, _static(value)) for key, value in read.items())
+    arrays = tuple((key, call.shape(key), call.dtype(key)) for key in call.arrays if call.given(key))
+    return int(OPERATORS[name][1](call)), Executor(name, bound, arrays)
+
+
+def checked_call(name: str, arguments: Mapping[str, Any]) -> Call:
+    """The call of the operator ``name`` with ``arguments``, once nothing is wrong with it."""
+    definition = OPERATORS[name][0]
     arrays = {key: value for key, value in arguments.items() if key in definition.arrays}
-    attributes = {key: value for key, value in arguments.items() if key not in definition.arrays}
+    attributes = {key: value for key, value in arguments.items() if key not in (*definition.arrays, "product")}
     for key in ("comm_alg", "group_tp"):
         if key in attributes and attributes[key] is None:  # the reference's null string
             attributes[key] = ""
-    call = Call(name, product, arrays, attributes)
+    call = Call(name, arguments["product"], arrays, attributes)
     check(call, definition)
-    bound = {key: _static(value) for key, value in attributes.items() if value is not None and _is_read(name, key)}
-    checked = tuple((key, call.shape(key), call.dtype(key)) for key in arrays if call.given(key))
-    return int(num_bytes(call)), Executor(name, tuple(bound.items()), checked)
+    return call
 
 
 def _is_read(operator, attribute):

@@ -152,14 +152,20 @@ def _mask_shape(call):
         raise make_error(ShapeError, str(error), BAD_PARAMETER) from None
 
 
+def _time_out_of_a_wait(call):
+    if call.given("time_out") and not call["need_sync"]:
+        raise InvalidArgumentError("time_out was given, but need_sync=0 waits for nobody; pass None, or need_sync=1")
+
+
 BUFFER_RESET = Operator(
-    arrays=("elastic_info", "window"),
+    arrays=("elastic_info", "window", "time_out"),
     needs=("elastic_info", "group_ep", "ep_world_size", "window"),
     group="group_ep",
-    shapes={},
+    shapes={"time_out": lambda call: ((1,),)},
     quantities={},
     rules=(
         Rule("mask_shape", "12.1", _mask_shape, DTYPE),
+        Rule("time_out_of_a_wait", "12.1", _time_out_of_a_wait),
         group_size_rule("group_ep", "ep_world_size", "12.1"),
     ),
 )

@@ -71,19 +71,32 @@ def distribute_barrier_v2(
     Source: aclnnDistributeBarrierV2.
     """
     workspace.distribute_barrier_v2_get_workspace_size(**locals())
-    if isinstance(time_out, jax.core.Tracer):
-        raise InvalidArgumentError("time_out is traced; it must be a value of the host, such as np.array([5000000])")
-    limit = None if time_out is None else int(np.asarray(time_out).ravel()[0])
-    return barrier(x_ref, group, rank_table=elastic_info, timeout_us=limit)
+    return barrier(x_ref, group, rank_table=elastic_info, timeout_us=_microseconds(time_out))
 
 
 @signature_checked
 def moe_distribute_buffer_reset(
-    elastic_info: Array, window: Window, *, group_ep: Any, ep_world_size: int, need_sync: int = 1
+    elastic_info: Array,
+    window: Window,
+    *,
+    group_ep: Any,
+    ep_world_size: int,
+    need_sync: int = 1,
+    time_out: Any = None,
 ) -> Window:
     """Zeroes the receive window of every rank that ``elastic_info`` [W] marks 1; with need_sync=1 they wait for all.
 
-    Source: aclnnMoeDistributeBufferReset, whose window is the communicator's.
+    ``window`` is the one that ``moe_distribute_dispatch_v4`` takes and returns. ``time_out`` as in
+    ``distribute_barrier_v2``: how long to wait for a rank that is marked 1.
+
+    Source: aclnnMoeDistributeBufferReset, whose window is the communicator's; it waits for ever.
     """
     workspace.moe_distribute_buffer_reset_get_workspace_size(**locals())
-    return buffer_reset(window, elastic_info, group_ep, sync=bool(need_sync))
+    return buffer_reset(window, elastic_info, group_ep, sync=bool(need_sync), timeout_us=_microseconds(time_out))
+
+
+def _microseconds(time_out: Any) -> int | None:
+    """The number in an array [1], which the host must know."""
+    if isinstance(time_out, jax.core.Tracer):
+        raise InvalidArgumentError("time_out is traced; it must be a value of the host, such as np.array([5000000])")
+    return None if time_out is None else int(np.asarray(time_out).ravel()[0])

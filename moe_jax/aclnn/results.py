@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import jax
 
+from moe_jax.window import Window
+
 Array = jax.Array
 
 
@@ -31,6 +33,20 @@ class TimedDispatchOutput(NamedTuple):
     tp_recv_counts: Array | None
     expand_scales: Array | None
     performance_info: Array  # [W]
+
+
+class WindowDispatchOutput(NamedTuple):
+    """``DispatchOutput``, and the receive window that it arrived in."""
+
+    expand_x: Array
+    dynamic_scales: Array | None
+    assist_info_for_combine: Array
+    expert_token_nums: Array
+    ep_recv_counts: Array
+    tp_recv_counts: Array | None
+    expand_scales: Array | None
+    window: Window
+    num_stale: Array  # [1] i32, pairs that were not sent, since the window of their rank is at another step
 
 
 class CombineOutput(NamedTuple):
@@ -78,7 +94,7 @@ class AllToAllvGroupedMatmulOutput(NamedTuple):
 
 # What each operator may return, by its newest version.
 OUTPUTS = {
-    "moe_distribute_dispatch_v4": (DispatchOutput, TimedDispatchOutput),
+    "moe_distribute_dispatch_v4": (DispatchOutput, TimedDispatchOutput, WindowDispatchOutput),
     "moe_distribute_combine_v4": (CombineOutput, TimedCombineOutput),
     "moe_distribute_combine_add_rms_norm_v2": (AddRmsNormOutput,),
     "moe_update_expert": (UpdateExpertOutput,),

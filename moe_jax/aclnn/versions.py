@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from moe_jax.aclnn import workspace
-from moe_jax.aclnn.arguments import FIRST_PHASE, bind
+from moe_jax.aclnn.arguments import FIRST_PHASE, with_fewer_parameters
 from moe_jax.aclnn.combine import moe_distribute_combine_add_rms_norm_v2, moe_distribute_combine_v4
 from moe_jax.aclnn.dispatch import moe_distribute_dispatch_v4
 from moe_jax.aclnn.first_phase import first_phase
@@ -25,7 +25,7 @@ def _older_first_phase(operator: str, newest: Callable) -> Callable:
         return first_phase(operator, defaults | given)
 
     text = f"First phase of ``{operator}``: ``{newest.__name__}`` without {_listed(operator)}."
-    return _with_fewer_parameters(operator + FIRST_PHASE, newest, lacking(operator), call, text)
+    return with_fewer_parameters(operator + FIRST_PHASE, newest, lacking(operator), call, text)
 
 
 def _older_operator(operator: str, newest: Callable, check: Callable) -> Callable:
@@ -37,28 +37,11 @@ def _older_operator(operator: str, newest: Callable, check: Callable) -> Callabl
 
     reference = "aclnn" + "".join(part.capitalize() for part in operator.split("_"))
     text = f"``{newest.__name__}`` without {_listed(operator)}, and otherwise the same.\n\n    Source: {reference}.\n    "
-    return _with_fewer_parameters(operator, newest, lacking(operator), call, text)
+    return with_fewer_parameters(operator, newest, lacking(operator), call, text)
 
 
 def _listed(operator: str) -> str:
     return ", ".join(f"``{name}``" for name in lacking(operator))
-
-
-def _with_fewer_parameters(
-    name: str, function: Callable, without: tuple[str, ...], call: Callable[[Mapping[str, Any]], Any], text: str
-) -> Callable:
-    """A function ``name`` with the signature of ``function`` but for some parameters, which passes arguments on."""
-    whole = inspect.signature(function)
-    signature = whole.replace(parameters=[p for p in whole.parameters.values() if p.name not in without])
-
-    def version(*args, **kwargs):
-        return call(bind(name, signature.parameters, args, kwargs))
-
-    version.__name__ = version.__qualname__ = name
-    version.__signature__ = signature
-    version.__annotations__ = {key: kind for key, kind in function.__annotations__.items() if key not in without}
-    version.__doc__ = text
-    return version
 
 
 def _both(operator: str, newest: Callable) -> tuple[Callable, Callable]:

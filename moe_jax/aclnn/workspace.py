@@ -48,10 +48,13 @@ def moe_distribute_dispatch_v4_get_workspace_size(
     copy_expert_num: int = 0,
     const_expert_num: int = 0,
     y_dtype: Any = None,
+    window: Any = None,
     product: str | None = None,
     hccl_buffsize: int = 200,
 ) -> WorkspaceAndExecutor:
     """First phase of ``moe_distribute_dispatch_v4``; ``y_dtype`` is that of quantised rows, None = the mode's own.
+
+    ``window`` is the state that the rows arrive in, where a program keeps one: see ``make_receive_window``.
 
     >>> x, ids = jax.ShapeDtypeStruct((8, 512), "bfloat16"), jax.ShapeDtypeStruct((8, 4), "int32")
     >>> sizes = dict(group_ep="ep", ep_world_size=8, moe_expert_num=32)
@@ -200,10 +203,14 @@ def moe_distribute_buffer_reset_get_workspace_size(
     group_ep: Any = None,
     ep_world_size: int | None = None,
     need_sync: int = 1,
+    time_out: Any = None,
     product: str | None = None,
     hccl_buffsize: int = 200,
 ) -> WorkspaceAndExecutor:
-    """First phase of ``moe_distribute_buffer_reset``; ``window`` is the state to clear, which JAX holds as an array."""
+    """First phase of ``moe_distribute_buffer_reset``; ``window`` is the state to clear, which JAX holds as an array.
+
+    ``time_out`` is in microseconds, as that of ``distribute_barrier_v2``.
+    """
     return first_phase("moe_distribute_buffer_reset", locals())
 
 

@@ -124,12 +124,13 @@ def open_exchange(
     elastic_info: Array | None,
     *,
     recv_counts: Array | None = None,
+    fresh: Array | None = None,
     timed: bool = False,
 ) -> Exchange:
     """The bookkeeping of one call; with two tp ranks, own rows come before the peer's."""
     plan = world.plan
-    given = {"token_mask": mask, "rank_table": elastic_info, "recv_counts": recv_counts, "timed": timed}
-    exchange = prepare(expert_ids, plan, **given)
+    given = {"token_mask": mask, "rank_table": elastic_info, "recv_counts": recv_counts}
+    exchange = prepare(expert_ids, plan, **given, fresh=fresh, timed=timed)
     return exchange if plan.tp_size == 1 else exchange._replace(source_order=_lane_order(plan).ravel())
 
 

@@ -70,6 +70,7 @@ _NEWEST = {
         dtypes={
             "x": _FLOATS + _FP8 + _FP4,  # [2.2]
             "scales": ("float32", *_E8M0),  # [3.2]
+            "window": ("uint8",),  # of messages, whatever rows they hold
             "y_dtype:1": ("int8",),  # [3.2] and below
             "y_dtype:2": ("int8", *_FP8),
             "y_dtype:3": _FP8,
@@ -98,7 +99,7 @@ _NEWEST = {
     "distribute_barrier_v2": _BARRIER.but(dtypes={"time_out": ("int32",), "elastic_info": ("int32",)}),
     "moe_distribute_buffer_reset": Limits(
         values={"ep_world_size": Interval(1), "need_sync": Choices((0, 1))},
-        dtypes={"elastic_info": ("int32",)},
+        dtypes={"elastic_info": ("int32",), "time_out": ("int32",)},
     ),
     "grouped_mat_mul_allto_allv": _GROUPED_MATMUL,
     "allto_allv_grouped_mat_mul": _GROUPED_MATMUL,
