@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from moe_jax import _compat, comm
 from moe_jax.aclnn import world as worlds
+from moe_jax.aclnn.arguments import signature_checked
 from moe_jax.aclnn.results import AddRmsNormOutput, CombineOutput, TimedCombineOutput
 from moe_jax.aclnn.workspace import (
     moe_distribute_combine_add_rms_norm_v2_get_workspace_size,
@@ -20,6 +21,7 @@ from moe_jax.types import DispatchHandle
 Array = jax.Array
 
 
+@signature_checked
 def moe_distribute_combine_v4(
     expand_x: Array,
     expert_ids: Array,
@@ -80,6 +82,7 @@ def moe_distribute_combine_v4(
     return CombineOutput(x_out) if performance_info is None else TimedCombineOutput(x_out, waited)
 
 
+@signature_checked
 def moe_distribute_combine_add_rms_norm_v2(
     expand_x: Array,
     expert_ids: Array,
