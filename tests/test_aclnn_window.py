@@ -21,7 +21,7 @@ NAMES = {
     "tp": WORLDS["tp"],  # V2
     "codes": WORLDS["codes"],
     "elastic": WORLDS["elastic"],
-    "ready": Config(world=4, local_experts=2, top_k=2, mask="tokens", expand_scales=True),  # rows quantised before
+    "ready": Config(world=4, tokens=6, local_experts=2, top_k=2, mask="tokens", expand_scales=True),  # codes; fullmesh_v2
 }
 
 
