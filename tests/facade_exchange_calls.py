@@ -20,11 +20,7 @@ from moe_jax import aclnn
 from moe_jax.reference import family
 
 DEVICES = 16  # A2 begins there
-DISPATCH, COMBINE, NORM = (
-    "moe_distribute_dispatch_v4",
-    "moe_distribute_combine_v4",
-    "moe_distribute_combine_add_rms_norm_v2",
-)
+COMBINE, NORM = "moe_distribute_combine", "moe_distribute_combine_add_rms_norm"
 CONSTANTS = ("const_expert_alpha_1", "const_expert_alpha_2", "const_expert_v")
 NUMBERS = ("zero_expert_num", "copy_expert_num", "const_expert_num")
 FP8, FP4 = ("float8_e4m3fn", "float8_e5m2"), ("float4_e2m1fn", "uint8")
@@ -42,7 +38,8 @@ class Case:
     tp: int  # tensor-parallel ranks of the mesh
     nodes: int
     tokens: int
-    combine: str  # the operator that brings the rows back
+    combine: str  # the operator that brings the rows back, without its version
+    version: int  # of dispatch and combine: 2, 3 or 4
     common: dict[str, Any]  # attributes of both
     dispatch_only: dict[str, Any]
     combine_only: dict[str, Any]
@@ -52,6 +49,13 @@ class Case:
     feeds: set[str]  # outputs of dispatch that combine gets
     elastic: str | None = None  # None, "off" (a table whose flag is 0) or "on"
     changes: tuple[str, ...] = ()
+
+    @property
+    def operators(self) -> tuple[str, str]:
+        """The names of both operators."""
+        norm = NORM if self.version == 2 else f"{NORM}_v2"
+        back = norm if self.combine == NORM else f"{COMBINE}_v{self.version}"
+        return f"moe_distribute_dispatch_v{self.version}", back
 
     @property
     def lead(self) -> tuple[int, int]:
@@ -102,7 +106,7 @@ def legal(rng: np.random.Generator) -> Case:
     alg = {"a2": ["", "fullmesh"], "a3": ["", None, "fullmesh_v1"] + ["fullmesh_v2"] * (tp < 2), "a5": ["", "fullmesh_v1"]}
     case = Case(
         product=product, world=world, tp=max(tp, 1), nodes=2 if hierarchy else 1, tokens=tokens,
-        combine=NORM if norm else COMBINE,
+        combine=NORM if norm else COMBINE, version=4,
         common={
             "group_ep": ("node", "ep") if hierarchy else "ep", "ep_world_size": world, "moe_expert_num": experts,
             "group_tp": "tp" if tp == 2 else "", "tp_world_size": tp, "shared_expert_num": num_shared,
@@ -116,7 +120,23 @@ def legal(rng: np.random.Generator) -> Case:
         shared={"expert_ids": ((tokens, top_k), "int32")}, of_dispatch={}, of_combine={}, feeds=set(),
     )  # fmt: skip
     _arrays(rng, case, hidden, dtype, smooth)
+    _older(rng, case)
     return case
+
+
+def _older(rng, case):
+    """An earlier version, where the call has nothing that it lacks."""
+    timed = "performance_info" in case.of_dispatch
+    plain = not (any(case.common[name] for name in NUMBERS) or "elastic_info" in case.shared)
+    versions = [4] + [3] * (not timed) + [2] * (plain and not timed)
+    takes_table = case.product == "a3" and case.common["comm_alg"] in ("", None, "fullmesh_v1")
+    if takes_table and not case.common["tp_world_size"] and rng.random() < 0.3:  # there V3 does, and V4 does not
+        case.elastic, versions = "on", [3]
+        case.shared["elastic_info"] = ((4 + 2 * case.world,), "int32")
+    case.version = versions[rng.integers(len(versions))]
+    if case.version == 2:
+        for name in NUMBERS:
+            del case.common[name]
 
 
 def _quantisation(rng, product, hierarchy):
@@ -181,6 +201,7 @@ def _arrays(rng, case, hidden, dtype, smooth):
 # --- changes: of a legal call in one place ----------------------------------------------------------------------------
 
 ATTRIBUTES = {
+    "ep_world_size": (-1, 0, 1, 2, 4, 8, 16, 32),
     "comm_alg": (*ALGORITHMS, "tree", 3),
     "group_ep": ("", None, 7, ()),
     "group_tp": ("", None, "tp", "ep", 5),
@@ -224,6 +245,8 @@ def _attribute(rng, case):
         rng.choice(3, p=[0.5, 0.25, 0.25])
     ]
     names = [name for name in table if name != "norm_eps" or case.combine == NORM]
+    if case.version == 2:
+        names = [name for name in names if name not in NUMBERS]
     name = names[rng.integers(len(names))]
     place[name] = table[name][rng.integers(len(table[name]))]
     return f"{name}={place[name]!r}"
@@ -267,7 +290,9 @@ def _add(rng, case):
         "weight_scale": ("of_combine", [((1,), "float32")]),
         "group_list": ("of_combine", [((1,), "int32")]),
     }
-    name = sorted(options)[rng.integers(len(options))]
+    lacking = {2: {"elastic_info", "performance_info", "ori_x", "const_expert_v"}, 3: {"performance_info"}, 4: set()}
+    names = sorted(options.keys() - lacking[case.version])
+    name = names[rng.integers(len(names))]
     place, specs = options[name]
     if place == "feeds":
         case.feeds.add(name)
@@ -370,7 +395,7 @@ def _elastic(rng, case, noise):
     n = case.common
     table, experts = noise[0, 0].copy(), n["moe_expert_num"]
     if case.elastic == "on" and _legal_world(case) and noise.shape[2:] == (4 + 2 * case.world,) and noise.dtype == np.int32:
-        special = sum(n[name] or 0 for name in NUMBERS)
+        special = sum(n.get(name) or 0 for name in NUMBERS)
         names = types.SimpleNamespace(
             world=case.world, num_shared=n["shared_expert_num"], shared_ranks=n["shared_expert_rank_num"],
             local_experts=n["moe_expert_num"] // (case.world - n["shared_expert_rank_num"]), experts=n["moe_expert_num"],
@@ -388,7 +413,7 @@ def _elastic(rng, case, noise):
 
 def _ids(rng, case, ids, num_experts):
     """Distinct within a row, where there are enough."""
-    numbers = [num_experts, *(case.common[name] for name in NUMBERS)]
+    numbers = [num_experts, *(case.common.get(name, 0) for name in NUMBERS)]
     if ids.dtype != np.int32 or not all(isinstance(value, int) and 0 <= value < 2**16 for value in numbers):
         return ids
     special = sum(numbers[1:])
@@ -410,14 +435,14 @@ def run(case: Case, drawn) -> tuple[Any, Any]:
     def shard(drawn):
         drawn = jax.tree.map(lambda a: a[0, 0], drawn)
         arrays = drawn["dispatch"]
-        dispatch = phases(DISPATCH, arrays, case.common | case.dispatch_only, case.product)
+        dispatch = phases(case.operators[0], arrays, case.common | case.dispatch_only, case.product)
         if isinstance(dispatch, int):
             refused["dispatch"] = dispatch
             sent = None
         else:
             sent = dispatch(**arrays)
         arrays = _poisoned(case, drawn["combine"], sent) | _fed(case, sent)
-        combine = phases(case.combine, arrays, case.common | case.combine_only, case.product)
+        combine = phases(case.operators[1], arrays, case.common | case.combine_only, case.product)
         if isinstance(combine, int):
             refused["combine"] = combine
         out = None if sent is None or isinstance(combine, int) else combine(**arrays)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from facade_laws import Broken, one_line, phases, same
 from jax.sharding import PartitionSpec as P
-from limit_calls import ALL_FUSED, BARRIER, BARRIER_2, BUILDERS, GA, QGA, QUANTISED, RESET, UPDATE
+from limit_calls import ALL_FUSED, BARRIER, BARRIER_2, GA, QGA, QUANTISED, RESET, UPDATE, call_of
 
 import moe_jax as moe
 from moe_jax import reference
@@ -21,14 +21,16 @@ from moe_jax.products import PRODUCTS
 from moe_jax.window import Window, make_window
 
 DTYPES = ("float32", "bfloat16", "float16", "int32", "int8", "bool", "uint8", "float8_e4m3fn")
+AXIS = "the index along the mesh axis"  # a traced number
 ATTRIBUTES = {
-    UPDATE: {"balance_mode": (-1, 0, 1, 2), "local_rank_id": (None, -1, 0, 1, 3, 4, 2.0), "world_size": (None, 0, True)},
-    BARRIER: {"group": ("", None, 3)},
-    RESET: {"need_sync": (-1, 0, 1, 2), "group_ep": ("", None)},
+    UPDATE: {"balance_mode": (-1, 0, 1, 2), "local_rank_id": (None, -1, 0, 1, 3, 4, 2.0, AXIS),
+             "world_size": (None, 0, True, 2, 4, 8)},
+    BARRIER: {"group": ("", None, 3), "world_size": (4, 8, 16)},
+    RESET: {"need_sync": (-1, 0, 1, 2), "group_ep": ("", None), "ep_world_size": (4, 8, 16)},
     GA: {
         "trans_gmm_weight": (True, False, 1), "trans_mm_weight": (True, False), "send_counts": (None, [], [1, 2]),
         "recv_counts": (None, [-1] * 4, [0.5] * 4), "y_dtype": ("float16", "float32", "no dtype"),
-        "gmm_x_quant_mode": (0, 1, 6, None), "group_size": (0, 1), "permute_out_flag": (True, 1),
+        "ep_world_size": (1, 2, 4, 8), "gmm_x_quant_mode": (0, 1, 6, None), "group_size": (0, 1), "permute_out_flag": (True, 1),
     },
 }  # fmt: skip
 ATTRIBUTES |= {BARRIER_2: ATTRIBUTES[BARRIER]} | {name: ATTRIBUTES[GA] for name in ALL_FUSED}
@@ -67,7 +69,7 @@ def legal(rng: np.random.Generator) -> Case:
         if sizes["PRUNE"] and rng.random() < 0.5:
             sizes["active_mask"] = jax.ShapeDtypeStruct((sizes["B"],), jnp.bool_)
         if rng.random() < 0.3:
-            sizes["local_rank_id"] = int(rng.integers(ranks))
+            sizes["local_rank_id"] = [AXIS, *range(ranks)][rng.integers(ranks + 1)]
     elif operator in (BARRIER, BARRIER_2):
         ranks, sizes = 8, {"group": "ep"}
         sizes["x_ref"] = jax.ShapeDtypeStruct((3, 2), jnp.dtype(str(rng.choice(["float32", "bfloat16", "int8", "bool"]))))
@@ -80,7 +82,7 @@ def legal(rng: np.random.Generator) -> Case:
         sizes = {"W": ranks, "need_sync": int(rng.integers(2))}
     else:
         ranks, sizes = _fused_sizes(rng, operator, product)
-    call = BUILDERS[operator](operator, product, **sizes)
+    call = call_of(operator, product, sizes)
     call.pop("product")
     if operator == RESET:  # a window where the reference has a buffer
         call["window"] = jax.eval_shape(lambda: make_window(6, 3, jnp.int8, ranks))
@@ -144,7 +146,9 @@ def check(rng: np.random.Generator, case: Case) -> str:
 
     def shard(drawn):
         arrays = jax.tree.map(lambda a: a[0], drawn) | host
-        executor = phases(case.operator, arrays, case.attributes, case.product)
+        index = jax.lax.axis_index("ep")
+        attributes = {name: index if value is AXIS else value for name, value in case.attributes.items()}
+        executor = phases(case.operator, arrays, attributes, case.product)
         if isinstance(executor, int):
             refused.append(executor)
             return None
@@ -210,7 +214,7 @@ def _update(case, drawn, out):
     n = case.attributes
     for rank in range(case.ranks):
         options = {theirs: drawn[mine][rank] for mine, theirs in names.items() if mine in drawn}
-        me = rank if n.get("local_rank_id") is None else n["local_rank_id"]
+        me = rank if n.get("local_rank_id") in (None, AXIS) else n["local_rank_id"]
         ids, mask = reference.update_expert(
             drawn["expert_ids"][rank], drawn["eplb_table"][rank], rank=me, ep_size=n["world_size"] or 1,
             balance="token" if n["balance_mode"] else "rank", **options,

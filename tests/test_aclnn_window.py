@@ -21,7 +21,8 @@ NAMES = {
     "tp": WORLDS["tp"],  # V2
     "codes": WORLDS["codes"],
     "elastic": WORLDS["elastic"],
-    "ready": Config(world=4, local_experts=2, top_k=2, mask="tokens", expand_scales=True),  # rows quantised before
+    # Rows that were quantised before, over fullmesh_v2.
+    "ready": Config(world=4, tokens=6, local_experts=2, top_k=2, mask="tokens", expand_scales=True),
 }
 
 
@@ -260,10 +261,16 @@ def test_windows_that_do_not_fit_are_refused():
             run(wrong)
 
 
-def test_no_window_is_made_for_a_dispatch_that_takes_none():
+def test_a_window_is_made_for_what_a_dispatch_takes():
     with pytest.raises(errors.UnsupportedError, match="comm_alg='hierarchy'"):
         aclnn.make_receive_window(**SHAPES, **NUMBERS, comm_alg="hierarchy")
     with pytest.raises(errors.ShapeError, match="on a3"):
         aclnn.make_receive_window(**SHAPES, **NUMBERS, product="a3")
+    elastic = {"elastic_info": jax.ShapeDtypeStruct((8,), "int32")}
+    for product, arrays in ((None, elastic), ("a3", elastic), (None, {})):  # V3's on a3
+        wide = SHAPES | {"x": jax.ShapeDtypeStruct((2, 1024), "bfloat16")} | arrays
+        assert aclnn.make_receive_window(**wide, **NUMBERS, product=product).data.shape == (4, 2048 + 12)
+    with pytest.raises(errors.InvalidArgumentError, match="elastic_info was given.*on a5"):
+        aclnn.make_receive_window(**wide | elastic, **NUMBERS, product="a5")
     with pytest.raises(errors.UnexpectedArgumentError, match="window was given"):
         aclnn.make_receive_window(**SHAPES, **NUMBERS, window=None)

@@ -50,8 +50,8 @@ def bind(
     by_position = [name for name, one in parameters.items() if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
     if len(args) > len(by_position):
         raise UnexpectedArgumentError(
-            f"{function} takes at most {len(by_position)} arguments by position, {by_position[0]} to {by_position[-1]}, "
-            f"and {len(args)} came; pass attributes by name, and no rank ids or outputs"
+            f"{function} takes at most {len(by_position)} arguments by position, {by_position[0]} to "
+            f"{by_position[-1]}, and {len(args)} came; pass attributes by name, and no rank ids or outputs"
         )
     for name in kwargs:
         if name not in parameters:

@@ -85,7 +85,8 @@ def window_shape(call: Call) -> tuple[int, int]:
 def _window_by_rank(call):
     if call.given("window") and call["comm_alg"] == "hierarchy":
         raise UnsupportedError(
-            "window was given, but comm_alg='hierarchy' has no exchange between pairs of ranks; pass None, or comm_alg=''"
+            "window was given, but comm_alg='hierarchy' has no exchange between pairs of ranks; pass None, or another "
+            "comm_alg"
         )
 
 

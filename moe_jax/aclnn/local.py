@@ -38,7 +38,8 @@ def moe_update_expert(
       UpdateExpertOutput; its mask is None without ``pruning_threshold``.
 
     Raises:
-      As ``moe_update_expert_get_workspace_size`` with product=None; MeshError: ``group_ep`` is not bound here.
+      As ``moe_update_expert_get_workspace_size`` with product=None; MeshError: ``group_ep`` is not bound here, or does
+        not have ``world_size`` ranks.
 
     Source: aclnnMoeUpdateExpert.
     """

@@ -6,13 +6,14 @@ from typing import Any
 
 import jax
 
-from moe_jax.aclnn.arguments import FIRST_PHASE, with_fewer_parameters
+from moe_jax.aclnn.arguments import with_fewer_parameters
 from moe_jax.aclnn.first_phase import checked_call
 from moe_jax.aclnn.limits_dispatch import window_shape
 from moe_jax.aclnn.workspace import moe_distribute_dispatch_v4_get_workspace_size
 from moe_jax.window import Window, make_window
 
-_DISPATCH = moe_distribute_dispatch_v4_get_workspace_size.__name__.removesuffix(FIRST_PHASE)
+# The version whose rules hold: V3 takes all that a dispatch with a window may, elastic_info on a3 among it.
+_DISPATCH = "moe_distribute_dispatch_v3"
 _DEFAULTS = {
     name: parameter.default
     for name, parameter in inspect.signature(moe_distribute_dispatch_v4_get_workspace_size).parameters.items()

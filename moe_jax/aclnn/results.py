@@ -36,7 +36,14 @@ class TimedDispatchOutput(NamedTuple):
 
 
 class WindowDispatchOutput(NamedTuple):
-    """``DispatchOutput``, and the receive window that it arrived in."""
+    """``DispatchOutput``, and the receive window that it arrived in.
+
+    Attributes:
+      expand_x, dynamic_scales, assist_info_for_combine, expert_token_nums, ep_recv_counts, tp_recv_counts,
+        expand_scales: as there.
+      window: what arrived, for the next dispatch or a buffer reset.
+      num_stale: [1] i32, pairs that were not sent, since the window of their rank is at another step.
+    """
 
     expand_x: Array
     dynamic_scales: Array | None
@@ -46,7 +53,7 @@ class WindowDispatchOutput(NamedTuple):
     tp_recv_counts: Array | None
     expand_scales: Array | None
     window: Window
-    num_stale: Array  # [1] i32, pairs that were not sent, since the window of their rank is at another step
+    num_stale: Array
 
 
 class CombineOutput(NamedTuple):

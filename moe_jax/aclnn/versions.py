@@ -36,7 +36,7 @@ def _older_operator(operator: str, newest: Callable, check: Callable) -> Callabl
         return newest(**given)
 
     reference = "aclnn" + "".join(part.capitalize() for part in operator.split("_"))
-    text = f"``{newest.__name__}`` without {_listed(operator)}, and otherwise the same.\n\n    Source: {reference}.\n    "
+    text = f"``{newest.__name__}`` without {_listed(operator)}, otherwise the same.\n\n    Source: {reference}.\n    "
     return with_fewer_parameters(operator, newest, lacking(operator), call, text)
 
 

@@ -129,8 +129,8 @@ def open_exchange(
 ) -> Exchange:
     """The bookkeeping of one call; with two tp ranks, own rows come before the peer's."""
     plan = world.plan
-    given = {"token_mask": mask, "rank_table": elastic_info, "recv_counts": recv_counts}
-    exchange = prepare(expert_ids, plan, **given, fresh=fresh, timed=timed)
+    given = {"token_mask": mask, "rank_table": elastic_info, "recv_counts": recv_counts, "fresh": fresh, "timed": timed}
+    exchange = prepare(expert_ids, plan, **given)
     if plan.tp_size == 1:
         return exchange
     order = exchange.source_order  # by tp rank, then by logical rank; the lane of this tp rank comes first here
