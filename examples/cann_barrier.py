@@ -15,16 +15,18 @@ W, T, B, H, K, E = 8, 2, 8, 7168, 3, 7  # epWorldSize, tpWorldSize, Bs, H, K, mo
 moe.emulate_devices(W * T)  # leave this out where there are accelerators
 mesh = moe.make_mesh(ep=W, tp=T)
 
-SAME = dict(
-    group_ep="ep", ep_world_size=W, group_tp="tp", tp_world_size=T, moe_expert_num=E, shared_expert_num=1,
-    shared_expert_rank_num=1, global_bs=B * W, product="a3",
+SAME = dict(  # in the sample's order, but for the rank ids, which are the indices along the axes
+    group_ep="ep", ep_world_size=W, moe_expert_num=E, group_tp="tp", tp_world_size=T, expert_shard_type=0,
+    shared_expert_num=1, shared_expert_rank_num=1, global_bs=B * W, comm_alg=None, product="a3",
 )  # fmt: skip
 
 
 def rank(x, expert_ids, expert_scales):
     """What the thread of one rank does."""
     arrays = dict(x=x, expert_ids=expert_ids, expert_scales=expert_scales)
-    _, dispatch = aclnn.moe_distribute_dispatch_v4_get_workspace_size(**arrays, **SAME)
+    _, dispatch = aclnn.moe_distribute_dispatch_v2_get_workspace_size(
+        **arrays, **SAME, quant_mode=0, expert_token_nums_type=1
+    )
     sent = dispatch(**arrays)
 
     # Nobody goes on before all 8 ranks of the ep axis have their rows. The barrier returns its argument, and only what
@@ -40,7 +42,9 @@ def rank(x, expert_ids, expert_scales):
         expert_scales=expert_scales,
         tp_send_counts=sent.tp_recv_counts,
     )
-    _, combine = aclnn.moe_distribute_combine_v4_get_workspace_size(**arrays, **SAME)
+    _, combine = aclnn.moe_distribute_combine_v2_get_workspace_size(
+        **arrays, **SAME, out_dtype=0, comm_quant_mode=0, group_list_type=1
+    )
     return sent, expand_x, combine(**arrays).x_out
 
 

@@ -15,14 +15,14 @@ W, T, B, H, K, E = 8, 2, 8, 7168, 3, 8  # epWorldSize, tpWorldSize, BS, H, K, mo
 moe.emulate_devices(W * T)  # leave this out where there are accelerators
 mesh = moe.make_mesh(ep=W, tp=T)  # device = epRankId * T + tpRankId, as in the sample
 
-SAME = dict(
-    group_ep="ep", ep_world_size=W, group_tp="tp", tp_world_size=T, moe_expert_num=E, shared_expert_num=0,
-    shared_expert_rank_num=0, global_bs=B * W, product="a3",
+SAME = dict(  # in the sample's order, but for the rank ids, which are the indices along the axes
+    group_ep="ep", ep_world_size=W, moe_expert_num=E, group_tp="tp", tp_world_size=T, expert_shard_type=0,
+    shared_expert_num=0, shared_expert_rank_num=0, global_bs=B * W, comm_alg=None, product="a3",
 )  # fmt: skip
 
 
 def rank(x, expert_ids, eplb_table, expert_scales, shared_expert_x, residual_x, gamma):
-    """What the thread of one rank does. The sample calls V2 and V1 of the last two; V4 and V2 took their place."""
+    """What the thread of one rank does."""
     arrays = dict(expert_ids=expert_ids, eplb_table=eplb_table)
     _, update = aclnn.moe_update_expert_get_workspace_size(
         **arrays, world_size=W, group_ep="ep", balance_mode=0, product="a3"
@@ -30,7 +30,9 @@ def rank(x, expert_ids, eplb_table, expert_scales, shared_expert_x, residual_x, 
     expert_ids = update(**arrays).balanced_expert_ids  # physical ids, for dispatch and for combine
 
     arrays = dict(x=x, expert_ids=expert_ids, expert_scales=expert_scales)
-    _, dispatch = aclnn.moe_distribute_dispatch_v4_get_workspace_size(**arrays, **SAME)
+    _, dispatch = aclnn.moe_distribute_dispatch_v2_get_workspace_size(
+        **arrays, **SAME, quant_mode=0, expert_token_nums_type=1
+    )
     sent = dispatch(**arrays)
 
     arrays = dict(
@@ -44,7 +46,9 @@ def rank(x, expert_ids, eplb_table, expert_scales, shared_expert_x, residual_x, 
         tp_send_counts=sent.tp_recv_counts,
         shared_expert_x=shared_expert_x,
     )
-    _, combine = aclnn.moe_distribute_combine_add_rms_norm_v2_get_workspace_size(**arrays, **SAME, norm_eps=1e-6)
+    _, combine = aclnn.moe_distribute_combine_add_rms_norm_get_workspace_size(
+        **arrays, **SAME, out_dtype=0, comm_quant_mode=0, group_list_type=1, norm_eps=1e-6
+    )
     return expert_ids, sent, combine(**arrays)
 
 

@@ -137,7 +137,7 @@ def combine_sum(
 ) -> tuple[Array, Array | None]:
     """What both operators add up, fp32 [T, H]; and ``performance_info`` after it.
 
-    ``row_weights``: [M] to take instead of ``combine_weights`` for rows, where they are summed at their experts.
+    ``row_weights``: [M], for "hierarchy": to take for the rows instead of ``combine_weights``; tp ranks add theirs up.
     """
     _check(rows, combine_weights, handle, shared_x, performance_info)
     plan, maps = handle.plan, handle.maps

@@ -24,7 +24,7 @@ from moe_jax.message import Part
 from moe_jax.movement import Sent, dequantized, send_rows
 from moe_jax.plan import Plan
 from moe_jax.types import Dispatched
-from moe_jax.window import Window, fresh_sources, make_window
+from moe_jax.window import Window, fresh_sources, make_window, received
 
 Array = jax.Array
 
@@ -169,8 +169,7 @@ def _dispatch(
     if sent.arrival is None:
         return _kept(result, window, performance_info)
     if window is not None:
-        counts = jnp.sum(handle.recv_counts[comm.tp_rank(plan)], axis=-1, dtype=jnp.int32)
-        window = Window(data=sent.arrival.data, counts=jnp.minimum(counts, _capacity(plan)), step=window.step + 1)
+        window = received(window, sent.arrival.data, handle, _capacity(plan))
     if timed:
         waited = exchange.microseconds + sent.arrival.microseconds
         performance_info = performance_info + waited.astype(performance_info.dtype)

@@ -40,6 +40,10 @@ class MissingArgumentError(MoEError, TypeError):
     status = 161001
 
 
+class UnexpectedArgumentError(MoEError, TypeError):
+    """An argument that a function does not take, or not in this way."""
+
+
 class MeshError(MoEError, ValueError):
     """The mesh, its axes or the devices below it do not fit."""
 

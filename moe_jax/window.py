@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import _compat
+from moe_jax import _compat, comm
 from moe_jax.barrier import wait_for_ranks
 from moe_jax.comm import arrival
 from moe_jax.comm.peers import swap_with_peers
@@ -26,7 +26,7 @@ from moe_jax.errors import (
     check_shape,
     check_type,
 )
-from moe_jax.types import _pytree
+from moe_jax.types import DispatchHandle, _pytree
 
 Array = jax.Array
 
@@ -97,7 +97,7 @@ def buffer_reset(
     Source: MoeDistributeBufferReset (its elasticInfo is ``link_mask``, its needSync ``sync``).
     """
     axes, num_ranks = _bound(axis_name)
-    _check_window(window, num_ranks)
+    check_window(window, num_ranks)
     _check_links("link_mask", link_mask, num_ranks)
     check_flag("sync", sync)
     if timeout_us is not None and not sync:
@@ -106,6 +106,12 @@ def buffer_reset(
     isolated = ~linked[jax.lax.axis_index(axes)]
     clean = jax.tree.map(lambda old: arrival.keep_where(isolated, old, jnp.zeros_like(old)), window)
     return wait_for_ranks(clean, linked, axes, timeout_us) if sync else clean
+
+
+def received(window: Window, data: Array, handle: DispatchHandle, capacity: int) -> Window:
+    """The window after one more step: ``data`` arrived, at most ``capacity`` rows from each source."""
+    counts = jnp.sum(handle.recv_counts[comm.tp_rank(handle.plan)], axis=-1, dtype=jnp.int32)
+    return Window(data=data, counts=jnp.minimum(counts, capacity), step=window.step + 1)
 
 
 def fresh_sources(step: Array, axis_name: str | tuple[str, ...]) -> Array:
@@ -222,7 +228,8 @@ def _check_links(name: str, mask: Array, num_ranks: int) -> None:
     check_dtype(name, mask, ("bool", "int32"), "cast it with .astype(bool)")
 
 
-def _check_window(window: Window, num_ranks: int) -> None:
+def check_window(window: Window, num_ranks: int) -> None:
+    """Raises unless ``window`` is one of a group of ``num_ranks``."""
     check_type("window", window, Window, "build it with moe_jax.make_receive_window")
     check_rank("window.data", window.data, 2, "[A, V]")
     check_shape("window.counts", window.counts, (num_ranks,), "[W]")
@@ -232,7 +239,7 @@ def _check_window(window: Window, num_ranks: int) -> None:
 
 
 def _check_patterned(window: Window, pattern: Array, num_ranks: int) -> None:
-    _check_window(window, num_ranks)
+    check_window(window, num_ranks)
     check_rank("pattern", pattern, 2, "[R, V]")
     check_dtype("pattern", pattern, (np.dtype(window.data.dtype),), "the dtype of window.data")
     layout = f"[W * R, V] for a pattern [R, V] from each of {num_ranks} ranks"

@@ -112,7 +112,7 @@ def data(rng: np.random.Generator, config: Config) -> dict[str, np.ndarray | Non
     kind = str(rng.choice(["whole", "normal", "mixed"]))
     elastic, num_experts = _elastic(rng, config) if config.elastic else (None, config.experts)
     tokens = (*config.lead, config.tokens)
-    ids = _expert_ids(rng, config, num_experts)
+    ids = expert_ids(rng, (*config.lead, config.tokens, config.top_k), num_experts, config.num_special)
     rows = (*config.lead, config.capacity * max(config.tp, 1))
     return {
         "x": numbers(rng, kind, (*tokens, config.hidden), config.dtype),
@@ -162,38 +162,49 @@ def elastic_info(world: int, survivors: list[int], shared_ranks: int, num_expert
     return np.array([1, len(survivors), shared_ranks, num_experts, *logical, *physical], np.int32)
 
 
+def elastic_worlds(config) -> list[tuple[int, int, int]]:
+    """The (W', S', E') to which a configuration may shrink."""
+    worlds = []
+    for size in range(1, config.world + 1):
+        for shared in range(0, size, max(config.num_shared, 1)):
+            experts = config.local_experts * (size - shared)
+            keeps_shared = shared > 0 or config.shared_ranks == 0
+            if keeps_shared and shared <= config.shared_ranks and experts <= config.experts:
+                worlds += [(size, shared, experts)] * (experts + config.num_special >= config.top_k)
+    return worlds
+
+
 def _config(rng):
     tp = int(rng.choice([0, 1, 2], p=[0.6, 0.15, 0.25]))
     world = int(rng.choice([1, 2, 4, 4] if tp == 2 else [1, 2, 4, 4, 8, 8]))
-    options = _shared(rng, world)
+    options = dict(zip(("num_shared", "shared_ranks"), shared_ranks(rng, world), strict=True))
     options["local_experts"] = 1 if tp == 2 else int(rng.integers(1, 4))
     if rng.random() < 0.4:
         options |= {name: int(rng.integers(0, 3)) for name in ("num_zero", "num_copy", "num_const")}
     options["alpha_ndim"] = int(rng.integers(1, 3))
-    experts = options["local_experts"] * (world - options.get("shared_ranks", 0))
+    experts = options["local_experts"] * (world - options["shared_ranks"])
     specials = sum(options.get(name, 0) for name in ("num_zero", "num_copy", "num_const"))
     options["top_k"] = int(rng.integers(1, min(6, experts + specials) + 1))
     tokens = int(rng.integers(0, 7)) if rng.random() < 0.9 else 1
     if rng.random() < 0.3:
         options["global_bs"] = world * (tokens + int(rng.integers(0, 3)))
     options["mask"] = [None, "tokens", "pairs"][rng.integers(3)]
-    options["elastic"] = bool(tp < 2 and rng.random() < 0.3)
+    options["elastic"] = bool(rng.random() < 0.3)
     options["token_nums_type"] = int(rng.integers(2))
     options["expand_scales"] = bool(rng.integers(2))
-    if not options.get("shared_ranks"):
+    if not options["shared_ranks"]:
         options["shared_x"] = [None, "2d", "3d"][rng.integers(3)]
     options |= _precision(rng, tp)
     config = Config(world=world, tp=tp, tokens=tokens, **options)
     return _over_nodes(rng, config) if rng.random() < 0.2 else config
 
 
-def _shared(rng, world):
+def shared_ranks(rng: np.random.Generator, world: int) -> tuple[int, int]:
     """Ns and S: about half of the worlds have shared ranks."""
     legal = [(ns, s) for ns in range(1, 5) for s in range(ns, world, ns)]
     if not legal or rng.random() < 0.5:
-        return {"num_shared": int(rng.integers(2))}
-    num_shared, shared_ranks = legal[rng.integers(len(legal))]
-    return {"num_shared": num_shared, "shared_ranks": shared_ranks}
+        return int(rng.integers(2)), 0
+    return legal[rng.integers(len(legal))]
 
 
 def _precision(rng, tp):
@@ -212,26 +223,16 @@ def _precision(rng, tp):
 
 
 def _over_nodes(rng, config):
-    """The configuration with sums by node, without all that does not go with them."""
-    if config.world < 2 or config.tp == 2:
+    """The configuration with sums by node, whose weights are those that travelled."""
+    if config.world < 2:
         return config
-    experts = config.local_experts * config.world
-    return dataclasses.replace(
-        config, nodes=int(rng.choice([n for n in (2, 4) if config.world % n == 0])), shared_ranks=0, num_shared=1,
-        num_zero=0, num_copy=0, num_const=0, top_k=min(config.top_k, experts), comm_quant_mode=0, mask=None,
-        elastic=False, expand_scales=True, quant_mode=0, y_dtype=None, smooth=None,
-    )  # fmt: skip
+    nodes = int(rng.choice([n for n in (2, 4) if config.world % n == 0]))
+    return dataclasses.replace(config, nodes=nodes, expand_scales=True)
 
 
 def _elastic(rng, config):
     """A random shrunken world, or a table that is switched off; and the number of experts that are left."""
-    worlds = []
-    for size in range(1, config.world + 1):
-        for shared in range(0, size, max(config.num_shared, 1)):
-            experts = config.local_experts * (size - shared)
-            keeps_shared = shared > 0 or config.shared_ranks == 0
-            if keeps_shared and shared <= config.shared_ranks and experts <= config.experts:
-                worlds += [(size, shared, experts)] * (experts + config.num_special >= config.top_k)
+    worlds = elastic_worlds(config)
     if rng.random() < 0.2:
         noise = rng.integers(-1, config.world, 3 + 2 * config.world)
         return np.array([0, *noise], np.int32), config.experts
@@ -242,23 +243,23 @@ def _elastic(rng, config):
     return elastic_info(config.world, survivors.tolist(), shared, experts), experts
 
 
-def _expert_ids(rng, config, num_experts):
+def expert_ids(rng: np.random.Generator, shape: tuple, num_experts: int, num_special: int) -> np.ndarray:
     """[.., B, K] i32, distinct within a row; balanced, random, skewed, on few experts, or mostly special."""
-    total, shape = num_experts + config.num_special, (*config.lead, config.tokens, config.top_k)
+    total, top_k = num_experts + num_special, shape[-1]
     pattern = str(rng.choice(["balanced", "random", "skewed", "few", "special"]))
     rows = int(np.prod(shape[:-1]))
     if pattern == "balanced":
-        ids = (np.arange(rows)[:, None] * config.top_k + np.arange(config.top_k)) % total
+        ids = (np.arange(rows)[:, None] * top_k + np.arange(top_k)) % total
         return ids.reshape(shape).astype(np.int32)
     favour = np.zeros(total)
     if pattern == "skewed":
         favour = -1.5 * np.log1p(rng.permutation(total))
     elif pattern == "few":
-        favour[rng.permutation(total)[config.top_k :]] = -1e3
+        favour[rng.permutation(total)[top_k:]] = -1e3
     elif pattern == "special":
         favour[:num_experts] = -2.0
     keys = favour + rng.gumbel(size=(rows, total))  # the largest: a draw without replacement, weighted by exp(favour)
-    return np.argsort(-keys, axis=1)[:, : config.top_k].reshape(shape).astype(np.int32)
+    return np.argsort(-keys, axis=1)[:, :top_k].reshape(shape).astype(np.int32)
 
 
 def _mask(rng, config):

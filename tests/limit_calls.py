@@ -5,7 +5,10 @@ import math
 import jax
 import jax.numpy as jnp
 
-from moe_jax.aclnn import workspace
+from jax.sharding import AbstractMesh
+
+from moe_jax import _compat, aclnn
+from moe_jax.products import lacking, newest_of
 
 NULL, DTYPE, VALUE = 161001, 161002, 561002
 MB = 2**20
@@ -13,6 +16,7 @@ GROUP_127, GROUP_128 = "g" * 127, "g" * 128
 
 DISPATCH, COMBINE = "moe_distribute_dispatch_v4", "moe_distribute_combine_v4"
 NORM = "moe_distribute_combine_add_rms_norm_v2"
+DISPATCH_3, COMBINE_3 = "moe_distribute_dispatch_v3", "moe_distribute_combine_v3"  # unlike V4 they may be elastic
 UPDATE, BARRIER, BARRIER_2 = "moe_update_expert", "distribute_barrier", "distribute_barrier_v2"
 RESET = "moe_distribute_buffer_reset"
 GA, AG = "grouped_mat_mul_allto_allv", "allto_allv_grouped_mat_mul"
@@ -39,7 +43,9 @@ NO_EXTRAS = {"S": 0, "NS": 1, "T": 0, "Z": 0, "CP": 0, "CC": 0, "BS": 0, "ALG": 
 def exchange_call(operator, product, **changes):
     """A legal call of dispatch or a combine; every shape follows from the sizes."""
     n = {**EXCHANGE_SIZES[product], **NO_EXTRAS}
+    one_each = changes.get("T") == 2 and "E" not in changes  # two tp ranks go with one expert per rank
     n.update({key: changes.pop(key) for key in list(changes) if key in n})
+    n["E"] = max(n["W"] - n["S"], 1) if one_each else n["E"]
     B, H, K, W, E, S, T = (n[key] for key in "B H K W E S T".split())
     call = {
         "expert_ids": array((B, K), "int32"),
@@ -165,11 +171,29 @@ def quantised_part(n, rows):
 
 
 BUILDERS = {name: exchange_call for name in EXCHANGE} | {name: fused_call for name in ALL_FUSED}
-BUILDERS |= {UPDATE: update_call, BARRIER: barrier_call, BARRIER_2: barrier_call, RESET: reset_call}
+BUILDERS |= {UPDATE: update_call, BARRIER_2: barrier_call, RESET: reset_call}
+
+
+def call_of(operator, product, changes):
+    """The arguments of a call; None where an earlier version lacks a parameter that it needs."""
+    changes = {name: change for name, change in changes.items() if name != "MESH"}
+    chosen = {"product": changes.pop("product")} if "product" in changes else {}
+    newest = newest_of(operator)
+    call = BUILDERS[newest](newest, product, **changes) | chosen
+    later = {name: call.pop(name) for name in lacking(operator) if name in call}
+    return call if all(value is None or value == 0 for value in later.values()) else None
 
 
 def first_phase(operator, product, changes):
-    function = getattr(workspace, f"{operator}_get_workspace_size")
-    changes = dict(changes)
-    chosen = {"product": changes.pop("product")} if "product" in changes else {}
-    return function(**BUILDERS[operator](operator, product, **changes) | chosen)
+    """What the first phase of the changed call returns; "MESH": the sizes of the axes that are bound meanwhile."""
+    results, call = [], call_of(operator, product, changes)
+
+    def check():
+        results.append(getattr(aclnn, f"{operator}_get_workspace_size")(**call))
+
+    if "MESH" in changes:
+        mesh = AbstractMesh(tuple(changes["MESH"].values()), tuple(changes["MESH"]))
+        jax.eval_shape(_compat.shard_map(check, mesh=mesh, in_specs=(), out_specs=None))
+    else:
+        check()
+    return results[0]

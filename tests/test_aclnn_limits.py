@@ -30,11 +30,12 @@ from limit_calls import (
     UPDATE,
     VALUE,
     array,
+    call_of,
     first_phase,
 )
 from limit_rows_others import FULL, UNEVEN, UNEVEN_BACK
 
-from moe_jax.aclnn import workspace
+from moe_jax import aclnn
 from moe_jax.aclnn.executor import Executor
 from moe_jax.aclnn.first_phase import OPERATORS
 from moe_jax.aclnn.limits_registry import registered
@@ -46,24 +47,33 @@ from moe_jax.errors import (
     ShapeError,
     UnsupportedError,
 )
-from moe_jax.products import PRODUCTS, Choices, Interval, Sizes
+from moe_jax.products import ANY, PRODUCTS, VERSIONS, Choices, Interval, Sizes
 
 RULES = {operator: registered(operator, definition) for operator, (definition, _) in OPERATORS.items()}
 ROWS = limit_rows_exchange.ROWS + limit_rows_others.ROWS
 
 
 def cases(column):
-    """One test per row, operator and change, the rows being those of a product that has the operator."""
+    """One test per row, operator and change, the rows being those of a product that has the operator.
+
+    A row holds for earlier versions too, as far as they have the rule and the parameters.
+    """
     for rule, section, operators, product, *columns, words, status in ROWS:
-        for operator in (operators,) if isinstance(operators, str) else operators:
+        for operator in versions((operators,) if isinstance(operators, str) else operators, rule, product):
             has_it = product is None or operator in PRODUCTS[product].operators
             if not has_it and rule != "product":
                 continue
-            changes = columns[column]
+            changes, sizes = columns[column], product if has_it else None
             for index, change in enumerate(changes if isinstance(changes, list) else [changes]):
-                if change is not None:
+                if change is not None and call_of(operator, sizes, change) is not None:
                     name = f"{operator}-{product}-{rule}-{index}"
                     yield pytest.param(rule, operator, product, change, words, status, id=name)
+
+
+def versions(operators, rule, product):
+    """``operators``, and their earlier versions that have the rule."""
+    older = [name for name, version in VERSIONS.items() if version.newest in operators and name not in operators]
+    return [*operators, *(name for name in older if {(rule, product), (rule, None)} & RULES[name])]
 
 
 def owner(rule, operator, product):
@@ -80,7 +90,7 @@ def test_the_last_legal_call(rule, operator, product, change, words, status):
 
 @pytest.mark.parametrize("rule, operator, product, change, words, status", list(cases(1)))
 def test_the_first_illegal_call(rule, operator, product, change, words, status):
-    with pytest.raises(MoEError) as caught:
+    with pytest.raises(MoEError) as caught, jax.enable_x64(True):  # which tells int64 from int32
         first_phase(operator, None if rule == "product" else product, change)
     error = caught.value
     assert (error.rule, error.status) == (rule, status), str(error)
@@ -100,6 +110,14 @@ def test_every_rule_has_a_legal_and_an_illegal_case():
             assert not stale, f"{operator}: cases of unknown rules {stale}"
 
 
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_every_size_of_a_group_is_compared_with_it(operator):
+    names = inspect.signature(getattr(aclnn, operator)).parameters
+    compared = [rule for rule, _ in RULES[operator] if rule.startswith("group_size:")]
+    assert len(compared) == sum(name.endswith("world_size") for name in names) > 0
+    assert {rule.removeprefix("group_size:") for rule in compared} <= {name for name in names if name[:5] == "group"}
+
+
 def test_null_pointers_come_before_dtypes_and_dtypes_before_the_rest():
     broken = {"W": 1, "expert_ids": array((8, 4), "int64"), "x": None}
     with pytest.raises(MissingArgumentError, match="x is None"):
@@ -110,6 +128,55 @@ def test_null_pointers_come_before_dtypes_and_dtypes_before_the_rest():
     del broken["expert_ids"]
     with pytest.raises(InvalidArgumentError, match="ep_world_size=1 "):
         first_phase(DISPATCH, "a3", broken)
+
+
+EXTENTS = {"ep_world_size", "moe_expert_num", "shared_expert_num", "shared_expert_rank_num", "world_size"}
+ALGS = ["fullmesh", "fullmesh_v1", "fullmesh_v2", "hierarchy"]
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_64_bits_are_32_where_jax_has_no_more(operator):
+    """Every array whose documents say int64 or so: what JAX makes of it is taken, and refused where JAX has 64 bits."""
+    check = getattr(aclnn, f"{operator}_get_workspace_size")
+    for product in (None, *(name for name in PRODUCTS if operator in PRODUCTS[name].operators)):
+        call = call_of(operator, product, {})
+        own = PRODUCTS[product].operators[operator] if product else ANY[operator]
+        limits = ANY[operator].dtypes | own.dtypes
+        for name, allowed in limits.items():
+            if name in own.absent:
+                continue
+            for dtype in [dtype for dtype in allowed if dtype in ("int64", "uint64", "float64")]:
+                shape = getattr(call.get(name), "shape", (call.get("ep_world_size"),))
+                narrow = call | {name: array(shape, dtype.replace("64", "32"))}
+                check(**call | {name: array(shape, dtype)})
+                check(**narrow)
+                with jax.enable_x64(True):
+                    check(**call | {name: array(shape, dtype)})
+                    if dtype.replace("64", "32") not in allowed:
+                        with pytest.raises(DtypeError, match=f"{name} has dtype .*32; it must be {dtype} on {product}"):
+                            check(**narrow)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_an_attribute_out_of_range_comes_before_what_it_would_need(operator):
+    """Nothing but what is always needed, and one attribute out of its range: the text is about that attribute."""
+    definition, tried = OPERATORS[operator][0], set()
+    check = getattr(aclnn, f"{operator}_get_workspace_size")
+    for product in (None, *(name for name in PRODUCTS if operator in PRODUCTS[name].operators)):
+        limits = [ANY[operator]] + ([PRODUCTS[product].operators[operator]] if product else [])
+        call = call_of(operator, product, {})
+        bare = {name: call[name] for name in call if name not in definition.arrays or name in definition.needs}
+        names = {name for table in limits for name in table.values} & inspect.signature(check).parameters.keys()
+        for name in names - EXTENTS:
+            for value in ALGS if name == "comm_alg" else range(-1, 9):
+                if all(table.values[name].allows(value) for table in limits if name in table.values):
+                    continue
+                with pytest.raises(MoEError, match=f"^{name}={value!r} must be") as caught:
+                    check(**bare | {name: value})
+                assert caught.value.status == VALUE
+                tried.add((name, value))
+    if operator.startswith("moe_distribute_dispatch"):
+        assert {("quant_mode", 1), ("tp_world_size", 2), ("comm_alg", "hierarchy")} <= tried
 
 
 def test_no_product_refuses_no_range():
@@ -127,12 +194,12 @@ STRANGE = [None, -1, 0, 1.5, math.nan, "", "x", True, [], [[1], [1, 2]], (1,), o
 STRANGE += [array((), "int32"), array((0, 0)), array((2, 3, 4, 5, 6)), array((4, 2), "complex64"), np.zeros((1, 1))]
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", [name for name in OPERATORS if name not in VERSIONS])
 def test_strange_arguments_raise_nothing_but_our_errors(operator):
     for product in (None, *PRODUCTS):
         if product is not None and operator not in PRODUCTS[product].operators:
             continue
-        names = inspect.signature(getattr(workspace, f"{operator}_get_workspace_size")).parameters
+        names = inspect.signature(getattr(aclnn, f"{operator}_get_workspace_size")).parameters
         for name in names:
             for value in STRANGE:
                 try:

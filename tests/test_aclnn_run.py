@@ -20,6 +20,7 @@ from test_fused_quant import E2M1, INT8, codes, scales
 import moe_jax as moe
 from moe_jax import _compat, aclnn, errors, reference
 from moe_jax.aclnn.executor import Executor
+from moe_jax.products import VERSIONS, lacking
 from moe_jax.reference import family
 from moe_jax.window import Window
 
@@ -47,12 +48,25 @@ def shape_of(array):
     return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 
+RAN = set()  # the versions whose executors were called
+
+
 def both(name, arrays, attributes):
-    """Both ways to run an operator, the second from shapes alone; for use inside ``shard_map``."""
-    first = getattr(aclnn, f"{name}_get_workspace_size")
-    num_bytes, executor = first(**jax.tree.map(shape_of, arrays), **attributes)
+    """Both ways to run an operator; for use inside ``shard_map``.
+
+    The second is from shapes alone, and by the earliest version that has all that is given.
+    """
+    older = [version for version, one in VERSIONS.items() if one.newest == name]
+    given = {key for key, value in arrays.items() if value is not None}
+    given |= {key for key, value in attributes.items() if value}
+    version = next((version for version in older if not given & set(VERSIONS[version].without)), name)
+    known = {key: value for key, value in attributes.items() if key not in lacking(version)}
+    first = getattr(aclnn, f"{version}_get_workspace_size")
+    num_bytes, executor = first(**jax.tree.map(shape_of, arrays), **known)
     assert isinstance(num_bytes, int) and num_bytes >= 0 and isinstance(executor, Executor)
-    assert hash(executor) == hash(first(**jax.tree.map(shape_of, arrays), **attributes)[1])
+    assert executor.operator_name == version
+    RAN.add(version)
+    assert hash(executor) == hash(first(**jax.tree.map(shape_of, arrays), **known)[1])
     return getattr(aclnn, name)(**arrays, **attributes), executor(**arrays)
 
 
@@ -93,6 +107,15 @@ WORLDS = {
     "codes": Config(world=4, local_experts=1, top_k=2, quant_mode=2, y_dtype="int8", smooth="experts", mask="tokens",
                     comm_quant_mode=2),
 }  # fmt: skip
+
+
+VERSIONS_OF = {
+    "shared": ("dispatch_v3", "combine_v3"),
+    "tp": ("dispatch_v2", "combine_add_rms_norm"),
+    "nodes": ("dispatch_v2", "combine_v2"),
+    "elastic": ("dispatch_v3", "combine_v3"),
+    "codes": ("dispatch_v2", "combine_v2"),
+}
 
 
 def oracle_dispatch(config, drawn):
@@ -141,6 +164,7 @@ def test_dispatch_and_combine(name):
     for seed in range(4):
         drawn = draw(np.random.default_rng(seed), config)
         sent, out = world_program(name)(over_ranks(config, drawn))
+        assert {f"moe_distribute_{version}" for version in VERSIONS_OF[name]} <= RAN
         sent, out = agree(*sent), agree(*out)
         expected = oracle_dispatch(config, drawn)
         for field in aclnn.DispatchOutput._fields:
@@ -394,6 +418,37 @@ def test_update_expert(mode, dtype, prune):
                 np.testing.assert_array_equal(out.balanced_active_mask[rank], want_mask)
 
 
+def test_a_traced_rank_goes_through_both_phases():
+    ranks, table = 4, np.array([[2, 5, 7, 0], [1, 3, 0, 0], [3, 1, 2, 8]], np.int32)
+    ids = np.random.default_rng(0).integers(0, 3, (ranks, 5, 2)).astype(np.int32)
+
+    def shard(ids):
+        arrays = {"expert_ids": ids, "eplb_table": table}
+        numbers = {"world_size": ranks, "local_rank_id": (jax.lax.axis_index("ep") + 1) % ranks}
+        _, executor = aclnn.moe_update_expert_get_workspace_size(**arrays, **numbers, product="a3")
+        with pytest.raises(TypeError, match="unhashable"):
+            hash(executor)
+        for wrong in (numbers["local_rank_id"].astype(np.float32), numbers["local_rank_id"][None]):
+            with pytest.raises(errors.InvalidArgumentError, match="local_rank_id=.*must be in"):
+                aclnn.moe_update_expert(**arrays, **numbers | {"local_rank_id": wrong})
+        return aclnn.moe_update_expert(**arrays, **numbers), executor(**arrays)
+
+    got = agree(*over_ep(ranks, shard)(ids)).balanced_expert_ids
+    for rank in range(ranks):
+        want, _ = reference.update_expert(ids[rank], table, rank=(rank + 1) % ranks, ep_size=ranks, balance="rank")
+        np.testing.assert_array_equal(got[rank], want)
+
+
+def test_a_rank_that_is_an_array_with_a_value_is_checked():
+    arrays = {"expert_ids": np.zeros((4, 2), np.int32), "eplb_table": np.ones((3, 2), np.int32)}
+    first = aclnn.moe_update_expert_get_workspace_size
+    for rank in (1, np.int64(1), np.array(1), jnp.int32(1)):
+        executor = first(**arrays, world_size=2, local_rank_id=rank)[1]
+        assert dict(executor.attributes)["local_rank_id"] == 1 and hash(executor) is not None
+        with pytest.raises(errors.InvalidArgumentError, match=r"local_rank_id=.*2.* must be in \[0, 1\]"):
+            first(**arrays, world_size=2, local_rank_id=rank + 1)
+
+
 # --- barriers and the reset -------------------------------------------------------------------------------------------
 
 
@@ -406,8 +461,7 @@ def test_barriers_are_the_identity(dtype):
 
     def shard(x, table):
         numbers = {"group": "ep", "world_size": 4}
-        outs = [both("distribute_barrier", {"x_ref": x}, numbers)]
-        outs.append(both("distribute_barrier_v2", {"x_ref": x}, numbers))
+        outs = [both("distribute_barrier_v2", {"x_ref": x}, numbers)]
         outs.append(both("distribute_barrier_v2", {"x_ref": x, "elastic_info": table}, numbers))
         outs.append(both("distribute_barrier_v2", {"x_ref": x, "time_out": patience}, numbers))
         arrays = {"x_ref": x, "time_out": patience, "elastic_info": table}

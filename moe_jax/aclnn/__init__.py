@@ -14,12 +14,8 @@ from moe_jax.aclnn.grouped import (
     grouped_mat_mul_allto_allv,
     quant_grouped_mat_mul_allto_allv,
 )
-from moe_jax.aclnn.local import (
-    distribute_barrier,
-    distribute_barrier_v2,
-    moe_distribute_buffer_reset,
-    moe_update_expert,
-)
+from moe_jax.aclnn.local import distribute_barrier_v2, moe_distribute_buffer_reset, moe_update_expert
+from moe_jax.aclnn.receive_window import make_receive_window
 from moe_jax.aclnn.results import (
     AddRmsNormOutput,
     AllToAllvGroupedMatmulOutput,
@@ -29,11 +25,25 @@ from moe_jax.aclnn.results import (
     TimedCombineOutput,
     TimedDispatchOutput,
     UpdateExpertOutput,
+    WindowDispatchOutput,
+)
+from moe_jax.aclnn.versions import (
+    distribute_barrier,
+    distribute_barrier_get_workspace_size,
+    moe_distribute_combine_add_rms_norm,
+    moe_distribute_combine_add_rms_norm_get_workspace_size,
+    moe_distribute_combine_v2,
+    moe_distribute_combine_v2_get_workspace_size,
+    moe_distribute_combine_v3,
+    moe_distribute_combine_v3_get_workspace_size,
+    moe_distribute_dispatch_v2,
+    moe_distribute_dispatch_v2_get_workspace_size,
+    moe_distribute_dispatch_v3,
+    moe_distribute_dispatch_v3_get_workspace_size,
 )
 from moe_jax.aclnn.workspace import (
     allto_allv_grouped_mat_mul_get_workspace_size,
     allto_allv_quant_grouped_mat_mul_get_workspace_size,
-    distribute_barrier_get_workspace_size,
     distribute_barrier_v2_get_workspace_size,
     grouped_mat_mul_allto_allv_get_workspace_size,
     moe_distribute_buffer_reset_get_workspace_size,
@@ -53,6 +63,7 @@ __all__ = [
     "TimedCombineOutput",
     "TimedDispatchOutput",
     "UpdateExpertOutput",
+    "WindowDispatchOutput",
     "allto_allv_grouped_mat_mul",
     "allto_allv_grouped_mat_mul_get_workspace_size",
     "allto_allv_quant_grouped_mat_mul",
@@ -63,12 +74,23 @@ __all__ = [
     "distribute_barrier_v2_get_workspace_size",
     "grouped_mat_mul_allto_allv",
     "grouped_mat_mul_allto_allv_get_workspace_size",
+    "make_receive_window",
     "moe_distribute_buffer_reset",
     "moe_distribute_buffer_reset_get_workspace_size",
+    "moe_distribute_combine_add_rms_norm",
+    "moe_distribute_combine_add_rms_norm_get_workspace_size",
     "moe_distribute_combine_add_rms_norm_v2",
     "moe_distribute_combine_add_rms_norm_v2_get_workspace_size",
+    "moe_distribute_combine_v2",
+    "moe_distribute_combine_v2_get_workspace_size",
+    "moe_distribute_combine_v3",
+    "moe_distribute_combine_v3_get_workspace_size",
     "moe_distribute_combine_v4",
     "moe_distribute_combine_v4_get_workspace_size",
+    "moe_distribute_dispatch_v2",
+    "moe_distribute_dispatch_v2_get_workspace_size",
+    "moe_distribute_dispatch_v3",
+    "moe_distribute_dispatch_v3_get_workspace_size",
     "moe_distribute_dispatch_v4",
     "moe_distribute_dispatch_v4_get_workspace_size",
     "moe_update_expert",

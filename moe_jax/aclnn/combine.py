@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from moe_jax import _compat, comm
 from moe_jax.aclnn import world as worlds
+from moe_jax.aclnn.arguments import signature_checked
 from moe_jax.aclnn.results import AddRmsNormOutput, CombineOutput, TimedCombineOutput
 from moe_jax.aclnn.workspace import (
     moe_distribute_combine_add_rms_norm_v2_get_workspace_size,
@@ -20,6 +21,7 @@ from moe_jax.types import DispatchHandle
 Array = jax.Array
 
 
+@signature_checked
 def moe_distribute_combine_v4(
     expand_x: Array,
     expert_ids: Array,
@@ -62,7 +64,8 @@ def moe_distribute_combine_v4(
     What dispatch returned goes in unchanged: assist_info_for_combine, ep_recv_counts as ``ep_send_counts`` and
     tp_recv_counts as ``tp_send_counts`` say where rows go. Rows whose triple is out of range or names another source
     than the counts become NaN, and so do all rows of a rank whose counts are not what the others sent.
-    With "hierarchy" the weights are those of ``expand_scales``. Rows of tokens that are masked are zero.
+    With "hierarchy" the weights of routed rows are those of ``expand_scales``, where it is given; rows of shared experts
+    have weight 1, as everywhere. Rows of tokens that are masked are zero.
 
     Returns:
       CombineOutput; with ``performance_info``, its new value too. Differentiable in every float array.
@@ -79,6 +82,7 @@ def moe_distribute_combine_v4(
     return CombineOutput(x_out) if performance_info is None else TimedCombineOutput(x_out, waited)
 
 
+@signature_checked
 def moe_distribute_combine_add_rms_norm_v2(
     expand_x: Array,
     expert_ids: Array,
@@ -159,16 +163,15 @@ def _total(given: dict[str, Any]) -> tuple[Array, Array, Array | None]:
         weights = jnp.ones_like(given["expand_x"], shape=given["expert_ids"].shape, dtype=jnp.float32)
     if not plan.num_pairs:
         return jnp.zeros_like(weights, shape=(0, hidden)), active, given["performance_info"]
-    handle, rows = _handle(world, given, mask)
+    handle, rows, row_weights = _handle(world, given, mask)
     shared_x = given["shared_expert_x"]
-    hierarchical = plan.transport == "hierarchy"
     total, waited = combine_sum(
         rows,
         weights,
         handle,
         None if shared_x is None else shared_x.reshape(tokens, hidden),
         given["performance_info"],
-        row_weights=given["expand_scales"][: world.num_rows] if hierarchical else None,
+        row_weights=row_weights,
         x=given["ori_x"] if plan.num_copy_experts + plan.num_const_experts else None,
         const_alpha1=given["const_expert_alpha_1"],
         const_alpha2=given["const_expert_alpha_2"],
@@ -177,11 +180,17 @@ def _total(given: dict[str, Any]) -> tuple[Array, Array, Array | None]:
     return total, active, waited
 
 
-def _handle(world: worlds.World, given: dict[str, Any], mask: Array | None) -> tuple[DispatchHandle, Array]:
-    """The handle that dispatch had, from what it returned; and the rows, NaN where that does not fit together."""
+def _handle(
+    world: worlds.World, given: dict[str, Any], mask: Array | None
+) -> tuple[DispatchHandle, Array, Array | None]:
+    """The handle that dispatch had, from what it returned; the rows, NaN where that does not fit together; their weights.
+
+    Weights by row are those of this rank's own rows, zero for the peer's, and None where the tokens weight their rows.
+    """
     plan, capacity = world.plan, world.capacity
     ledger = worlds.Ledger(plan, given["elastic_info"])
-    sums = given["ep_send_counts"].reshape(plan.tp_size, -1)
+    num_counts = plan.tp_size * plan.num_local_experts * plan.ep_size
+    sums = given["ep_send_counts"][:num_counts].reshape(plan.tp_size, -1)  # scratch of A2's hierarchy may follow
     recv_counts = ledger.counts(sums)
     exchange = worlds.open_exchange(world, given["expert_ids"], mask, given["elastic_info"], recv_counts=recv_counts)
     handle = open_window(
@@ -206,7 +215,13 @@ def _handle(world: worlds.World, given: dict[str, Any], mask: Array | None) -> t
         fits &= jnp.all(given["tp_send_counts"] == lanes)
     written = (row < jnp.sum(lanes))[:, None]
     rows = jnp.where(written, given["expand_x"][: world.num_rows], 0)  # a caller may have allocated more
-    return handle, jnp.where(fits[:, None] | ~written, rows, jnp.nan)
+    rows = jnp.where(fits[:, None] | ~written, rows, jnp.nan)
+    if plan.transport != "hierarchy" or given["expand_scales"] is None:
+        return handle, rows, None
+    # Routed rows have the weights that came with them, and rows of shared experts, whose k is K or more, have weight 1.
+    weights = jnp.where(triples[:, 2] < plan.top_k, given["expand_scales"][:capacity], 1.0)
+    weights = jnp.where(row[:capacity] < lanes[comm.tp_rank(plan)], weights, 0.0)
+    return handle, rows, jnp.pad(weights, (0, world.num_rows - capacity))
 
 
 def _agree(recv_counts: Array, exchange: Exchange, handle: DispatchHandle, plan: Plan) -> Array:

@@ -7,16 +7,19 @@ import jax.numpy as jnp
 
 from moe_jax import _compat, comm
 from moe_jax.aclnn import world as worlds
-from moe_jax.aclnn.results import DispatchOutput, TimedDispatchOutput
+from moe_jax.aclnn.arguments import signature_checked
+from moe_jax.aclnn.results import DispatchOutput, TimedDispatchOutput, WindowDispatchOutput
 from moe_jax.aclnn.workspace import moe_distribute_dispatch_v4_get_workspace_size
 from moe_jax.bookkeeping import open_window
 from moe_jax.kernels import FLOAT_DTYPES
 from moe_jax.movement import Sent, send_as_is, send_rows
 from moe_jax.types import DispatchHandle
+from moe_jax.window import Window, check_window, fresh_sources, received
 
 Array = jax.Array
 
 
+@signature_checked
 def moe_distribute_dispatch_v4(
     x: Array,
     expert_ids: Array,
@@ -42,12 +45,16 @@ def moe_distribute_dispatch_v4(
     copy_expert_num: int = 0,
     const_expert_num: int = 0,
     y_dtype: Any = None,
-) -> DispatchOutput | TimedDispatchOutput:
+    window: Window | None = None,
+) -> DispatchOutput | TimedDispatchOutput | WindowDispatchOutput:
     """Sends a copy of each active token to each of its experts. Call it per shard, inside ``shard_map``.
 
     Parameters are the reference's; a group name is a mesh axis name, or a tuple of them (for "hierarchy": the axis of
     nodes, then that of the ranks of a node), and the axis index is the rank. Of ``performance_info`` nothing is changed
-    in place: given it, the result has it as a further field.
+    in place: given it, the result has it as a further field. So it is with ``window``, which the reference keeps in the
+    communicator: what ``make_receive_window`` returned, or the last dispatch or buffer reset; donate it. Pairs for a
+    rank whose window is at another step are not sent; combine makes NaN of what waits for them, unless ``elastic_info``
+    has removed one of the two ranks.
 
     Returns:
       DispatchOutput. expand_x, where it is not quantised, and expand_scales are differentiable.
@@ -79,22 +86,28 @@ def moe_distribute_dispatch_v4(
         const_expert_num=const_expert_num,
     )
     plan, timed = world.plan, performance_info is not None
-    arrays = (x, expert_ids, scales, x_active_mask, expert_scales, elastic_info)
-    x, expert_ids, scales, mask, weights, table = _compat.as_varying(arrays, plan.exchange_axes)
+    if window is not None:
+        check_window(window, plan.ep_size)
+    arrays = (x, expert_ids, scales, x_active_mask, expert_scales, elastic_info, window)
+    x, expert_ids, scales, mask, weights, table, window = _compat.as_varying(arrays, plan.exchange_axes)
     mask = worlds.as_pair_mask(mask, expert_ids)
     if not plan.num_pairs:
-        return _empty(world, x, scales, weights, quant_mode, performance_info)
-    exchange = worlds.open_exchange(world, expert_ids, mask, table, timed=timed)
+        return _empty(world, x, scales, weights, quant_mode, performance_info, window)
+    buffer, fresh = (None, None) if window is None else (window.data, fresh_sources(window.step, plan.ep_axis))
+    exchange = worlds.open_exchange(world, expert_ids, mask, table, fresh=fresh, timed=timed)
     compact = False if timed else None
     handle = open_window(exchange, 0, plan.max_pair_rows, plan, compact=compact, num_rows=world.num_rows)
     ledger = worlds.Ledger(plan, table)
     sums = ledger.running_sums(handle.recv_counts)
     tags = _tags(handle, ledger, table)
     if passes_through:
-        sent = _pass_through(x, scales, weights, tags, handle, timed)
+        sent = _pass_through(x, scales, weights, tags, handle, buffer, timed)
     else:
-        sent = send_rows(x, handle, smooth=scales, weights=weights, tags=tags, timed=timed)
+        sent = send_rows(x, handle, smooth=scales, weights=weights, tags=tags, buffer=buffer, timed=timed)
     result = _written(sent, handle, sums, world, expert_token_nums_type, ledger)
+    if window is not None:
+        window = received(window, sent.arrival.data, handle, plan.max_pair_rows)
+        return WindowDispatchOutput(*result, window=window, num_stale=exchange.stats.num_stale)
     if not timed:
         return result
     waited = exchange.microseconds + sent.arrival.microseconds
@@ -112,10 +125,10 @@ def _tags(handle: DispatchHandle, ledger: worlds.Ledger, table: Array | None) ->
     return jnp.stack(_compat.as_varying((rank, token, copy), plan.exchange_axes), axis=-1)
 
 
-def _pass_through(x, scales, weights, tags, handle, timed) -> Sent:
+def _pass_through(x, scales, weights, tags, handle, buffer, timed) -> Sent:
     """Rows that are quantised already, of any dtype, with their scales."""
     tokens = (x,) if scales is None else (x, scales.reshape(scales.shape[0], -1))
-    moved, weights, tags, arrival = send_as_is(tokens, handle, weights=weights, tags=tags, timed=timed)
+    moved, weights, tags, arrival = send_as_is(tokens, handle, weights=weights, tags=tags, buffer=buffer, timed=timed)
     row_scales = moved[1].reshape(-1, *scales.shape[1:]) if scales is not None else None
     return Sent(moved[0], moved[0], row_scales, weights, tags, arrival)
 
@@ -161,7 +174,7 @@ def _zero(dtype) -> Array:
     return jnp.zeros((), dtype)
 
 
-def _empty(world, x, scales, weights, quant_mode, performance_info):
+def _empty(world, x, scales, weights, quant_mode, performance_info, window):
     """No rank has a token: zeros of the shapes of the outputs."""
     plan, recipe = world.plan, world.plan.dispatch_recipe
 
@@ -185,4 +198,6 @@ def _empty(world, x, scales, weights, quant_mode, performance_info):
         tp_recv_counts=zeros((2,), jnp.int32) if plan.tp_size > 1 else None,
         expand_scales=None if weights is None else zeros((world.capacity,), jnp.float32),
     )
+    if window is not None:
+        return WindowDispatchOutput(*result, window=window, num_stale=zeros((1,), jnp.int32))
     return result if performance_info is None else TimedDispatchOutput(*result, performance_info=performance_info)

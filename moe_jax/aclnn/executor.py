@@ -4,13 +4,14 @@ import dataclasses
 import importlib
 from typing import Any
 
-import jax
-
+from moe_jax.aclnn.arguments import stand_in
+from moe_jax.aclnn.limits import canonical
 from moe_jax.errors import (
     DtypeError,
     InvalidArgumentError,
     MissingArgumentError,
     ShapeError,
+    UnexpectedArgumentError,
     UnsupportedError,
     suggest,
 )
@@ -18,7 +19,10 @@ from moe_jax.errors import (
 
 @dataclasses.dataclass(frozen=True)
 class Executor:
-    """One checked call of an operator of ``moe_jax.aclnn``. Hashable; holds no array."""
+    """One checked call of an operator of ``moe_jax.aclnn``. Holds no array, and is hashable.
+
+    A traced ``local_rank_id`` is the exception: it binds the executor to the program that is being traced.
+    """
 
     operator_name: str
     attributes: tuple[tuple[str, Any], ...]
@@ -29,6 +33,7 @@ class Executor:
 
         Raises:
           InvalidArgumentError: an array that was not among the checked ones.
+          UnexpectedArgumentError: a part of the C++ call that no function here has, such as a stream or an output.
           MissingArgumentError: an array that was, and is not given.
           ShapeError, DtypeError: an array is not like the one that was checked.
           UnsupportedError: ``moe_jax.aclnn`` has the checks of this operator, but not the operator.
@@ -44,6 +49,9 @@ class Executor:
     def _check(self, arrays):
         names = [name for name, _, _ in self.arrays]
         for name, array in arrays.items():
+            why = None if name in names else stand_in(self.operator_name, names, name)
+            if why is not None:
+                raise UnexpectedArgumentError(f"{name} was given, but the executor does not take it: {why}")
             if name not in names:
                 came = f"an array of shape {getattr(array, 'shape', '?')}"
                 raise InvalidArgumentError(
@@ -57,10 +65,5 @@ class Executor:
                 raise DtypeError(f"{name}={array!r} is no array; pass a jax or numpy array")
             if tuple(array.shape) != shape:
                 raise ShapeError(f"{name} has shape {tuple(array.shape)}; it was checked with {shape}; check again")
-            if _canonical(array.dtype) != _canonical(dtype):
+            if canonical(array.dtype) != canonical(dtype):
                 raise DtypeError(f"{name} has dtype {array.dtype}; it was checked with {dtype}; check again")
-
-
-def _canonical(dtype):
-    """The dtype that JAX holds for it: i32 for i64 unless 64-bit types are enabled."""
-    return jax.dtypes.canonicalize_dtype(dtype)

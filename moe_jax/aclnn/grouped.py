@@ -8,12 +8,14 @@ from typing import Any
 import jax
 
 from moe_jax.aclnn import workspace
+from moe_jax.aclnn.arguments import signature_checked
 from moe_jax.aclnn.results import AllToAllvGroupedMatmulOutput, GroupedMatmulAllToAllvOutput
 from moe_jax.fused import all_to_allv_grouped_matmul, grouped_matmul_all_to_allv
 
 Array = jax.Array
 
 
+@signature_checked
 def grouped_mat_mul_allto_allv(
     gmm_x: Array,
     gmm_weight: Array,
@@ -49,6 +51,7 @@ def grouped_mat_mul_allto_allv(
     )
 
 
+@signature_checked
 def allto_allv_grouped_mat_mul(
     gmm_x: Array,
     gmm_weight: Array,
@@ -84,6 +87,7 @@ def allto_allv_grouped_mat_mul(
     return AllToAllvGroupedMatmulOutput(gmm_y, mm_y, permuted if permute_out_flag else None)
 
 
+@signature_checked
 def quant_grouped_mat_mul_allto_allv(
     gmm_x: Array,
     gmm_weight: Array,
@@ -137,6 +141,7 @@ def quant_grouped_mat_mul_allto_allv(
     )
 
 
+@signature_checked
 def allto_allv_quant_grouped_mat_mul(
     gmm_x: Array,
     gmm_weight: Array,

@@ -7,15 +7,19 @@ has this rule, or None where nothing else is possible.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax import _compat
 from moe_jax.errors import (
     DtypeError,
     InvalidArgumentError,
+    MeshError,
     MissingArgumentError,
     MoEError,
     ShapeError,
@@ -27,6 +31,7 @@ from moe_jax.products import ANY, PRODUCTS, QUANTITIES, Limits
 NULL, DTYPE, REST = "null", "dtype", "rest"
 NULL_POINTER, BAD_PARAMETER, BAD_VALUE = 161001, 161002, 561002
 GROUP_LENGTH = 128  # a group's name is shorter
+_WORDS = ("comm_alg",)  # attributes that are words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +63,12 @@ class Call:
         """Whether the call is for one of ``products``."""
         return self.product in products
 
+    def in_range(self, name: str) -> bool:
+        """Whether the attribute ``name`` is what every table in force allows."""
+        value, legal = self[name], [limits.values[name] for _, _, limits in self.tables() if name in limits.values]
+        kind = str if name in _WORDS else (int, np.integer)
+        return isinstance(value, kind) and not isinstance(value, bool) and all(one.allows(value) for one in legal)
+
     def tables(self) -> Iterator[tuple[str | None, Limits, Limits]]:
         """Every table in force, the one that always holds first: its product, its base, and itself."""
         base = ANY[self.operator]
@@ -76,9 +87,13 @@ class Rule:
     check: Callable[[Call], None]
     stage: str = REST
     products: tuple[str, ...] | None = None  # None: whatever the product
+    about: str | None = None  # a parameter; versions without it have no such rule
+    depends_on: str | None = None  # an attribute; where it is out of its own range, that is what is wrong, not this
 
     def __call__(self, call: Call) -> None:
         """Raises if the rule is in force and broken."""
+        if self.depends_on is not None and not call.in_range(self.depends_on):
+            return
         if self.products is None or call.product in self.products:
             _marked(self.name, call.product if self.products else None, self.check, call)
 
@@ -98,6 +113,15 @@ class Operator:
     rules: tuple[Rule, ...] = ()
     last_rules: tuple[Rule, ...] = ()  # those that follow the product's table
     missing_product: int = BAD_VALUE  # the code on a product that does not have it
+
+    def without(self, parameters: tuple[str, ...]) -> "Operator":
+        """How calls of a version are checked that does not have ``parameters``; they count as not given."""
+        return dataclasses.replace(
+            self,
+            shapes={name: shapes for name, shapes in self.shapes.items() if name not in parameters},
+            rules=tuple(rule for rule in self.rules if rule.about not in parameters),
+            last_rules=tuple(rule for rule in self.last_rules if rule.about not in parameters),
+        )
 
 
 def make_error(kind: type[MoEError], text: str, status: int | None = None) -> MoEError:
@@ -137,7 +161,7 @@ def _check_values(call, operator, tables):
     for owner, base, limits in tables:
         for name in limits.absent:
             variant = "" if name in base.absent else f"@{call['comm_alg']}"
-            _marked(f"absent:{name}{variant}", owner, _check_absent, call, name)
+            _marked(f"absent:{name}{variant}", owner, _check_absent, call, name, limits.why.get(name))
         for name, legal in limits.values.items():
             rule = name if base.values.get(name) == legal else f"{name}@{call['comm_alg']}"
             _marked(rule, owner, _check_value, call, operator, name, legal, owner)
@@ -177,11 +201,11 @@ def _nulls(call, operator):
         if value is None:
             _marked(f"null:{name}", None, _raise_missing, name, f"{call.operator} needs it")
     for product, base, limits in call.tables():
-        for name in limits.required:
-            if not call.given(name):
-                alg = call["comm_alg"]
-                rule = f"null:{name}" + ("" if name in base.required else f"@{alg}")
-                _marked(rule, product, _raise_missing, name, f"comm_alg={alg!r} needs it{where(product)}")
+        missing = [name for name in limits.required if not call.given(name)]
+        for name in missing if missing and call.in_range("comm_alg") else ():
+            alg = call["comm_alg"]
+            rule = f"null:{name}" + ("" if name in base.required else f"@{alg}")
+            _marked(rule, product, _raise_missing, name, f"comm_alg={alg!r} needs it{where(product)}")
 
 
 def _raise_missing(name, why):
@@ -229,17 +253,21 @@ def _check_is_array(name, array):
 
 def _check_dtype(call, key, allowed, product):
     name, _, mode = key.partition(":")
-    if mode and call["quant_mode"] != int(mode):
+    if mode and not (call["quant_mode"] == int(mode) and call.in_range("quant_mode")):
         return
     if name in call.attributes:
         dtype = dtype_name(name, call[name])
     else:
         dtype = call.dtype(name) if call.given(name) else None
+    allowed = tuple(dict.fromkeys((*allowed, *map(canonical, allowed))))
     if dtype is not None and dtype not in allowed:
         with_mode = f" with quant_mode={mode}" if mode else ""
-        raise DtypeError(
-            f"{name} has dtype {dtype}; it must be {' or '.join(allowed)}{with_mode}{where(product)}"
-        )
+        raise DtypeError(f"{name} has dtype {dtype}; it must be {' or '.join(allowed)}{with_mode}{where(product)}")
+
+
+def canonical(dtype: Any) -> str:
+    """What JAX makes of a dtype: of int64 int32, unless 64-bit types are enabled."""
+    return jax.dtypes.canonicalize_dtype(dtype).name
 
 
 def dtype_name(name: str, dtype: Any) -> str | None:
@@ -257,7 +285,7 @@ def _kinds(call, operator):
             continue
         if name in operator.flags:
             legal, kind = isinstance(value, (bool, np.bool_)), "True or False"
-        elif name == "comm_alg":
+        elif name in _WORDS:
             legal, kind = isinstance(value, str), "a word, or None"
         elif name in ("group_tp", operator.group):
             parts = value if isinstance(value, tuple) else (value,)
@@ -289,12 +317,28 @@ def check_shape(name: str, shape: tuple[int, ...], legal: tuple[tuple[Any, ...],
     raise ShapeError(f"{name} has shape {shape}; it must be {shown} to fit the other arguments")
 
 
-def _check_absent(call, name):
+def group_size_rule(group: str, size: str, section: str, is_used: Callable[[Call], bool] = lambda call: True) -> Rule:
+    """The attribute ``size`` is the number of ranks of ``group``, where that is bound: while a program is traced."""
+
+    def check(call):
+        axes = call[group] if isinstance(call[group], tuple) else (call[group],)
+        bound = [_compat.bound_axis_size(axis) if isinstance(axis, str) else None for axis in axes]
+        if None not in bound and math.prod(bound) != call[size] and is_used(call):
+            raise MeshError(
+                f"{size}={call[size]}, but {group}={call[group]!r} has {math.prod(bound)} ranks here; pass the size of "
+                "the mesh axis"
+            )
+
+    return Rule(f"group_size:{group}", section, check)
+
+
+def _check_absent(call, name, why):
     if call.given(name):
         alg = f" with comm_alg={call['comm_alg']!r}" if call.attributes.get("comm_alg") else ""
         came = getattr(call.arrays[name], "shape", call.arrays[name])
         raise InvalidArgumentError(
-            f"{name} was given, with shape {came}; {call.operator} takes none{where(call.product)}{alg}; pass None"
+            f"{name} was given, with shape {came}; {call.operator} takes none{where(call.product)}{alg}"
+            f"{f': {why}' if why else ''}; pass None"
         )
 
 

@@ -145,7 +145,7 @@ _COMBINE_SHAPES = {
     "const_expert_v": lambda call: ((call["const_expert_num"], hidden(call)),),
 }
 _COMBINE_BEFORE = (
-    Rule("tp_counts_given", "9.1", _tp_counts_given, NULL),
+    Rule("tp_counts_given", "9.1", _tp_counts_given, NULL, depends_on="tp_world_size"),
     Rule("same_dtype", "9.1", _same_dtype, DTYPE),
 )
 _COMBINE_AFTER = (
@@ -157,8 +157,8 @@ _COMBINE_AFTER = (
     Rule("empty_weights", "9.1", _empty_weights, products=("a2", "a3")),
     Rule("shared_x_without_ranks", "9.1, 9.5", _shared_x_without_ranks),
     Rule("shared_x_shape", "9.1", _shared_x_shape),
-    Rule("special_inputs", "5, 9.5", _special_inputs),
-    Rule("const_shapes", "5", _const_shapes),
+    Rule("special_inputs", "5, 9.5", _special_inputs, about="ori_x"),
+    Rule("const_shapes", "5", _const_shapes, about="const_expert_v"),
     Rule("quantised_wire_without_tp", "9.5", _quantised_wire_without_tp),
 )
 

@@ -1,8 +1,11 @@
 """What dispatch asks of its arguments, quantisation included. Letters as in ``limits_exchange``."""
 
+import math
+
+from moe_jax.aclnn.buffer_bytes import dispatch_row
 from moe_jax.aclnn.limits import DTYPE, NULL, NULL_POINTER, Call, Rule, check_shape, dtype_name
 from moe_jax.aclnn.limits_exchange import NEEDS, exchange_operator, hidden
-from moe_jax.errors import DtypeError, InvalidArgumentError, MissingArgumentError, ShapeError
+from moe_jax.errors import DtypeError, InvalidArgumentError, MissingArgumentError, ShapeError, UnsupportedError
 
 _FP4 = ("float4_e2m1fn", "uint8")  # uint8: two values per byte
 _CODES = ("float8_e4m3fn", "float8_e5m2", *_FP4)  # x that is quantised already
@@ -74,9 +77,35 @@ def _even_width(call):
         raise ShapeError(f"x has shape {call.shape('x')}: H = {hidden(call)} must be even: two values share a byte")
 
 
+def window_shape(call: Call) -> tuple[int, int]:
+    """[W * B * K, bytes of a row]: each rank may send this one all choices of all its tokens."""
+    return call["ep_world_size"] * max(1, math.prod(call.shape("expert_ids"))), dispatch_row(call)
+
+
+def _window_by_rank(call):
+    if call.given("window") and call["comm_alg"] == "hierarchy":
+        raise UnsupportedError(
+            "window was given, but comm_alg='hierarchy' has no exchange between pairs of ranks; pass None, or another "
+            "comm_alg"
+        )
+
+
+def _window_or_clock(call):
+    if call.given("window") and call.given("performance_info"):
+        raise UnsupportedError("window and performance_info were given; a timed exchange writes no window, so pass one")
+
+
+def _window_shape(call):
+    if call.given("window") and call.shape("window") != window_shape(call):
+        raise ShapeError(
+            f"window has shape {call.shape('window')}; it must be {window_shape(call)} for this call; make it with "
+            "moe_jax.aclnn.make_receive_window and the same arguments"
+        )
+
+
 DISPATCH = exchange_operator(
     "moe_distribute_dispatch_v4",
-    ("x", "expert_ids", "scales", "x_active_mask", "expert_scales", "elastic_info", "performance_info"),
+    ("x", "expert_ids", "scales", "x_active_mask", "expert_scales", "elastic_info", "performance_info", "window"),
     ("x", "expert_ids", *NEEDS),
     {
         "x": lambda call: ((None, None),),
@@ -84,7 +113,7 @@ DISPATCH = exchange_operator(
         "expert_scales": lambda call: (call.shape("expert_ids"),),
     },
     (
-        Rule("scales_given", "3.2", _scales_given, NULL),
+        Rule("scales_given", "3.2", _scales_given, NULL, depends_on="quant_mode"),
         Rule("unquantised_dtype", "3.2", _unquantised_dtype, DTYPE),
         Rule("scales_dtype", "3.2", _scales_dtype, DTYPE),
     ),
@@ -93,6 +122,9 @@ DISPATCH = exchange_operator(
         Rule("quantised_input", "3.2", _quantised_input),
         Rule("scales_shape", "3.1, 3.2", _scales_shape),
         Rule("even_width", "3.2", _even_width),
+        Rule("window_by_rank", "12.1", _window_by_rank),
+        Rule("window_or_clock", "12.1", _window_or_clock, about="performance_info"),
+        Rule("window_shape", "12.1", _window_shape),
     ),
     long_group=(NULL, NULL_POINTER),
     free=("y_dtype",),

@@ -6,13 +6,17 @@ tensor-parallel size. Sections are those of the reference sheet.
 
 from typing import Any
 
-from moe_jax.aclnn.limits import Call, Operator, Rule, where
-from moe_jax.errors import InvalidArgumentError, ShapeError
+from moe_jax.aclnn.limits import Call, Operator, Rule, group_size_rule, where
+from moe_jax.errors import InvalidArgumentError, ShapeError, UnsupportedError
 from moe_jax.products import PRODUCTS, Sizes, megabytes
 
 MAX_IDS = 2**31 - 1  # ids are int32
 NEEDS = ("group_ep", "ep_world_size", "moe_expert_num")  # attributes without a default
-_HIDDEN = {"moe_distribute_dispatch_v4": "x"}  # the array that has H columns; else expand_x
+
+
+def _rows_of(arrays):
+    """The array that has H columns."""
+    return "x" if "x" in arrays else "expand_x"
 
 
 def tokens(call: Call) -> int:
@@ -22,7 +26,7 @@ def tokens(call: Call) -> int:
 
 def hidden(call: Call) -> int:
     """H. Packed e2m1 has two columns per byte."""
-    name = _HIDDEN.get(call.operator, "expand_x")
+    name = _rows_of(call.arrays)
     return call.shape(name)[1] * (2 if call.dtype(name) == "uint8" else 1)
 
 
@@ -111,6 +115,23 @@ def _groups_differ(call):
         raise InvalidArgumentError("group_tp='' must name a mesh axis with tp_world_size=2; pass it")
 
 
+def _one_expert_with_tp(call):
+    """On every product with two tp ranks its own table says so."""
+    if call.product is None and call["tp_world_size"] == 2 and sizes(call).local_experts != 1:
+        raise ShapeError(
+            f"{_experts(call)}: {sizes(call).local_experts} experts per rank must be 1 with tp_world_size=2, since own "
+            "rows stand before the peer's and not expert by expert; moe_jax.dispatch takes more"
+        )
+
+
+def _performance_info_by_rank(call):
+    if call.given("performance_info") and call["comm_alg"] == "hierarchy":
+        raise UnsupportedError(
+            f"performance_info was given, with shape {call.shape('performance_info')}, but with comm_alg='hierarchy' rows "
+            "come through another rank of the node, which hides whose they are; pass None, or comm_alg=''"
+        )
+
+
 def _buffer(call):
     limits = PRODUCTS[call.product].operators[call.operator].under(call["comm_alg"])
     needed = megabytes(limits.buffer(sizes(call)))
@@ -149,12 +170,16 @@ def exchange_operator(name: str, arrays, needs, shapes, before, after, **others:
         Rule("ids_total", "1", _ids_total),
         Rule("top_k_of_ids", "2.2", _top_k_of_ids),
         Rule("global_bs_relation", "2.2", _global_bs),
-        Rule("groups_differ", "2.2, 15", _groups_differ),
+        group_size_rule("group_ep", "ep_world_size", "2.2"),
+        group_size_rule("group_tp", "tp_world_size", "2.2", is_used=lambda call: call["tp_world_size"] > 0),
+        Rule("groups_differ", "2.2, 15", _groups_differ, depends_on="tp_world_size"),
+        Rule("local_experts_with_tp", "2.2, 2.9", _one_expert_with_tp),
     )
-    performance = {"performance_info": lambda call: ((call["ep_world_size"],),)}
-    if "performance_info" not in arrays:
-        performance = {}
-    width = _HIDDEN.get(name, "expand_x")
+    performance = {}
+    if "performance_info" in arrays:
+        performance = {"performance_info": lambda call: ((call["ep_world_size"],),)}
+        relations += (Rule("performance_info_by_rank", "7", _performance_info_by_rank, about="performance_info"),)
+    width = _rows_of(arrays)
     return Operator(
         arrays=arrays,
         needs=needs,

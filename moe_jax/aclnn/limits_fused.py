@@ -15,6 +15,7 @@ from moe_jax.aclnn.limits import (
     Call,
     Operator,
     Rule,
+    group_size_rule,
     make_error,
 )
 from moe_jax.errors import DtypeError, InvalidArgumentError, MissingArgumentError, ShapeError
@@ -211,6 +212,7 @@ _QUANTITIES = {
 ARRAYS = ("gmm_x", "gmm_weight", "send_counts_tensor", "recv_counts_tensor", "mm_x", "mm_weight")
 _PLAIN = (Rule("same_dtype", "14.4", _same_dtype, DTYPE),)
 
+
 def fused_operator(own_dtypes, after, arrays, needs, flags) -> Operator:
     """One of the four: ``own_dtypes`` are its rules on dtypes, ``after`` those that follow the relations all share."""
     return Operator(
@@ -228,6 +230,7 @@ def fused_operator(own_dtypes, after, arrays, needs, flags) -> Operator:
         quantities=_QUANTITIES,
         rules=(
             Rule("mm_pair", "14.4", _mm_pair, NULL),
+            group_size_rule("group", "ep_world_size", "14.1"),
             Rule("count_tensors", "14.1", _count_tensors, NULL),
             *own_dtypes,
             Rule("counts_given", "14.4", _counts_given, DTYPE),

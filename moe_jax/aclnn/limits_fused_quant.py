@@ -9,7 +9,6 @@ from moe_jax.errors import DtypeError, InvalidArgumentError, ShapeError
 
 _FP8 = ("float8_e4m3fn", "float8_e5m2")
 _E8M0 = ("float8_e8m0fnu", "uint8")
-_MODES = (1, 6)  # per tensor, and blocks of 32 that share an exponent
 
 
 def _quantised_dtypes(call):
@@ -22,8 +21,6 @@ def _quantised_dtypes(call):
 
 
 def _scale_dtypes(call):
-    if call["gmm_x_quant_mode"] not in _MODES:
-        return
     legal = ("float32",) if call["gmm_x_quant_mode"] == 1 else _E8M0
     for name in ("gmm_x_scale", "gmm_weight_scale", "mm_x_scale", "mm_weight_scale"):
         if call.given(name) and call.dtype(name) not in legal:
@@ -34,8 +31,6 @@ def _scale_dtypes(call):
 
 
 def _mode_dtypes(call):
-    if call["gmm_x_quant_mode"] not in _MODES:
-        return
     legal = ("int8", *_FP8) if call["gmm_x_quant_mode"] == 1 else (*_FP8, "float4_e2m1fn")
     if call.dtype("gmm_x") not in legal:
         raise DtypeError(
@@ -93,8 +88,8 @@ def _even_width(call):
 _SCALES = ("gmm_x_scale", "gmm_weight_scale", "mm_x_scale", "mm_weight_scale")
 _QUANTISED = (
     Rule("quantised_dtypes", "14.6", _quantised_dtypes, DTYPE),
-    Rule("mode_dtypes", "14.6", _mode_dtypes, DTYPE),
-    Rule("scale_dtypes", "14.6", _scale_dtypes, DTYPE),
+    Rule("mode_dtypes", "14.6", _mode_dtypes, DTYPE, depends_on="gmm_x_quant_mode"),
+    Rule("scale_dtypes", "14.6", _scale_dtypes, DTYPE, depends_on="gmm_x_quant_mode"),
     Rule("per_tensor_data", "14.6", _per_tensor_data, DTYPE, products=("a5",)),
 )
 _QUANTISED_AFTER = (

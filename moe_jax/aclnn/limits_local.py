@@ -3,6 +3,8 @@
 Sections are those of the reference sheet.
 """
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.aclnn.limits import (
@@ -13,6 +15,7 @@ from moe_jax.aclnn.limits import (
     Operator,
     Rule,
     check_shape,
+    group_size_rule,
     make_error,
     where,
 )
@@ -64,6 +67,10 @@ def _reads_ranks(call):
     return call["balance_mode"] == 0
 
 
+def _reads_index(call):
+    return _reads_ranks(call) and call["local_rank_id"] is None
+
+
 def _is_whole(call):
     return isinstance(call["world_size"], (int, np.integer)) and not isinstance(call["world_size"], bool)
 
@@ -76,12 +83,16 @@ def _world_size_given(call):
 
 
 def _rank_in_world(call):
+    """A traced rank is only known when the program runs."""
     rank = call["local_rank_id"]
     if rank is None or not _reads_ranks(call) or not _is_whole(call):
         return
+    if isinstance(rank, (jax.Array, np.ndarray)) and rank.shape == () and jnp.issubdtype(rank.dtype, jnp.integer):
+        rank = 0 if isinstance(rank, jax.core.Tracer) else int(rank)
     if isinstance(rank, bool) or not isinstance(rank, (int, np.integer)) or not 0 <= rank < call["world_size"]:
         raise InvalidArgumentError(
-            f"local_rank_id={rank!r} must be in [0, {call['world_size'] - 1}], or None for the index along group_ep"
+            f"local_rank_id={rank!r} must be in [0, {call['world_size'] - 1}], traced or not, or None for the index "
+            "along group_ep"
         )
 
 
@@ -108,6 +119,7 @@ UPDATE_EXPERT = Operator(
     },
     rules=(
         Rule("world_size_given", "11", _world_size_given),
+        group_size_rule("group_ep", "world_size", "11", is_used=_reads_index),
         Rule("rank_in_world", "11", _rank_in_world),
         Rule("pruning_pair", "11", _pruning_pair),
         Rule("mask_with_pruning", "11", _mask_with_pruning),
@@ -117,24 +129,16 @@ UPDATE_EXPERT = Operator(
 )
 
 
-# Barriers. The group's length is no null pointer and no dtype here [13].
+# The barrier. The group's length is no null pointer and no dtype here [13].
 
-
-def _barrier(arrays, shapes):
-    return Operator(
-        arrays=arrays,
-        needs=("x_ref", "group", "world_size"),
-        group="group",
-        long_group=(REST, BAD_VALUE),
-        shapes=shapes,
-        quantities={},
-    )
-
-
-BARRIER = _barrier(("x_ref",), {})
-BARRIER_V2 = _barrier(
-    ("x_ref", "time_out", "elastic_info"),
-    {"time_out": lambda call: ((1,),), "elastic_info": lambda call: ((4 + 2 * call["world_size"],),)},
+BARRIER = Operator(
+    arrays=("x_ref", "time_out", "elastic_info"),
+    needs=("x_ref", "group", "world_size"),
+    group="group",
+    long_group=(REST, BAD_VALUE),
+    shapes={"time_out": lambda call: ((1,),), "elastic_info": lambda call: ((4 + 2 * call["world_size"],),)},
+    quantities={},
+    rules=(group_size_rule("group", "world_size", "13"),),
 )
 
 
@@ -148,11 +152,20 @@ def _mask_shape(call):
         raise make_error(ShapeError, str(error), BAD_PARAMETER) from None
 
 
+def _time_out_of_a_wait(call):
+    if call.given("time_out") and not call["need_sync"]:
+        raise InvalidArgumentError("time_out was given, but need_sync=0 waits for nobody; pass None, or need_sync=1")
+
+
 BUFFER_RESET = Operator(
-    arrays=("elastic_info", "window"),
+    arrays=("elastic_info", "window", "time_out"),
     needs=("elastic_info", "group_ep", "ep_world_size", "window"),
     group="group_ep",
-    shapes={},
+    shapes={"time_out": lambda call: ((1,),)},
     quantities={},
-    rules=(Rule("mask_shape", "12.1", _mask_shape, DTYPE),),
+    rules=(
+        Rule("mask_shape", "12.1", _mask_shape, DTYPE),
+        Rule("time_out_of_a_wait", "12.1", _time_out_of_a_wait),
+        group_size_rule("group_ep", "ep_world_size", "12.1"),
+    ),
 )

@@ -7,6 +7,7 @@ import numpy as np
 
 from moe_jax import _compat, comm
 from moe_jax.aclnn import workspace
+from moe_jax.aclnn.arguments import signature_checked
 from moe_jax.aclnn.results import UpdateExpertOutput
 from moe_jax.barrier import barrier
 from moe_jax.errors import InvalidArgumentError
@@ -16,6 +17,7 @@ from moe_jax.window import Window, buffer_reset
 Array = jax.Array
 
 
+@signature_checked
 def moe_update_expert(
     expert_ids: Array,
     eplb_table: Array,
@@ -36,14 +38,13 @@ def moe_update_expert(
       UpdateExpertOutput; its mask is None without ``pruning_threshold``.
 
     Raises:
-      As ``moe_update_expert_get_workspace_size`` with product=None; MeshError: ``group_ep`` is not bound here.
+      As ``moe_update_expert_get_workspace_size`` with product=None; MeshError: ``group_ep`` is not bound here, or does
+        not have ``world_size`` ranks.
 
     Source: aclnnMoeUpdateExpert.
     """
-    given, rank = locals(), local_rank_id
-    if isinstance(rank, jax.Array):  # its value cannot be checked
-        given["local_rank_id"] = None
-    workspace.moe_update_expert_get_workspace_size(**given)
+    workspace.moe_update_expert_get_workspace_size(**locals())
+    rank = local_rank_id
     if rank is None:
         rank = comm.rank_along(_compat.bound_axes(group_ep, "group_ep")) if balance_mode == 0 else 0
     ids, mask = update_expert(
@@ -59,37 +60,44 @@ def moe_update_expert(
     return UpdateExpertOutput(ids, mask)
 
 
-def distribute_barrier(x_ref: Any, *, group: Any, world_size: int) -> Any:
-    """Returns ``x_ref`` unchanged, on no rank before all ranks of ``group`` have computed theirs: see ``barrier``.
-
-    Source: aclnnDistributeBarrier.
-    """
-    workspace.distribute_barrier_get_workspace_size(**locals())
-    return barrier(x_ref, group)
-
-
+@signature_checked
 def distribute_barrier_v2(
     x_ref: Any, time_out: Any = None, elastic_info: Array | None = None, *, group: Any, world_size: int
 ) -> Any:
-    """``distribute_barrier``; ranks that ``elastic_info`` removes may be late, and others for ``time_out`` at most.
+    """Returns ``x_ref`` unchanged, on no rank before all ranks of ``group`` have computed theirs: see ``barrier``.
 
-    ``time_out``: [1] int, microseconds; a host value, since it decides whether the host looks on. None: for ever.
+    Ranks that ``elastic_info`` removes may be late, and others for ``time_out`` at most: [1] int, microseconds; a host
+    value, since it decides whether the host looks on. None: for ever.
 
     Source: aclnnDistributeBarrierV2.
     """
     workspace.distribute_barrier_v2_get_workspace_size(**locals())
-    if isinstance(time_out, jax.core.Tracer):
-        raise InvalidArgumentError("time_out is traced; it must be a value of the host, such as np.array([5000000])")
-    limit = None if time_out is None else int(np.asarray(time_out).ravel()[0])
-    return barrier(x_ref, group, rank_table=elastic_info, timeout_us=limit)
+    return barrier(x_ref, group, rank_table=elastic_info, timeout_us=_microseconds(time_out))
 
 
+@signature_checked
 def moe_distribute_buffer_reset(
-    elastic_info: Array, window: Window, *, group_ep: Any, ep_world_size: int, need_sync: int = 1
+    elastic_info: Array,
+    window: Window,
+    *,
+    group_ep: Any,
+    ep_world_size: int,
+    need_sync: int = 1,
+    time_out: Any = None,
 ) -> Window:
     """Zeroes the receive window of every rank that ``elastic_info`` [W] marks 1; with need_sync=1 they wait for all.
 
-    Source: aclnnMoeDistributeBufferReset, whose window is the communicator's.
+    ``window`` is the one that ``moe_distribute_dispatch_v4`` takes and returns. ``time_out`` as in
+    ``distribute_barrier_v2``: how long to wait for a rank that is marked 1.
+
+    Source: aclnnMoeDistributeBufferReset, whose window is the communicator's; it waits for ever.
     """
     workspace.moe_distribute_buffer_reset_get_workspace_size(**locals())
-    return buffer_reset(window, elastic_info, group_ep, sync=bool(need_sync))
+    return buffer_reset(window, elastic_info, group_ep, sync=bool(need_sync), timeout_us=_microseconds(time_out))
+
+
+def _microseconds(time_out: Any) -> int | None:
+    """The number in an array [1], which the host must know."""
+    if isinstance(time_out, jax.core.Tracer):
+        raise InvalidArgumentError("time_out is traced; it must be a value of the host, such as np.array([5000000])")
+    return None if time_out is None else int(np.asarray(time_out).ravel()[0])

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import jax
 
+from moe_jax.window import Window
+
 Array = jax.Array
 
 
@@ -31,6 +33,27 @@ class TimedDispatchOutput(NamedTuple):
     tp_recv_counts: Array | None
     expand_scales: Array | None
     performance_info: Array  # [W]
+
+
+class WindowDispatchOutput(NamedTuple):
+    """``DispatchOutput``, and the receive window that it arrived in.
+
+    Attributes:
+      expand_x, dynamic_scales, assist_info_for_combine, expert_token_nums, ep_recv_counts, tp_recv_counts,
+        expand_scales: as there.
+      window: what arrived, for the next dispatch or a buffer reset.
+      num_stale: [1] i32, pairs that were not sent, since the window of their rank is at another step.
+    """
+
+    expand_x: Array
+    dynamic_scales: Array | None
+    assist_info_for_combine: Array
+    expert_token_nums: Array
+    ep_recv_counts: Array
+    tp_recv_counts: Array | None
+    expand_scales: Array | None
+    window: Window
+    num_stale: Array
 
 
 class CombineOutput(NamedTuple):
@@ -74,3 +97,16 @@ class AllToAllvGroupedMatmulOutput(NamedTuple):
     gmm_y: Array  # [A, N1]
     mm_y: Array | None  # [BS, N2]
     permute_out: Array | None  # [A, H1]; None unless permute_out_flag
+
+
+# What each operator may return, by its newest version.
+OUTPUTS = {
+    "moe_distribute_dispatch_v4": (DispatchOutput, TimedDispatchOutput, WindowDispatchOutput),
+    "moe_distribute_combine_v4": (CombineOutput, TimedCombineOutput),
+    "moe_distribute_combine_add_rms_norm_v2": (AddRmsNormOutput,),
+    "moe_update_expert": (UpdateExpertOutput,),
+    "grouped_mat_mul_allto_allv": (GroupedMatmulAllToAllvOutput,),
+    "quant_grouped_mat_mul_allto_allv": (GroupedMatmulAllToAllvOutput,),
+    "allto_allv_grouped_mat_mul": (AllToAllvGroupedMatmulOutput,),
+    "allto_allv_quant_grouped_mat_mul": (AllToAllvGroupedMatmulOutput,),
+}

@@ -9,17 +9,20 @@ the reference's order (null pointers, dtypes, everything else) and returns
 or raises a ``MoEError`` whose ``status`` is the reference's code: 161001 (something is missing), 161002 (a dtype),
 561002 (a shape, a value, a relation). ``product`` says whose limits hold: "a2", "a3", "a5", or None for no product's,
 where only the impossible is refused. ``hccl_buffsize`` is the size in MB of a communicator's buffer there.
-A parameter without a value is None; group names are mesh axis names, or tuples of some.
+A parameter without a value is None; group names are mesh axis names, or tuples of some. Where they are bound, as inside
+``shard_map``, their sizes must be those that the call says.
 """
 
 from typing import Any
 
+from moe_jax.aclnn.arguments import signature_checked
 from moe_jax.aclnn.executor import Executor
 from moe_jax.aclnn.first_phase import first_phase
 
 WorkspaceAndExecutor = tuple[int, Executor]
 
 
+@signature_checked
 def moe_distribute_dispatch_v4_get_workspace_size(
     x: Any = None,
     expert_ids: Any = None,
@@ -45,10 +48,13 @@ def moe_distribute_dispatch_v4_get_workspace_size(
     copy_expert_num: int = 0,
     const_expert_num: int = 0,
     y_dtype: Any = None,
+    window: Any = None,
     product: str | None = None,
     hccl_buffsize: int = 200,
 ) -> WorkspaceAndExecutor:
     """First phase of ``moe_distribute_dispatch_v4``; ``y_dtype`` is that of quantised rows, None = the mode's own.
+
+    ``window`` is the state that the rows arrive in, where a program keeps one: see ``make_receive_window``.
 
     >>> x, ids = jax.ShapeDtypeStruct((8, 512), "bfloat16"), jax.ShapeDtypeStruct((8, 4), "int32")
     >>> sizes = dict(group_ep="ep", ep_world_size=8, moe_expert_num=32)
@@ -62,6 +68,7 @@ def moe_distribute_dispatch_v4_get_workspace_size(
     return first_phase("moe_distribute_dispatch_v4", locals())
 
 
+@signature_checked
 def moe_distribute_combine_v4_get_workspace_size(
     expand_x: Any = None,
     expert_ids: Any = None,
@@ -105,6 +112,7 @@ def moe_distribute_combine_v4_get_workspace_size(
     return first_phase("moe_distribute_combine_v4", locals())
 
 
+@signature_checked
 def moe_distribute_combine_add_rms_norm_v2_get_workspace_size(
     expand_x: Any = None,
     expert_ids: Any = None,
@@ -150,6 +158,7 @@ def moe_distribute_combine_add_rms_norm_v2_get_workspace_size(
     return first_phase("moe_distribute_combine_add_rms_norm_v2", locals())
 
 
+@signature_checked
 def moe_update_expert_get_workspace_size(
     expert_ids: Any = None,
     eplb_table: Any = None,
@@ -158,28 +167,20 @@ def moe_update_expert_get_workspace_size(
     active_mask: Any = None,
     *,
     world_size: int | None = None,
-    local_rank_id: int | None = None,
+    local_rank_id: Any = None,
     balance_mode: int = 0,
     group_ep: Any = "ep",
     product: str | None = None,
     hccl_buffsize: int = 200,
 ) -> WorkspaceAndExecutor:
-    """First phase of ``moe_update_expert``; ``world_size`` is read with ``balance_mode=0`` only."""
+    """First phase of ``moe_update_expert``; ``world_size`` is read with ``balance_mode=0`` only.
+
+    A traced ``local_rank_id`` stays in the executor, which then runs in the program that is being traced.
+    """
     return first_phase("moe_update_expert", locals())
 
 
-def distribute_barrier_get_workspace_size(
-    x_ref: Any = None,
-    *,
-    group: Any = None,
-    world_size: int | None = None,
-    product: str | None = None,
-    hccl_buffsize: int = 200,
-) -> WorkspaceAndExecutor:
-    """First phase of ``distribute_barrier``."""
-    return first_phase("distribute_barrier", locals())
-
-
+@signature_checked
 def distribute_barrier_v2_get_workspace_size(
     x_ref: Any = None,
     time_out: Any = None,
@@ -194,6 +195,7 @@ def distribute_barrier_v2_get_workspace_size(
     return first_phase("distribute_barrier_v2", locals())
 
 
+@signature_checked
 def moe_distribute_buffer_reset_get_workspace_size(
     elastic_info: Any = None,
     window: Any = None,
@@ -201,13 +203,18 @@ def moe_distribute_buffer_reset_get_workspace_size(
     group_ep: Any = None,
     ep_world_size: int | None = None,
     need_sync: int = 1,
+    time_out: Any = None,
     product: str | None = None,
     hccl_buffsize: int = 200,
 ) -> WorkspaceAndExecutor:
-    """First phase of ``moe_distribute_buffer_reset``; ``window`` is the state to clear, which JAX holds as an array."""
+    """First phase of ``moe_distribute_buffer_reset``; ``window`` is the state to clear, which JAX holds as an array.
+
+    ``time_out`` is in microseconds, as that of ``distribute_barrier_v2``.
+    """
     return first_phase("moe_distribute_buffer_reset", locals())
 
 
+@signature_checked
 def grouped_mat_mul_allto_allv_get_workspace_size(
     gmm_x: Any = None,
     gmm_weight: Any = None,
@@ -229,6 +236,7 @@ def grouped_mat_mul_allto_allv_get_workspace_size(
     return first_phase("grouped_mat_mul_allto_allv", locals())
 
 
+@signature_checked
 def allto_allv_grouped_mat_mul_get_workspace_size(
     gmm_x: Any = None,
     gmm_weight: Any = None,
@@ -251,6 +259,7 @@ def allto_allv_grouped_mat_mul_get_workspace_size(
     return first_phase("allto_allv_grouped_mat_mul", locals())
 
 
+@signature_checked
 def quant_grouped_mat_mul_allto_allv_get_workspace_size(
     gmm_x: Any = None,
     gmm_weight: Any = None,
@@ -285,6 +294,7 @@ def quant_grouped_mat_mul_allto_allv_get_workspace_size(
     return first_phase("quant_grouped_mat_mul_allto_allv", locals())
 
 
+@signature_checked
 def allto_allv_quant_grouped_mat_mul_get_workspace_size(
     gmm_x: Any = None,
     gmm_weight: Any = None,

@@ -9,7 +9,6 @@ from jax.sharding import AbstractMesh
 
 from moe_jax import _compat, comm
 from moe_jax.bookkeeping import Exchange, prepare, read_table, source_order
-from moe_jax.errors import MeshError
 from moe_jax.plan import Plan, make_plan
 from moe_jax.rank_table import RankTable
 
@@ -77,11 +76,11 @@ def make_world(
     """The plan of one call, and its row capacity. Group names are bound mesh axes; the axis index is the rank.
 
     Raises:
-      MeshError: a group is not bound here, or has another size than the call says.
+      MeshError: a group is not bound here.
     """
-    ep_axes = _bound("group_ep", group_ep, ep_world_size)
+    ep_axes = _compat.bound_axes(group_ep, "group_ep")
     tp_size = max(tp_world_size, 1)
-    tp_axes = _bound("group_tp", group_tp, tp_size) if tp_world_size > 1 else ()
+    tp_axes = _compat.bound_axes(group_tp, "group_tp") if tp_world_size > 1 else ()
     plan = make_plan(
         AbstractMesh((ep_world_size, tp_size), ("ep", "tp")),
         tokens_per_rank=tokens,
@@ -101,16 +100,6 @@ def make_world(
     plan = dataclasses.replace(plan, ep_axis=ep_axes, tp_axis=tp_axes[0] if tp_axes else None)
     most = global_bs // ep_world_size if global_bs else tokens
     return World(plan, most * ep_world_size * min(plan.num_local_experts, top_k))
-
-
-def _bound(name: str, group: Any, size: int) -> tuple[str, ...]:
-    axes = _compat.bound_axes(group, name)
-    bound = 1
-    for axis in axes:
-        bound *= _compat.bound_axis_size(axis)
-    if bound != size:
-        raise MeshError(f"{name}={group!r} has {bound} ranks here, and the call says {size}; pass the size of the axis")
-    return axes
 
 
 def as_pair_mask(x_active_mask: Array | None, expert_ids: Array) -> Array | None:
@@ -135,19 +124,19 @@ def open_exchange(
     elastic_info: Array | None,
     *,
     recv_counts: Array | None = None,
+    fresh: Array | None = None,
     timed: bool = False,
 ) -> Exchange:
     """The bookkeeping of one call; with two tp ranks, own rows come before the peer's."""
     plan = world.plan
-    given = {"token_mask": mask, "rank_table": elastic_info, "recv_counts": recv_counts, "timed": timed}
+    given = {"token_mask": mask, "rank_table": elastic_info, "recv_counts": recv_counts, "fresh": fresh, "timed": timed}
     exchange = prepare(expert_ids, plan, **given)
-    return exchange if plan.tp_size == 1 else exchange._replace(source_order=_lane_order(plan).ravel())
-
-
-def _lane_order(plan: Plan) -> Array:
-    """[P, W] sources p * W + w, those of this tp rank first."""
-    lanes = jnp.arange(plan.tp_size * plan.ep_size, dtype=jnp.int32).reshape(plan.tp_size, plan.ep_size)
-    return jnp.roll(lanes, -comm.tp_rank(plan), axis=0)
+    if plan.tp_size == 1:
+        return exchange
+    order = exchange.source_order  # by tp rank, then by logical rank; the lane of this tp rank comes first here
+    lanes = jnp.arange(plan.tp_size * plan.ep_size, dtype=jnp.int32) if order is None else order
+    lanes = jnp.roll(lanes.reshape(plan.tp_size, plan.ep_size), -comm.tp_rank(plan), axis=0)
+    return exchange._replace(source_order=lanes.ravel())
 
 
 class Ledger:

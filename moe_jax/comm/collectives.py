@@ -119,7 +119,8 @@ def exchange_compact(rows: Array, sizes: Array, num_out: int, plan, *, output: A
     send, recv = sizes[me], sizes[:, me]
     arrival_starts = jnp.cumsum(sizes, axis=0) - sizes  # [source, destination]
     if output is None:
-        output = _compat.as_varying(jnp.zeros((num_out, rows.shape[-1]), rows.dtype), _compat.varying_axes(rows))
+        output = jnp.zeros((num_out, rows.shape[-1]), rows.dtype)
+    output = _compat.as_varying(output, _compat.varying_axes(rows))
     if plan.transport == "padded":
         return chunked_all_to_all(
             rows,

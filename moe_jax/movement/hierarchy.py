@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_jax import comm
+from moe_jax import _compat, comm
 from moe_jax.comm import nodes
 from moe_jax.message import join_some, split_some
 from moe_jax.movement.picking import as_received, as_sent, pick
@@ -59,13 +59,13 @@ def collect(
     Products and both sums in fp32, copies and nodes ascending; ``round`` is to ``plan.dtype``, the dtype in which
     partial sums travel, and with a recipe what that leaves of it. With tp > 1 the rows of the tp ranks are partial
     sums, and are added first, in their own dtype. Scalars [M, G] -> [T, C, G], added over tp alone. Weights of shape
-    [M] are those of the rows, on tp rank 0; without scalars.
+    [M] stand beside the rows and are added over tp too: of each row one tp rank holds the weight, the others zero.
+    They go without scalars, and with rows that are in order.
 
     Source: the layered combine kernels of MoeDistributeCombine, without their fp16 special case.
     """
     if weights is not None and weights.ndim == 1:
-        own = jnp.where(comm.tp_rank(plan) == 0, weights, 0.0)
-        home, home_weights = _gather_back([rows, own[:, None]], maps, plan, ordered)
+        home, home_weights = _gather_back([rows, weights[:, None]], maps, plan, ordered)
         guest_weights, weights = pick(home_weights[:, 0], maps.pair_inner, plan, absent=0), None
     else:
         home, home_scalars = _gather_back([rows, scalars], maps, plan, ordered)
@@ -111,10 +111,13 @@ def collect_adjoint(
     row_ct = as_received(row_ct, recipe, rows.shape[1]).astype(jnp.float32)
     with jax.named_scope("dot"):
         dots = jnp.sum(rows.astype(jnp.float32) * row_ct, axis=-1, keepdims=True)
-    if of_rows:  # only those of tp rank 0 are read, and they weight the sum over tp
-        d_weights = comm.sum_over(dots, plan.tp_axis)[:, 0] if plan.tp_size > 1 else dots[:, 0]
-        d_weights = jnp.where((comm.tp_rank(plan) == 0) & (maps.row_slot >= 0), d_weights, 0.0)
-        return (weights[:, None] * row_ct).astype(rows.dtype), d_weights
+    if of_rows:
+        both = jnp.concatenate([dots, weights[:, None]], axis=1)
+        if plan.tp_size > 1:  # rows and weights are sums over tp, whose ranks may order rows differently, but not slots
+            slots = comm.sum_over(pick(both, maps.slot_row, plan, absent=0), plan.tp_axis)
+            both = pick(_compat.as_varying(slots, plan.exchange_axes), maps.row_slot, plan, absent=0)
+        d_weights = jnp.where(maps.row_slot >= 0, both[:, 0], 0.0)
+        return (both[:, 1:] * row_ct).astype(rows.dtype), d_weights
     home, _ = _gather_back([dots, None], maps, plan, ordered)
     with jax.named_scope("exchange"):
         returned = nodes.exchange_nodes(pick(home[:, 0], maps.pair_inner, plan, absent=0), plan)

@@ -82,6 +82,7 @@ def send_as_is(
     *,
     weights: Array | None = None,
     tags: Array | None = None,
+    buffer: Array | None = None,
     timed: bool = False,
 ) -> tuple[tuple[Array, ...], Array | None, Array | None, Arrival | None]:
     """Arrays [T, n] of any dtypes to the rows [M, n] of their copies, bit by bit, in one message.
@@ -89,7 +90,7 @@ def send_as_is(
     Returns:
       (the arrays, weights [M], tags, arrival) as ``send_rows`` has them. Differentiable in floats.
     """
-    operands = _compat.as_varying((tokens, weights, tags), handle.plan.exchange_axes)
+    operands = _compat.as_varying((tokens, weights, tags, buffer), handle.plan.exchange_axes)
     return _send_as_is(timed, *operands, handle)
 
 
@@ -246,19 +247,19 @@ _quantize_rows.defvjp(_quantize_forward, _quantize_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _send_as_is(timed, tokens, weights, tags, handle):
+def _send_as_is(timed, tokens, weights, tags, buffer, handle):
     plan = handle.plan
     message, parts = join(tokens)
     per_pair = [None if weights is None else copy_weights(weights, plan)[..., None], tags]
     pairs, held = (None, None) if all(part is None for part in per_pair) else join_some(per_pair)
-    options = {"timed": True} if timed else {}
+    options = {"buffer": buffer, "timed": timed} if buffer is not None or timed else {}
     rows, pair_rows, arrival = ROUTES[type(handle.maps)].scatter(message, pairs, handle.maps, plan, **options)
     row_weights, row_tags = (None, None) if held is None else split_some(pair_rows, held)
     return tuple(split(rows, parts)), None if weights is None else row_weights[:, 0], row_tags, arrival
 
 
-def _as_is_forward(timed, tokens, weights, tags, handle):
-    return _send_as_is(timed, tokens, weights, tags, handle), (tokens, weights, handle)
+def _as_is_forward(timed, tokens, weights, tags, buffer, handle):
+    return _send_as_is(timed, tokens, weights, tags, buffer, handle), (tokens, weights, handle)
 
 
 def _as_is_backward(timed, residuals, cts):
@@ -276,7 +277,7 @@ def _as_is_backward(timed, residuals, cts):
         width = part.shape[1] if is_float else 0
         d_tokens.append(total[:, start : start + width].astype(part.dtype) if is_float else None)
         start += width
-    return tuple(d_tokens), None if weights is None else d_weights[:, : plan.top_k, 0], None, None
+    return tuple(d_tokens), None if weights is None else d_weights[:, : plan.top_k, 0], None, None, None
 
 
 _send_as_is.defvjp(_as_is_forward, _as_is_backward)

@@ -24,10 +24,14 @@ _FULLMESH = Limits(
 )
 _HIERARCHY = {
     "ep_world_size": Choices((16, 32, 64)),  # [2.2, 8]
+    "local_experts": None,  # the document's buffer rule: hierarchy does not need the 24
     "tokens": Interval(1, 512),  # [2.2]
     "hidden": Interval(32, 10240, step=32),  # [2.2]
     "zero_expert_num": Choices((0,)),  # [2.2, 5]
     "copy_expert_num": Choices((0,)),  # [2.2, 5]
+}
+_WHY = {  # the document takes it with any comm_alg, the sheet does not with hierarchy [2.2]
+    "x_active_mask": "it sends every token, and comm_alg='fullmesh' those of a mask [B]",
 }
 _HALVES = ("float16", "bfloat16")
 
@@ -37,7 +41,8 @@ def _operator(values, dtypes, *, hierarchy, absent, required):
     base = _FULLMESH.but(values=values, dtypes={"performance_info": ("int64",), **dtypes})  # [2.2]
     with_hierarchy = base.but(
         values={**_HIERARCHY, **hierarchy},
-        absent=("elastic_info", "performance_info", "x_active_mask", *absent),  # [2.2, 7]
+        absent=("elastic_info", "x_active_mask", *absent),  # [2.2, 6]
+        why=_WHY,
         required=required,
         buffer=buffers.hierarchy_a2,  # [8]
     )

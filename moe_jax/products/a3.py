@@ -53,6 +53,25 @@ def _operator(values, dtypes, required, **others):
     return base.but(variants={"fullmesh_v2": v2, "hierarchy": hierarchy})
 
 
+_DISPATCH = {
+    "values": {"quant_mode": Choices((0, 2))},  # [2.2, 3.2] static quantisation is refused
+    "dtypes": {"x": _HALVES, "y_dtype:2": ("int8",), "scales": ("float32",)},  # [2.2, 3.2]
+    "required": ("expert_scales",),  # [8]
+}
+_COMBINE = {
+    "values": {"comm_quant_mode": Choices((0, 2))},  # [9.3]
+    "dtypes": {"expand_x": _HALVES},  # [9.1]
+    "required": ("expand_scales",),  # [8, 9.1]
+}
+_NORM = _operator(
+    {"comm_quant_mode": Choices((0,))},  # [10]
+    {"expand_x": ("bfloat16",)},
+    required=("expand_scales",),
+    absent=(),
+    buffer=buffers.add_rms_norm,  # [8]
+)
+_ELASTIC = {"tp_world_size_with_elastic": Choices((0, 1))}  # [6] where elastic_info is taken
+
 # The document's era: 8 to 64 ranks, 2 to 100 MB per peer as a hard rule [14.4, column H].
 _GROUPED_MATMUL = Limits(
     values={
@@ -92,26 +111,15 @@ A3 = Product(
     name="a3",
     title="Atlas A3 (910_93)",
     operators={
-        "moe_distribute_dispatch_v4": _operator(
-            {"quant_mode": Choices((0, 2))},  # [2.2, 3.2] static quantisation is refused
-            {"x": _HALVES, "y_dtype:2": ("int8",), "scales": ("float32",)},  # [2.2, 3.2]
-            required=("expert_scales",),  # [8]
-        ),
-        "moe_distribute_combine_v4": _operator(
-            {"comm_quant_mode": Choices((0, 2))},  # [9.3]
-            {"expand_x": _HALVES},  # [9.1]
-            required=("expand_scales",),  # [8, 9.1]
-        ),
-        # Section 10; elastic_info is that of V2, one tensor-parallel rank only [6].
-        "moe_distribute_combine_add_rms_norm_v2": _operator(
-            {"comm_quant_mode": Choices((0,)), "tp_world_size_with_elastic": Choices((0, 1))},
-            {"expand_x": ("bfloat16",)},
-            required=("expand_scales",),
-            absent=(),
-            buffer=buffers.add_rms_norm,  # [8]
-        ),
+        "moe_distribute_dispatch_v4": _operator(**_DISPATCH),
+        "moe_distribute_combine_v4": _operator(**_COMBINE),
+        # Section 6: V3 takes elastic_info, which V4 reserves again.
+        "moe_distribute_dispatch_v3": _operator(**_DISPATCH, absent=()).but(values=_ELASTIC),
+        "moe_distribute_combine_v3": _operator(**_COMBINE, absent=()).but(values=_ELASTIC),
+        # Section 10; here V2 takes elastic_info [6].
+        "moe_distribute_combine_add_rms_norm": _NORM,
+        "moe_distribute_combine_add_rms_norm_v2": _NORM.but(values=_ELASTIC),
         "moe_update_expert": UPDATE_EXPERT,
-        "distribute_barrier": _BARRIER,
         "distribute_barrier_v2": _BARRIER,
         # Section 12.1.
         "moe_distribute_buffer_reset": Limits(values={"ep_world_size": Interval(16, 128, step=16)}),

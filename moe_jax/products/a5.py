@@ -80,6 +80,7 @@ A5 = Product(
         ),
         "moe_update_expert": UPDATE_EXPERT,
         # Section 13: V2, which the product's own extension serves; V1's document knows A3 alone.
+        "distribute_barrier": None,
         "distribute_barrier_v2": Limits(
             values={"world_size": Interval(2, 384)},
             dtypes={"x_ref": BARRIER_DTYPES + _FP8 + ("float4_e2m1fn", "int4")},

@@ -4,6 +4,7 @@ Sections in brackets are those of the reference sheet. Relations between argumen
 """
 
 from moe_jax.products.legal import Choices, Interval, Limits
+from moe_jax.products.versions import with_versions
 
 _FLOATS = ("float32", "bfloat16", "float16")
 _FP8 = ("float8_e4m3fn", "float8_e5m2")
@@ -63,12 +64,13 @@ _QUANTISED = _GROUPED_MATMUL.but(
     absent=("comm_quant_scale",),
 )
 
-ANY = {
+_NEWEST = {
     "moe_distribute_dispatch_v4": _EXCHANGE.but(
         values={"quant_mode": Interval(0, 5), "expert_token_nums_type": Choices((0, 1))},  # [2.2, 3.2]
         dtypes={
             "x": _FLOATS + _FP8 + _FP4,  # [2.2]
             "scales": ("float32", *_E8M0),  # [3.2]
+            "window": ("uint8",),  # of messages, whatever rows they hold
             "y_dtype:1": ("int8",),  # [3.2] and below
             "y_dtype:2": ("int8", *_FP8),
             "y_dtype:3": _FP8,
@@ -94,11 +96,10 @@ ANY = {
             "active_mask": ("bool",),
         },
     ),
-    "distribute_barrier": _BARRIER,
     "distribute_barrier_v2": _BARRIER.but(dtypes={"time_out": ("int32",), "elastic_info": ("int32",)}),
     "moe_distribute_buffer_reset": Limits(
         values={"ep_world_size": Interval(1), "need_sync": Choices((0, 1))},
-        dtypes={"elastic_info": ("int32",)},
+        dtypes={"elastic_info": ("int32",), "time_out": ("int32",)},
     ),
     "grouped_mat_mul_allto_allv": _GROUPED_MATMUL,
     "allto_allv_grouped_mat_mul": _GROUPED_MATMUL,
@@ -108,3 +109,5 @@ ANY = {
         absent=(),
     ),
 }
+
+ANY = with_versions(_NEWEST)

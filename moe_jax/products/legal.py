@@ -73,6 +73,7 @@ class Limits:
     values: Mapping[str, Legal] = _nothing()  # by quantity: an attribute's name, or one of ``QUANTITIES``
     dtypes: Mapping[str, tuple[str, ...]] = _nothing()  # by array; "y_dtype:2" = the output's dtype in quant_mode 2
     absent: tuple[str, ...] = ()  # optional arrays that it does not take
+    why: Mapping[str, str] = _nothing()  # by array of ``absent``: the reason, where there is more to say
     required: tuple[str, ...] = ()  # optional arrays that it cannot do without
     buffer: Callable[[Sizes], int] | None = None  # bytes that HCCL_BUFFSIZE must hold
     variants: Mapping[str, "Limits"] = _nothing()  # by comm_alg, where that changes anything
@@ -81,6 +82,18 @@ class Limits:
         """These limits with some replaced; None takes a limit away."""
         values, dtypes = _merged(self.values, values), _merged(self.dtypes, dtypes)
         return dataclasses.replace(self, values=values, dtypes=dtypes, **others)
+
+    def without(self, parameters: tuple[str, ...]) -> "Limits":
+        """The limits of a version that does not have ``parameters``."""
+        return Limits(
+            values={name: legal for name, legal in self.values.items() if name not in parameters},
+            dtypes={name: allowed for name, allowed in self.dtypes.items() if name not in parameters},
+            absent=tuple(name for name in self.absent if name not in parameters),
+            why=self.why,
+            required=tuple(name for name in self.required if name not in parameters),
+            buffer=self.buffer,
+            variants={alg: limits.without(parameters) for alg, limits in self.variants.items()},
+        )
 
     def under(self, comm_alg: Any) -> "Limits":
         """The limits in force with ``comm_alg``."""
@@ -97,7 +110,7 @@ class Product:
 
     name: str
     title: str
-    operators: Mapping[str, Limits]
+    operators: Mapping[str, Limits | None]  # None: an earlier version that it does not have
 
 
 # Quantities that are no attribute, in words.

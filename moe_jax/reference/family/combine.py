@@ -72,23 +72,25 @@ def moe_distribute_combine(
     ``acc += fp32(w) * fp32(y)`` has two roundings; shared rows and ``shared_expert_x`` have weight 1. A copy expert
     gives w * x, const expert c gives w * (a1 * x + a2 * v[c]) with (a1, a2) = (alpha_1[c], alpha_2[c]) or, for alphas
     [Cc, H], softmax(<alpha_1[c], x>, <alpha_2[c], x>). For T = 2 the rows of both peers are added first and rounded.
-    With more than one node, each node's part of the sum is rounded to the dtype of the rows before it travels.
+    With more than one node, each node's part of the sum is rounded to the dtype of the rows, and to what
+    ``comm_quant_mode`` leaves of that, before it travels; parts are added by node ascending, then special experts.
 
     Args:
       expand_x: [A * P, H] bf16, fp16 or f32, in the order of dispatch; rows past the true number are not read.
       dispatch_result: what ``moe_distribute_dispatch`` returned; triples, counts and, for nodes > 1, weights are read.
-      expert_scales: [B, K] f32; of size 0 = all weights are 1. Not read where nodes > 1, which has expand_scales.
+      expert_scales: [B, K] f32; of size 0 = all weights are 1. Where nodes > 1 and dispatch had weights, those count
+        for routed rows.
       shared_expert_x: [B, H] or [B1, B2, H] with B1 * B2 = B, without shared ranks only.
       ori_x: [B, H], what copy and const experts see.
       const_expert_alpha_1, const_expert_alpha_2: [Cc] or [Cc, H].
       const_expert_v: [Cc, H].
-      comm_quant_mode: 0; 2 = int8 in groups of 8 columns; 3, 4 = MX e5m2, MX e4m3: how rows travel.
+      comm_quant_mode: 0; 2 = int8 in groups of 8 columns; 3, 4 = MX e5m2, MX e4m3: how rows, or parts of sums, travel.
       nodes: W / nodes consecutive ranks form a node.
       expert_ids, x_active_mask, elastic_info and the numbers: as given to dispatch.
 
     Raises:
       InvalidArgumentError: arguments contradict each other.
-      MissingArgumentError: an array is missing that special experts or nodes > 1 need.
+      MissingArgumentError: an array is missing that special experts need.
     """
     num_ranks = len(expand_x)
     special_nums = (zero_expert_num, copy_expert_num, const_expert_num)
@@ -104,25 +106,32 @@ def moe_distribute_combine(
     if shared_expert_x is not None and shared_expert_rank_num:
         raise errors.InvalidArgumentError("shared_expert_x was given, but there are shared ranks; drop one of them")
     _check_special(special_nums, ori_x, (const_expert_alpha_1, const_expert_alpha_2, const_expert_v))
-    plain = not (shared_expert_rank_num or sum(special_nums) or tp_world_size == 2 or comm_quant_mode)
-    node_of = _nodes(num_ranks, nodes, plain and elastic_info is None)
+    if nodes < 1 or num_ranks % nodes:
+        raise errors.InvalidArgumentError(f"{nodes=} must divide the {num_ranks} ranks")
+    node_of = None if nodes == 1 else [rank // (num_ranks // nodes) for rank in range(num_ranks)]
     ids, shared_x, *special_arrays = (
         with_tp(array, tp_world_size)
         for array in (expert_ids, shared_expert_x, ori_x, const_expert_alpha_1, const_expert_alpha_2, const_expert_v)
     )
     active = active_pairs(ids, with_tp(x_active_mask, tp_world_size))
     rows, pairs = _own_rows(world, expand_x, dispatch_result, tp_world_size)
-    values = _travel(world, rows, pairs, ids.shape, _recipe(comm_quant_mode, tp_world_size))
-    weights = _weights(world, dispatch_result, expert_scales, ids, pairs, tp_world_size, nodes)
+    recipe = _recipe(comm_quant_mode, tp_world_size)
+    values = _travel(world, rows, pairs, ids.shape, recipe if node_of is None else None)
+    scales = with_tp(expert_scales, tp_world_size).astype(_F32) if expert_scales.size else np.ones(ids.shape, _F32)
+    weights = scales
+    if node_of is not None and dispatch_result.expand_scales is not None:
+        weights = _row_weights(world, dispatch_result, ids.shape, pairs, tp_world_size)
     unrounded = np.zeros((*ids.shape[:3], expand_x.shape[-1]), _F32)
     for w, p in np.ndindex(ids.shape[:2]):
         special = _special_of(world, special_nums, [None if array is None else array[w, p] for array in special_arrays])
         for i in np.flatnonzero(active[w, p].any(axis=-1)) if w in world.physical else []:
-            token = (values[w, p, i], ids[w, p, i], weights[w, p, i], active[w, p, i])
+            chosen = (ids[w, p, i], scales[w, p, i], active[w, p, i])
             if node_of is None:
-                acc = _sum_token(world, special, i, *token)
+                acc = _sum_token(world, special, i, values[w, p, i], *chosen)
             else:
-                acc = _sum_nodes(world, node_of, expand_x.dtype, *token)
+                homes = [node_of[rank] if rank >= 0 else -1 for rank in _homes(world, w, ids[w, p, i], active[w, p, i])]
+                acc = _sum_nodes(homes, nodes, expand_x.dtype, recipe, values[w, p, i], weights[w, p, i])
+                acc = acc + _sum_token(world, special, i, None, *chosen)
             if shared_x is not None:
                 acc = acc + shared_x[w, p].reshape(ids.shape[2], -1)[i].astype(_F32)
             unrounded[w, p, i] = acc
@@ -161,7 +170,8 @@ def moe_distribute_combine_add_rms_norm(
     )  # fmt: skip
     written = active_pairs(np.asarray(expert_ids), x_active_mask).any(axis=-1)
     if elastic_info is not None and elastic_info[0] == 1:
-        written &= (np.asarray(elastic_info[4 : 4 + len(written)]) >= 0)[:, None]
+        alive = np.asarray(elastic_info[4 : 4 + len(written)]) >= 0
+        written &= alive.reshape(-1, *[1] * (written.ndim - 1))
     acc, rstd = np.zeros(residual_x.shape, _F32), np.zeros((*residual_x.shape[:-1], 1), _F32)
     y = np.zeros(residual_x.shape, expand_x.dtype)
     for token in zip(*np.nonzero(written), strict=True):
@@ -174,35 +184,48 @@ def moe_distribute_combine_add_rms_norm(
 
 
 def _sum_token(world: World, special: _Special, i, values, ids, weights, active):
-    """The fp32 sum of token ``i``: values [K + Ns, H], ids, weights and active [K]."""
-    acc = np.zeros(values.shape[-1], _F32)
+    """The fp32 sum of token ``i``: values [K + Ns, H], or None for special experts alone; ids, weights and active [K]."""
+    acc = np.zeros((), _F32) if values is None else np.zeros(values.shape[-1], _F32)
     for k in range(len(ids)):
-        if active[k] and ids[k] < world.num_experts:
+        if active[k] and ids[k] >= world.num_experts:
+            acc = acc + weights[k] * _special_value(special, i, int(ids[k]))
+        elif active[k] and values is not None:
             acc = acc + weights[k] * values[k]
-        elif active[k]:
-            acc = acc + weights[k] * _special_value(special, i, int(ids[k]), values.shape[-1])
-    for s in range(world.num_shared):
+    for s in range(world.num_shared if values is not None else 0):
         acc = acc + values[len(ids) + s]
     return acc
 
 
-def _sum_nodes(world: World, node_of, dtype, values, ids, weights, active):
-    """As ``_sum_token``, with the part of each node rounded to ``dtype``, nodes ascending; routed experts only."""
-    homes = [node_of[world.home(int(e))[0]] if exists else -1 for e, exists in zip(ids, active, strict=True)]
+def _homes(world: World, source: int, ids, active) -> list[int]:
+    """The original rank that each of the K + Ns copies of a token of rank ``source`` goes to; -1 for none."""
+    routed = [world.home(int(e))[0] if on and e < world.num_experts else -1 for e, on in zip(ids, active, strict=True)]
+    logical = world.physical.index(source)
+    shared = [world.shared_rank(logical, s) for s in range(world.num_shared)]
+    return [world.physical[rank] if rank >= 0 else -1 for rank in (*routed, *shared)]
+
+
+def _sum_nodes(homes, num_nodes, dtype, recipe, values, weights):
+    """The fp32 sum over nodes of what each sends home for one token: its copies' sum, rounded to ``dtype``.
+
+    homes [K + Ns] are nodes, -1 for none; values [K + Ns, H]; weights [K], those of shared experts being 1.
+    """
     acc = np.zeros(values.shape[-1], _F32)
-    for node in sorted(set(node_of)):
+    for node in range(num_nodes):
         partial = np.zeros(values.shape[-1], _F32)
-        for k in range(len(ids)):
-            if homes[k] == node:
-                partial = partial + weights[k] * values[k]
-        acc = acc + partial.astype(dtype).astype(_F32)
+        for c, home in enumerate(homes):
+            if home == node:
+                partial = partial + (weights[c] if c < len(weights) else _F32(1.0)) * values[c]
+        sent = partial.astype(dtype)
+        if recipe is not None:
+            sent = dequantize(recipe, *quantize(recipe, sent[None]))[0]
+        acc = acc + (sent.astype(_F32) if node in homes else 0)
     return acc
 
 
-def _special_value(special: _Special, i: int, expert_id: int, hidden: int) -> np.ndarray:
-    """What a special expert makes of token ``i``, f32 [H], before weighting."""
+def _special_value(special: _Special, i: int, expert_id: int) -> np.ndarray:
+    """What a special expert makes of token ``i`` before weighting, f32 [H], or a scalar zero."""
     if expert_id < special.first_copy or expert_id >= special.end:
-        return np.zeros(hidden, _F32)
+        return _F32(0.0)
     x = special.ori_x[i].astype(_F32)
     if expert_id < special.first_const:
         return x
@@ -250,32 +273,15 @@ def _travel(world, rows, pairs, shape, recipe):
     return values
 
 
-def _weights(world, dispatched, expert_scales, ids, pairs, tp_world_size, nodes):
-    """The weight of every pair, [W, P, B, K] f32."""
-    if nodes > 1:
-        if dispatched.expand_scales is None:
-            raise errors.MissingArgumentError(f"{nodes=} weights rows at their experts: give expert_scales to dispatch")
-        weights, expand_scales = np.zeros(ids.shape, _F32), with_tp(dispatched.expand_scales, tp_world_size)
-        for (w, p), triples in pairs.items():
-            source, token, k = triples.T
-            weights[np.asarray(world.physical)[source], p, token, k] = expand_scales[w, p, : len(triples)]
-        return weights
-    if expert_scales.size == 0:
-        return np.ones(ids.shape, _F32)
-    return with_tp(expert_scales, tp_world_size).astype(_F32)
-
-
-def _nodes(num_ranks, nodes, plain):
-    """The node of every rank; None for one node, whose sums are not rounded in between."""
-    if nodes < 1 or num_ranks % nodes:
-        raise errors.InvalidArgumentError(f"{nodes=} must divide the {num_ranks} ranks")
-    if nodes == 1:
-        return None
-    if not plain:
-        raise errors.InvalidArgumentError(
-            f"{nodes=}: sums by node know no shared ranks, special experts, tp, elastic_info or comm_quant_mode"
-        )
-    return [rank // (num_ranks // nodes) for rank in range(num_ranks)]
+def _row_weights(world, dispatched, shape, pairs, tp_world_size):
+    """The weight of every pair as it came with its row, [W, P, B, K] f32."""
+    weights, expand_scales = np.zeros(shape, _F32), with_tp(dispatched.expand_scales, tp_world_size)
+    for (w, p), triples in pairs.items():
+        source, token, k = triples.T
+        routed = k < shape[-1]
+        physical = np.asarray(world.physical)[source[routed]]
+        weights[physical, p, token[routed], k[routed]] = expand_scales[w, p, : len(triples)][routed]
+    return weights
 
 
 def _recipe(comm_quant_mode, tp_world_size):

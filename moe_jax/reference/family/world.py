@@ -50,8 +50,8 @@ def make_world(
     """The world of ``num_ranks`` original ranks.
 
     Raises:
-      InvalidArgumentError: W - S does not divide E, S is no multiple of Ns, T is unknown or does not fit L or
-        elastic_info, or elastic_info contradicts itself.
+      InvalidArgumentError: W - S does not divide E, S is no multiple of Ns, T is unknown or does not fit L, or
+        elastic_info contradicts itself.
     """
     holders = num_ranks - shared_expert_rank_num
     _require(shared_expert_rank_num >= 0 and holders > 0, f"{shared_expert_rank_num=} must lie in [0, {num_ranks})")
@@ -59,7 +59,6 @@ def make_world(
     num_local = moe_expert_num // holders
     _require(tp_world_size in (0, 1, 2), f"{tp_world_size=} must be 0, 1 or 2")
     _require(tp_world_size < 2 or num_local == 1, f"tp_world_size=2 allows one expert per rank, not {num_local}")
-    _require(tp_world_size < 2 or elastic_info is None, "tp_world_size=2 does not go with elastic_info")
     size, shared_ranks, num_experts = num_ranks, shared_expert_rank_num, moe_expert_num
     physical = tuple(range(num_ranks))
     if elastic_info is not None and elastic_info[0] == 1:
