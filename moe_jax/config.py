@@ -70,6 +70,25 @@ class RouterConfig(_Checked):
             yield f"top_groups={self.top_groups} exceeds num_groups={self.num_groups}; lower top_groups"
 
 
+def router_violations(
+    router: RouterConfig, num_experts: int, experts: str, top_k: int, top_k_name: str = "top_k"
+) -> list[str]:
+    """What keeps ``router`` from choosing ``top_k`` of ``num_experts``; ``experts`` names those and says how many."""
+    violations = []
+    size = num_experts // router.num_groups
+    reachable = size * router.top_groups
+    if num_experts % router.num_groups:
+        violations.append(
+            f"router.num_groups={router.num_groups} does not divide {experts}: groups are equal; take a divisor"
+        )
+    if top_k > reachable:
+        violations.append(
+            f"{top_k_name}={top_k} exceeds {reachable}, the number of experts that a token can reach: {size} in each of "
+            f"router.top_groups={router.top_groups} groups; raise top_groups or lower top_k"
+        )
+    return violations
+
+
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig(_Checked):
     """Extents: `ep` ranks share the experts, over `nodes` nodes; `tp` splits experts; `dp` copies the whole group."""
@@ -176,7 +195,8 @@ class Config(_Checked):
     train: TrainConfig | None = None
 
     def _violations(self) -> typing.Iterator[str]:
-        yield from _router_violations(self.moe, self.router)
+        num_experts, top_k = self.moe.num_experts, self.moe.top_k
+        yield from router_violations(self.router, num_experts, f"moe.num_experts={num_experts}", top_k, "moe.top_k")
         if self.train and not self.model:
             yield "[train] needs a [model] section; add one with layers, hidden, heads and seq_len"
         if self.train and self.model:
@@ -285,17 +305,6 @@ def _not_negative(config: typing.Any, *names: str) -> typing.Iterator[str]:
         value = getattr(config, name)
         if not 0 <= value < math.inf:
             yield f"{name}={value} must be finite and not below zero"
-
-
-def _router_violations(moe: MoEConfig, router: RouterConfig) -> typing.Iterator[str]:
-    if moe.num_experts % router.num_groups:
-        yield f"moe.num_experts={moe.num_experts} must be a multiple of router.num_groups={router.num_groups}"
-    reachable = moe.num_experts // router.num_groups * router.top_groups
-    if moe.top_k > reachable:
-        yield (
-            f"moe.top_k={moe.top_k} exceeds the {reachable} experts of router.top_groups={router.top_groups} groups; "
-            "raise top_groups or lower top_k"
-        )
 
 
 def _training_violations(mesh: MeshConfig, model: ModelConfig, train: TrainConfig) -> typing.Iterator[str]:

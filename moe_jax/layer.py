@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax import _compat, comm
-from moe_jax.config import ACTIVATIONS, RouterConfig
+from moe_jax.config import ACTIVATIONS, RouterConfig, router_violations
 from moe_jax.errors import (
     InvalidArgumentError,
     MoEError,
@@ -79,8 +79,8 @@ def moe_layer(
       parameter except ``selection_bias``.
 
     Raises:
-      InvalidArgumentError: lists everything that is wrong with ``params``; an unknown activation; chunks that do not
-        divide T.
+      InvalidArgumentError: lists everything that is wrong with ``params``; lists every way in which the router's groups
+        do not fit the plan; an unknown activation; chunks that do not divide T.
       MissingArgumentError, ShapeError, DtypeError, MeshError: as for ``dispatch``.
       UnsupportedError: the plan puts shared experts on ranks of their own.
     """
@@ -97,6 +97,7 @@ def moe_layer(
     check_params(
         params, plan, router, activation, num_experts=plan.num_local_experts, where="on each device", table=table
     )
+    check_router(router, plan, None if table is None else table.shape[0])
 
     x = _compat.as_varying(x, plan.token_axes)
     if token_mask is not None:  # padding may hold anything; from here on it is zero
@@ -156,6 +157,18 @@ def check_layer_plan(plan: Plan) -> None:
         )
 
 
+def check_router(router: RouterConfig, plan: Plan, num_logical_experts: int | None) -> None:
+    """Raises one error that lists every way in which ``router`` cannot choose among the ids of ``plan``."""
+    scored = _num_scored(plan, num_logical_experts)
+    experts = f"the {scored} experts that the router scores"
+    raise_all(router_violations(router, scored, experts, plan.top_k, "plan.top_k"), "router and plan")
+
+
+def _num_scored(plan: Plan, num_logical_experts: int | None) -> int:
+    """E': how many experts the router scores, special ones included; None: it scores instances."""
+    return plan.num_ids + (0 if num_logical_experts is None else num_logical_experts - plan.num_experts)
+
+
 def check_chunks(chunks: int, plan: Plan) -> None:
     """Raises unless the tokens of a device can be cut into ``chunks`` equal parts."""
     check_count("chunks", chunks)
@@ -190,9 +203,7 @@ def param_shapes(
     ``num_logical_experts``: those that the router scores; None: it scores instances.
     """
     experts, hidden = plan.num_experts if num_experts is None else num_experts, plan.hidden
-    num_ids = plan.num_ids
-    if num_logical_experts is not None:
-        num_ids += num_logical_experts - plan.num_experts
+    num_ids = _num_scored(plan, num_logical_experts)
     shapes = {
         "router": (hidden, num_ids),
         "router_bias": (num_ids,),

@@ -23,7 +23,15 @@ from moe_jax.errors import (
     check_shape,
     check_type,
 )
-from moe_jax.layer import OPTIONAL_PARAMS, check_chunks, check_layer_plan, check_params, moe_layer, param_shapes
+from moe_jax.layer import (
+    OPTIONAL_PARAMS,
+    check_chunks,
+    check_layer_plan,
+    check_params,
+    check_router,
+    moe_layer,
+    param_shapes,
+)
 from moe_jax.mesh import check_mesh
 from moe_jax.plan import Plan
 from moe_jax.types import LayerStats
@@ -67,7 +75,8 @@ def moe_on_mesh(
         and ``rank_table`` are those of ``moe_layer``, the same on every device.
 
     Raises:
-      InvalidArgumentError: ``ffn`` is not divisible by tp, the activation is unknown, or ``chunks`` does not divide T;
+      InvalidArgumentError: ``ffn`` is not divisible by tp, the activation is unknown, ``chunks`` does not divide T, or
+        the router's groups and the plan's experts and ``top_k`` do not fit (one error lists all that does not);
         ``init`` and ``apply`` check their own arguments.
       MeshError: the mesh is not the plan's.
       UnsupportedError: the plan puts shared experts on ranks of their own.
@@ -89,6 +98,7 @@ def moe_on_mesh(
 
     if num_logical_experts is not None:
         check_count("num_logical_experts", num_logical_experts)
+    check_router(router, plan, num_logical_experts)
     shapes = param_shapes(
         plan,
         router,

@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from moe_jax import _compat, comm
-from moe_jax.config import RouterConfig
+from moe_jax.config import RouterConfig, router_violations
 from moe_jax.errors import (
     InvalidArgumentError,
     MissingArgumentError,
@@ -20,11 +20,12 @@ from moe_jax.errors import (
     check_rank,
     check_shape,
     check_type,
+    raise_all,
 )
 from moe_jax.types import Routing
 
 _FLOATS = ("float32", "bfloat16", "float16")
-_LEAST_LOG = -1e30  # of a score: keeps -inf out of differences
+_SMALL = -20.0  # below it softplus(x) = exp(x) up to a relative exp(x) / 2, which fp32 does not hold
 
 
 def route(
@@ -41,9 +42,19 @@ def route(
     ``scores = f(logits)`` with f one of softmax, sigmoid, sqrt(softplus). The choice is the top k of ``scores``
     (of ``logits`` with ``router.topk_first``), plus ``bias`` if the router has a selection bias, inside the best
     ``top_groups`` of ``num_groups`` expert groups; ties go to the lower id. The weights are the chosen scores without
-    bias (with ``topk_first``: f over the chosen logits), divided by their sum if ``renormalize``, times ``scale``. The
-    quotient is right for any finite logits, as it is taken between logarithms; where all are -inf it is 1 / top_k.
+    bias (with ``topk_first``: f over the chosen logits), divided by their sum if ``renormalize``, times ``scale``.
     All arithmetic is fp32. The choice has no gradient; the weights and losses have.
+
+    Scores that saturate or vanish in fp32 do not decide. Without a bias the choice compares logits, as scores grow with
+    them, and group score "max" compares the best logits. Sums (with a bias; of the best two of a group) are compared as
+    fp32 rounds them. Where such sums of scores are equal, the greater logit decides, and between groups the greater sum
+    of scores as taken between logarithms, then the greater logits; so saturation does not decide between equal biases
+    either, as they are at the start of training. Quotients are taken between logarithms too, and are right for any
+    finite logits, in their gradients as well.
+
+    An expert of logit -inf has score 0. Where all logits of a token are -inf, quotients are equal shares (1 / top_k, and
+    1 / E in the balance loss), and the token has no z loss and no gradient. A NaN is chosen before any number, as +inf
+    is, so that it can be seen: its weight is NaN, and with it every weight and loss that shares a sum with it.
 
     Args:
       logits: [T, E] float.
@@ -72,10 +83,7 @@ def route(
         if token_mask is not None:  # padding may hold anything, and its gradient is zero
             logits = jnp.where(token_mask[:, None], logits, 0.0)
         scores = _scores(logits, router.score)
-        selection = logits if router.topk_first else scores
-        if bias is not None:
-            selection = selection + bias.astype(jnp.float32)
-        _, expert_ids = lax.top_k(_mask_groups(lax.stop_gradient(selection), router), top_k)
+        expert_ids = _choose(*lax.stop_gradient((logits, scores, bias)), router, top_k)
         if router.renormalize:
             weights = _shares(_take_columns(logits, expert_ids), router.score)
         elif router.topk_first:
@@ -116,6 +124,7 @@ def update_selection_bias(bias: jax.Array, load: jax.Array, *, rate: float) -> j
     elif isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 <= rate < math.inf:
         raise InvalidArgumentError(f"rate={rate!r} must be a number, finite and not below zero")
     load = load.astype(jnp.float32)
+    load = load - jnp.min(load)  # sums of differences stay exact for longer, and equal loads stay equal to their mean
     rate = rate if isinstance(rate, (jax.Array, np.ndarray)) else float(rate)
     return bias + jnp.asarray(rate, jnp.float32) * jnp.sign(jnp.mean(load) - load)
 
@@ -132,13 +141,7 @@ def _check_route(logits, router, top_k, bias, token_mask):
     check_type("router", router, RouterConfig, "build one with moe_jax.RouterConfig(...)")
     check_count("top_k", top_k)
     num_experts = logits.shape[1]
-    if num_experts % router.num_groups:
-        raise InvalidArgumentError(
-            f"router.num_groups={router.num_groups} does not divide the {num_experts} experts of logits"
-        )
-    reachable = num_experts // router.num_groups * router.top_groups
-    if top_k > reachable:
-        raise InvalidArgumentError(f"top_k={top_k} exceeds {reachable}, the number of experts that a token can reach")
+    raise_all(router_violations(router, num_experts, f"the {num_experts} experts of logits", top_k), "route")
     if router.selection_bias and bias is None:
         raise MissingArgumentError("bias is missing: router.selection_bias is true; pass an fp32 array [E]")
     if bias is not None:
@@ -150,19 +153,105 @@ def _check_route(logits, router, top_k, bias, token_mask):
         check_mask("token_mask", token_mask, logits.shape[:1], "[T]")
 
 
+def _choose(logits, scores, bias, router, top_k):
+    """The expert ids [T, K] of every token, best first."""
+    selection = logits if router.topk_first else scores
+    if bias is not None:
+        selection = selection + bias.astype(jnp.float32)
+    keys = (selection,)
+    if not router.topk_first:  # scores grow with logits, but may be equal in fp32 where logits are not
+        keys = (logits,) if bias is None else (selection, logits)
+    keys = tuple(map(_comparable, keys))
+    if router.top_groups == router.num_groups:
+        return _best(keys, top_k)
+
+    # 1. The best groups, in ascending order, so that ties between their experts go to the lower id.
+    (num_tokens, num_experts), num_groups = logits.shape, router.num_groups
+    size = num_experts // num_groups
+    *keys, selection = (array.reshape(num_tokens, num_groups, size) for array in (*keys, selection))
+    kept = jnp.sort(_best(_group_keys(keys, selection, router), router.top_groups), axis=-1)
+    # 2. The best experts of those groups and of no others, however low they are.
+    keys = [jnp.take_along_axis(key, kept[:, :, None], axis=1) for key in keys]
+    picks = _best([key.reshape(num_tokens, router.top_groups * size) for key in keys], top_k)
+    return jnp.take_along_axis(kept, picks // size, axis=1) * size + picks % size
+
+
+def _group_keys(keys, selection, router):
+    """What groups are compared by: keys [T, G], most important first.
+
+    ``keys`` and ``selection`` [T, G, E / G] are those of their experts; the last key is the logits where scores count.
+    """
+    pair = router.resolved_group_score == "top2" and selection.shape[-1] > 1
+    best = _best(keys, 2 if pair else 1)  # [T, G, 1 or 2]
+    keys = [jnp.take_along_axis(key, best, axis=-1) for key in keys]
+    if not pair:
+        return [key[..., 0] for key in keys]
+    total = _comparable(jnp.sum(jnp.take_along_axis(selection, best, axis=-1), axis=-1))
+    if router.topk_first:
+        return [total]
+    logits = jnp.moveaxis(keys[-1], -1, 0)  # those of the best, those of the second
+    log_sum = jnp.logaddexp(*_log_scores(logits, router.score))
+    if router.score == "sigmoid":  # their sum saturates at 2: compare the distance from there as well
+        log_sum -= jnp.logaddexp(*_log_scores(-logits, router.score))
+    return [total, _comparable(log_sum), *logits]
+
+
+def _comparable(key: jax.Array) -> jax.Array:
+    """``key`` with one zero and no NaN: ``top_k`` sorts -0.0 below 0.0, and NaN is equal to nothing."""
+    is_minus_zero = lax.bitcast_convert_type(key, jnp.int32) == np.int32(-(2**31))
+    return jnp.where(jnp.isnan(key), jnp.inf, jnp.where(is_minus_zero, 0.0, key))
+
+
+def _best(keys: Sequence[jax.Array], count: int) -> jax.Array:
+    """Positions [..., count] of the greatest along the last axis: by the first key, then the next, then the lowest.
+
+    ``keys`` are ``_comparable``. With several keys this takes one round per position: a sort by two keys is 20 times
+    slower on CPUs.
+    """
+    if len(keys) == 1:
+        return lax.top_k(keys[0], count)[1]
+    positions = lax.broadcasted_iota(jnp.int32, keys[0].shape, keys[0].ndim - 1)
+
+    def pick(left, _):
+        leading = left
+        for key in keys:  # those with the greatest key among those that were equal in all keys before
+            leading &= key == jnp.max(key, axis=-1, keepdims=True, where=leading, initial=-jnp.inf)
+        chosen = jnp.min(positions, axis=-1, keepdims=True, where=leading, initial=key.shape[-1])
+        return left & (positions != chosen), chosen[..., 0]
+
+    everything = keys[0] == keys[0]  # of the varying type that the scan needs
+    _, chosen = lax.scan(pick, everything, None, length=count, unroll=min(count, 8))
+    return jnp.moveaxis(chosen, 0, -1)
+
+
 def _scores(logits: jax.Array, score: str) -> jax.Array:
     if score == "softmax":
-        return jax.nn.softmax(logits, axis=-1)
+        return _shares(logits, score)
     if score == "sigmoid":
-        return jax.nn.sigmoid(logits)
-    softplus = jax.nn.softplus(logits)
-    positive = softplus > jnp.finfo(softplus.dtype).tiny  # below about -87 it vanishes, and sqrt has no slope at 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, softplus, 1.0)), 0.0)
+        return _sigmoid(logits)
+    # softplus would vanish at twice the logit that its root vanishes at, and the root has no slope at 0.
+    small = logits < _SMALL
+    root = jnp.sqrt(jax.nn.softplus(jnp.where(small, 0.0, logits)))
+    return jnp.where(small, jnp.exp(0.5 * jnp.where(small, logits, 0.0)), root)
+
+
+@jax.custom_jvp
+def _sigmoid(x: jax.Array) -> jax.Array:
+    return jax.nn.sigmoid(x)
+
+
+@_sigmoid.defjvp
+def _sigmoid_jvp(primals, tangents):
+    # d_sigmoid(x) = sigmoid(x) * sigmoid(-x): JAX's own sigmoid(x) * (1 - sigmoid(x)) is 0 from 17 on.
+    (x,), (tangent,) = primals, tangents
+    return _sigmoid(x), tangent * _sigmoid(x) * _sigmoid(-x)
 
 
 def _shares(logits: jax.Array, score: str) -> jax.Array:
-    """Scores divided by their sum along the last axis, for scores that may vanish in fp32 or in their squares."""
-    return jax.nn.softmax(jnp.maximum(_log_scores(logits, score), _LEAST_LOG), axis=-1)
+    """Scores divided by their sum along the last axis, also where all vanish in fp32; equal where all logits are -inf."""
+    excluded = logits == -jnp.inf  # kept out of the derivative, which would be NaN
+    logs = jnp.where(excluded, -jnp.inf, _log_scores(jnp.where(excluded, 0.0, logits), score))
+    return jax.nn.softmax(jnp.where(jnp.all(excluded, axis=-1, keepdims=True), 0.0, logs), axis=-1)
 
 
 def _log_scores(logits: jax.Array, score: str) -> jax.Array:
@@ -171,22 +260,8 @@ def _log_scores(logits: jax.Array, score: str) -> jax.Array:
         return logits
     if score == "sigmoid":
         return jax.nn.log_sigmoid(logits)
-    small = logits < -20.0  # then log(softplus(x)) = x - exp(x) / 2 up to exp(2x), and x itself in fp32
+    small = logits < _SMALL
     return 0.5 * jnp.where(small, logits, jnp.log(jax.nn.softplus(jnp.where(small, 0.0, logits))))
-
-
-def _mask_groups(selection: jax.Array, router: RouterConfig) -> jax.Array:
-    """Sets experts outside the best ``top_groups`` groups to -inf."""
-    if router.top_groups == router.num_groups:
-        return selection
-    grouped = selection.reshape(selection.shape[0], router.num_groups, -1)
-    if router.resolved_group_score == "top2":
-        group_score = jnp.sum(lax.top_k(grouped, min(2, grouped.shape[-1]))[0], axis=-1)
-    else:
-        group_score = jnp.max(grouped, axis=-1)
-    _, best = lax.top_k(group_score, router.top_groups)
-    kept = jnp.any(best[:, :, None] == jnp.arange(router.num_groups), axis=1)
-    return jnp.where(kept[:, :, None], grouped, -jnp.inf).reshape(selection.shape)
 
 
 @jax.custom_vjp
@@ -218,7 +293,9 @@ def _losses(logits, scores, expert_ids, active, router, axes):
     load = count_ids(expert_ids, num_experts)
     num_active = jnp.sum(active, dtype=jnp.int32)
     share_sum = jnp.sum(jnp.where(active[:, None], shares, 0.0), axis=0)
-    z_sum = jnp.sum(jnp.where(active, jnp.square(jax.nn.logsumexp(logits, axis=-1)), 0.0))
+    normalised = active & jnp.any(logits != -jnp.inf, axis=-1)  # the logarithm of an empty sum is no number
+    log_sums = jax.nn.logsumexp(jnp.where(normalised[:, None], logits, 0.0), axis=-1)
+    z_sum = jnp.sum(jnp.where(normalised, jnp.square(log_sums), 0.0))
     if axes:
         load, num_active, share_sum, z_sum = comm.sum_over((load, num_active, share_sum, z_sum), axes)
     count = jnp.maximum(num_active, 1).astype(jnp.float32)

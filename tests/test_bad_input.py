@@ -227,6 +227,7 @@ ROUTING = [
             *not_counts("top_k"),
             ({"top_k": 9}, InvalidArgumentError, "top_k=9", "exceeds 8"),
             ({"router": moe.RouterConfig(num_groups=8)}, InvalidArgumentError, "top_k=2", "exceeds 1"),
+            ({"router": moe.RouterConfig(num_groups=5)}, InvalidArgumentError, "2 problems", "router.num_groups=5"),
             ({"router": BIASED}, MissingArgumentError, "bias is missing", "selection_bias"),
             ({"bias": zeros(E)}, InvalidArgumentError, "bias was given", "selection_bias"),
             ({"router": BIASED, "bias": [0.0] * E}, DtypeError, "bias is a list"),
@@ -408,6 +409,28 @@ WRONG_ROUTERS = [
     ({"router": None}, MissingArgumentError, "router is None", "moe_jax.RouterConfig"),
     ({"router": {"score": "softmax"}}, InvalidArgumentError, "router is a dict", "moe_jax.RouterConfig"),
 ]
+GROUPS_THAT_DO_NOT_FIT = [
+    (
+        {"router": moe.RouterConfig(num_groups=3)},
+        InvalidArgumentError,
+        "router and plan: router.num_groups=3 does not divide the 8 experts",
+        "take a divisor",
+    ),
+    (
+        {"router": moe.RouterConfig(num_groups=8)},
+        InvalidArgumentError,
+        "router and plan: plan.top_k=2 exceeds 1",
+        "router.top_groups=1",
+        "raise top_groups or lower top_k",
+    ),
+    (
+        {"router": moe.RouterConfig(num_groups=5)},
+        InvalidArgumentError,
+        "router and plan: 2 problems",
+        "router.num_groups=5",
+        "plan.top_k=2 exceeds 1",
+    ),
+]
 
 LAYER = [
     *rows_for(
@@ -425,8 +448,7 @@ LAYER = [
             ({"token_mask": zeros(T, dtype=np.int8)}, DtypeError, "token_mask", "int8", "bool"),
             *unknown("activation", "swigul", "swiglu"),
             *wrong_params(L, F // 2),
-            ({"router": moe.RouterConfig(num_groups=3)}, InvalidArgumentError, "router.num_groups=3"),
-            ({"router": moe.RouterConfig(num_groups=8)}, InvalidArgumentError, "top_k=2", "exceeds 1"),
+            *GROUPS_THAT_DO_NOT_FIT,
         ],
     ),
     pytest.param(
@@ -447,6 +469,12 @@ LAYER = [
             ({"plan": REPLICATED_PLAN}, MeshError, "make the plan from this mesh"),
             *PLANS_THAT_DO_NOT_FIT[:3],
             *WRONG_ROUTERS,
+            *GROUPS_THAT_DO_NOT_FIT,
+            (
+                {"router": moe.RouterConfig(num_groups=4, top_groups=2), "num_logical_experts": 6},
+                InvalidArgumentError,
+                "router.num_groups=4 does not divide the 6 experts",
+            ),
             *not_counts("ffn"),
             ({"ffn": 3}, InvalidArgumentError, "ffn=3", "divisible by tp=2"),
             *unknown("activation", "swigul", "swiglu"),

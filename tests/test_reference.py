@@ -1,6 +1,7 @@
 """The oracle against what a person can check by hand, against its own laws, and against central differences."""
 
 import ast
+import decimal
 import doctest
 import importlib
 import itertools
@@ -136,6 +137,45 @@ def test_softmax_over_the_chosen_is_the_renormalised_softmax():
     last = reference.route(logits, router_config(renormalize=True), top_k=3)
     np.testing.assert_array_equal(first.expert_ids, last.expert_ids)
     np.testing.assert_allclose(first.combine_weights, last.combine_weights, **EXACT_SUM)
+
+
+def score_in_digits(logits, score):
+    """The scores of ``logits`` [E] as decimals, in the precision of the context."""
+    exps = [decimal.Decimal(x).exp() for x in logits.tolist()]
+    if score == "softmax":
+        return [x / sum(exps) for x in exps]
+    return [x / (1 + x) if score == "sigmoid" else (1 + x).ln().sqrt() for x in exps]
+
+
+@pytest.mark.parametrize("biases", ["none", "equal", "few", "close", "any"])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrt_softplus"])
+def test_the_choice_is_that_of_exact_scores(score, biases):
+    """In 300 digits, where a sigmoid of 200 is still apart from 1; float64 alone has it equal to that of 37."""
+    rng = np.random.default_rng(0)
+    num_groups, size, kept = 4, 3, 2
+    bias = {
+        "none": np.zeros(12),
+        "equal": np.full(12, 0.3),
+        "few": rng.choice([0.0, 0.2], 12),
+        "close": 0.2 + np.spacing(0.2) * rng.integers(0, 3, 12),  # 3e-17 apart, as are the sigmoids of 38 and 39
+        "any": rng.normal(size=12) / 8,
+    }[biases]
+    shifts = np.array([[0.0], [37.0], [-40.0], [150.0], [-150.0]])
+    logits = np.concatenate([rng.normal(size=(5, 12)) + shifts, rng.uniform(-200, 200, (5, 12))])
+    logits[5:, 6:] = logits[5:, :6]  # ties
+    options = {"score": score, "selection_bias": biases != "none"}
+    plain = router_config(**options)
+    grouped = router_config(**options, num_groups=num_groups, top_groups=kept, group_score="top2")
+    given = {"top_k": 5, "bias": None if biases == "none" else bias}
+    with decimal.localcontext(prec=300):
+        for row in logits:
+            sums = [x + decimal.Decimal(b) for x, b in zip(score_in_digits(row, score), bias.tolist(), strict=True)]
+            order = sorted(range(12), key=sums.__getitem__, reverse=True)
+            assert reference.route(row[None], plain, **given).expert_ids[0].tolist() == order[:5]
+            pairs = [sum(sorted(sums[g * size : (g + 1) * size])[-2:]) for g in range(num_groups)]
+            best = sorted(range(num_groups), key=pairs.__getitem__, reverse=True)[:kept]
+            inside = [e for e in order if e // size in best]
+            assert reference.route(row[None], grouped, **given).expert_ids[0].tolist() == inside[:5]
 
 
 def test_scores_by_hand():

@@ -52,13 +52,32 @@ def spread_logits(rng, shape):
     return (steps / 2 + rng.uniform(0, 0.1, shape)).astype(np.float32)
 
 
-LOGITS = {"tied": tied_logits, "spread": spread_logits}
+def extreme_logits(rng, shape):
+    """Logits whose scores saturate, vanish or are zero in fp32, where only logits tell which experts are best.
+
+    With biases of 0 and 1/4, no two sums of different scores meet unless the scores alone decide between them.
+    """
+    num_experts = shape[1]
+    steps = lambda: rng.permutation(num_experts) / 2
+    kinds = [
+        lambda: 18 + steps(),
+        lambda: -110 - steps(),
+        lambda: (steps() - num_experts / 4) * 8000 + 2000,
+        lambda: rng.choice([-1e4, -200, 30, 1e4], num_experts),
+        lambda: rng.choice([-0.0, 0.0], num_experts),
+        lambda: np.where(steps() < 1, 20 + steps(), -np.inf),  # fewer finite ones than are chosen
+        lambda: np.full(num_experts, -np.inf),
+    ]
+    return np.array([kinds[t % len(kinds)]() for t in range(shape[0])], np.float32)
+
+
+LOGITS = {"tied": tied_logits, "spread": spread_logits, "extreme": extreme_logits}
 MASKS = {"all": np.ones(T, bool), "some": np.arange(T) % 3 != 1, "none": np.zeros(T, bool)}
 
 
 def arguments(kind, seed=0, num_tokens=T):
     rng = np.random.default_rng(seed)
-    bias = (rng.permutation(E) / 8).astype(np.float32)
+    bias = (rng.permutation(E) % (2 if kind == "extreme" else E) / (4 if kind == "extreme" else 8)).astype(np.float32)
     cts = {
         "ct_weights": rng.normal(size=(num_tokens, K)).astype(np.float32),
         "ct_balance": np.float32(1.5),
@@ -125,7 +144,8 @@ def test_group_scores_pick_different_groups(group_score):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_narrow_logits_are_scored_in_fp32(dtype):
-    logits = tied_logits(np.random.default_rng(0), (T, E)).astype(dtype)
+    rng = np.random.default_rng(0)
+    logits = np.concatenate([tied_logits(rng, (T, E)), extreme_logits(rng, (T, E))]).astype(dtype)
     router = moe_jax.RouterConfig(score="sigmoid")
     check_routing(moe_jax.route(logits, router, top_k=K), reference.route(logits, router, top_k=K))
 
@@ -170,8 +190,8 @@ def test_extreme_logits_have_finite_gradients(score):
 def test_shares_of_scores_that_vanish(score, low):
     """Scores, their squares or their sum below what fp32 holds. Differences are exact, and shares depend on them."""
     logits = low + np.array([[3, 1.5, 0, -2, -4, -7]], np.float32)
-    routers = [moe_jax.RouterConfig(score=score, topk_first=first) for first in (True, False)]
-    for router in routers[: 1 if low < -100 else 2]:  # where scores are zero in fp32, only logits tell which are best
+    for first in (True, False):
+        router = moe_jax.RouterConfig(score=score, topk_first=first)
 
         def differentiable(logits, router=router):
             routing = moe_jax.route(logits, router, top_k=3)
@@ -314,6 +334,13 @@ def test_the_bias_stays_in_fp32(rate, x64):
         updated = moe_jax.update_selection_bias(bias, load, rate=rate)
         assert updated.dtype == jnp.float32
     np.testing.assert_array_equal(updated, reference.update_selection_bias(bias, load, rate=0.125))
+
+
+@pytest.mark.parametrize("num_experts", [3, 7, 160, 384])
+def test_equal_loads_leave_the_bias_as_it_is(num_experts):
+    """Their sum may leave the 24 bits of fp32; their mean must not."""
+    load = np.full(num_experts, 2**24 - 3, np.int32)
+    assert not np.any(moe_jax.update_selection_bias(np.zeros(num_experts, np.float32), load, rate=0.125))
 
 
 def test_updating_the_bias_evens_the_load():

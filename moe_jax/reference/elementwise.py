@@ -38,15 +38,14 @@ def gelu_grad(x: np.ndarray) -> np.ndarray:
 
 
 def sqrt_softplus(x: np.ndarray) -> np.ndarray:
-    """sqrt(log(1 + exp(x))), elementwise."""
-    return np.sqrt(np.logaddexp(0.0, x))
+    """sqrt(log(1 + exp(x))), elementwise; exp(x / 2) to the last bit where x is below -40."""
+    return np.where(x < -40.0, np.exp(0.5 * np.minimum(x, -40.0)), np.sqrt(np.logaddexp(0.0, x)))
 
 
 def sqrt_softplus_grad(x: np.ndarray) -> np.ndarray:
-    """The derivative of ``sqrt_softplus``: sigmoid(x) / (2 * sqrt_softplus(x))."""
-    root = sqrt_softplus(x)
-    # Below about -745 both sigmoid and softplus underflow to 0; the quotient tends to 0, not to NaN.
-    return np.where(root > 0.0, 0.5 * sigmoid(x) / np.where(root > 0.0, root, 1.0), 0.0)
+    """The derivative of ``sqrt_softplus``: sigmoid(x) / (2 * sqrt_softplus(x)), which is sqrt_softplus(x) / 2 below -40."""
+    root = sqrt_softplus(np.maximum(x, -40.0))
+    return np.where(x < -40.0, 0.5 * sqrt_softplus(x), 0.5 * sigmoid(x) / root)
 
 
 def softmax(x: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ z loss, DeepSeek-V3 (arXiv 2412.19437) section 2.1.2 for sigmoid scores, groups 
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from moe_jax import errors
 from moe_jax.reference import elementwise as ew
 
 _SCORES = {
-    "softmax": (ew.softmax, ew.softmax_vjp),
+    "softmax": (lambda x: _shares(x, "softmax"), lambda ct, x: _shares_vjp(ct, x, "softmax")),
     "sigmoid": (ew.sigmoid, lambda ct, x: ct * ew.sigmoid_grad(x)),
     "sqrt_softplus": (ew.sqrt_softplus, lambda ct, x: ct * ew.sqrt_softplus_grad(x)),
 }
@@ -46,7 +47,14 @@ def route(
     """Picks ``top_k`` experts per token and weights them.
 
     Experts come best first; ties go to the lower index. ``bias`` steers the selection only: it enters neither the
-    weights nor the losses. The logits of an inactive token are never read.
+    weights nor the losses. The logits of an inactive token are never read. A token whose logits are all -inf has equal
+    shares, and neither a z loss nor a gradient. NaN is chosen as +inf is.
+
+    No score that saturates or vanishes in float64 decides. Experts are compared by their logits where no sum is involved,
+    as scores grow with logits. Sums (a score and its bias, the best two of a group) of scores in float64 are compared
+    with twice the digits of a float64, and a sigmoid near 1 enters them as 1 minus its distance from 1. Where sums with scores are equal even so, the
+    greater logit decides, or between groups the greater sum of scores as taken between logarithms,
+    then the greater logits.
 
     Args:
       logits: [N, E] float.
@@ -115,10 +123,10 @@ def route_vjp(
     for t in active:
         share = routing.load / (len(active) * top_k)  # f_e
         ct_probabilities = ct_balance * num_experts * share / len(active)
-        ct_logsumexp = ct_z * 2.0 * np.logaddexp.reduce(logits[t]) / len(active)
         ct_logits[t] += _expert_weights_vjp(ct_weights[t], logits[t], routing.expert_ids[t], router)
         ct_logits[t] += _shares_vjp(ct_probabilities, logits[t], router.score)
-        ct_logits[t] += ct_logsumexp * ew.softmax(logits[t])
+        if not _is_empty(logits[t]):
+            ct_logits[t] += ct_z * 2.0 * np.logaddexp.reduce(logits[t]) / len(active) * ew.softmax(logits[t])
     return ct_logits
 
 
@@ -150,10 +158,19 @@ def active_tokens(num_tokens: int, token_mask: np.ndarray | None) -> np.ndarray:
 
 def select_experts(logits: np.ndarray, router: Any, *, top_k: int, bias: np.ndarray | None = None) -> np.ndarray:
     """The expert ids [K] of one token with ``logits`` [E], best first, ties to the lower index."""
-    selection = logits if router.topk_first else _SCORES[router.score][0](logits)
+    num_experts = len(logits)
+    terms = logits[:, None] if router.topk_first else _split_scores(logits, router.score)
     if router.selection_bias:
-        selection = selection + np.asarray(bias, np.float64)
-    return _top(_mask_groups(selection, router), top_k)
+        terms = np.concatenate([terms, np.asarray(bias, np.float64)[:, None]], axis=1)
+        keys = [(*_exact_sum(terms[e]), *([] if router.topk_first else [logits[e]])) for e in range(num_experts)]
+    else:
+        keys = [(x,) for x in logits]
+    groups = np.arange(num_experts).reshape(router.num_groups, -1)
+    if router.top_groups < router.num_groups:
+        group_keys = [_group_key(group, keys, terms, logits, router) for group in groups]
+        groups = groups[sorted(_top(group_keys, router.top_groups))]
+    candidates = groups.ravel()
+    return candidates[_top([keys[e] for e in candidates], top_k)]
 
 
 def expert_weights(logits: np.ndarray, expert_ids: np.ndarray, router: Any) -> np.ndarray:
@@ -167,14 +184,21 @@ def expert_weights(logits: np.ndarray, expert_ids: np.ndarray, router: Any) -> n
 
 def _shares(logits: np.ndarray, score: str) -> np.ndarray:
     """The scores of ``logits`` divided by their sum; equal shares where no logit is above -inf."""
-    if np.all(np.isneginf(logits)):
+    if _is_empty(logits):
         return np.full(len(logits), 1.0 / len(logits))
     return ew.softmax(_LOG_SCORES[score][0](logits))
 
 
 def _shares_vjp(ct: np.ndarray, logits: np.ndarray, score: str) -> np.ndarray:
+    if _is_empty(logits):
+        return np.zeros(len(logits))
     log_score, log_score_grad = _LOG_SCORES[score]
     return ew.softmax_vjp(ct, log_score(logits)) * log_score_grad(logits)
+
+
+def _is_empty(logits: np.ndarray) -> bool:
+    """Whether every score of this token is 0."""
+    return bool(np.all(np.isneginf(logits)))
 
 
 def _log_softplus(x: np.ndarray) -> np.ndarray:
@@ -188,23 +212,46 @@ def _log_softplus_grad(x: np.ndarray) -> np.ndarray:
     return np.where(x < -40.0, 1.0, ew.sigmoid(bounded) / np.logaddexp(0.0, bounded))
 
 
-def _top(values: np.ndarray, count: int) -> np.ndarray:
-    # A stable sort of the negated values is what sends ties to the lower index.
-    return np.argsort(-values, kind="stable")[:count]
+def _split_scores(logits: np.ndarray, score: str) -> np.ndarray:
+    """[E, 2]: two numbers for each expert whose sum is its score: where many may be near 1, 1 and minus the distance."""
+    value, distance = _SCORES[score][0](logits), np.zeros(len(logits))
+    if score == "sigmoid":
+        near_one = logits > 0.0
+        value, distance = np.where(near_one, 1.0, value), np.where(near_one, ew.sigmoid(-logits), 0.0)
+    return np.stack([value, -distance], axis=1)
 
 
-def _mask_groups(selection: np.ndarray, router: Any) -> np.ndarray:
-    """``selection`` [E] with -inf for every expert outside the ``top_groups`` best groups."""
-    by_group = selection.reshape(router.num_groups, -1)
+def _exact_sum(terms: np.ndarray) -> tuple[float, float]:
+    """The sum of all ``terms`` as a float, and as another what rounding took from it."""
+    terms = terms.ravel().tolist()
+    if not math.isfinite(sum(terms)):
+        return sum(terms), 0.0
+    total = math.fsum(terms)
+    return total, math.fsum([*terms, -total])
+
+
+def _group_key(group: np.ndarray, keys: list[tuple], terms: np.ndarray, logits: np.ndarray, router: Any) -> tuple:
+    """What a ``group`` [E / G] of experts is compared by: the key of its best, or of the sum of its best two."""
     group_score = router.group_score
     if group_score == "auto":
         group_score = "top2" if router.selection_bias else "max"
-    best = {"max": 1, "top2": 2}[group_score]  # a group of one expert has only that one to add up
-    group_values = np.array([np.sort(group)[::-1][:best].sum() for group in by_group])
-    masked = np.full_like(by_group, -np.inf)
-    kept = _top(group_values, router.top_groups)
-    masked[kept] = by_group[kept]
-    return masked.ravel()
+    best = group[_top([keys[e] for e in group], {"max": 1, "top2": 2}[group_score])]
+    if len(best) == 1:  # also of a group that has only one to add up
+        return keys[best[0]]
+    total = _exact_sum(terms[best])
+    if router.topk_first:
+        return total
+    log_score = _LOG_SCORES[router.score][0]
+    log_sum = np.logaddexp.reduce(log_score(logits[best]))
+    if router.score == "sigmoid":  # both ends of the sum: its logarithm and that of its distance from 2
+        log_sum -= np.logaddexp.reduce(log_score(-logits[best]))
+    return (*total, log_sum, *logits[best])
+
+
+def _top(keys: list[tuple], count: int) -> list[int]:
+    """Positions of the greatest ``keys``; the sort is stable in reverse too, which sends ties to the lower index."""
+    order = [tuple(math.inf if math.isnan(x) else x for x in key) for key in keys]
+    return sorted(range(len(keys)), key=order.__getitem__, reverse=True)[:count]
 
 
 def _expert_weights_vjp(ct: np.ndarray, logits: np.ndarray, expert_ids: np.ndarray, router: Any) -> np.ndarray:
@@ -235,7 +282,7 @@ def _z_loss(logits: np.ndarray) -> float:
     """mean_t logsumexp(logits_t)^2 over active ``logits`` [n, E]."""
     if len(logits) == 0:
         return 0.0
-    return float(sum(np.logaddexp.reduce(row) ** 2 for row in logits) / len(logits))
+    return float(sum(np.logaddexp.reduce(row) ** 2 for row in logits if not _is_empty(row)) / len(logits))
 
 
 def _check_router(router: Any, num_experts: int, top_k: int, bias: np.ndarray | None) -> None:
