@@ -5,7 +5,7 @@ import numbers
 import jax
 import jax.numpy as jnp
 
-from moe_jax import comm
+from moe_jax import _compat, comm
 from moe_jax.errors import InvalidArgumentError, check_dtype, check_rank, check_shape, check_type
 from moe_jax.movement import collect_rows, collect_rows_timed, copy_weights, finish
 from moe_jax.special import special_terms
@@ -14,6 +14,7 @@ from moe_jax.types import DispatchHandle, ExchangeMaps, GatherMaps
 Array = jax.Array
 
 
+@_compat.without_unit_axes
 def combine(
     rows: Array,
     combine_weights: Array,
@@ -68,6 +69,7 @@ def combine(
     return y if performance_info is None else (y, waited)
 
 
+@_compat.without_unit_axes
 def combine_add_rms_norm(
     rows: Array,
     combine_weights: Array,
@@ -140,10 +142,14 @@ def combine_sum(
     ``row_weights``: [M] to take instead of ``combine_weights`` for rows, where they are summed at their experts.
     """
     _check(rows, combine_weights, handle, shared_x, performance_info)
-    plan, maps = handle.plan, handle.maps
+    plan = handle.plan
     if not plan.num_pairs:  # no device has a token; see ``dispatch``
         return jnp.zeros_like(combine_weights, shape=(0, plan.hidden)), performance_info
     terms = special_terms(handle.expert_ids, plan, **special)
+    given = (rows, combine_weights, handle, shared_x, row_weights, terms)
+    given = _compat.as_varying_alike(given, plan.exchange_axes)  # ``dispatch`` types without axes of size 1
+    rows, combine_weights, handle, shared_x, row_weights, terms = given
+    maps = handle.maps
     # The weight of a pair that contributes nothing may be anything, NaN included.
     weights = copy_weights(combine_weights, plan)
     contributes = jnp.pad(handle.expert_ids >= plan.num_experts, ((0, 0), (0, plan.num_copies - plan.top_k)))

@@ -17,6 +17,7 @@ from moe_jax.types import DispatchHandle
 Array = jax.Array
 
 
+@_compat.without_unit_axes
 def moe_distribute_dispatch_v4(
     x: Array,
     expert_ids: Array,
@@ -80,7 +81,7 @@ def moe_distribute_dispatch_v4(
     )
     plan, timed = world.plan, performance_info is not None
     arrays = (x, expert_ids, scales, x_active_mask, expert_scales, elastic_info)
-    x, expert_ids, scales, mask, weights, table = _compat.as_varying(arrays, plan.exchange_axes)
+    x, expert_ids, scales, mask, weights, table = _compat.as_varying_alike(arrays, plan.exchange_axes)
     mask = worlds.as_pair_mask(mask, expert_ids)
     if not plan.num_pairs:
         return _empty(world, x, scales, weights, quant_mode, performance_info)

@@ -18,11 +18,17 @@ from moe_jax.errors import (
 
 @dataclasses.dataclass(frozen=True)
 class Executor:
-    """One checked call of an operator of ``moe_jax.aclnn``. Hashable; holds no array."""
+    """One checked call of an operator of ``moe_jax.aclnn``. Hashable; holds no array.
+
+    Attributes:
+      operator_name: the function of ``moe_jax.aclnn`` that it calls.
+      attributes: (name, value) of each argument that is no array.
+      arrays: (name, shape, dtype) of each array that was checked.
+    """
 
     operator_name: str
     attributes: tuple[tuple[str, Any], ...]
-    arrays: tuple[tuple[str, tuple[int, ...], str], ...]  # name, shape and dtype of each array that was checked
+    arrays: tuple[tuple[str, tuple[int, ...], str], ...]
 
     def __call__(self, **arrays: Any) -> Any:
         """Runs the operator inside ``shard_map`` on arrays like those that were checked; None = not given.
