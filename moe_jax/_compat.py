@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -103,27 +104,41 @@ def as_varying_alike(tree: Any, axes: Any) -> Any:
     return as_varying(tree, sorted({*axes, *union_of_varying_axes(tree)}))
 
 
-def without_unit_axes(function: Callable) -> Callable:
-    """``function`` with results that vary over no mesh axis of size 1, so that ``out_specs`` may name it or leave it.
+def vary_as_operands(*but: str) -> Callable[[Callable], Callable]:
+    """For functions that communicate: their results vary over an axis of size 1 only if an operand does.
 
-    For the public functions that communicate: between their collectives everything varies over all axes of the plan.
+    Between collectives everything is typed as varying over all axes of the plan. What leaves a function is as its
+    operands were, so that specs may name an axis along which nothing can differ or leave it out, and a result has the
+    type that the carry of a loop, or a cotangent, has. Over axes of more devices results vary as they must.
+
+    Args:
+      but: arguments that do not count: results of ``combine`` lie as tokens do, wherever experts are.
     """
 
-    @functools.wraps(function)
-    def settled(*args, **options):
-        return drop_unit_axes(function(*args, **options))
+    def decorate(function):
+        signature = inspect.signature(function)
 
-    return settled
+        @functools.wraps(function)
+        def run(*args, **options):
+            result = function(*args, **options)  # first, as it says what is wrong with its arguments
+            given = signature.bind(*args, **options).arguments
+            leaves = jax.tree.leaves([value for name, value in given.items() if name not in but])
+            arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+            return drop_unit_axes(result, union_of_varying_axes(arrays))
+
+        return run
+
+    return decorate
 
 
-def drop_unit_axes(tree: Any) -> Any:
-    """Types no leaf as varying over a mesh axis of size 1, along which nothing can differ.
+def drop_unit_axes(tree: Any, kept: Any = ()) -> Any:
+    """Types no leaf as varying over a mesh axis of size 1, along which nothing can differ, unless it is among ``kept``.
 
     The identity: nothing of it is left in the compiled program, where a collective over one device would stay.
     """
 
     def narrow(leaf):
-        axes = frozenset(axis for axis in varying_axes(leaf) if lax.axis_size(axis) == 1)
+        axes = frozenset(axis for axis in varying_axes(leaf) if axis not in kept and lax.axis_size(axis) == 1)
         return _drop_unit_axes_p.bind(leaf, axes=axes) if axes else leaf
 
     return jax.tree.map(narrow, tree)

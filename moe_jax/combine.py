@@ -14,7 +14,7 @@ from moe_jax.types import DispatchHandle, ExchangeMaps, GatherMaps
 Array = jax.Array
 
 
-@_compat.without_unit_axes
+@_compat.vary_as_operands("rows")
 def combine(
     rows: Array,
     combine_weights: Array,
@@ -69,7 +69,7 @@ def combine(
     return y if performance_info is None else (y, waited)
 
 
-@_compat.without_unit_axes
+@_compat.vary_as_operands("rows")
 def combine_add_rms_norm(
     rows: Array,
     combine_weights: Array,

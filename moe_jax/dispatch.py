@@ -29,7 +29,7 @@ from moe_jax.window import Window, fresh_sources, make_window
 Array = jax.Array
 
 
-@_compat.without_unit_axes
+@_compat.vary_as_operands()
 def dispatch(
     x: Array,
     expert_ids: Array,
@@ -72,8 +72,8 @@ def dispatch(
         exchange then goes to one peer after the other, with the host's clock in between. For "padded" and "ragged".
 
     Returns:
-      Dispatched, varying over the plan's ep and tp axes: ``out_specs=P(("ep", "tp"))``, in which axes of size 1 may
-      be named or left out: ``P("ep")`` without tensor parallelism. Differentiable in ``x``,
+      Dispatched, varying over the plan's ep and tp axes: ``out_specs=P(("ep", "tp"))``. An axis of size 1 may be left
+      out of ``in_specs`` and ``out_specs``: ``P("ep")`` for both without tensor parallelism. Differentiable in ``x``,
       ``combine_weights`` and ``smooth_scales``; rounding counts as identity. The adjoint sends cotangents back (as
       ``plan.backward_quant`` says) and sums them in fp32.
 

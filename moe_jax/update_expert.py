@@ -22,7 +22,7 @@ BALANCES = ("rank", "token")
 _NO_INSTANCE = -2  # neither an instance nor the -1 of "no expert": dispatch counts it in stats.num_invalid
 
 
-@_compat.without_unit_axes
+@_compat.vary_as_operands("rank")
 def update_expert(
     expert_ids: jax.Array,
     table: jax.Array,

@@ -75,7 +75,7 @@ def make_window(num_rows: int, width: int, dtype: Any, num_ranks: int) -> Window
     )
 
 
-@_compat.without_unit_axes
+@_compat.vary_as_operands()
 def buffer_reset(
     window: Window,
     link_mask: Array,
@@ -128,7 +128,7 @@ def fresh_sources(step: Array, axis_name: str | tuple[str, ...]) -> Array:
     return arrival.gather_ranks(step, axes)[:, 0] == step
 
 
-@_compat.without_unit_axes
+@_compat.vary_as_operands()
 def receivable_test(
     window: Window,
     pattern: Array,
@@ -181,7 +181,7 @@ def receivable_test(
     )
 
 
-@_compat.without_unit_axes
+@_compat.vary_as_operands()
 def receivable_info_collect(
     window: Window, pattern: Array, axis_name: str | tuple[str, ...], *, link_up: Array | None = None
 ) -> Array:

@@ -1,4 +1,4 @@
-"""Meshes of every type, and layouts that are the same: Auto and Explicit axes, and axes of size 1, which say nothing."""
+"""Meshes of every type, and layouts that are the same: Auto and Explicit axes, and axes of size 1, which are none."""
 
 import contextlib
 import functools
@@ -158,12 +158,10 @@ def run_window(mesh, x, ids, weights, _):
     return window, tested, moe.receivable_info_collect(tested, pattern, ("ep", "tp"))
 
 
-def run_layer(mesh, x, ids, weights, experts):
-    plan = plan_of(mesh)
-    names = {"w_gate": (H, F), "w_up": (H, F), "w_down": (F, H)}
-    params = {name: jnp.broadcast_to(experts[:, :1, :1], (E // W, *shape)) for name, shape in names.items()}
-    y, _ = moe.moe_layer(params | {"router": jnp.ones((H, E))}, x, plan, moe.RouterConfig())
-    return y
+def run_layer_of(ep, tp, mesh, x, ids, weights, experts):
+    names = {"w_gate": (H, F // tp), "w_up": (H, F // tp), "w_down": (F // tp, H)}
+    params = {name: jnp.broadcast_to(experts[:1, :1, :1], (E // ep, *shape)) for name, shape in names.items()}
+    return moe.moe_layer(params | {"router": jnp.ones((H, E))}, x, plan_of(mesh), moe.RouterConfig())[0]
 
 
 def run_facade(comm_alg):
@@ -200,7 +198,7 @@ PROGRAMS = {
     "combine-allgather": run_combine("allgather"),
     "combine-hierarchy": run_combine("hierarchy"),
     "window": run_window,
-    "layer": run_layer,
+    "layer": functools.partial(run_layer_of, W, 1),
     "facade": run_facade(""),
     "facade-hierarchy": run_facade("hierarchy"),
     "grouped-pair": run_grouped_pair,
@@ -223,11 +221,32 @@ def traced(shard, mesh, in_specs, out_specs, ranks):
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_axes_of_size_1_may_be_named_or_not(name):
-    """In ``in_specs`` and in ``out_specs``, in any mixture, with gradients; and axes that the plan does not name."""
+    """In all specs or in none; experts may lie as they do with tensor parallelism. With gradients."""
     mesh, one, both = moe.make_mesh(ep=W), P("ep"), P(("ep", "tp"))
     expected = traced(PROGRAMS[name], mesh, both, both, W)
-    for in_specs, out_specs in [(one, one), ((both, one, both, one), one)]:
+    experts = one if name == "grouped-pair" else both  # whose results are columns that weights have
+    for in_specs, out_specs in [((one, one, one, experts), one), (one, both)]:
         chex.assert_trees_all_equal_shapes_and_dtypes(traced(PROGRAMS[name], mesh, in_specs, out_specs, W), expected)
+
+
+@pytest.mark.parametrize("tp,spec", [(1, P("ep")), (1, P(("ep", "tp"))), (2, P(("ep", "tp")))])
+def test_results_are_typed_as_tokens_are(tp, spec):
+    """So that they can be the carry of a loop, and what a cotangent of the tokens' type is pulled back from."""
+    mesh = moe.make_mesh(ep=2, tp=tp)
+    program = functools.partial(run_layer_of, 2, tp)
+
+    def shard(x, ids, weights, experts):
+        layer = functools.partial(program, mesh)
+        looped, _ = jax.lax.scan(lambda x, _: (layer(x, ids, weights, experts), None), x, length=2)
+        pulled = jax.vjp(lambda x: layer(x, ids, weights, experts), x)[1](x)
+        sent = moe.dispatch(x, ids, plan_of(mesh))
+        return looped, pulled, jax.vjp(lambda rows: moe.combine(rows, weights, sent.handle), sent.x)[1](x)
+
+    specs = (spec, spec, spec, P(("ep", "tp")))
+    mapped = jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=(spec, spec, P(("ep", "tp"))))
+    given = [jax.ShapeDtypeStruct((shape[0] * 2 * tp, *shape[1:]), dtype) for shape, dtype in ARGUMENTS]
+    looped, (d_x,), _ = jax.eval_shape(mapped, *given)
+    assert looped.shape == d_x.shape == (2 * tp * T, H)
 
 
 def test_a_single_device_needs_no_axis():
@@ -238,32 +257,25 @@ def test_a_single_device_needs_no_axis():
         return sent, moe.combine(sent.x, weights, sent.handle)
 
     expected = traced(shard, mesh, P(("ep", "tp")), P(("ep", "tp")), 1)
-    chex.assert_trees_all_equal_shapes_and_dtypes(traced(shard, mesh, P("tp"), P(), 1), expected)
+    chex.assert_trees_all_equal_shapes_and_dtypes(traced(shard, mesh, P(), P(), 1), expected)
 
 
 @pytest.mark.parametrize("name", ["dispatch-padded", "combine-allgather", "layer"])
 def test_axes_of_more_devices_must_be_named(name):
     """Results do vary over them, and JAX refuses specs that say otherwise."""
     mesh = moe.make_mesh(ep=2, tp=2)
-    program = run_layer_of_two if name == "layer" else PROGRAMS[name]
+    program = functools.partial(run_layer_of, 2, 2) if name == "layer" else PROGRAMS[name]
     traced(program, mesh, P(("ep", "tp")), P(("ep", "tp")), 4)
     with pytest.raises(ValueError, match="out_specs"):
         traced(program, mesh, P(("ep", "tp")), P("ep"), 4)
-
-
-def run_layer_of_two(mesh, x, ids, weights, experts):
-    names = {"w_gate": (H, F // 2), "w_up": (H, F // 2), "w_down": (F // 2, H)}
-    params = {name: jnp.broadcast_to(experts[:1, :1, :1], (E // 2, *shape)) for name, shape in names.items()}
-    return moe.moe_layer(params | {"router": jnp.ones((H, E))}, x, plan_of(mesh), moe.RouterConfig())[0]
 
 
 def test_nothing_is_left_of_it_in_the_program():
     """Between the two specs lies a type: the same instructions, and no collective over a single device."""
     mesh, texts = moe.make_mesh(ep=W), []
     for spec in (P("ep"), P(("ep", "tp"))):
-        mapped = jax.shard_map(
-            functools.partial(run_combine("padded"), mesh), mesh=mesh, in_specs=P(("ep", "tp")), out_specs=spec
-        )
+        shard = functools.partial(run_combine("padded"), mesh)
+        mapped = jax.shard_map(shard, mesh=mesh, in_specs=spec, out_specs=spec)
         given = [jax.ShapeDtypeStruct((shape[0] * W, *shape[1:]), dtype) for shape, dtype in ARGUMENTS]
         lines = jax.jit(mapped).lower(*given).as_text().splitlines()
         texts.append([line.split("stablehlo.")[1].split(" ")[0] for line in lines if "stablehlo." in line])

@@ -20,7 +20,7 @@ from moe_jax.types import DispatchHandle
 Array = jax.Array
 
 
-@_compat.without_unit_axes
+@_compat.vary_as_operands("expand_x", "expand_scales")
 def moe_distribute_combine_v4(
     expand_x: Array,
     expert_ids: Array,
@@ -80,7 +80,7 @@ def moe_distribute_combine_v4(
     return CombineOutput(x_out) if performance_info is None else TimedCombineOutput(x_out, waited)
 
 
-@_compat.without_unit_axes
+@_compat.vary_as_operands("expand_x", "expand_scales")
 def moe_distribute_combine_add_rms_norm_v2(
     expand_x: Array,
     expert_ids: Array,

@@ -17,7 +17,7 @@ from moe_jax.types import DispatchHandle
 Array = jax.Array
 
 
-@_compat.without_unit_axes
+@_compat.vary_as_operands()
 def moe_distribute_dispatch_v4(
     x: Array,
     expert_ids: Array,

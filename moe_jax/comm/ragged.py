@@ -30,7 +30,7 @@ Array = jax.Array
 _CHUNKS_PER_SLICE = 8  # chunks of an evenly spread operand's slice: bounds the padding of the last one to 1/8
 
 
-@_compat.without_unit_axes
+@_compat.vary_as_operands()
 def ragged_all_to_all(
     operand: Array,
     output: Array,
