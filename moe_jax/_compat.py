@@ -69,10 +69,24 @@ def lay_out(x: jax.Array, mesh: Any, spec: PartitionSpec) -> jax.Array:
 
     JAX moves nothing by itself along Explicit axes, and is not to be told about the Auto ones, along which it does.
     """
-    explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
-    if not explicit:
-        return x
-    return jax.sharding.reshard(x, NamedSharding(mesh, only_axes(spec, explicit)))
+    explicit = explicit_axes(mesh)
+    return jax.sharding.reshard(x, NamedSharding(mesh, only_axes(spec, explicit))) if explicit else x
+
+
+def name_unit_axes_as(y: jax.Array, x: jax.Array, mesh: Any) -> jax.Array:
+    """``y`` with the layout of ``x`` in its type, if theirs differ in nothing but which axes of size 1 they name."""
+    if not explicit_axes(mesh):
+        return y
+    split = {axis for axis, size in mesh.shape.items() if size > 1}
+    layouts = [only_axes(jax.typeof(array).sharding.spec, split) for array in (y, x)]
+    if layouts[0] != layouts[1]:
+        return y
+    return jax.sharding.reshard(y, NamedSharding(mesh, jax.typeof(x).sharding.spec))
+
+
+def explicit_axes(mesh: Any) -> set[str]:
+    """The Explicit axes of a mesh: layouts along them are part of the types of arrays."""
+    return {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
 
 
 def only_axes(spec: PartitionSpec, kept: Any) -> PartitionSpec:

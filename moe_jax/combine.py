@@ -47,7 +47,8 @@ def combine(
         ``dispatch``, whose handle must come from a call with it.
 
     Returns:
-      [T, H] in ``plan.dtype``. Differentiable in every float array. With ``performance_info``, the pair of both.
+      [T, H] in ``plan.dtype``. Differentiable in every float array. With ``performance_info``, the pair of both. Over a
+      mesh axis of size 1 it is typed as the tokens' arrays are, wherever the experts are.
 
     Raises:
       ShapeError, DtypeError, InvalidArgumentError, MissingArgumentError, MeshError: as for ``dispatch``.

@@ -121,7 +121,8 @@ def moe_on_mesh(
             return moe_layer(params, x, plan, router, chunks=chunks, **options, **tables)
 
         mapped = _compat.shard_map(shard, mesh=mesh, in_specs=in_specs, out_specs=(tokens, everywhere))
-        return mapped(*given)
+        y, stats = mapped(*given)
+        return _compat.name_unit_axes_as(y, x, mesh), stats
 
     def apply(
         params: dict[str, Array],
@@ -188,7 +189,7 @@ def _split(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
 
 
 def _check_key(key: Array) -> None:
-    seed = key if isinstance(key, int) else 0
+    seed = key if type(key) is int else 0
     remedy = f"pass a random key, jax.random.key({seed})"
     check_array("key", key, remedy)
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):

@@ -123,6 +123,20 @@ def test_every_argument_may_lie_anywhere(types, spec):
     assert d_x.shape == (4 * T, H) and d_params.keys() == params.keys()
 
 
+@pytest.mark.parametrize("spec", [P(AXES), P(("data", "ep")), P(("tp", "data", "ep"))], ids=str)
+def test_layers_in_a_loop_over_explicit_axes(spec):
+    """Tokens that lie as the layer lays them keep their type, whichever axes of size 1 it names."""
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2, 1), AXES, axis_types=(X, X, X))
+    init, apply = layer(jax.devices(), (2, 2, 1), (X, X, X))
+    params, place = jax.eval_shape(init, jax.random.key(0)), NamedSharding(mesh, spec)
+
+    def looped(params, x):
+        return jnp.sum(jax.lax.scan(lambda x, _: (apply(params, x)[0] + x, None), x, length=2)[0])
+
+    x = jax.ShapeDtypeStruct((4 * T, H), jnp.float32, sharding=place)
+    assert jax.eval_shape(jax.jit(jax.grad(looped, argnums=1)), params, x).shape == x.shape
+
+
 # --- axes of size 1 say nothing ---------------------------------------------------------------------------------------
 
 W = 4

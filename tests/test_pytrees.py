@@ -99,7 +99,7 @@ def test_paths_have_the_names_of_fields(cls):
 
 
 def test_a_whole_program_exports():
-    """Dispatch, and combine on what it returned, as two programs that were written and read back."""
+    """Dispatch, combine on what it returned, and the layer, as programs that were written and read back."""
     pytest.importorskip("flatbuffers", reason="jax.export writes with it, and does not install it")
     mesh, everywhere = mesh_of(W, 1), P("ep")
     rng = np.random.default_rng(0)
@@ -107,15 +107,24 @@ def test_a_whole_program_exports():
     ids = np.stack([rng.permutation(E)[:K] for _ in range(W * T)]).astype(np.int32)
     weights = small_integers(rng, (W * T, K))
 
-    def read_back(shard, *given):
+    def per_shard(shard, *given):
+        return read_back(jax.shard_map(shard, mesh=mesh, in_specs=everywhere, out_specs=everywhere), *given)
+
+    def read_back(function, *given):
         given = jax.device_put(given, jax.NamedSharding(mesh, everywhere))  # written for as many devices
-        program = jax.jit(jax.shard_map(shard, mesh=mesh, in_specs=everywhere, out_specs=everywhere))
+        program = jax.jit(function)
         return jax.jit(jax.export.deserialize(jax.export.export(program)(*given).serialize()).call)(*given)
 
-    sent = read_back(lambda x, ids: moe.dispatch(x, ids, plan(transport="padded")), x, ids)
+    sent = per_shard(lambda x, ids: moe.dispatch(x, ids, plan(transport="padded")), x, ids)
     assert sent.handle.plan == plan(transport="padded")
-    y = read_back(lambda sent, weights: moe.combine(sent.x, weights, sent.handle), sent, weights)
+    y = per_shard(lambda sent, weights: moe.combine(sent.x, weights, sent.handle), sent, weights)
     np.testing.assert_array_equal(y, x * weights.sum(axis=1, keepdims=True))
+
+    init, apply = moe.moe_on_mesh(mesh, plan(transport="padded"), moe.RouterConfig(), ffn=4)
+    params = init(jax.random.key(0))
+    y, stats = read_back(apply, params, x)
+    assert isinstance(stats, moe.LayerStats) and int(stats.load.sum()) == W * T * K
+    np.testing.assert_array_equal(y, apply(params, x)[0])
 
 
 def values_to_pickle():

@@ -182,8 +182,8 @@ class Plan:
         activations, as wide as an FFN, and the rows that they return); casts of parameters and of rows; the router;
         everything of a backward pass (residuals, cotangents, gradients); the buffers of further rounds and of the
         chunks of an exchange that follows the true counts; and what the compiler adds (copies, scratch of its
-        collectives) or saves by letting buffers share memory. ``moe_jax.hlo_contract`` reads what a compiled program
-        needs: its ``temporary_bytes``.
+        collectives) or saves by letting buffers share memory. So the temporaries of a compiled program may be several
+        times as large: ``temporary_bytes`` of ``moe_jax.hlo_contract`` reads what they are.
 
         Args:
           call: "layer": of one round of ``moe_layer`` or ``moe_on_mesh``, M being ``num_rows(pair_capacity)``: bounded,
