@@ -1,17 +1,57 @@
 """The only module that knows which JAX it runs on (0.10 and 0.11)."""
 
-from collections.abc import Sequence
+import dataclasses
+import functools
+import inspect
+import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax import lax
 from jax._src import xla_bridge  # no public way to ask whether the back ends are up
-from jax.sharding import AxisType, Mesh
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.errors import InvalidArgumentError, MeshError
 
 shard_map = jax.shard_map
+
+
+def exportable(cls: type, *, to_json: Callable | None = None, from_json: Callable | None = None) -> type:
+    """Lets ``jax.export`` write and read programs that take or return ``cls``, a pytree or a NamedTuple.
+
+    ``to_json``, ``from_json``: of what is static in its instances, the auxiliary data; without them there is none.
+    """
+    name = f"moe_jax.{cls.__name__}"
+    if hasattr(cls, "_fields"):
+        return jax.export.register_namedtuple_serialization(cls, serialized_name=name)
+    to_json, from_json = to_json or list, from_json or tuple
+    return jax.export.register_pytree_node_serialization(
+        cls,
+        serialized_name=name,
+        serialize_auxdata=lambda aux: json.dumps(to_json(aux)).encode(),
+        deserialize_auxdata=lambda text: from_json(json.loads(text, object_hook=_with_tuples)),
+    )
+
+
+def exportable_static(cls: type) -> type:
+    """A frozen dataclass of plain values as a static pytree, without leaves, that ``jax.export`` can write and read."""
+    cls = jax.tree_util.register_static(cls)
+    return exportable(cls, to_json=fields_of, from_json=lambda fields: cls(**fields))
+
+
+def fields_of(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass by name, for ``exportable``."""
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+
+
+def _with_tuples(table: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no tuples, and static values have no lists."""
+    return {name: tuple(entry) if isinstance(entry, list) else entry for name, entry in table.items()}
 
 
 def backends_are_initialized() -> bool:
@@ -24,12 +64,35 @@ def auto_mesh(devices: Any, axis_names: Sequence[str]) -> Mesh:
     return Mesh(devices, tuple(axis_names), axis_types=(AxisType.Auto,) * len(axis_names))
 
 
-def spec_in_type(x: Any, mesh: Any) -> tuple | None:
-    """How ``x`` is laid out, one entry per dimension, where that is part of its type: on meshes with Explicit axes."""
-    if AxisType.Explicit not in mesh.axis_types:
-        return None
-    spec = tuple(jax.typeof(x).sharding.spec)
-    return spec + (None,) * (jax.typeof(x).ndim - len(spec))
+def lay_out(x: jax.Array, mesh: Any, spec: PartitionSpec) -> jax.Array:
+    """``x`` as ``shard_map`` wants it for ``spec``: laid out so along the Explicit axes of ``mesh``.
+
+    JAX moves nothing by itself along Explicit axes, and is not to be told about the Auto ones, along which it does.
+    """
+    explicit = explicit_axes(mesh)
+    return jax.sharding.reshard(x, NamedSharding(mesh, only_axes(spec, explicit))) if explicit else x
+
+
+def name_unit_axes_as(y: jax.Array, x: jax.Array, mesh: Any) -> jax.Array:
+    """``y`` with the layout of ``x`` in its type, if theirs differ in nothing but which axes of size 1 they name."""
+    if not explicit_axes(mesh):
+        return y
+    split = {axis for axis, size in mesh.shape.items() if size > 1}
+    layouts = [only_axes(jax.typeof(array).sharding.spec, split) for array in (y, x)]
+    if layouts[0] != layouts[1]:
+        return y
+    return jax.sharding.reshard(y, NamedSharding(mesh, jax.typeof(x).sharding.spec))
+
+
+def explicit_axes(mesh: Any) -> set[str]:
+    """The Explicit axes of a mesh: layouts along them are part of the types of arrays."""
+    return {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
+
+
+def only_axes(spec: PartitionSpec, kept: Any) -> PartitionSpec:
+    """``spec`` without the axes that are not among ``kept``."""
+    entries = (() if entry is None else (entry,) if isinstance(entry, str) else entry for entry in spec)
+    return PartitionSpec(*(tuple(name for name in entry if name in kept) or None for entry in entries))
 
 
 def varying_axes(x: Any) -> frozenset[str]:
@@ -45,6 +108,65 @@ def as_varying(tree: Any, axes: Any) -> Any:
         return lax.pcast(leaf, missing, to="varying") if missing else leaf
 
     return jax.tree.map(widen, tree)
+
+
+def as_varying_alike(tree: Any, axes: Any) -> Any:
+    """Types every leaf as varying over ``axes`` and wherever another leaf does.
+
+    Operands of one function with a gradient rule of its own need this: the rule makes cotangents that vary alike.
+    """
+    return as_varying(tree, sorted({*axes, *union_of_varying_axes(tree)}))
+
+
+def vary_as_operands(*but: str) -> Callable[[Callable], Callable]:
+    """For functions that communicate: their results vary over an axis of size 1 only if an operand does.
+
+    Between collectives everything is typed as varying over all axes of the plan. What leaves a function is as its
+    operands were, so that specs may name an axis along which nothing can differ or leave it out, and a result has the
+    type that the carry of a loop, or a cotangent, has. Over axes of more devices results vary as they must.
+
+    Args:
+      but: arguments that do not count: results of ``combine`` lie as tokens do, wherever experts are.
+    """
+
+    def decorate(function):
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def run(*args, **options):
+            result = function(*args, **options)  # first, as it says what is wrong with its arguments
+            given = signature.bind(*args, **options).arguments
+            leaves = jax.tree.leaves([value for name, value in given.items() if name not in but])
+            arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+            return drop_unit_axes(result, union_of_varying_axes(arrays))
+
+        return run
+
+    return decorate
+
+
+def drop_unit_axes(tree: Any, kept: Any = ()) -> Any:
+    """Types no leaf as varying over a mesh axis of size 1, along which nothing can differ, unless it is among ``kept``.
+
+    The identity: nothing of it is left in the compiled program, where a collective over one device would stay.
+    """
+
+    def narrow(leaf):
+        axes = frozenset(axis for axis in varying_axes(leaf) if axis not in kept and lax.axis_size(axis) == 1)
+        return _drop_unit_axes_p.bind(leaf, axes=axes) if axes else leaf
+
+    return jax.tree.map(narrow, tree)
+
+
+_drop_unit_axes_p = Primitive("drop_unit_axes")  # JAX itself goes from varying to invariant by collectives alone
+mlir.register_lowering(_drop_unit_axes_p, lambda context, x, axes: [x])
+batching.defvectorized(_drop_unit_axes_p)
+ad.deflinear2(_drop_unit_axes_p, lambda ct, x, axes: [lax.pcast(ct, tuple(sorted(axes)), to="varying")])
+
+
+@_drop_unit_axes_p.def_abstract_eval
+def _drop_unit_axes_type(x, *, axes):
+    return x.update(manual_axis_type=x.manual_axis_type.update(varying=x.manual_axis_type.varying - axes))
 
 
 def union_of_varying_axes(tree: Any) -> tuple[str, ...]:

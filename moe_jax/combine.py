@@ -5,7 +5,7 @@ import numbers
 import jax
 import jax.numpy as jnp
 
-from moe_jax import comm
+from moe_jax import _compat, comm
 from moe_jax.errors import InvalidArgumentError, check_dtype, check_rank, check_shape, check_type
 from moe_jax.movement import collect_rows, collect_rows_timed, copy_weights, finish
 from moe_jax.special import special_terms
@@ -14,6 +14,7 @@ from moe_jax.types import DispatchHandle, ExchangeMaps, GatherMaps
 Array = jax.Array
 
 
+@_compat.vary_as_operands("rows")
 def combine(
     rows: Array,
     combine_weights: Array,
@@ -46,7 +47,8 @@ def combine(
         ``dispatch``, whose handle must come from a call with it.
 
     Returns:
-      [T, H] in ``plan.dtype``. Differentiable in every float array. With ``performance_info``, the pair of both.
+      [T, H] in ``plan.dtype``. Differentiable in every float array. With ``performance_info``, the pair of both. Over a
+      mesh axis of size 1 it is typed as the tokens' arrays are, wherever the experts are.
 
     Raises:
       ShapeError, DtypeError, InvalidArgumentError, MissingArgumentError, MeshError: as for ``dispatch``.
@@ -68,6 +70,7 @@ def combine(
     return y if performance_info is None else (y, waited)
 
 
+@_compat.vary_as_operands("rows")
 def combine_add_rms_norm(
     rows: Array,
     combine_weights: Array,
@@ -140,10 +143,14 @@ def combine_sum(
     ``row_weights``: [M], for "hierarchy": to take for the rows instead of ``combine_weights``; tp ranks add theirs up.
     """
     _check(rows, combine_weights, handle, shared_x, performance_info)
-    plan, maps = handle.plan, handle.maps
+    plan = handle.plan
     if not plan.num_pairs:  # no device has a token; see ``dispatch``
         return jnp.zeros_like(combine_weights, shape=(0, plan.hidden)), performance_info
     terms = special_terms(handle.expert_ids, plan, **special)
+    given = (rows, combine_weights, handle, shared_x, row_weights, terms)
+    given = _compat.as_varying_alike(given, plan.exchange_axes)  # ``dispatch`` types without axes of size 1
+    rows, combine_weights, handle, shared_x, row_weights, terms = given
+    maps = handle.maps
     # The weight of a pair that contributes nothing may be anything, NaN included.
     weights = copy_weights(combine_weights, plan)
     contributes = jnp.pad(handle.expert_ids >= plan.num_experts, ((0, 0), (0, plan.num_copies - plan.top_k)))

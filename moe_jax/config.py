@@ -13,6 +13,7 @@ import typing
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
+from moe_jax import _compat
 from moe_jax.errors import ConfigError, InvalidArgumentError, raise_all, suggest
 
 SCORES = ("softmax", "sigmoid", "sqrt_softplus")
@@ -34,6 +35,7 @@ class _Checked:
         raise NotImplementedError
 
 
+@_compat.exportable_static
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig(_Checked):
     """How logits become expert ids and weights.
@@ -91,7 +93,14 @@ def router_violations(
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig(_Checked):
-    """Extents: `ep` ranks share the experts, over `nodes` nodes; `tp` splits experts; `dp` copies the whole group."""
+    """Extents of a mesh.
+
+    Attributes:
+      ep: ranks that share the experts, on all nodes together.
+      tp: ranks that split every expert.
+      nodes: nodes over which the `ep` ranks are spread; divides `ep`.
+      dp: copies of the whole group.
+    """
 
     ep: int = 1
     tp: int = 1
@@ -110,7 +119,17 @@ class MeshConfig(_Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig(_Checked):
-    """One Mixture-of-Experts layer: `num_experts` routed experts of width `ffn`, `top_k` of them per token."""
+    """One Mixture-of-Experts layer.
+
+    Attributes:
+      num_experts, top_k: routed experts, and how many of them a token goes to.
+      ffn: the width of an expert.
+      activation: "swiglu", "gelu" or "clamped_swiglu".
+      num_shared_experts: experts that every token goes to.
+      transport, overflow, capacity_factor, backend: as for `make_plan`.
+      balance_loss, z_loss: weights of the router's losses in the training loss.
+      bias_update_rate: step of the selection bias, where the router has one.
+    """
 
     num_experts: int
     top_k: int
@@ -137,7 +156,17 @@ class MoEConfig(_Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(_Checked):
-    """The decoder around the layers: `vocab` tokens, `layers` blocks of width `hidden`, windows of `seq_len` tokens."""
+    """The decoder around the layers.
+
+    Attributes:
+      layers: blocks of attention and experts.
+      hidden: the width of a token.
+      heads: attention heads; their width is even.
+      seq_len: tokens in a window.
+      vocab: different tokens.
+      tied_head: whether the output layer is the embedding.
+      rope_theta: base of the rotary positions.
+    """
 
     layers: int
     hidden: int
@@ -153,7 +182,24 @@ class ModelConfig(_Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(_Checked):
-    """One training run: AdamW with linear warm-up, then cosine decay to `final_rate` times the peak at step `steps`."""
+    """One training run of AdamW.
+
+    Attributes:
+      steps: how many in all.
+      batch_size: windows per step, over all devices.
+      learning_rate: the peak.
+      warmup_steps: steps of linear growth to the peak; cosine decay follows.
+      final_rate: the rate at the last step, as a part of the peak.
+      weight_decay: of matrices, per step and unit of the rate.
+      grad_clip: largest global norm of the gradient; inf: no clipping.
+      dtype: of activations, "float32" or "bfloat16".
+      seed: of the parameters and the order of the data.
+      eval_batches: batches of held-out data behind a reported loss.
+      log_every: steps between reports.
+      save_seconds: a checkpoint after so much time; inf: none by time.
+      save_every: a checkpoint after so many steps; 0: none by steps. There is always one at the end.
+      sample_bytes: bytes of text that are generated at the end.
+    """
 
     steps: int
     batch_size: int
@@ -161,13 +207,13 @@ class TrainConfig(_Checked):
     warmup_steps: int = 20
     final_rate: float = 0.1
     weight_decay: float = 0.1
-    grad_clip: float = 1.0  # largest global gradient norm; inf: no clipping
+    grad_clip: float = 1.0
     dtype: str = "float32"
     seed: int = 0
     eval_batches: int = 8
     log_every: int = 10
-    save_seconds: float = 300.0  # a checkpoint after so much time; inf: none by time
-    save_every: int = 0  # a checkpoint after so many steps; 0: none by steps. There is always one at the end
+    save_seconds: float = 300.0
+    save_every: int = 0
     sample_bytes: int = 64
 
     def _violations(self) -> typing.Iterator[str]:
@@ -186,7 +232,15 @@ class TrainConfig(_Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class Config(_Checked):
-    """A whole configuration. `model` and `train` are None where a file describes only a layer or only a shape."""
+    """A whole configuration: one field for each section of a file.
+
+    Attributes:
+      mesh: extents of the mesh; of one device where the file has no such section.
+      moe: the layer.
+      router: its router; the defaults where the file has no such section.
+      model: the decoder; None where a file describes only a layer.
+      train: the training run; None where a file describes none.
+    """
 
     mesh: MeshConfig = field(default_factory=MeshConfig)
     moe: MoEConfig

@@ -32,28 +32,53 @@ class Collective:
     all-to-all and reduce-scatter (G - 1) / G of the operand, all-gather G - 1 times the operand, all-reduce 2 (G - 1) /
     G of it (reduce-scatter, then all-gather), collective-permute all of it (nothing where every device sends to
     itself), ragged-all-to-all at most (G - 1) / G of it: how much of it is used is data.
+
+    Attributes:
+      op: the instruction: "all-to-all", "all-gather", ...
+      operand_bytes: what a device hands over.
+      wire_bytes: what leaves it.
+      group_size: G, devices that talk to each other.
+      is_float: whether floats travel.
+      in_loop: whether it stands inside the body of a while loop.
     """
 
     op: str
-    operand_bytes: int  # what a device hands over
-    wire_bytes: int  # what leaves it
+    operand_bytes: int
+    wire_bytes: int
     group_size: int
     is_float: bool
-    in_loop: bool  # inside the body of a while loop
+    in_loop: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Buffer:
-    """The result of one instruction that is held in memory."""
+    """The result of one instruction that is held in memory.
+
+    Attributes:
+      name: of the instruction.
+      shape: as in f32[8,4]; a tuple has several.
+      bytes: its size.
+    """
 
     name: str
-    shape: str  # as in f32[8,4]; a tuple has several
+    shape: str
     bytes: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Contract:
-    """What one compiled program does, per device."""
+    """What one compiled program does, per device.
+
+    Attributes:
+      collectives: its exchanges between devices, one by one.
+      float_scatters, int_scatters: scatters of floats and of integers.
+      temporary_bytes: memory beside arguments and results, as the compiler planned it.
+      argument_bytes, output_bytes: of the arguments and the results.
+      alias_bytes: of results that lie in the memory of donated arguments.
+      flops: XLA's estimate; a loop of unknown length counts once. None: the back end gives none.
+      largest_buffers: the largest results of instructions that are held in memory.
+      num_instructions: all of them, those inside fusions included.
+    """
 
     collectives: tuple[Collective, ...]
     float_scatters: int
@@ -62,9 +87,9 @@ class Contract:
     argument_bytes: int
     output_bytes: int
     alias_bytes: int
-    flops: float | None  # XLA's estimate; a loop of unknown length counts once. None: the back end gives none
+    flops: float | None
     largest_buffers: tuple[Buffer, ...]
-    num_instructions: int  # those inside fusions included
+    num_instructions: int
 
     def count(self, op: str, *, in_loop: bool | None = None) -> int:
         """How many instructions ``op`` there are; ``in_loop``: only those inside loops, or only those outside."""

@@ -29,6 +29,7 @@ from moe_jax.window import Window, fresh_sources, make_window, received
 Array = jax.Array
 
 
+@_compat.vary_as_operands()
 def dispatch(
     x: Array,
     expert_ids: Array,
@@ -54,8 +55,10 @@ def dispatch(
       x: [T, H] in ``plan.dtype``.
       expert_ids: [T, K] i32; -1 = this pair goes nowhere. Ids of zero, copy and constant experts (from E on) send no
         row; ids beyond them go nowhere and are counted in ``stats.num_invalid``.
-      plan: the static plan. With overflow="dropless" M holds the worst skew, T * K * ep * tp rows; with "drop",
-        ``plan.pair_capacity`` rows per pair of ranks.
+      plan: the static plan. With overflow="dropless" M holds the worst skew, T * K * ep * tp rows: ep times a
+        balanced load. (A round of ``moe_layer`` holds a balanced load and some slack, and further rounds the rest.)
+        ``plan.workspace("dispatch")`` says how many bytes that are. With "drop" M holds ``plan.pair_capacity`` rows per
+        pair of ranks, as in the layer.
       combine_weights: [T, K] f32 that travel with the rows and come out as ``row_weights``.
       smooth_scales: f32 factors of the rows before they are quantised: [1], [H], or [E, H], a row per expert; with
         shared experts on ranks of their own [Ns + E, H], those first. The same on all ranks. "int8_static" needs it.
@@ -69,7 +72,8 @@ def dispatch(
         exchange then goes to one peer after the other, with the host's clock in between. For "padded" and "ragged".
 
     Returns:
-      Dispatched, varying over the plan's ep and tp axes: ``out_specs=P(("ep", "tp"))``. Differentiable in ``x``,
+      Dispatched, varying over the plan's ep and tp axes: ``out_specs=P(("ep", "tp"))``. An axis of size 1 may be left
+      out of ``in_specs`` and ``out_specs``: ``P("ep")`` for both without tensor parallelism. Differentiable in ``x``,
       ``combine_weights`` and ``smooth_scales``; rounding counts as identity. The adjoint sends cotangents back (as
       ``plan.backward_quant`` says) and sums them in fp32.
 
@@ -96,6 +100,7 @@ def dispatch(
         "performance_info": performance_info,
     }
     arrays = {name: value for name, value in arrays.items() if value is not None}
+    x, expert_ids, arrays = _compat.as_varying_alike((x, expert_ids, arrays), plan.exchange_axes)
     if not plan.num_pairs:
         # No device has a token. XLA rejects a program that communicates and has none but empty inputs: say it outright.
         shapes = jax.eval_shape(functools.partial(_dispatch, plan=plan), x, expert_ids, **arrays)
@@ -124,12 +129,7 @@ def make_receive_window(plan: Plan, *, with_weights: bool = False) -> Window:
     """An empty window for ``dispatch(..., window=)`` on one device; ``with_weights`` if it is given combine_weights."""
     check_type("plan", plan, Plan, "build one with moe_jax.make_plan(...)")
     part = _message_part(plan, with_weights)
-    return make_window(plan.ep_size * _capacity(plan), part.width, part.dtype, plan.ep_size)
-
-
-def _capacity(plan: Plan) -> int:
-    """Rows that a pair of ranks can move in one dispatch."""
-    return plan.pair_capacity if plan.overflow == "drop" else plan.max_pair_rows
+    return make_window(plan.ep_size * plan.dispatch_capacity, part.width, part.dtype, plan.ep_size)
 
 
 def _message_part(plan: Plan, with_weights: bool) -> Part:
@@ -154,7 +154,7 @@ def _dispatch(
     timed = performance_info is not None
     fresh = None if window is None else fresh_sources(window.step, plan.ep_axis)
     exchange = prepare(expert_ids, plan, token_mask=token_mask, rank_table=rank_table, fresh=fresh, timed=timed)
-    handle = open_window(exchange, 0, _capacity(plan), plan, compact=False if timed else None)
+    handle = open_window(exchange, 0, plan.dispatch_capacity, plan, compact=False if timed else None)
     buffer = None if window is None else window.data
     sent = send_rows(x, handle, smooth=smooth_scales, weights=combine_weights, buffer=buffer, timed=timed)
     result = Dispatched(
@@ -169,7 +169,7 @@ def _dispatch(
     if sent.arrival is None:
         return _kept(result, window, performance_info)
     if window is not None:
-        window = received(window, sent.arrival.data, handle, _capacity(plan))
+        window = received(window, sent.arrival.data, handle, plan.dispatch_capacity)
     if timed:
         waited = exchange.microseconds + sent.arrival.microseconds
         performance_info = performance_info + waited.astype(performance_info.dtype)
@@ -216,7 +216,7 @@ def _check_options(plan, combine_weights, smooth_scales, rank_table, window, per
         raise UnsupportedError("window and performance_info: a timed exchange writes no window; give one of them")
     part = _message_part(plan, combine_weights is not None)
     layout_text = "[W * capacity, message]: make_receive_window(plan, with_weights=...) has them"
-    check_shape("window.data", window.data, (plan.ep_size * _capacity(plan), part.width), layout_text)
+    check_shape("window.data", window.data, (plan.ep_size * plan.dispatch_capacity, part.width), layout_text)
     check_dtype("window.data", window.data, (part.dtype,), layout_text)
 
 

@@ -133,11 +133,11 @@ def check_type(name: str, value: Any, kind: type, remedy: str) -> None:
 # Arrays.
 
 
-def check_array(name: str, array: Any) -> None:
+def check_array(name: str, array: Any, remedy: str = "pass a jax or numpy array") -> None:
     """Raises unless ``array`` is a jax or numpy array: MissingArgumentError for None, DtypeError otherwise."""
     if not isinstance(array, (jax.Array, np.ndarray)):
         error = MissingArgumentError if array is None else DtypeError
-        raise error(f"{name} is {_describe(array)}, not an array; pass a jax or numpy array")
+        raise error(f"{name} is {_describe(array)}, not an array; {remedy}")
 
 
 def check_rank(name: str, array: Any, rank: int, layout: str) -> None:

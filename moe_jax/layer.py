@@ -33,6 +33,7 @@ OPTIONAL_PARAMS = frozenset({"router_bias", "b_gate", "b_up", "b_down"})
 _CONSTANTS = ("const_alpha1", "const_alpha2", "const_v")
 
 
+@_compat.vary_as_operands("params")
 def moe_layer(
     params: dict[str, Array],
     x: Array,

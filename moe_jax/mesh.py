@@ -98,14 +98,22 @@ def make_mesh(ep: int = 1, tp: int = 1, *, nodes: int = 1, dp: int = 1) -> Mesh:
 
 def check_mesh(mesh: Mesh | AbstractMesh) -> None:
     """Raises MeshError unless ``mesh`` is a mesh with axes "ep" and "tp", none of them empty."""
+    for text in mesh_violations(mesh):
+        raise MeshError(text)
+
+
+def mesh_violations(mesh: Mesh | AbstractMesh) -> list[str]:
+    """Nothing if ``mesh`` is a mesh with axes "ep" and "tp", none of them empty; else the rule that it breaks."""
     remedy = "build the mesh with moe_jax.make_mesh(ep=..., tp=...)"
     if not isinstance(mesh, (Mesh, AbstractMesh)):
-        raise MeshError(f"mesh={mesh!r} is not a jax.sharding.Mesh; {remedy}")
+        return [f"mesh={mesh!r} is not a jax.sharding.Mesh; {remedy}"]
     missing = [name for name in ("ep", "tp") if name not in mesh.shape]
     if missing:
-        raise MeshError(
-            f"mesh has axes {tuple(mesh.shape)} and lacks {' and '.join(repr(m) for m in missing)}; "
-            f"an axis may have size 1: {remedy}"
-        )
+        return [
+            f"mesh has axes {tuple(mesh.shape)} and lacks {' and '.join(repr(name) for name in missing)}: experts are "
+            "spread over an axis of the name 'ep' and split over one of the name 'tp', which may have size 1; rename "
+            f"the axes of the mesh, or {remedy}"
+        ]
     if not all(mesh.shape.values()):
-        raise MeshError(f"mesh has axes {dict(mesh.shape)}, one of them of size 0; {remedy}")
+        return [f"mesh has axes {dict(mesh.shape)}, one of them of size 0; {remedy}"]
+    return []

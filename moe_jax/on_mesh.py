@@ -1,5 +1,6 @@
 """The layer over global arrays: one shard_map around ``moe_layer``, and parameters placed for it."""
 
+import functools
 import math
 import zlib
 from collections.abc import Callable
@@ -35,6 +36,7 @@ from moe_jax.layer import (
 from moe_jax.mesh import check_mesh
 from moe_jax.plan import Plan
 from moe_jax.types import LayerStats
+from moe_jax.update_expert import BALANCES
 
 Array = jax.Array
 
@@ -54,10 +56,11 @@ def moe_on_mesh(
 
     Expert weights are sharded over the expert-parallel axes and, along their FFN axis, over tp; router and shared
     expert are replicated. Values do not depend on the mesh. ``apply`` may be jitted, differentiated, scanned and
-    rematerialised.
+    rematerialised. Called by itself, it is one program, compiled once.
 
     Args:
-      mesh: the mesh that the plan was made from.
+      mesh: the mesh that the plan was made from. Its axes may be Auto, Explicit or of both types, with or without
+        ``jax.set_mesh``. Arguments may be laid out over it in any way: ``apply`` moves what lies elsewhere.
       plan, router: static.
       ffn: F, width of an expert, divisible by tp. A shared expert has width F * ``plan.num_shared_experts``.
       activation: "swiglu", "gelu" or "clamped_swiglu".
@@ -71,13 +74,13 @@ def moe_on_mesh(
         selection_bias [E] if the router has one, shared_gate (if gated), shared_up, shared_down if there are shared
         experts, and router_bias, b_gate, b_up, b_down with ``use_bias``.
       apply: (params, x [N, H] in ``plan.dtype``, token_mask [N] bool or None) -> (y [N, H], LayerStats), with N =
-        tokens_per_rank * number of devices, sharded over every axis of the mesh. Its keywords ``table``, ``balance``
-        and ``rank_table`` are those of ``moe_layer``, the same on every device.
+        tokens_per_rank * number of devices; y is sharded over every axis of the mesh. Its keywords ``table``,
+        ``balance`` and ``rank_table`` are those of ``moe_layer``, the same on every device.
 
     Raises:
       InvalidArgumentError: ``ffn`` is not divisible by tp, the activation is unknown, ``chunks`` does not divide T, or
         the router's groups and the plan's experts and ``top_k`` do not fit (one error lists all that does not);
-        ``init`` and ``apply`` check their own arguments.
+        ``init`` and ``apply`` check their own arguments: DtypeError and others.
       MeshError: the mesh is not the plan's.
       UnsupportedError: the plan puts shared experts on ranks of their own.
 
@@ -94,7 +97,6 @@ def moe_on_mesh(
     _check_width(f"ffn={ffn}", ffn, plan)
     ffn = int(ffn)
     num_tokens = plan.tokens_per_rank * math.prod(mesh.shape.values())
-    over_tokens = PartitionSpec(plan.token_axes)
 
     if num_logical_experts is not None:
         check_count("num_logical_experts", num_logical_experts)
@@ -115,6 +117,23 @@ def moe_on_mesh(
         _check_key(key)
         return draw(key)
 
+    @functools.partial(jax.jit, static_argnames="balance")
+    def layer(params, x, token_mask, tables, balance):
+        """The layer as one program, where it is not part of a larger one."""
+        specs = {name: _split(param_spec(name, plan), mesh) for name in params}
+        tokens, everywhere = _split(PartitionSpec(plan.token_axes), mesh), PartitionSpec()
+        in_specs = (specs, tokens, None if token_mask is None else tokens, jax.tree.map(lambda _: everywhere, tables))
+        given = (params, x, token_mask, tables)
+        given = jax.tree.map(lambda array, spec: _compat.lay_out(array, mesh, spec), given, in_specs)
+
+        def shard(params, x, token_mask, tables):
+            options = {"activation": activation, "token_mask": token_mask, "balance": balance}
+            return moe_layer(params, x, plan, router, chunks=chunks, **options, **tables)
+
+        mapped = _compat.shard_map(shard, mesh=mesh, in_specs=in_specs, out_specs=(tokens, everywhere))
+        y, stats = mapped(*given)
+        return _compat.name_unit_axes_as(y, x, mesh), stats
+
     def apply(
         params: dict[str, Array],
         x: Array,
@@ -129,30 +148,15 @@ def moe_on_mesh(
         check_dtype("x", x, (plan.dtype,), "the plan's dtype: cast x, or make a plan with dtype=...")
         if token_mask is not None:
             check_mask("token_mask", token_mask, (num_tokens,), "[N]")
-            _check_placed("token_mask", token_mask, over_tokens, mesh)
+        check_choice("balance", balance, BALANCES)  # static, so it must be hashable
+        if rank_table is not None:
+            check_array("rank_table", rank_table)
         check_params(
             params, plan, router, activation, num_experts=plan.num_experts, where="over the mesh", table=table
         )
         _check_width(f"params: 'w_up' has shape {params['w_up'].shape}; its width", params["w_up"].shape[-1], plan)
 
-        specs = {name: param_spec(name, plan) for name in params}
-        _check_placed("x", x, over_tokens, mesh)
-        for name in params:
-            _check_placed(f"params: {name!r}", params[name], specs[name], mesh)
-
-        tables = {"table": table, "rank_table": rank_table}
-
-        def shard(params, x, token_mask, tables):
-            options = {"activation": activation, "token_mask": token_mask, "balance": balance}
-            return moe_layer(params, x, plan, router, chunks=chunks, **options, **tables)
-
-        mapped = _compat.shard_map(
-            shard,
-            mesh=mesh,
-            in_specs=(specs, over_tokens, over_tokens, PartitionSpec()),
-            out_specs=(over_tokens, PartitionSpec()),
-        )
-        return mapped(params, x, token_mask, tables)
+        return layer(params, x, token_mask, {"table": table, "rank_table": rank_table}, balance)
 
     return init, apply
 
@@ -189,23 +193,20 @@ def _check_width(what: str, ffn: int, plan: Plan) -> None:
         raise InvalidArgumentError(f"{what} must be divisible by tp={plan.tp_size}")
 
 
-def _check_placed(name: str, array: Array, spec: PartitionSpec, mesh: Mesh) -> None:
-    """Raises unless ``array`` is laid out as ``spec``, on meshes with Explicit axes: there JAX moves nothing itself."""
-    found = _compat.spec_in_type(array, mesh)
-    if found is not None and found != tuple(spec) + (None,) * (array.ndim - len(spec)):
-        raise MeshError(
-            f"{name} is laid out as {PartitionSpec(*found)} over a mesh with Explicit axes; expected {spec}: use "
-            "jax.sharding.reshard, or a mesh from moe_jax.make_mesh, whose axes are Auto"
-        )
+def _split(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
+    """``spec`` without the axes of size 1, which split nothing."""
+    return _compat.only_axes(spec, {axis for axis, size in mesh.shape.items() if size > 1})
 
 
 def _check_key(key: Array) -> None:
-    check_array("key", key)
+    seed = key if type(key) is int else 0
+    remedy = f"pass a random key, jax.random.key({seed})"
+    check_array("key", key, remedy)
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         check_shape("key", key, (), "one key; take one of several by index")
     else:  # a raw key
-        check_dtype("key", key, ("uint32",), "pass jax.random.key(0)")
-        check_shape("key", key, jax.eval_shape(jax.random.PRNGKey, 0).shape, "one raw key")
+        check_dtype("key", key, ("uint32",), remedy)
+        check_shape("key", key, jax.eval_shape(jax.random.PRNGKey, 0).shape, "one raw key", remedy)
 
 
 def _draw(key: Array, shapes: dict[str, tuple[int, ...]]) -> dict[str, Array]:

@@ -11,90 +11,147 @@ from typing import Any
 
 import jax
 
+from moe_jax import _compat
+
 Array = jax.Array
 
 
 def _pytree(static: tuple[str, ...] = ()):
-    """A frozen, keyword-only dataclass that is a pytree; ``static`` names its compile-time fields."""
+    """A frozen, keyword-only dataclass that is a pytree; ``static`` names its compile-time fields.
+
+    Without any it can be part of what ``jax.export`` writes; with some, the module of the static values sees to that.
+    """
 
     def decorate(cls):
         cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
         data = [field.name for field in dataclasses.fields(cls) if field.name not in static]
-        return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=list(static))
+        cls = jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=list(static))
+        return cls if static else _compat.exportable(cls)
 
     return decorate
 
 
 @_pytree()
 class ExchangeMaps:
-    """How rows move when each rank sends rows to each: maps of one window; -1 marks "none"."""
+    """How rows move when each rank sends rows to each: maps of one window; -1 marks "none".
 
-    send_pair: Array  # [S] i32, flat pair token * C + c in each send slot
-    pair_slot: Array  # [T, C] i32, send slot of each pair
-    row_slot: Array  # [M] i32, arrival slot of each row
-    slot_row: Array  # [P * A] i32, row of each arrival slot
-    sizes: Array  # [W, W] i32, rows from each rank to each; [0, 0] where blocks of equal size travel
+    Attributes:
+      send_pair: [S] i32, flat pair token * C + c in each send slot.
+      pair_slot: [T, C] i32, send slot of each pair.
+      row_slot: [M] i32, arrival slot of each row.
+      slot_row: [P * A] i32, row of each arrival slot.
+      sizes: [W, W] i32, rows from each rank to each; [0, 0] where blocks of equal size travel.
+    """
+
+    send_pair: Array
+    pair_slot: Array
+    row_slot: Array
+    slot_row: Array
+    sizes: Array
 
 
 @_pytree()
 class GatherMaps:
-    """How rows are picked when every rank sees every token: maps of one window; -1 marks "none"."""
+    """How rows are picked when every rank sees every token: maps of one window; -1 marks "none".
 
-    row_pair: Array  # [M] i32, pair of each row, as source * T * C + pair
-    pair_row: Array  # [P * W, T, C] i32, row of each pair of each source
+    Attributes:
+      row_pair: [M] i32, pair of each row, as source * T * C + pair.
+      pair_row: [P * W, T, C] i32, row of each pair of each source.
+    """
+
+    row_pair: Array
+    pair_row: Array
 
 
 @_pytree()
 class HierarchyMaps:
-    """How rows move when a token crosses to each node once: maps of one window; -1 marks "none"."""
+    """How rows move when a token crosses to each node once: maps of one window; -1 marks "none".
 
-    slot_token: Array  # [N * B] i32, token in each crossing slot
-    token_slot: Array  # [T, N] i32, crossing slot of each token for each node
-    inner_pair: Array  # [S] i32, guest slot * C + c in each inner slot; S = R * D for blocks, at most that otherwise
-    pair_inner: Array  # [N * B, C] i32, inner slot of each copy of the token in each guest slot
-    row_slot: Array  # [M] i32, arrival slot of each row
-    slot_row: Array  # [P * R * D] i32, row of each arrival slot
-    sizes: Array  # [R, R] i32, rows from each rank of this node to each; [0, 0] where blocks of equal size travel
+    Attributes:
+      slot_token: [N * B] i32, token in each crossing slot.
+      token_slot: [T, N] i32, crossing slot of each token for each node.
+      inner_pair: [S] i32, guest slot * C + c in each inner slot; S = R * D for blocks, at most that otherwise.
+      pair_inner: [N * B, C] i32, inner slot of each copy of the token in each guest slot.
+      row_slot: [M] i32, arrival slot of each row.
+      slot_row: [P * R * D] i32, row of each arrival slot.
+      sizes: [R, R] i32, rows from each rank of this node to each; [0, 0] where blocks of equal size travel.
+    """
+
+    slot_token: Array
+    token_slot: Array
+    inner_pair: Array
+    pair_inner: Array
+    row_slot: Array
+    slot_row: Array
+    sizes: Array
 
 
 @_pytree()
 class SpecialTerms:
-    """What zero, copy and constant experts add, before it is weighted; fp32. Made and read by ``special``."""
+    """What zero, copy and constant experts add, before it is weighted; fp32. Made and read by ``special``.
 
-    expert_ids: Array  # [T, K] i32
-    x: Array  # [T, H]
-    gate_x: Array | None  # [T, Cc], weight of x per constant expert; None without constant experts
-    gate_v: Array | None  # [T, Cc], weight of its vector
-    v: Array | None  # [Cc, H]
+    Attributes:
+      expert_ids: [T, K] i32.
+      x: [T, H].
+      gate_x: [T, Cc], weight of x per constant expert; None without constant experts.
+      gate_v: [T, Cc], weight of its vector.
+      v: [Cc, H].
+    """
+
+    expert_ids: Array
+    x: Array
+    gate_x: Array | None
+    gate_v: Array | None
+    v: Array | None
 
 
 @_pytree(static=("plan",))
 class DispatchHandle:
-    """Where every row came from and goes back to: integers only, so no gradient flows through it."""
+    """Where every row came from and goes back to: integers only, so no gradient flows through it.
 
-    plan: Any  # the static Plan that made it
-    expert_ids: Array  # [T, K] i32, the choices that count; -1 for masked ones and ids out of range
-    group_sizes: Array  # [L] i32, rows per local expert in this window
-    send_counts: Array  # [W, L] i32, pairs of this rank by destination, over all windows
-    recv_counts: Array  # [P, W, L] i32, pairs for this rank by source, over all windows
+    Attributes:
+      plan: the static Plan that made it.
+      expert_ids: [T, K] i32, the choices that count; -1 for masked ones and ids out of range.
+      group_sizes: [L] i32, rows per local expert in this window.
+      send_counts: [W, L] i32, pairs of this rank by destination, over all windows.
+      recv_counts: [P, W, L] i32, pairs for this rank by source, over all windows.
+      maps: where each row lies, by the way it travelled.
+    """
+
+    plan: Any
+    expert_ids: Array
+    group_sizes: Array
+    send_counts: Array
+    recv_counts: Array
     maps: ExchangeMaps | GatherMaps | HierarchyMaps
 
 
 @_pytree()
 class Arrival:
-    """What an exchange left here, before it is ordered."""
+    """What an exchange left here, before it is ordered.
 
-    data: Array  # [A, V] arrival slots, as wide as a message
-    microseconds: Array | None  # [W] i32, how long this rank waited for each source; None where nobody looked
+    Attributes:
+      data: [A, V] arrival slots, as wide as a message.
+      microseconds: [W] i32, how long this rank waited for each source; None where nobody looked.
+    """
+
+    data: Array
+    microseconds: Array | None
 
 
 @_pytree()
 class DispatchStats:
-    """What a dispatch did with this device's pairs."""
+    """What a dispatch did with this device's pairs.
 
-    num_dropped: Array  # [1] i32, pairs that had a destination and did not fit; 0 unless overflow="drop"
-    num_invalid: Array  # [1] i32, unmasked pairs whose id lies outside -1 .. num_ids - 1; they go nowhere
-    num_stale: Array  # [1] i32, pairs not sent because the peer is at another step; 0 without a window
+    Attributes:
+      num_dropped: [1] i32, pairs that had a destination and did not fit; 0 unless overflow="drop".
+      num_invalid: [1] i32, unmasked pairs whose id lies outside -1 .. num_ids - 1; they go nowhere.
+      num_stale: [1] i32, pairs not sent because the peer is at another step; 0 without a window.
+    """
+
+    num_dropped: Array
+    num_invalid: Array
+    num_stale: Array
 
 
 @_pytree()
@@ -103,34 +160,59 @@ class Dispatched:
 
     Quantised rows are integers or narrow floats, through which JAX sends no useful gradient; ``moe_jax.dequantize``
     turns them into rows in ``plan.dtype`` that have one. A derivative through codes or scales themselves is NaN.
+
+    Attributes:
+      x: [M, H] in ``plan.dtype``; with a quantised wire, codes [M, V].
+      scales: [M, S] row scales of a quantised wire; None where rows travel unquantised.
+      group_sizes: [L] i32, rows of each local expert.
+      handle: what ``combine`` needs to bring rows back.
+      stats: pairs that did not travel.
+      row_weights: [M] f32, the combine weight of each row, if weights were given; 1 for shared experts.
+      gradient: [M, H] zeros that carry the gradient of quantised rows; read by ``dequantize``.
+      window: the receive window after this step, if one was given.
+      performance_info: [W] microseconds waited per source, added to what was given.
     """
 
-    x: Array  # [M, H] in plan.dtype; with a quantised wire, codes [M, V]
-    scales: Array | None  # [M, S] row scales of a quantised wire; None where rows travel unquantised
-    group_sizes: Array  # [L] i32
+    x: Array
+    scales: Array | None
+    group_sizes: Array
     handle: DispatchHandle
     stats: DispatchStats
-    row_weights: Array | None = None  # [M] f32, the combine weight of each row, if weights were given; 1 for shared
-    gradient: Array | None = None  # [M, H] zeros that carry the gradient of quantised rows; read by dequantize
-    window: Any = None  # the receive window after this step, if one was given
-    performance_info: Array | None = None  # [W] microseconds waited per source, added to what was given
+    row_weights: Array | None = None
+    gradient: Array | None = None
+    window: Any = None
+    performance_info: Array | None = None
 
 
 @_pytree()
 class Routing:
-    """A router's choice for every token."""
+    """A router's choice for every token.
 
-    expert_ids: Array  # [T, K] i32, -1 = none
-    combine_weights: Array  # [T, K] f32
-    losses: dict[str, Array]  # "balance" and "z", f32 scalars
-    load: Array  # [E] i32, pairs per expert
+    Attributes:
+      expert_ids: [T, K] i32, -1 = none.
+      combine_weights: [T, K] f32.
+      losses: "balance" and "z", f32 scalars.
+      load: [E] i32, pairs per expert.
+    """
+
+    expert_ids: Array
+    combine_weights: Array
+    losses: dict[str, Array]
+    load: Array
 
 
 @_pytree()
 class LayerStats:
-    """What one MoE layer did, summed over the whole mesh and the same on every device."""
+    """What one MoE layer did, summed over the whole mesh and the same on every device.
 
-    num_dropped: Array  # i32 scalar, pairs that did not fit; 0 unless overflow="drop"
-    num_rounds: Array  # i32 scalar, dispatch-compute-combine rounds executed, at least 1
-    load: Array  # [E] i32, pairs per expert
-    losses: dict[str, Array]  # the router's losses, f32 scalars
+    Attributes:
+      num_dropped: i32 scalar, pairs that did not fit; 0 unless overflow="drop".
+      num_rounds: i32 scalar, dispatch-compute-combine rounds executed, at least 1.
+      load: [E] i32, pairs per expert.
+      losses: the router's losses, f32 scalars.
+    """
+
+    num_dropped: Array
+    num_rounds: Array
+    load: Array
+    losses: dict[str, Array]

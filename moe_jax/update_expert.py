@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax import _compat
 from moe_jax.errors import (
     DtypeError,
     InvalidArgumentError,
@@ -21,6 +22,7 @@ BALANCES = ("rank", "token")
 _NO_INSTANCE = -2  # neither an instance nor the -1 of "no expert": dispatch counts it in stats.num_invalid
 
 
+@_compat.vary_as_operands("rank")
 def update_expert(
     expert_ids: jax.Array,
     table: jax.Array,

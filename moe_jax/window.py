@@ -33,11 +33,17 @@ Array = jax.Array
 
 @_pytree()
 class Window:
-    """What one rank received. Donate it (``jit(..., donate_argnums)``), and every step writes into the same memory."""
+    """What one rank received. Donate it (``jit(..., donate_argnums)``), and every step writes into the same memory.
 
-    data: Array  # [A, V] rows
-    counts: Array  # [W] i32, by source: rows that came; after receivable_test: source + 1, or 0
-    step: Array  # [1] i32, the step that wrote it
+    Attributes:
+      data: [A, V] rows.
+      counts: [W] i32, by source: rows that came; after ``receivable_test``: source + 1, or 0.
+      step: [1] i32, the step that wrote it.
+    """
+
+    data: Array
+    counts: Array
+    step: Array
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -69,6 +75,7 @@ def make_window(num_rows: int, width: int, dtype: Any, num_ranks: int) -> Window
     )
 
 
+@_compat.vary_as_operands()
 def buffer_reset(
     window: Window,
     link_mask: Array,
@@ -127,6 +134,7 @@ def fresh_sources(step: Array, axis_name: str | tuple[str, ...]) -> Array:
     return arrival.gather_ranks(step, axes)[:, 0] == step
 
 
+@_compat.vary_as_operands()
 def receivable_test(
     window: Window,
     pattern: Array,
@@ -179,6 +187,7 @@ def receivable_test(
     )
 
 
+@_compat.vary_as_operands()
 def receivable_info_collect(
     window: Window, pattern: Array, axis_name: str | tuple[str, ...], *, link_up: Array | None = None
 ) -> Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import mesh_of
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 import moe_jax as moe
@@ -399,12 +399,7 @@ def apply(mesh=MESH, plan=PLAN, router=ROUTER, activation="swiglu", **arguments)
     jax.eval_shape(lambda: moe.moe_on_mesh(mesh, plan, router, ffn=F, activation=activation)[1](**arguments))
 
 
-def placed(array, *spec):
-    return jax.device_put(array, NamedSharding(EXPLICIT_MESH, P(*spec)))
-
-
 GLOBAL_X = zeros(4 * T, H)
-EXPLICIT_MESH = jax.make_mesh((2, 2), ("ep", "tp"), axis_types=(AxisType.Explicit,) * 2)
 WRONG_ROUTERS = [
     ({"router": None}, MissingArgumentError, "router is None", "moe_jax.RouterConfig"),
     ({"router": {"score": "softmax"}}, InvalidArgumentError, "router is a dict", "moe_jax.RouterConfig"),
@@ -485,10 +480,12 @@ LAYER = [
         "init",
         lambda **changes: lambda: moe.moe_on_mesh(MESH, PLAN, ROUTER, ffn=F)[0](**changes),
         [
-            ({"key": None}, MissingArgumentError, "key is None"),
-            ({"key": 0}, DtypeError, "key is an int", "not an array"),
+            ({"key": None}, MissingArgumentError, "key is None", "jax.random.key(0)"),
+            ({"key": 0}, DtypeError, "key is an int", "not an array", "jax.random.key(0)"),
+            ({"key": 7}, DtypeError, "key is an int", "jax.random.key(7)"),
+            ({"key": "seed"}, DtypeError, "key is a str", "jax.random.key(0)"),
             ({"key": zeros(2)}, DtypeError, "key", "float32", "jax.random.key(0)"),
-            ({"key": zeros(3, dtype=np.uint32)}, ShapeError, "key", "(3,)", "(2,)"),
+            ({"key": zeros(3, dtype=np.uint32)}, ShapeError, "key", "(3,)", "(2,)", "jax.random.key(0)"),
             ({"key": jax.random.split(jax.random.key(0))}, ShapeError, "key", "(2,)", "()"),
         ],
     ),
@@ -504,13 +501,10 @@ LAYER = [
             ({"token_mask": zeros(T, dtype=bool)}, ShapeError, "token_mask", "(4,)", "(16,)"),
             ({"token_mask": zeros(4 * T, dtype=np.int8)}, DtypeError, "token_mask", "int8", ".astype(bool)"),
             *wrong_params(E, F),
-            ({"mesh": EXPLICIT_MESH}, MeshError, "x is laid out as P", "Explicit", "jax.sharding.reshard"),
-            (
-                {"mesh": EXPLICIT_MESH, "x": placed(GLOBAL_X, ("ep", "tp"))},
-                MeshError,
-                "params: 'w_gate' is laid out as P",
-                "('ep', None, 'tp')",
-            ),
+            *unknown("balance", "rnk", "rank"),
+            ({"balance": ["rank"]}, InvalidArgumentError, "balance=['rank']", "known: rank, token"),
+            ({"rank_table": [1, 4]}, DtypeError, "rank_table is a list"),
+            ({"table": [[1, 0]]}, DtypeError, "table is a list"),
             ({"params": params_of(E, F + 1)}, InvalidArgumentError, "params: 'w_up'", "7", "divisible by tp=2"),
             ({"params": params_of(L, F // 2)}, InvalidArgumentError, "3 problems", "'w_up' has shape (4, 8, 3)"),
         ],
@@ -649,8 +643,26 @@ def test_make_plan_reports_everything_at_once():
 
 
 def test_make_plan_reports_relations_beside_the_rest():
-    wrong = {"num_experts": 7, "top_k": 9, "transport": "paded"}
-    words = ["3 problems", "num_experts=7 is not divisible", "top_k=9 exceeds", "transport='paded'"]
+    """A rule between sizes is checked where these are sizes, whatever is wrong with the others."""
+    wrong = {"num_experts": 7, "top_k": 9, "transport": "paded", "hidden": -8}
+    words = ["4 problems", "num_experts=7 is not divisible", "top_k=9 exceeds", "transport='paded'", "hidden=-8"]
+    check_clear(lambda: moe.make_plan(MESH, **SIZES | wrong), InvalidArgumentError, words)
+    words = ["5 problems", "multiple of num_shared_experts=0", "num_shared_ranks=2 leaves none", *words[2:]]
+    check_clear(lambda: moe.make_plan(MESH, **SIZES | wrong, num_shared_ranks=2), InvalidArgumentError, words)
+
+
+def test_make_plan_reports_a_wrong_mesh_beside_the_rest():
+    mesh, wrong = Mesh(_ONE_DEVICE, ("expert",)), {"tokens_per_rank": -1, "top_k": 9, "quant": "int3"}
+    words = ["4 problems", "('expert',)", "lacks 'ep' and 'tp'", "tokens_per_rank=-1", "top_k=9", "quant='int3'"]
+    check_clear(lambda: moe.make_plan(mesh, **SIZES | wrong), MeshError, words)
+
+
+def test_make_plan_reports_what_a_product_refuses_beside_the_rest():
+    """Each quantity by itself: a size that is none, or an unknown recipe, hides no other."""
+    wrong = {"top_k": 0, "hidden": 1000, "quant": "int3", "combine_quant": "mx_e4m3", "tokens_per_rank": 600}
+    words = [f"{name}={value!r}" for name, value in wrong.items()]
+    wrong |= {"dtype": jnp.bfloat16, "product": "a3"}
+    words += ["6 problems", "tp=2 with 4 experts per rank"]
     check_clear(lambda: moe.make_plan(MESH, **SIZES | wrong), InvalidArgumentError, words)
 
 
@@ -694,13 +706,6 @@ def test_numpy_numbers_serve_where_numbers_are_wanted():
     assert routing.expert_ids.shape == (T, K)
     init, _ = moe.moe_on_mesh(MESH, PLAN, ROUTER, ffn=np.int8(F))
     assert jax.eval_shape(init, jax.random.key(0))["w_up"].shape == (E, H, F)
-
-
-def test_a_mesh_with_explicit_axes_serves_arrays_that_lie_right():
-    init, layer = moe.moe_on_mesh(EXPLICIT_MESH, PLAN, ROUTER, ffn=F)
-    mask = placed(np.ones(4 * T, bool), ("ep", "tp"))
-    y, _ = jax.eval_shape(layer, init(jax.random.key(0)), placed(GLOBAL_X, ("ep", "tp")), mask)
-    assert y.shape == GLOBAL_X.shape
 
 
 def test_numpy_arrays_serve_where_arrays_are_wanted():

@@ -1,7 +1,12 @@
-"""Plans: a product's limits, what a row costs on the wire, and the choice of a transport."""
+"""Plans: a product's limits, what a row costs on the wire, what buffers take, and the choice of a transport."""
 
+import functools
+
+import jax
+import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
 
 import moe_jax as moe
 from moe_jax.plan.rates import RATES
@@ -89,3 +94,55 @@ def test_hierarchy_has_a_workspace_and_says_its_nodes():
     plan = moe.make_plan(mesh, **SIZES, transport="hierarchy")
     assert plan.num_nodes == 2 and plan.ep_size == 16
     assert plan.workspace()["crossing"] == 2 * 2 * 64 * 2 * 7168  # no token crosses to a node twice
+
+
+@pytest.mark.parametrize("overflow", ["dropless", "drop"])
+@pytest.mark.parametrize("transport", ["padded", "ragged", "allgather", "hierarchy"])
+def test_workspace_of_dispatch_is_what_a_call_makes(transport, overflow):
+    """Shapes of what dispatch returns give the extents of its buffers, worst skew or not."""
+    tokens, hidden, top_k = 24, 16, 3
+    mesh = AbstractMesh((2, 4, 2), ("node", "ep", "tp"))
+    plan = moe.make_plan(
+        mesh, tokens_per_rank=tokens, hidden=hidden, num_experts=16, top_k=top_k, dtype="float32",
+        transport=transport, overflow=overflow,
+    )  # fmt: skip
+    everywhere = P(("node", "ep", "tp"))
+    run = jax.shard_map(
+        functools.partial(moe.dispatch, plan=plan), mesh=mesh, in_specs=everywhere, out_specs=everywhere
+    )
+    given = ((tokens * 16, hidden), jnp.float32), ((tokens * 16, top_k), jnp.int32)
+    sent = jax.eval_shape(run, *(jax.ShapeDtypeStruct(*shape) for shape in given))
+    sizes, extents = plan.workspace("dispatch"), {name: a.shape[0] // 16 for name, a in vars(sent.handle.maps).items()}
+    assert sizes["rows"] == sent.x.shape[0] // 16 * hidden * 4
+    assert (sizes == plan.workspace()) == (overflow == "drop")
+    if transport == "allgather":
+        assert sizes["arrival"] == extents["pair_row"] * tokens * hidden * 4
+        return
+    assert sizes["arrival"] == extents["slot_row"] * hidden * 4
+    sending = extents["inner_pair" if transport == "hierarchy" else "send_pair"]
+    assert sizes["send"] == sending * hidden * 4
+    if transport == "hierarchy":
+        assert sizes["crossing"] == 2 * extents["slot_token"] * hidden * 4
+
+
+def test_a_plan_says_what_both_calls_take():
+    """DeepSeek-V3 on 32 ranks: half a gigabyte of rows in a round of the layer, 14 in a call of dispatch alone."""
+    plan = make(ep=32, tokens_per_rank=4096, transport="padded")
+    layer, alone = plan.workspace()["rows"], plan.workspace("dispatch")["rows"]
+    assert layer == 32 * plan.pair_capacity * 7168 * 2 < 0.6 * 2**30
+    assert alone == 32 * 4096 * 8 * 7168 * 2 == 14 * 2**30
+    text = plan.describe()
+    for figure in (f"{layer:,} B", f"{alone:,} B", f"{32 * plan.pair_capacity} rows", f"{32 * 4096 * 8} rows"):
+        assert figure.removesuffix(" rows") in text
+    assert "dispatch alone" in text and "a round of the layer" in text
+    with pytest.raises(moe.errors.InvalidArgumentError, match="call='combine' is unknown"):
+        plan.workspace("combine")
+
+
+def test_hierarchy_without_nodes_is_one_node():
+    """As make_mesh(nodes=1) has it, so that a program for any number of nodes needs no second case; the plan says so."""
+    plan = make(transport="hierarchy")
+    assert plan.num_nodes == 1 and plan.ep_axis == ("ep",)
+    assert "one node" in plan.describe() and "one node" not in make(transport="padded").describe()
+    nodes = moe.make_plan(AbstractMesh((2, 8, 1), ("node", "ep", "tp")), **SIZES, transport="hierarchy")
+    assert nodes.transport_reason == "as asked"

@@ -256,6 +256,33 @@ def test_barrier_with_tables():
         np.testing.assert_array_equal(program(x, everywhere(table)), x)
 
 
+# --- by themselves ----------------------------------------------------------------------------------------------------
+
+
+def compiled(caplog, function, *args):
+    """What ``function`` gives, and the programs that were compiled for it."""
+    caplog.clear()
+    with jax.log_compiles():
+        result = function(*args)
+    return result, [record.args[0] for record in caplog.records if record.msg.startswith("Compiling")]
+
+
+def test_layer_outside_a_program_is_one_program(caplog):
+    """``init`` and ``apply`` without jit: a single program each, and none for other values; nor for gradients."""
+    mesh = moe.make_mesh(ep=2, tp=2)
+    plan = moe.make_plan(mesh, tokens_per_rank=T, hidden=H, num_experts=E, top_k=K, dtype="float32")
+    init, apply = moe.moe_on_mesh(mesh, plan, moe.RouterConfig(), ffn=4)
+    keys = [jax.random.key(seed) for seed in range(2)]
+    xs = [np.full((4 * T, H), value, np.float32) for value in range(2)]
+    gradient = jax.grad(lambda params, x: apply(params, x)[0].sum())
+    params, programs = compiled(caplog, init, keys[0])
+    assert len(programs) == 1 and compiled(caplog, init, keys[1])[1] == []
+    _, programs = compiled(caplog, apply, params, xs[0])
+    assert len(programs) == 1 and compiled(caplog, apply, params, xs[1])[1] == []
+    _, programs = compiled(caplog, gradient, params, xs[0])
+    assert 2 <= len(programs) < 12 and compiled(caplog, gradient, params, xs[1])[1] == []
+
+
 def test_that_a_second_trace_is_seen():
     """What is static does trace again, and the guard says so."""
     program = traced_once(lambda x: x + 1)

@@ -22,6 +22,7 @@ Array = jax.Array
 
 
 @signature_checked
+@_compat.vary_as_operands("expand_x", "expand_scales")
 def moe_distribute_combine_v4(
     expand_x: Array,
     expert_ids: Array,
@@ -83,6 +84,7 @@ def moe_distribute_combine_v4(
 
 
 @signature_checked
+@_compat.vary_as_operands("expand_x", "expand_scales")
 def moe_distribute_combine_add_rms_norm_v2(
     expand_x: Array,
     expert_ids: Array,
@@ -155,7 +157,7 @@ def _total(given: dict[str, Any]) -> tuple[Array, Array, Array | None]:
     )
     plan = world.plan
     arrays = {name: value for name, value in given.items() if isinstance(value, jax.Array)}
-    given = given | _compat.as_varying(arrays, plan.exchange_axes)
+    given = given | _compat.as_varying_alike(arrays, plan.exchange_axes)
     mask = worlds.as_pair_mask(given["x_active_mask"], given["expert_ids"])
     active = worlds.active_tokens(mask, tokens, plan, given["elastic_info"])
     weights = given["expert_scales"]

@@ -20,6 +20,7 @@ Array = jax.Array
 
 
 @signature_checked
+@_compat.vary_as_operands()
 def moe_distribute_dispatch_v4(
     x: Array,
     expert_ids: Array,
@@ -89,7 +90,7 @@ def moe_distribute_dispatch_v4(
     if window is not None:
         check_window(window, plan.ep_size)
     arrays = (x, expert_ids, scales, x_active_mask, expert_scales, elastic_info, window)
-    x, expert_ids, scales, mask, weights, table, window = _compat.as_varying(arrays, plan.exchange_axes)
+    x, expert_ids, scales, mask, weights, table, window = _compat.as_varying_alike(arrays, plan.exchange_axes)
     mask = worlds.as_pair_mask(mask, expert_ids)
     if not plan.num_pairs:
         return _empty(world, x, scales, weights, quant_mode, performance_info, window)

@@ -22,11 +22,16 @@ class Executor:
     """One checked call of an operator of ``moe_jax.aclnn``. Holds no array, and is hashable.
 
     A traced ``local_rank_id`` is the exception: it binds the executor to the program that is being traced.
+
+    Attributes:
+      operator_name: the function of ``moe_jax.aclnn`` that it calls.
+      attributes: (name, value) of each argument that is no array.
+      arrays: (name, shape, dtype) of each array that was checked.
     """
 
     operator_name: str
     attributes: tuple[tuple[str, Any], ...]
-    arrays: tuple[tuple[str, tuple[int, ...], str], ...]  # name, shape and dtype of each array that was checked
+    arrays: tuple[tuple[str, tuple[int, ...], str], ...]
 
     def __call__(self, **arrays: Any) -> Any:
         """Runs the operator inside ``shard_map`` on arrays like those that were checked; None = not given.

@@ -5,25 +5,25 @@ from typing import NamedTuple
 
 import jax
 
+from moe_jax import _compat
 from moe_jax.window import Window
 
 Array = jax.Array
 
 
+@_compat.exportable
 class DispatchOutput(NamedTuple):
-    """Of ``moe_distribute_dispatch_v4``. A rows for the rank that needs most, P = max(tp_world_size, 1)."""
+    """Of ``moe_distribute_dispatch_v4``. A rows for the rank that needs most, P = max(tp_world_size, 1).
 
-    expand_x: Array  # [P * A, H]; quantised: codes, [P * A, H / 2] u8 for fp4
-    dynamic_scales: Array | None  # [P * A] f32, [P * A, groups] f32 or u8; None where none travel
-    assist_info_for_combine: Array  # [A * 128] i32: (source rank, token, k) of own row j from 3 j on
-    expert_token_nums: Array  # [L] i64 (i32 unless JAX has 64-bit types enabled)
-    ep_recv_counts: Array  # [P * L * W] i32, running sums by (expert, source): own, then the tp peer's
-    tp_recv_counts: Array | None  # [2] i32 by tp rank; None for tp_world_size < 2
-    expand_scales: Array | None  # [A] f32, the expert_scales entry of own rows; None without expert_scales
-
-
-class TimedDispatchOutput(NamedTuple):
-    """``DispatchOutput``, and performance_info with this call's microseconds added."""
+    Attributes:
+      expand_x: [P * A, H]; quantised: codes, [P * A, H / 2] u8 for fp4.
+      dynamic_scales: [P * A] f32, [P * A, groups] f32 or u8; None where none travel.
+      assist_info_for_combine: [A * 128] i32: (source rank, token, k) of own row j from 3 j on.
+      expert_token_nums: [L] i64 (i32 unless JAX has 64-bit types enabled), rows of each expert, or their running sum.
+      ep_recv_counts: [P * L * W] i32, running sums by (expert, source): own, then the tp peer's.
+      tp_recv_counts: [2] i32 by tp rank; None for tp_world_size < 2.
+      expand_scales: [A] f32, the expert_scales entry of own rows; None without expert_scales.
+    """
 
     expand_x: Array
     dynamic_scales: Array | None
@@ -32,9 +32,29 @@ class TimedDispatchOutput(NamedTuple):
     ep_recv_counts: Array
     tp_recv_counts: Array | None
     expand_scales: Array | None
-    performance_info: Array  # [W]
 
 
+@_compat.exportable
+class TimedDispatchOutput(NamedTuple):
+    """``DispatchOutput``, and performance_info with this call's microseconds added.
+
+    Attributes:
+      expand_x, dynamic_scales, assist_info_for_combine, expert_token_nums, ep_recv_counts, tp_recv_counts,
+        expand_scales: as there.
+      performance_info: [W] microseconds waited for each source.
+    """
+
+    expand_x: Array
+    dynamic_scales: Array | None
+    assist_info_for_combine: Array
+    expert_token_nums: Array
+    ep_recv_counts: Array
+    tp_recv_counts: Array | None
+    expand_scales: Array | None
+    performance_info: Array
+
+
+@_compat.exportable
 class WindowDispatchOutput(NamedTuple):
     """``DispatchOutput``, and the receive window that it arrived in.
 
@@ -56,47 +76,84 @@ class WindowDispatchOutput(NamedTuple):
     num_stale: Array
 
 
+@_compat.exportable
 class CombineOutput(NamedTuple):
-    """Of ``moe_distribute_combine_v4``."""
+    """Of ``moe_distribute_combine_v4``.
 
-    x_out: Array  # [B, H]
-
-
-class TimedCombineOutput(NamedTuple):
-    """``CombineOutput``, and performance_info with this call's microseconds added."""
+    Attributes:
+      x_out: [B, H], the sum for each token.
+    """
 
     x_out: Array
-    performance_info: Array  # [W]
 
 
+@_compat.exportable
+class TimedCombineOutput(NamedTuple):
+    """``CombineOutput``, and performance_info with this call's microseconds added.
+
+    Attributes:
+      x_out: [B, H], the sum for each token.
+      performance_info: [W] microseconds waited for each rank.
+    """
+
+    x_out: Array
+    performance_info: Array
+
+
+@_compat.exportable
 class AddRmsNormOutput(NamedTuple):
-    """Of ``moe_distribute_combine_add_rms_norm_v2``."""
+    """Of ``moe_distribute_combine_add_rms_norm_v2``.
 
-    y_out: Array  # [B, 1, H]
-    rstd_out: Array  # [B, 1, 1] f32
-    x_out: Array  # [B, 1, H]
+    Attributes:
+      y_out: [B, 1, H], normalised.
+      rstd_out: [B, 1, 1] f32, one over the root of the mean square.
+      x_out: [B, 1, H], the sum with the residual.
+    """
+
+    y_out: Array
+    rstd_out: Array
+    x_out: Array
 
 
+@_compat.exportable
 class UpdateExpertOutput(NamedTuple):
-    """Of ``moe_update_expert``."""
+    """Of ``moe_update_expert``.
 
-    balanced_expert_ids: Array  # [BS, K]
-    balanced_active_mask: Array | None  # [BS, K] bool; None without pruning
+    Attributes:
+      balanced_expert_ids: [BS, K] instances.
+      balanced_active_mask: [BS, K] bool; None without pruning.
+    """
+
+    balanced_expert_ids: Array
+    balanced_active_mask: Array | None
 
 
+@_compat.exportable
 class GroupedMatmulAllToAllvOutput(NamedTuple):
-    """Of ``grouped_mat_mul_allto_allv``."""
+    """Of ``grouped_mat_mul_allto_allv``.
 
-    y: Array  # [BSK, N1]
-    mm_y: Array | None  # [BS, N2]
+    Attributes:
+      y: [BSK, N1], the products at the ranks of their tokens.
+      mm_y: [BS, N2], the dense product; None without ``mm_x``.
+    """
+
+    y: Array
+    mm_y: Array | None
 
 
+@_compat.exportable
 class AllToAllvGroupedMatmulOutput(NamedTuple):
-    """Of ``allto_allv_grouped_mat_mul``."""
+    """Of ``allto_allv_grouped_mat_mul``.
 
-    gmm_y: Array  # [A, N1]
-    mm_y: Array | None  # [BS, N2]
-    permute_out: Array | None  # [A, H1]; None unless permute_out_flag
+    Attributes:
+      gmm_y: [A, N1], the products at the ranks of their experts.
+      mm_y: [BS, N2], the dense product; None without ``mm_x``.
+      permute_out: [A, H1], the rows that were multiplied; None unless ``permute_out_flag``.
+    """
+
+    gmm_y: Array
+    mm_y: Array | None
+    permute_out: Array | None
 
 
 # What each operator may return, by its newest version.

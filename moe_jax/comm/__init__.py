@@ -20,7 +20,7 @@ from moe_jax.comm.collectives import (
     sum_over_tokens,
     tp_rank,
 )
-from moe_jax.comm.ragged import ragged_all_to_all
+from moe_jax.comm.ragged import ragged_all_to_all, ragged_exchange
 from moe_jax.comm.rows import cut_pieces, join_pieces, to_bits
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "max_over_ranks",
     "max_over_replicas",
     "ragged_all_to_all",
+    "ragged_exchange",
     "rank_along",
     "reduce_scatter_tokens",
     "reduce_scatter_tp",

@@ -56,22 +56,23 @@ def rank_along(axes: tuple[str, ...]) -> Array:
 
 def max_over_ranks(x: Array, plan) -> Array:
     """The largest ``x`` of the exchange group, so that all its devices take the same branch."""
-    return lax.pmax(x, plan.exchange_axes)
+    return lax.pmax(_compat.as_varying(x, plan.exchange_axes), plan.exchange_axes)
 
 
 def max_over_replicas(x: Array, plan) -> Array:
     """The largest ``x`` of the data-parallel replicas of the exchange group."""
-    return lax.pmax(x, plan.dp_axis) if plan.dp_axis else x
+    return lax.pmax(_compat.as_varying(x, plan.dp_axis), plan.dp_axis) if plan.dp_axis else x
 
 
 def sum_over(tree: Any, axis_name: str | Sequence[str]) -> Any:
     """The sum of every leaf over the ranks along ``axis_name``."""
-    return lax.psum(tree, axis_name)
+    axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    return lax.psum(_compat.as_varying(tree, axes), axes)
 
 
 def sum_over_tokens(x: Array, plan) -> Array:
     """The sum of ``x`` over every device that holds tokens."""
-    return lax.psum(x, plan.token_axes)
+    return sum_over(x, plan.token_axes)
 
 
 def exchange_counts(send_counts: Array, plan) -> Array:

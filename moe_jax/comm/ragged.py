@@ -30,6 +30,7 @@ Array = jax.Array
 _CHUNKS_PER_SLICE = 8  # chunks of an evenly spread operand's slice: bounds the padding of the last one to 1/8
 
 
+@_compat.vary_as_operands()
 def ragged_all_to_all(
     operand: Array,
     output: Array,
@@ -91,9 +92,12 @@ def ragged_all_to_all(
     for name, value in integers.items():
         check_shape(name, value, (num_ranks,), f"[W], one per rank of {'*'.join(axes)}")
         check_dtype(name, value, ("int32",), "cast it with .astype(jnp.int32)")
-    operands = (operand, output, *integers.values())
-    varying = (*axes, *(a for a in _compat.union_of_varying_axes(operands) if a not in axes))
-    return _ragged(axes, *_compat.as_varying(operands, varying))
+    return ragged_exchange(operand, output, *integers.values(), axes=axes)
+
+
+def ragged_exchange(operand: Array, output: Array, *integers: Array, axes: tuple[str, ...]) -> Array:
+    """``ragged_all_to_all`` of operands that are right; what it gives varies over ``axes`` and as they do."""
+    return _ragged(axes, *_compat.as_varying_alike((operand, output, *integers), axes))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -37,6 +37,7 @@ Array = jax.Array
 CountList = Sequence[int] | Sequence[Sequence[int]] | np.ndarray | Array
 
 
+@_compat.vary_as_operands()
 def grouped_matmul_all_to_allv(
     gmm_x: Array,
     gmm_weight: Array,
@@ -152,6 +153,7 @@ def grouped_matmul_all_to_allv(
         return compute_then_send(extents, rows, weight, route), mm_y
 
 
+@_compat.vary_as_operands()
 def all_to_allv_grouped_matmul(
     gmm_x: Array,
     gmm_weight: Array,

@@ -171,14 +171,14 @@ def _compute_then_send(extents, rows, weight, route, addend=None, multiply=_mult
             result = _zeros((extents.token_rows, product.shape[1]), product)
         with jax.named_scope("transfer"):
             order = map_blocks(chunk.starts.ravel(), chunk.product.ravel(), chunk.sizes.ravel(), extents.wire_rows)
-            result = comm.ragged_all_to_all(
+            result = comm.ragged_exchange(
                 _gather(product, order),
                 result,
                 chunk.starts[:, 0],
                 _sum(chunk.sizes, axis=1),
                 route.remote_token_starts,
                 chunk.token_sizes,
-                axis_name=extents.axes,
+                axes=extents.axes,
             )
     return result
 
@@ -187,14 +187,14 @@ def _send_then_compute(extents, rows, weight, route, multiply=_multiply):
     chunks, wires, products = list(_chunks(extents, route)), [], []
     for chunk in chunks:
         with jax.named_scope("transfer"):
-            wire = comm.ragged_all_to_all(
+            wire = comm.ragged_exchange(
                 rows,
                 _zeros((extents.wire_rows, rows.shape[1]), rows),
                 route.token_starts,
                 chunk.token_sizes,
                 route.remote_wire_starts,
                 _sum(chunk.sizes, axis=1),
-                axis_name=extents.axes,
+                axes=extents.axes,
             )
         with jax.named_scope("product"):
             order = _map_expert_major(chunk.product, chunk.starts, chunk.sizes, extents.expert_rows)

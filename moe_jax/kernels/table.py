@@ -76,6 +76,13 @@ class Backend:
         object.__setattr__(self, "transports", MappingProxyType(dict(self.transports)))
 
 
+    def __reduce__(self):
+        """Pickles as what it was built from: a mapping that cannot change does not pickle by itself."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values |= {"kernels": dict(self.kernels), "transports": dict(self.transports)}
+        return functools.partial(Backend, **values), ()
+
+
 def _check_words(what: str, given, known: tuple[str, ...], kind) -> None:
     """Raises unless ``given`` is a ``kind`` and holds only ``known`` words."""
     if not isinstance(given, kind):

@@ -14,32 +14,54 @@ from moe_jax.products import ANY, PRODUCTS
 _AT_LEAST_ONE = ("hidden", "num_experts", "top_k")  # other sizes may be 0
 
 
-def size_violations(ep_size: int, tp_size: int, sizes: dict[str, object]) -> list[str]:
-    """Broken rules of and between the sizes, by the names of the arguments."""
-    found = [text for name in sizes for text in count_violations(name, sizes[name], int(name in _AT_LEAST_ONE))]
-    if found:  # the rules below compare whole numbers
-        return found
-    number = {name: int(value) for name, value in sizes.items()}
-    experts, top_k, tokens = number["num_experts"], number["top_k"], number["tokens_per_rank"]
-    num_ids = experts + sum(number[f"num_{kind}_experts"] for kind in ("zero", "copy", "const"))
-    shared, shared_ranks = number["num_shared_experts"], number["num_shared_ranks"]
-    holders = ep_size - shared_ranks  # of routed experts
-    if holders < 1:
-        found.append(f"num_shared_ranks={shared_ranks} leaves none of ep={ep_size} ranks for routed experts; lower it")
-    elif experts % holders:
-        fitting = (experts // holders + 1) * holders
-        ranks = f"ep={ep_size}" if not shared_ranks else f"the {holders} ranks that hold routed experts"
-        found.append(f"num_experts={experts} is not divisible by {ranks}; use {fitting} experts or another ep")
-    if shared_ranks and (not shared or shared_ranks % shared):
+def whole_sizes(sizes: dict[str, object]) -> dict[str, int]:
+    """Those of the sizes that are legal by themselves, as Python's own numbers: the ones that rules can compare."""
+    return {name: int(value) for name, value in sizes.items() if not count_violations(name, value, _least(name))}
+
+
+def _least(name: str) -> int:
+    return int(name in _AT_LEAST_ONE)
+
+
+def size_violations(mesh_sizes: tuple[int, int] | None, sizes: dict[str, object]) -> list[str]:
+    """Broken rules of and between the sizes, by the names of the arguments.
+
+    A rule between several sizes is checked as soon as each of them is legal by itself.
+
+    Args:
+      mesh_sizes: (ep, tp); None where the mesh is not one.
+      sizes: all arguments that are sizes.
+    """
+    found = [text for name in sizes for text in count_violations(name, sizes[name], _least(name))]
+    number = whole_sizes(sizes)
+    tokens, experts, top_k = (number.get(name) for name in ("tokens_per_rank", "num_experts", "top_k"))
+    shared, shared_ranks = number.get("num_shared_experts"), number.get("num_shared_ranks")
+    special = [number.get(f"num_{kind}_experts") for kind in ("zero", "copy", "const")]
+    if None not in (shared, shared_ranks) and shared_ranks and (not shared or shared_ranks % shared):
         found.append(
             f"num_shared_ranks={shared_ranks} must be a multiple of num_shared_experts={shared}, which must not be 0"
         )
-    if top_k > num_ids:
-        counted = f"num_experts={experts}" if num_ids == experts else f"the {num_ids} experts of all kinds"
-        found.append(f"top_k={top_k} exceeds {counted}; lower top_k")
-    if num_ids >= 2**31:
-        found.append(f"num_experts={experts}: all kinds together must stay below 2**31: ids are 32-bit integers")
-    if tp_size * ep_size * tokens * (top_k + shared) >= 2**31:
+    if None not in (experts, *special):
+        num_ids = experts + sum(special)
+        if top_k is not None and top_k > num_ids:
+            counted = f"num_experts={experts}" if num_ids == experts else f"the {num_ids} experts of all kinds"
+            found.append(f"top_k={top_k} exceeds {counted}; lower top_k")
+        if num_ids >= 2**31:
+            found.append(f"num_experts={experts}: all kinds together must stay below 2**31: ids are 32-bit integers")
+    if mesh_sizes is None:
+        return found
+    ep_size, tp_size = mesh_sizes
+    if shared_ranks is not None:
+        holders = ep_size - shared_ranks  # of routed experts
+        if holders < 1:
+            found.append(
+                f"num_shared_ranks={shared_ranks} leaves none of ep={ep_size} ranks for routed experts; lower it"
+            )
+        elif experts is not None and experts % holders:
+            fitting = (experts // holders + 1) * holders
+            ranks = f"ep={ep_size}" if not shared_ranks else f"the {holders} ranks that hold routed experts"
+            found.append(f"num_experts={experts} is not divisible by {ranks}; use {fitting} experts or another ep")
+    if None not in (tokens, top_k, shared) and tp_size * ep_size * tokens * (top_k + shared) >= 2**31:
         found.append(f"tokens_per_rank={tokens}: ep * tp * T * K must stay below 2**31; use more devices")
     return found
 
@@ -86,28 +108,39 @@ _COMBINE_MODES = {"none": 0, "int8_group8": 2, "mx_e5m2": 3, "mx_e4m3": 4}
 _OUTPUTS = {"int8": "int8", "e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2", "e2m1": "float4_e2m1fn"}
 
 
-def product_violations(product, ep_size: int, tp_size: int, dtype, transport, recipes, sizes) -> list[str]:
-    """What the operators of a product's family do not take: ``moe_jax.products`` has the limits and their sources."""
+def product_violations(product, mesh_sizes: tuple[int, int] | None, dtype, transport, recipes, sizes) -> list[str]:
+    """What the operators of a product's family do not take: ``moe_jax.products`` has the limits and their sources.
+
+    Left out is what is no size, recipe or dtype at all, which other rules name.
+    """
     if product is None:
         return []
     found = choice_violations("product", product, PRODUCTS)
-    known = all(isinstance(name, str) and name in quant.NAMES for name in recipes.values())
-    if found or not known or any(count_violations(name, value, 0) for name, value in sizes.items()):
-        return found  # the rules below compare whole numbers and recipes
-    out, back = recipes["quant"], recipes["combine_quant"]
-    holders = ep_size - sizes["num_shared_ranks"]
-    local = sizes["num_experts"] // holders if holders > 0 else 0
+    if found:
+        return found
+    number = whole_sizes(sizes)
+    known = {name: value for name, value in recipes.items() if isinstance(value, str) and value in quant.NAMES}
     values = {
-        "ep_world_size": (f"mesh: ep={ep_size}", ep_size),
-        "tp_world_size": (f"mesh: tp={tp_size}", tp_size if tp_size > 1 else 0),
-        "local_experts": (f"num_experts={sizes['num_experts']} on {holders} ranks", local),
-        "local_experts_with_tp": (f"tp={tp_size} with {local} experts per rank", local if tp_size > 1 else None),
-        "experts_by_ranks": (f"{local} experts per rank times ep={ep_size}", local * ep_size),
-        "quant_mode": (f"quant={out!r}", _quant_mode(out)),
-        "comm_quant_mode": (f"combine_quant={back!r}", _COMBINE_MODES.get(back, -1)),
+        quantity: (f"{argument}={number[argument]}", number[argument])
+        for quantity, argument in _QUANTITIES.items()
+        if argument in number
     }
-    for quantity, argument in _QUANTITIES.items():
-        values[quantity] = (f"{argument}={sizes[argument]}", sizes[argument])
+    if mesh_sizes is not None:
+        ep_size, tp_size = mesh_sizes
+        values["ep_world_size"] = (f"mesh: ep={ep_size}", ep_size)
+        values["tp_world_size"] = (f"mesh: tp={tp_size}", tp_size if tp_size > 1 else 0)
+        holders = ep_size - number.get("num_shared_ranks", ep_size)
+        if holders > 0 and "num_experts" in number:
+            local = number["num_experts"] // holders
+            values["local_experts"] = (f"num_experts={number['num_experts']} on {holders} ranks", local)
+            values["experts_by_ranks"] = (f"{local} experts per rank times ep={ep_size}", local * ep_size)
+            if tp_size > 1:
+                values["local_experts_with_tp"] = (f"tp={tp_size} with {local} experts per rank", local)
+    if "quant" in known:
+        values["quant_mode"] = (f"quant={known['quant']!r}", _quant_mode(known["quant"]))
+    if "combine_quant" in known:
+        back = known["combine_quant"]
+        values["comm_quant_mode"] = (f"combine_quant={back!r}", _COMBINE_MODES.get(back, -1))
     for operator in ("moe_distribute_dispatch_v4", "moe_distribute_combine_v4"):
         limits = PRODUCTS[product].operators[operator].under("hierarchy" if transport == "hierarchy" else "")
         for quantity, legal in (ANY[operator].values | limits.values).items():
@@ -115,8 +148,11 @@ def product_violations(product, ep_size: int, tp_size: int, dtype, transport, re
             if value is not None and not legal.allows(value):
                 found.append(f"{what} is not legal on product={product!r}: {quantity} must be {legal}")
         rows = limits.dtypes.get("x", limits.dtypes.get("expand_x", ()))
-        if rows and str(dtype) not in rows:
+        if rows and not dtype_violations(dtype) and str(jnp.dtype(dtype)) not in rows:
             found.append(f"dtype={dtype!r} is not legal on product={product!r}: rows are {' or '.join(rows)}")
+        if "quant" not in known:
+            continue
+        out = known["quant"]
         outputs = limits.dtypes.get(f"y_dtype:{_quant_mode(out)}")
         if outputs and next(name for part, name in _OUTPUTS.items() if part in out) not in outputs:
             found.append(f"quant={out!r} is not legal on product={product!r}: it makes {' or '.join(outputs)}")

@@ -20,6 +20,11 @@ _WIDE = 4  # bytes of an integer, a weight, a term of a sum, a number in a param
 class Cost:
     """One device, one phase.
 
+    Beside the fields below: ``even_wire_bytes`` are those of ``wire_bytes`` that an even load fills, all but for
+    "ragged"; ``router_flops`` are those of ``flops`` that the router takes, in fp32 whatever the rows are; ``platform``
+    is the one whose nominal rates give ``compute_seconds``, ``memory_seconds`` and ``wire_seconds``, the last of
+    ``even_wire_bytes``.
+
     ``wire_bytes``: what ``moe_jax.contract`` counts as ``inline_wire_bytes`` of the compiled layer: rows, and beside
     them counts, weights, the router's statistics and the gradients of replicated parameters. A ragged exchange counts
     with the extent of its operand, as it does there; where it is emulated, as on CPUs, it runs in a loop, and is not
@@ -36,14 +41,14 @@ class Cost:
     """
 
     wire_bytes: int
-    even_wire_bytes: int  # of these, what an even load fills: all but for "ragged"
+    even_wire_bytes: int
     flops: int
-    router_flops: int  # of these; in fp32 whatever the rows are
+    router_flops: int
     traffic_bytes: int
-    platform: str  # whose nominal rates give the following
+    platform: str
     compute_seconds: float
     memory_seconds: float
-    wire_seconds: float  # of ``even_wire_bytes``
+    wire_seconds: float
 
     @property
     def bound(self) -> tuple[str, float]:

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from moe_jax.config import OVERFLOWS, TRANSPORTS
-from moe_jax.errors import choice_violations, flag_violations, raise_all
+from moe_jax.errors import InvalidArgumentError, MeshError, choice_violations, flag_violations, raise_all
 from moe_jax.kernels.table import resolve_all
-from moe_jax.mesh import check_mesh
+from moe_jax.mesh import mesh_violations
 from moe_jax.plan import checks
 from moe_jax.plan.cost import PHASES, balanced_rows, layer_costs
 from moe_jax.plan.plan import Plan
@@ -62,28 +62,31 @@ def make_plan(
         ``moe_jax.products``; None: whatever is possible.
       transport: "padded" (all_to_all of equal blocks), "ragged" (ragged_all_to_all), "allgather" (all tokens out,
         reduce-scatter back), "hierarchy" (a token crosses to each node of a mesh with a "node" axis once, and one
-        partial sum comes back), or "auto": of the first two, and on GPU and TPU "ragged", the one that should take the
-        least time to move rows in a forward and a backward pass, by nominal rates; see ``moe_jax.plan.cost``.
+        partial sum comes back; without that axis all ranks are one node, inside which rows go from rank to rank), or
+        "auto": "padded" or "allgather", or on GPU and TPU "ragged", whichever should take the least time to move rows
+        in a forward and a backward pass of the layer, by nominal rates of the mesh's platform; see
+        ``moe_jax.plan.cost``. It never takes "hierarchy". ``Plan.describe()`` has the times of all candidates.
       overflow: "dropless": what does not fit into a round waits for the next; "drop": it is dropped and counted. Each
         pair of ranks keeps the front of its list, which is sorted by expert: the last experts of a rank lose most.
-      capacity_factor: rows that a pair of ranks can move in a round, relative to the balanced load, T * K / ep;
-        None: 1.25, and four
-        standard deviations of a uniform router at least. Never more than T * K.
+      capacity_factor: rows that a pair of ranks can move in a round of the layer, relative to the balanced load,
+        T * K / ep; None: 1.25, and four standard deviations of a uniform router at least. Never more than T * K. A call
+        of ``dispatch`` alone has room for T * K rows, whatever this is, unless overflow is dropped.
       backward_quant: recipe of the cotangents of rows, both ways; as ``combine_quant``.
       backend: a registered back end, or "auto": the one of the mesh's platform, or several if none has everything.
       poison: fill every slot and row that nobody may read with NaN, to prove that nobody does. For tests.
 
     Raises:
       InvalidArgumentError: lists every rule that is broken.
-      MeshError: the mesh has no "ep" or no "tp" axis, or is not a mesh.
+      MeshError: the same, where the mesh has no "ep" or no "tp" axis, or is not a mesh.
 
     >>> make_plan(make_mesh(ep=4), tokens_per_rank=16, hidden=8, num_experts=8, top_k=2).pair_capacity
     20
     """
-    check_mesh(mesh)
-    shape = mesh.shape
-    ep_axis = tuple(name for name in ("node", "ep") if name in shape)
-    ep_size, tp_size = math.prod(shape[name] for name in ep_axis), shape["tp"]
+    mesh_sizes, wrong_mesh = None, mesh_violations(mesh)
+    if not wrong_mesh:
+        shape = mesh.shape
+        ep_axis = tuple(name for name in ("node", "ep") if name in shape)
+        mesh_sizes = ep_size, tp_size = math.prod(shape[name] for name in ep_axis), shape["tp"]
     sizes = {
         "tokens_per_rank": tokens_per_rank,
         "hidden": hidden,
@@ -97,7 +100,8 @@ def make_plan(
     }
     recipes = {"quant": quant, "combine_quant": combine_quant, "backward_quant": backward_quant}
     violations = [
-        *checks.size_violations(ep_size, tp_size, sizes),
+        *wrong_mesh,
+        *checks.size_violations(mesh_sizes, sizes),
         *checks.dtype_violations(dtype),
         *choice_violations("transport", transport, TRANSPORTS),
         *choice_violations("overflow", overflow, OVERFLOWS),
@@ -105,9 +109,9 @@ def make_plan(
         *checks.capacity_violations(capacity_factor),
         *flag_violations("poison", poison),
         *checks.recipe_violations(hidden, recipes),
-        *checks.product_violations(product, ep_size, tp_size, dtype, transport, recipes, sizes),
+        *checks.product_violations(product, mesh_sizes, dtype, transport, recipes, sizes),
     ]
-    raise_all(violations, "make_plan")
+    raise_all(violations, "make_plan", MeshError if wrong_mesh else InvalidArgumentError)
 
     sizes = {name: int(value) for name, value in sizes.items()}
     dtype, platform = str(jnp.dtype(dtype)), _platform(mesh)
@@ -123,7 +127,7 @@ def make_plan(
         num_nodes=shape.get("node", 1),
         dtype=dtype,
         transport=transport,
-        transport_reason="as asked",
+        transport_reason=_as_asked(transport, shape.get("node", 1)),
         overflow=overflow,
         pair_capacity=pair_capacity,
         backend=resolve_all(platform) if backend == "auto" else backend,
@@ -148,6 +152,12 @@ def _with_least_time(plan: Plan, platform: str) -> Plan:
     )
     reason = f"least time to move rows, {PHASES[1]}, at nominal rates of {platform} ({words})"
     return dataclasses.replace(plan, transport=min(seconds, key=seconds.get), transport_reason=reason)
+
+
+def _as_asked(transport: str, num_nodes: int) -> str:
+    if transport == "hierarchy" and num_nodes == 1:
+        return "as asked; the mesh spans one node, so nothing crosses to another: padded does the same with less"
+    return "as asked"
 
 
 def _platform(mesh) -> str:

@@ -6,21 +6,51 @@ import math
 import jax
 import jax.numpy as jnp
 
+from moe_jax import _compat
 from moe_jax.config import ACTIVATIONS
 from moe_jax.errors import InvalidArgumentError, UnsupportedError, check_choice, check_count
 from moe_jax.kernels import find_transport, resolve_backend
 from moe_jax.plan.cost import Cost, balanced_rows, layer_costs, row_bytes
 from moe_jax.plan.rates import RATES
 from moe_jax.quant import Recipe, recipe
+from moe_jax.types import DispatchHandle
 
 
-@jax.tree_util.register_static
+@_compat.exportable_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One layer's static facts. Hashable; holds no array and no mesh. Build it with ``make_plan``."""
+    """One layer's static facts. Hashable; holds no array and no mesh. Build it with ``make_plan``.
+
+    Attributes:
+      ep_axis: mesh axes over which experts are spread, outermost first: ("ep",), or ("node", "ep").
+      tp_axis: the mesh axis along which experts are split; None: no such axis.
+      dp_axis: mesh axes that replicate the whole group.
+      ep_size: W, ranks along ``ep_axis``, of all nodes.
+      tp_size: P, ranks along ``tp_axis``.
+      num_nodes: N, nodes that ``ep_axis`` spans.
+      tokens_per_rank: T, tokens of each device.
+      hidden: H, the width of a token.
+      num_experts: E, physical routed experts.
+      top_k: K, choices of a token.
+      dtype: of the rows: "float32", "bfloat16" or "float16".
+      num_shared_experts: experts that every token goes to.
+      num_shared_ranks: expert-parallel ranks that hold shared experts; 0: they are computed where the token is.
+      num_zero_experts: experts that add nothing; their ids follow those of routed experts.
+      num_copy_experts: experts that add the token itself; their ids come next.
+      num_const_experts: experts that mix the token with a constant vector; their ids come last.
+      quant: recipe of the rows on their way to the experts, "none" for none; see ``moe_jax.quant``.
+      combine_quant: recipe of the rows on their way back.
+      backward_quant: recipe of the cotangents of rows, both ways.
+      transport: how rows travel: "padded", "ragged", "allgather" or "hierarchy"; never "auto".
+      transport_reason: why this one, in words.
+      overflow: "dropless" or "drop": what happens to rows that a round has no room for.
+      pair_capacity: rows that a pair of ranks can move in a round of the layer.
+      backend: the back end of the kernels, by name; "auto" where several share the work.
+      poison: whether slots that nobody may read are filled with NaN.
+    """
 
     ep_axis: tuple[str, ...]
-    tp_axis: str | None  # None: no such axis
+    tp_axis: str | None
     dp_axis: tuple[str, ...]
     ep_size: int
     tp_size: int
@@ -69,6 +99,11 @@ class Plan:
     def max_pair_rows(self) -> int:
         """The most rows that one rank can send another: all choices of all its tokens."""
         return max(1, self.tokens_per_rank * self.top_k)
+
+    @property
+    def dispatch_capacity(self) -> int:
+        """Rows that a pair of ranks can move in a call of ``dispatch`` alone: all, unless overflow is dropped."""
+        return self.pair_capacity if self.overflow == "drop" else self.max_pair_rows
 
     @property
     def exchange_axes(self) -> tuple[str, ...]:
@@ -130,29 +165,60 @@ class Plan:
         """M, rows that a device can receive when every pair of ranks moves at most ``capacity``."""
         return self.tp_size * self.ep_size * capacity
 
-    def workspace(self) -> dict[str, int]:
-        """Bytes per device of the buffers of one round of the layer, by purpose (forward pass)."""
+    def workspace(self, call: str = "layer") -> dict[str, int]:
+        """Bytes per device of the buffers through which rows pass in a forward pass, by purpose.
+
+        They are counted as the program describes them, from sizes alone; each buffer counts once, and those of one call
+        are counted as if all were there at the same time. By key:
+
+        - "send": rows, or messages of a quantised wire, packed for other ranks; "crossing" instead of it for those
+          between nodes, both ways. Not for "allgather", which sends the tokens as they are.
+        - "arrival": what came from all ranks, of all tp ranks.
+        - "rows": the M rows in the order of the experts, in ``plan.dtype``.
+        - "return": rows, or sums of rows, on their way back to the tokens.
+        - "integers": which row lies where, and the counts.
+
+        Not in it are the arguments and results (tokens, parameters, y); what the experts compute of the rows (inner
+        activations, as wide as an FFN, and the rows that they return); casts of parameters and of rows; the router;
+        everything of a backward pass (residuals, cotangents, gradients); the buffers of further rounds and of the
+        chunks of an exchange that follows the true counts; and what the compiler adds (copies, scratch of its
+        collectives) or saves by letting buffers share memory. So the temporaries of a compiled program may be several
+        times as large: ``temporary_bytes`` of ``moe_jax.hlo_contract`` reads what they are.
+
+        Args:
+          call: "layer": of one round of ``moe_layer`` or ``moe_on_mesh``, M being ``num_rows(pair_capacity)``: bounded,
+            at any skew. "dispatch": of a call of ``dispatch`` alone and the ``combine`` that follows it, which do all
+            in one round: with overflow="dropless" M is the worst skew, T * K rows from every rank.
+
+        Raises:
+          InvalidArgumentError: ``call`` is neither.
+
+        >>> plan.workspace()["rows"], plan.workspace("dispatch")["rows"]
+        (512, 512)
+        """
+        check_choice("call", call, ("layer", "dispatch"))
+        capacity = self.pair_capacity if call == "layer" else self.dispatch_capacity
+        compact = self.transport == "ragged" or capacity > self.pair_capacity  # rows lie end to end
         row = self.hidden * jnp.dtype(self.dtype).itemsize
         out, back = (row_bytes(name, self.hidden, self.dtype) for name in (self.quant, self.combine_quant))
-        rows = self.num_rows(self.pair_capacity)
-        slots = self.ep_size * self.pair_capacity
+        rows, slots = self.num_rows(capacity), self.ep_size * capacity
         tokens = self.tp_size * self.ep_size * self.tokens_per_rank
+        arrival = self.tp_size * slots
         if self.transport == "allgather":
             buffers = {"arrival": tokens * out, "return": tokens * self.hidden * 4}
             integers = 2 * tokens * self.top_k + rows
         elif self.transport == "hierarchy":
-            crossing = self.num_nodes * min(self.tokens_per_rank, self.ep_size // self.num_nodes * self.pair_capacity)
-            arrival = self.tp_size * slots
+            crossing = self.num_nodes * min(self.tokens_per_rank, self.ep_size // self.num_nodes * capacity)
+            sent = min(slots, crossing * self.num_copies) if compact else slots
             buffers = {
                 "crossing": 2 * crossing * out,
-                "send": slots * out,
+                "send": sent * out,
                 "arrival": arrival * out,
-                "return": slots * row + crossing * (4 * self.hidden + back),
+                "return": sent * row + crossing * (4 * self.hidden + back),
             }
-            integers = crossing * (1 + self.num_copies) + self.tokens_per_rank * self.num_nodes + slots + arrival + rows
+            integers = crossing * (1 + self.num_copies) + self.tokens_per_rank * self.num_nodes + sent + arrival + rows
         else:
-            sent = min(slots, self.num_pairs) if self.transport == "ragged" else slots
-            arrival = self.tp_size * slots
+            sent = min(slots, self.num_pairs) if compact else slots
             buffers = {"send": sent * out, "arrival": arrival * out, "return": self.num_pairs * back}
             integers = sent + 3 * self.num_pairs + arrival + rows
         counts = (self.tp_size + 1) * self.num_experts
@@ -210,17 +276,29 @@ class Plan:
             + (f" on {self.num_shared_ranks} ranks of their own" if self.num_shared_ranks else ""),
             f"transport  {self.transport}: {self.transport_reason}",
             f"capacity   {self.pair_capacity} rows per pair of ranks and round{slack}; "
-            f"{self.num_rows(self.pair_capacity)} rows per device",
+            f"{self.num_rows(self.pair_capacity)} rows per device in a round of the layer, "
+            f"{self.num_rows(self.dispatch_capacity)} in a call of dispatch alone"
+            + (", the worst skew" if self.overflow == "dropless" else ""),
             f"wire       out {self.quant}, back {self.combine_quant}, cotangents {self.backward_quant}",
             f"overflow   {self.overflow}, "
             + (f"at most {self.max_rounds} rounds" if self.overflow == "dropless" else "counting what does not fit"),
             f"backend    {self.backend}",
-            "workspace  " + ", ".join(f"{name} {size:,} B" for name, size in self.workspace().items()),
+            f"workspace  of a round of the layer: {_bytes(self.workspace())}",
+            f"           of a call of dispatch alone, and combine: {_bytes(self.workspace('dispatch'))}",
         ]
         if ffn is not None or not self.num_shared_ranks:
             costs = self.cost(ffn or 0, activation=activation)
             lines += [f"cost       {phase}: {_words(cost, whole=bool(ffn))}" for phase, cost in costs.items()]
         return "\n".join(lines)
+
+
+_compat.exportable(
+    DispatchHandle, to_json=lambda aux: _compat.fields_of(aux[0]), from_json=lambda fields: (Plan(**fields),)
+)
+
+
+def _bytes(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{name} {size:,} B" for name, size in sizes.items())
 
 
 def _words(cost: Cost, *, whole: bool) -> str:

@@ -5,13 +5,22 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rates:
-    """Per device and second."""
+    """Per device and second.
 
-    flops16: float  # of products of 16-bit numbers
-    flops32: float  # of products of fp32 numbers
-    memory: float  # bytes read and written
-    wire: float  # bytes that leave the device
-    widened: tuple[str, ...] = ()  # dtypes that a sum over ranks turns into fp32 first
+    Attributes:
+      flops16: of products of 16-bit numbers.
+      flops32: of products of fp32 numbers.
+      memory: bytes read and written.
+      wire: bytes that leave the device.
+      widened: dtypes that a sum over ranks turns into fp32 first.
+      source: where the figures come from.
+    """
+
+    flops16: float
+    flops32: float
+    memory: float
+    wire: float
+    widened: tuple[str, ...] = ()
     source: str
 
 

@@ -10,18 +10,31 @@ MB = 1024 * 1024
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """The numbers of one exchange call, with the names that the reference gives them."""
+    """The numbers of one exchange call, with the names that the reference gives them.
 
-    tokens: int  # B, of this rank
-    hidden: int  # H
-    top_k: int  # K
-    ep_world_size: int  # W
-    moe_expert_num: int  # E
-    shared_expert_num: int = 0  # Ns
-    shared_expert_rank_num: int = 0  # S
-    tp_world_size: int = 0  # T
+    Attributes:
+      tokens: B, of this rank.
+      hidden: H.
+      top_k: K.
+      ep_world_size: W.
+      moe_expert_num: E.
+      shared_expert_num: Ns.
+      shared_expert_rank_num: S.
+      tp_world_size: T.
+      global_bs: as the reference has it; 0: that of `tokens`.
+      x_bytes: sizeof(dtype of x).
+    """
+
+    tokens: int
+    hidden: int
+    top_k: int
+    ep_world_size: int
+    moe_expert_num: int
+    shared_expert_num: int = 0
+    shared_expert_rank_num: int = 0
+    tp_world_size: int = 0
     global_bs: int = 0
-    x_bytes: int = 2  # sizeof(dtype of x)
+    x_bytes: int = 2
 
     @property
     def local_experts(self) -> int:

@@ -43,7 +43,11 @@ class Interval:
 
 @dataclasses.dataclass(frozen=True)
 class Choices:
-    """A short list of legal numbers or words."""
+    """A short list of legal numbers or words.
+
+    Attributes:
+      values: the legal ones.
+    """
 
     values: tuple[Any, ...]
 
@@ -68,15 +72,25 @@ Legal = Interval | Choices
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one operator takes: on one product, or (``products.any``) anywhere."""
+    """What one operator takes: on one product, or (``products.any``) anywhere.
 
-    values: Mapping[str, Legal] = _nothing()  # by quantity: an attribute's name, or one of ``QUANTITIES``
-    dtypes: Mapping[str, tuple[str, ...]] = _nothing()  # by array; "y_dtype:2" = the output's dtype in quant_mode 2
-    absent: tuple[str, ...] = ()  # optional arrays that it does not take
-    why: Mapping[str, str] = _nothing()  # by array of ``absent``: the reason, where there is more to say
-    required: tuple[str, ...] = ()  # optional arrays that it cannot do without
-    buffer: Callable[[Sizes], int] | None = None  # bytes that HCCL_BUFFSIZE must hold
-    variants: Mapping[str, "Limits"] = _nothing()  # by comm_alg, where that changes anything
+    Attributes:
+      values: by quantity: an attribute's name, or one of ``QUANTITIES``.
+      dtypes: by array; "y_dtype:2" = the output's dtype in quant_mode 2.
+      absent: optional arrays that it does not take.
+      why: by array of ``absent``: the reason, where there is more to say.
+      required: optional arrays that it cannot do without.
+      buffer: bytes that HCCL_BUFFSIZE must hold.
+      variants: by comm_alg, where that changes anything.
+    """
+
+    values: Mapping[str, Legal] = _nothing()
+    dtypes: Mapping[str, tuple[str, ...]] = _nothing()
+    absent: tuple[str, ...] = ()
+    why: Mapping[str, str] = _nothing()
+    required: tuple[str, ...] = ()
+    buffer: Callable[[Sizes], int] | None = None
+    variants: Mapping[str, "Limits"] = _nothing()
 
     def but(self, *, values: Mapping[str, Legal | None] = NOTHING, dtypes=NOTHING, **others: Any) -> "Limits":
         """These limits with some replaced; None takes a limit away."""
@@ -106,7 +120,13 @@ def _merged(old, new):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Product:
-    """One product: the operators that it has, by their names in snake_case, each with its limits."""
+    """One product: the operators that it has, by their names in snake_case, each with its limits.
+
+    Attributes:
+      name: its short form.
+      title: as people call it.
+      operators: its operators, by their names in snake_case.
+    """
 
     name: str
     title: str

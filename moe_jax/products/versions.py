@@ -12,10 +12,15 @@ from moe_jax.products.legal import Limits
 
 @dataclasses.dataclass(frozen=True)
 class Version:
-    """One earlier version of an operator."""
+    """One earlier version of an operator.
 
-    newest: str  # the operator that it is a version of
-    without: tuple[str, ...]  # the parameters of the newest one that it lacks
+    Attributes:
+      newest: the operator that it is a version of.
+      without: the parameters of the newest one that it lacks.
+    """
+
+    newest: str
+    without: tuple[str, ...]
 
 
 _SPECIAL_NUMS = ("zero_expert_num", "copy_expert_num", "const_expert_num")

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe_jax import _compat
 from moe_jax.errors import (
     InvalidArgumentError,
     MissingArgumentError,
@@ -24,23 +25,36 @@ FLOOR = 2.0**-110  # above largest * TINY of every format: what may be lost beca
 _FP32_SLACK = 2.0**-21  # a handful of fp32 roundings, relative
 
 
+@_compat.exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QTensor:
-    """Rows of numbers: values times scale, each scale serving a block of consecutive columns."""
+    """Rows of numbers: values times scale, each scale serving a block of consecutive columns.
 
-    values: jax.Array  # [rows, V] of the recipe's values_dtype
-    scale: jax.Array  # [rows, S] of the recipe's scale_dtype; S = 0 where no scale travels
+    Attributes:
+      values: [rows, V] of the recipe's ``values_dtype``.
+      scale: [rows, S] of the recipe's ``scale_dtype``; S = 0 where no scale travels.
+    """
+
+    values: jax.Array
+    scale: jax.Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How rows [rows, H] of one dtype travel. Static and hashable; get one by name from ``recipe``."""
+    """How rows [rows, H] of one dtype travel. Static and hashable; get one by name from ``recipe``.
+
+    Attributes:
+      name: the one of ``recipe``.
+      dtype: of the rows, "float32", "bfloat16" or "float16".
+      format: the grid of numbers that codes stand for.
+      block: columns per scale; None: the whole row.
+    """
 
     name: str
-    dtype: str  # of the rows: "float32", "bfloat16" or "float16"
+    dtype: str
     format: Format
-    block: int | None = None  # columns per scale; None = the whole row
+    block: int | None = None
 
     scale_dtype = "float32"
     takes_smooth = True

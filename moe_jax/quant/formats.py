@@ -14,13 +14,21 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by code; bit 3 is the sign
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Format:
-    """A grid of numbers. ``encode`` rounds to the nearest one, ties to the even code, and saturates."""
+    """A grid of numbers. ``encode`` rounds to the nearest one, ties to the even code, and saturates.
 
-    dtype: str  # of the stored values
-    largest: float  # finite magnitude; int8 has -128 too, which only saturation reaches
-    largest_exponent: int  # floor(log2(largest))
-    roundoff: float  # half the spacing of the grid, relative to the number; 0 for integers
-    half_step: float  # half the spacing of the grid around zero
+    Attributes:
+      dtype: of the stored values.
+      largest: finite magnitude; int8 has -128 too, which only saturation reaches.
+      largest_exponent: floor(log2(largest)).
+      roundoff: half the spacing of the grid, relative to the number; 0 for integers.
+      half_step: half the spacing of the grid around zero.
+    """
+
+    dtype: str
+    largest: float
+    largest_exponent: int
+    roundoff: float
+    half_step: float
 
     columns_per_value = 1
 

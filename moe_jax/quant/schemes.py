@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from moe_jax import _compat
 from moe_jax.errors import check_choice, check_count
 from moe_jax.quant.base import FLOOR, TINY, Recipe, from_blocks, to_blocks
 from moe_jax.quant.formats import E2M1, E4M3, E5M2, INT8
@@ -202,6 +203,8 @@ _RECIPES: dict[str, Callable[..., Recipe]] = {
     "int8_group8": lambda **kw: RoundedScale(format=INT8, block=8, **kw),
 }
 NAMES = ("none", *_RECIPES)
+for _scheme in (Static, PerToken, PerGroup, Microscaled, MicroscaledClip, RoundedScale):
+    _compat.exportable(_scheme, to_json=lambda r: [r.name, r.dtype], from_json=lambda words: recipe(*words))
 
 
 def recipe(name: str, dtype: str) -> Recipe | None:

@@ -16,11 +16,17 @@ Ranked = list[list[np.ndarray]]  # [W][P] arrays: the number of rows differs fro
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Dispatched:
-    """What every device holds after ``dispatch``."""
+    """What every device holds after ``dispatch``.
 
-    rows: Ranked  # [W][P] of [n, H], the dtype of x; the P peers of one expert rank hold identical rows
-    origins: Ranked  # [W][P] of [n, 4] i64: (tp rank, source ep rank, token, k) of each row
-    group_sizes: np.ndarray  # [W, P, L] i64, rows per local expert
+    Attributes:
+      rows: [W][P] of [n, H], the dtype of x; the P peers of one expert rank hold identical rows.
+      origins: [W][P] of [n, 4] i64: (tp rank, source ep rank, token, k) of each row.
+      group_sizes: [W, P, L] i64, rows per local expert.
+    """
+
+    rows: Ranked
+    origins: Ranked
+    group_sizes: np.ndarray
 
 
 def dispatch(

@@ -33,12 +33,19 @@ _LOG_SCORES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Routing:
-    """Where each token goes and with which weight."""
+    """Where each token goes and with which weight.
 
-    expert_ids: np.ndarray  # [N, K] i64, best first; -1 in every slot of an inactive token
-    combine_weights: np.ndarray  # [N, K] f64; 0 for an inactive token
-    losses: dict[str, float]  # "balance" and "z", over active tokens; 0 when there are none
-    load: np.ndarray  # [E] i64, assignments per expert
+    Attributes:
+      expert_ids: [N, K] i64, best first; -1 in every slot of an inactive token.
+      combine_weights: [N, K] f64; 0 for an inactive token.
+      losses: "balance" and "z", over active tokens; 0 when there are none.
+      load: [E] i64, assignments per expert.
+    """
+
+    expert_ids: np.ndarray
+    combine_weights: np.ndarray
+    losses: dict[str, float]
+    load: np.ndarray
 
 
 def route(

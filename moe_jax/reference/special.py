@@ -8,15 +8,25 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class SpecialExperts:
-    """How many there are of each kind, in the order of their ids, which follow the E routed ones."""
+    """How many there are of each kind, in the order of their ids, which follow the E routed ones.
 
-    num_experts: int  # E
+    Attributes:
+      num_experts: E.
+      num_zero: zero experts.
+      num_copy: copy experts.
+      num_const: constant experts, Cc.
+      alpha1: [Cc], or [Cc, H] for a softmax gate.
+      alpha2: as alpha1.
+      v: [Cc, H].
+    """
+
+    num_experts: int
     num_zero: int = 0
     num_copy: int = 0
     num_const: int = 0
-    alpha1: np.ndarray | None = None  # [Cc], or [Cc, H] for a softmax gate
-    alpha2: np.ndarray | None = None  # as alpha1
-    v: np.ndarray | None = None  # [Cc, H]
+    alpha1: np.ndarray | None = None
+    alpha2: np.ndarray | None = None
+    v: np.ndarray | None = None
 
 
 def special_value(x: np.ndarray, expert_id: int, special: SpecialExperts) -> np.ndarray:

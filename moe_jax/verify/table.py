@@ -30,12 +30,21 @@ TOLERANCE = 1e-5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Check:
-    """One line of the table."""
+    """One line of the table.
+
+    Attributes:
+      law: what was checked.
+      subject: the transport or back end that was checked.
+      cases: how many were.
+      worst: largest deviation; 0 where results must be equal.
+      limit: the largest deviation that passes.
+      seconds: how long it took.
+    """
 
     law: str
-    subject: str  # the transport or back end that was checked
+    subject: str
     cases: int
-    worst: float  # largest deviation; 0 where results must be equal
+    worst: float
     limit: float
     seconds: float
 

@@ -15,20 +15,32 @@ _F32 = np.float32
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class CombineResult:
-    """The output of all ranks; each array starts with [W], or [W, 2]. Rows of inactive tokens are zero."""
+    """The output of all ranks; each array starts with [W], or [W, 2]. Rows of inactive tokens are zero.
 
-    x_out: np.ndarray  # [B, H] of expand_x's dtype
-    unrounded: np.ndarray  # [B, H] f64, the fp32 sums that were rounded to x_out
+    Attributes:
+      x_out: [B, H] of expand_x's dtype.
+      unrounded: [B, H] f64, the fp32 sums that were rounded to x_out.
+    """
+
+    x_out: np.ndarray
+    unrounded: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class NormResult:
-    """The outputs of all ranks; each array starts with [W], or [W, 2]. Rows of inactive tokens are zero."""
+    """The outputs of all ranks; each array starts with [W], or [W, 2]. Rows of inactive tokens are zero.
 
-    y: np.ndarray  # [B, 1, H] of expand_x's dtype
-    rstd: np.ndarray  # [B, 1, 1] f32
-    x: np.ndarray  # [B, 1, H] of expand_x's dtype
-    unrounded: np.ndarray  # [B, 1, H] f64, the fp32 sums that were rounded to x
+    Attributes:
+      y: [B, 1, H] of expand_x's dtype.
+      rstd: [B, 1, 1] f32.
+      x: [B, 1, H] of expand_x's dtype.
+      unrounded: [B, 1, H] f64, the fp32 sums that were rounded to x.
+    """
+
+    y: np.ndarray
+    rstd: np.ndarray
+    x: np.ndarray
+    unrounded: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -12,16 +12,27 @@ from moe_jax.reference.family.world import World, active_pairs, make_world, with
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class DispatchResult:
-    """The outputs of all ranks; each array starts with [W], or [W, 2]. P = max(T, 1)."""
+    """The outputs of all ranks; each array starts with [W], or [W, 2]. P = max(T, 1).
 
-    expand_x: np.ndarray  # [A * P, H] like x, i8, or u8 (fp8 codes); [A * P, H / 2] u8 for pairs of fp4 codes
-    dynamic_scales: np.ndarray | None  # [A * P] f32, [A * P, ceil(H / 128)] f32 or [A * P, even] u8
-    assist_info_for_combine: np.ndarray  # [A * 128] i32: (source rank, token, k) of own row j from 3 * j on
-    expert_token_nums: np.ndarray  # [L] i64
-    ep_recv_counts: np.ndarray  # [P * L * W] i32, running sums by (expert, source): own, then the peer's
-    tp_recv_counts: np.ndarray | None  # [2] i32 by tp rank, for T = 2
-    expand_scales: np.ndarray | None  # [A] f32 when expert_scales was given: own routed rows
-    num_rows: np.ndarray  # [] i64, rows written to expand_x, the peer's included; not an output
+    Attributes:
+      expand_x: [A * P, H] like x, i8, or u8 (fp8 codes); [A * P, H / 2] u8 for pairs of fp4 codes.
+      dynamic_scales: [A * P] f32, [A * P, ceil(H / 128)] f32 or [A * P, even] u8.
+      assist_info_for_combine: [A * 128] i32: (source rank, token, k) of own row j from 3 * j on.
+      expert_token_nums: [L] i64.
+      ep_recv_counts: [P * L * W] i32, running sums by (expert, source): own, then the peer's.
+      tp_recv_counts: [2] i32 by tp rank, for T = 2.
+      expand_scales: [A] f32 when expert_scales was given: own routed rows.
+      num_rows: [] i64, rows written to expand_x, the peer's included; not an output.
+    """
+
+    expand_x: np.ndarray
+    dynamic_scales: np.ndarray | None
+    assist_info_for_combine: np.ndarray
+    expert_token_nums: np.ndarray
+    ep_recv_counts: np.ndarray
+    tp_recv_counts: np.ndarray | None
+    expand_scales: np.ndarray | None
+    num_rows: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -9,15 +9,25 @@ from moe_jax import errors
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class World:
-    """The ranks that take part: all of them, or those that ``elastic_info`` leaves. Numbers are of this world."""
+    """The ranks that take part: all of them, or those that ``elastic_info`` leaves. Numbers are of this world.
 
-    size: int  # W
-    shared_ranks: int  # S: ranks 0 .. S - 1 hold shared experts, the others L routed experts each
-    num_experts: int  # E
-    num_special: int  # ids from E on that stand for zero, copy and const experts
-    num_shared: int  # Ns; 0 without shared ranks
-    num_local: int  # L
-    physical: tuple[int, ...]  # [W] the original rank behind each logical one
+    Attributes:
+      size: W.
+      shared_ranks: S: ranks 0 .. S - 1 hold shared experts, the others L routed experts each.
+      num_experts: E.
+      num_special: ids from E on that stand for zero, copy and const experts.
+      num_shared: Ns; 0 without shared ranks.
+      num_local: L.
+      physical: [W] the original rank behind each logical one.
+    """
+
+    size: int
+    shared_ranks: int
+    num_experts: int
+    num_special: int
+    num_shared: int
+    num_local: int
+    physical: tuple[int, ...]
 
     @property
     def per_shared(self) -> int:
