@@ -158,7 +158,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     experts = {"ffn": config.moe.ffn, "activation": config.moe.activation}
     if arguments.json:
         costs = {phase: dataclasses.asdict(cost) for phase, cost in plan.cost(**experts).items()}
-        values = {**dataclasses.asdict(plan), "workspace": plan.workspace(), "cost": costs}
+        workspaces = {"workspace": plan.workspace(), "dispatch_workspace": plan.workspace("dispatch")}
+        values = {**dataclasses.asdict(plan), **workspaces, "cost": costs}
         print(json.dumps({"event": "plan", **values}))
     else:
         print(plan.describe(**experts))

@@ -338,6 +338,7 @@ def test_plan(capsys):
     values = json.loads(capsys.readouterr().out)
     assert (values["ep_size"], values["tp_size"], values["dtype"]) == (2, 1, "bfloat16")
     assert sum(values["workspace"].values()) > 0
+    assert values["dispatch_workspace"]["rows"] > values["workspace"]["rows"]
     projections = 2 * 3 * values["tokens_per_rank"] * values["top_k"] * values["hidden"] * 256  # ffn of tiny.toml
     forward = values["cost"]["forward"]
     assert forward["flops"] - forward["router_flops"] == projections
