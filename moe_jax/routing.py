@@ -11,6 +11,7 @@ from jax import lax
 
 from moe_jax import _compat, comm
 from moe_jax.config import RouterConfig
+from moe_jax.derivatives import custom_gradient
 from moe_jax.errors import (
     InvalidArgumentError,
     MissingArgumentError,
@@ -189,7 +190,7 @@ def _mask_groups(selection: jax.Array, router: RouterConfig) -> jax.Array:
     return jnp.where(kept[:, :, None], grouped, -jnp.inf).reshape(selection.shape)
 
 
-@jax.custom_vjp
+@custom_gradient
 def _take_columns(table: jax.Array, columns: jax.Array) -> jax.Array:
     """table [T, E], columns [T, K] distinct in a row -> [T, K]; its adjoint compares instead of scattering."""
     return jnp.take_along_axis(table, columns, axis=1)
@@ -200,6 +201,7 @@ def _take_forward(table, columns):
 
 
 def _take_backward(residuals, ct):
+    # d_table[t, e] = ct[t, k] where columns[t, k] = e, else 0    # [T, E]
     table, columns = residuals
     all_columns = jnp.arange(table.shape[1], dtype=columns.dtype)
     total = jnp.zeros_like(table)
