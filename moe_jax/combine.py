@@ -46,7 +46,8 @@ def combine(
         ``dispatch``, whose handle must come from a call with it.
 
     Returns:
-      [T, H] in ``plan.dtype``. Differentiable in every float array. With ``performance_info``, the pair of both.
+      [T, H] in ``plan.dtype``. Differentiable in every float array, in both modes and to any order. With
+      ``performance_info``, the pair of both.
 
     Raises:
       ShapeError, DtypeError, InvalidArgumentError, MissingArgumentError, MeshError: as for ``dispatch``.
