@@ -47,8 +47,9 @@ def combine(
         ``dispatch``, whose handle must come from a call with it.
 
     Returns:
-      [T, H] in ``plan.dtype``. Differentiable in every float array. With ``performance_info``, the pair of both. Over a
-      mesh axis of size 1 it is typed as the tokens' arrays are, wherever the experts are.
+      [T, H] in ``plan.dtype``. Differentiable in every float array, in both modes and to any order. With
+      ``performance_info``, the pair of both. Over a mesh axis of size 1 it is typed as the tokens' arrays are, wherever
+      the experts are.
 
     Raises:
       ShapeError, DtypeError, InvalidArgumentError, MissingArgumentError, MeshError: as for ``dispatch``.

@@ -74,8 +74,9 @@ def dispatch(
     Returns:
       Dispatched, varying over the plan's ep and tp axes: ``out_specs=P(("ep", "tp"))``. An axis of size 1 may be left
       out of ``in_specs`` and ``out_specs``: ``P("ep")`` for both without tensor parallelism. Differentiable in ``x``,
-      ``combine_weights`` and ``smooth_scales``; rounding counts as identity. The adjoint sends cotangents back (as
-      ``plan.backward_quant`` says) and sums them in fp32.
+      ``combine_weights`` and ``smooth_scales``, in both modes and to any order; rounding counts as identity. The
+      adjoint sends cotangents back (as ``plan.backward_quant`` says) and sums them in fp32. Codes and scales of
+      quantised rows, and a window, are constants.
 
     Raises:
       ShapeError, DtypeError, InvalidArgumentError, MissingArgumentError: an argument does not fit the plan.

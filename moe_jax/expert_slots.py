@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax import _compat, comm
+from moe_jax.derivatives import custom_gradient, differentiated_as, take_rows
 from moe_jax.experts import activate, batched_product, grouped_product, project_in, project_out
 from moe_jax.layout import exclusive_cumsum
 from moe_jax.movement import RowOrder, pick, pick_pieces
@@ -87,7 +88,7 @@ def expert_slots(
     return _expert_slots(how, experts, arrived, order, group_sizes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(custom_gradient, num_static=1)
 def _expert_slots(how, experts, arrived, order, group_sizes):
     pieces = comm.cut_pieces(arrived, how.num_pieces)
     made = _in_layout(how, order, group_sizes, lambda layout: _through(how, experts, pieces, layout)[0])
@@ -103,13 +104,21 @@ def _through(how: _How, experts: dict[str, Array], arrived: Pieces, layout: _Lay
 
 
 def _forward(how, experts, arrived, order, group_sizes):
+    made, kept = _whole(_make, how, experts, arrived, order, group_sizes)
+    return made, (experts, kept, order, group_sizes)
+
+
+def _make(how, experts, arrived, order, group_sizes):
     pieces = comm.cut_pieces(arrived, how.num_pieces)
     made, kept = _in_layout(how, order, group_sizes, functools.partial(_through, how, experts, pieces))
-    return comm.join_pieces(made, arrived.dtype), (experts, kept, order, group_sizes)
+    return comm.join_pieces(made, arrived.dtype), kept
 
 
 def _backward(how, residuals, ct):
-    experts, kept, order, group_sizes = residuals
+    return *_whole(_pull, how, *residuals, ct), None, None
+
+
+def _pull(how, experts, kept, order, group_sizes, ct):
     pieces = comm.cut_pieces(ct, how.num_pieces)
 
     def run(layout):
@@ -117,7 +126,15 @@ def _backward(how, residuals, ct):
         return _gradients(how, experts, rows, inner, pieces, layout)
 
     d_experts, d_arrived = _in_layout(how, order, group_sizes, run)
-    return d_experts, comm.join_pieces(d_arrived, ct.dtype), None, None
+    return d_experts, comm.join_pieces(d_arrived, ct.dtype)
+
+
+def _whole(function: Callable, how: _How, *operands) -> Any:
+    """``function(how, *operands)``. Pieces may be bits; what is differentiated has one piece, of numbers."""
+    if how.num_pieces == 1:
+        return function(how, *operands)
+    plain = functools.partial(function, how._replace(num_pieces=1))
+    return differentiated_as(plain, functools.partial(function, how), *operands)
 
 
 def _gradients(how: _How, experts, rows: Array, inner, ct: Pieces, layout: _Layout) -> tuple[dict, Pieces]:
@@ -245,8 +262,8 @@ def _equal(how: _How, order: RowOrder | None, group_sizes: Array) -> _Layout:
     shift = each * jnp.arange(groups, dtype=jnp.int32) - starts
     slot_row = jnp.where(row < stops[-1], row + jnp.take(shift, group, mode="clip"), -1)
     if order is not None:
-        row_slot = jnp.where(row_slot < 0, -1, jnp.take(order.row_slot, row_slot, mode="clip"))
-        slot_row = jnp.where(order.slot_row < 0, -1, jnp.take(slot_row, order.slot_row, mode="clip"))
+        row_slot = take_rows(order.row_slot, row_slot, absent=-1)
+        slot_row = take_rows(slot_row, order.slot_row, absent=-1)
 
     def keep(rows, inner):
         rows, inner = jax.tree.map(lambda part: part.reshape(how.num_kept, part.shape[-1]), (rows, inner))

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from moe_jax import _compat, comm, layout
 from moe_jax.comm import nodes
+from moe_jax.derivatives import take_rows
 from moe_jax.types import HierarchyMaps
 
 Array = jax.Array
@@ -114,8 +115,8 @@ def _destinations_by_node(
         return jnp.zeros_like(chosen, shape=(num_nodes, 0, chosen.shape[1]))
     token = slot_token.reshape(num_nodes, -1)
     target = jnp.arange(num_nodes, dtype=jnp.int32)[:, None, None]
-    there = (token[..., None] >= 0) & (jnp.take(node, token, axis=0, mode="clip") == target)
-    return jnp.where(there, jnp.take(chosen, token, axis=0, mode="clip") - target * slots_per_node, -1)
+    there = take_rows(node, token, absent=-1) == target
+    return jnp.where(there, take_rows(chosen, token) - target * slots_per_node, -1)
 
 
 def _receive_maps(

@@ -77,13 +77,15 @@ def moe_layer(
 
     Returns:
       y [T, H] in ``plan.dtype``, and LayerStats over all tokens of the mesh. Differentiable in x and every float
-      parameter except ``selection_bias``.
+      parameter except ``selection_bias``. Forward mode and derivatives of higher order need a plan with
+      ``plan.max_rounds == 1``.
 
     Raises:
       InvalidArgumentError: lists everything that is wrong with ``params``; lists every way in which the router's groups
         do not fit the plan; an unknown activation; chunks that do not divide T.
       MissingArgumentError, ShapeError, DtypeError, MeshError: as for ``dispatch``.
-      UnsupportedError: the plan puts shared experts on ranks of their own.
+      UnsupportedError: the plan puts shared experts on ranks of their own; or somebody asks for a derivative that needs
+        a plan of one round.
     """
     check_layer_plan(plan)
     check_type("router", router, RouterConfig, "build one with moe_jax.RouterConfig(...)")

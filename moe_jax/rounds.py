@@ -15,6 +15,7 @@ from jax import lax
 
 from moe_jax import _compat
 from moe_jax.bookkeeping import Exchange, count_rounds, open_window, prepare
+from moe_jax.derivatives import custom_gradient, first_order_only
 from moe_jax.expert_slots import add_overflow_gradients, expert_slots, overflow_slots
 from moe_jax.movement import arrival_order, collect_rows, dequantized, finish, send_rows
 from moe_jax.plan import Plan
@@ -96,7 +97,17 @@ def _add_overflow_round(plan: Plan, activation: str, index, grads, ct, experts, 
     return d_experts, d_x + more_x, d_weights + more_weights
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _loop(overflow: Callable, plan: Plan) -> Callable:
+    """``overflow``, a loop of unknown length, which has no derivative beyond the one that is written here."""
+    return first_order_only(
+        overflow,
+        "forward mode and second derivatives of the layer are there for plans of one round, and this one may need "
+        f"max_rounds={plan.max_rounds}: make it with capacity_factor={plan.ep_size}, which holds any skew in one "
+        "round; or use first derivatives in reverse mode (jax.grad, jax.vjp) and differences of them",
+    )
+
+
+@functools.partial(custom_gradient, num_static=2)
 def _routed_sum(plan, activation, experts, x, weights, special, exchange, num_rounds):
     """[T, H] fp32. The first round is inline and keeps its residuals; the others are a loop that keeps none."""
     return _routed_forward(plan, activation, experts, x, weights, special, exchange, num_rounds)[0]
@@ -107,15 +118,17 @@ def _routed_forward(plan, activation, experts, x, weights, special, exchange, nu
     first = functools.partial(_round, through, plan, activation, 0, exchange=exchange)
     collected, pull_first = jax.vjp(first, experts, x, weights)
 
-    def overflow(state):
-        index, collected = state
-        # Every pair comes back in one round and is zero in the others, so adding loses nothing.
-        operands = _compat.late(index, (experts, x, weights))
-        return index + 1, collected + _round(overflow_slots, plan, activation, index, *operands, exchange)
+    def overflow(collected, num_rounds, exchange, *operands):
+        def turn(state):
+            index, collected = state
+            # Every pair comes back in one round and is zero in the others, so adding loses nothing.
+            late = _compat.late(index, operands)
+            return index + 1, collected + _round(overflow_slots, plan, activation, index, *late, exchange)
+
+        return lax.while_loop(lambda state: state[0] < num_rounds, turn, (jnp.ones_like(num_rounds), collected))[1]
 
     if plan.max_rounds > 1:
-        start = (jnp.ones_like(num_rounds), collected)
-        _, collected = lax.while_loop(lambda state: state[0] < num_rounds, overflow, start)
+        collected = _loop(overflow, plan)(collected, num_rounds, exchange, experts, x, weights)
     total = finish(collected, weights, special, plan)
     return total, (pull_first, collected, experts, x, weights, special, exchange, num_rounds)
 
@@ -126,15 +139,17 @@ def _routed_backward(plan, activation, residuals, ct):
     d_collected, d_weights, d_special = pull_finish(ct)
     grads = pull_first(d_collected)
 
-    def overflow(state):
-        index, grads = state
-        late_ct, *operands = _compat.late(index, (ct, experts, x, weights))
-        d_collected = pull_finish(late_ct)[0]
-        return index + 1, _add_overflow_round(plan, activation, index, grads, d_collected, *operands, exchange)
+    def overflow(grads, num_rounds, exchange, pull_finish, *operands):
+        def turn(state):
+            index, grads = state
+            late_ct, *late = _compat.late(index, operands)
+            d_collected = pull_finish(late_ct)[0]
+            return index + 1, _add_overflow_round(plan, activation, index, grads, d_collected, *late, exchange)
+
+        return lax.while_loop(lambda state: state[0] < num_rounds, turn, (jnp.ones_like(num_rounds), grads))[1]
 
     if plan.max_rounds > 1:
-        start = (jnp.ones_like(num_rounds), grads)
-        _, grads = lax.while_loop(lambda state: state[0] < num_rounds, overflow, start)
+        grads = _loop(overflow, plan)(grads, num_rounds, exchange, pull_finish, ct, experts, x, weights)
     d_experts, d_x, d_sent_weights = grads
     return d_experts, d_x, d_weights + d_sent_weights, d_special, None, None
 

@@ -11,6 +11,7 @@ from jax import lax
 
 from moe_jax import _compat, comm
 from moe_jax.config import RouterConfig, router_violations
+from moe_jax.derivatives import custom_gradient
 from moe_jax.errors import (
     InvalidArgumentError,
     MissingArgumentError,
@@ -264,7 +265,7 @@ def _log_scores(logits: jax.Array, score: str) -> jax.Array:
     return 0.5 * jnp.where(small, logits, jnp.log(jax.nn.softplus(jnp.where(small, 0.0, logits))))
 
 
-@jax.custom_vjp
+@custom_gradient
 def _take_columns(table: jax.Array, columns: jax.Array) -> jax.Array:
     """table [T, E], columns [T, K] distinct in a row -> [T, K]; its adjoint compares instead of scattering."""
     return jnp.take_along_axis(table, columns, axis=1)
@@ -275,6 +276,7 @@ def _take_forward(table, columns):
 
 
 def _take_backward(residuals, ct):
+    # d_table[t, e] = ct[t, k] where columns[t, k] = e, else 0    # [T, E]
     table, columns = residuals
     all_columns = jnp.arange(table.shape[1], dtype=columns.dtype)
     total = jnp.zeros_like(table)

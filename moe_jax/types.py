@@ -158,8 +158,8 @@ class DispatchStats:
 class Dispatched:
     """Rows for this rank's experts, expert by expert; rows past ``sum(group_sizes)`` may hold anything.
 
-    Quantised rows are integers or narrow floats, through which JAX sends no useful gradient; ``moe_jax.dequantize``
-    turns them into rows in ``plan.dtype`` that have one. A derivative through codes or scales themselves is NaN.
+    Quantised rows are constants to JAX; ``moe_jax.dequantize`` turns them into rows in ``plan.dtype`` that have a
+    gradient. One that is asked for through floats among codes and scales themselves is refused (UnsupportedError).
 
     Attributes:
       x: [M, H] in ``plan.dtype``; with a quantised wire, codes [M, V].

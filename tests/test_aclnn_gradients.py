@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from family_cases import DTYPES, Config, combine_arrays, data, dispatch_arrays
+from family_cases import DTYPES, QUANT, Config, combine_arrays, data, dispatch_arrays
 from jax.sharding import PartitionSpec as P
 from test_aclnn import groups, over_ranks
 from test_fused import hashable, lists
@@ -140,29 +140,122 @@ CODES = [(2, "int8"), (2, "float8_e4m3fn"), (3, "float8_e5m2"), (4, "float8_e4m3
 
 
 @pytest.mark.parametrize(("mode", "y_dtype"), CODES)
-def test_a_derivative_through_codes_is_nan_and_not_zero(mode, y_dtype):
+def test_a_derivative_through_codes_is_refused(mode, y_dtype):
     """That of the weights, which are no codes, is right all the same."""
     config = Config(world=2, local_experts=1, top_k=2, tokens=2, hidden=H, quant_mode=mode, y_dtype=y_dtype)
 
-    def shard(given):
-        def by_hand(x, weights, use_codes):
+    def by_hand(use_codes, given):
+        def loss(x, weights):
             sent = aclnn.moe_distribute_dispatch_v4(
                 x, given["expert_ids"], expert_scales=weights, **config.dispatch, **groups(config)
             )
             rows = jnp.sum(sent.expand_x.astype(jnp.float32)) * jnp.sum(sent.dynamic_scales.astype(jnp.float32))
             return jnp.sum(sent.expand_scales * jnp.arange(1.0, 5.0)) + (rows if use_codes else 0.0)
 
-        operands = (given["x"], given["expert_scales"])
-        return jax.grad(by_hand)(*operands, True), jax.grad(by_hand, argnums=1)(*operands, False)
+        return jax.grad(loss, argnums=(0, 1))(given["x"], given["expert_scales"])
 
     ids = np.broadcast_to(np.arange(2, dtype=np.int32), (2, 1, 2, 2))
     x = np.ones((2, 1, 2, H), DTYPES["bfloat16"])
     given = {"x": x, "expert_ids": ids, "expert_scales": np.ones(ids.shape, np.float32)}
-    d_x, d_weights = over_world(config, shard)(given)
-    assert np.isnan(np.asarray(d_x, np.float64)).all()
+    with pytest.raises(moe.errors.UnsupportedError, match="moe_jax.aclnn.dequantize"):
+        over_world(config, functools.partial(by_hand, True))(given)
+    _, d_weights = over_world(config, functools.partial(by_hand, False))(given)
     # Rank e holds expert e: its row 2 r + t is token t of rank r.
     want = [[[[2 * r + t + 1] * 2 for t in range(2)]] for r in range(2)]
     np.testing.assert_array_equal(d_weights, want)
+
+
+DEQUANTIZED = [
+    Config(world=4, shared_ranks=2, num_shared=2, local_experts=2, top_k=2, tokens=3, hidden=H, mask="pairs",
+           expand_scales=True, num_copy=1, quant_mode=2, y_dtype="int8"),
+    Config(world=2, tp=2, local_experts=1, top_k=2, tokens=3, hidden=H, mask="tokens", quant_mode=4,
+           y_dtype="float4_e2m1fn", dtype="float16"),
+    Config(world=4, elastic=True, shared_ranks=1, local_experts=2, top_k=2, tokens=3, hidden=H, quant_mode=3,
+           y_dtype="float8_e4m3fn"),
+    *(pytest.param(Config(world=2, local_experts=2, top_k=2, tokens=3, hidden=H, quant_mode=mode, y_dtype=y_dtype),
+                   marks=pytest.mark.slow)
+      for mode, y_dtype in QUANT if mode > 1),
+]  # fmt: skip
+
+
+def dequantized(config, given, x, scales=None):
+    """Rows of a dispatch [P * A, H], with its arrays and attributes; and the dispatch."""
+    now = dict.fromkeys(ABSENT) | given | {"scales": scales}
+    sent = aclnn.moe_distribute_dispatch_v4(
+        x, given["expert_ids"], **dispatch_arrays(config, now), **config.dispatch, **groups(config)
+    )
+    attributes = {name: value for name, value in config.dispatch.items() if name != "expert_token_nums_type"}
+    arrays = {name: now[name] for name in ("scales", "x_active_mask", "elastic_info")}
+    return aclnn.dequantize(sent, x, given["expert_ids"], **arrays, **attributes, **groups(config))
+
+
+@pytest.mark.parametrize("config", DEQUANTIZED)
+def test_dequantize(config):
+    """About the rows of the same dispatch without quantisation, and exactly their gradient."""
+    plain = dataclasses.replace(config, quant_mode=0, y_dtype=None)
+    rng = np.random.default_rng(3)  # which draws masks that leave some, and removes ranks
+    drawn = draw(rng, config)
+
+    def shard(given, ct):
+        rows, pull = jax.vjp(functools.partial(dequantized, config, given), given["x"])
+        return rows, pull(ct)[0]
+
+    def run(arrays):
+        return family.moe_distribute_dispatch(
+            arrays["x"], arrays["expert_ids"], **dispatch_arrays(plain, arrays), **plain.dispatch
+        )
+
+    def loss(arrays):
+        rows = run(arrays | {"x": arrays["x"].astype(drawn["x"].dtype)}).expand_x
+        return np.sum(ct * np.asarray(rows, np.float64))
+
+    expected = run(drawn)
+    ct = rng.integers(-2, 3, expected.expand_x.shape).astype(np.float32)
+    want, lead = differences(loss, drawn, "x"), (config.world, max(config.tp, 1))
+    poisoned, num_rows = ct.reshape(*lead, *ct.shape[len(config.lead) :]).copy(), expected.num_rows.reshape(lead)
+    for index in np.ndindex(lead):
+        poisoned[(*index, slice(num_rows[index], None))] = np.nan
+    rows, d_x = over_world(config, shard)(over_ranks(config, drawn), poisoned.astype(drawn["x"].dtype))
+    error = np.abs(np.asarray(rows, np.float64) - np.asarray(expected.expand_x, np.float64).reshape(rows.shape))
+    assert error.max() <= 0.02, "whole numbers of at most 2 lose that much in int8, and nothing in narrow floats"
+    assert np.any(want)
+    same(d_x, want, config.dtype, "x")
+
+
+@pytest.mark.parametrize("shape", [(1,), (H,), (2, H)])
+def test_dequantize_smoothed_rows(shape):
+    """quant_mode=1: rows are ``x * scales``; scales are one number, one for each column, or those of the expert."""
+    config = Config(world=2, local_experts=1, top_k=2, tokens=2, hidden=H, quant_mode=1)
+    ids = np.array([[[[0, 1], [1, 0]]], [[[0, 1], [1, 0]]]], np.int32)
+    x = (np.arange(2 * 2 * H) % 5 - 2).reshape(2, 1, 2, H).astype(DTYPES["bfloat16"])
+    scales = np.broadcast_to(np.arange(1, 1 + np.prod(shape)).reshape(shape), (2, 1, *shape)).astype(np.float32)
+    factor = np.array([1.0, 2.0, -1.0, 3.0], np.float32)
+
+    def shard(x, ids, scales):
+        def loss(x, scales):
+            rows = dequantized(config, {"expert_ids": ids}, x, scales)
+            return jnp.sum(rows.astype(jnp.float32) @ factor)
+
+        return jax.value_and_grad(loss, argnums=(0, 1))(x, scales)
+
+    value, (d_x, d_scales) = over_world(config, shard)(x, ids, scales)
+    wide = np.asarray(x, np.float64)
+    by_expert = [np.broadcast_to(scales[0, 0] if len(shape) < 2 else scales[0, 0, e], (H,)) for e in range(2)]
+    assert np.sum(value) == sum(np.sum(wide @ (s * factor)) for s in by_expert)
+    np.testing.assert_array_equal(np.asarray(d_x, np.float64), np.broadcast_to(sum(by_expert) * factor, wide.shape))
+    columns = np.sum(wide, axis=(0, 1, 2)) * factor  # of one expert: every token has a pair for each
+    want = np.array([2 * columns.sum()]) if shape == (1,) else 2 * columns if shape == (H,) else np.stack([columns] * 2)
+    np.testing.assert_array_equal(np.sum(d_scales, axis=(0, 1)), want)
+
+
+def test_dequantize_refuses_what_is_not_quantised():
+    config = Config(world=2, local_experts=1, top_k=1, tokens=2, hidden=H)
+    given = {"x": np.ones((2, 1, 2, H), DTYPES["bfloat16"]), "expert_ids": np.zeros((2, 1, 2, 1), np.int32)}
+    with pytest.raises(moe.errors.InvalidArgumentError, match="quant_mode=0 quantises nothing"):
+        over_world(config, lambda given: dequantized(config, given, given["x"]))(given)
+    with pytest.raises(moe.errors.InvalidArgumentError, match="sent is a tuple"):
+        x, ids = given["x"][0, 0], given["expert_ids"][0, 0]
+        aclnn.dequantize((), x, ids, quant_mode=2, **config.common, **groups(config))
 
 
 def quantised_before(loss):
@@ -193,10 +286,9 @@ def test_weights_beside_rows_that_were_quantised_before():
 
 @pytest.mark.parametrize("output", ["expand_x", "dynamic_scales"])
 def test_a_derivative_through_rows_that_were_quantised_before(output):
-    """Right, or NaN: no silent zero."""
     gradients = quantised_before(lambda sent: jnp.sum(getattr(sent, output).astype(jnp.float32)))
     gradient = np.asarray(gradients[("expand_x", "dynamic_scales").index(output)], np.float64)
-    assert np.isnan(gradient).all() or (gradient == 1).all(), gradient.ravel()
+    np.testing.assert_array_equal(gradient, np.ones_like(gradient))
 
 
 # --- combine ----------------------------------------------------------------------------------------------------------

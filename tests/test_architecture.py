@@ -15,6 +15,7 @@ ROOT = Path(moe_jax.__file__).parent
 LAYERS = [
     {"errors"},
     {"_compat", "message"},
+    {"derivatives"},
     {"config", "types", "reference", "layout", "quant", "products", "contract"},
     {"mesh", "kernels", "rank_table"},
     {"comm", "plan"},

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 import moe_jax as moe
 from moe_jax import _compat, hierarchy, quant, reference
 from moe_jax.movement import hierarchy as route
+from moe_jax.movement import linear
 
 MESHES = [(2, 2, 2), (4, 2, 1), (1, 4, 1)]  # nodes, ranks of each, tp
 MESHES += [pytest.param(mesh, marks=pytest.mark.slow) for mesh in ((2, 2, 1), (2, 4, 1))]
@@ -59,7 +60,7 @@ def all_in_one(plan, capacity, x, message, destination, start, rows, weights, ct
     """Everything that the module gives for one window. Per shard."""
     num_rows = plan.num_rows(capacity)
     maps, group_sizes, recv_counts = hierarchy.open_hierarchy(destination, start, capacity, plan, num_rows=num_rows)
-    d_rows, d_weights = route.collect_adjoint(rows, weights, ct, maps, plan)
+    d_rows, d_weights = route.collect_adjoint(rows, weights, ct, plan, linear.moves(maps, plan))
     return {
         "rows": scatter(x, maps, plan),
         "messages": scatter(message, maps, plan),
@@ -334,7 +335,7 @@ def test_what_comes_back_crosses_once_too():
         maps, _, _ = hierarchy.open_hierarchy(ids, 0, 2, plan, num_rows=8)
         rows = jnp.tile(x, (2, 1))[:8]
         y = collect(rows, weights, maps, plan)
-        return y, route.collect_adjoint(rows, weights, x, maps, plan)
+        return y, route.collect_adjoint(rows, weights, x, plan, linear.moves(maps, plan))
 
     x, ids = np.zeros((4, 1, T, H), np.float32), np.zeros((4, 1, T, K), np.int32)
     text = jax.jit(over_mesh(mesh, plan, shard)).lower(x, ids, np.zeros((4, 1, T, K), np.float32)).compile().as_text()

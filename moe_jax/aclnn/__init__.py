@@ -7,6 +7,7 @@ product's limits too, and returns (bytes of workspace, executor). All are thin: 
 """
 
 from moe_jax.aclnn.combine import moe_distribute_combine_add_rms_norm_v2, moe_distribute_combine_v4
+from moe_jax.aclnn.dequantize import dequantize
 from moe_jax.aclnn.dispatch import moe_distribute_dispatch_v4
 from moe_jax.aclnn.grouped import (
     allto_allv_grouped_mat_mul,
@@ -68,6 +69,7 @@ __all__ = [
     "allto_allv_grouped_mat_mul_get_workspace_size",
     "allto_allv_quant_grouped_mat_mul",
     "allto_allv_quant_grouped_mat_mul_get_workspace_size",
+    "dequantize",
     "distribute_barrier",
     "distribute_barrier_get_workspace_size",
     "distribute_barrier_v2",

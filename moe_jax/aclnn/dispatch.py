@@ -58,7 +58,8 @@ def moe_distribute_dispatch_v4(
     has removed one of the two ranks.
 
     Returns:
-      DispatchOutput. expand_x, where it is not quantised, and expand_scales are differentiable.
+      DispatchOutput. expand_x, where it is not quantised, and expand_scales are differentiable; where it is, the rows
+      of ``moe_jax.aclnn.dequantize`` are.
 
     Raises:
       As ``moe_distribute_dispatch_v4_get_workspace_size`` with product=None; MeshError: a group is not bound here.

@@ -15,6 +15,10 @@ Array = jax.Array
 class DispatchOutput(NamedTuple):
     """Of ``moe_distribute_dispatch_v4``. A rows for the rank that needs most, P = max(tp_world_size, 1).
 
+    Quantised rows are constants to JAX. ``moe_jax.aclnn.dequantize`` makes rows of them that have a gradient; one that
+    is asked for through ``expand_x`` or ``dynamic_scales`` themselves is refused (UnsupportedError), but where they are
+    integers: then JAX knows none, as of any integer.
+
     Attributes:
       expand_x: [P * A, H]; quantised: codes, [P * A, H / 2] u8 for fp4.
       dynamic_scales: [P * A] f32, [P * A, groups] f32 or u8; None where none travel.

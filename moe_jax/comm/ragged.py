@@ -21,6 +21,7 @@ from jax import lax
 
 from moe_jax import _compat
 from moe_jax.comm.rows import swap_blocks
+from moe_jax.derivatives import custom_gradient, take_rows
 from moe_jax.errors import ShapeError, check_dtype, check_rank, check_shape
 from moe_jax.kernels.table import find_transport
 from moe_jax.layout import exclusive_cumsum, map_blocks
@@ -46,7 +47,8 @@ def ragged_all_to_all(
     Rank i sends ``operand[input_offsets[j] : input_offsets[j] + send_sizes[j]]`` to rank j, where it becomes
     ``result[output_offsets[j] : output_offsets[j] + send_sizes[j]]``. Rows that nobody writes keep ``output``.
     Input slices may overlap (a row may go to several ranks). Slices that are not empty must not overlap in the result.
-    Differentiable in ``operand`` (cotangents of overlapping slices add up) and ``output`` (zero where a row came in).
+    Differentiable in ``operand`` (cotangents of overlapping slices add up) and ``output`` (zero where a row came in),
+    in both modes and to any order.
 
     Args:
       operand: [N, ...] rows to send.
@@ -100,29 +102,55 @@ def ragged_exchange(operand: Array, output: Array, *integers: Array, axes: tuple
     return _ragged(axes, *_compat.as_varying_alike((operand, output, *integers), axes))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(custom_gradient, num_static=1)
 def _ragged(axes, operand, output, input_offsets, send_sizes, output_offsets, recv_sizes):
     move = find_transport("ragged", "auto") or portable_ragged_all_to_all
     return move(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, axis_name=axes)
 
 
 def _ragged_forward(axes, operand, output, *integers):
-    return _ragged(axes, operand, output, *integers), (operand[:0], operand.shape[0], integers)
+    return _ragged(axes, operand, output, *integers), (_extent(operand), integers)
 
 
 def _ragged_backward(axes, residuals, ct):
-    empty, num_operand, (input_offsets, send_sizes, output_offsets, recv_sizes) = residuals
-    arrival_offsets = lax.all_to_all(output_offsets, axes, 0, 0, tiled=True)  # where my receptions start
-    return_offsets = lax.all_to_all(input_offsets, axes, 0, 0, tiled=True)  # where they came from
-    into = _compat.as_varying(jnp.zeros((num_operand, *ct.shape[1:]), empty.dtype), _compat.varying_axes(ct))
-    d_operand = _accumulating(axes, ct, into, arrival_offsets, recv_sizes, return_offsets, send_sizes, input_offsets)
-    received = _covered(arrival_offsets, recv_sizes, ct.shape[0])
+    extent, integers = residuals
+    # d_operand: every row of ct goes back to where it came from; the slices that it was read from add up.
+    d_operand = _returned(axes, len(extent), ct, *integers)
+    # d_output = ct where no row came in    # [M, ...]
+    received = _covered(lax.all_to_all(integers[2], axes, 0, 0, tiled=True), integers[3], ct.shape[0])
     d_output = jnp.where(jnp.expand_dims(received, range(1, ct.ndim)), jnp.zeros((), ct.dtype), ct)
-    d_output = _compat.as_varying(d_output, _compat.varying_axes(ct))  # jnp.where forgets it where there are no rows
     return d_operand, d_output, None, None, None, None
 
 
 _ragged.defvjp(_ragged_forward, _ragged_backward)
+
+
+@functools.partial(custom_gradient, num_static=2)
+def _returned(axes, num_rows, ct, input_offsets, send_sizes, output_offsets, recv_sizes):
+    """The adjoint of the exchange in its operand: rows [M, ...] of the result back to [num_rows, ...]."""
+    arrival_offsets = lax.all_to_all(output_offsets, axes, 0, 0, tiled=True)  # where my receptions start
+    return_offsets = lax.all_to_all(input_offsets, axes, 0, 0, tiled=True)  # where they came from
+    into = _compat.as_varying(jnp.zeros((num_rows, *ct.shape[1:]), ct.dtype), _compat.varying_axes(ct))
+    return _accumulating(axes, ct, into, arrival_offsets, recv_sizes, return_offsets, send_sizes, input_offsets)
+
+
+def _returned_forward(axes, num_rows, ct, *integers):
+    return _returned(axes, num_rows, ct, *integers), (_extent(ct), integers)
+
+
+def _returned_backward(axes, num_rows, residuals, ct):
+    extent, integers = residuals
+    empty = jnp.zeros_like(ct, shape=(len(extent), *ct.shape[1:]))
+    # Rows of ``ct`` that no slice reaches were constants: the exchange sends none of them.
+    return _ragged(axes, ct, empty, *integers), None, None, None, None
+
+
+_returned.defvjp(_returned_forward, _returned_backward)
+
+
+def _extent(rows: Array) -> Array:
+    """A residual that remembers how many rows there are, and nothing else."""
+    return jnp.zeros((len(rows), 0))
 
 
 def _covered(starts: Array, sizes: Array, length: int) -> Array:
@@ -219,7 +247,7 @@ def chunked_all_to_all(
 
     def exchange(step, result):
         rows = input_offsets[:, None] + step * chunk + inner
-        sent = jnp.take(operand, rows.ravel(), axis=0, mode="clip").reshape(num_ranks, chunk, -1)
+        sent = take_rows(operand, rows.ravel()).reshape(num_ranks, chunk, -1)
         received = all_to_all(sent, axes) if all_to_all else swap_blocks(sent, axes)
 
         def place(source, result):
@@ -272,7 +300,7 @@ def _relayed(operand, output, sizes, input_offsets, arrival_offsets, axes, chunk
 
     # 1. Deal: my rows, numbered f by destination, lie at [f mod W, f div W]; hand k goes to rank k.
     row_of = map_blocks(send_start, input_offsets, sizes[me], num_ranks * hand)
-    dealt = _take_rows(operand, row_of.reshape(hand, num_ranks).T.ravel())
+    dealt = take_rows(operand, row_of.reshape(hand, num_ranks).T.ravel())
     held = chunked_all_to_all(dealt, empty(num_ranks * hand), first, ranks * hand, ranks * hand, axes, chunk=chunk)
 
     # 2. Pass on: by destination, then source; a block is a stretch of one source's hand.
@@ -281,7 +309,7 @@ def _relayed(operand, output, sizes, input_offsets, arrival_offsets, axes, chunk
     order = map_blocks(exclusive_cumsum(block_size.ravel()), target, block_size.ravel(), num_ranks * hand)
     starts = exclusive_cumsum(second[:, me])
     passed = chunked_all_to_all(
-        _take_rows(held, order), empty(num_out), second, exclusive_cumsum(second[me]), starts, axes, chunk=chunk
+        take_rows(held, order), empty(num_out), second, exclusive_cumsum(second[me]), starts, axes, chunk=chunk
     )
 
     # 3. Place: row p of source i has number f = start + p, came from dealer f mod W, in that dealer's source order.
@@ -296,14 +324,10 @@ def _relayed(operand, output, sizes, input_offsets, arrival_offsets, axes, chunk
     dealer = number % num_ranks
     before = exclusive_cumsum_of_sources(high - low, me)[dealer, source]
     slot = starts[dealer] + before + number // num_ranks - low[dealer, source, me]
-    return jnp.where((address >= 0)[:, None], _take_rows(passed, slot), output)
+    return jnp.where((address >= 0)[:, None], take_rows(passed, slot), output)
 
 
 def exclusive_cumsum_of_sources(blocks: Array, me: Array) -> Array:
     """[dealer, source, destination] -> rows that lie before each (dealer, source) block on their way to me."""
     mine = jnp.take(blocks, me, axis=2)
     return jnp.cumsum(mine, axis=1) - mine
-
-
-def _take_rows(rows: Array, index: Array) -> Array:
-    return jnp.take(rows, index, axis=0, mode="clip")

@@ -12,32 +12,42 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe_jax.derivatives import custom_gradient
+
 Array = jax.Array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def swap_blocks(blocks: Array, axes: tuple[str, ...]) -> Array:
     """[W, ...]: block j goes to rank j along ``axes``; block i of the result came from rank i."""
+    return _swap(axes, blocks)
+
+
+@functools.partial(custom_gradient, num_static=1)
+def _swap(axes, blocks):
     return _as_bits(lambda bits: lax.all_to_all(bits, axes, 0, 0), blocks)
 
 
-swap_blocks.defvjp(lambda blocks, axes: (swap_blocks(blocks, axes), None), lambda axes, _, ct: (swap_blocks(ct, axes),))
+_swap.defvjp(lambda axes, blocks: (_swap(axes, blocks), None), lambda axes, _, ct: (_swap(axes, ct),))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def gather_rows(rows: Array, axes: str | tuple[str, ...], tiled: bool) -> Array:
     """[A, ...] of each rank along ``axes`` -> [W, A, ...], or [W * A, ...] if ``tiled``, in rank order."""
+    return _gather(axes, tiled, rows)
+
+
+@functools.partial(custom_gradient, num_static=2)
+def _gather(axes, tiled, rows):
     return _as_bits(lambda bits: lax.all_gather(bits, axes, tiled=tiled), rows)
 
 
-gather_rows.defvjp(
-    lambda rows, axes, tiled: (gather_rows(rows, axes, tiled), None),
+_gather.defvjp(
+    lambda axes, tiled, rows: (_gather(axes, tiled, rows), None),
     lambda axes, tiled, _, ct: (lax.psum_scatter(ct, axes, tiled=tiled),),
 )
 
 
 def cut_pieces(rows: Array, num_pieces: int) -> tuple[Array, ...]:
-    """[n * A, ...] -> n times [A, ...], as bits if n > 1. Not differentiable."""
+    """[n * A, ...] -> n times [A, ...], as bits if n > 1. Bits have no derivative."""
     if num_pieces == 1:
         return (rows,)
     bits = to_bits(rows).reshape(num_pieces, -1, *rows.shape[1:])

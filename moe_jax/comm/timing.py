@@ -11,6 +11,7 @@ from jax import lax
 
 from moe_jax import _compat
 from moe_jax.comm import arrival
+from moe_jax.derivatives import custom_gradient
 from moe_jax.errors import ShapeError, check_array, check_shape
 
 Array = jax.Array
@@ -30,8 +31,8 @@ def timed_all_to_all(blocks: Array, axis_names: str | tuple[str, ...]) -> tuple[
     the time that its block took to travel. It looks for one rank after the other on the host, before the first block
     moves: a collective that a slow rank holds up would hold up all ranks and put the blame on any of them. Then the
     blocks travel in W - 1 shifts, between two readings of the host clock each. Everything is ordered by data, so the
-    compiler cannot move a reading. For finding slow ranks, not for every step. Differentiable in reverse mode; the
-    adjoint is a plain all_to_all.
+    compiler cannot move a reading. For finding slow ranks, not for every step. Differentiable; the derivatives
+    are plain all_to_alls.
 
     Args:
       blocks: [W, ...], block j for rank j.
@@ -59,7 +60,7 @@ def timed_all_to_all(blocks: Array, axis_names: str | tuple[str, ...]) -> tuple[
     return moved, _compat.as_varying(microseconds, sorted(_compat.varying_axes(group)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(custom_gradient, num_static=2)
 def _timed(axes, family, blocks, group):
     me, num_ranks, narrow = lax.axis_index(axes), blocks.shape[0], arrival.narrow_bits(blocks)
     waited = _wait_for_peers(blocks, me, family, group)
@@ -79,7 +80,7 @@ def _timed(axes, family, blocks, group):
 
 def _timed_backward(axes, family, residuals, cts):
     del family, residuals
-    ct = cts[0]
+    ct = cts[0]  # [W, ...], of blocks that moved; d_blocks = ct, each block back at its rank
     return None if ct.dtype == jax.dtypes.float0 else lax.all_to_all(ct, axes, 0, 0), None
 
 

@@ -73,7 +73,7 @@ def grouped_matmul_all_to_allv(
     Traced arrays hold this rank's counts and are taken on trust: where they disagree, nothing is defined.
 
     ``all_to_allv_grouped_matmul`` with the two lists swapped puts rows back into the order of ``gmm_x``, and is the
-    adjoint. Differentiable in ``gmm_x``, ``gmm_weight``, ``mm_x`` and ``mm_weight``.
+    adjoint. Differentiable in ``gmm_x``, ``gmm_weight``, ``mm_x`` and ``mm_weight``, in both modes and to any order.
 
     *Scaled numbers.* With scales the operands are codes, and products are fp32 rounded once to ``out_dtype``:
 
@@ -150,7 +150,7 @@ def grouped_matmul_all_to_allv(
     with jax.named_scope("grouped_matmul_all_to_allv"):
         if multiply is not None:
             return compute_then_send_by(multiply, extents, rows, weight, route), mm_y
-        return compute_then_send(extents, rows, weight, route), mm_y
+        return compute_then_send(extents, rows, weight, route, None), mm_y
 
 
 @_compat.vary_as_operands()
@@ -303,7 +303,6 @@ def _scaled(call: _Call, extents: Extents, x, weight, x_scale, weight_scale):
 
 
 def _as_varying(rows, weight, counts: Counts, axes: tuple[str, ...]):
-    """Replicated operands become varying outside the custom rules, so that JAX itself sums their cotangents."""
     operands = (*jax.tree.map(jnp.asarray, (rows, weight)), counts.send, counts.recv)
     varying = {*axes, *_compat.union_of_varying_axes(operands)}
     rows, weight, send, recv = _compat.as_varying(operands, sorted(varying))

@@ -22,6 +22,8 @@ from jax import lax
 
 from moe_jax import _compat, comm
 from moe_jax.comm.peers import swap_with_peers
+from moe_jax.derivatives import custom_gradient, take_rows
+from moe_jax.kernels import grouped_outer
 from moe_jax.kernels.table import call_kernel
 from moe_jax.layout import clip_to_window, exclusive_cumsum, map_blocks
 
@@ -86,43 +88,53 @@ def make_route(
     )
 
 
-# custom_vjp rather than JAX's own transposes: the weights' gradient is one product over all rows, whatever the chunks.
+# Not JAX's own transposes: the weights' gradient is one product over all rows, whatever the chunks.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def compute_then_send(extents: Extents, rows: Array, weight: Array, route: Route) -> Array:
-    """[expert_rows, H] times [e, H, N] -> [token_rows, N]; rows where nothing arrives are zero."""
-    return _compute_then_send(extents, rows, weight, route)
+@functools.partial(custom_gradient, num_static=1)
+def compute_then_send(extents: Extents, rows: Array, weight: Array, route: Route, addend: Array | None) -> Array:
+    """[expert_rows, H] times [e, H, N], plus the addend [expert_rows, N] -> [token_rows, N].
+
+    Rows where nothing arrives are zero.
+    """
+    return _compute_then_send(extents, rows, weight, route, addend)
 
 
-def _compute_forward(extents, rows, weight, route):
-    return _compute_then_send(extents, rows, weight, route), (rows, weight, route)
+def _compute_forward(extents, rows, weight, route, addend):
+    has_addend = None if addend is None else jnp.zeros(0)
+    return compute_then_send(extents, rows, weight, route, addend), (rows, weight, route, has_addend)
 
 
 def _compute_backward(extents, residuals, ct):
-    rows, weight, route = residuals
-    d_rows, arrived = _send_then_compute(_transposed(extents), ct, weight, route)
-    return d_rows, _weight_gradient(extents, rows, arrived, weight, route), None
+    rows, weight, route, has_addend = residuals
+    # arrived = ct at the rows of the product         # [expert_rows, N]
+    # d_rows = arrived @ weight^T                     # [expert_rows, H]
+    # d_weight[l] = rows[l]^T @ arrived[l]            # [e, H, N]
+    d_rows, arrived = send_then_compute(_transposed(extents), ct, weight, route)
+    d_weight = _weight_gradient(extents, rows, arrived, weight, route)
+    return d_rows, d_weight, None, None if has_addend is None else arrived
 
 
 compute_then_send.defvjp(_compute_forward, _compute_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(custom_gradient, num_static=1)
 def send_then_compute(extents: Extents, rows: Array, weight: Array, route: Route) -> tuple[Array, Array]:
     """[token_rows, H] -> the product [expert_rows, N] and its left side [expert_rows, H]; zero past what arrives."""
     return _send_then_compute(extents, rows, weight, route)
 
 
 def _send_forward(extents, rows, weight, route):
-    product, permuted = _send_then_compute(extents, rows, weight, route)
+    product, permuted = send_then_compute(extents, rows, weight, route)
     return (product, permuted), (permuted, weight, route)
 
 
 def _send_backward(extents, residuals, cts):
     permuted, weight, route = residuals
     ct_product, ct_permuted = cts
-    d_rows = _compute_then_send(_transposed(extents), ct_product, weight, route, addend=ct_permuted)
+    # d_rows = (ct_product @ weight^T + ct_permuted) at the rows it came from
+    # d_weight[l] = permuted[l]^T @ ct_product[l]    # [e, H, N]
+    d_rows = compute_then_send(_transposed(extents), ct_product, weight, route, ct_permuted)
     return d_rows, _weight_gradient(extents, permuted, ct_product, weight, route), None
 
 
@@ -152,7 +164,7 @@ def _transposed(extents: Extents) -> Extents:
 
 def _weight_gradient(extents, rows, ct, weight, route):
     left, right = (ct, rows) if extents.transpose else (rows, ct)
-    return call_kernel("grouped_outer", extents.backend, left, right, route.group_sizes, dtype=weight.dtype)
+    return grouped_outer(left, right, route.group_sizes, backend=extents.backend, dtype=weight.dtype)
 
 
 def _multiply(extents: Extents, rows: Array, weight: Array, group_sizes: Array) -> Array:
@@ -172,7 +184,7 @@ def _compute_then_send(extents, rows, weight, route, addend=None, multiply=_mult
         with jax.named_scope("transfer"):
             order = map_blocks(chunk.starts.ravel(), chunk.product.ravel(), chunk.sizes.ravel(), extents.wire_rows)
             result = comm.ragged_exchange(
-                _gather(product, order),
+                take_rows(product, order, absent=0),
                 result,
                 chunk.starts[:, 0],
                 _sum(chunk.sizes, axis=1),
@@ -198,7 +210,7 @@ def _send_then_compute(extents, rows, weight, route, multiply=_multiply):
             )
         with jax.named_scope("product"):
             order = _map_expert_major(chunk.product, chunk.starts, chunk.sizes, extents.expert_rows)
-            products.append(multiply(extents, _gather(wire, order), weight, chunk.group_sizes))
+            products.append(multiply(extents, take_rows(wire, order, absent=0), weight, chunk.group_sizes))
         wires.append(wire)
     with jax.named_scope("assemble"):
         on_wire = sum(jnp.where(c.peers, i * extents.wire_rows + c.starts, 0) for i, c in enumerate(chunks))
@@ -269,21 +281,14 @@ def _to_product(extents: Extents, rows: Array, chunk: _Chunk, route: Route) -> A
     """The chunk's rows of the expert side's buffer, packed as the product's operand."""
     if extents.chunks == 1:
         return rows
-    return _gather(rows, _map_expert_major(chunk.product, route.expert_starts, chunk.sizes, extents.expert_rows))
+    index = _map_expert_major(chunk.product, route.expert_starts, chunk.sizes, extents.expert_rows)
+    return take_rows(rows, index, absent=0)
 
 
 def _assemble(parts: list[Array], starts: Array, extents: Extents, route: Route) -> Array:
     """The expert side's buffer, from blocks that start at ``starts`` [R, e] in the parts laid end to end."""
     index = _map_expert_major(route.expert_starts, starts, route.expert_sizes, extents.expert_rows)
-    return _gather(jnp.concatenate(parts), index)
-
-
-def _gather(rows: Array, index: Array) -> Array:
-    """rows[index], and zero where the index is -1."""
-    if not rows.shape[0]:
-        return _zeros((index.shape[0], rows.shape[1]), rows)
-    picked = jnp.take(rows, index, axis=0, mode="clip")
-    return jnp.where((index >= 0)[:, None], picked, jnp.zeros((), rows.dtype))
+    return take_rows(jnp.concatenate(parts), index, absent=0)
 
 
 def _zeros(shape: tuple[int, ...], like: Array) -> Array:

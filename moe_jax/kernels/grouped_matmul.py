@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from moe_jax._compat import as_varying, union_of_varying_axes
+from moe_jax.derivatives import custom_gradient
 from moe_jax.errors import ShapeError, check_choice, check_dtype, check_flag, check_rank, check_shape
 from moe_jax.kernels.table import backend_names, call_kernel
 
@@ -34,7 +34,7 @@ def grouped_matmul(
       transpose_rhs: whether ``rhs`` holds transposed matrices.
 
     Returns:
-      [M, N] in ``lhs.dtype``. Differentiable in ``lhs`` and ``rhs``.
+      [M, N] in ``lhs.dtype``. Differentiable in ``lhs`` and ``rhs``, in both modes and to any order.
 
     Raises:
       ShapeError, DtypeError: an argument does not have the shape or dtype above.
@@ -58,13 +58,25 @@ def grouped_matmul(
     contracted, layout = (rhs.shape[2], "[M, N]") if transpose_rhs else (rhs.shape[1], "[M, H]")
     check_shape("lhs", lhs, (lhs.shape[0], contracted), f"{layout}, the contracted axis of rhs {tuple(rhs.shape)}")
     check_choice("backend", backend, ["auto", *backend_names()])
-    # Replicated operands become varying here, outside the custom rule, so that JAX itself sums their cotangents.
     operands = [jnp.asarray(a) for a in (lhs, rhs, group_sizes)]  # a kernel may index with a traced integer
-    operands = as_varying(operands, union_of_varying_axes(operands))
     return _grouped_matmul(backend, bool(transpose_rhs), *operands)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def grouped_outer(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, backend: str, dtype: str) -> jax.Array:
+    """The gradient of ``grouped_matmul`` in its matrices: ``out[g] = lhs[rows of g]^T @ rhs[rows of g]``.
+
+    Args:
+      lhs, rhs: [M, H] and [M, N].
+      group_sizes, backend: as for ``grouped_matmul``.
+      dtype: of the result.
+
+    Returns:
+      [G, H, N]. Differentiable in ``lhs`` and ``rhs``.
+    """
+    return _grouped_outer(backend, str(dtype), lhs, rhs, group_sizes)
+
+
+@functools.partial(custom_gradient, num_static=2)
 def _grouped_matmul(backend, transpose_rhs, lhs, rhs, group_sizes):
     return call_kernel("grouped_matmul", backend, lhs, rhs, group_sizes, transpose_rhs=transpose_rhs)
 
@@ -75,11 +87,32 @@ def _forward(backend, transpose_rhs, lhs, rhs, group_sizes):
 
 def _backward(backend, transpose_rhs, residuals, ct):
     lhs, rhs, group_sizes = residuals
-    ct = ct.astype(lhs.dtype)
-    d_lhs = call_kernel("grouped_matmul", backend, ct, rhs, group_sizes, transpose_rhs=not transpose_rhs)
+    # d_lhs = ct @ rhs^T                 # [M, H] = [M, N] @ [G, N, H]
+    d_lhs = _grouped_matmul(backend, not transpose_rhs, ct, rhs, group_sizes)
+    # d_rhs[g] = lhs[g]^T @ ct[g]        # [G, H, N], or [G, N, H] if transpose_rhs
     left, right = (ct, lhs) if transpose_rhs else (lhs, ct)
-    d_rhs = call_kernel("grouped_outer", backend, left, right, group_sizes, dtype=rhs.dtype)
-    return d_lhs, d_rhs, None
+    return d_lhs, grouped_outer(left, right, group_sizes, backend=backend, dtype=rhs.dtype), None
 
 
 _grouped_matmul.defvjp(_forward, _backward)
+
+
+@functools.partial(custom_gradient, num_static=2)
+def _grouped_outer(backend, dtype, lhs, rhs, group_sizes):
+    return call_kernel("grouped_outer", backend, lhs, rhs, group_sizes, dtype=jnp.dtype(dtype))
+
+
+def _outer_forward(backend, dtype, lhs, rhs, group_sizes):
+    return _grouped_outer(backend, dtype, lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
+
+
+def _outer_backward(backend, dtype, residuals, ct):
+    lhs, rhs, group_sizes = residuals
+    ct = ct.astype(lhs.dtype)
+    # d_lhs[m] = ct[g] @ rhs[m]          # [M, H] = [M, N] @ [G, N, H]
+    d_lhs = _grouped_matmul(backend, True, rhs, ct, group_sizes)
+    # d_rhs[m] = lhs[m] @ ct[g]          # [M, N] = [M, H] @ [G, H, N]
+    return d_lhs, _grouped_matmul(backend, False, lhs, ct, group_sizes), None
+
+
+_grouped_outer.defvjp(_outer_forward, _outer_backward)

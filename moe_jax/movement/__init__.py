@@ -3,12 +3,13 @@
 from moe_jax.movement.collecting import collect_rows, collect_rows_timed, finish
 from moe_jax.movement.picking import copy_weights, pick, pick_pieces
 from moe_jax.movement.routes import RowOrder, arrival_order
-from moe_jax.movement.sending import Sent, dequantized, send_as_is, send_rows, smooth_rows
+from moe_jax.movement.sending import Sent, carry_rows, dequantized, send_as_is, send_rows, smooth_rows
 
 __all__ = [
     "RowOrder",
     "Sent",
     "arrival_order",
+    "carry_rows",
     "collect_rows",
     "collect_rows_timed",
     "copy_weights",

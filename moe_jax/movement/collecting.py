@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import _compat
-from moe_jax.movement import exchange
+from moe_jax.derivatives import custom_gradient
+from moe_jax.movement import exchange, linear
 from moe_jax.movement.routes import ROUTES, RowOrder
 from moe_jax.special import special_term
 from moe_jax.types import DispatchHandle, SpecialTerms
@@ -54,7 +55,7 @@ def finish(collected: Array, combine_weights: Array, special: SpecialTerms | Non
         return total
 
 
-@jax.custom_vjp
+@custom_gradient
 def _weighted_sum(rows: Array, weights: Array) -> Array:
     """``sum_c weights[t, c] * rows[t, c]``, c ascending. [T, C, H], [T, C] -> [T, H] fp32."""
     total = jnp.zeros_like(rows[:, 0], jnp.float32)
@@ -64,7 +65,10 @@ def _weighted_sum(rows: Array, weights: Array) -> Array:
 
 
 def _weighted_sum_backward(operands, ct):
-    """JAX's own rule would pad and add a cotangent of all the rows for each c."""
+    """JAX's own rule would pad and add a cotangent of all the rows for each c.
+
+    ``d_row(t, c) = weights[t, c] * ct[t]`` and ``d_weights[t, c] = <row(t, c), ct[t]>``.
+    """
     rows, weights = operands
     d_rows = weights[..., None] * ct[:, None]
     d_weights = jnp.einsum("tch,th->tc", rows.astype(jnp.float32), ct, precision=jax.lax.Precision.HIGHEST)
@@ -80,18 +84,15 @@ class _How(NamedTuple):
     timed: bool
     ordered: bool
 
-    @property
-    def options(self) -> dict[str, bool]:
-        return {} if self.ordered else {"ordered": False}
 
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(custom_gradient, num_static=1)
 def _collect_rows(how, rows, weights, handle):
     plan = handle.plan
     if how.timed:
         return exchange.collect_timed(rows, handle.maps, plan, recipe=plan.combine_recipe)
     route = ROUTES[type(handle.maps)]
-    return route.collect(rows, weights, handle.maps, plan, recipe=plan.combine_recipe, **how.options)[0], None
+    options = {} if how.ordered else {"ordered": False}
+    return route.collect(rows, weights, handle.maps, plan, recipe=plan.combine_recipe, **options)[0], None
 
 
 def _collect_forward(how, rows, weights, handle):
@@ -101,9 +102,9 @@ def _collect_forward(how, rows, weights, handle):
 
 def _collect_backward(how, residuals, cts):
     rows, weights, handle = residuals
-    plan, route = handle.plan, ROUTES[type(handle.maps)]
-    options = {"recipe": plan.backward_recipe, **how.options}
-    return *route.collect_adjoint(rows, weights, cts[0], handle.maps, plan, **options), None
+    plan, maps = handle.plan, handle.maps
+    moves = linear.moves(maps, plan, ordered=how.ordered, recipe=plan.backward_recipe)
+    return *ROUTES[type(maps)].collect_adjoint(rows, weights, cts[0], plan, moves), None
 
 
 _collect_rows.defvjp(_collect_forward, _collect_backward)

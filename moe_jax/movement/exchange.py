@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from moe_jax import comm
 from moe_jax.message import join_some, split_some
-from moe_jax.movement.picking import as_received, as_sent, pick, pick_pieces, token_of
+from moe_jax.movement.picking import Moves, as_received, as_sent, pick, pick_pieces, token_of
 from moe_jax.types import Arrival, ExchangeMaps
 
 Array = jax.Array
@@ -119,11 +119,7 @@ def _decoded(collected, rows, maps, recipe):
     return jnp.where((maps.pair_slot >= 0)[..., None], values, 0.0)
 
 
-def collect_adjoint(
-    rows: Array, weights: Array, ct: Array, maps: ExchangeMaps, plan, *, ordered: bool = True, recipe=None
-) -> tuple[Array, Array]:
+def collect_adjoint(rows: Array, weights: Array, ct: Array, plan, moves: Moves) -> tuple[Array, Array]:
     """Cotangents of rows and weights from that of what was collected, [T, C, H]: as scatter, with pairs for tokens."""
-    ct = ct.astype(plan.dtype)
-    pairs = as_sent(jax.lax.collapse(ct, 0, 2), recipe).reshape(*ct.shape[:2], -1) if recipe is not None else ct
-    d_rows = as_received(scatter(None, pairs, maps, plan, ordered=ordered)[1], recipe, plan.hidden)
-    return d_rows.astype(plan.dtype), jnp.zeros_like(weights)
+    del rows
+    return moves.send(None, ct.astype(plan.dtype), None)[0].astype(plan.dtype), jnp.zeros_like(weights)

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import comm
+from moe_jax.derivatives import differentiated_as
 from moe_jax.message import join_some, split_some
-from moe_jax.movement.picking import as_received, as_sent, pick, token_of
+from moe_jax.movement.picking import Moves, as_delivered, as_received, as_sent, pick, token_of
 from moe_jax.types import GatherMaps
 
 Array = jax.Array
@@ -41,16 +42,16 @@ def collect(
         return total, comm.reduce_scatter_tokens(pick(scalars, maps.pair_row, plan, absent=0), plan)
 
 
-def collect_adjoint(
-    rows: Array, weights: Array, ct: Array, maps: GatherMaps, plan, *, recipe=None
-) -> tuple[Array, Array]:
-    """Cotangents of rows and weights from that of the sums, ct [T, H] fp32."""
-    rows = as_received(as_sent(rows, plan.combine_recipe), plan.combine_recipe, rows.shape[1])
+def collect_adjoint(rows: Array, weights: Array, ct: Array, plan, moves: Moves) -> tuple[Array, Array]:
+    """Cotangents of rows and weights from that of the sums, ct [T, H] fp32.
+
+    ``d_row(t, k) = w[t, k] * ct[t]`` and ``d_w[t, k] = <ct[t], row(t, k)>``.
+    """
+    maps, rows = moves.maps, as_delivered(rows, plan.combine_recipe)
     with jax.named_scope("exchange"):
-        message = as_sent(ct.astype(plan.dtype), recipe)  # rounded as rows are when they travel
-        everyone = comm.gather_tokens(message, plan)
-        flat = as_received(jax.lax.collapse(everyone, 0, 2), recipe, plan.hidden)
-        everyone = flat.reshape(*everyone.shape[:2], plan.hidden).astype(jnp.float32)
+        everyone = _everyone(ct.astype(plan.dtype), plan, moves.recipe)  # rounded as rows are when they travel
+        flat = jax.lax.collapse(everyone, 0, 2)
+        everyone = everyone.astype(jnp.float32)
         all_weights = comm.gather_tokens(weights, plan).ravel()
     with jax.named_scope("permute"):
         scale = pick(all_weights, maps.row_pair, plan, absent=0)
@@ -62,6 +63,19 @@ def collect_adjoint(
         ]
     with jax.named_scope("exchange"):
         return d_rows, comm.reduce_scatter_tokens(jnp.stack(dots, axis=-1), plan)
+
+
+def _everyone(ct: Array, plan, recipe) -> Array:
+    """[T, H] of each device -> [P * W, T, H] of all, as a recipe leaves them."""
+
+    def encoded(ct):
+        everyone = comm.gather_tokens(as_sent(ct, recipe), plan)
+        flat = as_received(jax.lax.collapse(everyone, 0, 2), recipe, plan.hidden)
+        return flat.reshape(*everyone.shape[:2], plan.hidden)
+
+    if recipe is None:
+        return comm.gather_tokens(ct, plan)
+    return differentiated_as(lambda ct: comm.gather_tokens(ct.astype(jnp.float32), plan), encoded, ct)
 
 
 def _partial_sums(rows: Array, weights: Array | None, maps: GatherMaps, plan) -> Array:

@@ -9,8 +9,9 @@ from jax import lax
 
 from moe_jax import _compat, comm
 from moe_jax.comm import nodes
+from moe_jax.derivatives import take_rows
 from moe_jax.message import join_some, split_some
-from moe_jax.movement.picking import as_received, as_sent, pick
+from moe_jax.movement.picking import Moves, as_received, as_sent, pick
 from moe_jax.types import HierarchyMaps
 
 Array = jax.Array
@@ -45,7 +46,7 @@ def scatter(
 
 
 def collect(
-    rows: Array,
+    rows: Array | None,
     weights: Array | None,
     maps: HierarchyMaps,
     plan,
@@ -60,7 +61,7 @@ def collect(
     partial sums travel, and with a recipe what that leaves of it. With tp > 1 the rows of the tp ranks are partial
     sums, and are added first, in their own dtype. Scalars [M, G] -> [T, C, G], added over tp alone. Weights of shape
     [M] stand beside the rows and are added over tp too: of each row one tp rank holds the weight, the others zero.
-    They go without scalars, and with rows that are in order.
+    They go without scalars, and with rows that are in order. Rows may be None where there are scalars.
 
     Source: the layered combine kernels of MoeDistributeCombine, without their fp16 special case.
     """
@@ -74,15 +75,7 @@ def collect(
         if weights is not None:
             guest_weights = nodes.exchange_nodes(pick(weights, maps.slot_token, plan), plan)
     with jax.named_scope("partial_sum"):
-        partial = jnp.zeros((maps.pair_inner.shape[0], rows.shape[1]), jnp.float32)
-        for c in range(maps.pair_inner.shape[1]):
-            here = maps.pair_inner[:, c]
-            term = pick(home, here, plan, absent=0).astype(jnp.float32)
-            if guest_weights is not None:
-                term = jnp.where(here >= 0, guest_weights[:, c], 0.0)[:, None] * term
-            partial = partial + term
-        # The barrier keeps XLA from dropping the narrow type where nothing is exchanged.
-        message = as_sent(lax.optimization_barrier(partial.astype(plan.dtype)), recipe)
+        message = None if rows is None else as_sent(_partial_sums(home, guest_weights, maps, plan), recipe)
         flat = None
         if scalars is not None:
             flat = lax.collapse(pick(home_scalars, maps.pair_inner, plan, absent=0), 1)
@@ -90,38 +83,46 @@ def collect(
         packed, parts = join_some([message, flat])
         returned, returned_scalars = split_some(nodes.exchange_nodes(packed, plan), parts)
     with jax.named_scope("combine_sum"):
-        total = _sum_over_nodes(as_received(returned, recipe, rows.shape[1]), maps)
+        total = None if rows is None else _sum_over_nodes(as_received(returned, recipe, rows.shape[1]), maps)
         if scalars is None:
             return total, None
-        return total, _sum_over_nodes(returned_scalars, maps).reshape(*total.shape[:1], -1, scalars.shape[1])
+        summed = _sum_over_nodes(returned_scalars, maps)
+        return total, summed.reshape(len(summed), -1, scalars.shape[1])
 
 
-def collect_adjoint(
-    rows: Array, weights: Array, ct: Array, maps: HierarchyMaps, plan, *, ordered: bool = True, recipe=None
-) -> tuple[Array, Array]:
+def _partial_sums(home: Array, guest_weights: Array | None, maps: HierarchyMaps, plan) -> Array:
+    """Inner slots [S, F] -> what each crossing slot [N * B, F] brings home, rounded to ``plan.dtype``."""
+    partial = jnp.zeros((maps.pair_inner.shape[0], home.shape[1]), jnp.float32)
+    for c in range(maps.pair_inner.shape[1]):
+        here = maps.pair_inner[:, c]
+        term = pick(home, here, plan, absent=0).astype(jnp.float32)
+        if guest_weights is not None:
+            term = jnp.where(here >= 0, guest_weights[:, c], 0.0)[:, None] * term
+        partial = partial + term
+    # The barrier keeps XLA from dropping the narrow type where nothing is exchanged.
+    return lax.optimization_barrier(partial.astype(plan.dtype))
+
+
+def collect_adjoint(rows: Array, weights: Array, ct: Array, plan, moves: Moves) -> tuple[Array, Array]:
     """Cotangents of rows and weights from that of the sums, ct [T, F] fp32; roundings count as identity.
 
     ``d_row(t, c) = w[t, c] * ct[t]`` on every tp rank, and ``d_w[t, c] = <ct[t], row(t, c)>``, with the row summed over
     tp. The cotangent crosses to each node once, as a row in ``plan.dtype``; products and sums are fp32.
     """
-    message, of_rows = as_sent(ct.astype(plan.dtype), recipe), weights.ndim == 1
-    row_ct, row_weight, _ = scatter(
-        message, None if of_rows else weights[..., None], maps, plan, ordered=ordered
-    )
-    row_ct = as_received(row_ct, recipe, rows.shape[1]).astype(jnp.float32)
+    of_rows = weights.ndim == 1
+    row_ct, row_weight = moves.send(ct.astype(plan.dtype), None, None if of_rows else weights[..., None])
+    row_ct = row_ct.astype(jnp.float32)
     with jax.named_scope("dot"):
         dots = jnp.sum(rows.astype(jnp.float32) * row_ct, axis=-1, keepdims=True)
     if of_rows:
-        both = jnp.concatenate([dots, weights[:, None]], axis=1)
+        maps, both = moves.maps, jnp.concatenate([dots, weights[:, None]], axis=1)
         if plan.tp_size > 1:  # rows and weights are sums over tp, whose ranks may order rows differently, but not slots
             slots = comm.sum_over(pick(both, maps.slot_row, plan, absent=0), plan.tp_axis)
             both = pick(_compat.as_varying(slots, plan.exchange_axes), maps.row_slot, plan, absent=0)
         d_weights = jnp.where(maps.row_slot >= 0, both[:, 0], 0.0)
         return (both[:, 1:] * row_ct).astype(rows.dtype), d_weights
-    home, _ = _gather_back([dots, None], maps, plan, ordered)
-    with jax.named_scope("exchange"):
-        returned = nodes.exchange_nodes(pick(home[:, 0], maps.pair_inner, plan, absent=0), plan)
-    return (row_weight * row_ct).astype(rows.dtype), _sum_over_nodes(returned, maps)
+    _, d_weights = moves.collect(None, dots)
+    return (row_weight * row_ct).astype(rows.dtype), d_weights[..., 0]
 
 
 def _gather_back(parts: list[Array | None], maps: HierarchyMaps, plan, ordered: bool) -> list[Array | None]:
@@ -152,6 +153,5 @@ def _sum_over_nodes(returned: Array, maps: HierarchyMaps) -> Array:
     total = jnp.float32(0.0)
     for node in range(maps.token_slot.shape[1]):
         slot = maps.token_slot[:, node]
-        part = jnp.take(returned, slot, axis=0, mode="clip").astype(jnp.float32)
-        total = total + jnp.where((slot >= 0)[:, None], part, 0.0)
+        total = total + take_rows(returned, slot, absent=0).astype(jnp.float32)
     return total

@@ -1,23 +1,31 @@
 """What the routes share: gathers by maps in which -1 means "none", and pairs as token * C + c."""
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from moe_jax import comm
+from moe_jax.derivatives import differentiated_as, take_rows
 
 Array = jax.Array
 
 
+class Moves(NamedTuple):
+    """What a route makes the adjoint of collecting of."""
+
+    send: Callable  # of ``linear``, in the window and order of the handle; likewise ``collect``
+    collect: Callable
+    maps: Any
+    recipe: Any  # of rows on their way in the backward pass
+
+
 def pick(rows: Array, index: Array, plan, *, absent: float | None = None) -> Array:
     """``rows[index]``. Where index is -1: ``absent`` if given, NaN (all ones) under ``plan.poison``, else anything."""
-    picked = jnp.take(rows, index, axis=0, mode="clip")
-    fill = absent
     if absent is None and plan.poison:
-        fill = jnp.nan if jnp.issubdtype(rows.dtype, jnp.floating) else jnp.iinfo(rows.dtype).max
-    if fill is None:
-        return picked
-    written = (index >= 0).reshape(*index.shape, *(1,) * (picked.ndim - index.ndim))
-    return jnp.where(written, picked, jnp.asarray(fill, picked.dtype))
+        absent = jnp.nan if jnp.issubdtype(rows.dtype, jnp.floating) else jnp.iinfo(rows.dtype).max
+    return take_rows(rows, index, absent=absent)
 
 
 def pick_pieces(rows: Array, index: Array, plan, num_pieces: int) -> tuple[Array, ...]:
@@ -39,6 +47,17 @@ def as_sent(rows: Array, recipe) -> Array:
 def as_received(message: Array, recipe, hidden: int) -> Array:
     """The inverse of ``as_sent`` but for what the recipe loses; fp32 where there is one."""
     return message if recipe is None else recipe.dequantize(recipe.unpack(message, hidden))
+
+
+def as_delivered(rows: Array, recipe) -> Array:
+    """Rows as the receiver sees them, in fp32 where there is a recipe, whose rounding counts as identity."""
+    if recipe is None:
+        return rows
+
+    def encoded(rows):
+        return as_received(as_sent(rows, recipe), recipe, rows.shape[1])
+
+    return differentiated_as(lambda rows: rows.astype(jnp.float32), encoded, rows)
 
 
 def copy_weights(combine_weights: Array, plan) -> Array:

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import _compat
+from moe_jax.derivatives import custom_gradient, take_rows
 from moe_jax.message import join, join_some, split, split_some
+from moe_jax.movement import linear
 from moe_jax.movement.picking import copy_weights, sum_over_pairs
 from moe_jax.movement.routes import ROUTES, RowOrder
 from moe_jax.quant import QTensor
@@ -70,10 +72,22 @@ def send_rows(
     tags = factor if tags is None else jnp.concatenate([factor, tags], axis=-1)
     sent = _send(timed, x, None, weights, tags, buffer, handle, quantised=False)
     row, tags = sent.tags[:, 0], sent.tags[:, 1:] if sent.tags.shape[1] > 1 else None
-    written = jnp.arange(row.shape[0]) < jnp.sum(handle.group_sizes)
-    factors = jnp.where(written[:, None], jnp.take(smooth, row, axis=0, mode="clip"), 0.0)
-    rows, values, scale = _quantize_rows(plan.dispatch_recipe, sent.rows, factors)
+    rows, values, scale = _quantize_rows(plan.dispatch_recipe, sent.rows, _row_factors(smooth, row, handle))
     return sent._replace(rows=rows, values=values, scale=scale, tags=tags)
+
+
+def carry_rows(x: Array, handle: DispatchHandle, num_rows: int, *, smooth: Array | None = None) -> Array:
+    """Zeros [num_rows, H] with the gradient of the rows of ``send_rows(x, handle, smooth=smooth)``, sent before.
+
+    Moves nothing, but a backward pass does.
+    """
+    plan = handle.plan
+    x, smooth = _compat.as_varying((x, smooth), plan.exchange_axes)
+    if smooth is None or smooth.ndim == 1 or isinstance(handle.maps, ExchangeMaps):
+        return _carry(num_rows, x, smooth, handle)
+    row = smooth_rows(handle)[..., None].astype(jnp.float32)
+    rows, row = linear.send(x, None, row, handle.maps, plan, ordered=True, recipe=None)
+    return _quantize_rows(plan.dispatch_recipe, rows, _row_factors(smooth, row[:, 0].astype(jnp.int32), handle))[0]
 
 
 def send_as_is(
@@ -101,6 +115,12 @@ def dequantized(sent: Sent, plan) -> Array:
     recipe = plan.dispatch_recipe
     rows = recipe.dequantize(QTensor(values=sent.values, scale=sent.scale)).astype(plan.dtype)
     return _attach(jax.lax.stop_gradient(rows), sent.rows)
+
+
+def _row_factors(smooth: Array, row: Array, handle: DispatchHandle) -> Array:
+    """The factors of every row that came, given the row of ``smooth`` that each takes; zeros elsewhere. [M, H]."""
+    written = jnp.arange(row.shape[0]) < jnp.sum(handle.group_sizes)
+    return take_rows(smooth, jnp.where(written, row, -1), absent=0)
 
 
 def smooth_rows(handle: DispatchHandle) -> Array:
@@ -144,23 +164,19 @@ class _How(NamedTuple):
     quantised: bool
     ordered: bool
 
-    @property
-    def options(self) -> dict[str, bool]:
-        return {} if self.ordered else {"ordered": False}
-
 
 def _send(timed, *operands, quantised: bool = True, ordered: bool = True) -> Sent:
     return _send_with(_How(timed=timed, quantised=quantised, ordered=ordered), *operands)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(custom_gradient, num_static=1)
 def _send_with(how, x, smooth, weights, tags, buffer, handle):
     plan = handle.plan
     recipe = plan.dispatch_recipe if how.quantised else None
     tokens, copies = x, None
     with jax.named_scope("quantize"):
         if recipe is not None and smooth is not None and smooth.ndim == 2:  # each copy has factors of its own
-            factors = jnp.take(smooth, smooth_rows(handle).ravel(), axis=0, mode="clip")
+            factors = take_rows(smooth, smooth_rows(handle).ravel())
             message = recipe.pack(recipe.quantize(jnp.repeat(x, plan.num_copies, axis=0), smooth=factors))
             tokens, copies = None, message.reshape(x.shape[0], plan.num_copies, message.shape[1])
         elif recipe is not None:
@@ -168,7 +184,7 @@ def _send_with(how, x, smooth, weights, tags, buffer, handle):
     per_pair = [copies, None if weights is None else copy_weights(weights, plan)[..., None], tags]
     pairs, held = (None, None) if all(part is None for part in per_pair) else join_some(per_pair)
     options = {"buffer": buffer, "timed": how.timed} if buffer is not None or how.timed else {}
-    options |= how.options
+    options |= {} if how.ordered else {"ordered": False}
     rows, pair_rows, arrival = ROUTES[type(handle.maps)].scatter(tokens, pairs, handle.maps, plan, **options)
     copies, row_weights, row_tags = (None, None, None) if held is None else split_some(pair_rows, held)
     row_weights = None if weights is None else row_weights[:, 0]
@@ -189,11 +205,12 @@ def _send_forward(how, x, smooth, weights, tags, buffer, handle):
 
 
 def _send_backward(how, residuals, ct):
-    x, smooth, weights, tags, buffer, handle = residuals
+    x, smooth, weights, _, _, handle = residuals
     plan = handle.plan
     scalars = None if weights is None else ct.weights[:, None]
-    options = {"recipe": plan.backward_recipe, "scalars": scalars, **how.options}
-    collected, d_weights = ROUTES[type(handle.maps)].collect(_refuse_constants(ct), None, handle.maps, plan, **options)
+    options = {"ordered": how.ordered, "recipe": plan.backward_recipe}
+    # With unit weights: d_x[t] = sum over the pairs c of t of ct at the row of (t, c), times its factors.
+    collected, d_weights = linear.collect(ct.rows, scalars, handle.maps, plan, **options)
     d_weights = None if weights is None else d_weights[:, : plan.top_k, 0]
     if smooth is not None and smooth.ndim == 2:
         row = smooth_rows(handle)
@@ -201,7 +218,7 @@ def _send_backward(how, residuals, ct):
         products = jax.lax.collapse(collected * x.astype(jnp.float32)[:, None], 0, 2)
         target = jnp.where(row < 0, smooth.shape[0], row).ravel()
         d_smooth = jnp.zeros_like(smooth).at[target].add(products, mode="drop")
-        collected = collected * jnp.take(smooth, row, axis=0, mode="clip")
+        collected = collected * take_rows(smooth, row)
     total = collected if plan.sums_at_experts else sum_over_pairs(collected)
     if smooth is None:
         d_smooth = None
@@ -212,20 +229,33 @@ def _send_backward(how, residuals, ct):
     return total.astype(plan.dtype), d_smooth, d_weights, None, None, None
 
 
-_send_with.defvjp(_send_forward, _send_backward)
+_CODES = (
+    "a gradient was asked for through the codes or scales of quantised rows, which are constants: rounding has no "
+    "useful derivative. Compute with the rows of moe_jax.dequantize(dispatched), or of moe_jax.aclnn.dequantize(sent, "
+    "...), whose gradient passes straight through the rounding; or put jax.lax.stop_gradient around codes and scales"
+)
+_send_with.defvjp(_send_forward, _send_backward, frozen=lambda sent: (sent.values, sent.scale), refusal=_CODES)
 
 
-def _refuse_constants(ct: Sent) -> Array:
-    """The cotangent of the rows; NaN where a derivative through codes or scales was asked for, which has no meaning."""
-    if ct.values is None:
-        return ct.rows
-    asked = jnp.any(ct.scale.astype(jnp.float32) != 0) if jnp.issubdtype(ct.scale.dtype, jnp.floating) else False
-    if jnp.issubdtype(ct.values.dtype, jnp.floating):
-        asked |= jnp.any(ct.values.astype(jnp.float32) != 0)
-    return jnp.where(asked, jnp.nan, ct.rows)
+@functools.partial(custom_gradient, num_static=1)
+def _carry(num_rows, x, smooth, handle):
+    return jnp.zeros_like(x, shape=(num_rows, x.shape[1]))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _carry_forward(num_rows, x, smooth, handle):
+    return _carry(num_rows, x, smooth, handle), (x if smooth is not None else x[:0], smooth, None, None, None, handle)
+
+
+def _carry_backward(num_rows, residuals, ct):
+    how = _How(timed=False, quantised=True, ordered=True)
+    d_x, d_smooth, *_ = _send_backward(how, residuals, Sent(ct, *[None] * 5))
+    return d_x, d_smooth, None
+
+
+_carry.defvjp(_carry_forward, _carry_backward)
+
+
+@functools.partial(custom_gradient, num_static=1)
 def _quantize_rows(recipe, rows, factors):
     q = recipe.quantize(rows, smooth=factors)
     return jnp.zeros_like(rows), q.values, q.scale
@@ -237,16 +267,16 @@ def _quantize_forward(recipe, rows, factors):
 
 def _quantize_backward(recipe, residuals, cts):
     rows, factors = residuals
-    ct = _refuse_constants(Sent(*cts, None, None, None)).astype(jnp.float32)
+    ct = cts[0].astype(jnp.float32)  # of the carrier; d_rows = ct * factors, d_factors = ct * rows
     written = jnp.any(factors != 0, axis=1, keepdims=True)  # other rows may hold anything
     d_factors = jnp.where(written, ct * rows.astype(jnp.float32), 0.0)
     return (ct * factors).astype(rows.dtype), d_factors
 
 
-_quantize_rows.defvjp(_quantize_forward, _quantize_backward)
+_quantize_rows.defvjp(_quantize_forward, _quantize_backward, frozen=lambda out: out[1:], refusal=_CODES)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(custom_gradient, num_static=1)
 def _send_as_is(timed, tokens, weights, tags, buffer, handle):
     plan = handle.plan
     message, parts = join(tokens)
@@ -270,7 +300,7 @@ def _as_is_backward(timed, residuals, cts):
     columns = columns or [jnp.zeros_like(handle.group_sizes, shape=(len(cts[0][0]), 1), dtype=jnp.float32)]
     rows = jnp.concatenate(columns, axis=1)
     scalars = None if weights is None else cts[1][:, None]
-    collected, d_weights = ROUTES[type(handle.maps)].collect(rows, None, handle.maps, plan, scalars=scalars)
+    collected, d_weights = linear.collect(rows, scalars, handle.maps, plan, ordered=True, recipe=None)
     total = collected if plan.sums_at_experts else sum_over_pairs(collected)
     d_tokens, start = [], 0
     for part, is_float in zip(tokens, floats, strict=True):
@@ -283,10 +313,12 @@ def _as_is_backward(timed, residuals, cts):
 _send_as_is.defvjp(_as_is_forward, _as_is_backward)
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def _attach(rows, carrier):
-    """``rows``, whose cotangent goes to ``carrier``."""
+    """``rows``, which move as ``carrier`` does."""
     return rows
 
 
-_attach.defvjp(lambda rows, carrier: (rows, None), lambda _, ct: (jnp.zeros_like(ct), ct))
+@_attach.defjvp
+def _attach_jvp(primals, tangents):
+    return primals[0], tangents[1]

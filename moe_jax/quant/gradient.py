@@ -34,7 +34,7 @@ def straight_through(recipe: Recipe, x: jax.Array, smooth: jax.Array | None = No
     return _straight_through(recipe, *_compat.as_varying((x, smooth), axes))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _straight_through(recipe, x, smooth):
     x_hat = recipe.dequantize(recipe.quantize(x, smooth=smooth))
     if smooth is not None:
@@ -42,12 +42,6 @@ def _straight_through(recipe, x, smooth):
     return x_hat.astype(x.dtype)
 
 
-def _forward(recipe, x, smooth):
-    return _straight_through(recipe, x, smooth), smooth
-
-
-def _backward(recipe, smooth, ct):
-    return ct, None if smooth is None else jnp.zeros_like(smooth)
-
-
-_straight_through.defvjp(_forward, _backward)
+@_straight_through.defjvp
+def _straight_through_jvp(recipe, primals, tangents):
+    return _straight_through(recipe, *primals), tangents[0]

@@ -1,0 +1,102 @@
+"""From the codes of a quantised dispatch to rows that have a gradient. The reference has no such operator."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax import _compat
+from moe_jax.aclnn import world as worlds
+from moe_jax.aclnn.results import DispatchOutput, TimedDispatchOutput, WindowDispatchOutput
+from moe_jax.aclnn.workspace import moe_distribute_dispatch_v4_get_workspace_size
+from moe_jax.bookkeeping import open_window
+from moe_jax.errors import InvalidArgumentError, check_shape
+from moe_jax.movement import Sent, carry_rows, dequantized
+
+Array = jax.Array
+
+
+@_compat.vary_as_operands("sent")
+def dequantize(
+    sent: DispatchOutput | TimedDispatchOutput | WindowDispatchOutput,
+    x: Array,
+    expert_ids: Array,
+    scales: Array | None = None,
+    x_active_mask: Array | None = None,
+    elastic_info: Array | None = None,
+    *,
+    group_ep: Any,
+    ep_world_size: int,
+    moe_expert_num: int,
+    quant_mode: int,
+    group_tp: Any = "",
+    tp_world_size: int = 0,
+    shared_expert_num: int = 1,
+    shared_expert_rank_num: int = 0,
+    global_bs: int = 0,
+    comm_alg: str | None = "",
+    zero_expert_num: int = 0,
+    copy_expert_num: int = 0,
+    const_expert_num: int = 0,
+    y_dtype: Any = None,
+) -> Array:
+    """The rows that ``expand_x`` and ``dynamic_scales`` of a quantised dispatch stand for. Per shard, as the dispatch.
+
+    About the tokens, times their smoothing factors if any; zero where no row was written. The rows come from ``sent``;
+    the gradient goes to ``x`` and ``scales`` as if nothing had been rounded, like that of ``moe_jax.dequantize``.
+
+    Args:
+      sent: what ``moe_distribute_dispatch_v4`` returned.
+      x, expert_ids, ..., y_dtype: what it was given; ``quant_mode`` is 1 to 5.
+
+    Returns:
+      [P * A, H] in the dtype of ``x``. Differentiable in ``x`` and ``scales``.
+
+    Raises:
+      InvalidArgumentError: ``sent`` is no result of a dispatch; quant_mode=0, which quantises nothing.
+      As ``moe_distribute_dispatch_v4`` otherwise.
+    """
+    given = dict(locals())
+    del given["sent"]
+    if not isinstance(sent, DispatchOutput | TimedDispatchOutput | WindowDispatchOutput):
+        raise InvalidArgumentError(f"sent is a {type(sent).__name__}; pass what moe_distribute_dispatch_v4 returned")
+    moe_distribute_dispatch_v4_get_workspace_size(**given)
+    if quant_mode == 0:
+        raise InvalidArgumentError("quant_mode=0 quantises nothing: compute with sent.expand_x, which has a gradient")
+    world = worlds.make_world(
+        tokens=x.shape[0],
+        hidden=x.shape[1],
+        top_k=expert_ids.shape[1],
+        dtype=str(x.dtype),
+        quant=worlds.dispatch_recipe(quant_mode, y_dtype),
+        group_ep=group_ep,
+        ep_world_size=ep_world_size,
+        moe_expert_num=moe_expert_num,
+        group_tp=group_tp,
+        tp_world_size=tp_world_size,
+        shared_expert_num=shared_expert_num,
+        shared_expert_rank_num=shared_expert_rank_num,
+        global_bs=global_bs,
+        comm_alg=comm_alg,
+        zero_expert_num=zero_expert_num,
+        copy_expert_num=copy_expert_num,
+        const_expert_num=const_expert_num,
+    )
+    plan, recipe = world.plan, world.plan.dispatch_recipe
+    check_shape(
+        "sent.expand_x", sent.expand_x, (world.num_rows, *recipe.values_shape(plan.hidden)), "that of this dispatch"
+    )
+    arrays = (x, expert_ids, scales, x_active_mask, elastic_info)
+    x, expert_ids, scales, mask, table = _compat.as_varying(arrays, plan.exchange_axes)
+    if not plan.num_pairs:
+        return jnp.zeros_like(x, shape=(world.num_rows, plan.hidden))
+    recv_counts = worlds.Ledger(plan, table).counts(sent.ep_recv_counts.reshape(plan.tp_size, -1))
+    mask = worlds.as_pair_mask(mask, expert_ids)
+    exchange = worlds.open_exchange(world, expert_ids, mask, table, recv_counts=recv_counts)
+    handle = open_window(exchange, 0, plan.max_pair_rows, plan, num_rows=world.num_rows)
+    carrier = carry_rows(x, handle, world.num_rows, smooth=scales)
+    scale = sent.dynamic_scales
+    if scale is None:  # a static scale does not travel
+        scale = jnp.zeros_like(carrier, shape=(world.num_rows, 0), dtype=recipe.scale_dtype)
+    scale = scale.reshape(world.num_rows, -1)
+    return dequantized(Sent(carrier, sent.expand_x, scale, None, None, None), plan)

@@ -1,0 +1,306 @@
+"""Functions whose backward pass is written by hand, for every mode and order of differentiation.
+
+``jax.custom_vjp`` refuses forward mode, and wants cotangents that vary over exactly the mesh axes of their operands. A
+``custom_gradient`` is defined in the same way, and from its backward pass follows the rest:
+
+- forward mode: the map from cotangents to cotangents, transposed, maps tangents to tangents;
+- higher orders: the backward pass is differentiated like any other function, so it must consist of functions that have
+  derivatives. Bits and loops of unknown length have none; ``first_order_only`` says so where they are needed.
+
+``take_rows`` is the one gather by an index in which -1 means "none".
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from moe_jax import _compat
+from moe_jax.errors import UnsupportedError
+
+Array = jax.Array
+
+
+class custom_gradient:
+    """A function with a backward pass of its own: ``jax.custom_vjp`` but for what stands above.
+
+    Operands with a derivative become varying over every mesh axis that any operand varies over, so that JAX itself sums
+    the cotangents of those that are replicated.
+
+    Args:
+      function: (*static, *operands) -> any pytree.
+      num_static: leading arguments that are hashable and no arrays.
+
+    >>> @custom_gradient
+    ... def cube(x):
+    ...     return x**3
+    >>> cube.defvjp(lambda x: (cube(x), x), lambda x, ct: (3 * x**2 * ct,))
+    >>> x = jnp.float32(2.0)
+    >>> [float(slope) for slope in (jax.grad(cube)(x), jax.jvp(cube, (x,), (x,))[1], jax.grad(jax.grad(cube))(x))]
+    [12.0, 24.0, 12.0]
+    """
+
+    def __init__(self, function: Callable, num_static: int = 0):
+        functools.update_wrapper(self, function)
+        self._num_static = num_static
+        self._call = jax.custom_jvp(function, nondiff_argnums=tuple(range(num_static)))
+        self._call.defjvp(self._differentiate, symbolic_zeros=True)
+
+    def defvjp(
+        self,
+        forward: Callable,
+        backward: Callable,
+        *,
+        frozen: Callable[[Any], Any] = lambda out: (),
+        refusal: str = "",
+    ) -> None:
+        """Defines the derivative.
+
+        Args:
+          forward: (*static, *operands) -> (result, residuals).
+          backward: (*static, residuals, cotangent) -> cotangents of the operands, None for those without.
+          frozen: the parts of the result through which no cotangent may come.
+          refusal: what is said if one does.
+        """
+        self._forward, self._backward = forward, backward
+        self._frozen, self._refusal = frozen, refusal
+
+    def __call__(self, *args: Any) -> Any:
+        static, operands = args[: self._num_static], args[self._num_static :]
+        axes = _compat.union_of_varying_axes(operands)
+        operands = jax.tree.map(lambda x: _compat.as_varying(x, axes) if _is_smooth(x) else x, operands)
+        return self._call(*static, *operands)
+
+    def _differentiate(self, *args: Any) -> tuple[Any, Any]:
+        """The rule of ``jax.custom_jvp``: (*static, primals, tangents) -> (result, its tangent)."""
+        *static, primals, tangents = args
+        out, residuals = self._forward(*static, *primals)
+        operands, smooth_out = _Smooth(primals), _Smooth(out)
+        leaves = jax.tree.leaves(out)
+        frozen = {id(leaf) for leaf in jax.tree.leaves(self._frozen(out))}
+        pull = _pull(
+            functools.partial(self._backward, *static),
+            residuals,
+            operands,
+            smooth_out,
+            smooth_out.select([id(leaf) in frozen for leaf in leaves]),
+            self._refusal,
+        )
+        moving = [
+            ad.zeros_like_aval(of) if isinstance(tangent, SymbolicZero) else tangent
+            for tangent, of in zip(operands.select(jax.tree.leaves(tangents)), operands.types, strict=True)
+        ]
+        found = _linear_p.bind(*map(jnp.asarray, (*jax.tree.leaves(residuals), *moving)), pull=pull)
+        others = [SymbolicZero(jax.typeof(leaf).to_tangent_aval()) for leaf in leaves]
+        return out, smooth_out.tree.unflatten(smooth_out.merge(found, others))
+
+
+def first_order_only(function: Callable, reason: str) -> Callable:
+    """``function``, which raises UnsupportedError with ``reason`` when it is differentiated."""
+
+    @jax.custom_jvp
+    def call(*operands):
+        return function(*operands)
+
+    @call.defjvp
+    def refuse(primals, tangents):
+        raise UnsupportedError(reason)
+
+    return call
+
+
+def differentiated_as(plain: Callable, function: Callable, *operands: Any) -> Any:
+    """``function(*operands)`` with the derivatives of ``plain(*operands)``, which computes the same in another way."""
+
+    @custom_gradient
+    def call(*operands):
+        return function(*operands)
+
+    def backward(operands, ct):
+        leaves, tree = jax.tree.flatten(operands)
+        smooth = _Smooth(operands)
+
+        def of_smooth(values):
+            out = plain(*tree.unflatten(smooth.merge(values, leaves)))
+            return _Smooth(out).select(jax.tree.leaves(out))
+
+        cts = [leaf for leaf in jax.tree.leaves(ct) if leaf.dtype != jax.dtypes.float0]
+        (found,) = jax.vjp(of_smooth, smooth.select(leaves))[1](cts)
+        return tree.unflatten(smooth.merge(found, [None] * len(leaves)))
+
+    call.defvjp(lambda *operands: (call(*operands), operands), backward)
+    return call(*operands)
+
+
+def take_rows(rows: Array, index: Array, *, absent: float | None = None) -> Array:
+    """``rows[index]`` along the first axis; where index is -1: ``absent``, or if that is None, anything.
+
+    Rows that are not there have no derivative.
+    """
+    if not rows.shape[0]:
+        absent = 0 if absent is None else absent
+        picked = jnp.full_like(rows, absent, shape=(*index.shape, *rows.shape[1:]))
+        return _compat.as_varying(picked, _compat.varying_axes(index))
+    picked = _take(rows.shape[0], rows, index) if _is_smooth(rows) else jnp.take(rows, index, axis=0, mode="clip")
+    if absent is None:
+        return picked
+    there = (index >= 0).reshape(*index.shape, *(1,) * (picked.ndim - index.ndim))
+    return jnp.where(there, picked, jnp.asarray(absent, picked.dtype))
+
+
+@functools.partial(custom_gradient, num_static=1)
+def _take(num_rows: int, rows: Array, index: Array) -> Array:
+    return jnp.take(rows, index, axis=0, mode="clip")
+
+
+def _take_backward(num_rows, index, ct):
+    """JAX's own rule would send the cotangent of index -1 to row 0."""
+    target = jnp.where(index < 0, num_rows, index)
+    rows = jnp.zeros_like(ct, shape=(num_rows, *ct.shape[index.ndim :]))
+    return rows.at[target].add(ct, mode="drop"), None
+
+
+_take.defvjp(lambda num_rows, rows, index: (_take(num_rows, rows, index), index), _take_backward)
+
+
+# The linear map from tangents to tangents, which is known by its transpose.
+
+
+def _is_smooth(leaf: Any) -> bool:
+    return jnp.issubdtype(jax.typeof(leaf).dtype, jnp.inexact)
+
+
+class _Smooth:
+    """Which leaves of a tree have a derivative."""
+
+    def __init__(self, tree: Any):
+        leaves, self.tree = jax.tree.flatten(tree)
+        self.mask = [_is_smooth(leaf) for leaf in leaves]
+        self.types = [jax.typeof(leaf).to_tangent_aval() for leaf in self.select(leaves)]
+
+    def select(self, leaves: list) -> list:
+        """Those of ``leaves``, one for each leaf of the tree, that have a derivative."""
+        return [leaf for leaf, smooth in zip(leaves, self.mask, strict=True) if smooth]
+
+    def merge(self, values: list, others: list) -> list:
+        """The inverse: ``values`` where there is a derivative, else what ``others`` has."""
+        values = iter(values)
+        return [next(values) if smooth else other for smooth, other in zip(self.mask, others, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Pull:
+    """A backward pass over flat lists. Static: it holds no array."""
+
+    call: Callable  # (residuals, cotangents of the result) -> cotangents of the operands
+    num_residuals: int
+    operand_types: list
+    out_types: list
+    frozen: list  # of bools: the parts of the result through which no cotangent may come
+    refusal: str
+
+    def split(self, values):
+        """Operands of the primitive -> (residuals, the rest)."""
+        return list(values[: self.num_residuals]), list(values[self.num_residuals :])
+
+    def apply(self, *values):
+        """(residuals, tangents of the operands) -> tangents of the result."""
+        residuals, tangents = self.split(values)
+        zeros = [ad.zeros_like_aval(of) for of in self.out_types]
+        return jax.vjp(lambda cts: self.call(residuals, cts), zeros)[1](tangents)[0]
+
+
+def _pull(backward: Callable, residuals: Any, operands: _Smooth, out: _Smooth, frozen: list, refusal: str) -> _Pull:
+    leaves, residual_tree = jax.tree.flatten(residuals)
+
+    def call(residuals, cts):
+        no_ct = [np.zeros((), jax.dtypes.float0)] * len(out.mask)
+        ct = out.tree.unflatten(out.merge(cts, no_ct))
+        found = []
+        by_operand = backward(residual_tree.unflatten(residuals), ct)
+        for tree, cotangent in zip(operands.tree.children(), by_operand, strict=True):
+            found += [None] * tree.num_leaves if cotangent is None else tree.flatten_up_to(cotangent)
+        return [_as_cotangent(ct, of) for ct, of in zip(operands.select(found), operands.types, strict=True)]
+
+    return _Pull(call, len(leaves), operands.types, out.types, frozen, refusal)
+
+
+def _as_cotangent(ct: Array | None, of: Any) -> Array:
+    if ct is None:
+        return ad.zeros_like_aval(of)
+    assert (ct.shape, ct.dtype) == (of.shape, of.dtype), (ct, of)
+    return _compat.as_varying(ct, of.manual_axis_type.varying)
+
+
+_linear_p = Primitive("moe_linear")
+_linear_p.multiple_results = True
+_linear_p.def_impl(lambda *values, pull: pull.apply(*values))
+_linear_p.def_abstract_eval(lambda *values, pull: pull.out_types)
+mlir.register_lowering(_linear_p, mlir.lower_fun(lambda *values, pull: pull.apply(*values), multiple_results=True))
+
+
+def _transpose_linear(cts, *values, pull):
+    for ct, frozen in zip(cts, pull.frozen, strict=True):
+        if frozen and type(ct) is not ad.Zero:
+            raise UnsupportedError(pull.refusal)
+    residuals, tangents = pull.split(values)
+    found = pull.call(residuals, [ad.instantiate_zeros(ct) for ct in cts])
+    wanted = [ct if ad.is_undefined_primal(of) else None for ct, of in zip(found, tangents, strict=True)]
+    return [None] * len(residuals) + wanted
+
+
+def _differentiate_linear(primals, tangents, *, pull):
+    """Linear in the tangents that it maps; what moves with the residuals is found from the map itself."""
+    out = _linear_p.bind(*primals, pull=pull)
+    residuals, _ = pull.split(primals)
+    by_residual, mapped = pull.split(tangents)
+    terms = []
+    if any(type(t) is not ad.Zero for t in mapped):
+        terms.append(_linear_p.bind(*residuals, *map(ad.instantiate_zeros, mapped), pull=pull))
+    live = [i for i, t in enumerate(by_residual) if type(t) is not ad.Zero and t.dtype != jax.dtypes.float0]
+    if live:
+
+        def of_live(*values):
+            moved = dict(zip(live, values, strict=True))
+            return pull.apply(*(moved.get(i, value) for i, value in enumerate(primals)))
+
+        terms.append(jax.jvp(of_live, [primals[i] for i in live], [by_residual[i] for i in live])[1])
+    return out, [sum(parts[1:], parts[0]) for parts in zip(*terms, strict=True)]
+
+
+def _batch_linear(values, axes, *, pull):
+    """A batch of residuals and tangents: the backward pass under ``jax.vmap``."""
+    size = next(value.shape[axis] for value, axis in zip(values, axes, strict=True) if axis is not None)
+    values = [v if axis is None else jnp.moveaxis(v, axis, 0) for v, axis in zip(values, axes, strict=True)]
+    residual_axes, tangent_axes = pull.split([None if axis is None else 0 for axis in axes])
+    residuals, tangents = pull.split(values)
+    tangents = [
+        jnp.broadcast_to(t, (size, *t.shape)) if axis is None else t
+        for t, axis in zip(tangents, tangent_axes, strict=True)
+    ]
+    batched = _Pull(
+        jax.vmap(pull.call, in_axes=(residual_axes, 0), axis_size=size),
+        pull.num_residuals,
+        [_batched_type(of, size) for of in pull.operand_types],
+        [_batched_type(of, size) for of in pull.out_types],
+        pull.frozen,
+        pull.refusal,
+    )
+    out = _linear_p.bind(*residuals, *tangents, pull=batched)
+    return out, [0] * len(out)
+
+
+def _batched_type(of: Any, size: int) -> Any:
+    return jax.typeof(jnp.broadcast_to(ad.zeros_like_aval(of), (size, *of.shape)))
+
+
+ad.primitive_transposes[_linear_p] = _transpose_linear
+ad.primitive_jvps[_linear_p] = _differentiate_linear
+batching.primitive_batchers[_linear_p] = _batch_linear
