@@ -1,7 +1,7 @@
 """The command line, `python -m moe_jax COMMAND ...`: the only place where a MoEError is caught.
 
-Exit codes: 0 done, 1 a check failed (verify), 2 bad input with one sentence on standard error, 130 interrupted (Ctrl-C),
-and of a training run that saved and ended because it was asked to: 143 (SIGTERM), 129 (SIGHUP); 141: nobody reads any more.
+Exit codes: 0 done, 1 a check failed (verify), 2 bad input with one sentence on standard error, 130 interrupted (Ctrl-C);
+of a training run that saved and ended because it was asked to, 143 (SIGTERM) and 129 (SIGHUP); 141 nobody reads any more.
 """
 
 import argparse
@@ -39,9 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("moe_jax: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # else Python fails again when it flushes at exit
+        # Python flushes standard output at exit, and would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         print("moe_jax: stopped: whoever read standard output has closed it", file=sys.stderr)
         return 141
 

@@ -85,8 +85,8 @@ def router_violations(
         )
     if top_k > reachable:
         violations.append(
-            f"{top_k_name}={top_k} exceeds {reachable}, the number of experts that a token can reach: {size} in each of "
-            f"router.top_groups={router.top_groups} groups; raise top_groups or lower top_k"
+            f"{top_k_name}={top_k} exceeds {reachable}, the number of experts that a token can reach: {size} in each "
+            f"of router.top_groups={router.top_groups} groups; raise top_groups or lower top_k"
         )
     return violations
 

@@ -53,9 +53,9 @@ def route(
     either, as they are at the start of training. Quotients are taken between logarithms too, and are right for any
     finite logits, in their gradients as well.
 
-    An expert of logit -inf has score 0. Where all logits of a token are -inf, quotients are equal shares (1 / top_k, and
-    1 / E in the balance loss), and the token has no z loss and no gradient. A NaN is chosen before any number, as +inf
-    is, so that it can be seen: its weight is NaN, and with it every weight and loss that shares a sum with it.
+    An expert of logit -inf has score 0. Where all logits of a token are -inf, quotients are equal shares (1 / top_k,
+    and 1 / E in the balance loss), and the token has no z loss and no gradient. A NaN is chosen before any number, as
+    +inf is, so that it can be seen: its weight is NaN, and with it every weight and loss that shares a sum with it.
 
     Args:
       logits: [T, E] float.
@@ -249,7 +249,7 @@ def _sigmoid_jvp(primals, tangents):
 
 
 def _shares(logits: jax.Array, score: str) -> jax.Array:
-    """Scores divided by their sum along the last axis, also where all vanish in fp32; equal where all logits are -inf."""
+    """Scores divided by their sum on the last axis, also where all vanish in fp32; equal where all logits are -inf."""
     excluded = logits == -jnp.inf  # kept out of the derivative, which would be NaN
     logs = jnp.where(excluded, -jnp.inf, _log_scores(jnp.where(excluded, 0.0, logits), score))
     return jax.nn.softmax(jnp.where(jnp.all(excluded, axis=-1, keepdims=True), 0.0, logs), axis=-1)

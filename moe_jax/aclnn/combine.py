@@ -65,8 +65,8 @@ def moe_distribute_combine_v4(
     What dispatch returned goes in unchanged: assist_info_for_combine, ep_recv_counts as ``ep_send_counts`` and
     tp_recv_counts as ``tp_send_counts`` say where rows go. Rows whose triple is out of range or names another source
     than the counts become NaN, and so do all rows of a rank whose counts are not what the others sent.
-    With "hierarchy" the weights of routed rows are those of ``expand_scales``, where it is given; rows of shared experts
-    have weight 1, as everywhere. Rows of tokens that are masked are zero.
+    With "hierarchy" the weights of routed rows are those of ``expand_scales``, where it is given; rows of shared
+    experts have weight 1, as everywhere. Rows of tokens that are masked are zero.
 
     Returns:
       CombineOutput; with ``performance_info``, its new value too. Differentiable in every float array.
@@ -185,9 +185,9 @@ def _total(given: dict[str, Any]) -> tuple[Array, Array, Array | None]:
 def _handle(
     world: worlds.World, given: dict[str, Any], mask: Array | None
 ) -> tuple[DispatchHandle, Array, Array | None]:
-    """The handle that dispatch had, from what it returned; the rows, NaN where that does not fit together; their weights.
+    """The handle that dispatch had, from what it returned; the rows, NaN where that does not fit together; and weights.
 
-    Weights by row are those of this rank's own rows, zero for the peer's, and None where the tokens weight their rows.
+    Weights are those of this rank's own rows, zero for the peer's, and None where the tokens weight their rows.
     """
     plan, capacity = world.plan, world.capacity
     ledger = worlds.Ledger(plan, given["elastic_info"])

@@ -127,8 +127,8 @@ def _one_expert_with_tp(call):
 def _performance_info_by_rank(call):
     if call.given("performance_info") and call["comm_alg"] == "hierarchy":
         raise UnsupportedError(
-            f"performance_info was given, with shape {call.shape('performance_info')}, but with comm_alg='hierarchy' rows "
-            "come through another rank of the node, which hides whose they are; pass None, or comm_alg=''"
+            f"performance_info was given, with shape {call.shape('performance_info')}, but with comm_alg='hierarchy' "
+            "rows come through another rank of the node, which hides whose they are; pass None, or comm_alg=''"
         )
 
 

@@ -43,7 +43,7 @@ def sqrt_softplus(x: np.ndarray) -> np.ndarray:
 
 
 def sqrt_softplus_grad(x: np.ndarray) -> np.ndarray:
-    """The derivative of ``sqrt_softplus``: sigmoid(x) / (2 * sqrt_softplus(x)), which is sqrt_softplus(x) / 2 below -40."""
+    """The derivative of ``sqrt_softplus``: sigmoid(x) / (2 * sqrt_softplus(x)); sqrt_softplus(x) / 2 below -40."""
     root = sqrt_softplus(np.maximum(x, -40.0))
     return np.where(x < -40.0, 0.5 * sqrt_softplus(x), 0.5 * sigmoid(x) / root)
 

@@ -57,11 +57,11 @@ def route(
     weights nor the losses. The logits of an inactive token are never read. A token whose logits are all -inf has equal
     shares, and neither a z loss nor a gradient. NaN is chosen as +inf is.
 
-    No score that saturates or vanishes in float64 decides. Experts are compared by their logits where no sum is involved,
-    as scores grow with logits. Sums (a score and its bias, the best two of a group) of scores in float64 are compared
-    with twice the digits of a float64, and a sigmoid near 1 enters them as 1 minus its distance from 1. Where sums with scores are equal even so, the
-    greater logit decides, or between groups the greater sum of scores as taken between logarithms,
-    then the greater logits.
+    No score that saturates or vanishes in float64 decides. Experts are compared by their logits where no sum is
+    involved, as scores grow with logits. Sums (a score and its bias, the best two of a group) of scores in float64 are
+    compared with twice the digits of a float64, and a sigmoid near 1 enters them as 1 minus its distance from 1. Where
+    sums with scores are equal even so, the greater logit decides, or between groups the greater sum of scores as taken
+    between logarithms, then the greater logits.
 
     Args:
       logits: [N, E] float.
@@ -220,7 +220,7 @@ def _log_softplus_grad(x: np.ndarray) -> np.ndarray:
 
 
 def _split_scores(logits: np.ndarray, score: str) -> np.ndarray:
-    """[E, 2]: two numbers for each expert whose sum is its score: where many may be near 1, 1 and minus the distance."""
+    """[E, 2]: two numbers for each expert whose sum is its score: where many may be near 1, 1 and minus the rest."""
     value, distance = _SCORES[score][0](logits), np.zeros(len(logits))
     if score == "sigmoid":
         near_one = logits > 0.0

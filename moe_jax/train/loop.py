@@ -88,8 +88,9 @@ def train(
 ) -> int:
     """Trains, then prints the validation loss in nats per byte and a sample; returns the exit code.
 
-    The checkpoint is saved at the end, every `config.train.save_seconds` and `save_every` steps, when the run is asked to
-    stop, and when the data, the metrics or standard output fail. A run that is killed loses what came after the last one.
+    The checkpoint is saved at the end, every `config.train.save_seconds` and `save_every` steps, when the run is asked
+    to stop, and when the data, the metrics or standard output fail. A run that is killed loses what came after the last
+    one.
 
     Args:
       config: with [model] and [train].

@@ -196,7 +196,7 @@ def moe_distribute_combine_add_rms_norm(
 
 
 def _sum_token(world: World, special: _Special, i, values, ids, weights, active):
-    """The fp32 sum of token ``i``: values [K + Ns, H], or None for special experts alone; ids, weights and active [K]."""
+    """The fp32 sum of token ``i``: values [K + Ns, H], or None for special experts alone; ids, weights, active [K]."""
     acc = np.zeros((), _F32) if values is None else np.zeros(values.shape[-1], _F32)
     for k in range(len(ids)):
         if active[k] and ids[k] >= world.num_experts:
