@@ -155,10 +155,11 @@ def run_dispatch(transport, quant="none"):
 
 
 def run_combine(transport):
-    def shard(mesh, x, ids, weights, _):
+    def shard(mesh, x, ids, weights, experts):
         sent = moe.dispatch(x, ids, plan_of(mesh, transport=transport))
-        y = moe.combine(sent.x, weights, sent.handle)
-        return y, moe.combine_add_rms_norm(sent.x, weights, sent.handle, x, jnp.ones(H))
+        rows = sent.x * experts[0, 0]  # varies as experts do, too
+        y = moe.combine(rows, weights, sent.handle)
+        return y, moe.combine_add_rms_norm(rows, weights, sent.handle, x, jnp.ones(H))
 
     return shard
 
