@@ -180,10 +180,10 @@ def run_layer_of(ep, tp, mesh, x, ids, weights, experts):
 
 
 def run_facade(comm_alg):
-    def shard(mesh, x, ids, weights, _):
+    def shard(mesh, x, ids, weights, experts):
         ids = aclnn.moe_update_expert(ids, jnp.ones((E, 2), jnp.int32), world_size=W, group_ep="ep").balanced_expert_ids
         sent = aclnn.moe_distribute_dispatch_v4(x, ids, expert_scales=weights, comm_alg=comm_alg, **NUMBERS)
-        back = (sent.expand_x, ids, sent.assist_info_for_combine, sent.ep_recv_counts, weights)
+        back = (sent.expand_x * experts[0, 0], ids, sent.assist_info_for_combine, sent.ep_recv_counts, weights)
         options = {"expand_scales": sent.expand_scales, "comm_alg": comm_alg, **NUMBERS}
         normed = aclnn.moe_distribute_combine_add_rms_norm_v2(*back, x[:, None], jnp.ones(H), **options)
         return ids, sent, aclnn.moe_distribute_combine_v4(*back, **options), normed
