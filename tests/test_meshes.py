@@ -74,7 +74,8 @@ def check_layer(types, shape, *, set_mesh, spec):
         assert_close(found[0][name], d_params[name])
 
 
-EVERY_MESH = list(itertools.product(ALL_TYPES, [(2, 2, 1), (1, 2, 2)], [False, True], [None, P("ep"), P(AXES), P("tp")]))
+SPECS = [None, P("ep"), P(AXES), P("tp")]
+EVERY_MESH = list(itertools.product(ALL_TYPES, [(2, 2, 1), (1, 2, 2)], [False, True], SPECS))
 A, X = AxisType.Auto, AxisType.Explicit
 FEW_MESHES = [  # every type of every axis, with tp 1 and 2, with and without set_mesh, every layout
     ((X, A, A), (2, 2, 1), True, P("ep")),
@@ -104,15 +105,15 @@ def test_every_argument_may_lie_anywhere(types, spec):
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2, 1), AXES, axis_types=types)
     init, apply = layer(jax.devices(), (2, 2, 1), types)
     params = jax.eval_shape(init, jax.random.key(0))
-    given = (params, (4 * T, H), (4 * T,), (E, 2), (4 + 2 * 2,))
-    dtypes = ({name: jnp.float32 for name in params}, jnp.float32, bool, jnp.int32, jnp.int32)
 
     def anywhere(shape, dtype):
         fits = len(shape) == 2 or spec[:1] != (None,)
         place = NamedSharding(mesh, spec if fits and shape[0] % 4 == 0 else P())
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
-    given = ({name: anywhere(value.shape, value.dtype) for name, value in params.items()}, *map(anywhere, given[1:], dtypes[1:]))
+    params = {name: anywhere(value.shape, value.dtype) for name, value in params.items()}
+    shapes = ((4 * T, H), jnp.float32), ((4 * T,), bool), ((E, 2), jnp.int32), ((4 + 2 * 2,), jnp.int32)
+    given = (params, *(anywhere(*shape) for shape in shapes))
 
     def loss(params, x, mask, table, rank_table):
         return jnp.sum(apply(params, x, mask, table=table, rank_table=rank_table)[0])
