@@ -74,7 +74,8 @@ def check_layer(types, shape, *, set_mesh, spec):
         assert_close(found[0][name], d_params[name])
 
 
-EVERY_MESH = list(itertools.product(ALL_TYPES, [(2, 2, 1), (1, 2, 2)], [False, True], [None, P("ep"), P(AXES), P("tp")]))
+SPECS = [None, P("ep"), P(AXES), P("tp")]
+EVERY_MESH = list(itertools.product(ALL_TYPES, [(2, 2, 1), (1, 2, 2)], [False, True], SPECS))
 A, X = AxisType.Auto, AxisType.Explicit
 FEW_MESHES = [  # every type of every axis, with tp 1 and 2, with and without set_mesh, every layout
     ((X, A, A), (2, 2, 1), True, P("ep")),
@@ -104,15 +105,15 @@ def test_every_argument_may_lie_anywhere(types, spec):
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2, 1), AXES, axis_types=types)
     init, apply = layer(jax.devices(), (2, 2, 1), types)
     params = jax.eval_shape(init, jax.random.key(0))
-    given = (params, (4 * T, H), (4 * T,), (E, 2), (4 + 2 * 2,))
-    dtypes = ({name: jnp.float32 for name in params}, jnp.float32, bool, jnp.int32, jnp.int32)
 
     def anywhere(shape, dtype):
         fits = len(shape) == 2 or spec[:1] != (None,)
         place = NamedSharding(mesh, spec if fits and shape[0] % 4 == 0 else P())
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
-    given = ({name: anywhere(value.shape, value.dtype) for name, value in params.items()}, *map(anywhere, given[1:], dtypes[1:]))
+    params = {name: anywhere(value.shape, value.dtype) for name, value in params.items()}
+    shapes = ((4 * T, H), jnp.float32), ((4 * T,), bool), ((E, 2), jnp.int32), ((4 + 2 * 2,), jnp.int32)
+    given = (params, *(anywhere(*shape) for shape in shapes))
 
     def loss(params, x, mask, table, rank_table):
         return jnp.sum(apply(params, x, mask, table=table, rank_table=rank_table)[0])
@@ -155,10 +156,11 @@ def run_dispatch(transport, quant="none"):
 
 
 def run_combine(transport):
-    def shard(mesh, x, ids, weights, _):
+    def shard(mesh, x, ids, weights, experts):
         sent = moe.dispatch(x, ids, plan_of(mesh, transport=transport))
-        y = moe.combine(sent.x, weights, sent.handle)
-        return y, moe.combine_add_rms_norm(sent.x, weights, sent.handle, x, jnp.ones(H))
+        rows = sent.x * experts[0, 0]  # varies as experts do, too
+        y = moe.combine(rows, weights, sent.handle)
+        return y, moe.combine_add_rms_norm(rows, weights, sent.handle, x, jnp.ones(H))
 
     return shard
 
@@ -179,10 +181,10 @@ def run_layer_of(ep, tp, mesh, x, ids, weights, experts):
 
 
 def run_facade(comm_alg):
-    def shard(mesh, x, ids, weights, _):
+    def shard(mesh, x, ids, weights, experts):
         ids = aclnn.moe_update_expert(ids, jnp.ones((E, 2), jnp.int32), world_size=W, group_ep="ep").balanced_expert_ids
         sent = aclnn.moe_distribute_dispatch_v4(x, ids, expert_scales=weights, comm_alg=comm_alg, **NUMBERS)
-        back = (sent.expand_x, ids, sent.assist_info_for_combine, sent.ep_recv_counts, weights)
+        back = (sent.expand_x * experts[0, 0], ids, sent.assist_info_for_combine, sent.ep_recv_counts, weights)
         options = {"expand_scales": sent.expand_scales, "comm_alg": comm_alg, **NUMBERS}
         normed = aclnn.moe_distribute_combine_add_rms_norm_v2(*back, x[:, None], jnp.ones(H), **options)
         return ids, sent, aclnn.moe_distribute_combine_v4(*back, **options), normed

@@ -140,7 +140,7 @@ def test_a_plan_says_what_both_calls_take():
 
 
 def test_hierarchy_without_nodes_is_one_node():
-    """As make_mesh(nodes=1) has it, so that a program for any number of nodes needs no second case; the plan says so."""
+    """As make_mesh(nodes=1) has it, so that a program for any number of nodes has one case; and it says so."""
     plan = make(transport="hierarchy")
     assert plan.num_nodes == 1 and plan.ep_axis == ("ep",)
     assert "one node" in plan.describe() and "one node" not in make(transport="padded").describe()
