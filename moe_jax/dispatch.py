@@ -76,7 +76,8 @@ def dispatch(
       out of ``in_specs`` and ``out_specs``: ``P("ep")`` for both without tensor parallelism. Differentiable in ``x``,
       ``combine_weights`` and ``smooth_scales``, in both modes and to any order; rounding counts as identity. The
       adjoint sends cotangents back (as ``plan.backward_quant`` says) and sums them in fp32. Codes and scales of
-      quantised rows, and a window, are constants.
+      quantised rows, and a window, are constants: forward mode says 0, and a cotangent that comes to float ones is
+      refused (UnsupportedError).
 
     Raises:
       ShapeError, DtypeError, InvalidArgumentError, MissingArgumentError: an argument does not fit the plan.

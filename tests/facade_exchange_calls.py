@@ -104,8 +104,9 @@ def legal(rng: np.random.Generator) -> Case:
     wires = {None: [0, 2, 3, 4], "a2": [0, 2] if hierarchy else [0], "a3": [0, 2], "a5": [0, 2, 3, 4]}[product]
     comm_quant = int(rng.choice(wires)) if tp < 2 and (free or not norm) and rng.random() < 0.5 else 0
     alg = {"a2": ["", "fullmesh"], "a3": ["", None, "fullmesh_v1"] + ["fullmesh_v2"] * (tp < 2), "a5": ["", "fullmesh_v1"]}
+    nodes = (world if free and hidden == 8 else 2) if hierarchy else 1  # nodes of one rank, or two of several
     case = Case(
-        product=product, world=world, tp=max(tp, 1), nodes=2 if hierarchy else 1, tokens=tokens,
+        product=product, world=world, tp=max(tp, 1), nodes=nodes, tokens=tokens,
         combine=NORM if norm else COMBINE, version=4,
         common={
             "group_ep": ("node", "ep") if hierarchy else "ep", "ep_world_size": world, "moe_expert_num": experts,

@@ -256,6 +256,8 @@ def test_dequantize_refuses_what_is_not_quantised():
     with pytest.raises(moe.errors.InvalidArgumentError, match="sent is a tuple"):
         x, ids = given["x"][0, 0], given["expert_ids"][0, 0]
         aclnn.dequantize((), x, ids, quant_mode=2, **config.common, **groups(config))
+    with pytest.raises(moe.errors.UnexpectedArgumentError, match="ep_rank_id was given.*index along the mesh axis"):
+        aclnn.dequantize((), x, ids, quant_mode=2, ep_rank_id=0, **config.common, **groups(config))
 
 
 def quantised_before(loss):

@@ -167,9 +167,24 @@ def test_the_executor_explains_them_too(operator):
             executor(**arrays, **{name: 0})
 
 
-def test_a_misspelt_argument_gets_a_suggestion():
-    with pytest.raises(errors.UnexpectedArgumentError, match="expertIds was given.*did you mean 'expert_ids'"):
-        aclnn.moe_distribute_dispatch_v2(expertIds=np.zeros((2, 1), np.int32))
+def test_an_executor_takes_arrays_by_name():
+    x = np.zeros((2, 2), np.float32)
+    _, executor = aclnn.distribute_barrier_get_workspace_size(x, group="ep", world_size=2)
+    with pytest.raises(errors.UnexpectedArgumentError, match="takes arrays by name, and 1 came without; pass x_ref="):
+        executor(x)
+
+
+SPELT_OTHERWISE = {
+    "expertIds": "here it is expert_ids$", "expertIdsOptional": "here it is expert_ids$",
+    "expandXOut": r"returned.*DispatchOutput\.expand_x;", "epRankId": "index along the mesh axis of group_ep",
+    "expertid": "did you mean 'expert_ids'",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPELT_OTHERWISE)
+def test_the_spelling_of_the_c_call_is_understood_and_mistakes_get_a_suggestion(name):
+    with pytest.raises(errors.UnexpectedArgumentError, match=f"{name} was given.*{SPELT_OTHERWISE[name]}"):
+        aclnn.moe_distribute_dispatch_v2(**{name: np.zeros((2, 1), np.int32)})
 
 
 def test_attributes_by_position_are_refused():

@@ -86,13 +86,14 @@ def test_rows_that_are_not_there_have_no_derivative():
     np.testing.assert_array_equal(slope[:, 0], [1, 0, 0, 2])  # whatever a row that is not there holds, it is a constant
 
 
-def test_batches():
+@pytest.mark.parametrize("backend", ["auto", "cpu", "xla"])
+def test_batches(backend):
     """jax.hessian and its like map derivatives over a batch of directions."""
     sizes, rng = jnp.array([2, 1], jnp.int32), np.random.default_rng(0)
     lhs, rhs = small(rng, 4, 2), small(rng, 2, 2, 2)
 
     def loss(lhs):
-        return jnp.sum(moe.grouped_matmul(lhs**2, rhs, sizes, backend="cpu")[:3])
+        return jnp.sum(moe.grouped_matmul(lhs**2, rhs, sizes, backend=backend)[:3])
 
     want = np.zeros((4, 2, 4, 2))
     for m, group in enumerate([0, 0, 1]):
@@ -100,8 +101,13 @@ def test_batches():
             want[m, h, m, h] = 2 * rhs[group, h].sum()
     for hessian in (jax.hessian, lambda f: jax.jacrev(jax.jacrev(f)), lambda f: jax.jacfwd(jax.jacfwd(f))):
         np.testing.assert_array_equal(jax.jit(hessian(loss))(lhs), want)
-    per_example = jax.vmap(jax.grad(loss))(jnp.stack([lhs, 2 * lhs]))
+    per_example = jax.jit(jax.vmap(jax.grad(loss)))(jnp.stack([lhs, 2 * lhs]))
     np.testing.assert_array_equal(per_example[1], 2 * per_example[0])
+    products = jax.jit(jax.vmap(functools.partial(moe.grouped_matmul, backend=backend)))
+    got = products(jnp.stack([lhs, lhs]), jnp.stack([rhs, 2 * rhs]), jnp.array([[2, 1], [0, 3]], jnp.int32))
+    for member, (factor, groups) in enumerate([(1, [0, 0, 1]), (2, [1, 1, 1])]):
+        exact = [factor * np.asarray(lhs)[m] @ np.asarray(rhs)[g] for m, g in enumerate(groups)]
+        np.testing.assert_array_equal(got[member, :3], exact)
 
 
 # --- operators --------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ a mesh axis, and its index is the rank: who passes an output or a rank id, as th
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -97,6 +98,9 @@ def with_fewer_parameters(
 
 def stand_in(operator: str, parameters: Mapping[str, Any], name: str) -> str | None:
     """What stands for the argument ``name`` of a C++ call, which ``operator`` lacks; None where it is unknown there."""
+    name = _snake_case(name)
+    if name in parameters:
+        return f"here it is {name}"
     later = [v for v, version in VERSIONS.items() if version.newest == newest_of(operator)] + [newest_of(operator)]
     if name in lacking(operator):
         return f"{next(version for version in later if name not in lacking(version))} does"
@@ -109,6 +113,11 @@ def stand_in(operator: str, parameters: Mapping[str, Any], name: str) -> str | N
         if field is not None:
             return f"outputs are returned, this one as {output.__name__}.{field}; leave it out"
     return None
+
+
+def _snake_case(name: str) -> str:
+    """``expandXOut`` and ``expand_x_out`` -> ``expand_x_out``."""
+    return re.sub(r"(?<=[a-z0-9])([A-Z])", lambda letter: f"_{letter[1]}", name).lower()
 
 
 def _bare(name: str) -> str:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from moe_jax import _compat
 from moe_jax.aclnn import world as worlds
+from moe_jax.aclnn.arguments import signature_checked
 from moe_jax.aclnn.results import DispatchOutput, TimedDispatchOutput, WindowDispatchOutput
 from moe_jax.aclnn.workspace import moe_distribute_dispatch_v4_get_workspace_size
 from moe_jax.bookkeeping import open_window
@@ -16,6 +17,7 @@ from moe_jax.movement import Sent, carry_rows, dequantized
 Array = jax.Array
 
 
+@signature_checked
 @_compat.vary_as_operands("sent")
 def dequantize(
     sent: DispatchOutput | TimedDispatchOutput | WindowDispatchOutput,
@@ -47,7 +49,8 @@ def dequantize(
 
     Args:
       sent: what ``moe_distribute_dispatch_v4`` returned.
-      x, expert_ids, ..., y_dtype: what it was given; ``quant_mode`` is 1 to 5.
+      x, expert_ids, ..., y_dtype: what it was given; ``quant_mode`` is 1 to 5. What changes no row (expert_scales,
+        performance_info, window, expert_token_nums_type, expert_shard_type) is not asked for.
 
     Returns:
       [P * A, H] in the dtype of ``x``. Differentiable in ``x`` and ``scales``.

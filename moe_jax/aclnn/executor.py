@@ -33,16 +33,22 @@ class Executor:
     attributes: tuple[tuple[str, Any], ...]
     arrays: tuple[tuple[str, tuple[int, ...], str], ...]
 
-    def __call__(self, **arrays: Any) -> Any:
+    def __call__(self, /, *by_position: Any, **arrays: Any) -> Any:
         """Runs the operator inside ``shard_map`` on arrays like those that were checked; None = not given.
 
         Raises:
           InvalidArgumentError: an array that was not among the checked ones.
-          UnexpectedArgumentError: a part of the C++ call that no function here has, such as a stream or an output.
+          UnexpectedArgumentError: an array without its name, or a part of the C++ call that no function here has,
+            such as a stream or an output.
           MissingArgumentError: an array that was, and is not given.
           ShapeError, DtypeError: an array is not like the one that was checked.
           UnsupportedError: ``moe_jax.aclnn`` has the checks of this operator, but not the operator.
         """
+        if by_position:
+            raise UnexpectedArgumentError(
+                f"the executor of {self.operator_name} takes arrays by name, and {len(by_position)} came without; pass "
+                f"{', '.join(f'{name}=' for name, _, _ in self.arrays)}"
+            )
         arrays = {name: array for name, array in arrays.items() if array is not None}
         self._check(arrays)
         aclnn = importlib.import_module("moe_jax.aclnn")

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import sequential_vmap
 
 from moe_jax.kernels.table import Backend
 
@@ -18,18 +19,29 @@ def zero_past_groups(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
     return jnp.where(written[:, None], rows, jnp.zeros((), rows.dtype))
 
 
+@sequential_vmap
+def _inner_product(lhs, rhs, group_sizes):
+    """JAX batches few forms of a ragged product, so a batch is a loop over its members."""
+    return lax.ragged_dot(lhs, rhs, group_sizes, preferred_element_type=jnp.float32)
+
+
+@sequential_vmap
+def _outer_product(lhs, rhs, group_sizes):
+    return lax.ragged_dot_general(lhs, rhs, group_sizes, _OUTER, preferred_element_type=jnp.float32)
+
+
 def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, transpose_rhs: bool) -> jax.Array:
     """lhs [M, H], rhs [G, H, N] ([G, N, H] if ``transpose_rhs``), group_sizes [G] -> [M, N]; zeros past the sum."""
     rhs = jnp.swapaxes(rhs, 1, 2) if transpose_rhs else rhs
     lhs = zero_past_groups(lhs, group_sizes)
-    product = lax.ragged_dot(lhs, rhs, group_sizes, preferred_element_type=jnp.float32)
+    product = _inner_product(lhs, rhs, group_sizes)
     return zero_past_groups(product.astype(lhs.dtype), group_sizes)  # undefined there on some platforms
 
 
 def grouped_outer(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, dtype) -> jax.Array:
     """lhs [M, H], rhs [M, N], group_sizes [G] -> [G, H, N] in ``dtype``."""
     lhs, rhs = zero_past_groups(lhs, group_sizes), zero_past_groups(rhs, group_sizes)
-    product = lax.ragged_dot_general(lhs, rhs, group_sizes, _OUTER, preferred_element_type=jnp.float32)
+    product = _outer_product(lhs, rhs, group_sizes)
     empty = (group_sizes == 0)[:, None, None]  # some kernels leave an empty group's product unwritten
     return jnp.where(empty, jnp.zeros((), dtype), product.astype(dtype))
 

@@ -232,7 +232,8 @@ def _send_backward(how, residuals, ct):
 _CODES = (
     "a gradient was asked for through the codes or scales of quantised rows, which are constants: rounding has no "
     "useful derivative. Compute with the rows of moe_jax.dequantize(dispatched), or of moe_jax.aclnn.dequantize(sent, "
-    "...), whose gradient passes straight through the rounding; or put jax.lax.stop_gradient around codes and scales"
+    "...), whose gradient passes straight through the rounding; or put jax.lax.stop_gradient around codes and scales, "
+    "also where they are results of a jax.custom_vjp of yours, which fills in zeros for results that nothing uses"
 )
 _send_with.defvjp(_send_forward, _send_backward, frozen=lambda sent: (sent.values, sent.scale), refusal=_CODES)
 
