@@ -14,7 +14,7 @@ ROOT = Path(moe_jax.__file__).parent
 # A module imports only from the lines above its own; modules and packages of one line do not know each other.
 LAYERS = [
     {"errors"},
-    {"_compat", "message"},
+    {"_compat", "message", "hlo"},
     {"config", "types", "reference", "layout", "quant", "products", "contract"},
     {"mesh", "kernels", "rank_table"},
     {"comm", "plan"},
