@@ -252,7 +252,7 @@ def _collective(program: Program, instruction: Instruction) -> Collective | None
     names = instruction.operands
     if op == "ragged-all-to-all":  # operand, output, and four arrays of integers
         names = names[:1]
-    types = [program.computations[instruction.computation][name].type for name in names]
+    types = [program.type_of(instruction, name) for name in names]
     handed, group = sum(map(num_bytes, types)), _group_size(instruction.attributes, program.num_devices)
     return Collective(
         op=op,

@@ -101,6 +101,10 @@ class Program:
                 for callee, loops, fuses in instruction.callees():
                     waiting.append((in_loop or loops, fused or fuses, callee))
 
+    def type_of(self, instruction: Instruction, operand: str) -> str:
+        """The type of what an instruction takes."""
+        return self.computations[instruction.computation][operand].type
+
     def executions(self, weigh: Callable[[Instruction], int], computation: str = "") -> Iterator[Execution]:
         """Everything that one call executes, loops by their trip counts.
 

@@ -1,6 +1,7 @@
 """Meshes and emulated devices: where the operators run."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -65,7 +66,9 @@ def _too_few(needed: int) -> str:
     )
 
 
-def make_mesh(ep: int = 1, tp: int = 1, *, nodes: int = 1, dp: int = 1) -> Mesh:
+def make_mesh(
+    ep: int = 1, tp: int = 1, *, nodes: int = 1, dp: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """A mesh over the first ``ep * tp * dp`` devices, all axes Auto.
 
     Axes, outermost first: "dp" (only if dp > 1), "node" (only if nodes > 1), "ep", "tp". With ``nodes`` > 1 the
@@ -76,6 +79,7 @@ def make_mesh(ep: int = 1, tp: int = 1, *, nodes: int = 1, dp: int = 1) -> Mesh:
       tp: tensor-parallel size.
       nodes: nodes that the expert-parallel group spans; divides ``ep``.
       dp: replicas of the whole group.
+      devices: which devices to take instead of ``jax.devices()``, such as those that ``compile_for`` gives a builder.
 
     Raises:
       InvalidArgumentError: a size is not a positive whole number, or ``nodes`` does not divide ``ep``.
@@ -91,9 +95,13 @@ def make_mesh(ep: int = 1, tp: int = 1, *, nodes: int = 1, dp: int = 1) -> Mesh:
     axes = [("dp", dp)] * (dp > 1) + [("node", nodes)] * (nodes > 1) + [("ep", ep // nodes), ("tp", tp)]
     sizes = [int(size) for _, size in axes]
     needed = math.prod(sizes)
-    if len(jax.devices()) < needed:
-        raise MeshError(_too_few(needed))
-    return _compat.auto_mesh(np.array(jax.devices()[:needed]).reshape(sizes), [name for name, _ in axes])
+    if devices is None:
+        devices = jax.devices()
+        if len(devices) < needed:
+            raise MeshError(_too_few(needed))
+    elif len(devices) < needed:
+        raise MeshError(f"the mesh needs {needed} devices and devices= has {len(devices)}; make it smaller")
+    return _compat.auto_mesh(np.array(devices[:needed]).reshape(sizes), [name for name, _ in axes])
 
 
 def check_mesh(mesh: Mesh | AbstractMesh) -> None:
