@@ -53,7 +53,7 @@ class Work:
 
 
 def work_of(program: Program, *, has_fast_memory: bool) -> tuple[Work, Work, tuple[Kernel, ...], tuple[str, ...]]:
-    """(what surely runs, one turn of each loop of unknown length, the kernels, the scopes of those loops).
+    """(what surely runs, one turn of each loop of unknown length, the kernels, those loops by name and scope).
 
     ``has_fast_memory``: whether memory spaces are on the chip, as on TPU, so that they make no traffic.
     """
@@ -61,7 +61,7 @@ def work_of(program: Program, *, has_fast_memory: bool) -> tuple[Work, Work, tup
     traffic = _Traffic(program, has_fast_memory)
     works = [_sum(program, [e for e in executions if e.is_uncounted is late], traffic) for late in (False, True)]
     loops = tuple(
-        scope_of(e.instruction) or NO_SCOPE
+        f"{e.instruction.name} {scope_of(e.instruction) or NO_SCOPE}"
         for e in executions
         if e.instruction.op == "while" and program.trip_count(e.instruction) is None
     )
@@ -291,7 +291,8 @@ def _kernels(program: Program, executions: list[Execution]) -> Iterator[Kernel]:
 def kernel_name(instruction: Instruction) -> str:
     """What a kernel calls itself, where it does; else what XLA calls the instruction."""
     named = re.search(r'(?:kernel_name|\bname)\s*=\s*\\?"([\w.\-]+)\\?"', instruction.attributes)
-    return named[1] if named else _plain_name(instruction)
+    name = named[1] if named else _plain_name(instruction)
+    return instruction.attribute("custom_call_target").strip('"') if name == "custom-call" else name
 
 
 def _plain_name(instruction: Instruction) -> str:

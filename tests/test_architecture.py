@@ -15,8 +15,8 @@ ROOT = Path(moe_jax.__file__).parent
 LAYERS = [
     {"errors"},
     {"_compat", "message", "hlo"},
-    {"config", "types", "reference", "layout", "quant", "products", "contract"},
-    {"mesh", "kernels", "rank_table"},
+    {"config", "types", "reference", "layout", "quant", "products", "contract", "hlo_cost", "hardware"},
+    {"mesh", "kernels", "rank_table", "targets"},
     {"comm", "plan"},
     {"special", "hierarchy", "barrier"},
     {"movement", "bookkeeping", "window"},

@@ -17,7 +17,7 @@ class TargetReport(Contract):
 
     ``work`` is what surely runs, loops by their trip count: a ``moe_jax.hlo_cost.Work`` with ``flops``,
     ``bytes_accessed``, ``collective_bytes``, ``cycles``, ``gathers``, ``scatters``. ``loop_work`` is the same of one turn
-    of each loop whose trip count is not known when the program is compiled; ``uncounted_loops`` names their scopes.
+    of each loop whose trip count is not known when the program is compiled; ``uncounted_loops`` names them, with their scopes.
     ``flops`` is ``work.flops``: products alone, and what kernels declare.
 
     ``cycles`` are the TPU compiler's own estimates; it makes none for kernels, collectives and some others, which
@@ -73,7 +73,7 @@ class TargetReport(Contract):
         ]
         lines += [f"kernel        {_kernel(kernel)}" for kernel in self.kernels]
         if self.uncounted_loops:
-            lines.append(f"not counted   loops of unknown length, in {', '.join(self.uncounted_loops)}; one turn of each:")
+            lines.append(f"not counted   loops of unknown length: {', '.join(self.uncounted_loops)}; one turn of each:")
             lines += ["  " + line for line in _lines(self.loop_work)]
         lines.append(f"peak memory   {self.peak_bytes:,} B")
         return "\n".join(lines) + "\n" + super().__str__()
