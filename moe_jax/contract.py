@@ -13,11 +13,8 @@ from typing import Any
 import jax
 
 from moe_jax.errors import InvalidArgumentError, UnsupportedError, check_choice, check_count, check_flag
-from moe_jax.hlo import Instruction, Program, is_float, num_bytes, shapes
+from moe_jax.hlo import COLLECTIVES, Instruction, Program, is_float, num_bytes, shapes
 
-COLLECTIVES = (
-    "all-to-all", "all-gather", "all-reduce", "reduce-scatter", "collective-permute", "ragged-all-to-all",
-)  # fmt: skip
 _LARGEST = 5
 
 
@@ -246,13 +243,10 @@ def _show(number: float | None) -> str:
 
 
 def _collective(program: Program, instruction: Instruction) -> Collective | None:
-    op = instruction.op.removesuffix("-start")
-    if op not in COLLECTIVES:
+    types = program.handed_over(instruction)
+    if types is None:
         return None
-    names = instruction.operands
-    if op == "ragged-all-to-all":  # operand, output, and four arrays of integers
-        names = names[:1]
-    types = [program.type_of(instruction, name) for name in names]
+    op = instruction.op.removesuffix("-start")
     handed, group = sum(map(num_bytes, types)), _group_size(instruction.attributes, program.num_devices)
     return Collective(
         op=op,

@@ -10,6 +10,9 @@ import re
 from collections.abc import Callable, Iterator
 
 ALIASES = ("parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "opt-barrier")
+COLLECTIVES = (
+    "all-to-all", "all-gather", "all-reduce", "reduce-scatter", "collective-permute", "ragged-all-to-all",
+)  # fmt: skip
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALLEES = re.compile(r"\b([a-z_]+)=(\{(?:%[\w.\-]+(?:, )?)+\}|%[\w.\-]+)")
@@ -39,8 +42,8 @@ class Instruction:
 
     @property
     def is_held(self) -> bool:
-        """Whether the result has memory of its own."""
-        return not self.is_fused and self.op not in ALIASES
+        """Whether the result has memory of its own. (That of a start is its done's.)"""
+        return not self.is_fused and self.op not in ALIASES and not self.op.endswith("-start")
 
     def attribute(self, name: str) -> str:
         """The words in the braces, or the one word, behind ``name=``; empty where there is none."""
@@ -78,7 +81,7 @@ class Program:
         self.num_devices = math.prod(int(found[1]) for found in extents if found)
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry = current = ""
-        for line in text.splitlines():
+        for line in text.split("\n"):
             if line.endswith("{") and " -> " in line and not line.startswith(" "):
                 current = _NAME.search(line)[1]
                 self.computations[current] = {}
@@ -104,6 +107,24 @@ class Program:
     def type_of(self, instruction: Instruction, operand: str) -> str:
         """The type of what an instruction takes."""
         return self.computations[instruction.computation][operand].type
+
+    def result_type(self, instruction: Instruction) -> str:
+        """The type of what an instruction makes; that of an asynchronous start also names its operands and a context."""
+        if not instruction.op.endswith("-start") or instruction.op == "all-reduce-start":
+            return instruction.type
+        kind = instruction.type
+        for operand in instruction.operands:
+            kind = kind.replace(self.type_of(instruction, operand), "", 1)
+        return re.sub(r"[su]32\[\](\{[^{}]*\})?", "", kind)
+
+    def handed_over(self, instruction: Instruction) -> list[str] | None:
+        """The types of what a collective takes from its device; None for everything that is no collective."""
+        op = instruction.op.removesuffix("-start")
+        if op not in COLLECTIVES:
+            return None
+        # Behind the operand of a ragged-all-to-all stand its output and four arrays of integers.
+        names = instruction.operands[: 1 if op == "ragged-all-to-all" else None]
+        return [self.type_of(instruction, name) for name in names]
 
     def executions(self, weigh: Callable[[Instruction], int], computation: str = "") -> Iterator[Execution]:
         """Everything that one call executes, loops by their trip counts.

@@ -15,14 +15,16 @@ from moe_jax.hlo import ALIASES, Execution, Instruction, Program, array_extents,
 # Custom calls that tell the compiler something and run nothing.
 _ANNOTATIONS = (
     "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "AssumeGatherIndicesInBound", "AllocateBuffer",
-    "annotate_device_placement", "MoveToDevice", "MoveToHost", "PinToDevice",
+    "annotate_device_placement", "MoveToDevice", "MoveToHost", "PinToDevice", "ConcatBitcast",
+    "GatherScatterIndicesBitpacked",
 )  # fmt: skip
 _NO_TRAFFIC = (*ALIASES, "constant", "partition-id", "replica-id", "after-all", "iota")
-# Words of an operation's path that JAX itself puts there; what is left are the user's named scopes.
+# Words of an operation's path that JAX itself puts there, and what it wraps around others; what is left are named scopes.
 _STRUCTURE = re.compile(
-    r"(pjit|while|body|cond|closed_call|call_exported|shard_map|checkpoint|remat\w*|branch_\d+_fun|core_call|scan|"
-    r"custom_\w+_call\w*|.*->.*|platform_index|switch|vmap\(.*\)|jit\(.*\)|pallas_call|run_state|fori_loop)"
+    r"pjit|while|body|cond|closed_call|call_exported|shard_map|checkpoint|remat\w*|branch_\d+_fun|core_call|scan|"
+    r"custom_\w+_call\w*|.*->.*|platform_index|switch|jit\(.*\)|pallas_call|run_state|fori_loop"
 )
+_WRAPPED = re.compile(r"(jvp|transpose|vmap|rematted_computation)\((.*)\)")
 NO_SCOPE = "(no scope)"
 
 
@@ -81,13 +83,10 @@ def _sum(program: Program, executions: list[Execution], traffic: "_Traffic") -> 
         if execution.is_fused:
             continue
         moved += times * traffic.of(instruction)
-        if _is_collective(instruction):
-            # All but one of a ragged-all-to-all's operands are its output and integers.
-            names = instruction.operands[: 1 if instruction.op.startswith("ragged") else None]
-            handed += times * sum(num_bytes(program.type_of(instruction, name)) for name in names)
+        handed += times * sum(map(num_bytes, program.handed_over(instruction) or ()))
         priced = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
         if priced:
-            scopes[scope_of(instruction) or NO_SCOPE] += times * int(priced[1])
+            scopes[_scope(program, instruction)] += times * int(priced[1])
         elif _runs(instruction):
             unpriced.append((instruction, times))
     is_priced = traffic.has_fast_memory
@@ -195,8 +194,8 @@ class _Traffic:
         whole = self._operand_bytes(instruction, place)
         if not whole:
             return 0
-        if place == 0 and instruction.op in ("slice", "dynamic-slice", "gather"):
-            return min(whole, num_bytes(instruction.type))
+        if place == 0 and instruction.op.removesuffix("-start") in ("slice", "dynamic-slice", "gather"):
+            return min(whole, num_bytes(self.program.result_type(instruction)))
         if place == 0 and instruction.op in ("dynamic-update-slice", "scatter"):
             return 0 if instruction.op == "dynamic-update-slice" else self._updates(instruction)
         if instruction.op == "fusion":
@@ -232,11 +231,7 @@ class _Traffic:
         return sum(num_bytes(self.program.type_of(scatter, name)) for name in scatter.operands[arrays + 1 :])
 
     def _written(self, instruction: Instruction) -> int:
-        whole = self._bytes(instruction.type)
-        op = instruction.op.removesuffix("-start")
-        if op != instruction.op and op != "all-reduce":  # its type holds the operands too
-            operands = sum(self._operand_bytes(instruction, place) for place in range(len(instruction.operands)))
-            return max(0, whole - operands)
+        whole = self._bytes(self.program.result_type(instruction))
         return min(whole, self._changed(instruction, whole)) if whole else 0
 
     def _changed(self, instruction: Instruction, whole: int) -> int:
@@ -254,12 +249,6 @@ class _Traffic:
             if root is not None and root.op in ("dynamic-update-slice", "scatter", "fusion", "bitcast"):
                 return self._changed(root, whole)
         return whole
-
-
-def _is_collective(instruction: Instruction) -> bool:
-    return instruction.op.removesuffix("-start") in (
-        "all-to-all", "all-gather", "all-reduce", "reduce-scatter", "collective-permute", "ragged-all-to-all",
-    )  # fmt: skip
 
 
 def _runs(instruction: Instruction) -> bool:
@@ -289,9 +278,12 @@ def _kernels(program: Program, executions: list[Execution]) -> Iterator[Kernel]:
 
 
 def kernel_name(instruction: Instruction) -> str:
-    """What a kernel calls itself, where it does; else what XLA calls the instruction."""
-    named = re.search(r'(?:kernel_name|\bname)\s*=\s*\\?"([\w.\-]+)\\?"', instruction.attributes)
-    name = named[1] if named else _plain_name(instruction)
+    """What a kernel is called by whom it comes from: Pallas puts its name into the path, the compilers into their own."""
+    name = _plain_name(instruction)
+    path = re.search(r'\bop_name="([^"]*)"', instruction.attributes)
+    words = path[1].split("/") if path else []
+    if name in ("pallas_call", "mpmd_map") and len(words) > 1 and "(" not in words[-2]:
+        return words[-2]
     return instruction.attribute("custom_call_target").strip('"') if name == "custom-call" else name
 
 
@@ -299,12 +291,33 @@ def _plain_name(instruction: Instruction) -> str:
     return re.sub(r"(\.\d+|\.clone|\.remat\d*)+$", "", instruction.name)
 
 
-def scope_of(instruction: Instruction) -> str:
-    """The named scopes around an operation, outermost first, as in "dispatch/exchange"; empty where there are none.
-
-    What belongs to a backward pass has its scope in ``transpose(...)``.
-    """
+def scope_of(instruction: Instruction) -> str | None:
+    """The named scopes around an operation, outermost first, as in "dispatch/exchange", or "dispatch/exchange (backward)"
+    where it belongs to a backward pass; empty where there are none, None where the compiler made the operation itself."""
     path = re.search(r'\bop_name="([^"]*)"', instruction.attributes)
-    words = path[1].split("/")[:-1] if path else []
-    words = [re.sub(r"jvp\(([^()]*)\)", r"\1", word) for word in words]
-    return "/".join(word for word in words if word and word != "transpose()" and not _STRUCTURE.fullmatch(word))
+    if not path or "/" not in path[1]:
+        return None
+    words, backward = [], False
+    for word in path[1].split("/")[:-1]:
+        while wrapped := _WRAPPED.fullmatch(word):
+            backward, word = backward or wrapped[1] == "transpose", wrapped[2]
+        if word and not _STRUCTURE.fullmatch(word) and word not in words[-1:]:
+            words.append(word)
+    return "/".join(words) + " (backward)" * (backward and bool(words))
+
+
+def _scope(program: Program, instruction: Instruction) -> str:
+    """The scope that an operation counts in. One that the compiler made counts where most of what it fuses does, or with
+    the operation whose result it works on, the largest of them."""
+    computation = program.computations[instruction.computation]
+    while instruction is not None:
+        scope = scope_of(instruction)
+        if scope is not None:
+            return scope or NO_SCOPE
+        inside = program.computations.get(instruction.attribute("calls").lstrip("%"), {}).values()
+        scopes = collections.Counter(filter(None, map(scope_of, inside)))
+        if scopes:
+            return scopes.most_common(1)[0][0]
+        sources = [computation[name] for name in instruction.operands if name in computation]
+        instruction = max(sources, key=lambda source: num_bytes(source.type), default=None)
+    return NO_SCOPE

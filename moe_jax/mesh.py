@@ -1,5 +1,6 @@
 """Meshes and emulated devices: where the operators run."""
 
+import glob
 import math
 from collections.abc import Sequence
 
@@ -9,6 +10,14 @@ from jax.sharding import AbstractMesh, Mesh
 
 from moe_jax import _compat
 from moe_jax.errors import DeviceInitError, InvalidArgumentError, MeshError, check_count
+
+# By JAX plug-in, the files of which one is there on a machine that has the accelerator.
+_DEVICE_FILES = {
+    "jax-cuda": ("/dev/nvidia*", "/dev/dxg", "/dev/nvhost*"),  # Linux, WSL, Jetson
+    "jax-rocm": ("/dev/kfd",),
+    "libtpu": ("/dev/accel*", "/dev/vfio/*"),
+    "jax-metal": ("/",),
+}
 
 
 def emulate_devices(num_devices: int) -> None:
@@ -55,8 +64,13 @@ def has_accelerator() -> bool:
         return platforms.split(",")[0] != "cpu"
     from importlib.metadata import distributions  # slow to import, and only the command line asks
 
-    plugins = ("jax-cuda", "jax-rocm", "libtpu", "jax-metal")
-    return any((dist.name or "").lower().replace("_", "-").startswith(plugins) for dist in distributions())
+    names = [(dist.name or "").lower().replace("_", "-") for dist in distributions()]
+    # A plug-in alone is no accelerator: compile_for takes their compilers to machines that have none.
+    return any(
+        name.startswith(plugin) and any(glob.glob(device) for device in devices)
+        for plugin, devices in _DEVICE_FILES.items()
+        for name in names
+    )
 
 
 def _too_few(needed: int) -> str:

@@ -146,6 +146,22 @@ def test_a_gather_reads_rows_and_an_update_in_place_writes_them():
     assert work_of(program, has_fast_memory=False)[0].bytes_accessed == 2 * 16 * 4 + 2 * 4
 
 
+def test_asynchronous_copies_and_slices():
+    """A start's type names its operands too; what goes into fast memory is read from the main one and written nowhere."""
+    program = module(
+        "%x = f32[4,8]{1,0} parameter(0)",
+        "%a = ((f32[4,8]{1,0}), f32[1,8]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:1], [0:8]}",
+        "%b = f32[1,8]{1,0:T(8,128)S(1)} slice-done(%a)",
+        "%c = (f32[4,8]{1,0:S(1)}, f32[4,8]{1,0}, u32[]{:S(2)}) copy-start(%x)",
+        "%d = f32[4,8]{1,0:S(1)} copy-done(%c)",
+        "%e = ((f32[4,8]{1,0}), f32[4,8]{1,0}) all-to-all-start(%x), replica_groups={{0,1}}",
+        "ROOT %f = f32[4,8]{1,0} all-to-all-done(%e)",
+    )
+    work = work_of(program, has_fast_memory=True)[0]
+    assert work.bytes_accessed == 4 * (8 + 4 * 8 + 2 * 4 * 8) and work.collective_bytes == 4 * 4 * 8
+    assert work_of(program, has_fast_memory=False)[0].bytes_accessed == 4 * (2 * 8 + 2 * 4 * 8 + 2 * 4 * 8)
+
+
 def test_kernels_count_what_they_declare_and_memory_on_the_chip_is_no_traffic():
     config = 'backend_config={"custom_call_config":{"body":"x","cost_estimate":{"flops":"1234","bytes_accessed":"5"}}}'
     program = module(
@@ -171,7 +187,26 @@ def test_cycles_by_scope():
     lines = [line(f"v{i}", path, 10 ** (i + 1)) for i, path in enumerate(paths)]
     work = work_of(module("%x = f32[1]{0} parameter(0)", *lines), has_fast_memory=True)[0]
     assert work.cycles == 1110
-    assert dict(work.scope_cycles) == {"transpose(experts)": 1000, "dispatch/exchange": 110}
+    assert dict(work.scope_cycles) == {"experts (backward)": 1000, "dispatch/exchange": 110}
+
+
+def test_what_the_compiler_adds_counts_with_what_it_works_on():
+    cycles = 'backend_config={"window_config":{"estimated_cycles":"7"}}'
+    named = 'metadata={op_name="jit(f)/experts/mul"}'
+    program = module(
+        "%x = f32[8]{0} parameter(0)",
+        '%small = f32[2]{0} slice(%x), slice={[0:2]}, metadata={op_name="jit(f)/route/slice"}',
+        f"%large = f32[8]{{0}} multiply(%x, %x), {named}",
+        "%start = (f32[8]{0}, f32[8]{0}, u32[]) copy-start(%large)",
+        "%done = f32[8]{0} copy-done(%start)",
+        f"%mix = f32[8]{{0}} custom-call(%small, %done), {cycles}",
+        f"%fused = f32[8]{{0}} fusion(%small), kind=kLoop, calls=%inside, {cycles}",
+        f'%weights = f32[8]{{0}} copy(%x), metadata={{op_name="w_up"}}, {cycles}',
+        computations=f"%inside (p: f32[2]) -> f32[8] {{\n  %p = f32[2]{{0}} parameter(0)\n  "
+        f"ROOT %y = f32[8]{{0}} pad(%p, %p), padding=0_6, {named}\n}}\n",
+    )
+    work = work_of(program, has_fast_memory=True)[0]
+    assert dict(work.scope_cycles) == {"experts": 14, "(no scope)": 7}
 
 
 def test_scopes_of_a_real_program():
@@ -181,4 +216,4 @@ def test_scopes_of_a_real_program():
 
     program = Program(jax.jit(jax.grad(step)).lower(SQUARE, SQUARE).compile().as_text())
     found = {scope_of(e.instruction) for e in program.executions(lambda i: 0) if e.instruction.op == "dot"}
-    assert found == {"outer/inner", "transpose(outer)/inner"}
+    assert found == {"outer/inner", "outer/inner (backward)"}

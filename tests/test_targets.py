@@ -1,5 +1,6 @@
 """Compiling for hardware that is not here. What needs the compilers for TPU and GPU is slow, and skipped without them."""
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 import moe_jax as moe
 from moe_jax import _compat
+from moe_jax import mesh as mesh_module
 from moe_jax.errors import CompilationError, InvalidArgumentError, MeshError, UnsupportedError
 from moe_jax.hardware import GPUS
 from moe_jax.targets import target as target_module
@@ -69,7 +72,7 @@ def test_a_function_over_a_mesh_with_trees_and_donation(monkeypatch, tmp_path):
     assert [(c.op, c.operand_bytes, c.wire_bytes) for c in report.collectives] == [("all-to-all", size, size * 7 // 8)]
     assert report.work.collective_bytes == size
     assert report.argument_bytes == size + ROWS * 2 * 4 + WIDTH * WIDTH * 4
-    assert report.output_bytes == report.alias_bytes == size + ROWS * 2 * 4
+    assert report.alias_bytes == size + ROWS * 2 * 4  # the results: both arguments of the tree are donated
     assert report.compile_seconds > 0
 
     values = json.loads(json.dumps(report.as_dict()))
@@ -267,6 +270,32 @@ def test_ragged_products_as_the_compilers_make_them_today(target):
 
 
 @pytest.mark.slow
+def test_kernels_of_pallas_elsewhere():
+    """A kernel counts what it declares, under its own name; JAX's kernel for Hopper declares nothing."""
+    from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu
+    from jax.experimental.pallas.ops.tpu.megablox import gmm
+
+    rows, groups, k, n = 1024, 4, 512, 256
+    arrays = [((rows, k), "bfloat16"), ((groups, k, n), "bfloat16"), ((groups,), "int32")]
+    args = [jax.ShapeDtypeStruct(*array) for array in arrays]
+    needs("v5e:2x4")
+    report = moe.compile_for("v5e:2x4", lambda a, b, sizes: gmm(a, b, sizes, preferred_element_type=jnp.float32), *args)
+    (kernel,) = report.kernels
+    assert (kernel.name, kernel.target, kernel.executions) == ("gmm", "tpu_custom_call", 1)
+    assert kernel.flops == report.flops == 2 * rows * k * n and dict(report.work.unpriced)["gmm"] == 1
+
+    needs("h100:8")
+    blocks = {"block_m": 64, "block_n": 64, "block_k": 64, "max_concurrent_steps": 2, "grid_block_n": 2}
+
+    def product(a, b, sizes):
+        return ragged_dot_mgpu.ragged_dot(a, b, group_sizes=sizes, **blocks)
+
+    report = moe.compile_for("h100:8", product, *args)
+    (kernel,) = report.kernels
+    assert (kernel.target, kernel.flops, report.flops) == ("mosaic_gpu_v2", None, 0) and not report.temporary_bytes
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["v5e:2x4", "h100:8"])
 def test_loops_elsewhere(target):
     needs(target)
@@ -319,3 +348,14 @@ def test_what_a_compiler_refuses(target, text):
     huge = jax.ShapeDtypeStruct((2**17, 2**17), "float32")
     with pytest.raises(CompilationError, match=text):
         moe.compile_for(target, lambda x: x @ x, huge)
+
+
+def test_a_compiler_alone_is_no_accelerator(monkeypatch):
+    """With the extras installed, and no accelerator there, the command line still emulates devices."""
+    installed = [SimpleNamespace(name=name) for name in ("jax_cuda12_plugin", "libtpu")]
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda: installed)
+    monkeypatch.setattr(_compat, "backends_are_initialized", lambda: False)
+    monkeypatch.setattr(mesh_module, "jax", SimpleNamespace(config=SimpleNamespace(jax_platforms=None)))
+    for there, expected in [((), False), (("/dev/nvidia*",), True), (("/dev/accel*",), True), (("/dev/kfd",), False)]:
+        monkeypatch.setattr(mesh_module.glob, "glob", lambda pattern: [pattern] * (pattern in there))
+        assert mesh_module.has_accelerator() is expected

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib
 from jax import export
 from jax.sharding import NamedSharding
 
@@ -58,6 +57,8 @@ def compile_for(target: str, fn: Callable | str, *abstract_args: Any) -> TargetR
       MeshError: ``fn`` wants another number of devices than the target has.
       CompilationError: the program cannot be lowered for the target, or the compiler refuses it.
 
+    Installed compilers are JAX plug-ins, for which JAX looks for devices when it starts in this process: on a machine that has
+    none, ``emulate_devices``, or JAX_PLATFORMS=cpu in the environment, spares it the search and its warnings.
     GPU programs are compiled without a card to try kernels on, so XLA takes its default tiles instead of tuned ones.
     The TPU compiler leaves kernels, collectives and some others unpriced, and its prices are estimates.
 
@@ -77,10 +78,9 @@ def compile_for(target: str, fn: Callable | str, *abstract_args: Any) -> TargetR
         (folder / "job").write_bytes(_pickled({"target": target, **job}))
         result = _run(where, folder)
         hlo = (folder / "program.hlo").read_text()
-    versions = f"jax {jax.__version__}, jaxlib {jaxlib.__version__}"
     return make_report(
-        hlo, **result, target=target, platform=where.platform, num_devices=devices, compiler=versions
-    )  # fmt: skip
+        hlo, **result, target=target, platform=where.platform, num_devices=devices, compiler=where.compiler
+    )
 
 
 def _job_of_builder(name: str, args: tuple) -> dict[str, Any]:

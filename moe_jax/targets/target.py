@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import re
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import jax
@@ -16,6 +17,7 @@ _EXTRAS = {
     "tpu": ("aot-tpu", ("libtpu",)),
     "gpu": ("aot-gpu", ("jax_plugins.xla_cuda12", "nvidia.cuda_nvcc", "nvidia.cuda_runtime")),
 }
+_COMPILERS = {"cpu": "jaxlib", "tpu": "libtpu", "gpu": "jax-cuda12-plugin"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,12 @@ class Target:
                 f"target={self.name!r} needs the {self.platform.upper()} compiler, and {', '.join(missing)} "
                 f"cannot be imported; install it with: pip install 'moe_jax[{extra}]'"
             )
+
+    @property
+    def compiler(self) -> str:
+        """The package that the compiler comes in, with its version, and JAX's."""
+        package = _COMPILERS[self.platform]
+        return f"{package} {version(package)}, jax {jax.__version__}"
 
     def environment(self) -> dict[str, str]:
         """The environment of the process that compiles; everything here is read when JAX starts."""
