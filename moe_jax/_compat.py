@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax._src import xla_bridge  # no public way to ask whether the back ends are up
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from moe_jax.errors import InvalidArgumentError, MeshError
 
@@ -30,6 +30,15 @@ def spec_in_type(x: Any, mesh: Any) -> tuple | None:
         return None
     spec = tuple(jax.typeof(x).sharding.spec)
     return spec + (None,) * (jax.typeof(x).ndim - len(spec))
+
+
+def mesh_of_exported(exported: Any) -> AbstractMesh | None:
+    """The mesh that an exported program's arguments are laid out over; None if none is."""
+    for sharding in exported._in_named_shardings:  # the public in_shardings_hlo has lost the names
+        if sharding is not None and sharding.mesh.size > 1:
+            mesh = sharding.mesh
+            return AbstractMesh(tuple(mesh.shape.values()), mesh.axis_names, axis_types=mesh.axis_types)
+    return None
 
 
 def varying_axes(x: Any) -> frozenset[str]:

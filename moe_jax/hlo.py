@@ -1,4 +1,4 @@
-"""The text of an optimised HLO module, taken apart: instructions by computation, their types, what they call, how often.
+"""The text of an optimised HLO module, taken apart: instructions by computation, their types, what they call, when.
 
 XLA prints one instruction a line, ``%name = type op(operands), attributes``, in computations of which one is the entry.
 """
@@ -109,7 +109,7 @@ class Program:
         return self.computations[instruction.computation][operand].type
 
     def result_type(self, instruction: Instruction) -> str:
-        """The type of what an instruction makes; that of an asynchronous start also names its operands and a context."""
+        """The type of what an instruction makes; an asynchronous start also names its operands and a context."""
         if not instruction.op.endswith("-start") or instruction.op == "all-reduce-start":
             return instruction.type
         kind = instruction.type

@@ -19,7 +19,7 @@ _ANNOTATIONS = (
     "GatherScatterIndicesBitpacked",
 )  # fmt: skip
 _NO_TRAFFIC = (*ALIASES, "constant", "partition-id", "replica-id", "after-all", "iota")
-# Words of an operation's path that JAX itself puts there, and what it wraps around others; what is left are named scopes.
+# Words of an operation's path that JAX itself puts there, and wraps around others; what is left are named scopes.
 _STRUCTURE = re.compile(
     r"pjit|while|body|cond|closed_call|call_exported|shard_map|checkpoint|remat\w*|branch_\d+_fun|core_call|scan|"
     r"custom_\w+_call\w*|.*->.*|platform_index|switch|jit\(.*\)|pallas_call|run_state|fori_loop"
@@ -151,12 +151,12 @@ def _windows(instruction: Instruction, dimensions: int) -> list[tuple[int, int, 
     """(stride, padding before, dilation of lhs, dilation of rhs) of each spatial dimension."""
     words = dict(word.split("=") for word in instruction.attribute("window").split() if "=" in word)
     defaults = {"stride": "1", "pad": "0_0", "lhs_dilate": "1", "rhs_dilate": "1"}
-    columns = [words[name].split("x") if name in words else [default] * dimensions for name, default in defaults.items()]
+    columns = [words.get(name, "x".join([default] * dimensions)).split("x") for name, default in defaults.items()]
     return [(int(s), int(p.split("_")[0]), int(a), int(b)) for s, p, a, b in zip(*columns)]
 
 
 def _places(size: int, window: int, out: int, stride: int, before: int, lhs_dilate: int, rhs_dilate: int) -> int:
-    """How many (result, window element) pairs meet an element of the operand rather than padding or a dilation's gap."""
+    """How many (result, window element) pairs meet an element of the operand, not padding or a gap of a dilation."""
     if (stride, before, lhs_dilate) == (1, 0, 1) and window * rhs_dilate - rhs_dilate + out <= size:
         return window * out
     last = (size - 1) * lhs_dilate
@@ -278,7 +278,7 @@ def _kernels(program: Program, executions: list[Execution]) -> Iterator[Kernel]:
 
 
 def kernel_name(instruction: Instruction) -> str:
-    """What a kernel is called by whom it comes from: Pallas puts its name into the path, the compilers into their own."""
+    """The name that whoever wrote a kernel gave it: one of Pallas stands in the path, a compiler's in its own."""
     name = _plain_name(instruction)
     path = re.search(r'\bop_name="([^"]*)"', instruction.attributes)
     words = path[1].split("/") if path else []
@@ -292,8 +292,10 @@ def _plain_name(instruction: Instruction) -> str:
 
 
 def scope_of(instruction: Instruction) -> str | None:
-    """The named scopes around an operation, outermost first, as in "dispatch/exchange", or "dispatch/exchange (backward)"
-    where it belongs to a backward pass; empty where there are none, None where the compiler made the operation itself."""
+    """The named scopes around an operation, outermost first, as in "dispatch/exchange"; empty where there are none.
+
+    What belongs to a backward pass ends in " (backward)". None: the compiler made the operation itself.
+    """
     path = re.search(r'\bop_name="([^"]*)"', instruction.attributes)
     if not path or "/" not in path[1]:
         return None
@@ -307,8 +309,10 @@ def scope_of(instruction: Instruction) -> str | None:
 
 
 def _scope(program: Program, instruction: Instruction) -> str:
-    """The scope that an operation counts in. One that the compiler made counts where most of what it fuses does, or with
-    the operation whose result it works on, the largest of them."""
+    """The scope that an operation counts in.
+
+    One that the compiler made counts where most of what it fuses does, or else with its largest operand.
+    """
     computation = program.computations[instruction.computation]
     while instruction is not None:
         scope = scope_of(instruction)

@@ -147,7 +147,7 @@ def test_a_gather_reads_rows_and_an_update_in_place_writes_them():
 
 
 def test_asynchronous_copies_and_slices():
-    """A start's type names its operands too; what goes into fast memory is read from the main one and written nowhere."""
+    """A start's type names its operands too. What goes into fast memory is read from the main one, and not written."""
     program = module(
         "%x = f32[4,8]{1,0} parameter(0)",
         "%a = ((f32[4,8]{1,0}), f32[1,8]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:1], [0:8]}",

@@ -1,4 +1,4 @@
-"""Compiling for hardware that is not here. What needs the compilers for TPU and GPU is slow, and skipped without them."""
+"""Compiling for hardware that is not here. What needs the compilers for TPU and GPU is slow, or skipped without."""
 
 import importlib.metadata
 import json
@@ -60,7 +60,7 @@ def test_a_function_over_a_mesh_with_trees_and_donation(monkeypatch, tmp_path):
             y = lax.fori_loop(0, 3, lambda _, x: jnp.tanh(x @ w), tree["x"])
         return {"y": exchange_over(mesh)(y), "same": tree["kept"] + 1}
 
-    tree = {"x": on_mesh(mesh, 8 * ROWS, WIDTH), "kept": on_mesh(mesh, 8 * ROWS, 2)}
+    tree = {name: on_mesh(mesh, 8 * ROWS, width) for name, width in (("x", WIDTH), ("kept", 2), ("unread", 5))}
     w = jax.ShapeDtypeStruct((WIDTH, WIDTH), "float32", sharding=NamedSharding(mesh, P()))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     report = moe.compile_for("cpu:8", jax.jit(step, donate_argnums=0), tree, w)
@@ -100,8 +100,37 @@ def test_what_the_other_process_refuses_comes_back():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["explicit axes", "shardings of the jit", "keys", "64 bits"])
+def test_what_an_argument_may_be(kind):
+    mesh = mesh_of(4, 2)
+    x = jax.ShapeDtypeStruct((64, 32), "float32")
+    if kind == "explicit axes":
+        mesh = jax.make_mesh((8,), ("ep",), axis_types=(AxisType.Explicit,))
+        with jax.set_mesh(mesh):
+            report = moe.compile_for("cpu:8", lambda x: jax.sharding.reshard(x, P()), on_mesh(mesh, 64, 32))
+        assert report.counts == {"all-gather": 1} and report.argument_bytes == 64 * 32 * 4 // 8
+    elif kind == "shardings of the jit":
+        here = NamedSharding(mesh, P("ep", "tp"))
+        report = moe.compile_for("cpu:8", jax.jit(lambda x: x + 1, in_shardings=here, out_shardings=here), x)
+        assert report.argument_bytes == 64 * 32 * 4 // 8 and not report.collectives
+    elif kind == "keys":
+        report = moe.compile_for("cpu:1", lambda key, x: jax.random.normal(key, x.shape), jax.random.key(0), x)
+        assert report.argument_bytes == 8  # the key: of x nothing but the shape is read
+    else:
+        with jax.enable_x64(True):
+            report = moe.compile_for("cpu:1", lambda x: x + 1, jax.ShapeDtypeStruct((4,), "float64"))
+        assert report.argument_bytes == 4 * 8
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "name,text", [("nothing", "a builder returns a function"), ("absent", "absent"), (":f", "does not name a builder")]
+    "name,text",
+    [
+        ("nothing", "a builder returns a function"),
+        ("absent", "absent"),
+        (":f", "does not name a builder"),
+        ("__main__:f", "cannot import a script"),
+    ],
 )
 def test_a_builder_that_is_none(name, text):
     with pytest.raises(moe.MoEError, match=text):

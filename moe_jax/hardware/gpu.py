@@ -1,7 +1,7 @@
 """NVIDIA GPUs, as XLA's compiler wants to know them (a GpuTargetConfigProto).
 
 The figures are those of the files that openxla/xla keeps in ``xla/backends/gpu/target_config/specs``, each named with
-its commit below. Rates of single instructions, which those files list too, are left out: JAX 0.10 compiles without them.
+its commit below. Rates of single instructions, which those files list too, are left out: XLA compiles without them.
 """
 
 import dataclasses
@@ -21,6 +21,11 @@ _COMMON = {
     "thread_dim_limit_y": 1024,
     "thread_dim_limit_z": 64,
 }
+# Fields of ``Gpu`` that have the proto's own names.
+_OWN = (
+    "core_count", "fpus_per_core", "clock_rate_ghz", "memory_bandwidth", "device_memory_size", "l2_cache_size",
+    "shared_memory_per_core", "shared_memory_per_block_optin",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,9 +47,7 @@ class Gpu:
 
     def target_config(self) -> str:
         """The text of the GpuTargetConfigProto, with the versions of CUDA 12.8 and cuDNN 9.10."""
-        own = ("core_count", "fpus_per_core", "clock_rate_ghz", "memory_bandwidth", "device_memory_size", "l2_cache_size",
-               "shared_memory_per_core", "shared_memory_per_block_optin")  # fmt: skip
-        figures = {**_COMMON, **{name: getattr(self, name) for name in own}}
+        figures = {**_COMMON, **{name: getattr(self, name) for name in _OWN}}
         features = "feature_extension: ACCELERATED_FEATURES" if self.has_accelerated_features else ""
         lines = [f"  {name}: {value}" for name, value in figures.items()]
         lines.append(f"  cuda_compute_capability {{ major: {self.compute_capability} {features} }}")

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, SingleDeviceSharding
 
-from moe_jax import _compat
 from moe_jax.contract import memory_fields
 from moe_jax.errors import InvalidArgumentError
 from moe_jax.targets.target import find_target
@@ -67,7 +67,8 @@ def _lower_built(job: dict[str, Any], devices: list[jax.Device]) -> jax.stages.L
     """Calls the builder with the devices of the target, which can compile and nothing else."""
     module, _, function = job["builder"].partition(":")
     built = getattr(importlib.import_module(module), function)(devices, *job["args"])
-    if not (isinstance(built, tuple) and len(built) == 2 and callable(built[0]) and isinstance(built[1], (tuple, list))):
+    is_pair = isinstance(built, tuple) and len(built) == 2
+    if not (is_pair and callable(built[0]) and isinstance(built[1], (tuple, list))):
         raise InvalidArgumentError(
             f"fn={job['builder']!r} returned {built!r:.200}; a builder returns a function and a tuple of its arguments"
         )
@@ -79,19 +80,32 @@ def _lower_built(job: dict[str, Any], devices: list[jax.Device]) -> jax.stages.L
 def _lower_exported(job: dict[str, Any], devices: list[jax.Device]) -> jax.stages.Lowered:
     """Lays the exported program out over the target's devices: device i of the caller's mesh is device i here."""
     exported = job["exported"]
-    jitted = jax.jit(exported.call, donate_argnums=job["donated"])
     avals = exported.in_avals
+    # An argument that nothing reads is none of the program's, as in a call of jit: the program gets zeros instead.
+    read = [
+        place
+        for place, aval in enumerate(avals)
+        if place in exported.module_kept_var_idx or jnp.issubdtype(aval.dtype, jax.dtypes.extended)
+    ]
+
+    def call(*arrays):
+        leaves = dict(zip(read, arrays))
+        return exported.call(*(leaves[p] if p in leaves else jnp.zeros(a.shape, a.dtype) for p, a in enumerate(avals)))
+
+    jitted = jax.jit(call, donate_argnums=[read.index(place) for place in job["donated"] if place in read])
     if exported.nr_devices == 1:
-        here = SingleDeviceSharding(devices[0])
-        return jitted.lower(*(jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here) for a in avals))
-    names, sizes = job["mesh"] or (("devices",), (exported.nr_devices,))
-    mesh = _compat.auto_mesh(np.array(devices[: exported.nr_devices]).reshape(sizes), names)
-    args = []
-    for aval, placed in zip(avals, job["placed"]):
-        sharding = None if placed is None else NamedSharding(mesh, PartitionSpec(*placed[0]), memory_kind=placed[1])
-        args.append(jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding))
+        placed = [SingleDeviceSharding(devices[0])] * len(avals)
+        return jitted.lower(*(_argument(avals[place], placed[place]) for place in read))
+    shape = job["mesh"] or AbstractMesh((exported.nr_devices,), ("devices",), axis_types=(AxisType.Auto,))
+    here = np.array(devices[: exported.nr_devices]).reshape(tuple(shape.shape.values()))
+    mesh = Mesh(here, shape.axis_names, axis_types=shape.axis_types)
+    placed = exported.in_shardings_jax(mesh)
     with jax.set_mesh(mesh):  # says which devices, if no argument does
-        return jitted.lower(*args)
+        return jitted.lower(*(_argument(avals[place], placed[place]) for place in read))
+
+
+def _argument(aval: jax.core.ShapedArray, sharding: jax.sharding.Sharding | None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from typing import Any
 
 import jax
 from jax import export
-from jax.sharding import NamedSharding
 
+from moe_jax import _compat
 from moe_jax.errors import CompilationError, InvalidArgumentError, MeshError
 from moe_jax.targets.report import TargetReport, make_report
 from moe_jax.targets.target import Target, find_target
@@ -26,8 +26,8 @@ _LOG_LINES = 30
 def compile_for(target: str, fn: Callable | str, *abstract_args: Any) -> TargetReport:
     """Compiles ``fn`` for hardware that need not be here, with its real compiler, and reports what came of it.
 
-    Nothing runs on the target, so every figure is exact and repeatable, and no time is measured. The compiler works in a
-    process of its own, which ends with this call, also when the call is interrupted.
+    Nothing runs on the target, so every figure is exact and repeatable, and no time is measured. The compiler works in
+    a process of its own, which ends with this call, also when the call is interrupted.
 
     What is decided where. A function is traced and lowered to StableHLO in this process, for the target's platform:
     ``jax.lax.platform_dependent``, and with it ``backend="auto"`` of ``grouped_matmul``, take the target's branch. What
@@ -40,16 +40,16 @@ def compile_for(target: str, fn: Callable | str, *abstract_args: Any) -> TargetR
     Args:
       target: the number of devices, or a topology, of a kind of machine: "cpu:8", "v5e:2x4", "v5p:2x2x2", "v6e:2x4",
         "h100:8", "h200:8", "b200:8", "a100:8". GPUs beyond 8 come in hosts of 8.
-      fn: a function, jitted (its donations are kept) or plain, over one device, or over a mesh of as many devices as the
-        target has. Device i of the mesh is device i of the target; emulated devices will do, and so does an
-        ``AbstractMesh``. Or the name of a builder, "package.module:function": a function (devices, *abstract_args) ->
-        (fn, args) that makes a mesh of the devices, and ``fn`` and its ShapeDtypeStructs over it.
-      abstract_args: arrays or ``jax.ShapeDtypeStruct``s, with their shardings if there are several devices; trees of them
-        too. For a builder: anything that can be pickled.
+      fn: a function, jitted (its shardings and donations are kept) or plain, over one device, or over a mesh of as
+        many devices as the target has. Device i of the mesh is device i of the target; emulated devices will do, and so
+        does an ``AbstractMesh``. Or the name of a builder, "package.module:function": a function (devices,
+        *abstract_args) -> (fn, args) that makes a mesh of the devices, and ``fn`` and its ShapeDtypeStructs over it.
+      abstract_args: arrays or ``jax.ShapeDtypeStruct``s, with their shardings if there are several devices; trees of
+        them too. For a builder: anything that can be pickled.
 
     Returns:
-      A ``TargetReport``: flops, memory traffic, collectives with their bytes, gathers and scatters, memory, kernels, and
-      on TPU the compiler's own cycles by named scope. ``assert_hlo_contract`` takes it.
+      A ``TargetReport``: flops, memory traffic, collectives with their bytes, gathers and scatters, memory, kernels,
+      and on TPU the compiler's own cycles by named scope. ``assert_hlo_contract`` takes it.
 
     Raises:
       InvalidArgumentError: the target is unknown, or ``fn`` or an argument is not as above.
@@ -57,8 +57,8 @@ def compile_for(target: str, fn: Callable | str, *abstract_args: Any) -> TargetR
       MeshError: ``fn`` wants another number of devices than the target has.
       CompilationError: the program cannot be lowered for the target, or the compiler refuses it.
 
-    Installed compilers are JAX plug-ins, for which JAX looks for devices when it starts in this process: on a machine that has
-    none, ``emulate_devices``, or JAX_PLATFORMS=cpu in the environment, spares it the search and its warnings.
+    Installed compilers are JAX plug-ins, for which JAX looks for devices when it starts in this process: on a machine
+    that has none, ``emulate_devices``, or JAX_PLATFORMS=cpu in the environment, spares it the search and its warnings.
     GPU programs are compiled without a card to try kernels on, so XLA takes its default tiles instead of tuned ones.
     The TPU compiler leaves kernels, collectives and some others unpriced, and its prices are estimates.
 
@@ -87,44 +87,40 @@ def _job_of_builder(name: str, args: tuple) -> dict[str, Any]:
     module, colon, function = name.partition(":")
     if not (colon and module and function.isidentifier()):
         raise InvalidArgumentError(f"fn={name!r} does not name a builder; write it as 'package.module:function'")
+    if module == "__main__":
+        raise InvalidArgumentError(f"fn={name!r}: the process that compiles cannot import a script; use a module")
     return {"builder": name, "args": args}
 
 
 def _job_of_function(target: Target, fn: Callable, args: tuple) -> dict[str, Any]:
-    """``fn`` as StableHLO over flat arguments, and how these are laid out."""
+    """``fn`` as StableHLO, the mesh that it is over, and which arguments it may overwrite."""
     if not callable(fn):
         raise InvalidArgumentError(f"fn={fn!r} is neither a function nor the name of a builder")
-    leaves, tree = jax.tree.flatten(args)
-    for leaf in leaves:
+    for leaf in jax.tree.leaves(args):
         if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
-            raise InvalidArgumentError(f"abstract_args hold {leaf!r}; pass arrays or jax.ShapeDtypeStructs")
+            raise InvalidArgumentError(
+                f"abstract_args hold {leaf!r}; pass arrays or jax.ShapeDtypeStructs, and bind what is static to "
+                "fn with functools.partial"
+            )
     jitted = fn if hasattr(fn, "trace") else jax.jit(fn)
     traced = jitted.trace(*args)  # mistakes in fn show here, as they are
-    donated = [place for place, info in enumerate(jax.tree.leaves(traced.args_info)) if info.donated]
-
-    def flat(*leaves):
-        return tuple(jax.tree.leaves(jitted(*jax.tree.unflatten(tree, leaves))))
-
+    donated = tuple(place for place, info in enumerate(jax.tree.leaves(traced.args_info)) if info.donated)
     # The other process has the same JAX, so any custom call will do, however new.
     checks = [export.DisabledSafetyCheck.custom_call("ALL")]
     try:
-        lowered = export.export(jax.jit(flat), platforms=[target.lowering_platform], disabled_checks=checks)(*leaves)
+        exported = export.export(jitted, platforms=[target.lowering_platform], disabled_checks=checks)(*args)
     except Exception as error:
         raise CompilationError(f"fn cannot be lowered for target={target.name!r}: {error}") from error
-    if lowered.nr_devices not in (1, target.num_devices):
+    if exported.nr_devices not in (1, target.num_devices):
         raise MeshError(
-            f"target={target.name!r} has {target.num_devices} devices and fn is over a mesh of {lowered.nr_devices}; "
+            f"target={target.name!r} has {target.num_devices} devices and fn is over a mesh of {exported.nr_devices}; "
             "make the mesh as large as the target, or name another target"
         )
-    shardings = [getattr(leaf, "sharding", None) for leaf in leaves]
-    named = [s if isinstance(s, NamedSharding) and s.mesh.size > 1 else None for s in shardings]
-    mesh = next((s.mesh for s in named if s is not None), None)
-    return {
-        "exported": dataclasses.replace(lowered, _get_vjp=None),
-        "placed": [None if s is None else (tuple(s.spec), s.memory_kind) for s in named],
-        "mesh": None if mesh is None else (mesh.axis_names, tuple(mesh.shape.values())),
-        "donated": tuple(donated),
-    }
+    # Over flat arguments and results, since the other process need not know the caller's containers.
+    flat_in = jax.tree.structure(((0,) * len(exported.in_avals), {}))
+    flat_out = jax.tree.structure((0,) * len(exported.out_avals))
+    exported = dataclasses.replace(exported, in_tree=flat_in, out_tree=flat_out, _get_vjp=None)
+    return {"exported": exported, "mesh": _compat.mesh_of_exported(exported), "donated": donated}
 
 
 def _pickled(job: dict[str, Any]) -> bytes:

@@ -16,14 +16,14 @@ class TargetReport(Contract):
     are per device.
 
     ``work`` is what surely runs, loops by their trip count: a ``moe_jax.hlo_cost.Work`` with ``flops``,
-    ``bytes_accessed``, ``collective_bytes``, ``cycles``, ``gathers``, ``scatters``. ``loop_work`` is the same of one turn
-    of each loop whose trip count is not known when the program is compiled; ``uncounted_loops`` names them, with their scopes.
-    ``flops`` is ``work.flops``: products alone, and what kernels declare.
+    ``bytes_accessed``, ``collective_bytes``, ``cycles``, ``gathers``, ``scatters``. ``loop_work`` is the same of one
+    turn of each loop whose trip count is not known when the program is compiled; ``uncounted_loops`` names them, with
+    their scopes. ``flops`` is ``work.flops``: products alone, and what kernels declare.
 
     ``cycles`` are the TPU compiler's own estimates; it makes none for kernels, collectives and some others, which
     ``work.unpriced`` counts. ``kernels`` are the custom calls that run something. ``peak_bytes`` is the most memory in
-    use at a time by the compiler's word, arguments and results included; XLA:CPU leaves temporaries out of it. ``hlo`` is
-    the text of the program.
+    use at a time by the compiler's word, arguments and results included; XLA:CPU leaves temporaries out of it. ``hlo``
+    is the text of the program.
     """
 
     target: str
