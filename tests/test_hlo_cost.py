@@ -125,9 +125,11 @@ def test_trips_by_the_counter_where_the_compiler_does_not_say(first, bound, step
     assert (work.flops, rest.flops, loops) == (trips * 2 * 16**3, 0, ())
 
 
-def test_of_the_branches_the_heavier_counts():
+@pytest.mark.parametrize("heavier", [0, 1])
+def test_of_the_branches_the_heavier_counts(heavier):
     def either(x, w, which):
-        return lax.cond(which, lambda: x @ w, lambda: jnp.tanh(x @ w) @ w)
+        branches = [lambda: x @ w, lambda: jnp.tanh(x @ w) @ w]
+        return lax.cond(which, branches[heavier], branches[1 - heavier])
 
     assert works(either, SQUARE, SQUARE, jax.ShapeDtypeStruct((), "bool"))[0].flops == 2 * 2 * K**3
 
