@@ -151,7 +151,9 @@ def _windows(instruction: Instruction, dimensions: int) -> list[tuple[int, int, 
     """(stride, padding before, dilation of lhs, dilation of rhs) of each spatial dimension."""
     words = dict(word.split("=") for word in instruction.attribute("window").split() if "=" in word)
     defaults = {"stride": "1", "pad": "0_0", "lhs_dilate": "1", "rhs_dilate": "1"}
-    columns = [words.get(name, "x".join([default] * dimensions)).split("x") for name, default in defaults.items()]
+    columns = [
+        words[name].split("x") if name in words else [default] * dimensions for name, default in defaults.items()
+    ]
     return [(int(s), int(p.split("_")[0]), int(a), int(b)) for s, p, a, b in zip(*columns)]
 
 

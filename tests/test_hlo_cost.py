@@ -37,8 +37,14 @@ def test_a_batched_product():
     assert works(lambda a, b: jnp.einsum("gmk,gkn->gmn", a, b), *shapes)[0].flops == 5 * 2 * M * N * K
 
 
-def test_a_batched_product_as_the_tpu_compiler_writes_it():
-    """The batch is a dimension of a convolution whose window meets one element in each place."""
+def test_products_as_the_tpu_compiler_writes_them():
+    """As convolutions; the batch is a dimension whose window meets one element in each place."""
+    program = module(
+        "%a = bf16[512,256]{1,0} parameter(0)",
+        "%b = bf16[384,256]{1,0} parameter(1)",
+        "ROOT %c = bf16[512,384]{1,0} convolution(%a, %b), dim_labels=bf_oi->bf",
+    )
+    assert work_of(program, has_fast_memory=True)[0].flops == 2 * 512 * 384 * 256
     program = module(
         "%a = bf16[4,512,256]{2,1,0} parameter(0)",
         "%b = bf16[4,256,384]{2,1,0} parameter(1)",
