@@ -6,6 +6,7 @@ All figures are per device and per execution of an instruction: one that stands 
 
 import collections
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -259,12 +260,23 @@ def _collective(program: Program, instruction: Instruction) -> Collective | None
 
 
 def _group_size(attributes: str, num_devices: int) -> int:
-    """Devices that take part together; {{0,1},{2,3}} and [2,2]<=[4] are two groups of two, {} is one of all."""
+    """Devices that take part together.
+
+    {{0,1},{2,3}} and [2,2]<=[4] are two groups of two, {} is one of all. JAX 0.12 writes mesh['ep'=4,'tp'=2] {'ep'}: two
+    groups of four; a part of an axis has its size behind it, as in {'ep':(1)2}.
+    """
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
     if listed:
         return len(listed[1].split(","))
     counted = re.search(r"replica_groups=\[\d+,(\d+)\]", attributes)
-    return int(counted[1]) if counted else num_devices
+    if counted:
+        return int(counted[1])
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^{}]*)\}", attributes)
+    if named:
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
+        axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    return num_devices
 
 
 def _wire_bytes(op: str, handed: int, group: int, attributes: str) -> int:
