@@ -22,7 +22,7 @@ _NO_TRAFFIC = (*ALIASES, "constant", "partition-id", "replica-id", "after-all", 
 # Words of an operation's path that JAX itself puts there, and wraps around others; what is left are named scopes.
 _STRUCTURE = re.compile(
     r"pjit|while|body|cond|closed_call|call_exported|shard_map|checkpoint|remat\w*|branch_\d+_fun|core_call|scan|"
-    r"custom_\w+_call\w*|.*->.*|platform_index|switch|jit\(.*\)|pallas_call|run_state|fori_loop"
+    r"custom_\w+_call\w*|.*->.*|platform_index|switch|jit\(.*\)|pallas_call|run_state|fori_loop|eval_jaxpr"
 )
 _WRAPPED = re.compile(r"(jvp|transpose|vmap|rematted_computation)\((.*)\)")
 NO_SCOPE = "(no scope)"

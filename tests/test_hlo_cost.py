@@ -191,7 +191,11 @@ def test_cycles_by_scope():
             f'backend_config={{"window_config":{{"estimated_cycles":"{cycles}"}}}}'
         )
 
-    paths = ["shard_map/dispatch/exchange/add", "while/body/jvp(dispatch)/exchange/add", "transpose(jvp(experts))/mul"]
+    paths = [
+        "shard_map/dispatch/exchange/add",
+        "while/body/eval_jaxpr/jvp(dispatch)/exchange/add",
+        "transpose(jvp(experts))/mul",
+    ]
     lines = [line(f"v{i}", path, 10 ** (i + 1)) for i, path in enumerate(paths)]
     work = work_of(module("%x = f32[1]{0} parameter(0)", *lines), has_fast_memory=True)[0]
     assert work.cycles == 1110
