@@ -19,6 +19,7 @@ from moe_jax.on_mesh import moe_on_mesh
 from moe_jax.plan import Plan, make_plan
 from moe_jax.rank_table import make_rank_table
 from moe_jax.routing import route, update_selection_bias
+from moe_jax.targets import TargetReport, compile_for
 from moe_jax.types import Dispatched, DispatchHandle, LayerStats, Routing
 from moe_jax.update_expert import update_expert
 from moe_jax.window import Window, buffer_reset, receivable_info_collect, receivable_test
@@ -36,6 +37,7 @@ __all__ = [
     "Plan",
     "RouterConfig",
     "Routing",
+    "TargetReport",
     "Window",
     "aclnn",
     "all_to_allv_grouped_matmul",
@@ -44,6 +46,7 @@ __all__ = [
     "buffer_reset",
     "combine",
     "combine_add_rms_norm",
+    "compile_for",
     "dequantize",
     "dispatch",
     "emulate_devices",

@@ -14,7 +14,7 @@ from jax import lax
 from jax._src import xla_bridge  # no public way to ask whether the back ends are up
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.errors import InvalidArgumentError, MeshError
 
@@ -93,6 +93,15 @@ def only_axes(spec: PartitionSpec, kept: Any) -> PartitionSpec:
     """``spec`` without the axes that are not among ``kept``."""
     entries = (() if entry is None else (entry,) if isinstance(entry, str) else entry for entry in spec)
     return PartitionSpec(*(tuple(name for name in entry if name in kept) or None for entry in entries))
+
+
+def mesh_of_exported(exported: Any) -> AbstractMesh | None:
+    """The mesh that an exported program's arguments are laid out over; None if none is."""
+    for sharding in exported._in_named_shardings:  # the public in_shardings_hlo has lost the names
+        if sharding is not None and sharding.mesh.size > 1:
+            mesh = sharding.mesh
+            return AbstractMesh(tuple(mesh.shape.values()), mesh.axis_names, axis_types=mesh.axis_types)
+    return None
 
 
 def varying_axes(x: Any) -> frozenset[str]:

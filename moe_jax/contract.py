@@ -8,21 +8,15 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
 from moe_jax.errors import InvalidArgumentError, UnsupportedError, check_choice, check_count, check_flag
+from moe_jax.hlo import COLLECTIVES, Instruction, Program, is_float, num_bytes, shapes
 
-COLLECTIVES = (
-    "all-to-all", "all-gather", "all-reduce", "reduce-scatter", "collective-permute", "ragged-all-to-all",
-)  # fmt: skip
 _LARGEST = 5
-_ALIASES = ("parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "opt-barrier")
-_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,<=]*)\]")
-_NAME = re.compile(r"%([\w.\-]+)")
-_CALLEES = re.compile(r"\b([a-z_]+)=(\{(?:%[\w.\-]+(?:, )?)+\}|%[\w.\-]+)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +66,8 @@ class Contract:
     Attributes:
       collectives: its exchanges between devices, one by one.
       float_scatters, int_scatters: scatters of floats and of integers.
-      temporary_bytes: memory beside arguments and results, as the compiler planned it.
+      temporary_bytes: memory beside arguments and results, as the compiler planned it. This and the next three are None
+        where only the text of the program is known.
       argument_bytes, output_bytes: of the arguments and the results.
       alias_bytes: of results that lie in the memory of donated arguments.
       flops: XLA's estimate; a loop of unknown length counts once. None: the back end gives none.
@@ -83,10 +78,10 @@ class Contract:
     collectives: tuple[Collective, ...]
     float_scatters: int
     int_scatters: int
-    temporary_bytes: int
-    argument_bytes: int
-    output_bytes: int
-    alias_bytes: int
+    temporary_bytes: int | None
+    argument_bytes: int | None
+    output_bytes: int | None
+    alias_bytes: int | None
     flops: float | None
     largest_buffers: tuple[Buffer, ...]
     num_instructions: int
@@ -127,12 +122,11 @@ class Contract:
         for (op, in_loop, handed, left), count in sorted(rows.items()):
             place = "in a loop" if in_loop else "inline"
             lines.append(f"  {count} x {op} {place}: {handed:,} B handed over, {left:,} B leave the device")
-        flops = "unknown" if self.flops is None else f"{self.flops:,.0f}"
         lines += [
             f"scatters      {self.float_scatters} of floats, {self.int_scatters} of integers",
-            f"memory        temporary {self.temporary_bytes:,} B, arguments {self.argument_bytes:,} B, "
-            f"results {self.output_bytes:,} B, shared by both {self.alias_bytes:,} B",
-            f"flops         {flops}",
+            f"memory        temporary {_show(self.temporary_bytes)} B, arguments {_show(self.argument_bytes)} B, "
+            f"results {_show(self.output_bytes)} B, shared by both {_show(self.alias_bytes)} B",
+            f"flops         {_show(self.flops)}",
             f"instructions  {self.num_instructions}",
             "largest       " + ", ".join(f"{b.name} {b.shape} {b.bytes:,} B" for b in self.largest_buffers),
         ]
@@ -160,7 +154,7 @@ def hlo_contract(fn: Callable, *args: Any, **kwargs: Any) -> Contract:
 
 
 def assert_hlo_contract(
-    fn: Callable,
+    fn: Callable | Contract | str,
     *args: Any,
     collectives: Mapping[str, int] | None = None,
     max_temporary_bytes: int | None = None,
@@ -170,7 +164,8 @@ def assert_hlo_contract(
     """Raises unless the program of ``fn`` keeps to all the rules given; returns its ``Contract``.
 
     Args:
-      fn, args: as in ``hlo_contract``; bind keyword arguments of ``fn`` with ``functools.partial``.
+      fn, args: as in ``hlo_contract``; bind keyword arguments of ``fn`` with ``functools.partial``. Instead of a
+        function, without args: what ``hlo_contract`` or ``compile_for`` found, or the text of an optimised HLO module.
       collectives: exactly how many there are of each, inline and in loops together: {"all-to-all": 4, "all-gather": 0}.
         Those not named are free.
       max_temporary_bytes, max_wire_bytes: limits of ``Contract.temporary_bytes`` and ``Contract.wire_bytes``.
@@ -179,7 +174,7 @@ def assert_hlo_contract(
 
     Raises:
       AssertionError: names every broken rule with what was found.
-      InvalidArgumentError: a rule is not as above.
+      InvalidArgumentError: a rule is not as above, or needs more than the text of a program.
 
     >>> assert_hlo_contract(jnp.sin, x, collectives={"all-to-all": 0}, no_float_scatter=True).wire_bytes
     0
@@ -193,7 +188,12 @@ def assert_hlo_contract(
     for name, limit in limits.items():
         check_count(f"max_{name}", limit, low=0)
     check_flag("no_float_scatter", no_float_scatter)
-    found = hlo_contract(fn, *args)
+    found = _found(fn, args)
+    if max_temporary_bytes is not None and found.temporary_bytes is None:
+        raise InvalidArgumentError(
+            f"max_temporary_bytes={max_temporary_bytes}: the text of a program does not say what memory it takes; pass "
+            "the function, or what compile_for reports"
+        )
     broken = [
         f"collectives[{op!r}]={count}, found {found.count(op)} ({found.count(op, in_loop=True)} of them in loops)"
         for op, count in expected.items()
@@ -211,157 +211,98 @@ def assert_hlo_contract(
     return found
 
 
+def _found(fn: Callable | Contract | str, args: tuple) -> Contract:
+    if not isinstance(fn, (Contract, str)):
+        return hlo_contract(fn, *args)
+    if args:
+        raise InvalidArgumentError(f"args={args!r}: a {type(fn).__name__} takes none; they belong to a function")
+    return fn if isinstance(fn, Contract) else Contract(**contract_fields(fn))
+
+
 def contract_of(compiled: jax.stages.Compiled) -> Contract:
     """The contract of a program that is compiled already: what ``jitted.lower(...).compile()`` gives."""
     text, memory = compiled.as_text(), compiled.memory_analysis()
     if not text or memory is None:
         raise UnsupportedError("this back end gives no text or no memory analysis of its programs; use another one")
+    return Contract(**contract_fields(text, memory_fields(memory), estimated_flops(compiled)))
+
+
+def memory_fields(memory: Any) -> dict[str, int]:
+    """What a compiled program's ``memory_analysis()`` says, by the names of ``Contract``."""
+    kinds = {"temporary": "temp", "argument": "argument", "output": "output", "alias": "alias"}
+    return {f"{ours}_bytes": int(getattr(memory, f"{theirs}_size_in_bytes")) for ours, theirs in kinds.items()}
+
+
+def estimated_flops(compiled: jax.stages.Compiled) -> float | None:
+    """XLA's own estimate; None where the back end makes none."""
     costs = compiled.cost_analysis() or {}
-    costs = costs[0] if isinstance(costs, list) else costs
-    program = _Program(text)
+    return (costs[0] if isinstance(costs, list) else costs).get("flops")
+
+
+def contract_fields(text: str, memory: Mapping[str, int] | None = None, flops: float | None = None) -> dict[str, Any]:
+    """The fields of ``Contract`` for the text of an optimised HLO module.
+
+    Raises:
+      InvalidArgumentError: the text is not that of a module.
+    """
+    program = Program(text)
+    if not program.entry:
+        raise InvalidArgumentError(
+            f"text={text[:60]!r}... has no entry computation; pass the optimised HLO that compiled.as_text() gives"
+        )
     instructions = list(program.instructions())
-    scatters = [_is_float(i.type) for i in instructions if i.op == "scatter"]
-    held = [Buffer(name=i.name, shape=_shapes(i.type), bytes=_bytes(i.type)) for i in instructions if i.is_held]
-    return Contract(
-        collectives=tuple(filter(None, map(program.collective, instructions))),
-        float_scatters=sum(scatters),
-        int_scatters=len(scatters) - sum(scatters),
-        temporary_bytes=memory.temp_size_in_bytes,
-        argument_bytes=memory.argument_size_in_bytes,
-        output_bytes=memory.output_size_in_bytes,
-        alias_bytes=memory.alias_size_in_bytes,
-        flops=costs.get("flops"),
-        largest_buffers=tuple(sorted(held, key=lambda b: -b.bytes)[:_LARGEST]),
-        num_instructions=len(instructions),
+    scatters = [is_float(i.type) for i in instructions if i.op == "scatter"]
+    held = [Buffer(name=i.name, shape=shapes(i.type), bytes=num_bytes(i.type)) for i in instructions if i.is_held]
+    unknown = dict.fromkeys(("temporary_bytes", "argument_bytes", "output_bytes", "alias_bytes"))
+    return {
+        **(unknown if memory is None else memory),
+        "collectives": tuple(filter(None, (_collective(program, i) for i in instructions))),
+        "float_scatters": sum(scatters),
+        "int_scatters": len(scatters) - sum(scatters),
+        "flops": flops,
+        "largest_buffers": tuple(sorted(held, key=lambda b: -b.bytes)[:_LARGEST]),
+        "num_instructions": len(instructions),
+    }
+
+
+def _show(number: float | None) -> str:
+    return "unknown" if number is None else f"{number:,.0f}"
+
+
+def _collective(program: Program, instruction: Instruction) -> Collective | None:
+    types = program.handed_over(instruction)
+    if types is None:
+        return None
+    op = instruction.op.removesuffix("-start")
+    handed, group = sum(map(num_bytes, types)), _group_size(instruction.attributes, program.num_devices)
+    return Collective(
+        op=op,
+        operand_bytes=handed,
+        wire_bytes=_wire_bytes(op, handed, group, instruction.attributes),
+        group_size=group,
+        is_float=any(map(is_float, types)),
+        in_loop=instruction.in_loop,
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Instruction:
-    name: str
-    type: str
-    op: str
-    operands: tuple[str, ...]
-    attributes: str
-    computation: str = ""
-    in_loop: bool = False
-    is_fused: bool = False
-
-    @property
-    def is_held(self) -> bool:
-        return not self.is_fused and self.op not in _ALIASES
-
-    def callees(self) -> Iterator[tuple[str, bool, bool]]:
-        """(computation, whether it is a loop's, whether its results stay in registers)."""
-        for key, names in _CALLEES.findall(self.attributes):
-            fused = self.op == "fusion" or (key == "to_apply" and self.op != "call")
-            for name in _NAME.findall(names):
-                yield name, self.op == "while", fused
-
-
-class _Program:
-    """The text of an HLO module as instructions by computation."""
-
-    def __init__(self, text: str):
-        header = text.split("\n", 1)[0]
-        extents = [re.search(rf"{name}=(\d+)", header) for name in ("num_partitions", "replica_count")]
-        self.num_devices = math.prod(int(found[1]) for found in extents if found)
-        self.computations: dict[str, dict[str, _Instruction]] = {}
-        self.entry = current = ""
-        for line in text.splitlines():
-            if line.endswith("{") and " -> " in line and not line.startswith(" "):
-                current = _NAME.search(line)[1]
-                self.computations[current] = {}
-                self.entry = current if line.startswith("ENTRY") else self.entry
-            elif current and line.startswith("  ") and " = " in line:
-                instruction = _parse(line, current)
-                self.computations[current][instruction.name] = instruction
-
-    def instructions(self) -> Iterator[_Instruction]:
-        """All that can be reached from the entry; a computation that several call, once, as outside loops if any is."""
-        seen, waiting = set(), [(False, False, self.entry)]
-        while waiting:
-            waiting.sort(reverse=True)
-            in_loop, fused, name = waiting.pop()
-            if name in seen:
-                continue
-            seen.add(name)
-            for instruction in self.computations.get(name, {}).values():
-                yield dataclasses.replace(instruction, in_loop=in_loop, is_fused=fused)
-                for callee, loops, fuses in instruction.callees():
-                    waiting.append((in_loop or loops, fused or fuses, callee))
-
-    def collective(self, instruction: _Instruction) -> Collective | None:
-        op = instruction.op.removesuffix("-start")
-        if op not in COLLECTIVES:
-            return None
-        names = instruction.operands
-        if op == "ragged-all-to-all":  # operand, output, and four arrays of integers
-            names = names[:1]
-        types = [self.computations[instruction.computation][name].type for name in names]
-        handed, group = sum(map(_bytes, types)), _group_size(instruction.attributes, self.num_devices)
-        return Collective(
-            op=op,
-            operand_bytes=handed,
-            wire_bytes=_wire_bytes(op, handed, group, instruction.attributes),
-            group_size=group,
-            is_float=any(map(_is_float, types)),
-            in_loop=instruction.in_loop,
-        )
-
-
-def _parse(line: str, computation: str) -> _Instruction:
-    """``%name = type op(operands), attributes``."""
-    name, rest = line.split(" = ", 1)
-    end = _closing(rest) + 1 if rest.startswith("(") else rest.index(" ")
-    kind, rest = rest[:end], rest[end:].lstrip()
-    start = rest.index("(")
-    stop = start + _closing(rest[start:])
-    operands = tuple(_NAME.findall(rest[start:stop]))
-    name = name.split()[-1].lstrip("%")
-    return _Instruction(name, kind, rest[:start], operands, rest[stop + 1 :], computation)
-
-
-def _closing(text: str) -> int:
-    """Where the parenthesis that opens ``text`` is closed."""
-    depth = 0
-    for place in re.finditer(r"[()]", text):
-        depth += 1 if place[0] == "(" else -1
-        if not depth:
-            return place.start()
-    return len(text) - 1
-
-
-def _bytes(kind: str) -> int:
-    return sum(_bits(dtype) * math.prod(_extents(shape)) // 8 for dtype, shape in _ARRAY.findall(kind))
-
-
-def _bits(dtype: str) -> int:
-    if dtype == "pred":
-        return 8
-    found = re.match(r"[a-z]+(\d+)", dtype)  # token and opaque have no size
-    return int(found[1]) if found else 0
-
-
-def _extents(shape: str) -> list[int]:
-    return [int(extent.lstrip("<=")) for extent in shape.split(",") if extent]
-
-
-def _shapes(kind: str) -> str:
-    return " ".join(f"{dtype}[{shape}]" for dtype, shape in _ARRAY.findall(kind))
-
-
-def _is_float(kind: str) -> bool:
-    return any(dtype[0] in "fbc" for dtype, _ in _ARRAY.findall(kind))
-
-
 def _group_size(attributes: str, num_devices: int) -> int:
-    """Devices that take part together; {{0,1},{2,3}} and [2,2]<=[4] are two groups of two, {} is one of all."""
+    """Devices that take part together.
+
+    {{0,1},{2,3}} and [2,2]<=[4] are two groups of two, {} is one of all. JAX 0.12 writes mesh['ep'=4,'tp'=2] {'ep'}: two
+    groups of four; a part of an axis has its size behind it, as in {'ep':(1)2}.
+    """
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
     if listed:
         return len(listed[1].split(","))
     counted = re.search(r"replica_groups=\[\d+,(\d+)\]", attributes)
-    return int(counted[1]) if counted else num_devices
+    if counted:
+        return int(counted[1])
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^{}]*)\}", attributes)
+    if named:
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
+        axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    return num_devices
 
 
 def _wire_bytes(op: str, handed: int, group: int, attributes: str) -> int:

@@ -56,6 +56,10 @@ class UnsupportedError(MoEError, NotImplementedError):
     """A legal request that this version or this back end cannot serve."""
 
 
+class CompilationError(MoEError, RuntimeError):
+    """A compiler refuses a program, or ends without one."""
+
+
 class ConfigError(MoEError, ValueError):
     """A configuration file is unreadable, or one of its entries breaks a rule."""
 

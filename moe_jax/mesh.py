@@ -1,6 +1,8 @@
 """Meshes and emulated devices: where the operators run."""
 
+import glob
 import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -8,6 +10,14 @@ from jax.sharding import AbstractMesh, Mesh
 
 from moe_jax import _compat
 from moe_jax.errors import DeviceInitError, InvalidArgumentError, MeshError, check_count
+
+# By JAX plug-in, the files of which one is there on a machine that has the accelerator.
+_DEVICE_FILES = {
+    "jax-cuda": ("/dev/nvidia*", "/dev/dxg", "/dev/nvhost*"),  # Linux, WSL, Jetson
+    "jax-rocm": ("/dev/kfd",),
+    "libtpu": ("/dev/accel*", "/dev/vfio/*"),
+    "jax-metal": ("/",),
+}
 
 
 def emulate_devices(num_devices: int) -> None:
@@ -54,8 +64,13 @@ def has_accelerator() -> bool:
         return platforms.split(",")[0] != "cpu"
     from importlib.metadata import distributions  # slow to import, and only the command line asks
 
-    plugins = ("jax-cuda", "jax-rocm", "libtpu", "jax-metal")
-    return any((dist.name or "").lower().replace("_", "-").startswith(plugins) for dist in distributions())
+    names = [(dist.name or "").lower().replace("_", "-") for dist in distributions()]
+    # A plug-in alone is no accelerator: compile_for takes their compilers to machines that have none.
+    return any(
+        name.startswith(plugin) and any(glob.glob(device) for device in devices)
+        for plugin, devices in _DEVICE_FILES.items()
+        for name in names
+    )
 
 
 def _too_few(needed: int) -> str:
@@ -65,7 +80,9 @@ def _too_few(needed: int) -> str:
     )
 
 
-def make_mesh(ep: int = 1, tp: int = 1, *, nodes: int = 1, dp: int = 1) -> Mesh:
+def make_mesh(
+    ep: int = 1, tp: int = 1, *, nodes: int = 1, dp: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """A mesh over the first ``ep * tp * dp`` devices, all axes Auto.
 
     Axes, outermost first: "dp" (only if dp > 1), "node" (only if nodes > 1), "ep", "tp". With ``nodes`` > 1 the
@@ -76,6 +93,7 @@ def make_mesh(ep: int = 1, tp: int = 1, *, nodes: int = 1, dp: int = 1) -> Mesh:
       tp: tensor-parallel size.
       nodes: nodes that the expert-parallel group spans; divides ``ep``.
       dp: replicas of the whole group.
+      devices: which devices to take instead of ``jax.devices()``, such as those that ``compile_for`` gives a builder.
 
     Raises:
       InvalidArgumentError: a size is not a positive whole number, or ``nodes`` does not divide ``ep``.
@@ -91,9 +109,13 @@ def make_mesh(ep: int = 1, tp: int = 1, *, nodes: int = 1, dp: int = 1) -> Mesh:
     axes = [("dp", dp)] * (dp > 1) + [("node", nodes)] * (nodes > 1) + [("ep", ep // nodes), ("tp", tp)]
     sizes = [int(size) for _, size in axes]
     needed = math.prod(sizes)
-    if len(jax.devices()) < needed:
-        raise MeshError(_too_few(needed))
-    return _compat.auto_mesh(np.array(jax.devices()[:needed]).reshape(sizes), [name for name, _ in axes])
+    if devices is None:
+        devices = jax.devices()
+        if len(devices) < needed:
+            raise MeshError(_too_few(needed))
+    elif len(devices) < needed:
+        raise MeshError(f"the mesh needs {needed} devices and devices= has {len(devices)}; make it smaller")
+    return _compat.auto_mesh(np.array(devices[:needed]).reshape(sizes), [name for name, _ in axes])
 
 
 def check_mesh(mesh: Mesh | AbstractMesh) -> None:

@@ -14,10 +14,10 @@ ROOT = Path(moe_jax.__file__).parent
 # A module imports only from the lines above its own; modules and packages of one line do not know each other.
 LAYERS = [
     {"errors"},
-    {"_compat", "message"},
+    {"_compat", "message", "hlo"},
     {"derivatives"},
-    {"config", "types", "reference", "layout", "quant", "products", "contract"},
-    {"mesh", "kernels", "rank_table"},
+    {"config", "types", "reference", "layout", "quant", "products", "contract", "hlo_cost", "hardware"},
+    {"mesh", "kernels", "rank_table", "targets"},
     {"comm", "plan"},
     {"special", "hierarchy", "barrier"},
     {"movement", "bookkeeping", "window"},

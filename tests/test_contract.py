@@ -58,6 +58,30 @@ def test_groups_are_those_of_the_axis(ep, tp):
     assert found.wire_bytes == BYTES * (ep - 1) // ep
 
 
+@pytest.mark.parametrize(
+    "written,size",
+    [
+        ("{{0,2},{1,3}}", 2),
+        ("[2,4]<=[8]", 4),
+        ("{}", 8),
+        ("mesh['ep'=4,'tp'=2] {'ep'}", 4),
+        ("mesh['ep'=4,'tp'=2] {'tp'}", 2),
+        ("mesh['ep'=4,'tp'=2] {'ep','tp'}", 8),
+        ("mesh['ep'=4,'tp'=2] {'ep':(2)2,'tp'}", 4),
+    ],
+)
+def test_groups_as_the_versions_of_xla_write_them(written, size):
+    text = f"""HloModule m, num_partitions=8
+
+ENTRY %main (p: f32[64]) -> f32[64] {{
+  %p = f32[64]{{0}} parameter(0)
+  ROOT %a = f32[64]{{0}} all-to-all(%p), channel_id=1, replica_groups={written}, dimensions={{0}}
+}}
+"""
+    (found,) = assert_hlo_contract(text).collectives
+    assert (found.group_size, found.wire_bytes) == (size, 256 * (size - 1) // size)
+
+
 def test_a_collective_in_a_loop_counts_once_and_is_marked():
     found = hlo_contract(program(exchange_in_a_loop), X)
     assert found.count("all-to-all") == 2 and found.count("all-to-all", in_loop=True) == 1

@@ -1,0 +1,6 @@
+"""Compile for hardware that is not here, with its real compiler, and read what the compiler made of the program."""
+
+from moe_jax.targets.compile import compile_for
+from moe_jax.targets.report import TargetReport
+
+__all__ = ["TargetReport", "compile_for"]

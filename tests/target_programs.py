@@ -1,0 +1,44 @@
+"""Builders for ``compile_for``, which imports them by name in the process that compiles."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import moe_jax as moe
+from moe_jax.on_mesh import param_spec
+
+SIZES = {"tokens_per_rank": 64, "hidden": 128, "num_experts": 16, "top_k": 2, "dtype": "bfloat16"}
+FFN = 128
+
+
+def layer(devices, gradient, backend="auto"):
+    """The layer in bf16 over all devices, or its gradient in all weights and x."""
+    mesh = moe.make_mesh(ep=len(devices), devices=devices)
+    plan = moe.make_plan(mesh, **SIZES, backend=backend, transport="padded")
+    init, apply = moe.moe_on_mesh(mesh, plan, moe.RouterConfig(), ffn=FFN)
+
+    def placed(shape, dtype, spec):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    params = {
+        name: placed(a.shape, plan.dtype if name.startswith("w_") else a.dtype, param_spec(name, plan))
+        for name, a in jax.eval_shape(init, jax.random.key(0)).items()
+    }
+    x = placed((plan.tokens_per_rank * mesh.size, plan.hidden), plan.dtype, P(plan.token_axes))
+    grad = jax.grad(lambda params, x: jnp.sum(apply(params, x)[0].astype(jnp.float32)), (0, 1))
+    return (grad if gradient else apply), (params, x)
+
+
+def refused(devices):
+    raise moe.errors.MeshError(f"{len(devices)} devices are too few")
+
+
+def nothing(devices):
+    return devices
+
+
+def slow(devices):
+    time.sleep(60)
