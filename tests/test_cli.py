@@ -126,6 +126,7 @@ def test_resume_is_bit_exact(folder, capsys):
     assert "step" not in again and again["validation"] == through["validation"]
 
 
+@pytest.mark.slow
 def test_selection_bias_moves_and_bfloat16_trains(folder, capsys):
     text = (MINIATURE + 'dtype = "bfloat16"\n[router]\nscore = "sigmoid"\nselection_bias = true\n').replace(
         "ffn = 32", "ffn = 32\nbalance_loss = 0\nbias_update_rate = 0.05\nnum_shared_experts = 1"

@@ -196,7 +196,7 @@ def test_overflow_does_nothing_where_no_row_came():
     assert len(products) >= 3 + 2 + 6 and all(found.in_loop for found in products)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_pieces_change_no_bit(dtype):
     """Slots in a piece for each of four ranks, or at once, as on a back end that is not asked for pieces."""
     meshes = [(4, 1), (4, 2)]  # the slots of tp ranks are summed, and never in pieces

@@ -1,6 +1,7 @@
 """Meshes of every type, and layouts that are the same: Auto and Explicit axes, and axes of size 1, which are none."""
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 
@@ -150,7 +151,8 @@ def plan_of(mesh, **options):
 
 def run_dispatch(transport, quant="none"):
     def shard(mesh, x, ids, weights, _):
-        return moe.dispatch(x, ids, plan_of(mesh, transport=transport, quant=quant), combine_weights=weights)
+        sent = moe.dispatch(x, ids, plan_of(mesh, transport=transport, quant=quant), combine_weights=weights)
+        return dataclasses.replace(sent, scales=jax.lax.stop_gradient(sent.scales))  # constants, refused in a gradient
 
     return shard
 

@@ -195,8 +195,13 @@ def test_combine_and_cotangents_on_a_quantised_wire(name, transport):
     np.testing.assert_allclose(d_weights, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("name", ["int8", "fp8_e4m3", "mx_e4m3"])
-@pytest.mark.parametrize("transport", ["padded", "allgather"])
+_SLOW = [(name, transport) for name in ("int8", "fp8_e4m3", "mx_e4m3") for transport in ("padded", "allgather")][1:-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "transport"),
+    [("int8", "padded"), ("mx_e4m3", "allgather"), *(pytest.param(*case, marks=pytest.mark.slow) for case in _SLOW)],
+)
 def test_a_derivative_through_codes_is_refused(name, transport):
     plan = make_plan(2, 1, transport, quant=name, dtype="float32", poison=False)
 
