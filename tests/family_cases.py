@@ -286,7 +286,10 @@ def _smoothing(rng, kind, config):
     experts = config.experts + (config.num_shared if config.shared_ranks else 0)
     shape = {"one": (1,), "row": (config.hidden,), "experts": (experts, config.hidden)}[config.smooth]
     shape = (*config.lead, *shape)
-    return (rng.integers(1, 5, shape) if kind == "whole" else rng.uniform(0.5, 20, shape)).astype(np.float32)
+    factors = (rng.integers(1, 5, shape) if kind == "whole" else rng.uniform(0.5, 20, shape)).astype(np.float32)
+    if config.nodes > 1:  # the expert's rank applies them there, so they are the same on all ranks
+        factors[:] = factors[(0,) * len(config.lead)]
+    return factors
 
 
 def _shared_x(rng, kind, config):
