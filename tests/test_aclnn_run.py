@@ -212,6 +212,7 @@ PASSED_ON = [
     ("float8_e5m2", "uint8", 3, WORLDS["tp"]),
     ("uint8", "float8_e8m0fnu", 2, WORLDS["elastic"]),
     ("float4_e2m1fn", "uint8", H, WORLDS["shared"]),
+    ("float8_e5m2", "float8_e8m0fnu", 2, Config(world=8, local_experts=1, top_k=1, tokens=1, hidden=136)),
 ]
 
 

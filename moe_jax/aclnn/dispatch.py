@@ -11,6 +11,8 @@ from moe_jax.aclnn.arguments import signature_checked
 from moe_jax.aclnn.results import DispatchOutput, TimedDispatchOutput, WindowDispatchOutput
 from moe_jax.aclnn.workspace import moe_distribute_dispatch_v4_get_workspace_size
 from moe_jax.bookkeeping import open_window
+from moe_jax.comm.arrival import keep_where
+from moe_jax.derivatives import differentiated_as
 from moe_jax.kernels import FLOAT_DTYPES
 from moe_jax.movement import Sent, send_as_is, send_rows
 from moe_jax.types import DispatchHandle
@@ -53,9 +55,9 @@ def moe_distribute_dispatch_v4(
     Parameters are the reference's; a group name is a mesh axis name, or a tuple of them (for "hierarchy": the axis of
     nodes, then that of the ranks of a node), and the axis index is the rank. ``scales`` are the same on all ranks. Of
     ``performance_info`` nothing is changed in place: given it, the result has it as a further field. So it is with
-    ``window``, which the reference keeps in the communicator: what ``make_receive_window`` returned, or the last dispatch or buffer reset; donate it. Pairs for a
-    rank whose window is at another step are not sent; combine makes NaN of what waits for them, unless ``elastic_info``
-    has removed one of the two ranks.
+    ``window``, which the reference keeps in the communicator: what ``make_receive_window`` returned, or the last
+    dispatch or buffer reset; donate it. Pairs for a rank whose window is at another step are not sent; combine makes
+    NaN of what waits for them, unless ``elastic_info`` has removed one of the two ranks.
 
     Returns:
       DispatchOutput. expand_x, where it is not quantised, and expand_scales are differentiable; where it is, the rows
@@ -144,7 +146,14 @@ def _written(sent: Sent, handle, sums, world, nums_type, ledger) -> DispatchOutp
     own = row[:capacity] < lanes[comm.tp_rank(plan)]
 
     def rows(array, written):
-        return jnp.where(written.reshape(-1, *(1,) * (array.ndim - 1)), array, _zero(array.dtype))
+        written, zero = written.reshape(-1, *(1,) * (array.ndim - 1)), _zero(array.dtype)
+
+        def select(array):
+            return jnp.where(written, array, zero)
+
+        if array.dtype.name.startswith("float8"):  # codes and exponents, of which every bit counts, NaNs' too
+            return differentiated_as(select, lambda array: keep_where(written, array, zero), array)
+        return select(array)
 
     triples = rows(sent.tags[:capacity], own)
     assist = jnp.pad(triples.ravel(), (0, capacity * 125))

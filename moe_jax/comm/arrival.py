@@ -56,10 +56,10 @@ def _held(leaf, moment):
 
 
 def keep_where(mask: Array, x: Array, otherwise: Array) -> Array:
-    """``x`` where ``mask`` (a scalar or of the shape of x), else ``otherwise``; every bit is kept, NaNs' too."""
+    """``x`` where ``mask``, else ``otherwise``, both broadcast to ``x``; every bit is kept, NaNs' too."""
     narrow = narrow_bits(x)  # XLA:CPU selects narrow floats in fp32, and the way there and back changes NaNs
     options = [lax.bitcast_convert_type(a, narrow) if narrow else a for a in (x, otherwise)]
-    parts = jnp.broadcast_to(mask, x.shape), *options
+    parts = jnp.broadcast_to(mask, x.shape), options[0], jnp.broadcast_to(options[1], x.shape)
     chosen = lax.select(*_compat.as_varying(parts, _compat.union_of_varying_axes(parts)))
     return lax.bitcast_convert_type(chosen, x.dtype) if narrow else chosen
 
