@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from facade_laws import Broken, one_line, phases, same
+from facade_laws import Broken, lower, phases, same
 from family_cases import QUANT, elastic_info, elastic_worlds, expert_ids, shared_ranks
 from jax.sharding import PartitionSpec
 
@@ -450,12 +450,7 @@ def run(case: Case, drawn) -> tuple[Any, Any]:
         return jax.tree.map(lambda a: a[None, None], (sent, out))
 
     program = jax.jit(jax.shard_map(shard, mesh=mesh, in_specs=spec, out_specs=spec))
-    try:
-        lowered = program.lower(drawn)
-    except Broken:
-        raise
-    except Exception as error:
-        raise Broken(f"tracing raised {type(error).__name__}: {one_line(error)}") from error
+    lowered = lower(program, drawn)
     if refused.keys() == {"dispatch", "combine"}:
         return refused["dispatch"], refused["combine"]
     sent, out = jax.tree.map(np.asarray, lowered.compile()(drawn))

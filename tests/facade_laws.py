@@ -31,7 +31,7 @@ def outcome(function) -> Any:
             raise Broken(f"status {error.status} of {error!r} is none of {STATUSES}") from error
         return error.status
     except Exception as error:
-        raise Broken(f"raised {type(error).__name__}: {one_line(error)}") from error
+        raise Broken(f"raised {type(error).__name__}: {_one_line(error)}") from error
 
 
 def phases(
@@ -61,6 +61,16 @@ def phases(
     return _refusal(anywhere) or anywhere[1]
 
 
+def lower(program: Any, drawn: Any) -> jax.stages.Lowered:
+    """A jitted ``program``, traced; what is raised meanwhile breaks the third law, if it is not ``Broken`` already."""
+    try:
+        return program.lower(drawn)
+    except Broken:
+        raise
+    except Exception as error:
+        raise Broken(f"tracing raised {type(error).__name__}: {_one_line(error)}") from error
+
+
 def same(got: Any, want: np.ndarray, name: str) -> None:
     """Raises unless both have the same numbers, and those of one byte the same bits."""
     got = np.asarray(got).reshape(want.shape)
@@ -74,7 +84,7 @@ def same(got: Any, want: np.ndarray, name: str) -> None:
         raise Broken(f"{name}{list(place)} is {got[place]} and should be {want[place]} ({wrong.sum()} such)")
 
 
-def one_line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     """The beginning of an error's text."""
     return " ".join(str(error).split())[:300]
 

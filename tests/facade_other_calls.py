@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from facade_laws import Broken, one_line, phases, same
+from facade_laws import lower, phases, same
 from jax.sharding import PartitionSpec as P
 from limit_calls import ALL_FUSED, BARRIER, BARRIER_2, GA, QGA, QUANTISED, RESET, UPDATE, call_of
 
@@ -155,12 +155,7 @@ def check(rng: np.random.Generator, case: Case) -> str:
         return jax.tree.map(lambda a: a[None], executor(**arrays))
 
     program = jax.jit(jax.shard_map(shard, mesh=moe.make_mesh(ep=case.ranks), in_specs=P("ep"), out_specs=P("ep")))
-    try:
-        lowered = program.lower(drawn)
-    except Broken:
-        raise
-    except Exception as error:
-        raise Broken(f"tracing raised {type(error).__name__}: {one_line(error)}") from error
+    lowered = lower(program, drawn)
     if refused:
         return f"refused with {refused[0]}"
     out = jax.tree.map(np.asarray, lowered.compile()(drawn))
