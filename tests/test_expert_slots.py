@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from jax.sharding import AbstractMesh
 
 import moe_jax as moe
-from moe_jax import contract, expert_slots, reference
+from moe_jax import expert_slots, hlo, reference
 from moe_jax.kernels import table
 from moe_jax.movement import RowOrder
 
@@ -191,7 +191,7 @@ def test_overflow_does_nothing_where_no_row_came():
     assert np.isnan(made).all() and np.isnan(d_arrived).all()
     chex.assert_trees_all_equal(d_experts, experts)
     run = overflowing(make_plan(backend="xla"), "swiglu")  # whose products are no loops of their own
-    program = contract._Program(run.lower(experts, arrived, order, nobody, ct).compile().as_text())
+    program = hlo.Program(run.lower(experts, arrived, order, nobody, ct).compile().as_text())
     products = [found for found in program.instructions() if found.op == "dot"]
     assert len(products) >= 3 + 2 + 6 and all(found.in_loop for found in products)
 
@@ -251,7 +251,7 @@ def shapes_of(dtype="float32", *, biases=True):
 
 def products_by_branch(run, *operands):
     """(products outside loops, products inside) of each branch of each conditional of the compiled program."""
-    program = contract._Program(run.lower(*operands).compile().as_text())
+    program = hlo.Program(run.lower(*operands).compile().as_text())
 
     def products(computation, in_loop=False):
         found = collections.Counter()

@@ -28,7 +28,7 @@ from test_layer import (
 )
 
 import moe_jax as moe
-from moe_jax import contract, errors, reference
+from moe_jax import contract, errors, hlo, reference
 from moe_jax.bench.programs import with_backward
 
 PATTERNS = ["random", "one_rank", "masked"]
@@ -152,7 +152,7 @@ class Node(NamedTuple):
     def moves_rows(self):
         """Rows are fp32 here, and all that goes with them are integers."""
         named = (found for found in self.collectives if "exchange" in words(found))
-        return any(contract._is_float(found.type) for found in named)
+        return any(hlo.is_float(found.type) for found in named)
 
     def multiplies(self, scope):
         return scope in self.scopes and any(found.op == "dot" for found in self.inside)
@@ -167,7 +167,7 @@ def words(instruction):
 def graph_of(run, *operands):
     """name -> Node."""
     options = {"xla_backend_optimization_level": 0}  # of machine code, which nobody runs
-    program = contract._Program(jax.jit(run).lower(*operands).compile(compiler_options=options).as_text())
+    program = hlo.Program(jax.jit(run).lower(*operands).compile(compiler_options=options).as_text())
 
     def contained(instruction):
         yield instruction
