@@ -192,13 +192,16 @@ def type_like(operands: Sequence[Any], shape: Sequence[int], dtype: Any) -> Any:
         shape=tuple(shape),
         dtype=jnp.dtype(dtype),
         sharding=like.sharding.update(spec=PartitionSpec(*(None,) * len(shape))),
-        manual_axis_type=ManualAxisType(varying=frozenset().union(*(aval.manual_axis_type.varying for aval in operands))),
+        manual_axis_type=ManualAxisType(
+            varying=frozenset().union(*(aval.manual_axis_type.varying for aval in operands))
+        ),
     )
 
 
 def type_on_one_device(aval: Any) -> Any:
-    """A type that says nothing of mesh axes."""
-    return aval.update(manual_axis_type=ManualAxisType())
+    """The type of an array of which each device has its own, as functions of one device are traced with it."""
+    mesh = aval.sharding.mesh if aval.sharding.mesh.empty else jax.sharding.get_abstract_mesh()
+    return aval.update(manual_axis_type=ManualAxisType(), sharding=aval.sharding.update(mesh=mesh))
 
 
 @contextlib.contextmanager

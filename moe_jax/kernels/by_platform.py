@@ -49,7 +49,10 @@ def by_platform(name: str, result: Callable, **functions: Callable) -> Callable:
 
 def _lower(function: Callable, platform: str, context, *operands, **static):
     """``function`` in the program, its operands and results being arrays of one device."""
-    types_in, types_out = (list(map(_compat.type_on_one_device, avals)) for avals in (context.avals_in, context.avals_out))
     lower = mlir.lower_fun(functools.partial(function, **static), multiple_results=False)
     with _compat.lowering_for(platform):
+        types = (
+            [_compat.type_on_one_device(aval) for aval in avals] for avals in (context.avals_in, context.avals_out)
+        )
+        types_in, types_out = types
         return lower(context.replace(avals_in=types_in, avals_out=types_out), *operands)

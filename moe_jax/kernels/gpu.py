@@ -107,5 +107,5 @@ BLACKWELL = _backend(
     "blackwell",
     ("*B200*", "*B300*"),
     "mosaic.blackwell_matmul",
-    "JAX's Mosaic kernel for products of 16-bit rows in multiples of 128 in large groups, Pallas Triton for all others",
+    "JAX's Mosaic kernel for products of 16-bit rows in multiples of 256 in large groups, Pallas Triton for all others",
 )

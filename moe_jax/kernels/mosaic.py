@@ -71,20 +71,18 @@ def blackwell_matmul(
 ) -> jax.Array:
     """As ``triton.grouped_matmul``, to which it leaves additions, and transposed matrices, which it cannot read."""
     (num_rows, contracted), num_groups, columns = lhs.shape, rhs.shape[0], rhs.shape[2]
-    # Two cores together make a tile that is twice as large both ways.
-    tile = next(
-        (t for t in (256, 128) if num_rows % t == columns % t == 0 and _row_tile(num_rows, num_groups, (t,))), None
-    )
-    if add_to is not None or transpose_rhs or not tile or contracted % _STEPS or not _are_narrow(lhs, rhs):
+    tile = 256  # of two cores together; JAX's code for one alone cannot be traced
+    fits = num_rows % tile == columns % tile == contracted % _STEPS == 0 and _row_tile(num_rows, num_groups, (tile,))
+    if add_to is not None or transpose_rhs or not fits or not columns or not contracted or not _are_narrow(lhs, rhs):
         return triton.grouped_matmul(lhs, rhs, group_sizes, add_to, transpose_rhs=transpose_rhs, precision=precision)
     module = importlib.import_module("jax.experimental.pallas.ops.gpu.blackwell_ragged_dot_mgpu")
     product = find_kernel("blackwell_ragged_dot_mgpu", "ragged_dot_kernel", GPUS["b200"].core_count)
     config = module.TuningConfig(
-        tile_m=128,
-        tile_n=128,
+        tile_m=tile // 2,
+        tile_n=tile // 2,
         tile_k=_STEPS,
         max_concurrent_steps=_STAGES,
-        collective=tile == 256,
+        collective=True,
         grid_tile_width=_divisor(columns // tile, (8, 4, 2, 1)),
         grid_minor_dim=module.blackwell_matmul_mgpu.MatmulDimension.N,
     )
@@ -133,5 +131,5 @@ class _JaxOfTarget:
     local_devices = devices
 
     @staticmethod
-    def ShapeDtypeStruct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:  # noqa: N802
+    def ShapeDtypeStruct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return _compat.struct_of(shape, dtype, ())
