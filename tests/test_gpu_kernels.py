@@ -1,6 +1,7 @@
 """The kernels for GPUs beyond the contract of all back ends: schedules, tiles, JAX's kernels, and what compilers say."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,6 @@ from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu
 import moe_jax as moe
 from moe_jax import reference
 from moe_jax.kernels import gpu, mosaic, table, triton
-from moe_jax.targets.target import find_target
 
 KINDS = {
     "NVIDIA H100 80GB HBM3": "hopper",
@@ -110,16 +110,24 @@ def test_a_batch_of_products():
         np.testing.assert_array_equal(found[:total], reference.grouped_matmul(*case[:3])[:total])
 
 
-@pytest.mark.parametrize("asked,word", [(None, "HIGHEST"), ("tensorfloat32", "HIGH"), ("float32", "HIGHEST")])
-def test_fp32_rows_lose_nothing_unless_jax_is_told_so(asked, word):
-    """The interpreter always multiplies in fp32, so the kernel's own product is looked at."""
-    case = [jnp.asarray(array) for array in contract.operands(0, [10, 27], jnp.float32, False)[:3]]
+@pytest.mark.parametrize(
+    "dtype,asked,precision",
+    [
+        ("float32", None, "HIGHEST"),
+        ("float32", "tensorfloat32", "HIGH"),
+        ("bfloat16", None, "DEFAULT"),
+    ],
+)
+def test_fp32_rows_lose_nothing_unless_jax_is_told_so(dtype, asked, precision):
+    """The interpreter always multiplies in fp32, so the product in the kernel is looked at."""
+    types = [((37, 6), dtype), ((2, 6, 5), dtype), ((2,), "int32")]
+    case = [jax.ShapeDtypeStruct(*array) for array in types]
     with jax.default_matmul_precision(asked):
-        outside = str(jax.make_jaxpr(functools.partial(moe.grouped_matmul, backend="gpu"))(*case))
-    assert f"precision={asked}" in outside.replace("'", "")
+        jaxpr = jax.make_jaxpr(functools.partial(moe.grouped_matmul, backend="gpu"))(*case)
+    assert re.findall(r"precision=([\w']+)", str(jaxpr)) == [repr(asked)]
     product = functools.partial(triton.grouped_matmul, transpose_rhs=False, precision=asked)
     inside = str(jax.make_jaxpr(product)(*case))
-    assert f"Precision.{word}" in inside.replace("(", " ").replace(")", " ").replace(",", " ").split() or word in inside
+    assert set(re.findall(r"Precision\.(\w+)", inside)) == {precision}
 
 
 # --- JAX's kernels ---------------------------------------------------------------------------------------------------
