@@ -25,5 +25,5 @@ __all__ = [
     "resolve_backend",
 ]
 
-for _backend in (xla.BACKEND, tokamax.BACKEND, cpu.BACKEND, gpu.BACKEND, tpu.BACKEND):
+for _backend in (xla.BACKEND, tokamax.BACKEND, cpu.BACKEND, gpu.BACKEND, tpu.BACKEND, tpu.LITE):
     register_backend(_backend, replace=True)
