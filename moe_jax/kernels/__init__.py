@@ -1,7 +1,7 @@
 """Row kernels and the table of back ends that supply them."""
 
 from moe_jax.kernels import cpu, gpu, tokamax, tpu, xla
-from moe_jax.kernels.grouped_matmul import FLOAT_DTYPES, grouped_matmul, grouped_outer
+from moe_jax.kernels.grouped_matmul import FLOAT_DTYPES, grouped_matmul, grouped_matmuls, grouped_outer
 from moe_jax.kernels.table import (
     Backend,
     backend_names,
@@ -20,6 +20,7 @@ __all__ = [
     "describe_backend",
     "find_transport",
     "grouped_matmul",
+    "grouped_matmuls",
     "grouped_outer",
     "register_backend",
     "resolve_backend",
