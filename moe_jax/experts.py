@@ -55,19 +55,6 @@ def grouped_product(
     return tuple(products)
 
 
-def batched_product(inputs: Array, weights: tuple[Array, ...], biases: Biases) -> tuple[Array, ...]:
-    """As many rows in each group, [L, S, I], through each weight [L, I, O], and bias [L, O], of it -> [L, S, O] each.
-
-    Sums are fp32, rounded once.
-    """
-
-    def multiply(weight, bias):
-        product = jnp.einsum("lsi,lio->lso", inputs, weight, preferred_element_type=jnp.float32).astype(inputs.dtype)
-        return product if bias is None else product + bias[:, None, :]
-
-    return tuple(map(multiply, weights, biases))
-
-
 def project_in(weights: dict[str, Array], rows: Array, product: Callable) -> tuple[Array | None, Array]:
     """(gate, up): rows through w_gate and w_up, with b_gate and b_up where there are any; gate None without w_gate.
 
