@@ -4,6 +4,8 @@ Here is what XLA computes around them: which tile of rows is visited for which g
 """
 
 import functools
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -15,6 +17,7 @@ from moe_jax.kernels.kernel_call import kernel_call
 from moe_jax.kernels.table import Backend
 
 _BLOCK_BYTES = 28 << 20  # for the blocks of a kernel in fast memory, each twice, and the sums
+_MOST_WEIGHTS, _MOST_SUMS = 2 << 20, 1 << 20  # elements in a block: Mosaic writes out every register of them
 _LANES = 128
 _EXACT = ("high", "highest", "bfloat16_3x", "tensorfloat32", "float32")  # default_matmul_precision beyond one pass
 
@@ -63,14 +66,12 @@ def plan_visits(group_sizes: jax.Array, num_rows: int, tile_rows: int, *, every_
 
 
 def row_tiles(num_rows: int, num_groups: int) -> tuple[int, int]:
-    """(rows of a tile, rows of a step).
+    """(rows of a tile, rows of a step); a step is 4 times as long as its last one is rounded up to.
 
-    The matrix unit takes as long for fewer rows than it has columns, 128 or 256, as for so many; a larger step wastes
-    what the last one of a visit rounds up, so it goes with the average group.
+    The matrix unit of most TPUs takes as long for fewer rows than 128 as for so many.
     """
     average = num_rows // num_groups
-    step = 256 if average >= 1024 else 128 if average >= 128 else 64
-    step = min(step, -(-num_rows // 32) * 32)
+    step = 128 if average >= 128 else 64
     rows = 512 if average >= 512 else 1024
     return min(rows, -(-num_rows // step) * step), step
 
@@ -78,17 +79,24 @@ def row_tiles(num_rows: int, num_groups: int) -> tuple[int, int]:
 def _widths(extent: int) -> list[int]:
     """Block widths that leave the least of the last block empty: whole lanes, or the extent itself."""
     lanes = -(-extent // _LANES)
-    divisors = [n for n in range(1, lanes + 1) if lanes % n == 0]
-    return [min(n * _LANES, extent) for n in divisors]
+    return [min(n * _LANES, extent) for n in range(1, lanes + 1) if lanes % n == 0]
 
 
-def _best(candidates, size_of, traffic_of) -> tuple[int, int]:
-    """The pair of widths that fits and moves the least; the smallest one if none fits."""
-    fitting = [pair for pair in candidates if size_of(*pair) <= _BLOCK_BYTES]
-    return min(fitting, key=lambda pair: (traffic_of(*pair), -pair[0] * pair[1])) if fitting else min(candidates)
+def _best(contracted: int, columns: int, cores: int, size_of: Callable, traffic_of: Callable) -> tuple[int, int]:
+    """The widths (of the contraction, of the columns) that move the least among those that fit.
+
+    Cores share the tiles of columns, so there are as many for each if the columns can be cut so; else many.
+    """
+    widths = _widths(columns)
+    shared = [n for n in widths if -(-columns // n) % cores == 0] or widths[:1]
+    pairs = [(k, n) for k in _widths(contracted) for n in shared]
+    fitting = [pair for pair in pairs if size_of(*pair) <= _BLOCK_BYTES] or [min(pairs)]
+    return min(fitting, key=lambda pair: (traffic_of(*pair), -pair[0] * pair[1]))
 
 
-def matmul_tiles(num_rows: int, num_groups: int, contracted: int, columns: int, itemsize: int) -> Tiles:
+def matmul_tiles(
+    num_rows: int, num_groups: int, contracted: int, columns: int, itemsize: int, cores: int
+) -> Tiles:
     """Tiles of a product of rows [M, H] with [G, H, N].
 
     With the contraction in one block, a group's weights are fetched once for each tile of columns; otherwise at every
@@ -98,6 +106,8 @@ def matmul_tiles(num_rows: int, num_groups: int, contracted: int, columns: int, 
     visits = -(-num_rows // rows) + num_groups - 1
 
     def size(k, n):
+        if k * n > _MOST_WEIGHTS:
+            return math.inf
         sums = 4 * rows * n * (k < contracted) + 4 * step * n
         return 2 * itemsize * (rows * k + k * n + 2 * rows * n) + sums
 
@@ -105,22 +115,22 @@ def matmul_tiles(num_rows: int, num_groups: int, contracted: int, columns: int, 
         fetched = num_groups if k == contracted else visits
         return num_rows * contracted * -(-columns // n) + fetched * contracted * columns
 
-    pairs = [(k, n) for k in _widths(contracted) for n in _widths(columns)]
-    return Tiles(rows, step, *_best(pairs, size, traffic))
+    return Tiles(rows, step, *_best(contracted, columns, cores, size, traffic))
 
 
-def outer_tiles(num_rows: int, num_groups: int, contracted: int, columns: int, itemsize: int) -> Tiles:
+def outer_tiles(num_rows: int, num_groups: int, contracted: int, columns: int, itemsize: int, cores: int) -> Tiles:
     """Tiles of the sums of products of rows [M, H] and [M, N]; each is fetched for every tile of the other's columns."""
     rows, step = row_tiles(num_rows, num_groups)
 
     def size(k, n):
+        if k * n > _MOST_SUMS:
+            return math.inf
         return 2 * itemsize * (rows * (k + n) + k * n) + 2 * 4 * k * n
 
     def traffic(k, n):
         return num_rows * (contracted * -(-columns // n) + columns * -(-contracted // k))
 
-    pairs = [(k, n) for k in _widths(contracted) for n in _widths(columns)]
-    return Tiles(rows, step, *_best(pairs, size, traffic))
+    return Tiles(rows, step, *_best(contracted, columns, cores, size, traffic))
 
 
 def multiplied_rows(num_rows: int, num_groups: int, tiles: Tiles) -> int:
@@ -150,28 +160,34 @@ def _precision(dtype):
 
 
 def grouped_matmul(
-    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, transpose_rhs: bool, add_to: jax.Array | None = None
+    lhs: jax.Array,
+    rhs: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    transpose_rhs: bool,
+    add_to: jax.Array | None = None,
+    cores: int = 2,
 ) -> jax.Array:
     """lhs [M, H], rhs [G, H, N] ([G, N, H] if ``transpose_rhs``), group_sizes [G] -> [M, N], plus ``add_to`` [M, N].
 
-    TPUs have no fp16: such operands are widened to fp32 before the kernel, and the fp32 result is rounded after it.
+    ``cores``: of a device. TPUs have no fp16: such operands are widened to fp32 before the kernel, and the fp32 result is rounded after it.
     """
     columns = rhs.shape[1 if transpose_rhs else 2]
     if not (lhs.size and columns):
         zeros = jnp.zeros_like(lhs, shape=(lhs.shape[0], columns))
         return zeros if add_to is None else add_to
-    run = _multiply_rows(transpose_rhs, _precision(lhs.dtype))
+    run = _multiply_rows(transpose_rhs, _precision(lhs.dtype), cores)
     out = run(_wide(lhs), _wide(rhs), group_sizes, *([] if add_to is None else [_wide(add_to)]))
     return out.astype(lhs.dtype)
 
 
 @functools.cache
-def _multiply_rows(transpose_rhs, precision):
+def _multiply_rows(transpose_rhs, precision, cores):
     @sequential_vmap
     def run(lhs, rhs, group_sizes, *added):
         (num_rows, contracted), num_groups = lhs.shape, rhs.shape[0]
         columns, itemsize = rhs.shape[1 if transpose_rhs else 2], lhs.dtype.itemsize
-        tiles = matmul_tiles(num_rows, num_groups, contracted, columns, itemsize)
+        tiles = matmul_tiles(num_rows, num_groups, contracted, columns, itemsize, cores)
         visits = plan_visits(group_sizes, num_rows, tiles.rows, every_group=False)
 
         def call(bounds, groups, row_tiles, count, lhs, rhs, *added, interpret):
@@ -199,22 +215,24 @@ def _multiply_rows(transpose_rhs, precision):
     return run
 
 
-def grouped_outer(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, dtype) -> jax.Array:
-    """lhs [M, H], rhs [M, N], group_sizes [G] -> [G, H, N] in ``dtype``; fp16 as in ``grouped_matmul``."""
+def grouped_outer(
+    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, dtype, cores: int = 2
+) -> jax.Array:
+    """lhs [M, H], rhs [M, N], group_sizes [G] -> [G, H, N] in ``dtype``; fp16, ``cores`` as in ``grouped_matmul``."""
     shape = (group_sizes.shape[0], lhs.shape[1], rhs.shape[1])
     if not (lhs.size and rhs.size):
         return jnp.zeros_like(lhs, shape=shape, dtype=dtype)
     out_dtype = jnp.dtype(jnp.float32 if dtype == jnp.float16 else dtype)
-    run = _sum_outer(out_dtype, _precision(lhs.dtype))
+    run = _sum_outer(out_dtype, _precision(lhs.dtype), cores)
     return run(_wide(lhs), _wide(rhs), group_sizes).astype(dtype)
 
 
 @functools.cache
-def _sum_outer(out_dtype, precision):
+def _sum_outer(out_dtype, precision, cores):
     @sequential_vmap
     def run(lhs, rhs, group_sizes):
         num_rows, contracted, columns, num_groups = *lhs.shape, rhs.shape[1], group_sizes.shape[0]
-        tiles = outer_tiles(num_rows, num_groups, contracted, columns, lhs.dtype.itemsize)
+        tiles = outer_tiles(num_rows, num_groups, contracted, columns, lhs.dtype.itemsize, cores)
         visits = plan_visits(group_sizes, num_rows, tiles.rows, every_group=True)
 
         def call(bounds, groups, row_tiles, count, lhs, rhs, *, interpret):
@@ -245,5 +263,13 @@ BACKEND = Backend(
     platforms=("tpu",),
     kernels={"grouped_matmul": grouped_matmul, "grouped_outer": grouped_outer},
     accumulates=True,
-    about="Pallas kernels over row tiles",
+    about="Pallas kernels over tiles of rows, columns in an even number of tiles for the two cores of v4 and v5p",
+)
+LITE = Backend(
+    name="tpu_lite",
+    platforms=("tpu",),
+    device_kinds=("TPU* lite", "TPU v5e", "TPU v6e", "TPU7*"),  # JAX sees one core of a TPU 7x
+    kernels={name: functools.partial(kernel, cores=1) for name, kernel in BACKEND.kernels.items()},
+    accumulates=True,
+    about="Pallas kernels over tiles of rows, columns in as few tiles as fit, for one core",
 )

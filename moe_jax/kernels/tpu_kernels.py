@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from moe_jax.kernels.kernel_call import result_type
 
 PACKED_ROWS = 16  # of 16-bit numbers in a register: steps start at multiples of it
-_TAILS = 4  # sizes of the last step, in equal parts of a whole one
+SIZES = 4  # of a step, in equal parts of a whole one
 _VMEM_BYTES = 64 << 20  # that a kernel may ask for, of 128 MiB
 
 
@@ -168,26 +168,26 @@ def _rows_of_group(bounds, groups, row_tiles, visit, tiles):
 def _for_rows(low, high, tiles, multiply: Callable) -> None:
     """Calls ``multiply(where, mine [size, 1])`` for slices that cover the rows [low, high) of a tile, each row once.
 
-    1. Whole steps from ``low`` on, rounded down to where steps may start.
-    2. One step for what is left, in the smallest of a few sizes. Where it would reach past the tile it is shifted
-       back, over rows that a step before it has taken; ``mine`` leaves them out.
+    Steps follow each other from ``low`` on, rounded down to where steps may start; the last one has the smallest of
+    four sizes that will do. Where it would reach past the tile it is shifted back, over rows that the step before it
+    has taken; ``mine`` leaves them out.
 
     lax.div, not //: floor division asks Pallas for the device that is here, which need not be a TPU.
     """
     start = lax.div(low, PACKED_ROWS) * PACKED_ROWS
+    part = tiles.step // SIZES
 
-    def step(wanted, size):
-        at = pl.multiple_of(jnp.minimum(wanted, tiles.rows - size), PACKED_ROWS)
-        row = at + lax.broadcasted_iota(jnp.int32, (size, 1), 0)
-        multiply(pl.ds(at, size), (row >= jnp.maximum(low, wanted)) & (row < high))
+    def step(i, _):
+        wanted = start + i * tiles.step
+        left = high - wanted
 
-    whole = lax.div(jnp.maximum(high - start, 0), tiles.step)
+        def of_size(size):
+            at = pl.multiple_of(jnp.minimum(wanted, tiles.rows - size), PACKED_ROWS)
+            row = at + lax.broadcasted_iota(jnp.int32, (size, 1), 0)
+            multiply(pl.ds(at, size), (row >= jnp.maximum(low, wanted)) & (row < high))
 
-    def whole_step(i, _):
-        step(start + i * tiles.step, tiles.step)
+        for size in range(part, tiles.step + 1, part):
+            fits = left > size - part if size == tiles.step else (left > size - part) & (left <= size)
+            pl.when(fits)(functools.partial(of_size, size))
 
-    lax.fori_loop(0, whole, whole_step, None)
-    left = high - start - whole * tiles.step
-    part = max(tiles.step // _TAILS, PACKED_ROWS)
-    for size in range(part, tiles.step + 1, part):
-        pl.when((left > size - part) & (left <= size))(functools.partial(step, start + whole * tiles.step, size))
+    lax.fori_loop(0, lax.div(jnp.maximum(high - start, 0) + tiles.step - 1, tiles.step), step, None)
