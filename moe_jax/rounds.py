@@ -17,6 +17,7 @@ from moe_jax import _compat
 from moe_jax.bookkeeping import Exchange, count_rounds, open_window, prepare
 from moe_jax.derivatives import custom_gradient, first_order_only
 from moe_jax.expert_slots import add_overflow_gradients, expert_slots, overflow_slots
+from moe_jax.local_sum import local_sum
 from moe_jax.movement import arrival_order, collect_rows, dequantized, finish, send_rows
 from moe_jax.plan import Plan
 from moe_jax.special import special_terms
@@ -43,7 +44,7 @@ def routed_sum(
       expert_ids, weights: [T, K] i32 and f32.
       experts: as for ``expert_slots``; constants: of ``special_terms``.
       x: [T, H] in ``plan.dtype``.
-      plan, activation: static. rank_table: as for ``dispatch``.
+      plan, activation: static. rank_table: as for ``dispatch``; that of one rank can only say that it is there.
       chunks: a divisor of T; each part of the tokens passes by itself, with its share of ``plan.pair_capacity``.
 
     Returns:
@@ -54,6 +55,10 @@ def routed_sum(
     found = []
     for start in range(0, max(1, plan.tokens_per_rank), max(1, tokens)):
         ids_here, x_here, weights_here = (a[start : start + tokens] for a in (expert_ids, x, weights))
+        if not plan.exchanges:
+            operands = (ids_here, experts, constants, x_here, weights_here)
+            found.append((*local_sum(*operands, part, activation=activation), jnp.ones((), jnp.int32)))
+            continue
         exchange = prepare(ids_here, part, rank_table=rank_table)
         num_rounds = count_rounds(exchange, part)
         exchange = _compat.as_varying(exchange, plan.token_axes)

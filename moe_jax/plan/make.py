@@ -70,7 +70,8 @@ def make_plan(
         pair of ranks keeps the front of its list, which is sorted by expert: the last experts of a rank lose most.
       capacity_factor: rows that a pair of ranks can move in a round of the layer, relative to the balanced load,
         T * K / ep; None: 1.25, and four standard deviations of a uniform router at least. Never more than T * K. A call
-        of ``dispatch`` alone has room for T * K rows, whatever this is, unless overflow is dropped.
+        of ``dispatch`` alone has room for T * K rows, whatever this is, unless overflow is dropped; so has the layer
+        where one device holds all experts (ep = tp = 1), which exchanges nothing.
       backward_quant: recipe of the cotangents of rows, both ways; as ``combine_quant``.
       backend: a registered back end, or "auto": the one of the mesh's platform, or several if none has everything.
       poison: fill every slot and row that nobody may read with NaN, to prove that nobody does. For tests.
@@ -118,6 +119,8 @@ def make_plan(
     tokens, most = sizes["tokens_per_rank"], sizes["tokens_per_rank"] * sizes["top_k"]
     balanced = balanced_rows(tokens, sizes["top_k"], ep_size, sizes["num_shared_ranks"])
     pair_capacity = _pair_capacity(balanced, most, capacity_factor)
+    if ep_size * tp_size == 1 and overflow == "dropless":
+        pair_capacity = max(1, most)  # nothing is exchanged, and all rows are there in one round
     plan = Plan(
         ep_axis=ep_axis,
         tp_axis="tp",

@@ -106,6 +106,11 @@ class Plan:
         return self.pair_capacity if self.overflow == "drop" else self.max_pair_rows
 
     @property
+    def exchanges(self) -> bool:
+        """Whether the layer moves rows between devices; false where one device holds all experts, whole."""
+        return self.ep_size * self.tp_size > 1
+
+    @property
     def exchange_axes(self) -> tuple[str, ...]:
         """Axes over which rows move: expert parallel, then tensor parallel."""
         return self.ep_axis if self.tp_axis is None else (*self.ep_axis, self.tp_axis)
@@ -117,8 +122,8 @@ class Plan:
 
     @property
     def max_rounds(self) -> int:
-        """Rounds that the worst skew needs: 1 where one window holds everything or overflow is dropped."""
-        if self.overflow == "drop" or not self.num_pairs:
+        """Rounds that the worst skew needs: 1 where one holds everything, overflow is dropped or nothing is exchanged."""
+        if self.overflow == "drop" or not self.num_pairs or not self.exchanges:
             return 1
         return math.ceil(self.max_pair_rows / self.pair_capacity)
 
