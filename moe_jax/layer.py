@@ -103,6 +103,7 @@ def moe_layer(
     check_router(router, plan, None if table is None else table.shape[0])
 
     x = _compat.as_varying(x, plan.token_axes)
+    params = _compat.as_varying_over_units(params, plan.token_axes)  # else JAX sums their gradients over one device
     if token_mask is not None:  # padding may hold anything; from here on it is zero
         x = jnp.where(token_mask[:, None], x, jnp.zeros((), x.dtype))
     routing = route(

@@ -28,6 +28,7 @@ from moe_jax.targets import target as target_module
 from moe_jax.targets.compile import _job_of_function
 from moe_jax.targets.target import find_target
 
+ALONE = ["v5e:1x1", "v5p:1x1x1", "v6e:1x1", "h100:1"]
 ELSEWHERE = ["v5e:2x4", "v5p:2x2x2", "v6e:2x4", "a100:8", "h100:8", "h200:8", "b200:8"]
 ROWS, WIDTH = 64, 128
 
@@ -208,6 +209,7 @@ def test_unknown_targets(name, text):
 
 def test_targets_by_name():
     assert (find_target("v5p:4x4x8").num_devices, find_target("v5p:4x4x8").platform) == (128, "tpu")
+    assert find_target("v5e:1x1").topology["chips_per_host_bounds"] == (1, 1, 1) and find_target("v5p:1x1x2").num_devices == 2
     assert find_target("h100:4").topology["topology"] == "1x1x4"
     assert find_target("h100:16").topology["topology"] == "1x2x8"
     assert find_target("cpu:3").num_devices == 3

@@ -1,6 +1,6 @@
 """The collectives of a plan: every exchange between devices goes through here or through ``ragged``."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -56,18 +56,24 @@ def rank_along(axes: tuple[str, ...]) -> Array:
 
 def max_over_ranks(x: Array, plan) -> Array:
     """The largest ``x`` of the exchange group, so that all its devices take the same branch."""
-    return lax.pmax(_compat.as_varying(x, plan.exchange_axes), plan.exchange_axes)
+    return _reduced(lax.pmax, x, plan.exchange_axes)
 
 
 def max_over_replicas(x: Array, plan) -> Array:
     """The largest ``x`` of the data-parallel replicas of the exchange group."""
-    return lax.pmax(_compat.as_varying(x, plan.dp_axis), plan.dp_axis) if plan.dp_axis else x
+    return _reduced(lax.pmax, x, plan.dp_axis)
 
 
 def sum_over(tree: Any, axis_name: str | Sequence[str]) -> Any:
     """The sum of every leaf over the ranks along ``axis_name``."""
-    axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-    return lax.psum(_compat.as_varying(tree, axes), axes)
+    return _reduced(lax.psum, tree, (axis_name,) if isinstance(axis_name, str) else tuple(axis_name))
+
+
+def _reduced(reduce: Callable, tree: Any, axes: tuple[str, ...]) -> Any:
+    """``reduce`` along ``axes``, without a collective over those of size 1."""
+    large = tuple(axis for axis in axes if lax.axis_size(axis) > 1)
+    reduced = reduce(_compat.as_varying(tree, large), large) if large else tree
+    return _compat.drop_unit_axes(reduced, set(_compat.union_of_varying_axes(tree)) - set(axes))
 
 
 def sum_over_tokens(x: Array, plan) -> Array:
