@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax import _compat
-from moe_jax.bookkeeping import Exchange, count_rounds, open_window, prepare
+from moe_jax.bookkeeping import Exchange, count_rounds, open_window, prepare, read_table
 from moe_jax.derivatives import custom_gradient, first_order_only
 from moe_jax.expert_slots import add_overflow_gradients, expert_slots, overflow_slots
 from moe_jax.local_sum import local_sum
@@ -56,6 +56,8 @@ def routed_sum(
     for start in range(0, max(1, plan.tokens_per_rank), max(1, tokens)):
         ids_here, x_here, weights_here = (a[start : start + tokens] for a in (expert_ids, x, weights))
         if not plan.exchanges:
+            if rank_table is not None:
+                read_table(rank_table, part)  # raises
             operands = (ids_here, experts, constants, x_here, weights_here)
             found.append((*local_sum(*operands, part, activation=activation), jnp.ones((), jnp.int32)))
             continue

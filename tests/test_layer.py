@@ -27,10 +27,9 @@ TOLERANCE = 1e-5
 
 def make(ep, tp, transport="padded", router=None, *, shared=1, activation="swiglu", **options):
     mesh = mesh_of(ep, tp)
-    defaults = {"dtype": "float32", "capacity_factor": 1.0, "poison": True, "top_k": K}
+    defaults = {"dtype": "float32", "capacity_factor": 1.0, "poison": True, "top_k": K, "tokens_per_rank": T}
     plan = moe.make_plan(
         mesh,
-        tokens_per_rank=T,
         hidden=H,
         num_experts=EXPERTS,
         transport=transport,
