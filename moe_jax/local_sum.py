@@ -69,7 +69,7 @@ def local_sum(
     special = special_terms(expert_ids, plan, x=needed, **constants)
     with jax.named_scope("permute"):
         rows = _spread(plan, as_delivered(x, plan.dispatch_recipe).astype(plan.dtype), places)
-    made = expert_slots(experts, rows, None, jnp.diff(offsets), plan, activation=activation, equal_rows=0)
+    made = expert_slots(experts, rows, None, jnp.diff(offsets), plan, activation=activation)
     with jax.named_scope("unpermute"):
         collected = _collect(plan, as_delivered(made, plan.combine_recipe), places)
     with jax.named_scope("combine_sum"):
