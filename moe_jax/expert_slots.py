@@ -18,7 +18,7 @@ from jax import lax
 from moe_jax import _compat, comm
 from moe_jax.derivatives import custom_gradient, differentiated_as, take_rows
 from moe_jax.experts import activate, batched_product, grouped_product, project_in, project_out
-from moe_jax.layout import exclusive_cumsum
+from moe_jax.layout import exclusive_cumsum, searchsorted
 from moe_jax.movement import RowOrder, pick, pick_pieces
 from moe_jax.plan import Plan
 
@@ -258,7 +258,7 @@ def _equal(how: _How, order: RowOrder | None, group_sizes: Array) -> _Layout:
     place = jnp.arange(each, dtype=jnp.int32)
     row_slot = jnp.where(place < group_sizes[:, None], starts[:, None] + place, -1)  # so far: the compact row
     row = jnp.arange(how.num_rows, dtype=jnp.int32)
-    group = _compat.searchsorted(stops, row, side="right")
+    group = searchsorted(stops, row, side="right")
     shift = each * jnp.arange(groups, dtype=jnp.int32) - starts
     slot_row = jnp.where(row < stops[-1], row + jnp.take(shift, group, mode="clip"), -1)
     if order is not None:
