@@ -225,9 +225,3 @@ def late(turn: jax.Array, tree: Any) -> Any:
     return lax.optimization_barrier((turn, tree))[1]
 
 
-def searchsorted(ascending: jax.Array, values: jax.Array, *, side: str) -> jax.Array:
-    """``jnp.searchsorted`` as i32. Its fast methods fail in JAX 0.10 where a mesh is manual in some axes only."""
-    mesh = jax.sharding.get_abstract_mesh()
-    partly = bool(mesh.manual_axes) and set(mesh.manual_axes) != set(mesh.axis_names)
-    found = jnp.searchsorted(ascending, values, side=side, method="sort" if partly else "scan")
-    return found.astype(jnp.int32)

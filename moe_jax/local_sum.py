@@ -16,10 +16,17 @@ import jax.numpy as jnp
 from moe_jax import layout
 from moe_jax.derivatives import custom_gradient
 from moe_jax.expert_slots import expert_slots
-from moe_jax.movement import as_delivered, pick
+from moe_jax.movement import (
+    as_delivered,
+    only_present,
+    pick,
+    place_of,
+    sum_at_tokens,
+    sum_over_pairs,
+    token_of,
+)
 from moe_jax.plan import Plan
-from moe_jax.special import special_term, special_terms
-from moe_jax.types import SpecialTerms
+from moe_jax.special import special_terms
 
 Array = jax.Array
 
@@ -29,7 +36,7 @@ class _Places(NamedTuple):
 
     row_token: Array  # [M] the token of each row; rows past the last one have any token, or none
     row_pair: Array  # [M] its pair, as k * T + token
-    pair_row: Array  # [K, T] the row of each pair
+    pair_row: Array  # [T, K] the row of each pair
 
 
 def local_sum(
@@ -62,29 +69,28 @@ def local_sum(
         is_routed = (expert_ids >= 0) & (expert_ids < plan.num_experts)
         pairs = layout.sort_pairs(jnp.where(is_routed, expert_ids, -1).ravel(), plan.num_experts)
         num_rows = plan.pair_capacity if plan.overflow == "drop" else plan.num_pairs
-        offsets = jnp.minimum(pairs.offsets, num_rows)
-        places = _places(pairs, offsets[-1], num_rows, plan)
-        num_dropped = pairs.offsets[-1] - offsets[-1]
+        group_sizes = pairs.counts
+        if num_rows < plan.num_pairs:
+            _, group_sizes = layout.clip_to_window(pairs.counts, 0, num_rows)
+        num_kept = jnp.sum(group_sizes, dtype=jnp.int32)
+        places = _places(pairs, num_kept, num_rows, plan)
     needed = x if plan.num_copy_experts + plan.num_const_experts else None
     special = special_terms(expert_ids, plan, x=needed, **constants)
     with jax.named_scope("permute"):
         rows = _spread(plan, as_delivered(x, plan.dispatch_recipe).astype(plan.dtype), places)
-    made = expert_slots(experts, rows, None, jnp.diff(offsets), plan, activation=activation)
+    made = expert_slots(experts, rows, None, group_sizes, plan, activation=activation)
     with jax.named_scope("unpermute"):
         collected = _collect(plan, as_delivered(made, plan.combine_recipe), places)
-    with jax.named_scope("combine_sum"):
-        return _weighted_sum(plan, collected, weights, special, places), num_dropped
+    return sum_at_tokens(collected, weights, places.pair_row >= 0, special, plan), jnp.sum(pairs.counts - group_sizes, dtype=jnp.int32)
 
 
 def _places(pairs: layout.PairOrder, num_kept: Array, num_rows: int, plan: Plan) -> _Places:
     """``num_kept``: pairs that have a row, the first in their order."""
-    token, k = pairs.order[:num_rows] // plan.top_k, pairs.order[:num_rows] % plan.top_k
-    row_pair = k * plan.tokens_per_rank + token
-    if plan.poison:  # else the other rows are copies of tokens of pairs that go nowhere
-        is_row = jnp.arange(num_rows) < num_kept
-        token, row_pair = jnp.where(is_row, token, -1), jnp.where(is_row, row_pair, -1)
+    pair = pairs.order[:num_rows]
+    if plan.poison:  # else the other rows are those of pairs that go nowhere
+        pair = jnp.where(jnp.arange(num_rows) < num_kept, pair, -1)
     pair_row = jnp.where(pairs.position < num_kept, pairs.position, -1)
-    return _Places(token, row_pair, pair_row.reshape(plan.tokens_per_rank, plan.top_k).T)
+    return _Places(token_of(pair, plan), place_of(pair, plan), pair_row.reshape(plan.tokens_per_rank, plan.top_k))
 
 
 @functools.partial(custom_gradient, num_static=1)
@@ -96,7 +102,7 @@ def _spread(plan, x, places):
 def _spread_backward(plan, places, ct):
     # d_x[t] = sum_k ct[row of (t, k)]    # [T, H], in fp32 over ascending k
     collected = _collect(plan, as_delivered(ct, plan.backward_recipe), places)
-    return sum(_present(collected, places)).astype(plan.dtype), None
+    return sum_over_pairs(collected, places.pair_row >= 0).astype(plan.dtype), None
 
 
 _spread.defvjp(lambda plan, x, places: (_spread(plan, x, places), places), _spread_backward)
@@ -105,7 +111,7 @@ _spread.defvjp(lambda plan, x, places: (_spread(plan, x, places), places), _spre
 @functools.partial(custom_gradient, num_static=1)
 def _collect(plan, rows, places):
     """Rows [M, H] at their pairs, [K, T, H]; anything at a pair that has none."""
-    return pick(rows, places.pair_row, plan)
+    return pick(rows, places.pair_row.T, plan)
 
 
 def _collect_backward(plan, residuals, ct):
@@ -127,44 +133,7 @@ def _arrange(plan, pairs, places):
 def _arrange_backward(plan, places, ct):
     # d_pairs[k, t] = ct[row of (t, k)], zero where there is none    # [K * T, H]
     collected = _collect(plan, ct, places)
-    there = (places.pair_row >= 0)[..., None]
-    return jax.lax.collapse(jnp.where(there, collected, jnp.zeros((), ct.dtype)), 0, 2), None
+    return jax.lax.collapse(only_present(collected, places.pair_row >= 0), 0, 2), None
 
 
 _arrange.defvjp(lambda plan, pairs, places: (_arrange(plan, pairs, places), places), _arrange_backward)
-
-
-@functools.partial(custom_gradient, num_static=1)
-def _weighted_sum(plan, collected, weights, special, places):
-    """``sum_k weights[t, k] * (collected[k, t] + what a special expert adds)``, k ascending. -> [T, H] fp32."""
-    terms = _present(collected, places)
-    if special is not None:  # at most one of the two is not zero
-        terms = [term + special_term(special, k, plan) for k, term in enumerate(terms)]
-    return sum(weights[:, k, None] * term for k, term in enumerate(terms))
-
-
-def _weighted_sum_backward(plan, residuals, ct):
-    # d_collected[k, t] = weights[t, k] * ct[t]                         # [K, T, H]
-    # d_weights[t, k] = <collected[k, t] + what a special expert adds, ct[t]>    # [T, K]
-    collected, weights, special, places = residuals
-    d_collected = (weights.T[..., None] * ct).astype(collected.dtype)
-    d_weights = jnp.stack([jnp.sum(term * ct, axis=1) for term in _present(collected, places)], axis=1)
-    if special is None:
-        return d_collected, d_weights, None, None
-
-    def added(weights, special):
-        return sum(weights[:, k, None] * special_term(special, k, plan) for k in range(plan.top_k))
-
-    more_weights, d_special = jax.vjp(added, weights, special)[1](ct)
-    return d_collected, d_weights + more_weights, d_special, None
-
-
-_weighted_sum.defvjp(lambda plan, *operands: (_weighted_sum(plan, *operands), operands), _weighted_sum_backward)
-
-
-def _present(collected: Array, places: _Places) -> list[Array]:
-    """[K, T, H] -> K times [T, H] in fp32, zeros where a pair has no row."""
-    return [
-        jnp.where(there[:, None], here.astype(jnp.float32), 0.0)
-        for here, there in zip(collected, places.pair_row >= 0, strict=True)
-    ]

@@ -1,7 +1,6 @@
 """The only caller of collectives."""
 
 from moe_jax.comm.collectives import (
-    all_send_sizes,
     check_axes,
     ep_rank,
     exchange_blocks,
@@ -9,6 +8,7 @@ from moe_jax.comm.collectives import (
     exchange_compact,
     exchange_counts,
     exchange_counts_timed,
+    gather_counts,
     gather_tokens,
     gather_tp,
     max_over_ranks,
@@ -24,7 +24,6 @@ from moe_jax.comm.ragged import ragged_all_to_all, ragged_exchange
 from moe_jax.comm.rows import cut_pieces, join_pieces, to_bits
 
 __all__ = [
-    "all_send_sizes",
     "check_axes",
     "cut_pieces",
     "ep_rank",
@@ -33,6 +32,7 @@ __all__ = [
     "exchange_compact",
     "exchange_counts",
     "exchange_counts_timed",
+    "gather_counts",
     "gather_tokens",
     "gather_tp",
     "join_pieces",

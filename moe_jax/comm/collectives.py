@@ -81,6 +81,12 @@ def sum_over_tokens(x: Array, plan) -> Array:
     return sum_over(x, plan.token_axes)
 
 
+def gather_counts(send_counts: Array, plan) -> Array:
+    """[W, L] pairs of this rank by destination -> [P, W, W, L] of all ranks of the group, which all know the same."""
+    everyone = lax.all_gather(_compat.as_varying(send_counts, plan.exchange_axes), _token_axes(plan), to="invarying")
+    return everyone.reshape(plan.tp_size, plan.ep_size, *send_counts.shape)
+
+
 def exchange_counts(send_counts: Array, plan) -> Array:
     """[W, L] pairs of this rank by destination -> [P, W, L] pairs for this rank's experts by source."""
     received = lax.all_to_all(send_counts, plan.ep_axis, 0, 0, tiled=True)
@@ -91,11 +97,6 @@ def exchange_counts_timed(send_counts: Array, plan) -> tuple[Array, Array]:
     """As ``exchange_counts``, and [W] i32 microseconds that this rank waited for each."""
     received, microseconds = timed_all_to_all(send_counts, plan.ep_axis)
     return lax.all_gather(received, plan.tp_axis) if plan.tp_size > 1 else received[None], microseconds
-
-
-def all_send_sizes(sizes: Array, plan) -> Array:
-    """[W] rows for each rank -> [W, W] rows from each rank to each."""
-    return lax.all_gather(sizes, plan.ep_axis)
 
 
 def exchange_blocks(rows: Array, plan) -> Array:

@@ -1,4 +1,8 @@
-"""What the routes share: gathers by maps in which -1 means "none", and pairs as token * C + c."""
+"""What the routes share: gathers by maps in which -1 means "none", and pairs as token * C + c.
+
+What belongs to pairs and has a width is ordered by copy, then token, [C, T, ...]: for sums over the copies of a token it
+is C arrays in their natural layout, where [T, C, ...] would leave most of a TPU's tiles empty.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -66,9 +70,24 @@ def copy_weights(combine_weights: Array, plan) -> Array:
     return jnp.pad(combine_weights, ((0, 0), (0, num_shared)), constant_values=1.0) if num_shared else combine_weights
 
 
-def sum_over_pairs(pair_rows: Array) -> Array:
-    """[T, C, H] -> [T, H] fp32, one k after the other."""
-    total = jnp.zeros_like(pair_rows[:, 0], jnp.float32)
-    for k in range(pair_rows.shape[1]):
-        total = total + pair_rows[:, k].astype(jnp.float32)
+def place_of(pair: Array, plan) -> Array:
+    """Where each pair lies in [C * T], -1 for none."""
+    return jnp.where(pair < 0, -1, pair % plan.num_copies * plan.tokens_per_rank + pair // plan.num_copies)
+
+
+def by_token(pairs: Array) -> Array:
+    """[C, T, G] -> [T, C * G]."""
+    return jax.lax.collapse(jnp.swapaxes(pairs, 0, 1), 1)
+
+
+def only_present(pair_rows: Array, present: Array) -> Array:
+    """[C, T, H] with zeros for the pairs that are not ``present`` [T, C]."""
+    return jnp.where(present.T[..., None], pair_rows, jnp.zeros((), pair_rows.dtype))
+
+
+def sum_over_pairs(pair_rows: Array, present: Array) -> Array:
+    """[C, T, H] -> [T, H] fp32, one k after the other, of the pairs that are ``present`` [T, C]."""
+    total = jnp.zeros_like(pair_rows[0], jnp.float32)
+    for k in range(pair_rows.shape[0]):
+        total = total + jnp.where(present[:, k, None], pair_rows[k].astype(jnp.float32), 0.0)
     return total
