@@ -9,9 +9,11 @@ import re
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import PATTERNS, expert_ids, mesh_of, over_mesh
+from test_derivatives import holds
 from test_layer import compare, make, make_params, steered_tokens, value_and_grads
 
 import moe_jax as moe
@@ -127,6 +129,31 @@ def test_equals_a_loop_over_pairs(options, chunks):
             else:  # in float64 a sigmoid far out is 1e-56
                 np.testing.assert_array_equal(got, wanted.astype(np.float32), err_msg=pattern)
     assert any(dropped) == ("overflow" in options)
+
+
+def test_second_derivatives_read_no_row_that_is_not_there():
+    """A polynomial of degree 3; some pairs have no row, and what stands for one is NaN."""
+    plan, rng = make_plan(), np.random.default_rng(3)
+    ids, experts, x, *drawn = draw("zipf", rng)
+    params = dict(zip(("weights", "ct"), drawn, strict=True), w_down=experts.pop("w_down"))
+
+    def device(ids, experts, x, weights, w_down):
+        constants, options = dict.fromkeys(("const_alpha1", "const_alpha2", "const_v")), {"rank_table": None}
+        experts = experts | {"w_down": w_down}
+        return routed_sum(ids, experts, constants, x, weights, plan, activation="swiglu", chunks=1, **options)[0]
+
+    run = over_mesh(mesh_of(1, 1), device)
+    fixed = jax.tree.map(lambda a: a[None, None], (ids, experts, x))
+
+    def loss(params):
+        return jnp.sum(run(*fixed, params["weights"][None, None], params["w_down"][None, None])[0, 0] * params["ct"])
+
+    def formula(params):
+        case = Case(ids, experts | {"w_down": params["w_down"]}, x, params["weights"], params["ct"])
+        return np.sum(oracle(case, plan, 1)[0] * params["ct"])
+
+    assert (ids >= E).any() and plan.poison
+    holds(loss, formula, params, rng)
 
 
 def test_one_round_whatever_the_capacity():

@@ -98,9 +98,9 @@ def _weighted_sum_backward(operands, ct):
     """
     rows, weights, travelled = operands
     d_rows = jnp.where(travelled, weights, 0.0).T[..., None] * ct
-    dots = [jnp.sum(rows[c].astype(jnp.float32) * ct, axis=-1) for c in range(rows.shape[0])]
-    d_weights = jnp.where(travelled, jnp.stack(dots, axis=-1), 0.0)
-    return d_rows.astype(rows.dtype), d_weights, None
+    # Rows are masked before the product: after it, the derivative in ct would still read those that are not there.
+    dots = [jnp.sum(_row_if(travelled[:, c], rows[c]) * ct, axis=-1) for c in range(rows.shape[0])]
+    return d_rows.astype(rows.dtype), jnp.stack(dots, axis=-1), None
 
 
 _weighted_sum.defvjp(lambda *operands: (_weighted_sum(*operands), operands), _weighted_sum_backward)
