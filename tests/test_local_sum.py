@@ -212,6 +212,18 @@ def test_the_program_exchanges_nothing(gradient):
     assert max(int(n) for n in re.findall(r"f32\[(\d+),\d+,\d+\]\S* dot\(", text) or [0]) < 64
 
 
+@pytest.mark.parametrize("transport", ["auto", "allgather"])
+def test_dispatch_and_combine_exchange_nothing_either(transport):
+    plan = make_plan(transport=transport)
+
+    def there_and_back(x, ids, weights):
+        sent = moe.dispatch(x, ids, plan)
+        return moe.combine(sent.x, weights, sent.handle)
+
+    arguments = [jax.ShapeDtypeStruct((1, 1, T, n), dtype) for n, dtype in ((H, "float32"), (K, "int32"), (K, "float32"))]
+    assert moe.hlo_contract(jax.jit(over_mesh(mesh_of(1, 1), there_and_back)), *arguments).counts == {}
+
+
 @pytest.mark.slow
 def test_replicas_exchange_only_sums():
     """Statistics forward; and backward the gradients of the parameters, which all replicas share."""

@@ -184,7 +184,7 @@ class Plan:
 
         Args:
           call: "layer": of one round of ``moe_layer`` or ``moe_on_mesh``, M being ``num_rows(pair_capacity)``: bounded,
-            at any skew. "dispatch": of a call of ``dispatch`` alone and the ``combine`` that follows it, which do all
+            at any skew; where one device holds all experts nothing is sent, and M is T * K. "dispatch": of a call of ``dispatch`` alone and the ``combine`` that follows it, which do all
             in one round: with overflow="dropless" M is the worst skew, T * K rows from every rank.
 
         Raises:
@@ -201,7 +201,10 @@ class Plan:
         rows, slots = self.num_rows(capacity), self.ep_size * capacity
         tokens = self.tp_size * self.ep_size * self.tokens_per_rank
         arrival = self.tp_size * slots
-        if self.transport == "allgather":
+        if call == "layer" and not self.exchanges:
+            buffers = {"send": 0, "arrival": 0, "return": self.num_pairs * row}
+            integers = 2 * rows + self.num_pairs
+        elif self.transport == "allgather":
             buffers = {"arrival": tokens * out, "return": tokens * self.hidden * 4}
             integers = 2 * tokens * self.top_k + rows
         elif self.transport == "hierarchy":
