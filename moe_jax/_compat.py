@@ -1,10 +1,11 @@
 """The only module that knows which JAX it runs on (0.10 and 0.11)."""
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from jax import lax
 from jax._src import xla_bridge  # no public way to ask whether the back ends are up
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, ManualAxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.errors import InvalidArgumentError, MeshError
 
@@ -193,6 +194,45 @@ ad.deflinear2(
 def _retyped(x, *, axes, varying):
     now = x.manual_axis_type.varying
     return x.update(manual_axis_type=x.manual_axis_type.update(varying=now | axes if varying else now - axes))
+
+
+def struct_of(shape: Sequence[int], dtype: Any, operands: Any) -> jax.ShapeDtypeStruct:
+    """The type of a kernel's result: it varies over every mesh axis that an operand varies over."""
+    varying = frozenset(union_of_varying_axes(operands))
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=ManualAxisType(varying=varying))
+
+
+def type_like(operands: Sequence[Any], shape: Sequence[int], dtype: Any) -> Any:
+    """The type, as the rules of a primitive want it, of a result that varies as ``struct_of`` says."""
+    like = operands[0]
+    return like.update(
+        shape=tuple(shape),
+        dtype=jnp.dtype(dtype),
+        sharding=like.sharding.update(spec=PartitionSpec(*(None,) * len(shape))),
+        manual_axis_type=ManualAxisType(
+            varying=frozenset().union(*(aval.manual_axis_type.varying for aval in operands))
+        ),
+    )
+
+
+def type_on_one_device(aval: Any) -> Any:
+    """The type of an array of which each device has its own, as functions of one device are traced with it."""
+    mesh = aval.sharding.mesh if aval.sharding.mesh.empty else jax.sharding.get_abstract_mesh()
+    return aval.update(manual_axis_type=ManualAxisType(), sharding=aval.sharding.update(mesh=mesh))
+
+
+@contextlib.contextmanager
+def lowering_for(platform: str) -> Iterator[None]:
+    """Around the lowering of a kernel that is the same for every GPU. JAX 0.12 does without one only if it is told of a
+    kind, while a program may well be lowered here for GPUs elsewhere."""
+    mesh = jax.sharding.get_abstract_mesh()
+    known = getattr(mesh, "abstract_device", None) or jax.devices()[0]
+    if platform != "cuda" or not hasattr(mesh, "abstract_device") or known.platform in ("gpu", "cuda"):
+        yield
+        return
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(mesh.update(abstract_device=device)):
+        yield
 
 
 def union_of_varying_axes(tree: Any) -> tuple[str, ...]:

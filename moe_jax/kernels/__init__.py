@@ -26,5 +26,14 @@ __all__ = [
     "resolve_backend",
 ]
 
-for _backend in (xla.BACKEND, tokamax.BACKEND, cpu.BACKEND, gpu.BACKEND, tpu.BACKEND, tpu.LITE):
+for _backend in (
+    xla.BACKEND,
+    tokamax.BACKEND,
+    cpu.BACKEND,
+    gpu.GPU,
+    gpu.HOPPER,
+    gpu.BLACKWELL,
+    tpu.BACKEND,
+    tpu.LITE,
+):
     register_backend(_backend, replace=True)
