@@ -48,15 +48,6 @@ def grouped_product(inputs: Array, weight: Array, bias: Array | None, *, group_s
     return product + grouped_matmul(ones, bias[:, None, :], group_sizes, backend=backend)
 
 
-def batched_product(inputs: Array, weight: Array, bias: Array | None) -> Array:
-    """As many rows in each group, [L, S, I], through the weight [L, I, O], and bias [L, O], of it -> [L, S, O].
-
-    Sums are fp32, rounded once.
-    """
-    product = jnp.einsum("lsi,lio->lso", inputs, weight, preferred_element_type=jnp.float32).astype(inputs.dtype)
-    return product if bias is None else product + bias[:, None, :]
-
-
 def project_in(weights: dict[str, Array], rows: Array, product: Callable) -> tuple[Array | None, Array]:
     """(gate, up): rows through w_gate and w_up, with b_gate and b_up where there are any; gate None without w_gate.
 

@@ -117,8 +117,7 @@ def _routed_sum(plan, activation, experts, x, weights, special, exchange, num_ro
 
 
 def _routed_forward(plan, activation, experts, x, weights, special, exchange, num_rounds):
-    through = functools.partial(expert_slots, equal_rows=plan.equal_rows)
-    first = functools.partial(_round, through, plan, activation, 0, exchange=exchange)
+    first = functools.partial(_round, expert_slots, plan, activation, 0, exchange=exchange)
     collected, pull_first = jax.vjp(first, experts, x, weights)
 
     def overflow(collected, num_rounds, exchange, *operands):

@@ -124,6 +124,5 @@ BACKEND = Backend(
     name="cpu",
     platforms=("cpu",),
     kernels={"grouped_matmul": grouped_matmul, "grouped_outer": grouped_outer},
-    batches_equal_groups=True,  # no loop, no copy of a group's weights, no tile that is partly empty
     piecewise_ranks=8,  # XLA cuts an all-to-all; with more ranks, programs would grow
 )

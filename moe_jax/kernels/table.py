@@ -42,8 +42,6 @@ class Backend:
       transports: by name:
         "padded": (rows [W, C, H], axis_name) -> [W, C, H], row block j to rank j;
         "ragged": the calling convention of jax.lax.ragged_all_to_all.
-      batches_equal_groups: whether one batched product over groups of equal size is worth a layout of its own. Then
-        the layer compiles both, and takes it where no expert has more than the even load and two thirds of it came.
       piecewise_ranks: up to how many ranks the operand of an all-to-all is better made in a piece for each rank, since
         the compiler would cut it and copy them; 0: at once always. The program grows with the pieces.
 
@@ -56,7 +54,6 @@ class Backend:
     platforms: tuple[str, ...] = ()
     kernels: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
     transports: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
-    batches_equal_groups: bool = False
     piecewise_ranks: int = 0
 
     def __post_init__(self):
@@ -69,7 +66,6 @@ class Backend:
             for word, function in given.items():
                 if not callable(function):
                     raise InvalidArgumentError(f"{what}: {word!r} is {function!r}; pass a function")
-        check_flag("batches_equal_groups", self.batches_equal_groups)
         check_count("piecewise_ranks", self.piecewise_ranks, low=0)
         object.__setattr__(self, "platforms", tuple(self.platforms))
         object.__setattr__(self, "kernels", MappingProxyType(dict(self.kernels)))

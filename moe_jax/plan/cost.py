@@ -131,7 +131,6 @@ class _Size(NamedTuple):
     everyone: int  # tokens of all ranks
     arrived: int  # M
     multiplied: int
-    equal: bool  # whether the multiplied ones lie in equal groups
 
     @classmethod
     def of(cls, plan, widened: tuple[str, ...]) -> "_Size":
@@ -141,7 +140,6 @@ class _Size(NamedTuple):
         )
         everyone, arrived = plan.tp_size * plan.ep_size * plan.tokens_per_rank, plan.num_rows(plan.pair_capacity)
         even = math.ceil(everyone * plan.top_k / plan.num_experts) * plan.num_local_experts
-        equal = plan.equal_rows * plan.num_local_experts
         per_node = min(plan.tokens_per_rank, plan.ep_size // plan.num_nodes * plan.pair_capacity)
         return cls(
             itemsize,
@@ -155,8 +153,7 @@ class _Size(NamedTuple):
             crossing=plan.num_nodes * per_node,
             everyone=everyone,
             arrived=arrived,
-            multiplied=equal or min(even, arrived),
-            equal=equal > 0,
+            multiplied=min(even, arrived),
         )
 
 
@@ -266,27 +263,27 @@ def _recoded(size: _Size, message: int, rows: int) -> int:
 
 
 def _pass_out(plan, size: _Size, rows: int, message: int) -> int:
-    """``rows`` as messages to the experts, and in the layout of products there."""
+    """``rows`` as messages to the experts, and in their order there."""
     coded, world = _recoded(size, message, rows) + _recoded(size, message, size.arrived), plan.ep_size * plan.tp_size
-    placed = 2 * (size.multiplied if size.equal else size.arrived) * size.row
     if plan.transport == "allgather":
         moved = (plan.tokens_per_rank + size.everyone) * message if world > 1 else 0
-        return coded + moved + 2 * size.arrived * message + (placed if size.equal else 0)
+        return coded + moved + 2 * size.arrived * message
     packed = 2 * size.sent * message
     if plan.transport == "hierarchy":
         packed += 4 * size.crossing * message
     moved = (size.sent + size.slots) * message if plan.ep_size > 1 else 0
     gathered = (size.slots + size.arrived) * message if plan.tp_size > 1 else 0
-    return coded + packed + moved + gathered + placed
+    return coded + packed + moved + gathered + 2 * size.arrived * size.row
 
 
 def _pass_home(plan, size: _Size, message: int) -> int:
     """Rows of products as messages to the tokens, and summed."""
-    unplaced, tokens = 2 * size.arrived * size.row, plan.tokens_per_rank
+    tokens = plan.tokens_per_rank
     if plan.transport == "allgather":
         sums = size.everyone * (plan.num_copies * size.row + size.wide)
         moved = (size.everyone + tokens) * size.wide if plan.ep_size * plan.tp_size > 1 else 0
-        return (unplaced if size.equal else 0) + 2 * _recoded(size, message, size.arrived) + sums + moved
+        return 2 * _recoded(size, message, size.arrived) + sums + moved
+    unplaced = 2 * size.arrived * size.row
     widened = 2 * size.wide if size.sum_item > size.itemsize else 0  # rows are cast for the sum, and cast back
     added = (size.arrived + size.slots) * (size.row + widened) if plan.tp_size > 1 else 0
     if plan.transport == "hierarchy":

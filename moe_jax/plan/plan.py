@@ -143,14 +143,6 @@ class Plan:
         return self.transport in ("allgather", "hierarchy")
 
     @property
-    def equal_rows(self) -> int:
-        """S, rows of each expert of a round under an even load, where the back end batches equal groups; else 0."""
-        if not self.num_pairs or not resolve_backend("grouped_matmul", self.backend).batches_equal_groups:
-            return 0
-        even = math.ceil(self.ep_size * self.tp_size * self.tokens_per_rank * self.top_k / self.num_experts)
-        return min(even, self.num_rows(self.pair_capacity) // self.num_local_experts)
-
-    @property
     def num_pieces(self) -> int:
         """In how many pieces the rows of an exchange in equal blocks are made: one for each rank, or 1.
 
