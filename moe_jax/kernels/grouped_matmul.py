@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.derivatives import custom_gradient
-from moe_jax.errors import ShapeError, check_choice, check_dtype, check_flag, check_rank, check_shape
-from moe_jax.kernels.table import backend_names, call_kernel
+from moe_jax.errors import ShapeError, check_dtype, check_flag, check_rank, check_shape
+from moe_jax.kernels.table import call_kernel, check_backend
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -30,7 +30,8 @@ def grouped_matmul(
       lhs: [M, H] fp32, bf16 or fp16.
       rhs: G >= 1 matrices [G, H, N], or [G, N, H] if ``transpose_rhs``; the dtype of ``lhs``.
       group_sizes: [G] i32, rows per group, each >= 0, in order; their sum is at most M.
-      backend: a registered back end, or "auto": the one for the platform that the program is lowered for.
+      backend: a registered back end; several joined by "+", of which the first that has a kernel serves it; or "auto":
+        the one for the platform that the program is lowered for.
       transpose_rhs: whether ``rhs`` holds transposed matrices.
 
     Returns:
@@ -57,7 +58,7 @@ def grouped_matmul(
     check_shape("group_sizes", group_sizes, rhs.shape[:1], "[G], one size per matrix of rhs")
     contracted, layout = (rhs.shape[2], "[M, N]") if transpose_rhs else (rhs.shape[1], "[M, H]")
     check_shape("lhs", lhs, (lhs.shape[0], contracted), f"{layout}, the contracted axis of rhs {tuple(rhs.shape)}")
-    check_choice("backend", backend, ["auto", *backend_names()])
+    check_backend(backend)
     operands = [jnp.asarray(a) for a in (lhs, rhs, group_sizes)]  # a kernel may index with a traced integer
     return _grouped_matmul(backend, bool(transpose_rhs), *operands)
 

@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from moe_jax.config import OVERFLOWS, TRANSPORTS
 from moe_jax.errors import InvalidArgumentError, MeshError, choice_violations, flag_violations, raise_all
-from moe_jax.kernels.table import resolve_all
+from moe_jax.kernels.table import describe_backend, resolve_all
 from moe_jax.mesh import mesh_violations
 from moe_jax.plan import checks
 from moe_jax.plan.cost import PHASES, balanced_rows, layer_costs
@@ -43,7 +43,7 @@ def make_plan(
 
     Args:
       mesh: has axes "ep" and "tp", may have "node" (experts spread over ("node", "ep")); any other axis replicates
-        the whole group. Only names, sizes and the platform are read.
+        the whole group. Only names, sizes, the platform and the kind of its devices are read.
       tokens_per_rank: T, tokens per device; may be 0. Fewer true tokens are given by a mask.
       hidden: H.
       num_experts: E physical routed experts, divisible by the expert-parallel size.
@@ -72,7 +72,8 @@ def make_plan(
         T * K / ep; None: 1.25, and four standard deviations of a uniform router at least. Never more than T * K. A call
         of ``dispatch`` alone has room for T * K rows, whatever this is, unless overflow is dropped.
       backward_quant: recipe of the cotangents of rows, both ways; as ``combine_quant``.
-      backend: a registered back end, or "auto": the one of the mesh's platform, or several if none has everything.
+      backend: a registered back end; several joined by "+", of which the first that has a kernel serves it; or "auto":
+        those for the platform and the kind of the mesh's devices. ``Plan.describe()`` says which serves what.
       poison: fill every slot and row that nobody may read with NaN, to prove that nobody does. For tests.
 
     Raises:
@@ -114,7 +115,8 @@ def make_plan(
     raise_all(violations, "make_plan", MeshError if wrong_mesh else InvalidArgumentError)
 
     sizes = {name: int(value) for name, value in sizes.items()}
-    dtype, platform = str(jnp.dtype(dtype)), _platform(mesh)
+    dtype, platform, kind = str(jnp.dtype(dtype)), _platform(mesh), _device_kind(mesh)
+    kernels = resolve_all(platform, kind) if backend == "auto" else backend
     tokens, most = sizes["tokens_per_rank"], sizes["tokens_per_rank"] * sizes["top_k"]
     balanced = balanced_rows(tokens, sizes["top_k"], ep_size, sizes["num_shared_ranks"])
     pair_capacity = _pair_capacity(balanced, most, capacity_factor)
@@ -130,7 +132,10 @@ def make_plan(
         transport_reason=_as_asked(transport, shape.get("node", 1)),
         overflow=overflow,
         pair_capacity=pair_capacity,
-        backend=resolve_all(platform) if backend == "auto" else backend,
+        platform=platform,
+        backend=kernels,
+        backend_reason=describe_backend(kernels)
+        + ("; as asked" if backend != "auto" else f"; for {platform} devices of kind {kind!r}"),
         poison=bool(poison),
         **sizes,
         **recipes,
@@ -162,6 +167,10 @@ def _as_asked(transport: str, num_nodes: int) -> str:
 
 def _platform(mesh) -> str:
     return mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
+
+
+def _device_kind(mesh) -> str:
+    return (mesh.devices.flat[0] if isinstance(mesh, Mesh) else jax.devices()[0]).device_kind
 
 
 def _pair_capacity(balanced: float, most: int, capacity_factor: float | None) -> int:

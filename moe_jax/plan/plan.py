@@ -3,7 +3,6 @@
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 
 from moe_jax import _compat
@@ -45,7 +44,10 @@ class Plan:
       transport_reason: why this one, in words.
       overflow: "dropless" or "drop": what happens to rows that a round has no room for.
       pair_capacity: rows that a pair of ranks can move in a round of the layer.
-      backend: the back end of the kernels, by name; "auto" where several share the work.
+      platform: of the devices that the plan was made for: "cpu", "gpu" or "tpu".
+      backend: the back end of the kernels, by name; where several share the work, joined by "+": the first that has a
+        kernel serves it. Never "auto".
+      backend_reason: which of them serves what, and why, in words.
       poison: whether slots that nobody may read are filled with NaN.
     """
 
@@ -72,7 +74,9 @@ class Plan:
     transport_reason: str
     overflow: str
     pair_capacity: int
+    platform: str
     backend: str
+    backend_reason: str
     poison: bool
 
     @property
@@ -227,7 +231,7 @@ class Plan:
           activation: as for ``moe_on_mesh``.
           num_replicas: devices along the data-parallel axes, whose sizes a plan does not hold.
           platform: "cpu", "gpu" or "tpu", whose nominal rates bound the time, see ``plan.rates``; None: the back end's,
-            or else the default device's.
+            if it is one of these, or else the plan's.
 
         Raises:
           InvalidArgumentError: an argument is not as above.
@@ -242,7 +246,7 @@ class Plan:
         check_choice("activation", activation, ACTIVATIONS)
         check_count("num_replicas", num_replicas)
         if platform is None:
-            platform = self.backend if self.backend in RATES else jax.default_backend()
+            platform = self.backend if self.backend in RATES else self.platform
         check_choice("platform", platform, RATES)
         if self.num_shared_ranks:
             raise UnsupportedError(
@@ -274,7 +278,7 @@ class Plan:
             f"wire       out {self.quant}, back {self.combine_quant}, cotangents {self.backward_quant}",
             f"overflow   {self.overflow}, "
             + (f"at most {self.max_rounds} rounds" if self.overflow == "dropless" else "counting what does not fit"),
-            f"backend    {self.backend}",
+            f"backend    {self.backend}: {self.backend_reason}",
             f"workspace  of a round of the layer: {_bytes(self.workspace())}",
             f"           of a call of dispatch alone, and combine: {_bytes(self.workspace('dispatch'))}",
         ]
