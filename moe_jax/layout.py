@@ -59,7 +59,7 @@ class GatherMaps(NamedTuple):
 
 def exclusive_cumsum(sizes: Array) -> Array:
     """Where each entry starts when all of the last axis are laid end to end. [..., B] -> [..., B]."""
-    place = jnp.arange(sizes.shape[-1], dtype=jnp.int32)
+    place = np.arange(sizes.shape[-1])
     return _sum_where(place[:, None] < place, sizes[..., None])
 
 
@@ -141,7 +141,7 @@ def send_maps(pairs: PairOrder, num_ranks: int, start: Array | int, capacity: in
     list_sizes = jnp.sum(pairs.counts.reshape(num_ranks, -1), axis=1, dtype=jnp.int32)
     window_start = exclusive_cumsum(list_sizes) + start
     sizes = jnp.clip(list_sizes - start, 0, capacity)
-    bases = exclusive_cumsum(sizes) if compact else jnp.arange(num_ranks, dtype=jnp.int32) * capacity
+    bases = exclusive_cumsum(sizes) if compact else jnp.asarray(np.arange(num_ranks, dtype=np.int32) * capacity)
     length = min(n, num_ranks * capacity) if compact else num_ranks * capacity
     slot_position = map_blocks(bases, window_start, sizes, length)
     return SendMaps(
@@ -178,8 +178,8 @@ def receive_maps(
     if compact:
         bases = exclusive_cumsum(from_source)
     else:
-        bases = jnp.broadcast_to(jnp.arange(num_ranks, dtype=jnp.int32) * capacity, (num_tp, num_ranks))
-    bases = bases + jnp.arange(num_tp, dtype=jnp.int32)[:, None] * arrival_len
+        bases = np.broadcast_to(np.arange(num_ranks, dtype=np.int32) * capacity, (num_tp, num_ranks))
+    bases = jnp.asarray(bases + np.arange(num_tp, dtype=np.int32)[:, None] * arrival_len)
     slot_start = bases[..., None] + first
     row_start = row_starts(sizes, source_order)
     return ReceiveMaps(
@@ -238,13 +238,15 @@ def gather_maps(
 def row_starts(sizes: Array, source_order: Array | None = None) -> Array:
     """First row of each (tp rank, source, local expert) block when rows are ordered by expert first. [P, W, L]."""
     place = _places(sizes.shape[0] * sizes.shape[1], source_order)
-    order = (place[:, None] + jnp.arange(sizes.shape[-1], dtype=jnp.int32) * len(place)).ravel()  # of the blocks
+    order = (place[:, None] + np.arange(sizes.shape[-1], dtype=np.int32) * len(place)).ravel()  # of the blocks
     return _sum_where(order[:, None] < order, sizes.reshape(-1, 1)).reshape(sizes.shape)
 
 
-def _places(num_sources: int, source_order: Array | None) -> Array:
+def _places(num_sources: int, source_order: Array | None) -> Array | np.ndarray:
     """[P * W] the place of each source in the order of the rows of an expert."""
-    return jnp.arange(num_sources, dtype=jnp.int32) if source_order is None else jnp.argsort(source_order).astype(jnp.int32)
+    if source_order is None:
+        return np.arange(num_sources, dtype=np.int32)
+    return jnp.argsort(source_order).astype(jnp.int32)
 
 
 def _sum_where(wanted: Array, sizes: Array) -> Array:

@@ -412,9 +412,8 @@ def close(got, want, text):
 
 
 def test_layer_of_16_bit_floats():
-    """Rows in pieces travel as bits, which have no derivative: second ones must not take them for constants."""
-    plan, init, loss = layer("cpu", dtype="bfloat16", tp=1)
-    assert plan.num_pieces > 1
+    """On CPUs they travel as integers, which have no derivative: second ones must not take them for constants."""
+    _, init, loss = layer("cpu", dtype="bfloat16", tp=1)
     params, x, ct, (_, v) = layer_data(init, devices=2)
     x, ct, v = (jnp.asarray(a, jnp.bfloat16) for a in (x, ct, v))
 

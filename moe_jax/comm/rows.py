@@ -5,7 +5,7 @@ they travel as integers.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -43,26 +43,6 @@ _gather.defvjp(
     lambda axes, tiled, rows: (_gather(axes, tiled, rows), None),
     lambda axes, tiled, _, ct: (lax.psum_scatter(ct, axes, tiled=tiled),),
 )
-
-
-def cut_pieces(rows: Array, num_pieces: int) -> tuple[Array, ...]:
-    """[n * A, ...] -> n times [A, ...], as bits if n > 1. Bits have no derivative."""
-    if num_pieces == 1:
-        return (rows,)
-    bits = to_bits(rows).reshape(num_pieces, -1, *rows.shape[1:])
-    return tuple(bits[i] for i in range(num_pieces))
-
-
-def join_pieces(pieces: Sequence[Array], dtype) -> Array:
-    """The inverse of ``cut_pieces``: rows in ``dtype``, of pieces in that or as bits."""
-    joined = pieces[0] if len(pieces) == 1 else lax.collapse(jnp.stack(pieces), 0, 2)
-    return joined if joined.dtype == dtype else lax.bitcast_convert_type(joined, dtype)
-
-
-def to_bits(rows: Array) -> Array:
-    """16-bit floats as uint16; anything else as it is."""
-    narrow = jnp.issubdtype(rows.dtype, jnp.floating) and rows.dtype.itemsize == 2
-    return lax.bitcast_convert_type(rows, jnp.uint16) if narrow else rows
 
 
 def _moved(move: Callable, rows: Array) -> Array:

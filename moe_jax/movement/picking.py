@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax import comm
 from moe_jax.derivatives import differentiated_as, take_rows
 
 Array = jax.Array
@@ -30,12 +29,6 @@ def pick(rows: Array, index: Array, plan, *, absent: float | None = None) -> Arr
     if absent is None and plan.poison:
         absent = jnp.nan if jnp.issubdtype(rows.dtype, jnp.floating) else jnp.iinfo(rows.dtype).max
     return take_rows(rows, index, absent=absent)
-
-
-def pick_pieces(rows: Array, index: Array, plan, num_pieces: int) -> tuple[Array, ...]:
-    """As ``pick``, in as many pieces, see ``comm.cut_pieces``."""
-    rows = comm.to_bits(rows) if num_pieces > 1 else rows
-    return tuple(pick(rows, part, plan) for part in jnp.split(index, num_pieces))
 
 
 def token_of(pair: Array, plan) -> Array:

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from moe_jax import _compat
 from moe_jax.config import ACTIVATIONS
 from moe_jax.errors import InvalidArgumentError, UnsupportedError, check_choice, check_count
-from moe_jax.kernels import find_transport, resolve_backend
 from moe_jax.plan.cost import Cost, balanced_rows, layer_costs, row_bytes
 from moe_jax.plan.rates import RATES
 from moe_jax.quant import Recipe, recipe
@@ -150,17 +149,6 @@ class Plan:
     def sums_at_experts(self) -> bool:
         """Whether a token's rows are summed where they were made, rather than at the token."""
         return self.transport in ("allgather", "hierarchy")
-
-    @property
-    def num_pieces(self) -> int:
-        """In how many pieces the rows of an exchange in equal blocks are made: one for each rank, or 1.
-
-        Between that exchange and the experts, rows go through the exchanges of tp ranks, if there are some, at once.
-        """
-        if self.transport != "padded" or find_transport("padded", self.backend):
-            return 1
-        most = resolve_backend("grouped_matmul", self.backend).piecewise_ranks
-        return self.ep_size if self.ep_size <= most else 1
 
     def num_rows(self, capacity: int) -> int:
         """M, rows that a device can receive when every pair of ranks moves at most ``capacity``."""
