@@ -44,7 +44,7 @@ def test_products_are_checked_and_timed(listed, capsys):
     """Real rows of one back end, on the device of the tests; every row names it."""
     device = moe.make_mesh().devices.flat[0]
     code, rows = listed(
-        step("products", here._products("xla", "bfloat16", [(20, 8, 6)])),
+        step("products", here.product_checks("xla", "bfloat16", [(20, 8, 6)])),
         step("times", here._product_times(device, TINY, "xla")),
     )
     assert code == 0 and {row["device"] for row in rows} == {device.device_kind}
@@ -96,7 +96,7 @@ def test_a_wrong_product_fails_and_has_no_time(monkeypatch, kernel):
     monkeypatch.setattr(table, "_TABLE", dict(table._TABLE))
     moe.register_backend(moe.Backend(name="wrong", kernels=bad))
     assert "wrong" in here.backends_for("cpu")
-    (law,) = here._products("wrong", "float32", [(20, 8, 6)])
+    (law,) = here.product_checks("wrong", "float32", [(20, 8, 6)])
     assert not law["passed"] and law["worst"] > 0
     rows = list(here._product_times(moe.make_mesh().devices.flat[0], TINY, "wrong"))
     failed = [row for row in rows if row["event"] == "check"]

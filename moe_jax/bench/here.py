@@ -12,7 +12,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -132,14 +132,14 @@ def make_steps(mesh: Mesh) -> list[Step]:
     extents = EXTENTS[:1] if small else EXTENTS
     workloads = [_small(workload) for workload in WORKLOADS] if small else WORKLOADS
     products = [
-        Step(name=f"products {backend} {dtype}", seconds=12, run=lambda b=backend, d=dtype: _products(b, d, extents))
-        for dtype, backend in itertools.product(DTYPES, backends)
+        Step(name=f"products {b} {dtype}", seconds=12, run=lambda b=b, d=dtype: product_checks(b, d, extents))
+        for dtype, b in itertools.product(DTYPES, backends)
     ]
     layers = [
-        Step(name=f"layer {dtype} {wire}", seconds=25, run=lambda d=dtype, w=wire: _layer(mesh, d, w, small))
+        Step(name=f"layer {dtype} {wire}", seconds=25, run=lambda d=dtype, w=wire: layer_checks(mesh, d, w, small))
         for dtype, wire in LAYERS
     ]
-    recipes = Step(name="recipes", seconds=15, run=_recipes)
+    recipes = Step(name="recipes", seconds=15, run=recipe_checks)
     layer_times = [
         Step(name=f"layer times {w.name}", seconds=35, run=lambda w=w: _layer_times(mesh, w)) for w in workloads
     ]
@@ -176,19 +176,22 @@ def _small(workload: Workload) -> Workload:
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 
-def _products(backend: str, dtype: str, extents) -> Iterator[Row]:
+def product_checks(backend: str, dtype: str, extents: Sequence[tuple[int, int, int]]) -> Iterator[Row]:
+    """Grouped products and their gradients at each of ``extents``, which must be exact."""
     for sizes in extents:
         found = grouped_matmul_deviations(backend, dtype, sizes)
         subject = f"{backend} {dtype} {' x '.join(map(str, sizes))}"
         yield _check("grouped matmul and gradients = reference", subject, found, 0.0)
 
 
-def _recipes() -> Iterator[Row]:
+def recipe_checks() -> Iterator[Row]:
+    """What a quantised wire carries, to the bit."""
     for name in RECIPES:
         yield _check("codes, scales and rows = reference", name, recipe_deviations(name), 0.0)
 
 
-def _layer(mesh: Mesh, dtype: str, wire: str, small: bool) -> Iterator[Row]:
+def layer_checks(mesh: Mesh, dtype: str, wire: str, small: bool) -> Iterator[Row]:
+    """The layer and its gradients, rows in ``dtype`` that travel both ways as ``wire``."""
     sizes = {} if small else {"tokens_per_rank": 64, "hidden": 256, "num_experts": 8, "ffn": 128}
     limit, subject = tolerance(dtype, wire), f"{dtype}, wire {wire}"
     precision = "highest" if dtype == "float32" else "default"
