@@ -65,6 +65,9 @@ class Work:
       scope_cycles: the same by named scope, largest first.
       flops_by_op: of dot, convolution and each kernel.
       gathers, scatters: executed.
+      product_bytes, product_cycles: those of ``bytes_accessed`` and ``cycles`` that belong to what multiplies: products,
+        fusions around one, and kernels that declare flops.
+      gather_bytes: what gathers take out, written once. (The TPU compiler prices no gather of rows.)
       unpriced: executions of what has no estimate, by name, on TPU.
     """
 
@@ -76,6 +79,9 @@ class Work:
     flops_by_op: tuple[tuple[str, int], ...]
     gathers: int
     scatters: int
+    product_bytes: int
+    product_cycles: int | None
+    gather_bytes: int
     unpriced: tuple[tuple[str, int], ...]
 
 
@@ -102,7 +108,7 @@ def work_of(program: Program, *, has_fast_memory: bool) -> tuple[Work, Work, tup
 
 def _sum(program: Program, executions: list[Execution], traffic: "_Traffic") -> Work:
     flops, scopes, ops, unpriced = collections.Counter(), collections.Counter(), collections.Counter(), []
-    moved = handed = 0
+    moved = handed = product_bytes = product_cycles = gathered = 0
     for execution in executions:
         instruction, times = execution.instruction, execution.times
         products = flops_of(program, instruction)
@@ -110,13 +116,17 @@ def _sum(program: Program, executions: list[Execution], traffic: "_Traffic") -> 
             name = kernel_name(instruction) if instruction.op == "custom-call" else instruction.op
             flops[name] += times * products
         ops[instruction.op] += times
+        gathered += times * num_bytes(instruction.type) if instruction.op == "gather" else 0
         if execution.is_fused:
             continue
-        moved += times * traffic.of(instruction)
+        touched, is_product = times * traffic.of(instruction), _multiplies(program, instruction)
+        moved += touched
+        product_bytes += touched if is_product else 0
         handed += times * sum(map(num_bytes, program.handed_over(instruction) or ()))
         priced = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
         if priced:
             scopes[_scope(program, instruction)] += times * int(priced[1])
+            product_cycles += times * int(priced[1]) if is_product else 0
         elif _runs(instruction):
             unpriced.append((instruction, times))
     is_priced = traffic.has_fast_memory
@@ -132,6 +142,9 @@ def _sum(program: Program, executions: list[Execution], traffic: "_Traffic") -> 
         flops_by_op=_largest_first(flops),
         gathers=ops["gather"],
         scatters=ops["scatter"],
+        product_bytes=product_bytes,
+        product_cycles=product_cycles if is_priced else None,
+        gather_bytes=gathered,
         unpriced=_largest_first(names),
     )
 
@@ -154,6 +167,14 @@ def flops_of(program: Program, instruction: Instruction) -> int | None:
         if contracted:  # a library's product: cuBLAS, oneDNN
             return _dot_flops(program, instruction, contracted[1].replace('"', ""))
     return None
+
+
+def _multiplies(program: Program, instruction: Instruction) -> bool:
+    """Whether an instruction is a product, or a fusion that holds one."""
+    if instruction.op != "fusion":
+        return bool(flops_of(program, instruction))
+    inside = program.computations[instruction.attribute("calls").lstrip("%")].values()
+    return any(_multiplies(program, inner) for inner in inside)
 
 
 def _dot_flops(program: Program, instruction: Instruction, contracted: str) -> int:

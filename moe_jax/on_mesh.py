@@ -55,8 +55,8 @@ def moe_on_mesh(
     """The MoE layer on global arrays: ``init(key) -> params`` and ``apply(params, x) -> (y, stats)``.
 
     Expert weights are sharded over the expert-parallel axes and, along their FFN axis, over tp; router and shared
-    expert are replicated. Values do not depend on the mesh. ``apply`` may be jitted, differentiated, scanned and
-    rematerialised. Called by itself, it is one program, compiled once.
+    expert are replicated. Values do not depend on the mesh, but for the last bits, which are the compiler's. ``apply``
+    may be jitted, differentiated, scanned and rematerialised. Called by itself, it is one program, compiled once.
 
     Args:
       mesh: the mesh that the plan was made from. Its axes may be Auto, Explicit or of both types, with or without

@@ -10,6 +10,7 @@ from jax.sharding import AbstractMesh
 
 from moe_jax import _compat, comm
 from moe_jax.bookkeeping import Exchange, prepare, read_table, source_order
+from moe_jax.layout import searchsorted
 from moe_jax.plan import Plan, make_plan
 from moe_jax.rank_table import RankTable
 
@@ -173,8 +174,8 @@ class Ledger:
         """[num_rows] logical source of every own row, by the running sums [L * W]; past the last row anything."""
         expert, _ = self._entries()
         sums = jnp.where(expert < self.num_slots, own_sums, jnp.iinfo(jnp.int32).max)
-        entry = _compat.searchsorted(sums, jnp.arange(num_rows, dtype=jnp.int32), side="right")
-        return entry.astype(jnp.int32) % self.num_sources
+        entry = searchsorted(sums, jnp.arange(num_rows, dtype=jnp.int32), side="right")
+        return entry % self.num_sources
 
     def _entries(self) -> tuple[Array, Array]:
         """The (expert, logical source) of each entry of a vector of running sums."""

@@ -13,7 +13,6 @@ from moe_jax.errors import (
     InvalidArgumentError,
     UnsupportedError,
     check_choice,
-    check_count,
     check_flag,
     check_type,
     choice_violations,
@@ -53,8 +52,6 @@ class Backend:
       transports: by name:
         "padded": (rows [W, C, H], axis_name) -> [W, C, H], row block j to rank j;
         "ragged": the calling convention of jax.lax.ragged_all_to_all.
-      piecewise_ranks: up to how many ranks the operand of an all-to-all is better made in a piece for each rank, since
-        the compiler would cut it and copy them; 0: at once always. The program grows with the pieces.
 
     Raises:
       InvalidArgumentError: an unknown kernel, transport or platform, something that cannot be called, or a name
@@ -69,7 +66,6 @@ class Backend:
     about: str = ""
     requires: str = ""
     transports: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
-    piecewise_ranks: int = 0
 
     def __post_init__(self):
         if not isinstance(self.name, str) or self.name in ("", "auto") or AND in self.name:
@@ -90,7 +86,6 @@ class Backend:
             for word, function in given.items():
                 if not callable(function):
                     raise InvalidArgumentError(f"{what}: {word!r} is {function!r}; pass a function")
-        check_count("piecewise_ranks", self.piecewise_ranks, low=0)
         object.__setattr__(self, "platforms", tuple(self.platforms))
         object.__setattr__(self, "device_kinds", tuple(self.device_kinds))
         object.__setattr__(self, "kernels", MappingProxyType(dict(self.kernels)))

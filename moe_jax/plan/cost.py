@@ -242,6 +242,8 @@ def _sum_wire(plan, size: _Size, routed: _Ffn, shared: _Ffn, num_replicas: int, 
 
 def _row_traffic(plan, size: _Size, backward: bool) -> int:
     """Passes over rows but for products."""
+    if not plan.exchanges:
+        return _local_traffic(plan, size, backward)
     gathers, pairs = plan.transport == "allgather", plan.num_pairs
     tokens, everyone = plan.tokens_per_rank, size.everyone * plan.num_copies
     total = _pass_out(plan, size, tokens, size.out) + _pass_home(plan, size, size.back)
@@ -255,6 +257,22 @@ def _row_traffic(plan, size: _Size, backward: bool) -> int:
         return total + _pass_out(plan, size, tokens, size.ct) + _pass_home(plan, size, size.ct)
     total += 2 * (pairs * size.row + tokens * size.wide)  # cotangents of pairs and of weights
     return total + _pass_out(plan, size, pairs, size.ct) + _pass_home(plan, size, size.ct)
+
+
+def _local_traffic(plan, size: _Size, backward: bool) -> int:
+    """Of a device that exchanges nothing: a gather each way, of rows as recipes leave them, and the sum at the tokens."""
+    tokens, pairs = plan.tokens_per_rank, plan.num_pairs
+
+    def there(rows, message):
+        return 2 * _recoded(size, message, rows) + 2 * size.arrived * size.row
+
+    def home(message):
+        return 2 * _recoded(size, message, size.arrived) + 3 * pairs * size.row + tokens * size.wide
+
+    total = there(tokens, size.out) + home(size.back)
+    if backward:  # beside the same of cotangents: those of pairs and of weights
+        total += 2 * (pairs * size.row + tokens * size.wide) + there(pairs, size.ct) + home(size.ct)
+    return total
 
 
 def _recoded(size: _Size, message: int, rows: int) -> int:

@@ -65,12 +65,13 @@ def make_plan(
         partial sum comes back; without that axis all ranks are one node, inside which rows go from rank to rank), or
         "auto": "padded" or "allgather", or on GPU and TPU "ragged", whichever should take the least time to move rows
         in a forward and a backward pass of the layer, by nominal rates of the mesh's platform; see
-        ``moe_jax.plan.cost``. It never takes "hierarchy". ``Plan.describe()`` has the times of all candidates.
+        ``moe_jax.plan.cost``. It never takes "hierarchy"; and "padded" where one device holds all experts. ``Plan.describe()`` has the times of all candidates.
       overflow: "dropless": what does not fit into a round waits for the next; "drop": it is dropped and counted. Each
         pair of ranks keeps the front of its list, which is sorted by expert: the last experts of a rank lose most.
       capacity_factor: rows that a pair of ranks can move in a round of the layer, relative to the balanced load,
         T * K / ep; None: 1.25, and four standard deviations of a uniform router at least. Never more than T * K. A call
-        of ``dispatch`` alone has room for T * K rows, whatever this is, unless overflow is dropped.
+        of ``dispatch`` alone has room for T * K rows, whatever this is, unless overflow is dropped; so has the layer
+        where one device holds all experts (ep = tp = 1), which exchanges nothing.
       backward_quant: recipe of the cotangents of rows, both ways; as ``combine_quant``.
       backend: a registered back end; several joined by "+", of which the first that has a kernel serves it; or "auto":
         those for the platform and the kind of the mesh's devices. ``Plan.describe()`` says which serves what.
@@ -120,6 +121,8 @@ def make_plan(
     tokens, most = sizes["tokens_per_rank"], sizes["tokens_per_rank"] * sizes["top_k"]
     balanced = balanced_rows(tokens, sizes["top_k"], ep_size, sizes["num_shared_ranks"])
     pair_capacity = _pair_capacity(balanced, most, capacity_factor)
+    if ep_size * tp_size == 1 and overflow == "dropless":
+        pair_capacity = max(1, most)  # nothing is exchanged, and all rows are there in one round
     plan = Plan(
         ep_axis=ep_axis,
         tp_axis="tp",
@@ -140,7 +143,12 @@ def make_plan(
         **sizes,
         **recipes,
     )
-    return _with_least_time(plan, platform) if transport == "auto" else plan
+    if transport != "auto":
+        return plan
+    if not plan.exchanges:
+        reason = "one device holds all experts, so the layer exchanges nothing"
+        return dataclasses.replace(plan, transport="padded", transport_reason=reason)
+    return _with_least_time(plan, platform)
 
 
 def _with_least_time(plan: Plan, platform: str) -> Plan:
