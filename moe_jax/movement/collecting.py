@@ -71,14 +71,10 @@ def sum_at_tokens(
         total = jnp.zeros_like(collected[0], jnp.float32)
         rows = jax.lax.split(collected, [1] * plan.num_copies, axis=0)
         for k in range(plan.num_copies):
-            term = _row_if(travelled[:, k], rows[k][0])
+            term = jnp.where(travelled[:, k, None], rows[k][0].astype(jnp.float32), 0.0)
             term = term if k >= plan.top_k else term + special_term(special, k, plan)  # at most one is not zero
             total = total + combine_weights[:, k, None] * term
         return total
-
-
-def _row_if(travelled: Array, rows: Array) -> Array:
-    return jnp.where(travelled[:, None], rows.astype(jnp.float32), 0.0)
 
 
 @custom_gradient
@@ -86,8 +82,10 @@ def _weighted_sum(rows: Array, weights: Array, travelled: Array) -> Array:
     """``sum_c weights[t, c] * rows[c, t]`` of those that travelled, c ascending. [C, T, H], [T, C] -> [T, H] fp32."""
     total = jnp.zeros_like(rows[0], jnp.float32)
     for c in range(rows.shape[0]):
-        weight = jnp.where(travelled[:, c], weights[:, c], 0.0)
-        total = total + weight[:, None] * _row_if(travelled[:, c], rows[c])
+        # Rows are masked, not terms: a compiler that makes one operation of product and sum, which rounds once, must do
+        # so in every program of the layer, or values would depend on how many rounds there are.
+        row = jnp.where(travelled[:, c, None], rows[c].astype(jnp.float32), 0.0)
+        total = total + weights[:, c, None] * row
     return total
 
 
