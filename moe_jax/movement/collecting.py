@@ -97,7 +97,8 @@ def _weighted_sum_backward(operands, ct):
     rows, weights, travelled = operands
     d_rows = jnp.where(travelled, weights, 0.0).T[..., None] * ct
     # Rows are masked before the product: after it, the derivative in ct would still read those that are not there.
-    dots = [jnp.sum(_row_if(travelled[:, c], rows[c]) * ct, axis=-1) for c in range(rows.shape[0])]
+    there = [jnp.where(travelled[:, c, None], rows[c].astype(jnp.float32), 0.0) for c in range(rows.shape[0])]
+    dots = [jnp.sum(row * ct, axis=-1) for row in there]
     return d_rows.astype(rows.dtype), jnp.stack(dots, axis=-1), None
 
 
