@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 from moe_jax.hlo import Program
-from moe_jax.hlo_cost import flops_of, scope_of, work_of
+from moe_jax.hlo_cost import declare_flops, flops_of, scope_of, work_of
 
 M, K, N = 32, 16, 24
 A, B = jax.ShapeDtypeStruct((M, K), "float32"), jax.ShapeDtypeStruct((K, N), "float32")
@@ -182,6 +182,15 @@ def test_kernels_count_what_they_declare_and_memory_on_the_chip_is_no_traffic():
     assert [(k.name, k.executions, k.flops) for k in kernels] == [("k", 1, 1234), ("other", 1, None)]
     assert work.bytes_accessed == 2 * 8 * 16 * 4
     assert work_of(program, has_fast_memory=False)[0].bytes_accessed == 4 * 8 * 16 * 4
+
+
+def test_what_is_declared_around_a_kernel_counts_where_the_kernel_cannot_say_it():
+    def scaled(a):
+        with declare_flops(77):
+            return 2 * lax.linalg.cholesky(a)  # a custom call on CPUs; the multiplication is none, and does not count
+
+    work, _, kernels, _ = works(scaled, SQUARE)
+    assert work.flops == 77 == sum(kernel.flops for kernel in kernels)
 
 
 def test_cycles_by_scope():
