@@ -190,8 +190,10 @@ def lowering_for(platform: str | None) -> Iterator[None]:
     """Around the lowering of a kernel that is the same for every GPU. JAX 0.12 does without one only if it is told of a
     kind, while a program may well be lowered here for GPUs elsewhere."""
     mesh = jax.sharding.get_abstract_mesh()
-    known = getattr(mesh, "abstract_device", None) or jax.devices()[0]
-    if platform != "cuda" or not hasattr(mesh, "abstract_device") or known.platform in ("gpu", "cuda"):
+    if platform != "cuda" or not hasattr(mesh, "abstract_device"):
+        yield
+        return
+    if (mesh.abstract_device or jax.devices()[0]).platform in ("gpu", "cuda"):
         yield
         return
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")

@@ -56,6 +56,27 @@ def experts(devices, rows, hidden, ffn, groups, dtype="bfloat16"):
     return train, (weights, placed(rows, hidden), placed(groups, dtype="int32"), placed(rows, hidden))
 
 
+def products(devices, rows, hidden, columns, groups, dtype, backend="auto"):
+    """On each device a grouped product, and its gradients, by the back end of a plan for these devices."""
+    mesh = moe.make_mesh(ep=len(devices), devices=devices)
+    plan = moe.make_plan(
+        mesh, tokens_per_rank=rows, hidden=hidden, num_experts=groups * len(devices), top_k=1, backend=backend
+    )
+
+    def shard(lhs, rhs, group_sizes, ct):
+        product = functools.partial(moe.grouped_matmul, group_sizes=group_sizes, backend=plan.backend)
+        out, pullback = jax.vjp(product, lhs, rhs)
+        return out, *pullback(ct)
+
+    run = jax.shard_map(shard, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+    shapes = [((rows, hidden), dtype), ((groups, hidden, columns), dtype), ((groups,), "int32"), ((rows, columns), dtype)]
+    here = NamedSharding(mesh, P("ep"))
+    args = [
+        jax.ShapeDtypeStruct((len(devices) * shape[0], *shape[1:]), kind, sharding=here) for shape, kind in shapes
+    ]
+    return jax.jit(run), args
+
+
 def refused(devices):
     raise moe.errors.MeshError(f"{len(devices)} devices are too few")
 

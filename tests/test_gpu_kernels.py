@@ -1,5 +1,6 @@
 """The kernels for GPUs beyond the contract of all back ends: schedules, tiles, JAX's kernels, and what compilers say."""
 
+import collections
 import functools
 import re
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import test_grouped_matmul as contract
 from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu
+from test_targets import needs
 
 import moe_jax as moe
 from moe_jax import reference
@@ -258,3 +260,49 @@ def test_without_jaxs_kernels_triton_serves_and_says_so(monkeypatch):
     product = functools.partial(backend.kernels["grouped_matmul"], transpose_rhs=False)
     text = jax.jit(product).trace(*case).lower(lowering_platforms=("cuda",)).as_text()
     assert "xla.gpu.triton" in text and "mosaic" not in text
+
+
+# --- what the compilers make of it -----------------------------------------------------------------------------------
+
+
+PRODUCTS = {  # rows, hidden, columns, groups, dtype of one device
+    "A": (4096, 1024, 1024, 4, "bfloat16"),
+    "B": (16384, 2048, 768, 16, "bfloat16"),
+    "C": (8192, 7168, 2048, 8, "bfloat16"),
+    "64 experts on one device": (16384, 2048, 768, 64, "bfloat16"),
+    "fp32, odd": (4000, 1001, 77, 3, "float32"),
+    "fp16, odd": (4000, 1001, 77, 3, "float16"),
+}
+BY_JAX = {"h100": {"A", "B", "C"}, "h200": {"A", "B", "C"}}  # these products of rows, forward and backward
+
+
+def calls_by_target(report):
+    calls = collections.Counter()
+    for kernel in report.kernels:
+        calls[kernel.target] += kernel.executions
+    return calls
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workload", PRODUCTS)
+@pytest.mark.parametrize("gpu_name", ["a100", "h100", "h200", "b200"])
+def test_compilers_find_only_the_true_work(gpu_name, workload):
+    """At most 1.15 times the flops of the three products, tile padding included, and nothing kept beside the results."""
+    needs(f"{gpu_name}:8")
+    rows, hidden, columns, *_ = PRODUCTS[workload]
+    report = moe.compile_for(f"{gpu_name}:8", "target_programs:products", *PRODUCTS[workload])
+    true = 3 * 2 * rows * hidden * columns
+    assert true <= report.flops <= 1.15 * true and report.temporary_bytes == 0
+    by_jax = 2 if workload in BY_JAX.get(gpu_name, ()) else 0
+    assert calls_by_target(report) == {
+        k: n for k, n in {"mosaic_gpu_v2": by_jax, "__gpu$xla.gpu.triton": 3 - by_jax}.items() if n
+    }
+    assert all(kernel.flops for kernel in report.kernels)
+
+
+@pytest.mark.slow
+def test_blackwell_takes_jaxs_kernel_for_large_groups():
+    needs("b200:8")
+    report = moe.compile_for("b200:8", "target_programs:products", 16384, 1024, 1024, 4, "bfloat16")
+    assert calls_by_target(report) == {"mosaic_gpu_v2": 1, "__gpu$xla.gpu.triton": 2}
+    assert report.flops <= 1.15 * 3 * 2 * 16384 * 1024**2 and report.temporary_bytes == 0
