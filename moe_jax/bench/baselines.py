@@ -1,4 +1,5 @@
-"""What the layer is compared with: the dense limit, the one-hot capacity layer, and all experts for every token.
+"""What the layer is compared with: the dense limit, the one-hot capacity layer, all experts for every token, and the
+least that an expert-parallel layer can be written with.
 
 Each is written for the mesh of the layer's plan and takes the layer's own parameters, ``router`` [H, E], ``w_gate`` (if
 gated), ``w_up`` [E, H, F], ``w_down`` [E, F, H], placed as the layer wants them.
@@ -13,6 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from moe_jax import _compat, comm
 from moe_jax.config import RouterConfig
+from moe_jax.errors import UnsupportedError
 from moe_jax.experts import activate, is_gated
 from moe_jax.layer import router_logits
 from moe_jax.on_mesh import param_spec
@@ -129,6 +131,56 @@ def all_experts_layer(mesh: Mesh, plan: Plan, activation: str) -> Callable:
         total = jnp.einsum("lnf,lfh->nh", inner, down, preferred_element_type=jnp.float32)
         y = comm.reduce_scatter_tokens(total.reshape(everyone.shape), plan)
         return y.astype(x.dtype), comm.sum_over_tokens(_compat.as_varying(jnp.int32(0), plan.token_axes), plan)
+
+    return _mapped_layer(mesh, plan, shard)
+
+
+def minimal_layer(mesh: Mesh, plan: Plan, activation: str) -> Callable:
+    """What one writes by hand, without ``tp``: sort, all-to-all of equal blocks, ``ragged_dot``, back, sum.
+
+    A device sends each rank at most ``plan.pair_capacity`` copies; what does not fit is dropped. Derivatives are JAX's.
+
+    Returns:
+      (params, x [N, H]) -> (y [N, H], number of dropped copies over the mesh).
+
+    Raises:
+      UnsupportedError: the mesh has tp > 1.
+    """
+    if plan.tp_size > 1:
+        raise UnsupportedError(f"tp={plan.tp_size}: the minimal layer is written for tp=1; leave it out")
+    ranks, local, capacity, top_k = plan.ep_size, plan.num_local_experts, plan.pair_capacity, plan.top_k
+
+    def exchanged(blocks):
+        flat = blocks.reshape(ranks, capacity, *blocks.shape[1:])
+        return comm.exchange_blocks(flat.reshape(ranks * capacity, -1), plan).reshape(blocks.shape)
+
+    def shard(params, x):
+        shares, ids = jax.lax.top_k(jax.nn.softmax(router_logits(params, x)), top_k)
+        weights = shares / jnp.sum(shares, axis=1, keepdims=True)
+        # 1. The pairs of each rank, by expert, in a block of their own; what is past its end is dropped.
+        order = jnp.argsort(ids.ravel(), stable=True)
+        chosen = ids.ravel()[order]
+        counts = jnp.sum(chosen[:, None] // local == jnp.arange(ranks), axis=0)
+        place = jnp.arange(order.shape[0]) - (jnp.cumsum(counts) - counts)[chosen // local]
+        slot = jnp.where(place < capacity, chosen // local * capacity + place, ranks * capacity)
+        rows = jnp.zeros((ranks * capacity, plan.hidden), x.dtype).at[slot].set(x[order // top_k], mode="drop")
+        experts = jnp.full((ranks * capacity, 1), local).at[slot, 0].set(chosen % local, mode="drop")
+        rows, experts = exchanged(rows), exchanged(experts)[:, 0]
+        # 2. The rows that came, by expert, through the products.
+        by_expert = jnp.argsort(experts, stable=True)
+        rows, sizes = rows[by_expert], jnp.sum(experts[:, None] == jnp.arange(local), axis=0, dtype=jnp.int32)
+
+        def project(inputs, name):
+            return jax.lax.ragged_dot(inputs, params[f"w_{name}"].astype(x.dtype), sizes)
+
+        gate = project(rows, "gate") if is_gated(activation) else None
+        rows = project(activate(gate, project(rows, "up"), activation), "down")
+        # 3. Back to their slots and ranks, and to their tokens.
+        returned = exchanged(jnp.zeros_like(rows).at[by_expert].set(rows))
+        there = jnp.zeros_like(slot).at[order].set(slot).reshape(ids.shape)
+        made = jnp.take(returned, there, axis=0, mode="fill", fill_value=0).astype(jnp.float32)
+        dropped = jnp.sum(there == ranks * capacity, dtype=jnp.int32)
+        return jnp.einsum("tk,tkh->th", weights, made).astype(x.dtype), comm.sum_over_tokens(dropped, plan)
 
     return _mapped_layer(mesh, plan, shard)
 
