@@ -196,38 +196,21 @@ def _retyped(x, *, axes, varying):
     return x.update(manual_axis_type=x.manual_axis_type.update(varying=now | axes if varying else now - axes))
 
 
-def struct_of(shape: Sequence[int], dtype: Any, operands: Any) -> jax.ShapeDtypeStruct:
-    """The type of a kernel's result: it varies over every mesh axis that an operand varies over."""
-    varying = frozenset(union_of_varying_axes(operands))
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=ManualAxisType(varying=varying))
-
-
-def type_like(operands: Sequence[Any], shape: Sequence[int], dtype: Any) -> Any:
-    """The type, as the rules of a primitive want it, of a result that varies as ``struct_of`` says."""
-    like = operands[0]
-    return like.update(
-        shape=tuple(shape),
-        dtype=jnp.dtype(dtype),
-        sharding=like.sharding.update(spec=PartitionSpec(*(None,) * len(shape))),
-        manual_axis_type=ManualAxisType(
-            varying=frozenset().union(*(aval.manual_axis_type.varying for aval in operands))
-        ),
-    )
-
-
-def type_on_one_device(aval: Any) -> Any:
-    """The type of an array of which each device has its own, as functions of one device are traced with it."""
+def on_one_device(aval: Any) -> Any:
+    """The type of an array of which each device has its own, as a function of one device is traced with it."""
     mesh = aval.sharding.mesh if aval.sharding.mesh.empty else jax.sharding.get_abstract_mesh()
     return aval.update(manual_axis_type=ManualAxisType(), sharding=aval.sharding.update(mesh=mesh))
 
 
 @contextlib.contextmanager
-def lowering_for(platform: str) -> Iterator[None]:
+def lowering_for(platform: str | None) -> Iterator[None]:
     """Around the lowering of a kernel that is the same for every GPU. JAX 0.12 does without one only if it is told of a
     kind, while a program may well be lowered here for GPUs elsewhere."""
     mesh = jax.sharding.get_abstract_mesh()
-    known = getattr(mesh, "abstract_device", None) or jax.devices()[0]
-    if platform != "cuda" or not hasattr(mesh, "abstract_device") or known.platform in ("gpu", "cuda"):
+    if platform != "cuda" or not hasattr(mesh, "abstract_device"):
+        yield
+        return
+    if (mesh.abstract_device or jax.devices()[0]).platform in ("gpu", "cuda"):
         yield
         return
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")

@@ -26,14 +26,6 @@ __all__ = [
     "resolve_backend",
 ]
 
-for _backend in (
-    xla.BACKEND,
-    tokamax.BACKEND,
-    cpu.BACKEND,
-    gpu.GPU,
-    gpu.HOPPER,
-    gpu.BLACKWELL,
-    tpu.BACKEND,
-    tpu.LITE,
-):
+_GPUS = (gpu.GPU, gpu.HOPPER, gpu.BLACKWELL)
+for _backend in (xla.BACKEND, tokamax.BACKEND, cpu.BACKEND, *_GPUS, tpu.BACKEND, tpu.LITE):
     register_backend(_backend, replace=True)

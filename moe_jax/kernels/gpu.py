@@ -6,44 +6,60 @@ XLA's products run, since nobody has looked at our tiles there.
 
 import functools
 import importlib
-from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import sequential_vmap
 
 from moe_jax.kernels import xla
-from moe_jax.kernels.by_platform import by_platform
+from moe_jax.kernels.kernel_call import kernel_call
 from moe_jax.kernels.table import Backend
 
+_TRITON = "triton.grouped_matmul"
 
-def _kernels(matmul: str) -> Mapping[str, Callable]:
-    """The kernels of a back end: ``matmul``, a function of ``moe_jax.kernels``, where CUDA runs, and Triton's."""
-    run_matmul = by_platform(
-        "grouped_matmul",
-        _type_of_matmul,
-        cuda=functools.partial(_call, matmul),
-        cpu=functools.partial(_call, _TRITON, interpret=True),
-        rocm=_xla_matmul,
-    )
-    run_outer = by_platform(
-        "grouped_outer",
-        _type_of_outer,
-        cuda=functools.partial(_call, "triton.grouped_outer"),
-        cpu=functools.partial(_call, "triton.grouped_outer", interpret=True),
-        rocm=_xla_outer,
-    )
 
-    def grouped_matmul(lhs, rhs, group_sizes, *, transpose_rhs, add_to=None):
-        operands = (lhs, rhs, group_sizes) if add_to is None else (lhs, rhs, group_sizes, add_to)
-        return run_matmul(*operands, transpose_rhs=transpose_rhs, precision=_precision())
+def grouped_matmul(
+    kernel: str,
+    lhs: jax.Array,
+    rhs: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    transpose_rhs: bool,
+    add_to: jax.Array | None = None,
+) -> jax.Array:
+    """lhs [M, H], rhs [G, H, N] ([G, N, H] if ``transpose_rhs``), group_sizes [G] -> [M, N], plus ``add_to`` [M, N].
 
-    def grouped_outer(lhs, rhs, group_sizes, *, dtype):
-        return run_outer(lhs, rhs, group_sizes, dtype=jnp.dtype(dtype), precision=_precision())
+    ``kernel``: "module.function" in ``moe_jax.kernels``.
+    """
+    shape = (lhs.shape[0], rhs.shape[1 if transpose_rhs else 2])
 
-    return {"grouped_matmul": grouped_matmul, "grouped_outer": grouped_outer}
+    def by_xla(lhs, rhs, group_sizes, *added):
+        return sum(added, xla.grouped_matmul(lhs, rhs, group_sizes, transpose_rhs=transpose_rhs))
+
+    @sequential_vmap
+    def run(*operands):
+        call = functools.partial(_call, kernel, transpose_rhs=transpose_rhs, precision=_precision())
+        return kernel_call(
+            call, *operands, shape=shape, dtype=lhs.dtype, platforms=("cuda",), others=(("rocm", by_xla),)
+        )
+
+    return run(lhs, rhs, group_sizes, *(() if add_to is None else (add_to,)))
+
+
+def grouped_outer(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, dtype: Any) -> jax.Array:
+    """lhs [M, H], rhs [M, N], group_sizes [G] -> [G, H, N] in ``dtype``."""
+    shape = (*group_sizes.shape, lhs.shape[1], rhs.shape[1])
+
+    @sequential_vmap
+    def run(*operands):
+        call = functools.partial(_call, "triton.grouped_outer", dtype=jnp.dtype(dtype), precision=_precision())
+        by_xla = functools.partial(xla.grouped_outer, dtype=dtype)
+        return kernel_call(call, *operands, shape=shape, dtype=dtype, platforms=("cuda",), others=(("rocm", by_xla),))
+
+    return run(lhs, rhs, group_sizes)
 
 
 def _precision() -> str | None:
@@ -51,27 +67,10 @@ def _precision() -> str | None:
     return jax.config.jax_default_matmul_precision
 
 
-def _type_of_matmul(lhs, rhs, *others, transpose_rhs, precision):
-    return jax.ShapeDtypeStruct((lhs.shape[0], rhs.shape[1 if transpose_rhs else 2]), lhs.dtype)
-
-
-def _type_of_outer(lhs, rhs, group_sizes, *, dtype, precision):
-    return jax.ShapeDtypeStruct((*group_sizes.shape, lhs.shape[1], rhs.shape[1]), dtype)
-
-
-def _call(name: str, *operands: jax.Array, **static: Any) -> jax.Array:
+def _call(kernel: str, *operands: jax.Array, **static: Any) -> jax.Array:
     """Imported when it is called, since it brings Pallas, which takes a second."""
-    module, function = name.split(".")
+    module, function = kernel.split(".")
     return getattr(importlib.import_module(f"moe_jax.kernels.{module}"), function)(*operands, **static)
-
-
-def _xla_matmul(lhs, rhs, group_sizes, add_to=None, *, transpose_rhs, precision):
-    product = xla.grouped_matmul(lhs, rhs, group_sizes, transpose_rhs=transpose_rhs)
-    return product if add_to is None else product + add_to
-
-
-def _xla_outer(lhs, rhs, group_sizes, *, dtype, precision):
-    return xla.grouped_outer(lhs, rhs, group_sizes, dtype=dtype)
 
 
 def jax_has_mosaic_kernels() -> bool:
@@ -89,13 +88,12 @@ def _backend(name: str, device_kinds: tuple[str, ...], matmul: str, about: str) 
         name=name,
         platforms=("gpu",),
         device_kinds=device_kinds,
-        kernels=_kernels(matmul),
+        kernels={"grouped_matmul": functools.partial(grouped_matmul, matmul), "grouped_outer": grouped_outer},
         accumulates=True,
         about=about,
     )
 
 
-_TRITON = "triton.grouped_matmul"
 GPU = _backend("gpu", (), _TRITON, "Pallas Triton")
 HOPPER = _backend(
     "hopper",

@@ -13,11 +13,16 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
-from moe_jax._compat import as_varying, union_of_varying_axes
+from moe_jax._compat import as_varying, lowering_for, on_one_device, union_of_varying_axes
 
 
 def kernel_call(
-    call: Callable, *operands: jax.Array, shape: tuple[int, ...], dtype, platforms: tuple[str, ...]
+    call: Callable,
+    *operands: jax.Array,
+    shape: tuple[int, ...],
+    dtype,
+    platforms: tuple[str, ...],
+    others: tuple[tuple[str, Callable], ...] = (),
 ) -> jax.Array:
     """``call(*operands, interpret=...)``, a ``pallas_call`` with one result, typed as varying wherever an operand does.
 
@@ -25,12 +30,13 @@ def kernel_call(
       call: (*operands, interpret: bool) -> an array.
       shape, dtype: of the result.
       platforms: for which the kernel compiles, as JAX names them when it lowers: "tpu", "cuda", "rocm".
+      others: (platform, function of the operands) where something else does the work.
 
     No derivative, no batching: put it inside ``custom_gradient`` and ``sequential_vmap``.
     """
     axes = union_of_varying_axes(operands)
     (out_type,) = jax.make_jaxpr(lambda: as_varying(jnp.zeros(shape, dtype), axes))().out_avals
-    return _kernel_p.bind(*operands, call=call, out_type=out_type, platforms=platforms)
+    return _kernel_p.bind(*operands, call=call, out_type=out_type, platforms=platforms, others=others)
 
 
 def result_type(shape: tuple[int, ...], dtype, like: jax.Array) -> jax.ShapeDtypeStruct:
@@ -39,23 +45,23 @@ def result_type(shape: tuple[int, ...], dtype, like: jax.Array) -> jax.ShapeDtyp
 
 
 _kernel_p = Primitive("moe_kernel")
-_kernel_p.def_abstract_eval(lambda *operands, call, out_type, platforms: out_type)
-_kernel_p.def_impl(lambda *operands, **static: jax.jit(lambda *operands: _kernel_p.bind(*operands, **static))(*operands))
+_kernel_p.def_abstract_eval(lambda *operands, call, out_type, platforms, others: out_type)
+_kernel_p.def_impl(
+    lambda *operands, **static: jax.jit(lambda *operands: _kernel_p.bind(*operands, **static))(*operands)
+)
 
 
 def _lower_for(platform: str | None) -> Callable:
-    def lower(context, *values, call, out_type, platforms):
+    def lower(context, *values, call, out_type, platforms, others):
         def run(*operands):
             return call(*operands, interpret=platform not in platforms)
 
-        alike = {"avals_in": [_without_axes(of) for of in context.avals_in], "avals_out": [_without_axes(out_type)]}
-        return mlir.lower_fun(run, multiple_results=False)(context.replace(**alike), *values)
+        with lowering_for(platform):
+            alike = {"avals_in": [on_one_device(of) for of in context.avals_in], "avals_out": [on_one_device(out_type)]}
+            function = dict(others).get(platform, run)
+            return mlir.lower_fun(function, multiple_results=False)(context.replace(**alike), *values)
 
     return lower
-
-
-def _without_axes(aval):
-    return aval.update(manual_axis_type=aval.manual_axis_type.update(varying=frozenset()))
 
 
 for _platform in ("tpu", "cuda", "rocm"):

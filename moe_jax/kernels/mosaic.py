@@ -18,8 +18,8 @@ from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import jax
+from jax.sharding import ManualAxisType
 
-from moe_jax import _compat
 from moe_jax.hardware import GPUS
 from moe_jax.hlo_cost import declare_flops
 from moe_jax.kernels import triton
@@ -37,14 +37,17 @@ def hopper_matmul(
     *,
     transpose_rhs: bool,
     precision: str | None,
+    interpret: bool = False,
 ) -> jax.Array:
     """As ``triton.grouped_matmul``, to which it leaves additions, which it makes in place."""
     (num_rows, contracted), num_groups = lhs.shape, rhs.shape[0]
     columns = rhs.shape[1 if transpose_rhs else 2]
     tile, width = _row_tile(num_rows, num_groups, (128, 64)), _divisor(columns, (128, 64))
     fits = tile and width and contracted % _STEPS == 0 and contracted > _STEPS
-    if add_to is not None or not fits or not _are_narrow(lhs, rhs):
-        return triton.grouped_matmul(lhs, rhs, group_sizes, add_to, transpose_rhs=transpose_rhs, precision=precision)
+    if interpret or add_to is not None or not fits or not _are_narrow(lhs, rhs):
+        return triton.grouped_matmul(
+            lhs, rhs, group_sizes, add_to, transpose_rhs=transpose_rhs, precision=precision, interpret=interpret
+        )
     product = find_kernel("ragged_dot_mgpu", "ragged_dot", GPUS["h100"].core_count)
     with declare_flops(2 * triton.max_tiles(num_rows, num_groups, tile) * tile * contracted * columns):
         return product(
@@ -68,13 +71,24 @@ def blackwell_matmul(
     *,
     transpose_rhs: bool,
     precision: str | None,
+    interpret: bool = False,
 ) -> jax.Array:
     """As ``triton.grouped_matmul``, to which it leaves additions, and transposed matrices, which it cannot read."""
     (num_rows, contracted), num_groups, columns = lhs.shape, rhs.shape[0], rhs.shape[2]
     tile = 256  # of two cores together; JAX's code for one alone cannot be traced
     fits = num_rows % tile == columns % tile == contracted % _STEPS == 0 and _row_tile(num_rows, num_groups, (tile,))
-    if add_to is not None or transpose_rhs or not fits or not columns or not contracted or not _are_narrow(lhs, rhs):
-        return triton.grouped_matmul(lhs, rhs, group_sizes, add_to, transpose_rhs=transpose_rhs, precision=precision)
+    if (
+        interpret
+        or add_to is not None
+        or transpose_rhs
+        or not fits
+        or not columns
+        or not contracted
+        or not _are_narrow(lhs, rhs)
+    ):
+        return triton.grouped_matmul(
+            lhs, rhs, group_sizes, add_to, transpose_rhs=transpose_rhs, precision=precision, interpret=interpret
+        )
     module = importlib.import_module("jax.experimental.pallas.ops.gpu.blackwell_ragged_dot_mgpu")
     product = find_kernel("blackwell_ragged_dot_mgpu", "ragged_dot_kernel", GPUS["b200"].core_count)
     config = module.TuningConfig(
@@ -132,4 +146,4 @@ class _JaxOfTarget:
 
     @staticmethod
     def ShapeDtypeStruct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return _compat.struct_of(shape, dtype, ())
+        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=ManualAxisType())

@@ -136,10 +136,11 @@ def outer_tiles(num_rows: int, num_groups: int, contracted: int, columns: int, i
 def multiplied_rows(num_rows: int, num_groups: int, tiles: Tiles) -> int:
     """Rows that the matrix unit is given for ``num_rows``, on average over where groups begin and end.
 
-    A visit starts at a multiple of 16, 7.5 rows early, and ends with a step rounded up to a quarter of a whole one.
+    A group starts in mid-tile, at a multiple of 16, 7.5 rows early; it ends with a step rounded up to a quarter of a
+    whole one; and where it crosses from its first tile to the next, half of the time 16 rows are taken for none.
     """
-    visits = -(-num_rows // tiles.rows) + num_groups - 1
-    return num_rows + visits * (8 + tiles.step // 8)
+    crossing = min(num_groups, -(-num_rows // tiles.rows))
+    return num_rows + num_groups * (8 + tiles.step // 8) + crossing * 8
 
 
 def _cost(rows: int, contracted: int, columns: int, bytes_accessed: int):

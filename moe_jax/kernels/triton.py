@@ -21,8 +21,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from moe_jax import _compat
 from moe_jax.hlo_cost import declare_flops
+from moe_jax.kernels.kernel_call import result_type
 
 _LEAST = 16  # rows, columns and steps of the smallest tile that tensor cores multiply
 _STRIPE = 8  # row tiles that meet one block of columns one after the other, so that both stay in the L2 cache
@@ -111,7 +111,7 @@ def grouped_matmul(
     """
     (num_rows, contracted), num_groups = lhs.shape, rhs.shape[0]
     columns = rhs.shape[1 if transpose_rhs else 2]
-    out = _compat.struct_of((num_rows, columns), lhs.dtype, (lhs, rhs, group_sizes))
+    out = result_type((num_rows, columns), lhs.dtype, lhs)
     if not num_rows * columns * contracted:
         return jnp.zeros(out.shape, out.dtype) if add_to is None else add_to
     tiles = tiles_of_matmul(num_rows, num_groups, contracted, columns, lhs.dtype.itemsize)
@@ -171,7 +171,7 @@ def grouped_outer(
     A program goes through all rows of its group, so there are no partial sums, and the result is always the same.
     """
     (num_rows, height), width, num_groups = lhs.shape, rhs.shape[1], group_sizes.shape[0]
-    out = _compat.struct_of((num_groups, height, width), dtype, (lhs, rhs, group_sizes))
+    out = result_type((num_groups, height, width), dtype, lhs)
     if not num_rows * height * width:
         return jnp.zeros(out.shape, out.dtype)
     tiles = tiles_of_outer(num_rows, num_groups, height, width, lhs.dtype.itemsize)
