@@ -9,7 +9,7 @@ from jax import lax
 
 from moe_jax import _compat
 from moe_jax.comm.ragged import chunked_all_to_all, portable_ragged_all_to_all
-from moe_jax.comm.rows import gather_rows, swap_blocks
+from moe_jax.comm.rows import gather_rows, swap_blocks, unwritten
 from moe_jax.comm.timing import timed_all_to_all
 from moe_jax.errors import MeshError
 from moe_jax.kernels.table import find_transport
@@ -127,13 +127,12 @@ def exchange_compact(rows: Array, sizes: Array, num_out: int, plan, *, output: A
       rows: [S, H], those for rank 0 first.
       sizes: [W, W] rows from each rank to each.
       num_out: extent of the result, static.
-      output: [num_out, H] what rows past those that came hold; None: zeros.
+      output: [num_out, H] what rows past those that came hold; None: anything.
     """
     me = ep_rank(plan)
     send, recv = sizes[me], sizes[:, me]
     arrival_starts = jnp.cumsum(sizes, axis=0) - sizes  # [source, destination]
-    if output is None:
-        output = jnp.zeros((num_out, rows.shape[-1]), rows.dtype)
+    output = unwritten(num_out, rows, plan) if output is None else output
     output = _compat.as_varying(output, _compat.varying_axes(rows))
     if plan.transport == "padded":
         return chunked_all_to_all(

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe_jax import _compat
 from moe_jax.derivatives import custom_gradient
 
 Array = jax.Array
@@ -43,6 +44,20 @@ _gather.defvjp(
     lambda axes, tiled, rows: (_gather(axes, tiled, rows), None),
     lambda axes, tiled, _, ct: (lax.psum_scatter(ct, axes, tiled=tiled),),
 )
+
+
+def unwritten(num_rows: int, like: Array, plan) -> Array:
+    """[num_rows, ...] rows as ``like`` that nobody may read before somebody writes them: NaN under ``plan.poison``.
+
+    Zeros would cost a pass over the buffer of an exchange, which overwrites all that is read.
+    """
+    shape = (num_rows, *like.shape[1:])
+    if plan.poison:
+        fill = jnp.nan if jnp.issubdtype(like.dtype, jnp.floating) else jnp.iinfo(like.dtype).max
+        rows = jnp.full(shape, fill, like.dtype)
+    else:
+        rows = lax.empty(shape, like.dtype)
+    return _compat.as_varying(rows, _compat.varying_axes(like))
 
 
 def _moved(move: Callable, rows: Array) -> Array:

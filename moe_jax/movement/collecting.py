@@ -86,8 +86,9 @@ def _weighted_sum(rows: Array, weights: Array, travelled: Array) -> Array:
     """``sum_c weights[t, c] * rows[c, t]`` of those that travelled, c ascending. [C, T, H], [T, C] -> [T, H] fp32."""
     total = jnp.zeros_like(rows[0], jnp.float32)
     for c in range(rows.shape[0]):
-        weight = jnp.where(travelled[:, c], weights[:, c], 0.0)
-        total = total + weight[:, None] * _row_if(travelled[:, c], rows[c])
+        # Rows are masked, not terms: a compiler that makes one operation of product and sum, which rounds once, must do
+        # so in every program of the layer, or values would depend on how many rounds there are.
+        total = total + weights[:, c, None] * _row_if(travelled[:, c], rows[c])
     return total
 
 

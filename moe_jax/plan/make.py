@@ -14,6 +14,7 @@ from moe_jax.mesh import mesh_violations
 from moe_jax.plan import checks
 from moe_jax.plan.cost import PHASES, balanced_rows, layer_costs
 from moe_jax.plan.plan import Plan
+from moe_jax.plan.rates import RATES
 
 
 def make_plan(
@@ -164,6 +165,8 @@ def _with_least_time(plan: Plan, platform: str) -> Plan:
         for name, cost in costs.items()
     )
     reason = f"least time to move rows, {PHASES[1]}, at nominal rates of {platform} ({words})"
+    if "ragged" in costs:
+        reason += f"; {RATES[platform].ragged_source}"
     return dataclasses.replace(plan, transport=min(seconds, key=seconds.get), transport_reason=reason)
 
 
