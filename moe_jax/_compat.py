@@ -1,4 +1,4 @@
-"""The only module that knows which JAX it runs on (0.10 and 0.11)."""
+"""The only module that knows which JAX it runs on (0.10 to 0.12)."""
 
 import contextlib
 import dataclasses

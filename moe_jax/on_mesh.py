@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax import _compat
 from moe_jax.config import ACTIVATIONS, RouterConfig
@@ -42,7 +42,7 @@ Array = jax.Array
 
 
 def moe_on_mesh(
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     plan: Plan,
     router: RouterConfig,
     *,
@@ -60,7 +60,9 @@ def moe_on_mesh(
 
     Args:
       mesh: the mesh that the plan was made from. Its axes may be Auto, Explicit or of both types, with or without
-        ``jax.set_mesh``. Arguments may be laid out over it in any way: ``apply`` moves what lies elsewhere.
+        ``jax.set_mesh``. Arguments may be laid out over it in any way: ``apply`` moves what lies elsewhere. To trace
+        and lower, an AbstractMesh will do; where its axes are Explicit, which is the default of newer JAX, JAX lowers
+        inside ``jax.sharding.use_abstract_mesh(mesh)`` alone.
       plan, router: static.
       ffn: F, width of an expert, divisible by tp. A shared expert has width F * ``plan.num_shared_experts``.
       activation: "swiglu", "gelu" or "clamped_swiglu".
