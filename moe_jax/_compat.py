@@ -193,7 +193,10 @@ ad.deflinear2(
 @_retype_unit_axes_p.def_abstract_eval
 def _retyped(x, *, axes, varying):
     now = x.manual_axis_type.varying
-    return x.update(manual_axis_type=x.manual_axis_type.update(varying=now | axes if varying else now - axes))
+    return x.update(
+        sharding=x.sharding.update(mesh=jax.sharding.get_abstract_mesh()),  # a constant may know of no mesh so far
+        manual_axis_type=x.manual_axis_type.update(varying=now | axes if varying else now - axes),
+    )
 
 
 def on_one_device(aval: Any) -> Any:
