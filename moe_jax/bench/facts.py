@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from moe_jax.bench.baselines import minimal_layer
 from moe_jax.bench.programs import PASSES, make_layer, with_backward
@@ -45,7 +45,8 @@ class Facts:
       target, workload, phase: as asked for.
       what: "layer", or "minimal": one written by hand, see ``baselines.minimal_layer``.
       routed_flops: of the products of T * K rows with their experts, in this phase.
-      flops: in the program: products, and what kernels declare, padding of their tiles included.
+      flops: in the program, when routes are even: products, and what kernels declare, padding of their tiles included.
+        They declare what full buffers take, and multiply the rows that are there; the slack of buffers is taken off.
       row_bytes: of T * K rows.
       other_bytes: to and from memory.
       other_cycles: priced ones; None but on TPUs.
@@ -128,15 +129,18 @@ def run(
 def facts_of(target: str, workload: str, phase: str, what: str = OURS) -> tuple[Facts, TargetReport]:
     """Compiles one program, of this module's ``build``."""
     report = compile_for(target, f"{__name__}:build", workload, phase, what)
-    sizes = WORKLOADS[workload]
-    pairs = sizes.tokens * sizes.top_k
+    sizes, passes = WORKLOADS[workload], 1 if phase == PASSES[0] else 3  # a gradient of a product takes two
+    mesh = AbstractMesh((find_target(target).num_devices, 1), ("ep", "tp"))
+    plan, *_ = make_layer(sizes, mesh, DTYPE, "none")
+    pairs, of_row = plan.num_pairs, passes * 3 * 2 * sizes.hidden * sizes.ffn
+    slack = plan.num_rows(plan.pair_capacity) - pairs if what == OURS else 0
     facts = Facts(
         target=target,
         workload=workload,
         phase=phase,
         what=what,
-        routed_flops=(1 if phase == PASSES[0] else 3) * 3 * 2 * pairs * sizes.hidden * sizes.ffn,
-        flops=report.work.flops,
+        routed_flops=pairs * of_row,
+        flops=report.work.flops - slack * of_row,
         row_bytes=pairs * sizes.hidden * jnp.dtype(DTYPE).itemsize,
         other_bytes=report.work.other_bytes,
         other_cycles=report.work.other_cycles,
