@@ -53,27 +53,16 @@ def finish(
 
     ``travelled``: [T, C] bool, the pairs that were collected in some window; others hold anything.
     """
-    if not plan.sums_at_experts:
-        return sum_at_tokens(collected, combine_weights, travelled, special, plan)
     with jax.named_scope("combine_sum"):
-        for k in range(0 if special is None else plan.top_k):
-            collected = collected + combine_weights[:, k, None] * special_term(special, k, plan)
-        return collected
-
-
-def sum_at_tokens(
-    collected: Array, combine_weights: Array, travelled: Array, special: SpecialTerms | None, plan
-) -> Array:
-    """``finish`` of rows at their tokens, [C, T, H]."""
-    with jax.named_scope("combine_sum"):
+        summed = plan.sums_at_experts
         if special is None:
-            return _weighted_sum(collected, combine_weights, travelled)
-        total = jnp.zeros_like(collected[0], jnp.float32)
-        rows = jax.lax.split(collected, [1] * plan.num_copies, axis=0)
+            return collected if summed else _weighted_sum(collected, combine_weights, travelled)
+        total = collected if summed else jnp.zeros_like(collected[0], jnp.float32)
+        rows = [] if summed else jax.lax.split(collected, [1] * plan.num_copies, axis=0)
         for k in range(plan.num_copies):
-            term = _row_if(travelled[:, k], rows[k][0])
-            term = term if k >= plan.top_k else term + special_term(special, k, plan)  # at most one is not zero
-            total = total + combine_weights[:, k, None] * term
+            terms = [] if summed else [_row_if(travelled[:, k], rows[k][0])]
+            terms += [] if k >= plan.top_k else [special_term(special, k, plan)]
+            total = total + combine_weights[:, k, None] * sum(terms)  # at most one of the terms is not zero
         return total
 
 
