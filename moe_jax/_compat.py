@@ -1,10 +1,11 @@
 """The only module that knows which JAX it runs on (0.10 and 0.11)."""
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from jax import lax
 from jax._src import xla_bridge  # no public way to ask whether the back ends are up
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, ManualAxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.errors import InvalidArgumentError, MeshError
 
@@ -176,6 +177,28 @@ ad.deflinear2(_drop_unit_axes_p, lambda ct, x, axes: [lax.pcast(ct, tuple(sorted
 @_drop_unit_axes_p.def_abstract_eval
 def _drop_unit_axes_type(x, *, axes):
     return x.update(manual_axis_type=x.manual_axis_type.update(varying=x.manual_axis_type.varying - axes))
+
+
+def on_one_device(aval: Any) -> Any:
+    """The type of an array of which each device has its own, as a function of one device is traced with it."""
+    mesh = aval.sharding.mesh if aval.sharding.mesh.empty else jax.sharding.get_abstract_mesh()
+    return aval.update(manual_axis_type=ManualAxisType(), sharding=aval.sharding.update(mesh=mesh))
+
+
+@contextlib.contextmanager
+def lowering_for(platform: str | None) -> Iterator[None]:
+    """Around the lowering of a kernel that is the same for every GPU. JAX 0.12 does without one only if it is told of a
+    kind, while a program may well be lowered here for GPUs elsewhere."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if platform != "cuda" or not hasattr(mesh, "abstract_device"):
+        yield
+        return
+    if (mesh.abstract_device or jax.devices()[0]).platform in ("gpu", "cuda"):
+        yield
+        return
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(mesh.update(abstract_device=device)):
+        yield
 
 
 def union_of_varying_axes(tree: Any) -> tuple[str, ...]:

@@ -1,13 +1,16 @@
 """Builders for ``compile_for``, which imports them by name in the process that compiles."""
 
+import functools
 import time
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import moe_jax as moe
+from moe_jax.experts import activate, grouped_product, project_in, project_out
+from moe_jax.kernels import table
 from moe_jax.on_mesh import param_spec
 
 SIZES = {"tokens_per_rank": 64, "hidden": 128, "num_experts": 16, "top_k": 2, "dtype": "bfloat16"}
@@ -30,6 +33,48 @@ def layer(devices, gradient, backend="auto"):
     x = placed((plan.tokens_per_rank * mesh.size, plan.hidden), plan.dtype, P(plan.token_axes))
     grad = jax.grad(lambda params, x: jnp.sum(apply(params, x)[0].astype(jnp.float32)), (0, 1))
     return (grad if gradient else apply), (params, x)
+
+
+def experts(devices, rows, hidden, ffn, groups, dtype="bfloat16"):
+    """SwiGLU experts of grouped rows on one device, by what a plan takes for it: the result, and all gradients."""
+    device = devices[0]
+    backend = table.resolve_all(device.platform, device.device_kind)
+
+    def train(weights, x, group_sizes, ct):
+        def forward(weights, x):
+            product = functools.partial(grouped_product, group_sizes=group_sizes, backend=backend)
+            return project_out(weights, activate(*project_in(weights, x, product), "swiglu"), product)
+
+        out, pull = jax.vjp(forward, weights, x)
+        return out, pull(ct)
+
+    def placed(*shape, dtype=dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
+
+    shapes = {"w_gate": (hidden, ffn), "w_up": (hidden, ffn), "w_down": (ffn, hidden)}
+    weights = {name: placed(groups, *shape) for name, shape in shapes.items()}
+    return train, (weights, placed(rows, hidden), placed(groups, dtype="int32"), placed(rows, hidden))
+
+
+def products(devices, rows, hidden, columns, groups, dtype, backend="auto"):
+    """On each device a grouped product, and its gradients, by the back end of a plan for these devices."""
+    mesh = moe.make_mesh(ep=len(devices), devices=devices)
+    plan = moe.make_plan(
+        mesh, tokens_per_rank=rows, hidden=hidden, num_experts=groups * len(devices), top_k=1, backend=backend
+    )
+
+    def shard(lhs, rhs, group_sizes, ct):
+        product = functools.partial(moe.grouped_matmul, group_sizes=group_sizes, backend=plan.backend)
+        out, pullback = jax.vjp(product, lhs, rhs)
+        return out, *pullback(ct)
+
+    run = jax.shard_map(shard, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+    shapes = [((rows, hidden), dtype), ((groups, hidden, columns), dtype), ((groups,), "int32"), ((rows, columns), dtype)]
+    here = NamedSharding(mesh, P("ep"))
+    args = [
+        jax.ShapeDtypeStruct((len(devices) * shape[0], *shape[1:]), kind, sharding=here) for shape, kind in shapes
+    ]
+    return jax.jit(run), args
 
 
 def refused(devices):

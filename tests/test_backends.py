@@ -138,7 +138,7 @@ def test_a_back_end_for_a_device_kind_is_taken_where_the_kind_is_known():
     for kind, name in kinds.items():
         assert moe_jax.resolve_backend("grouped_matmul", platform="gpu", device_kind=kind).name == name
     assert moe_jax.resolve_backend("grouped_matmul", platform="cpu", device_kind="h100").name == "cpu"
-    assert table.resolve_all("gpu", "NVIDIA H100 80GB HBM3") == "new+gpu"
+    assert table.resolve_all("gpu", "NVIDIA H100 80GB HBM3") == "new+hopper"
     assert table.resolve_all("gpu", "NVIDIA A100-SXM4-80GB") == "gpu"
 
 

@@ -1,0 +1,30 @@
+"""What the compilers for TPU make of the experts: the true work, and nothing over whole operands beside it."""
+
+import pytest
+from test_targets import needs
+from test_tpu_kernels import WORKLOADS
+
+import moe_jax as moe
+
+TPUS = ["v5e:2x4", "v5p:2x2x2", "v6e:2x4"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WORKLOADS)
+@pytest.mark.parametrize("target", TPUS)
+def test_experts_do_the_true_work_forward_and_backward(target, name):
+    """Three products of rows, three back, three sums for weights; padding of tiles is in what kernels declare.
+
+    Beside them memory holds rows as wide as the hidden layer and the tokens, of which the largest with a row for each
+    group, [rows, groups * width], would be many times as large.
+    """
+    needs(target)
+    rows, hidden, ffn, groups = WORKLOADS[name]
+    report = moe.compile_for(target, "target_programs:experts", rows, hidden, ffn, groups)
+    print(f"{name}: flops {report.flops / (18 * rows * hidden * ffn):.3f} of the true ones\n{report}")
+    kernels = {kernel.name: kernel for kernel in report.kernels}
+    assert {name: kernel.executions for name, kernel in kernels.items()} == {"grouped_matmul": 6, "grouped_outer": 3}
+    assert sum(kernel.flops for kernel in report.kernels) == report.flops
+    assert 1.0 <= report.flops / (3 * 6 * rows * hidden * ffn) <= 1.15
+    assert report.temporary_bytes <= 2 * rows * (8 * ffn + 2 * hidden)
+    assert report.work.gathers == report.work.scatters == 0
