@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from moe_jax.derivatives import take_rows
+
 Array = jax.Array
 
 
@@ -147,7 +149,7 @@ def send_maps(pairs: PairOrder, num_ranks: int, start: Array | int, capacity: in
     return SendMaps(
         sizes=sizes,
         bases=bases,
-        slot_pair=jnp.where(slot_position < 0, -1, _take(pairs.order, slot_position)),
+        slot_pair=take_rows(pairs.order, slot_position, absent=-1),
         pair_slot=map_blocks(window_start, bases, sizes, pairs.position),
     )
 
@@ -230,7 +232,7 @@ def gather_maps(
     return GatherMaps(
         recv_counts=recv_counts,
         group_sizes=jnp.sum(sizes, axis=(0, 1), dtype=jnp.int32),
-        row_pair=jnp.where(row_position < 0, -1, _take(pairs.order, row_position)),
+        row_pair=take_rows(pairs.order, row_position, absent=-1),
         pair_row=pair_row.reshape(num_tp * num_ranks, n),
     )
 
@@ -252,8 +254,3 @@ def _places(num_sources: int, source_order: Array | None) -> Array | np.ndarray:
 def _sum_where(wanted: Array, sizes: Array) -> Array:
     """The sum over the last axis but one of the ``sizes`` that are ``wanted``."""
     return jnp.sum(jnp.where(wanted, sizes, 0), axis=-2, dtype=jnp.int32)
-
-
-def _take(table: Array, index: Array) -> Array:
-    """``table[index]`` with -1 clipped; an empty table gives zeros."""
-    return jnp.take(table, index, mode="clip") if table.shape[0] else jnp.zeros_like(index)
