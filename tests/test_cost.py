@@ -127,17 +127,21 @@ def test_wire_bytes_of_the_native_ragged_exchange(mesh, phase):
 
 FACTORS = {"all_gather": lambda group: group, "all_reduce": lambda _: 2}
 COLLECTIVE = re.compile(
-    r"(all_to_all|all_gather|all_reduce|reduce_scatter)\b.*?replica_groups = dense<\[\[([\d, ]+)\].*?"
+    r"(all_to_all|all_gather|all_reduce|reduce_scatter)\b.*?replica_groups = "
+    r"(?:dense<\[\[([\d, ]+)\]|#stablehlo.replica_group_mesh_axes<mesh = @(\w+), axes = \[(.*?)\]>).*?"
     r" : \(tensor<([\dx]*)([a-z]+\d+)>",
     re.DOTALL,
 )
 
 
 def stable_wire_bytes(text):
-    """What leaves a device in all collectives of a StableHLO program."""
-    total = 0
-    for op, group, extents, dtype in COLLECTIVE.findall(text):
-        members = len(group.split(","))
+    """What leaves a device in all collectives of a StableHLO program. JAX 0.12 names the axes of most groups."""
+    total, sizes = 0, {}
+    for mesh, axes in re.findall(r"sdy\.mesh @(\w+) = <\[(.*?)\]>", text):
+        sizes[mesh] = {name: int(size) for name, size in re.findall(r'"(\w+)"=(\d+)', axes)}
+    for op, group, mesh, axes, extents, dtype in COLLECTIVE.findall(text):
+        named = [sizes[mesh][name] for name in re.findall(r'name = "(\w+)"', axes)]
+        members = len(group.split(",")) if group else math.prod(named)
         handed = math.prod(map(int, extents.split("x")[:-1])) * int(dtype[1:]) // 8
         total += FACTORS.get(op, lambda _: 1)(members) * handed * (members - 1) // members
     return total
