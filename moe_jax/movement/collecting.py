@@ -87,10 +87,12 @@ def _weighted_sum_backward(operands, ct):
     ``d_row(c, t) = weights[t, c] * ct[t]`` and ``d_weights[t, c] = <row(c, t), ct[t]>``, where (t, c) travelled.
     """
     rows, weights, travelled = operands
-    d_rows = jnp.where(travelled, weights, 0.0).T[..., None] * ct
+    # One product for each c: of one over [C, T, H] the TPU compiler would write the weights down in that shape first.
+    kept = jnp.where(travelled, weights, 0.0)
+    d_rows = jnp.stack([(kept[:, c, None] * ct).astype(rows.dtype) for c in range(rows.shape[0])])
     # Rows are masked before the product: after it, the derivative in ct would still read those that are not there.
     dots = [jnp.sum(_row_if(travelled[:, c], rows[c]) * ct, axis=-1) for c in range(rows.shape[0])]
-    return d_rows.astype(rows.dtype), jnp.stack(dots, axis=-1), None
+    return d_rows, jnp.stack(dots, axis=-1), None
 
 
 _weighted_sum.defvjp(lambda *operands: (_weighted_sum(*operands), operands), _weighted_sum_backward)
