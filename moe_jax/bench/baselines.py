@@ -1,4 +1,4 @@
-"""What the layer is compared with: the dense limit, a minimal layer, the one-hot capacity layer, all experts for everyone.
+"""What the layer is compared with: dense limit, minimal layer, one-hot capacity layer, all experts for every token.
 
 Each is written for the mesh of the layer's plan and takes the layer's own parameters, ``router`` [H, E], ``w_gate`` (if
 gated), ``w_up`` [E, H, F], ``w_down`` [E, F, H], placed as the layer wants them.

@@ -35,10 +35,6 @@ class Program:
     contract: Contract
     compile_seconds: float
 
-    @property
-    def key(self) -> tuple[str, str]:
-        return self.name, self.phase
-
     def run(self) -> Any:
         return jax.block_until_ready(self.compiled(*self.arguments))
 
