@@ -99,7 +99,7 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_bench(commands: argparse._SubParsersAction) -> None:
-    text = "time the layer beside the dense limit and three usual ways of doing it, and count its bytes"
+    text = "time the layer beside the dense limit and four usual ways of doing it, and count its bytes"
     parser = commands.add_parser("bench", help=text, description=text, allow_abbrev=False)
     own = "TOML with [moe] and [model]: a workload of your own, alone or beside --workloads"
     parser.add_argument("config", metavar="CONFIG", nargs="?", help=own)
@@ -107,7 +107,7 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--workloads", type=_words, metavar="W1,W3", help="of W1 to W6 (default: all, or CONFIG alone)")
     parser.add_argument("--dtype", type=_words, default=["float32"], metavar="D,...", help="float32, bfloat16 or both")
     parser.add_argument("--quant", type=_words, default=["none"], metavar="Q,...", help="wires: none, int8, fp8_e4m3")
-    against = "what to compare with: ragged_dot, one-hot capacity, all experts (default: these), or a transport by name"
+    against = "what to compare with: minimal, ragged_dot, one-hot capacity, all experts (default: these), or a transport"
     parser.add_argument("--against", type=_words, metavar="A,...", help=against)
     parser.add_argument("--repeats", type=int, metavar="N", help="rounds of timing (default: 7, or 3 with --quick)")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, and W1, W3 and W4 only")

@@ -1,5 +1,4 @@
-"""What the layer is compared with: the dense limit, the one-hot capacity layer, all experts for every token, and the
-least that an expert-parallel layer can be written with.
+"""What the layer is compared with: dense limit, minimal layer, one-hot capacity layer, all experts for every token.
 
 Each is written for the mesh of the layer's plan and takes the layer's own parameters, ``router`` [H, E], ``w_gate`` (if
 gated), ``w_up`` [E, H, F], ``w_down`` [E, F, H], placed as the layer wants them.
@@ -14,8 +13,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from moe_jax import _compat, comm
 from moe_jax.config import RouterConfig
-from moe_jax.errors import UnsupportedError
 from moe_jax.experts import activate, is_gated
+from moe_jax.kernels import grouped_matmul
 from moe_jax.layer import router_logits
 from moe_jax.on_mesh import param_spec
 from moe_jax.plan import Plan
@@ -58,6 +57,54 @@ def dense_limit(mesh: Mesh, plan: Plan, activation: str) -> tuple[Callable, Call
         return jax.tree.map(lambda a: a[None], (y, pull(ct[0])))
 
     return tuple(_mapped(mesh, plan, shard) for shard in (forward, backward))
+
+
+def minimal_layer(mesh: Mesh, plan: Plan, activation: str) -> Callable:
+    """What a person writes by hand: sort, exchange, grouped products, exchange, sum, and JAX's own derivatives.
+
+    Blocks and kernels are those of the plan; a pair of ranks moves at most ``plan.pair_capacity`` rows, and what does
+    not fit is dropped. It is what the layer's program and the time to compile it are measured by.
+
+    Returns:
+      (params, x [N, H]) -> (y [N, H], number of dropped copies over the mesh).
+    """
+    local, capacity, hidden, backend = plan.num_local_experts, plan.pair_capacity, plan.hidden, plan.backend
+
+    def shard(params, x):
+        routing = route(router_logits(params, x), RouterConfig(), top_k=plan.top_k)
+        # 1. Pairs by expert, and so by rank; where each lies in the block for its rank.
+        expert = routing.expert_ids.reshape(-1)
+        order = jnp.argsort(expert, stable=True)
+        counts = jnp.bincount(expert, length=plan.num_experts).reshape(plan.ep_size, local)
+        rank, totals = expert[order] // local, counts.sum(1)
+        place = jnp.arange(expert.size) - (jnp.cumsum(totals) - totals)[rank]
+        fits = place < capacity
+        slot = jnp.where(fits, rank * capacity + place, plan.ep_size * capacity)
+        # 2. Exchange. An expert of -1 marks a slot that no row came in.
+        blocks = jnp.zeros((plan.ep_size * capacity, hidden), x.dtype).at[slot].set(x[order // plan.top_k], mode="drop")
+        marks = jnp.full((len(blocks), 1), -1).at[slot, 0].set(expert[order] % local, mode="drop")
+        arrived, marks = (comm.gather_tp(comm.exchange_blocks(a, plan), plan) for a in (blocks, marks))
+        # 3. Rows by expert, through it, and back.
+        marks = jnp.where(marks < 0, local, marks).reshape(-1)
+        by_expert = jnp.argsort(marks, stable=True)
+        sizes = jnp.bincount(marks, length=local).astype(jnp.int32)
+
+        def project(rows, name):
+            return grouped_matmul(rows, params[f"w_{name}"].astype(x.dtype), sizes, backend=backend)
+
+        rows = arrived[by_expert]
+        gate = project(rows, "gate") if is_gated(activation) else None
+        made = project(activate(gate, project(rows, "up"), activation), "down")
+        there = jnp.arange(len(made)) < sizes.sum()
+        made = jnp.where(there[:, None], made, jnp.zeros((), made.dtype))[jnp.argsort(by_expert)]
+        # 4. Exchange back, and the weighted sum.
+        returned = comm.exchange_blocks(comm.reduce_scatter_tp(made, plan), plan)
+        weights = jnp.where(fits, routing.combine_weights.reshape(-1)[order], 0.0)[:, None]
+        terms = weights * returned[jnp.where(fits, slot, 0)].astype(jnp.float32)
+        y = jnp.zeros((len(x), hidden), jnp.float32).at[order // plan.top_k].add(terms)
+        return y.astype(x.dtype), comm.sum_over_tokens(jnp.sum(~fits).astype(jnp.int32), plan)
+
+    return _mapped_layer(mesh, plan, shard)
 
 
 def one_hot_layer(mesh: Mesh, plan: Plan, activation: str) -> Callable:
@@ -131,56 +178,6 @@ def all_experts_layer(mesh: Mesh, plan: Plan, activation: str) -> Callable:
         total = jnp.einsum("lnf,lfh->nh", inner, down, preferred_element_type=jnp.float32)
         y = comm.reduce_scatter_tokens(total.reshape(everyone.shape), plan)
         return y.astype(x.dtype), comm.sum_over_tokens(_compat.as_varying(jnp.int32(0), plan.token_axes), plan)
-
-    return _mapped_layer(mesh, plan, shard)
-
-
-def minimal_layer(mesh: Mesh, plan: Plan, activation: str) -> Callable:
-    """What one writes by hand, without ``tp``: sort, all-to-all of equal blocks, ``ragged_dot``, back, sum.
-
-    A device sends each rank at most ``plan.pair_capacity`` copies; what does not fit is dropped. Derivatives are JAX's.
-
-    Returns:
-      (params, x [N, H]) -> (y [N, H], number of dropped copies over the mesh).
-
-    Raises:
-      UnsupportedError: the mesh has tp > 1.
-    """
-    if plan.tp_size > 1:
-        raise UnsupportedError(f"tp={plan.tp_size}: the minimal layer is written for tp=1; leave it out")
-    ranks, local, capacity, top_k = plan.ep_size, plan.num_local_experts, plan.pair_capacity, plan.top_k
-
-    def exchanged(blocks):
-        flat = blocks.reshape(ranks, capacity, *blocks.shape[1:])
-        return comm.exchange_blocks(flat.reshape(ranks * capacity, -1), plan).reshape(blocks.shape)
-
-    def shard(params, x):
-        shares, ids = jax.lax.top_k(jax.nn.softmax(router_logits(params, x)), top_k)
-        weights = shares / jnp.sum(shares, axis=1, keepdims=True)
-        # 1. The pairs of each rank, by expert, in a block of their own; what is past its end is dropped.
-        order = jnp.argsort(ids.ravel(), stable=True)
-        chosen = ids.ravel()[order]
-        counts = jnp.sum(chosen[:, None] // local == jnp.arange(ranks), axis=0)
-        place = jnp.arange(order.shape[0]) - (jnp.cumsum(counts) - counts)[chosen // local]
-        slot = jnp.where(place < capacity, chosen // local * capacity + place, ranks * capacity)
-        rows = jnp.zeros((ranks * capacity, plan.hidden), x.dtype).at[slot].set(x[order // top_k], mode="drop")
-        experts = jnp.full((ranks * capacity, 1), local).at[slot, 0].set(chosen % local, mode="drop")
-        rows, experts = exchanged(rows), exchanged(experts)[:, 0]
-        # 2. The rows that came, by expert, through the products.
-        by_expert = jnp.argsort(experts, stable=True)
-        rows, sizes = rows[by_expert], jnp.sum(experts[:, None] == jnp.arange(local), axis=0, dtype=jnp.int32)
-
-        def project(inputs, name):
-            return jax.lax.ragged_dot(inputs, params[f"w_{name}"].astype(x.dtype), sizes)
-
-        gate = project(rows, "gate") if is_gated(activation) else None
-        rows = project(activate(gate, project(rows, "up"), activation), "down")
-        # 3. Back to their slots and ranks, and to their tokens.
-        returned = exchanged(jnp.zeros_like(rows).at[by_expert].set(rows))
-        there = jnp.zeros_like(slot).at[order].set(slot).reshape(ids.shape)
-        made = jnp.take(returned, there, axis=0, mode="fill", fill_value=0).astype(jnp.float32)
-        dropped = jnp.sum(there == ranks * capacity, dtype=jnp.int32)
-        return jnp.einsum("tk,tkh->th", weights, made).astype(x.dtype), comm.sum_over_tokens(dropped, plan)
 
     return _mapped_layer(mesh, plan, shard)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from moe_jax.bench.baselines import minimal_layer
-from moe_jax.bench.programs import PASSES, make_layer, with_backward
+from moe_jax.bench.programs import LAYER, MINIMAL, PASSES, make_layer, with_backward
 from moe_jax.bench.run import emit, open_lines
 from moe_jax.bench.workloads import Workload
 from moe_jax.errors import check_choice
@@ -23,7 +23,7 @@ from moe_jax.on_mesh import param_spec
 from moe_jax.targets import TargetReport, compile_for
 from moe_jax.targets.target import find_target
 
-OURS, MINIMAL = "layer", "minimal"
+OURS = LAYER
 DTYPE = "bfloat16"
 WORKLOADS = {
     w.name: w

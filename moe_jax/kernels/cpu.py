@@ -5,6 +5,7 @@ that have rows and takes a group's weights once; the inner loops run over that g
 small ones for what is left.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -37,40 +38,62 @@ def _tiles(num_rows: int, num_groups: int, dtype) -> _Tiles:
     return _Tiles(min(max(large, least), num_rows), least)
 
 
-def _for_each_group(group_sizes: jax.Array, body: Callable, init: Any) -> Any:
-    """Folds ``body(group, start, stop, carry)`` over the groups that have rows, in ascending order."""
-    stops = jnp.cumsum(group_sizes)
+class _Steps(NamedTuple):
+    """Where each group's tiles lie: [G] i32 each. The products of one buffer have them in common, so XLA makes one."""
+
+    order: jax.Array  # groups that have rows, in ascending order, before anything
+    start: jax.Array
+    stop: jax.Array
+    num_large: jax.Array
+    num_small: jax.Array
+
+
+def _steps(group_sizes: jax.Array, num_rows: int, tiles: _Tiles) -> _Steps:
+    """A large tile is at least half full and ends inside the buffer; small ones take what follows the large ones."""
+    groups = jnp.arange(len(group_sizes), dtype=jnp.int32)
     present = jnp.cumsum(group_sizes > 0)  # up to each group
+    order = jnp.sum((present <= groups[:, None]).astype(jnp.int32), axis=1)
+    stop = jnp.cumsum(group_sizes)
+    start = stop - group_sizes
+    full, room = lax.div(group_sizes + tiles.large // 2, tiles.large), lax.div(num_rows - start, tiles.large)
+    num_large = jnp.minimum(full, room)
+    rest = jnp.maximum(group_sizes - num_large * tiles.large, 0)
+    return _Steps(order, start, stop, num_large, lax.div(rest + tiles.small - 1, tiles.small))
 
-    def step(i, carry):
-        group = jnp.sum(present <= i)
-        return body(group, stops[group] - group_sizes[group], stops[group], carry)
 
-    return lax.fori_loop(0, present[-1], step, init)
+def _entry(table: jax.Array, index: jax.Array) -> jax.Array:
+    return lax.dynamic_index_in_dim(table, index, keepdims=False, allow_negative_indices=False)
 
 
-def _for_each_tile(start, stop, num_rows: int, tiles: _Tiles, large_tile: Callable, small_tile: Callable, init) -> Any:
-    """Folds ``body(first, mine [tile, 1], carry)`` over tiles of the rows [start, stop), which ``mine`` marks.
+def _rows(array: jax.Array, first: jax.Array, size: int) -> jax.Array:
+    return lax.dynamic_slice_in_dim(array, first, size, allow_negative_indices=False)
 
-    A large tile is at least half full and begins with its own rows, so that what follows them is of later groups. A
-    small one may be shifted back into the buffer, so that earlier rows precede its own.
+
+def _for_each_group(group_sizes: jax.Array, steps: _Steps, body: Callable, init: Any) -> Any:
+    """Folds ``body(group, carry)`` over the groups that have rows, in ascending order."""
+    num_groups = jnp.sum((group_sizes > 0).astype(jnp.int32))
+    return lax.fori_loop(0, num_groups, lambda i, carry: body(_entry(steps.order, i), carry), init)
+
+
+def _for_each_tile(group, steps: _Steps, num_rows: int, tiles: _Tiles, large_tile, small_tile, init: Any) -> Any:
+    """Folds ``body(first, mine [tile, 1], carry)`` over the tiles of a group, whose rows ``mine`` marks.
+
+    A large tile begins with its own rows, so that what follows them is of later groups. A small one may be shifted back
+    into the buffer, so that earlier rows precede its own.
     """
+    _, start, stop, num_large, num_small = (_entry(table, group) for table in steps)
 
     def large_step(i, carry):
         first = start + i * tiles.large
-        return large_tile(first, (first + jnp.arange(tiles.large) < stop)[:, None], carry)
-
-    num_large = jnp.minimum((stop - start + tiles.large // 2) // tiles.large, (num_rows - start) // tiles.large)
-    carry = lax.fori_loop(0, num_large, large_step, init)
-    start = start + num_large * tiles.large
+        return large_tile(first, (jnp.arange(tiles.large) < stop - first)[:, None], carry)
 
     def small_step(i, carry):
-        wanted = start + i * tiles.small
+        wanted = start + num_large * tiles.large + i * tiles.small
         first = jnp.minimum(wanted, num_rows - tiles.small)
         row = first + jnp.arange(tiles.small)
         return small_tile(first, ((row >= wanted) & (row < stop))[:, None], carry)
 
-    return lax.fori_loop(0, jnp.maximum(stop - start + tiles.small - 1, 0) // tiles.small, small_step, carry)
+    return lax.fori_loop(0, num_small, small_step, lax.fori_loop(0, num_large, large_step, init))
 
 
 def _zeros(shape, dtype, *like) -> jax.Array:
@@ -85,25 +108,26 @@ def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, tr
         return out
     contract = (((1,), (1 if transpose_rhs else 0,)), ((), ()))
     tiles = _tiles(num_rows, rhs.shape[0], lhs.dtype)
+    steps = _steps(group_sizes, num_rows, tiles)
 
-    def group_body(group, start, stop, out):
-        weight = lax.dynamic_index_in_dim(rhs, group, keepdims=False)
+    def group_body(group, out):
+        weight = _entry(rhs, group)
 
         def product(first, size):
-            rows = lax.dynamic_slice_in_dim(lhs, first, size)
+            rows = _rows(lhs, first, size)
             return lax.dot_general(rows, weight, contract, preferred_element_type=jnp.float32).astype(out.dtype)
 
         def large_tile(first, mine, out):
             del mine  # Rows of later groups are written again by those.
-            return lax.dynamic_update_slice_in_dim(out, product(first, tiles.large), first, 0)
+            return put(out, product(first, tiles.large), first)
 
         def small_tile(first, mine, out):
-            kept = lax.dynamic_slice_in_dim(out, first, tiles.small)
-            return lax.dynamic_update_slice_in_dim(out, jnp.where(mine, product(first, tiles.small), kept), first, 0)
+            return put(out, jnp.where(mine, product(first, tiles.small), _rows(out, first, tiles.small)), first)
 
-        return _for_each_tile(start, stop, num_rows, tiles, large_tile, small_tile, out)
+        return _for_each_tile(group, steps, num_rows, tiles, large_tile, small_tile, out)
 
-    return _for_each_group(group_sizes, group_body, out)
+    put = functools.partial(lax.dynamic_update_slice_in_dim, axis=0, allow_negative_indices=False)
+    return _for_each_group(group_sizes, steps, group_body, out)
 
 
 def grouped_outer(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, dtype) -> jax.Array:
@@ -112,21 +136,21 @@ def grouped_outer(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, dty
     out = _zeros((num_groups, lhs.shape[1], rhs.shape[1]), dtype, lhs, rhs, group_sizes)
     if not out.size or not num_rows:
         return out
+    tiles = _tiles(num_rows, num_groups, lhs.dtype)
+    steps = _steps(group_sizes, num_rows, tiles)
 
     def tile(first, mine, total):
         rows, cts = (
-            jnp.where(mine, lax.dynamic_slice_in_dim(a, first, mine.shape[0]), jnp.zeros((), a.dtype))
-            for a in (lhs, rhs)
+            jnp.where(mine, _rows(a, first, mine.shape[0]), jnp.zeros((), a.dtype)) for a in (lhs, rhs)
         )
         return total + lax.dot_general(rows, cts, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
-    def group_body(group, start, stop, out):
+    def group_body(group, out):
         total = _zeros(out.shape[1:], jnp.float32, lhs, rhs, group_sizes)
-        tiles = _tiles(num_rows, num_groups, lhs.dtype)
-        total = _for_each_tile(start, stop, num_rows, tiles, tile, tile, total)
-        return lax.dynamic_update_index_in_dim(out, total.astype(dtype), group, 0)
+        total = _for_each_tile(group, steps, num_rows, tiles, tile, tile, total)
+        return lax.dynamic_update_index_in_dim(out, total.astype(dtype), group, 0, allow_negative_indices=False)
 
-    return _for_each_group(group_sizes, group_body, out)
+    return _for_each_group(group_sizes, steps, group_body, out)
 
 
 BACKEND = Backend(
