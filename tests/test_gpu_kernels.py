@@ -223,6 +223,11 @@ def test_fp32_rows_lose_nothing_unless_jax_is_told_so(dtype, asked, precision):
     assert set(re.findall(r"Precision\.(\w+)", inside)) == {precision}
 
 
+def test_kernels_are_lowered_where_numbers_have_64_bits():
+    with jax.enable_x64(True):
+        assert contract.lowered_text("gpu", "cuda", jnp.bfloat16).count("xla.gpu.triton") == 3
+
+
 # --- JAX's kernels ---------------------------------------------------------------------------------------------------
 
 
