@@ -2,7 +2,8 @@
 
 Everything is i32 and O(n + E * W) in memory for n pairs, E experts and W ranks. On accelerators the launch of an
 operation costs more than its arithmetic on so few numbers: look-ups and running sums compare all with all, which is one
-fused operation with nothing of the product in memory, instead of searching in a loop. A *pair* is one copy of a token
+fused operation there, instead of searching in a loop. (On CPUs the comparisons of n pairs with E experts, or of M rows
+with their blocks, pass through memory: 4 bytes each, where a row has as many as it is wide.) A *pair* is one copy of a token
 that must travel; its *destination* is a flat expert slot, rank * L + local expert, or -1. The pairs of one rank, sorted by
 destination and then by flat index, form one list per destination rank; a *window* is the stretch
 [start, start + capacity) of every such list, and it is what one exchange moves.
