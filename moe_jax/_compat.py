@@ -1,10 +1,11 @@
-"""The only module that knows which JAX it runs on (0.10 and 0.11)."""
+"""The only module that knows which JAX it runs on (0.10 to 0.12)."""
 
 import contextlib
 import dataclasses
 import functools
 import inspect
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -193,7 +194,10 @@ ad.deflinear2(
 @_retype_unit_axes_p.def_abstract_eval
 def _retyped(x, *, axes, varying):
     now = x.manual_axis_type.varying
-    return x.update(manual_axis_type=x.manual_axis_type.update(varying=now | axes if varying else now - axes))
+    return x.update(
+        sharding=x.sharding.update(mesh=jax.sharding.get_abstract_mesh()),  # a constant may know of no mesh so far
+        manual_axis_type=x.manual_axis_type.update(varying=now | axes if varying else now - axes),
+    )
 
 
 def on_one_device(aval: Any) -> Any:
@@ -248,3 +252,10 @@ def late(turn: jax.Array, tree: Any) -> Any:
     return lax.optimization_barrier((turn, tree))[1]
 
 
+@jax.custom_jvp
+def erf(x: jax.Array) -> jax.Array:
+    """``lax.erf``, whose own derivative JAX 0.12 refuses inside ``shard_map``: its coefficients do not vary as x does."""
+    return lax.erf(x)
+
+
+erf.defjvps(lambda dx, _, x: 2.0 / math.sqrt(math.pi) * jnp.exp(-x * x) * dx)  # d erf = 2 / sqrt(pi) exp(-x^2) dx

@@ -99,7 +99,7 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_bench(commands: argparse._SubParsersAction) -> None:
-    text = "time the layer beside the dense limit and three usual ways of doing it, and count its bytes"
+    text = "time the layer beside the dense limit and four usual ways of doing it, and count its bytes"
     parser = commands.add_parser("bench", help=text, description=text, allow_abbrev=False)
     own = "TOML with [moe] and [model]: a workload of your own, alone or beside --workloads"
     parser.add_argument("config", metavar="CONFIG", nargs="?", help=own)
@@ -107,15 +107,18 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--workloads", type=_words, metavar="W1,W3", help="of W1 to W6 (default: all, or CONFIG alone)")
     parser.add_argument("--dtype", type=_words, default=["float32"], metavar="D,...", help="float32, bfloat16 or both")
     parser.add_argument("--quant", type=_words, default=["none"], metavar="Q,...", help="wires: none, int8, fp8_e4m3")
-    against = "what to compare with: ragged_dot, one-hot capacity, all experts (default: these), or a transport by name"
+    against = "what to compare with: minimal, ragged_dot, one-hot capacity, all experts (default: these), or a transport"
     parser.add_argument("--against", type=_words, metavar="A,...", help=against)
     parser.add_argument("--repeats", type=int, metavar="N", help="rounds of timing (default: 7, or 3 with --quick)")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, and W1, W3 and W4 only")
     slowest = "leave out what would need longer for a run (default: 60)"
     parser.add_argument("--max-seconds", type=float, default=60.0, metavar="S", help=slowest)
     parser.add_argument("--json", metavar="FILE", help="JSON lines with raw seconds; -: on standard output, no tables")
-    here = "instead: check and time everything on the first device that is here, by a prepared list of under ten minutes"
-    parser.add_argument("--target", choices=["here"], help=here)
+    target = (
+        "instead: here: check and time everything on the first device that is here, by a prepared list of under ten "
+        "minutes; v5e:2x4, h100:8, ...: what the compilers of these make of the layer (--workloads of A, A64, B, C)"
+    )
+    parser.add_argument("--target", type=_words, metavar="T,...", help=target)
     parser.set_defaults(command=functools.partial(_bench, parser))
 
 
@@ -169,8 +172,10 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _bench(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
-    if arguments.target == "here":
+    if arguments.target == ["here"]:
         return _bench_here(parser, arguments)
+    if arguments.target:
+        return _bench_elsewhere(parser, arguments)
     config = None if arguments.config is None else _load(arguments)
     mesh = None if arguments.mesh is None else parse_mesh(arguments.mesh)
     from moe_jax import bench
@@ -191,14 +196,29 @@ def _bench(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> in
 
 
 def _bench_here(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
-    unread = ("config", "mesh", "workloads", "dtype", "quant", "against", "repeats", "quick", "max_seconds")
-    for name in unread:
-        if getattr(arguments, name) != parser.get_default(name):
-            option = "CONFIG" if name == "config" else f"--{name.replace('_', '-')}"
-            raise InvalidArgumentError(f"{option} does not go with --target here, whose list is prepared; leave it out")
+    _refuse(parser, arguments, "workloads", "dtype", "quant", "against", "repeats", "quick", "max_seconds")
     from moe_jax.bench import here
 
     return here.run(json_path=arguments.json)
+
+
+def _bench_elsewhere(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    _refuse(parser, arguments, "dtype", "quant", "repeats", "quick", "max_seconds")
+    from moe_jax.bench import facts
+
+    contenders = arguments.against or ()
+    return facts.run(
+        arguments.target, workloads=arguments.workloads, contenders=contenders, json_path=arguments.json
+    )
+
+
+def _refuse(parser: argparse.ArgumentParser, arguments: argparse.Namespace, *unread: str) -> None:
+    """Raises if an option was given that the list for a target does not read."""
+    for name in ("config", "mesh", *unread):
+        if getattr(arguments, name) != parser.get_default(name):
+            option = "CONFIG" if name == "config" else f"--{name.replace('_', '-')}"
+            target = ",".join(arguments.target)
+            raise InvalidArgumentError(f"{option} does not go with --target {target}, whose list is prepared; leave it out")
 
 
 def _make_plan(config: Config, tokens_per_rank: int | None, dtype: str | None):

@@ -65,8 +65,8 @@ class Work:
       scope_cycles: the same by named scope, largest first.
       flops_by_op: of dot, convolution and each kernel.
       gathers, scatters: executed.
-      product_bytes, product_cycles: those of ``bytes_accessed`` and ``cycles`` that belong to what multiplies: products,
-        fusions around one, and kernels that declare flops.
+      other_bytes, other_cycles: what of ``bytes_accessed`` and ``cycles`` belongs neither to collectives nor to what
+        multiplies: products, fusions around one, and kernels that declare flops.
       gather_bytes: what gathers take out, written once. (The TPU compiler prices no gather of rows.)
       unpriced: executions of what has no estimate, by name, on TPU.
     """
@@ -79,8 +79,8 @@ class Work:
     flops_by_op: tuple[tuple[str, int], ...]
     gathers: int
     scatters: int
-    product_bytes: int
-    product_cycles: int | None
+    other_bytes: int
+    other_cycles: int | None
     gather_bytes: int
     unpriced: tuple[tuple[str, int], ...]
 
@@ -108,7 +108,7 @@ def work_of(program: Program, *, has_fast_memory: bool) -> tuple[Work, Work, tup
 
 def _sum(program: Program, executions: list[Execution], traffic: "_Traffic") -> Work:
     flops, scopes, ops, unpriced = collections.Counter(), collections.Counter(), collections.Counter(), []
-    moved = handed = product_bytes = product_cycles = gathered = 0
+    moved = handed = other_bytes = other_cycles = gathered = 0
     for execution in executions:
         instruction, times = execution.instruction, execution.times
         products = flops_of(program, instruction)
@@ -119,14 +119,16 @@ def _sum(program: Program, executions: list[Execution], traffic: "_Traffic") -> 
         gathered += times * num_bytes(instruction.type) if instruction.op == "gather" else 0
         if execution.is_fused:
             continue
-        touched, is_product = times * traffic.of(instruction), _multiplies(program, instruction)
+        types = program.handed_over(instruction)
+        is_other = types is None and not _multiplies(program, instruction)
+        touched = times * traffic.of(instruction)
         moved += touched
-        product_bytes += touched if is_product else 0
-        handed += times * sum(map(num_bytes, program.handed_over(instruction) or ()))
+        other_bytes += touched * is_other
+        handed += times * sum(map(num_bytes, types or ()))
         priced = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
         if priced:
             scopes[_scope(program, instruction)] += times * int(priced[1])
-            product_cycles += times * int(priced[1]) if is_product else 0
+            other_cycles += times * int(priced[1]) * is_other
         elif _runs(instruction):
             unpriced.append((instruction, times))
     is_priced = traffic.has_fast_memory
@@ -142,8 +144,8 @@ def _sum(program: Program, executions: list[Execution], traffic: "_Traffic") -> 
         flops_by_op=_largest_first(flops),
         gathers=ops["gather"],
         scatters=ops["scatter"],
-        product_bytes=product_bytes,
-        product_cycles=product_cycles if is_priced else None,
+        other_bytes=other_bytes,
+        other_cycles=other_cycles if is_priced else None,
         gather_bytes=gathered,
         unpriced=_largest_first(names),
     )

@@ -2,7 +2,8 @@
 
 Everything is i32 and O(n + E * W) in memory for n pairs, E experts and W ranks. On accelerators the launch of an
 operation costs more than its arithmetic on so few numbers: look-ups and running sums compare all with all, which is one
-fused operation with nothing of the product in memory, instead of searching in a loop. A *pair* is one copy of a token
+fused operation there, instead of searching in a loop. (On CPUs the comparisons of n pairs with E experts, or of M rows
+with their blocks, pass through memory: 4 bytes each, where a row has as many as it is wide.) A *pair* is one copy of a token
 that must travel; its *destination* is a flat expert slot, rank * L + local expert, or -1. The pairs of one rank, sorted by
 destination and then by flat index, form one list per destination rank; a *window* is the stretch
 [start, start + capacity) of every such list, and it is what one exchange moves.
@@ -17,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from moe_jax.derivatives import take_rows
 
 Array = jax.Array
 
@@ -147,7 +150,7 @@ def send_maps(pairs: PairOrder, num_ranks: int, start: Array | int, capacity: in
     return SendMaps(
         sizes=sizes,
         bases=bases,
-        slot_pair=jnp.where(slot_position < 0, -1, _take(pairs.order, slot_position)),
+        slot_pair=take_rows(pairs.order, slot_position, absent=-1),
         pair_slot=map_blocks(window_start, bases, sizes, pairs.position),
     )
 
@@ -230,7 +233,7 @@ def gather_maps(
     return GatherMaps(
         recv_counts=recv_counts,
         group_sizes=jnp.sum(sizes, axis=(0, 1), dtype=jnp.int32),
-        row_pair=jnp.where(row_position < 0, -1, _take(pairs.order, row_position)),
+        row_pair=take_rows(pairs.order, row_position, absent=-1),
         pair_row=pair_row.reshape(num_tp * num_ranks, n),
     )
 
@@ -252,8 +255,3 @@ def _places(num_sources: int, source_order: Array | None) -> Array | np.ndarray:
 def _sum_where(wanted: Array, sizes: Array) -> Array:
     """The sum over the last axis but one of the ``sizes`` that are ``wanted``."""
     return jnp.sum(jnp.where(wanted, sizes, 0), axis=-2, dtype=jnp.int32)
-
-
-def _take(table: Array, index: Array) -> Array:
-    """``table[index]`` with -1 clipped; an empty table gives zeros."""
-    return jnp.take(table, index, mode="clip") if table.shape[0] else jnp.zeros_like(index)

@@ -1,10 +1,11 @@
 """The routed sum of a device that holds all experts: nothing is exchanged, so there is no capacity and no round.
 
-The T * K pairs of the device are sorted by expert; a gather makes their rows, the experts multiply them, and a gather
-brings them back to the tokens. Each row belongs to one pair, so the adjoint of every gather of rows is a gather too.
+The T * K pairs of the device are sorted by expert; a gather makes their rows, the experts multiply them, and gathers
+bring them back into the sum over k. Each row belongs to one pair, so the adjoint of every gather is a gather too.
 
-What lies at the pairs is [K, T, H], so that a token's rows are whole tiles apart. What nobody may read is not masked
-before somebody would: rows past the last one hold anything, and so does a pair that has no row, until the sum over k.
+Rows come back as K arrays [T, H], which a compiler can read inside the sum, instead of one that it would have to write.
+What nobody may read is not masked before somebody would: rows past the last one hold anything, and so does a pair that
+has no row, until the sum over k.
 """
 
 import functools
@@ -16,17 +17,9 @@ import jax.numpy as jnp
 from moe_jax import layout
 from moe_jax.derivatives import custom_gradient
 from moe_jax.expert_slots import expert_slots
-from moe_jax.movement import (
-    as_delivered,
-    only_present,
-    pick,
-    place_of,
-    sum_at_tokens,
-    sum_over_pairs,
-    token_of,
-)
+from moe_jax.movement import as_delivered, pick, token_of
 from moe_jax.plan import Plan
-from moe_jax.special import special_terms
+from moe_jax.special import special_term, special_terms
 
 Array = jax.Array
 
@@ -34,8 +27,7 @@ Array = jax.Array
 class _Places(NamedTuple):
     """Which row belongs to which pair; -1 marks "none"."""
 
-    row_token: Array  # [M] the token of each row; rows past the last one have any token, or none
-    row_pair: Array  # [M] its pair, as k * T + token
+    row_pair: Array  # [M] the pair of each row, as token * K + k; rows past the last one have any pair, or none
     pair_row: Array  # [T, K] the row of each pair
 
 
@@ -79,30 +71,60 @@ def local_sum(
     with jax.named_scope("permute"):
         rows = _spread(plan, as_delivered(x, plan.dispatch_recipe).astype(plan.dtype), places)
     made = expert_slots(experts, rows, None, group_sizes, plan, activation=activation)
-    with jax.named_scope("unpermute"):
-        collected = _collect(plan, as_delivered(made, plan.combine_recipe), places)
-    return sum_at_tokens(collected, weights, places.pair_row >= 0, special, plan), jnp.sum(pairs.counts - group_sizes, dtype=jnp.int32)
+    with jax.named_scope("combine_sum"):
+        total = _weighted_sum(plan, as_delivered(made, plan.combine_recipe), weights, special, places)
+    return total, jnp.sum(pairs.counts - group_sizes, dtype=jnp.int32)
 
 
 def _places(pairs: layout.PairOrder, num_kept: Array, num_rows: int, plan: Plan) -> _Places:
     """``num_kept``: pairs that have a row, the first in their order."""
-    pair = pairs.order[:num_rows]
+    row_pair = pairs.order[:num_rows]
     if plan.poison:  # else the other rows are those of pairs that go nowhere
-        pair = jnp.where(jnp.arange(num_rows) < num_kept, pair, -1)
+        row_pair = jnp.where(jnp.arange(num_rows) < num_kept, row_pair, -1)
     pair_row = jnp.where(pairs.position < num_kept, pairs.position, -1)
-    return _Places(token_of(pair, plan), place_of(pair, plan), pair_row.reshape(plan.tokens_per_rank, plan.top_k))
+    return _Places(row_pair, pair_row.reshape(plan.tokens_per_rank, plan.top_k))
+
+
+@functools.partial(custom_gradient, num_static=1)
+def _weighted_sum(plan, rows, weights, special, places):
+    """``sum_k weights[t, k] * (row of (t, k) + what a special expert adds)``, k ascending. -> [T, H] fp32."""
+    terms = _present(_collect(plan, rows, places), places)
+    if special is not None:  # at most one of the two is not zero
+        terms = [term + special_term(special, k, plan) for k, term in enumerate(terms)]
+    return sum(weights[:, k, None] * term for k, term in enumerate(terms))
+
+
+def _weighted_sum_backward(plan, residuals, ct):
+    # d_row(t, k) = weights[t, k] * ct[t]                                  # [M, H], and rounded as if it travelled
+    # d_weights[t, k] = <row(t, k) + what a special expert adds, ct[t]>    # [T, K]
+    rows, weights, special, places = residuals
+    ct_rows = _spread(plan, ct.astype(plan.dtype), places).astype(jnp.float32)
+    d_rows = (_rows_of_pairs(plan, weights, places)[:, None] * ct_rows).astype(plan.dtype)
+    d_rows = as_delivered(d_rows, plan.backward_recipe).astype(rows.dtype)
+    d_weights = _pairs_of_rows(plan, jnp.sum(rows.astype(jnp.float32) * ct_rows, axis=1), places)
+    if special is None:
+        return d_rows, d_weights, None, None
+
+    def added(weights, special):
+        return sum(weights[:, k, None] * special_term(special, k, plan) for k in range(plan.top_k))
+
+    more_weights, d_special = jax.vjp(added, weights, special)[1](ct)
+    return d_rows, d_weights + more_weights, d_special, None
+
+
+_weighted_sum.defvjp(lambda plan, *operands: (_weighted_sum(plan, *operands), operands), _weighted_sum_backward)
 
 
 @functools.partial(custom_gradient, num_static=1)
 def _spread(plan, x, places):
     """Tokens [T, H] at the rows of all their pairs, [M, H]."""
-    return pick(x, places.row_token, plan)
+    return pick(x, token_of(places.row_pair, plan), plan)
 
 
 def _spread_backward(plan, places, ct):
     # d_x[t] = sum_k ct[row of (t, k)]    # [T, H], in fp32 over ascending k
     collected = _collect(plan, as_delivered(ct, plan.backward_recipe), places)
-    return sum_over_pairs(collected, places.pair_row >= 0).astype(plan.dtype), None
+    return sum(_present(collected, places)).astype(plan.dtype), None
 
 
 _spread.defvjp(lambda plan, x, places: (_spread(plan, x, places), places), _spread_backward)
@@ -110,30 +132,40 @@ _spread.defvjp(lambda plan, x, places: (_spread(plan, x, places), places), _spre
 
 @functools.partial(custom_gradient, num_static=1)
 def _collect(plan, rows, places):
-    """Rows [M, H] at their pairs, [K, T, H]; anything at a pair that has none."""
-    return pick(rows, places.pair_row.T, plan)
+    """Rows [M, H] at their pairs, K times [T, H]; anything at a pair that has none."""
+    return tuple(pick(rows, places.pair_row[:, k], plan) for k in range(plan.top_k))
 
 
-def _collect_backward(plan, residuals, ct):
-    # d_rows[row of (t, k)] = ct[k, t]    # [M, H], rounded as rows are when they travel
-    rows, places = residuals
-    ct = as_delivered(jax.lax.collapse(ct, 0, 2).astype(plan.dtype), plan.backward_recipe)
-    return _arrange(plan, ct.astype(rows.dtype), places), None
+def _collect_backward(plan, places, cts):
+    return _rows_of_pairs(plan, jnp.stack(cts, axis=1), places), None
 
 
-_collect.defvjp(lambda plan, rows, places: (_collect(plan, rows, places), (rows[:0], places)), _collect_backward)
+_collect.defvjp(lambda plan, rows, places: (_collect(plan, rows, places), places), _collect_backward)
 
 
 @functools.partial(custom_gradient, num_static=1)
-def _arrange(plan, pairs, places):
-    """Pairs [K * T, H] at their rows, [M, H]."""
-    return pick(pairs, places.row_pair, plan)
+def _rows_of_pairs(plan, pairs, places):
+    """What belongs to pairs [T, K, ...] at their rows, [M, ...]."""
+    return pick(jax.lax.collapse(pairs, 0, 2), places.row_pair, plan)
 
 
-def _arrange_backward(plan, places, ct):
-    # d_pairs[k, t] = ct[row of (t, k)], zero where there is none    # [K * T, H]
-    collected = _collect(plan, ct, places)
-    return jax.lax.collapse(only_present(collected, places.pair_row >= 0), 0, 2), None
+@functools.partial(custom_gradient, num_static=1)
+def _pairs_of_rows(plan, rows, places):
+    """The adjoint: what belongs to rows [M, ...] at their pairs, [T, K, ...], zeros where there is none."""
+    return pick(rows, places.pair_row, plan, absent=0)
 
 
-_arrange.defvjp(lambda plan, pairs, places: (_arrange(plan, pairs, places), places), _arrange_backward)
+_rows_of_pairs.defvjp(
+    lambda plan, pairs, places: (_rows_of_pairs(plan, pairs, places), places),
+    lambda plan, places, ct: (_pairs_of_rows(plan, ct, places), None),
+)
+_pairs_of_rows.defvjp(
+    lambda plan, rows, places: (_pairs_of_rows(plan, rows, places), places),
+    lambda plan, places, ct: (_rows_of_pairs(plan, ct, places), None),
+)
+
+
+def _present(collected: tuple[Array, ...], places: _Places) -> list[Array]:
+    """What ``_collect`` gave, in fp32, with zeros where a pair has no row."""
+    there = places.pair_row >= 0
+    return [jnp.where(there[:, k, None], rows.astype(jnp.float32), 0.0) for k, rows in enumerate(collected)]

@@ -127,11 +127,11 @@ def _routed_forward(plan, activation, experts, x, weights, special, exchange, nu
     first = functools.partial(_round, expert_slots, plan, activation, 0, exchange=exchange)
     collected, pull_first = jax.vjp(first, experts, x, weights)
 
-    def overflow(collected, num_rounds, exchange, *operands):
+    def overflow(collected, num_rounds, exchange, experts, x, weights):
         def turn(state):
             index, collected = state
-            late = _compat.late(index, operands)
-            return index + 1, _round(overflow_slots, plan, activation, index, *late, exchange, collected)
+            late = _compat.late(index, (experts, x))
+            return index + 1, _round(overflow_slots, plan, activation, index, *late, weights, exchange, collected)
 
         return lax.while_loop(lambda state: state[0] < num_rounds, turn, (jnp.ones_like(num_rounds), collected))[1]
 

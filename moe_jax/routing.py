@@ -263,8 +263,8 @@ def _log_scores(logits: jax.Array, score: str) -> jax.Array:
 @custom_gradient
 def _take_columns(table: jax.Array, columns: jax.Array) -> jax.Array:
     """table [T, E], columns [T, K] distinct in a row -> [T, K]; it compares instead of gathering or scattering."""
-    chosen = columns[..., None] == jnp.arange(table.shape[1], dtype=columns.dtype)
-    return jnp.sum(jnp.where(chosen, table[:, None], 0.0), axis=-1)
+    chosen = columns == jnp.arange(table.shape[1], dtype=columns.dtype)[:, None, None]  # [E, T, K]
+    return jnp.sum(jnp.where(chosen, table.T[..., None], 0.0), axis=0)
 
 
 def _take_forward(table, columns):

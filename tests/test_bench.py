@@ -12,8 +12,8 @@ from cases import mesh_of
 
 import moe_jax as moe
 from moe_jax import reference
-from moe_jax.bench import check, measure, programs, report, timing
-from moe_jax.bench.baselines import all_experts_layer, dense_limit, one_hot_layer
+from moe_jax.bench import check, estimate, measure, programs, report, timing
+from moe_jax.bench.baselines import all_experts_layer, dense_limit, minimal_layer, one_hot_layer
 from moe_jax.bench.workloads import WORKLOADS, Workload, expert_ids, rows_that_leave
 from moe_jax.cli import main
 from moe_jax.contract import hlo_contract
@@ -102,7 +102,7 @@ def test_rows_that_leave(ep, tp, pattern):
 BASELINE_MESHES = [(4, 2), pytest.param(2, 1, marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize("make", [one_hot_layer, all_experts_layer])
+@pytest.mark.parametrize("make", [minimal_layer, one_hot_layer, all_experts_layer])
 @pytest.mark.parametrize("ep,tp", BASELINE_MESHES)
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 def test_baselines_equal_the_reference(make, ep, tp, activation):
@@ -143,6 +143,14 @@ def test_one_hot_drops_what_does_not_fit(ep, tp):
         weights = {name: params[name][routing.expert_ids[t, k]] for name in ("w_gate", "w_up", "w_down")}
         expected[t] += routing.combine_weights[t, k] * reference.expert_ffn(x[t : t + 1], weights, "swiglu")[0]
     assert_close(y, expected)
+
+
+def test_the_minimal_layer_counts_what_has_no_room():
+    """All 2 x 8 copies of each of 4 devices go to rank 0, and as many rows as a pair of ranks moves arrive."""
+    setting = setting_of(4, 1, dataclasses.replace(TINY, pattern="one rank"))
+    apply = minimal_layer(setting.mesh, setting.plan, "swiglu")
+    dropped = jax.jit(apply)(setting.data.params, setting.data.x)[1]
+    assert int(dropped) == 4 * (16 - setting.plan.pair_capacity) > 0
 
 
 @pytest.mark.parametrize("ep,tp", BASELINE_MESHES)
@@ -195,7 +203,8 @@ def test_wrong_results_are_refused():
 
 def test_a_wrong_gradient_is_refused_and_drops_are_no_error():
     setting = setting_of(2, 1)
-    program = {p.key: p for p in programs.compile_programs(setting)}[programs.ONE_HOT, "forward + backward"]
+    setting = dataclasses.replace(setting, contenders=(programs.ONE_HOT,))
+    program = {p.name: p for p in programs.compile_programs(setting, "forward + backward")}[programs.ONE_HOT]
     (y, dropped), (d_params, d_x) = right = program.run()
     assert check.check_agreement(setting, program, right, right) is None
     wrong = (y, dropped), (d_params | {"w_up": 1.01 * d_params["w_up"]}, d_x)
@@ -217,6 +226,37 @@ def test_quotients_and_rounds():
     assert order == ["a", "a", "b", "b"] * 3 and [len(values) for values in seconds.values()] == [3, 3]
     assert timing.quotient([2.0, 4.0, 9.0], [1.0, 1.0, 3.0]) == {"median": 3.0, "low": 2.5, "high": 3.5}
     assert timing.quotient([6.0], [1.0, 2.0, 3.0])["median"] == 3.0
+
+
+def test_estimates_by_hand():
+    """At 1 flop a second the limit takes 2 * 3 * 8 * 2 * 16 * 12 s a device forward, and three times that with backward."""
+    limit, common = 2 * 3 * 8 * 2 * 16 * 12, {"repeats": 2, "pace": 1.0}
+    alone = estimate.estimate_seconds(TINY, 1, (), max_seconds=1e9, **common)
+    compiling = 3 * (1 + 6)
+    assert alone == pytest.approx(compiling + 6 * (1 + 3) * (1 + 1.5) * limit)
+    more = estimate.estimate_seconds(TINY, 1, ("all experts",), max_seconds=1e9, **common)
+    assert more - alone == pytest.approx(3 * 6 + 6 * (1 + 3) * 4 * limit)  # 8 experts instead of 2
+    assert estimate.estimate_seconds(TINY, 1, ("all experts",), max_seconds=1, **common) == alone + 3 * 6
+    once = dataclasses.replace(TINY, num_experts=800)  # 400 times the limit
+    assert estimate.estimate_seconds(once, 1, ("all experts",), max_seconds=1e9, **common) == pytest.approx(
+        alone + 3 * 6 + (1 + 3) * 400 * limit
+    )
+    assert [estimate.words(seconds) for seconds in (41.2, 150.0)] == ["about 41 s", "about 2 min"]
+
+
+def test_rows_are_printed_as_soon_as_a_pass_is_timed(config, monkeypatch, capsys):
+    """What the first pass gave stands there when the programs of the second are compiled."""
+    compile_programs, seen = measure.compile_programs, []
+
+    def watched(setting, phase):
+        seen.append(capsys.readouterr().out)
+        yield from compile_programs(setting, phase)
+
+    monkeypatch.setattr(measure, "compile_programs", watched)
+    assert main(["bench", str(config), "--repeats", "1", "--against", "minimal"]) == 0
+    before, between = seen
+    assert "about" in before and "config  32 tokens" in before and "of the dense limit" not in before
+    assert between.count("of the dense limit") == 1 and between.startswith("  forward\n")
 
 
 def test_minima_by_hand():
@@ -242,6 +282,7 @@ def test_the_command(config, tmp_path, capsys):
     assert main(["bench", str(config), "--repeats", "2", "--json", str(out)]) == 0
     printed, progress = capsys.readouterr()
     header, record = map(json.loads, out.read_text().splitlines())
+    assert f"; {estimate.words(header['estimated_seconds'])}\n" in printed.splitlines(keepends=True)[0]
     assert header["event"] == "bench" and header["repeats"] == 2 and header["mesh"] == {"ep": 2, "tp": 1}
     assert record["workload"] == "config" and record["tokens_per_device"] == 4 * 16 // 2
     assert (record["transport"], record["dtype"], record["num_rounds"]) == ("padded", "float32", 1)
@@ -254,7 +295,8 @@ def test_the_command(config, tmp_path, capsys):
         assert phase["wire_bytes"] >= phase["minimum"]["wire_bytes"] > 0
         assert phase["contracts"]["dense limit"]["wire_bytes"] == 0
     assert record["phases"]["forward"]["minimum"]["wire_bytes"] == 32 * 8 * 4 * 2  # half of 64 copies, fp32, two ways
-    assert "of the dense limit" in printed and "faster than ragged_dot" in printed and "(2)" in printed
+    assert "of the dense limit" in printed and "faster than ragged_dot" in printed
+    assert "collectives (minimum)" in printed and "(2)" in printed and "instructions (dense limit, minimal)" in printed
     assert "checked all experts, forward + backward" in progress
 
 
@@ -305,7 +347,7 @@ def test_slow_and_heavy_baselines_are_run_once_and_said_so(limits, words, config
     _, record = map(json.loads, capsys.readouterr().out.splitlines())
     for phase in record["phases"].values():
         assert {name: len(values) for name, values in phase["seconds"].items()} == {
-            "dense limit": 3, "layer": 3, "ragged_dot": 1, "one-hot capacity": 1, "all experts": 1,
+            "dense limit": 3, "layer": 3, "minimal": 1, "ragged_dot": 1, "one-hot capacity": 1, "all experts": 1,
         }  # fmt: skip
         assert all(words in phase["notes"][name] for name in programs.BASELINES)
 

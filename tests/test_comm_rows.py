@@ -9,6 +9,7 @@ import pytest
 from cases import mesh_of, over_mesh, small_integers
 
 import moe_jax as moe
+from moe_jax import comm
 from moe_jax.comm.rows import gather_rows, swap_blocks
 
 A, H = 3, 40  # rows and width of a block
@@ -141,3 +142,16 @@ def test_16_bit_rows_are_integers_on_cpus_alone(platform, integers):
     for move in (swap(("ep",)), gather(("ep",))):
         traced = jax.jit(over_mesh(mesh_of(4, 2), move)).trace(blocks)
         assert ("bitcast_convert" in traced.lower(lowering_platforms=(platform,)).as_text()) == integers
+
+
+@pytest.mark.parametrize("poison", [False, True])
+def test_nobody_fills_what_an_exchange_overwrites(poison):
+    """The buffer of a ragged exchange is left as it is, or is NaN to prove that nobody reads more than came."""
+    mesh = mesh_of(4, 2)
+    sizes = {"tokens_per_rank": 8, "hidden": H, "num_experts": 8, "top_k": 2, "dtype": "bfloat16"}
+    plan = moe.make_plan(mesh, **sizes, transport="ragged", backend="xla", poison=poison)
+    exchange = over_mesh(mesh, lambda rows: comm.exchange_compact(rows, jnp.full((4, 4), 2, jnp.int32), 12, plan))
+    rows = jax.ShapeDtypeStruct((4, 2, 8, H), "bfloat16")
+    text = jax.jit(exchange).trace(rows).lower(lowering_platforms=("tpu",)).as_text()
+    assert ("AllocateBuffer" in text) != poison
+    assert ("0x7FC0" in text) == poison and text.count(f"-> tensor<12x{H}xbf16>") >= 1

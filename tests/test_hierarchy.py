@@ -300,13 +300,27 @@ def node_traffic(text, per_node, tp):
 
 
 def device_groups(line):
-    """Replica groups of an HLO line, listed or as an iota such as [2,4]<=[4,2]T(1,0)."""
+    """Replica groups of an HLO line: listed, as an iota such as [2,4]<=[4,2]T(1,0), or as axes of a mesh (JAX 0.12)."""
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^{}]*)\}", line)
+    if named:
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        axes, ranks = re.findall(r"'(\w+)'", named[2]), np.arange(math.prod(sizes.values())).reshape(*sizes.values())
+        inner, members = [list(sizes).index(axis) for axis in axes], math.prod(sizes[axis] for axis in axes)
+        return list(np.moveaxis(ranks, inner, range(-len(axes), 0)).reshape(-1, members))
     iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
     if not iota:
         listed = re.search(r"replica_groups=\{(\{.*?\})\}", line)[1]
         return [np.array(group.split(","), int) for group in re.findall(r"\{([\d,]+)\}", listed)]
     shape, dims, order = ([int(n) for n in part.split(",")] if part else None for part in iota.groups())
     return list(np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(shape))
+
+
+def test_groups_by_hand():
+    """The same groups in every way in which they are written."""
+    ways = ["{{0,1,4,5},{2,3,6,7}}", "[2,4]<=[2,2,2]T(1,0,2)", "mesh['node'=2,'ep'=2,'tp'=2] {'node','tp'}"]
+    for way in ways:
+        groups = device_groups(f"%a = f32[64]{{0}} all-to-all(%p), channel_id=1, replica_groups={way}")
+        assert [group.tolist() for group in groups] == [[0, 1, 4, 5], [2, 3, 6, 7]]
 
 
 @pytest.mark.parametrize("capacity", [1, 2, T * K])

@@ -184,7 +184,7 @@ def test_kernels_count_what_they_declare_and_memory_on_the_chip_is_no_traffic():
     assert work_of(program, has_fast_memory=False)[0].bytes_accessed == 4 * 8 * 16 * 4
 
 
-def test_what_multiplies_is_kept_apart_and_what_gathers_take_out():
+def test_what_neither_multiplies_nor_communicates_is_kept_apart():
     cycles = 'backend_config={"window_config":{"estimated_cycles":"%d"}}'
     program = module(
         "%a = f32[8,16]{1,0} parameter(0)",
@@ -192,16 +192,17 @@ def test_what_multiplies_is_kept_apart_and_what_gathers_take_out():
         "%at = s32[6]{0} parameter(2)",
         f"%product = f32[8,4]{{1,0}} fusion(%a, %b), kind=kOutput, calls=%inside, {cycles % 7}",
         f"%other = f32[8,4]{{1,0}} add(%product, %product), {cycles % 5}",
-        "ROOT %rows = f32[6,4]{1,0} gather(%other, %at), offset_dims={1}, collapsed_slice_dims={0}, slice_sizes={1,4}",
+        "%rows = f32[6,4]{1,0} gather(%other, %at), offset_dims={1}, collapsed_slice_dims={0}, slice_sizes={1,4}",
+        "ROOT %moved = f32[6,4]{1,0} all-to-all(%rows), replica_groups={{0,1}}, dimensions={0}",
         computations="%inside (p: f32[8,16], q: f32[16,4]) -> f32[8,4] {\n  %p = f32[8,16]{1,0} parameter(0)\n  "
         "%q = f32[16,4]{1,0} parameter(1)\n  "
         "ROOT %y = f32[8,4]{1,0} convolution(%p, %q), dim_labels=bf_io->bf\n}\n",
     )
     work = work_of(program, has_fast_memory=True)[0]
-    assert (work.cycles, work.product_cycles) == (12, 7)
-    assert work.product_bytes == 4 * (8 * 16 + 16 * 4 + 8 * 4) and work.gather_bytes == 4 * 6 * 4
-    assert work.bytes_accessed == work.product_bytes + 4 * 3 * 8 * 4 + 4 * (2 * 6 * 4 + 6)
-    assert work_of(program, has_fast_memory=False)[0].product_cycles is None
+    assert (work.cycles, work.other_cycles) == (12, 5) and work.gather_bytes == 4 * 6 * 4
+    assert work.other_bytes == 4 * (3 * 8 * 4 + 2 * 6 * 4 + 6)
+    assert work.bytes_accessed == work.other_bytes + 4 * (8 * 16 + 16 * 4 + 8 * 4 + 2 * 6 * 4)
+    assert work_of(program, has_fast_memory=False)[0].other_cycles is None
 
 
 def test_what_is_declared_around_a_kernel_counts_where_the_kernel_cannot_say_it():

@@ -15,6 +15,8 @@ from cases import FEW_WORLDS, MESHES, MOSTLY_PADDED, TRANSPORTS, expert_ids, mes
 
 import moe_jax as moe
 from moe_jax import reference
+from moe_jax.config import ACTIVATIONS
+from moe_jax.experts import activate, is_gated
 
 H, F, K, T = 16, 8, 2, 8
 EXPERTS = 8
@@ -211,6 +213,32 @@ def test_drop_counts_and_skips(transport):
     assert int(stats.num_dropped) == T * 4 * K - kept_pairs
     assert int(stats.num_rounds) == 1
     assert (np.abs(np.asarray(y)).max(axis=1) == 0).sum() > 0
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_have_gradients_where_axes_are_manual(activation):
+    """Of an expert whose matrices are all the identity: in both modes, and to the second order."""
+    x = np.linspace(-9.1, 9.0, 64, dtype=np.float32).reshape(16, 4)  # the kinks at 7 are not among them
+    ct, names = 1.0 + x[::-1] / 10, ("w_gate", "w_up", "w_down") if is_gated(activation) else ("w_up", "w_down")
+
+    def shard(x, ct):
+        def run(x):
+            return activate(x if is_gated(activation) else None, x, activation)
+
+        def slope(x):
+            return jax.vjp(run, x)[1](ct)[0]
+
+        return run(x), slope(x), jax.jvp(run, (x,), (ct,))[1], jax.jvp(slope, (x,), (ct,))[1]
+
+    mesh, spec = mesh_of(4, 1), jax.sharding.PartitionSpec("ep")
+    y, d_x, forward, second = jax.jit(jax.shard_map(shard, mesh=mesh, in_specs=spec, out_specs=spec))(x, ct)
+    plain = {name: np.eye(4) for name in names}
+    want, (want_d, _) = reference.expert_ffn(x, plain, activation), reference.expert_ffn_vjp(ct, x, plain, activation)
+    around = (x.astype(np.float64) + step * ct for step in (1e-5, -1e-5))
+    steps = [reference.expert_ffn_vjp(ct, point, plain, activation)[0] for point in around]
+    for got, expected in ((y, want), (d_x, want_d), (forward, want_d)):
+        assert np.abs(got - expected).max() <= TOLERANCE * np.abs(expected).max()
+    assert np.abs(second - (steps[0] - steps[1]) / 2e-5).max() <= 1e-4
 
 
 def test_bf16_is_close_and_finite():

@@ -151,6 +151,9 @@ def test_map_blocks_by_hand():
     equal(map_blocks(i32([1, 4]), i32([10, 20]), i32([2, 1]), 6), [-1, 10, 11, -1, 20, -1])
     equal(map_blocks(i32([0, 0, 2, 2]), i32([7, 5, 9, 3]), i32([0, 2, 0, 1]), 3), [5, 6, 3])
     equal(map_blocks(i32([]), i32([]), i32([]), 2), [-1, -1])
+    # Blocks in any order and shape, and addresses of the caller's.
+    starts, targets, sizes = i32([[4, 0], [9, 2]]), i32([[0, 10], [20, 30]]), i32([[2, 2], [1, 0]])
+    equal(layout.map_blocks(starts, targets, sizes, i32([9, 5, 2, 0, -1])), [20, 1, -1, 10, -1])
     assert map_blocks(i32([0]), i32([5]), i32([2]), 0).shape == (0,)
 
 
@@ -169,6 +172,22 @@ def test_exclusive_cumsum_and_row_starts_by_hand():
     equal(layout.exclusive_cumsum(i32([2, 0, 3])), [0, 2, 2])
     # Blocks in row order: expert 0: 1, 3; expert 1: 2, 4.
     equal(layout.row_starts(i32([[[1, 2], [3, 4]]])), [[[0, 4], [1, 6]]])
+
+
+def test_running_sums_go_along_the_last_axis():
+    sizes = np.arange(24).reshape(2, 3, 4) % 5
+    equal(layout.exclusive_cumsum(i32(sizes)), np.cumsum(sizes, axis=-1) - sizes)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_searchsorted_is_numpys(side):
+    ascending, values = np.array([-3, 0, 0, 2, 7, 7, 7]), np.arange(-4, 9)
+    equal(layout.searchsorted(i32(ascending), i32(values), side=side), np.searchsorted(ascending, values, side=side))
+    equal(layout.searchsorted(i32([]), i32([1, 2]), side=side), [0, 0])
+
+
+def test_ids_outside_are_not_counted():
+    equal(layout.count_each(i32([[2, -1, 0], [4, 2, 3]]), 4), [1, 0, 2, 1])
 
 
 def test_no_pairs():

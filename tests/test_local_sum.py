@@ -201,12 +201,13 @@ def compiled(gradient, num_replicas=1):
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_the_program_exchanges_nothing(gradient):
-    """Rows are gathered there and back, and their cotangents; loops are those of products; nothing is scattered."""
+    """Rows are gathered there and, for each k, back, and their cotangents; loops are those of products; no scatter."""
     text, contract = compiled(gradient)
     assert contract.counts == {}
     assert contract.float_scatters == 0 and contract.int_scatters <= 1
     gathers = re.findall(rf" = f32\[([\d,]*),{WIDTH}\]\S* gather\(", text)
-    assert [math.prod(map(int, rows.split(","))) for rows in gathers] == [2 * TOKENS] * (4 if gradient else 2)
+    gathers = sorted(math.prod(map(int, rows.split(","))) for rows in gathers)
+    assert gathers == sorted([2 * TOKENS, TOKENS, TOKENS] * (2 if gradient else 1))
     loops = re.findall(r' while\(.*op_name="([^"]*)"', text)
     assert loops and all("/experts/" in loop for loop in loops)
     assert max(int(n) for n in re.findall(r"f32\[(\d+),\d+,\d+\]\S* dot\(", text) or [0]) < 64

@@ -65,12 +65,24 @@ def test_auto_takes_the_least_time_to_move_rows(monkeypatch, platform, options):
     candidates, seconds = {"cpu": ("padded", "allgather"), "gpu": ("padded", "allgather", "ragged")}[platform], {}
     for name in candidates:
         cost = make(backend="xla", transport=name, **options).cost(0, platform=platform)["forward + backward"]
-        rates = RATES[platform]
-        seconds[name] = cost.traffic_bytes / rates.memory + cost.even_wire_bytes / rates.wire
+        seconds[name] = cost.memory_seconds + cost.wire_seconds
         for figure in (f"{1e3 * seconds[name]:.3g} ms", f"{cost.even_wire_bytes:,}", f"{cost.traffic_bytes:,}"):
             assert f"{name} " in chosen.transport_reason and figure in chosen.transport_reason
     assert seconds[chosen.transport] == min(seconds.values())
+    assert RATES[platform].ragged_source in chosen.transport_reason
     assert platform in chosen.transport_reason
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+@pytest.mark.parametrize(
+    "sizes", [(1024, 32, 4, 1024), (2048, 128, 8, 2048), (7168, 64, 8, 1024)], ids=["A", "B", "C"]
+)
+def test_auto_sends_equal_blocks_where_a_ragged_exchange_is_dear(monkeypatch, platform, sizes):
+    """By the compilers' own estimates on TPU, and by what is published of GPUs; it was ragged before they were known."""
+    monkeypatch.setattr("moe_jax.plan.make._platform", lambda mesh: platform)
+    hidden, experts, top_k, tokens = sizes
+    plan = make(ep=8, hidden=hidden, num_experts=experts, top_k=top_k, tokens_per_rank=tokens, dtype="bfloat16")
+    assert plan.transport == "padded" and "a ragged exchange" in plan.describe()
 
 
 # Picked from a longer list for their margins: they hold the choice still, and do not show how often it is right.

@@ -88,6 +88,17 @@ def test_lowered_program_grows_with_nothing(transport):
         assert lowered(transport, **(sizes | change)) == expected, change
 
 
+def test_bookkeeping_has_no_loop():
+    """On an accelerator every turn of a binary search is a few launches, each dearer than all that it looks for."""
+    mesh = AbstractMesh((8, 1), ("ep", "tp"))
+    options = {"transport": "padded", "overflow": "drop", "backend": "xla"}
+    plan = moe.make_plan(mesh, tokens_per_rank=64, hidden=32, num_experts=32, top_k=4, dtype="bfloat16", **options)
+    init, apply = moe.moe_on_mesh(mesh, plan, moe.RouterConfig(), ffn=32)
+    traced = jax.jit(with_backward(apply)).trace(*layer_arguments(plan, init, mesh.size))
+    found = operations(traced.lower(lowering_platforms=("tpu",)).as_text())
+    assert found["stablehlo.while"] == 0 < found["stablehlo.sort"]
+
+
 # --- the compiled program ---------------------------------------------------------------------------------------------
 
 _WORK = re.compile(rf" ({'|'.join(COLLECTIVES)}|dot|custom-call|sort|gather|scatter|while|conditional)(?:-start)?\(")

@@ -16,13 +16,14 @@ import moe_jax
 from moe_jax import reference
 from moe_jax.kernels import grouped_matmuls, table, tpu
 
-ROWS, TILE, STEP = 200, 64, 32
+ROWS, TILE, STEP = 400, 256, 128  # a step may be shifted back over another, at the end of a tile
 SIZES = {
-    "any": [37, 50, 3, 0, 80],
-    "full tiles": [64, 0, 64, 32, 40],
-    "a short one at the end of a tile": [60, 4, 70, 1, 65],
-    "first and last empty": [0, 100, 0, 90, 0],
-    "one": [0, 0, 200, 0, 0],
+    "any": [37, 90, 3, 0, 230],
+    "full tiles": [256, 0, 128, 0, 16],
+    "a step back over another": [20, 300, 0, 0, 40],
+    "a short one at the end of a tile": [250, 6, 70, 1, 65],
+    "first and last empty": [0, 150, 0, 190, 0],
+    "one": [0, 0, 400, 0, 0],
     "none": [0, 0, 0, 0, 0],
 }
 # (rows M, hidden H, ffn F, groups G) on one device
@@ -163,7 +164,7 @@ def test_groups_do_not_spread_what_they_hold(small_blocks):
     rng = np.random.default_rng(1)
     sizes = np.array(SIZES["any"], np.int32)
     lhs, ct, rhs = draw(rng, ROWS, 140), draw(rng, ROWS, 20), draw(rng, 5, 140, 20)
-    lhs[37:87:2], ct[38:87:2] = np.inf, np.nan
+    lhs[37:127:2], ct[38:127:2] = np.inf, np.nan
 
     @jax.jit
     def run(lhs, rhs, sizes, ct):
@@ -171,9 +172,9 @@ def test_groups_do_not_spread_what_they_hold(small_blocks):
         return product, table.call_kernel("grouped_outer", "tpu", lhs, ct, sizes, dtype=jnp.float32)
 
     product, sums = run(lhs.copy(), rhs, sizes, ct.copy())
-    lhs[37:87], ct[37:87] = 0, 0
+    lhs[37:127], ct[37:127] = 0, 0
     expected = reference.grouped_matmul(lhs, rhs, sizes)
-    rows = np.r_[0:37, 87:170]
+    rows = np.r_[0:37, 127:360]
     np.testing.assert_array_equal(np.asarray(product)[rows], expected[rows])
     _, d_rhs = reference.grouped_matmul_vjp(ct, lhs, rhs, sizes)
     others = np.array([0, 2, 3, 4])

@@ -227,5 +227,5 @@ def _agree(recv_counts: Array, exchange: Exchange, handle: DispatchHandle, plan:
     """Whether the counts that were passed on are those of the rows that the other ranks wait for."""
     if exchange.sizes is None:  # the route exchanged them itself
         return jnp.all(recv_counts == handle.recv_counts)
-    mine = jnp.sum(recv_counts[comm.tp_rank(plan)], axis=-1)
-    return jnp.all(mine == exchange.sizes[:, comm.ep_rank(plan)])
+    lane = comm.tp_rank(plan)
+    return jnp.all(jnp.sum(recv_counts[lane], axis=-1) == exchange.sizes[lane][:, comm.ep_rank(plan)])

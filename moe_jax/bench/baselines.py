@@ -1,4 +1,4 @@
-"""What the layer is compared with: the dense limit, the one-hot capacity layer, and all experts for every token.
+"""What the layer is compared with: dense limit, minimal layer, one-hot capacity layer, all experts for every token.
 
 Each is written for the mesh of the layer's plan and takes the layer's own parameters, ``router`` [H, E], ``w_gate`` (if
 gated), ``w_up`` [E, H, F], ``w_down`` [E, F, H], placed as the layer wants them.
@@ -14,6 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 from moe_jax import _compat, comm
 from moe_jax.config import RouterConfig
 from moe_jax.experts import activate, is_gated
+from moe_jax.kernels import grouped_matmul
 from moe_jax.layer import router_logits
 from moe_jax.on_mesh import param_spec
 from moe_jax.plan import Plan
@@ -56,6 +57,54 @@ def dense_limit(mesh: Mesh, plan: Plan, activation: str) -> tuple[Callable, Call
         return jax.tree.map(lambda a: a[None], (y, pull(ct[0])))
 
     return tuple(_mapped(mesh, plan, shard) for shard in (forward, backward))
+
+
+def minimal_layer(mesh: Mesh, plan: Plan, activation: str) -> Callable:
+    """What a person writes by hand: sort, exchange, grouped products, exchange, sum, and JAX's own derivatives.
+
+    Blocks and kernels are those of the plan; a pair of ranks moves at most ``plan.pair_capacity`` rows, and what does
+    not fit is dropped. It is what the layer's program and the time to compile it are measured by.
+
+    Returns:
+      (params, x [N, H]) -> (y [N, H], number of dropped copies over the mesh).
+    """
+    local, capacity, hidden, backend = plan.num_local_experts, plan.pair_capacity, plan.hidden, plan.backend
+
+    def shard(params, x):
+        routing = route(router_logits(params, x), RouterConfig(), top_k=plan.top_k)
+        # 1. Pairs by expert, and so by rank; where each lies in the block for its rank.
+        expert = routing.expert_ids.reshape(-1)
+        order = jnp.argsort(expert, stable=True)
+        counts = jnp.bincount(expert, length=plan.num_experts).reshape(plan.ep_size, local)
+        rank, totals = expert[order] // local, counts.sum(1)
+        place = jnp.arange(expert.size) - (jnp.cumsum(totals) - totals)[rank]
+        fits = place < capacity
+        slot = jnp.where(fits, rank * capacity + place, plan.ep_size * capacity)
+        # 2. Exchange. An expert of -1 marks a slot that no row came in.
+        blocks = jnp.zeros((plan.ep_size * capacity, hidden), x.dtype).at[slot].set(x[order // plan.top_k], mode="drop")
+        marks = jnp.full((len(blocks), 1), -1).at[slot, 0].set(expert[order] % local, mode="drop")
+        arrived, marks = (comm.gather_tp(comm.exchange_blocks(a, plan), plan) for a in (blocks, marks))
+        # 3. Rows by expert, through it, and back.
+        marks = jnp.where(marks < 0, local, marks).reshape(-1)
+        by_expert = jnp.argsort(marks, stable=True)
+        sizes = jnp.bincount(marks, length=local).astype(jnp.int32)
+
+        def project(rows, name):
+            return grouped_matmul(rows, params[f"w_{name}"].astype(x.dtype), sizes, backend=backend)
+
+        rows = arrived[by_expert]
+        gate = project(rows, "gate") if is_gated(activation) else None
+        made = project(activate(gate, project(rows, "up"), activation), "down")
+        there = jnp.arange(len(made)) < sizes.sum()
+        made = jnp.where(there[:, None], made, jnp.zeros((), made.dtype))[jnp.argsort(by_expert)]
+        # 4. Exchange back, and the weighted sum.
+        returned = comm.exchange_blocks(comm.reduce_scatter_tp(made, plan), plan)
+        weights = jnp.where(fits, routing.combine_weights.reshape(-1)[order], 0.0)[:, None]
+        terms = weights * returned[jnp.where(fits, slot, 0)].astype(jnp.float32)
+        y = jnp.zeros((len(x), hidden), jnp.float32).at[order // plan.top_k].add(terms)
+        return y.astype(x.dtype), comm.sum_over_tokens(jnp.sum(~fits).astype(jnp.int32), plan)
+
+    return _mapped_layer(mesh, plan, shard)
 
 
 def one_hot_layer(mesh: Mesh, plan: Plan, activation: str) -> Callable:

@@ -215,7 +215,7 @@ def _layer_times(mesh: Mesh, workload: Workload) -> Iterator[Row]:
     """The layer and the dense limit in bf16, once their results are right."""
     setting = make_setting(workload, mesh, "bfloat16", "none", ())
     weights = sum(value.nbytes for name, value in setting.data.params.items() if name.startswith("w_"))
-    for program in compile_programs(setting):
+    for program in itertools.chain.from_iterable(compile_programs(setting, phase) for phase in PASSES):
         forward = program.phase == PASSES[0]
         results = program.run()
         try:

@@ -14,72 +14,92 @@ from moe_jax.bench.workloads import rows_that_leave
 from moe_jax.experts import is_gated
 from moe_jax.plan.cost import row_bytes
 
-Key = tuple[str, str]
 
-
-def measure(setting: Setting, repeats: int, max_seconds: float, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Everything about one workload, ready for JSON; see ``record``.
+def measure(
+    setting: Setting,
+    repeats: int,
+    max_seconds: float,
+    progress: Callable[[str], None],
+    finished: Callable[[dict[str, Any], str], None],
+) -> dict[str, Any]:
+    """Everything about one workload, ready for JSON; one pass after the other.
 
     Args:
       setting: what to run.
       repeats: rounds of timing.
       max_seconds: contenders that need longer for a run, by their flops and the pace of the dense limit, are left out.
       progress: takes a few words.
+      finished: takes what there is so far and the pass that has just been added.
+
+    Returns:
+      The workload's sizes, and ``pass_record`` of each pass.
 
     Raises:
       WrongResult: a program does not compute what it should.
     """
-    programs = {}
-    for program in compile_programs(setting):
-        programs[program.key] = program
-        progress(f"compiled {program.name}, {program.phase}, in {program.compile_seconds:.1f} s")
-    notes: dict[Key, str] = {}
-    first, num_rounds = _first_runs(setting, programs, max_seconds, notes, progress)
-    give_back_freed_memory()
-    once = []
-    for key in (key for key in first if key[0] in setting.contenders):
-        reason = _why_once(programs[key], first[key], first[LAYER, key[1]], setting)
-        if reason:
-            _add_note(notes, key, f"1 run: {reason}")
-            once.append(key)
-    timed = {key: programs[key].run for key in first if key not in once}
-    progress(f"timing {len(timed)} programs, {repeats} rounds")
-    seconds = {**interleave(timed, repeats), **{key: [first[key]] for key in once}}
-    return record(setting, programs, seconds, notes, num_rounds)
+    workload, plan = setting.workload, setting.plan
+    record = {
+        "event": "workload",
+        "workload": workload.name,
+        "tokens_per_device": workload.tokens,
+        **{name: getattr(workload, name) for name in ("hidden", "ffn", "num_experts", "top_k", "pattern")},
+        **{name: getattr(plan, name) for name in ("dtype", "quant", "transport", "backend", "pair_capacity")},
+        "mesh": dict(setting.mesh.shape),
+        "limit_flops_per_device": setting.limit_flops,
+        "phases": {},
+    }
+    for phase in PASSES:
+        programs = {}
+        for program in compile_programs(setting, phase):
+            programs[program.name] = program
+            progress(f"compiled {program.name}, {phase}, in {program.compile_seconds:.1f} s")
+        notes: dict[str, str] = {}
+        first, record["num_rounds"] = _first_runs(setting, programs, max_seconds, notes, progress)
+        give_back_freed_memory()
+        once = []
+        for name in (name for name in first if name in setting.contenders):
+            reason = _why_once(programs[name], first[name], first[LAYER], setting)
+            if reason:
+                notes[name] = f"{notes[name]}; 1 run: {reason}" if name in notes else f"1 run: {reason}"
+                once.append(name)
+        timed = {name: programs[name].run for name in first if name not in once}
+        ahead = 2 * repeats * sum(first[name] for name in timed)
+        progress(f"timing {len(timed)} programs, {phase}, {repeats} rounds: about {ahead:.0f} s")
+        seconds = {**interleave(timed, repeats), **{name: [first[name]] for name in once}}
+        record["phases"][phase] = pass_record(setting, phase, programs, seconds, notes, record["num_rounds"])
+        finished(record, phase)
+    return record
 
 
-def _first_runs(setting, programs, max_seconds, notes, progress) -> tuple[dict[Key, float], int]:
-    """Runs and checks everything once.
+def _first_runs(setting, programs, max_seconds, notes, progress) -> tuple[dict[str, float], int]:
+    """Runs and checks the programs of a pass once.
 
     Returns:
-      Seconds by key, of a second run of limit and layer, and of the only run of a contender; the layer's rounds.
+      Seconds by name, of a second run of limit and layer, and of the only run of a contender; the layer's rounds.
     """
-    seconds: dict[Key, float] = {}
-    num_rounds = 0
-    for phase in PASSES:
-        limit, layer = programs[LIMIT, phase], programs[LAYER, phase]
-        result = limit.run()
-        check_limit(setting, result if phase == PASSES[0] else result[0])
-        expected = layer.run()
-        y, stats = expected if phase == PASSES[0] else expected[0]
-        check_layer(setting, (y, stats))
-        num_rounds = int(stats.num_rounds)
-        del result
-        seconds[limit.key], seconds[layer.key] = seconds_of(limit.run), seconds_of(layer.run)
-        for name in setting.contenders:
-            program = programs[name, phase]
-            reason = _why_never(program, limit, seconds[limit.key], max_seconds, setting.mesh.size)
-            if reason:
-                notes[program.key] = reason
-                progress(f"{name}, {phase}: {reason}")
-                continue
-            results: list[Any] = []
-            seconds[program.key] = seconds_of(lambda program=program, results=results: results.append(program.run()))
-            note = check_agreement(setting, program, expected, results.pop())
-            if note:
-                notes[program.key] = note
-            progress(f"checked {name}, {phase}")
-    return seconds, num_rounds
+    limit, layer = programs[LIMIT], programs[LAYER]
+    forward = layer.phase == PASSES[0]
+    result = limit.run()
+    check_limit(setting, result if forward else result[0])
+    del result
+    expected = layer.run()
+    y, stats = expected if forward else expected[0]
+    check_layer(setting, (y, stats))
+    seconds = {program.name: seconds_of(program.run) for program in (limit, layer)}
+    for name in setting.contenders:
+        program = programs[name]
+        reason = _why_never(program, limit, seconds[LIMIT], max_seconds, setting.mesh.size)
+        if reason:
+            notes[name] = reason
+            progress(f"{name}, {program.phase}: {reason}")
+            continue
+        results: list[Any] = []
+        seconds[name] = seconds_of(lambda program=program, results=results: results.append(program.run()))
+        note = check_agreement(setting, program, expected, results.pop())
+        if note:
+            notes[name] = note
+        progress(f"checked {name}, {program.phase}")
+    return seconds, int(stats.num_rounds)
 
 
 def _why_once(program: Program, seconds: float, layer_seconds: float, setting: Setting) -> str | None:
@@ -111,54 +131,35 @@ def _needed_bytes(program: Program, devices: int) -> int:
     return devices * (program.contract.temporary_bytes + program.contract.output_bytes)
 
 
-def _add_note(notes: dict[Key, str], key: Key, text: str) -> None:
-    notes[key] = f"{notes[key]}; {text}" if key in notes else text
-
-
-def record(
+def pass_record(
     setting: Setting,
-    programs: dict[Key, Program],
-    seconds: dict[Key, list[float]],
-    notes: dict[Key, str],
+    phase: str,
+    programs: dict[str, Program],
+    seconds: dict[str, list[float]],
+    notes: dict[str, str],
     num_rounds: int,
 ) -> dict[str, Any]:
-    """The workload's sizes, and for each pass: quotients of times, raw seconds, contracts and minima.
+    """Of one pass, by program: quotients of times, raw seconds, contracts and minima.
 
     ``limit_over_layer`` is the dense limit's time over the layer's: 1 is the limit. ``speedups`` are a contender's time
     over the layer's. Minima are those of ``minima``; wire bytes are those of the rounds that were taken.
     """
-    workload, plan = setting.workload, setting.plan
-    phases = {}
-    for phase in PASSES:
-        layer = seconds[LAYER, phase]
-        contract = programs[LAYER, phase].contract
-        in_loops = contract.wire_bytes - contract.inline_wire_bytes
-        phases[phase] = {
-            "limit_over_layer": quotient(seconds[LIMIT, phase], layer),
-            "speedups": {
-                name: quotient(seconds[name, phase], layer) if (name, phase) in seconds else None
-                for name in setting.contenders
-            },
-            "notes": {name: text for (name, noted), text in notes.items() if noted == phase},
-            "seconds": {name: values for (name, timed), values in seconds.items() if timed == phase},
-            "compile_seconds": {name: p.compile_seconds for (name, made), p in programs.items() if made == phase},
-            "wire_bytes": contract.inline_wire_bytes + (num_rounds - 1) * in_loops,
-            "temporary_bytes": contract.temporary_bytes,
-            "collectives": contract.counts,
-            "collectives_in_loops": sum(c.in_loop for c in contract.collectives),
-            "minimum": minima(setting, phase),
-            "contracts": {name: p.contract.as_dict() for (name, made), p in programs.items() if made == phase},
-        }
+    contract = programs[LAYER].contract
+    in_loops = contract.wire_bytes - contract.inline_wire_bytes
     return {
-        "event": "workload",
-        "workload": workload.name,
-        "tokens_per_device": workload.tokens,
-        **{name: getattr(workload, name) for name in ("hidden", "ffn", "num_experts", "top_k", "pattern")},
-        **{name: getattr(plan, name) for name in ("dtype", "quant", "transport", "backend", "pair_capacity")},
-        "mesh": dict(setting.mesh.shape),
-        "num_rounds": num_rounds,
-        "limit_flops_per_device": setting.limit_flops,
-        "phases": phases,
+        "limit_over_layer": quotient(seconds[LIMIT], seconds[LAYER]),
+        "speedups": {
+            name: quotient(seconds[name], seconds[LAYER]) if name in seconds else None for name in setting.contenders
+        },
+        "notes": notes,
+        "seconds": seconds,
+        "compile_seconds": {name: program.compile_seconds for name, program in programs.items()},
+        "wire_bytes": contract.inline_wire_bytes + (num_rounds - 1) * in_loops,
+        "temporary_bytes": contract.temporary_bytes,
+        "collectives": contract.counts,
+        "collectives_in_loops": sum(c.in_loop for c in contract.collectives),
+        "minimum": minima(setting, phase),
+        "contracts": {name: program.contract.as_dict() for name, program in programs.items()},
     }
 
 

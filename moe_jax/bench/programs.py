@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from moe_jax.bench.baselines import all_experts_layer, dense_limit, one_hot_layer
+from moe_jax.bench.baselines import all_experts_layer, dense_limit, minimal_layer, one_hot_layer
 from moe_jax.bench.workloads import Data, Workload, check_steerable, make_data
 from moe_jax.config import TRANSPORTS, RouterConfig
 from moe_jax.contract import Contract, contract_of
@@ -18,8 +18,8 @@ from moe_jax.on_mesh import moe_on_mesh
 from moe_jax.plan import Plan, make_plan
 
 LIMIT, LAYER = "dense limit", "layer"
-RAGGED_DOT, ONE_HOT, ALL_EXPERTS = "ragged_dot", "one-hot capacity", "all experts"
-BASELINES = (RAGGED_DOT, ONE_HOT, ALL_EXPERTS)
+MINIMAL, RAGGED_DOT, ONE_HOT, ALL_EXPERTS = "minimal", "ragged_dot", "one-hot capacity", "all experts"
+BASELINES = (MINIMAL, RAGGED_DOT, ONE_HOT, ALL_EXPERTS)
 CONTENDERS = (*BASELINES, *(name for name in TRANSPORTS if name != "auto"))  # the layer over another transport
 PASSES = ("forward", "forward + backward")
 
@@ -34,10 +34,6 @@ class Program:
     arguments: tuple[Any, ...]
     contract: Contract
     compile_seconds: float
-
-    @property
-    def key(self) -> tuple[str, str]:
-        return self.name, self.phase
 
     def run(self) -> Any:
         return jax.block_until_ready(self.compiled(*self.arguments))
@@ -82,16 +78,15 @@ def make_setting(
     return Setting(workload=workload, mesh=mesh, plan=plan, data=data, apply=apply, contenders=others)
 
 
-def compile_programs(setting: Setting) -> Iterator[Program]:
-    """The limit, the layer and all contenders, forward and with the backward pass."""
-    data, mesh, plan, activation = setting.data, setting.mesh, setting.plan, setting.workload.activation
-    for phase, function in zip(PASSES, dense_limit(mesh, plan, activation), strict=True):
-        arguments = (data.params, data.rows) if phase == PASSES[0] else (data.params, data.rows, data.ct_rows)
-        yield _compile(LIMIT, phase, function, arguments)
+def compile_programs(setting: Setting, phase: str) -> Iterator[Program]:
+    """The limit, the layer and all contenders, of one of PASSES."""
+    data, backward = setting.data, phase == PASSES[1]
+    limit = dense_limit(setting.mesh, setting.plan, setting.workload.activation)[PASSES.index(phase)]
+    yield _compile(LIMIT, phase, limit, (data.params, data.rows, data.ct_rows)[: 2 + backward])
     for name in (LAYER, *setting.contenders):
         apply = _apply_of(name, setting)
-        yield _compile(name, PASSES[0], apply, (data.params, data.x))
-        yield _compile(name, PASSES[1], with_backward(apply), (data.params, data.x, data.ct))
+        function = with_backward(apply) if backward else apply
+        yield _compile(name, phase, function, (data.params, data.x, data.ct)[: 2 + backward])
 
 
 def _compile(name: str, phase: str, function: Callable, arguments: tuple[Any, ...]) -> Program:
@@ -123,6 +118,8 @@ def _apply_of(name: str, setting: Setting) -> Callable:
     mesh, plan, activation = setting.mesh, setting.plan, setting.workload.activation
     if name == LAYER:
         return setting.apply
+    if name == MINIMAL:
+        return minimal_layer(mesh, plan, activation)
     if name == RAGGED_DOT:
         return _worst_case_layer(setting)
     if name == ONE_HOT:

@@ -2,31 +2,35 @@
 
 from typing import Any
 
-from moe_jax.bench.programs import BASELINES, LAYER, LIMIT, PASSES
+from moe_jax.bench.programs import BASELINES, LAYER, LIMIT, MINIMAL, PASSES
 
-_NAME, _COLUMN = 30, 34
+_NAME = 34
 
 
-def describe(record: dict[str, Any]) -> str:
-    """The table of one workload, a column for each pass."""
-    phases = [record["phases"][phase] for phase in PASSES]
-    rounds = f", {record['num_rounds']} rounds" if record["num_rounds"] > 1 else ""
+def describe_workload(name: str, workload: Any, plan: Any) -> str:
+    """The line above the rows of a workload."""
+    return (
+        f"{name}  {workload.tokens} tokens per device x {plan.hidden} {plan.dtype}, ffn {workload.ffn}, "
+        f"top {plan.top_k} of {plan.num_experts}, {workload.pattern}; wire {plan.quant}, {plan.transport}, "
+        f"{plan.backend}"
+    )
+
+
+def describe_pass(record: dict[str, Any], phase: str) -> str:
+    """The rows of one pass of a workload."""
+    found, rounds = record["phases"][phase], record["num_rounds"]
     lines = [
-        f"{record['workload']}  {record['tokens_per_device']} tokens per device x {record['hidden']} "
-        f"{record['dtype']}, ffn {record['ffn']}, top {record['top_k']} of {record['num_experts']}, "
-        f"{record['pattern']}; wire {record['quant']}, {record['transport']}, {record['backend']}{rounds}",
-        _line("", PASSES),
-        _line("of the dense limit", [_quotient(p["limit_over_layer"]) for p in phases]),
-        *(_line(f"faster than {name}", [_speedup(p, name) for p in phases]) for name in phases[0]["speedups"]),
-        _line("compile, s (limit)", [_compiled(p["compile_seconds"]) for p in phases]),
+        f"  {phase}" + (f", {rounds} rounds" if rounds > 1 else ""),
+        _line("of the dense limit", _quotient(found["limit_over_layer"])),
+        *(_line(f"faster than {name}", _speedup(found, name)) for name in found["speedups"]),
+        _beside("compile, s", {name: f"{seconds:.1f}" for name, seconds in found["compile_seconds"].items()}),
+        _beside("instructions", {name: f"{c['num_instructions']:,}" for name, c in found["contracts"].items()}),
     ]
     for name in ("temporary_bytes", "wire_bytes"):
-        texts = [f"{p[name]:,} ({p['minimum'][name]:,.0f})" for p in phases]
-        lines.append(_line(f"{name.replace('_', ' ')} (minimum)", texts))
-    lines.append(_line("collectives (minimum)", [_collectives(p) for p in phases]))
-    for phase, found in zip(PASSES, phases, strict=True):
-        lines += [f"  {phase}: {name}: {text}" for name, text in found["notes"].items()]
-    return "\n".join(lines)
+        least = f"{found['minimum'][name]:,.0f}"
+        lines.append(_line(f"{name.replace('_', ' ')} (minimum)", f"{found[name]:,} ({least})"))
+    lines.append(_line("collectives (minimum)", _collectives(found)))
+    return "\n".join(lines + [f"    * {name}: {text}" for name, text in found["notes"].items()])
 
 
 def describe_transports(records: list[dict[str, Any]]) -> str:
@@ -45,8 +49,14 @@ def describe_transports(records: list[dict[str, Any]]) -> str:
     return "\n".join([f"the layer's transport was the fastest in {best}, {PASSES[1]}", *slower])
 
 
-def _line(name: str, texts: Any) -> str:
-    return (f"  {name:<{_NAME}}" + "".join(f"{text:<{_COLUMN}}" for text in texts)).rstrip()
+def _line(name: str, text: str) -> str:
+    return f"    {name:<{_NAME}}{text}"
+
+
+def _beside(name: str, texts: dict[str, str]) -> str:
+    """The layer's text, and those of the limit and the minimal layer where they were made."""
+    others = [other for other in (LIMIT, MINIMAL) if other in texts]
+    return _line(f"{name} ({', '.join(others)})", f"{texts[LAYER]} ({', '.join(texts[other] for other in others)})")
 
 
 def _quotient(value: dict[str, float], unit: str = "") -> str:
@@ -58,10 +68,6 @@ def _speedup(phase: dict[str, Any], name: str) -> str:
     if value is None:
         return "not run"
     return _quotient(value, "x") + (" *" if name in phase["notes"] else "")
-
-
-def _compiled(seconds: dict[str, float]) -> str:
-    return f"{seconds[LAYER]:.1f} ({seconds[LIMIT]:.1f})"
 
 
 def _collectives(phase: dict[str, Any]) -> str:

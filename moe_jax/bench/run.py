@@ -1,4 +1,7 @@
-"""The command: workloads one after the other, a table on standard output, JSON lines where asked, progress aside."""
+"""The command: workloads one after the other, rows on standard output as they come, JSON lines where asked.
+
+How long it will take is said first; progress goes to standard error.
+"""
 
 import contextlib
 import functools
@@ -12,10 +15,11 @@ import jax
 
 from moe_jax import quant
 from moe_jax.bench.check import WrongResult
+from moe_jax.bench.estimate import estimate_seconds, pace_of, words
 from moe_jax.bench.measure import measure
 from moe_jax.bench.memory import keep_freed_memory
 from moe_jax.bench.programs import BASELINES, CONTENDERS, Setting, make_layer, make_setting, on_transport
-from moe_jax.bench.report import describe, describe_transports
+from moe_jax.bench.report import describe_pass, describe_transports, describe_workload
 from moe_jax.bench.workloads import WORKLOADS, Workload, of_config
 from moe_jax.config import DTYPES, Config, MeshConfig
 from moe_jax.errors import InvalidArgumentError, check_choice, check_count
@@ -84,11 +88,20 @@ def run(
         lines = open_lines(json_path, stack)
         header = {"event": "bench", "mesh": dict(devices.shape), "repeats": rounds, "jax": jax.__version__}
         header |= {"platform": devices.devices.flat[0].platform, "keeps_freed_memory": kept}
+        pace = pace_of(devices)
+        ahead = sum(
+            estimate_seconds(
+                workload, devices.size, contenders, repeats=rounds, max_seconds=max_seconds, pace=pace
+            )
+            for workload, *_ in runs
+        )
+        header["estimated_seconds"] = round(ahead, 1)
         emit(header, lines)
         if lines is not sys.stdout:
             print(
                 f"moe_jax bench: {header['mesh']} on {devices.size} {header['platform']} device(s), median (quartiles) "
-                f"of {rounds} rounds; 1 = the dense limit; * see below"
+                f"of {rounds} rounds; 1 = the dense limit; * see below; {words(ahead)}",
+                flush=True,
             )
         for workload, *rows in runs:
             setting = functools.partial(make_setting, workload, devices, *rows, contenders)
@@ -111,19 +124,24 @@ def _one(
     def progress(text: str) -> None:
         print(f"{' '.join(names)}: {text}", file=sys.stderr, flush=True)
 
+    def finished(record: dict[str, Any], phase: str) -> None:
+        if lines is not sys.stdout:
+            print(describe_pass(record, phase), flush=True)
+
     _, dtype, _ = names
     precision = "highest" if dtype == "float32" else "default"  # fp32 products in fp32 wherever it runs
     try:
         with jax.default_matmul_precision(precision):
-            found = measure(make(), rounds, max_seconds, progress)
+            setting = make()
+            if lines is not sys.stdout:
+                print("\n" + describe_workload(names[0], setting.workload, setting.plan), flush=True)
+            found = measure(setting, rounds, max_seconds, progress, finished)
     except WrongResult as error:
         print(f"moe_jax bench: {' '.join(names)}: no times: {error}", file=sys.stderr, flush=True)
         what = dict(zip(("workload", "dtype", "quant"), names, strict=True))
         emit({"event": "wrong", **what, "what": str(error)}, lines)
         return None
     emit(found, lines)
-    if lines is not sys.stdout:
-        print("\n" + describe(found), flush=True)
     return found
 
 

@@ -1,12 +1,13 @@
 """Grouped products for the CPU: loops over row tiles, so that work follows the rows that are there.
 
 ``lax.ragged_dot`` multiplies every row with every group's weights on a CPU. Here the outer loop runs over the groups
-that have rows and takes a group's weights once; the inner loops run over that group's row tiles: in a product of rows
-large ones while they are full, then small ones. A tile that reaches past its group, or that was shifted back at the end
-of the buffer, writes only its own group's rows.
+that have rows and takes a group's weights once; the inner loops run over that group's row tiles, first large ones, then
+small ones for what is left.
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,51 +16,84 @@ from jax import lax
 from moe_jax._compat import as_varying, union_of_varying_axes
 from moe_jax.kernels.table import Backend
 
-_MIN_TILE = 16
+_MAX_TILE = 512  # a group that is somewhat fuller or emptier than others then costs little more or less
 
 
-class _Tiling(NamedTuple):
-    """Measured. For 16-bit numbers XLA packs the weights anew for every tile, and products take half the time."""
+class _Tiles(NamedTuple):
+    """Rows of a large tile and of a small one."""
 
-    max_rows: int
-    tiles_in_group: int  # at least so many large ones in an average group
-    tiles_in_large: int  # so many small ones
-
-
-_TILING, _TILING16 = _Tiling(256, 2, 8), _Tiling(1024, 1, 4)
+    large: int
+    small: int
 
 
-def _tile_rows(num_rows: int, num_groups: int, dtype) -> tuple[int, int]:
-    """Rows of a large tile, a power of two that goes with the average group; and of a small one."""
-    tiling, tile = _TILING16 if jnp.dtype(dtype).itemsize == 2 else _TILING, _MIN_TILE
-    while tile < tiling.max_rows and 2 * tile * tiling.tiles_in_group * num_groups <= num_rows:
-        tile *= 2
-    return min(tile, num_rows), min(max(tile // tiling.tiles_in_large, _MIN_TILE), num_rows)
+def _tiles(num_rows: int, num_groups: int, dtype) -> _Tiles:
+    """Large tiles that an even load fills, in a buffer which that load fills to four fifths, as a plan makes it.
+
+    XLA packs 16-bit weights anew for every tile, so that the smallest tiles are not worth their while.
+    """
+    least = min(num_rows, 32 if jnp.dtype(dtype).itemsize == 2 else 16)
+    even = max(1, 4 * num_rows // (5 * num_groups))
+    tiles_in_group = -(-even // _MAX_TILE)
+    large = -(-even // (16 * tiles_in_group)) * 16
+    return _Tiles(min(max(large, least), num_rows), least)
 
 
-def _for_each_group(group_sizes: jax.Array, body, init):
-    """Folds ``body(group, start, stop, carry)`` over the groups that have rows, in ascending order."""
-    stops = jnp.cumsum(group_sizes)
-    present = group_sizes > 0
-    order = jnp.argsort(~present, stable=True)
+class _Steps(NamedTuple):
+    """Where each group's tiles lie: [G] i32 each. The products of one buffer have them in common, so XLA makes one."""
 
-    def step(i, carry):
-        group = order[i]
-        return body(group, stops[group] - group_sizes[group], stops[group], carry)
-
-    return lax.fori_loop(0, jnp.sum(present), step, init)
+    order: jax.Array  # groups that have rows, in ascending order, before anything
+    start: jax.Array
+    stop: jax.Array
+    num_large: jax.Array
+    num_small: jax.Array
 
 
-def _for_each_tile(start, stop, tile: int, num_rows: int, body, init):
-    """Folds ``body(first, mine [tile, 1], carry)`` over the tiles of rows [start, stop); ``mine`` marks its rows."""
+def _steps(group_sizes: jax.Array, num_rows: int, tiles: _Tiles) -> _Steps:
+    """A large tile is at least half full and ends inside the buffer; small ones take what follows the large ones."""
+    groups = jnp.arange(len(group_sizes), dtype=jnp.int32)
+    present = jnp.cumsum(group_sizes > 0)  # up to each group
+    order = jnp.sum((present <= groups[:, None]).astype(jnp.int32), axis=1)
+    stop = jnp.cumsum(group_sizes)
+    start = stop - group_sizes
+    full, room = lax.div(group_sizes + tiles.large // 2, tiles.large), lax.div(num_rows - start, tiles.large)
+    num_large = jnp.minimum(full, room)
+    rest = jnp.maximum(group_sizes - num_large * tiles.large, 0)
+    return _Steps(order, start, stop, num_large, lax.div(rest + tiles.small - 1, tiles.small))
 
-    def step(i, carry):
-        wanted = start + i * tile
-        first = jnp.minimum(wanted, num_rows - tile)  # keep the slice inside the buffer
-        row = first + jnp.arange(tile)
-        return body(first, ((row >= wanted) & (row < stop))[:, None], carry)
 
-    return lax.fori_loop(0, (stop - start + tile - 1) // tile, step, init)
+def _entry(table: jax.Array, index: jax.Array) -> jax.Array:
+    return lax.dynamic_index_in_dim(table, index, keepdims=False, allow_negative_indices=False)
+
+
+def _rows(array: jax.Array, first: jax.Array, size: int) -> jax.Array:
+    return lax.dynamic_slice_in_dim(array, first, size, allow_negative_indices=False)
+
+
+def _for_each_group(group_sizes: jax.Array, steps: _Steps, body: Callable, init: Any) -> Any:
+    """Folds ``body(group, carry)`` over the groups that have rows, in ascending order."""
+    num_groups = jnp.sum((group_sizes > 0).astype(jnp.int32))
+    return lax.fori_loop(0, num_groups, lambda i, carry: body(_entry(steps.order, i), carry), init)
+
+
+def _for_each_tile(group, steps: _Steps, num_rows: int, tiles: _Tiles, large_tile, small_tile, init: Any) -> Any:
+    """Folds ``body(first, mine [tile, 1], carry)`` over the tiles of a group, whose rows ``mine`` marks.
+
+    A large tile begins with its own rows, so that what follows them is of later groups. A small one may be shifted back
+    into the buffer, so that earlier rows precede its own.
+    """
+    _, start, stop, num_large, num_small = (_entry(table, group) for table in steps)
+
+    def large_step(i, carry):
+        first = start + i * tiles.large
+        return large_tile(first, (jnp.arange(tiles.large) < stop - first)[:, None], carry)
+
+    def small_step(i, carry):
+        wanted = start + num_large * tiles.large + i * tiles.small
+        first = jnp.minimum(wanted, num_rows - tiles.small)
+        row = first + jnp.arange(tiles.small)
+        return small_tile(first, ((row >= wanted) & (row < stop))[:, None], carry)
+
+    return lax.fori_loop(0, num_small, small_step, lax.fori_loop(0, num_large, large_step, init))
 
 
 def _zeros(shape, dtype, *like) -> jax.Array:
@@ -67,57 +101,56 @@ def _zeros(shape, dtype, *like) -> jax.Array:
 
 
 def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, transpose_rhs: bool) -> jax.Array:
-    """lhs [M, H], rhs [G, H, N] ([G, N, H] if ``transpose_rhs``), group_sizes [G] -> [M, N]; zeros past the sum."""
+    """lhs [M, H], rhs [G, H, N] ([G, N, H] if ``transpose_rhs``), group_sizes [G] -> [M, N]; anything past the sum."""
     num_rows, out_dim = lhs.shape[0], rhs.shape[1 if transpose_rhs else 2]
     out = _zeros((num_rows, out_dim), lhs.dtype, lhs, rhs, group_sizes)
-    large, small = _tile_rows(num_rows, rhs.shape[0], lhs.dtype)
     if not out.size:
         return out
     contract = (((1,), (1 if transpose_rhs else 0,)), ((), ()))
+    tiles = _tiles(num_rows, rhs.shape[0], lhs.dtype)
+    steps = _steps(group_sizes, num_rows, tiles)
 
-    def group_body(group, start, stop, out):
-        weight = lax.dynamic_index_in_dim(rhs, group, keepdims=False)
+    def group_body(group, out):
+        weight = _entry(rhs, group)
 
         def product(first, size):
-            rows = lax.dynamic_slice_in_dim(lhs, first, size)
+            rows = _rows(lhs, first, size)
             return lax.dot_general(rows, weight, contract, preferred_element_type=jnp.float32).astype(out.dtype)
 
-        def large_tile(i, out):
-            first = start + i * large
-            return lax.dynamic_update_slice_in_dim(out, product(first, large), first, 0)
+        def large_tile(first, mine, out):
+            del mine  # Rows of later groups are written again by those.
+            return put(out, product(first, tiles.large), first)
 
         def small_tile(first, mine, out):
-            kept = lax.dynamic_slice_in_dim(out, first, small)
-            return lax.dynamic_update_slice_in_dim(out, jnp.where(mine, product(first, small), kept), first, 0)
+            return put(out, jnp.where(mine, product(first, tiles.small), _rows(out, first, tiles.small)), first)
 
-        num_large = (stop - start) // large
-        out = lax.fori_loop(0, num_large, large_tile, out)
-        return _for_each_tile(start + num_large * large, stop, small, num_rows, small_tile, out)
+        return _for_each_tile(group, steps, num_rows, tiles, large_tile, small_tile, out)
 
-    return _for_each_group(group_sizes, group_body, out)
+    put = functools.partial(lax.dynamic_update_slice_in_dim, axis=0, allow_negative_indices=False)
+    return _for_each_group(group_sizes, steps, group_body, out)
 
 
 def grouped_outer(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, dtype) -> jax.Array:
     """lhs [M, H], rhs [M, N], group_sizes [G] -> [G, H, N] in ``dtype``."""
     num_rows, num_groups = lhs.shape[0], group_sizes.shape[0]
     out = _zeros((num_groups, lhs.shape[1], rhs.shape[1]), dtype, lhs, rhs, group_sizes)
-    # Every tile costs a pass over the group's sum: small ones save nothing.
-    tile, _ = _tile_rows(num_rows, num_groups, lhs.dtype)
     if not out.size or not num_rows:
         return out
+    tiles = _tiles(num_rows, num_groups, lhs.dtype)
+    steps = _steps(group_sizes, num_rows, tiles)
 
-    def group_body(group, start, stop, out):
-        def tile_body(first, mine, total):
-            rows, cts = (
-                jnp.where(mine, lax.dynamic_slice_in_dim(a, first, tile), jnp.zeros((), a.dtype)) for a in (lhs, rhs)
-            )
-            return total + lax.dot_general(rows, cts, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    def tile(first, mine, total):
+        rows, cts = (
+            jnp.where(mine, _rows(a, first, mine.shape[0]), jnp.zeros((), a.dtype)) for a in (lhs, rhs)
+        )
+        return total + lax.dot_general(rows, cts, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
+    def group_body(group, out):
         total = _zeros(out.shape[1:], jnp.float32, lhs, rhs, group_sizes)
-        total = _for_each_tile(start, stop, tile, num_rows, tile_body, total)
-        return lax.dynamic_update_index_in_dim(out, total.astype(dtype), group, 0)
+        total = _for_each_tile(group, steps, num_rows, tiles, tile, tile, total)
+        return lax.dynamic_update_index_in_dim(out, total.astype(dtype), group, 0, allow_negative_indices=False)
 
-    return _for_each_group(group_sizes, group_body, out)
+    return _for_each_group(group_sizes, steps, group_body, out)
 
 
 BACKEND = Backend(

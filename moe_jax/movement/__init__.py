@@ -1,15 +1,7 @@
 """How rows move between tokens and experts: one module per route, and the differentiable ways there and back."""
 
-from moe_jax.movement.collecting import collect_rows, collect_rows_timed, finish, sum_at_tokens, together
-from moe_jax.movement.picking import (
-    as_delivered,
-    copy_weights,
-    only_present,
-    pick,
-    place_of,
-    sum_over_pairs,
-    token_of,
-)
+from moe_jax.movement.collecting import collect_rows, collect_rows_timed, finish, together
+from moe_jax.movement.picking import as_delivered, copy_weights, pick, token_of
 from moe_jax.movement.routes import RowOrder, arrival_order
 from moe_jax.movement.sending import Sent, carry_rows, dequantized, send_as_is, send_rows, smooth_rows
 
@@ -24,14 +16,10 @@ __all__ = [
     "copy_weights",
     "dequantized",
     "finish",
-    "only_present",
     "pick",
-    "place_of",
     "send_as_is",
     "send_rows",
     "smooth_rows",
-    "sum_at_tokens",
-    "sum_over_pairs",
     "together",
     "token_of",
 ]

@@ -53,28 +53,21 @@ def finish(
 
     ``travelled``: [T, C] bool, the pairs that were collected in some window; others hold anything.
     """
-    if not plan.sums_at_experts:
-        return sum_at_tokens(collected, combine_weights, travelled, special, plan)
     with jax.named_scope("combine_sum"):
-        for k in range(0 if special is None else plan.top_k):
-            collected = collected + combine_weights[:, k, None] * special_term(special, k, plan)
-        return collected
-
-
-def sum_at_tokens(
-    collected: Array, combine_weights: Array, travelled: Array, special: SpecialTerms | None, plan
-) -> Array:
-    """``finish`` of rows at their tokens, [C, T, H]."""
-    with jax.named_scope("combine_sum"):
+        summed = plan.sums_at_experts
         if special is None:
-            return _weighted_sum(collected, combine_weights, travelled)
-        total = jnp.zeros_like(collected[0], jnp.float32)
-        rows = jax.lax.split(collected, [1] * plan.num_copies, axis=0)
+            return collected if summed else _weighted_sum(collected, combine_weights, travelled)
+        total = collected if summed else jnp.zeros_like(collected[0], jnp.float32)
+        rows = [] if summed else jax.lax.split(collected, [1] * plan.num_copies, axis=0)
         for k in range(plan.num_copies):
-            term = jnp.where(travelled[:, k, None], rows[k][0].astype(jnp.float32), 0.0)
-            term = term if k >= plan.top_k else term + special_term(special, k, plan)  # at most one is not zero
-            total = total + combine_weights[:, k, None] * term
+            terms = [] if summed else [jnp.where(travelled[:, k, None], rows[k][0].astype(jnp.float32), 0.0)]
+            terms += [] if k >= plan.top_k else [special_term(special, k, plan)]
+            total = total + combine_weights[:, k, None] * sum(terms)  # at most one of the terms is not zero
         return total
+
+
+def _row_if(travelled: Array, rows: Array) -> Array:
+    return jnp.where(travelled[:, None], rows.astype(jnp.float32), 0.0)
 
 
 @custom_gradient
@@ -84,8 +77,7 @@ def _weighted_sum(rows: Array, weights: Array, travelled: Array) -> Array:
     for c in range(rows.shape[0]):
         # Rows are masked, not terms: a compiler that makes one operation of product and sum, which rounds once, must do
         # so in every program of the layer, or values would depend on how many rounds there are.
-        row = jnp.where(travelled[:, c, None], rows[c].astype(jnp.float32), 0.0)
-        total = total + weights[:, c, None] * row
+        total = total + weights[:, c, None] * _row_if(travelled[:, c], rows[c])
     return total
 
 
@@ -95,11 +87,13 @@ def _weighted_sum_backward(operands, ct):
     ``d_row(c, t) = weights[t, c] * ct[t]`` and ``d_weights[t, c] = <row(c, t), ct[t]>``, where (t, c) travelled.
     """
     rows, weights, travelled = operands
-    d_rows = jnp.where(travelled, weights, 0.0).T[..., None] * ct
+    # One product for each c: of one over [C, T, H] the TPU compiler would write the weights down in that shape first.
+    kept = jnp.where(travelled, weights, 0.0)
+    d_rows = jnp.stack([(kept[:, c, None] * ct).astype(rows.dtype) for c in range(rows.shape[0])])
     # Rows are masked before the product: after it, the derivative in ct would still read those that are not there.
     there = [jnp.where(travelled[:, c, None], rows[c].astype(jnp.float32), 0.0) for c in range(rows.shape[0])]
     dots = [jnp.sum(row * ct, axis=-1) for row in there]
-    return d_rows.astype(rows.dtype), jnp.stack(dots, axis=-1), None
+    return d_rows, jnp.stack(dots, axis=-1), None
 
 
 _weighted_sum.defvjp(lambda *operands: (_weighted_sum(*operands), operands), _weighted_sum_backward)
