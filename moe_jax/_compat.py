@@ -1,10 +1,11 @@
 """The only module that knows which JAX it runs on (0.10 and 0.11)."""
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from jax import lax
 from jax._src import xla_bridge  # no public way to ask whether the back ends are up
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, ManualAxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.errors import InvalidArgumentError, MeshError
 
@@ -110,11 +111,24 @@ def varying_axes(x: Any) -> frozenset[str]:
 
 
 def as_varying(tree: Any, axes: Any) -> Any:
-    """Types every leaf as varying over ``axes`` too; the transpose of this step is the psum that sums replicas."""
+    """Types every leaf as varying over ``axes`` too; the transpose of this step is the psum that sums replicas.
+
+    Along axes of size 1 there is but one replica, and no collective.
+    """
 
     def widen(leaf):
-        missing = tuple(a for a in axes if a not in varying_axes(leaf))
+        missing = tuple(a for a in axes if a not in varying_axes(leaf) and lax.axis_size(a) > 1)
         return lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(widen, as_varying_over_units(tree, axes))
+
+
+def as_varying_over_units(tree: Any, axes: Any) -> Any:
+    """Types every leaf as varying over those of ``axes`` that have size 1. Nothing of it is left in the program."""
+
+    def widen(leaf):
+        missing = frozenset(a for a in axes if a not in varying_axes(leaf) and lax.axis_size(a) == 1)
+        return _retype_unit_axes_p.bind(leaf, axes=missing, varying=True) if missing else leaf
 
     return jax.tree.map(widen, tree)
 
@@ -162,20 +176,46 @@ def drop_unit_axes(tree: Any, kept: Any = ()) -> Any:
 
     def narrow(leaf):
         axes = frozenset(axis for axis in varying_axes(leaf) if axis not in kept and lax.axis_size(axis) == 1)
-        return _drop_unit_axes_p.bind(leaf, axes=axes) if axes else leaf
+        return _retype_unit_axes_p.bind(leaf, axes=axes, varying=False) if axes else leaf
 
     return jax.tree.map(narrow, tree)
 
 
-_drop_unit_axes_p = Primitive("drop_unit_axes")  # JAX itself goes from varying to invariant by collectives alone
-mlir.register_lowering(_drop_unit_axes_p, lambda context, x, axes: [x])
-batching.defvectorized(_drop_unit_axes_p)
-ad.deflinear2(_drop_unit_axes_p, lambda ct, x, axes: [lax.pcast(ct, tuple(sorted(axes)), to="varying")])
+# JAX itself goes from varying to invariant by collectives alone, and its way back has one for a transpose.
+_retype_unit_axes_p = Primitive("retype_unit_axes")
+mlir.register_lowering(_retype_unit_axes_p, lambda context, x, axes, varying: [x])
+batching.defvectorized(_retype_unit_axes_p)
+ad.deflinear2(
+    _retype_unit_axes_p, lambda ct, x, axes, varying: [_retype_unit_axes_p.bind(ct, axes=axes, varying=not varying)]
+)
 
 
-@_drop_unit_axes_p.def_abstract_eval
-def _drop_unit_axes_type(x, *, axes):
-    return x.update(manual_axis_type=x.manual_axis_type.update(varying=x.manual_axis_type.varying - axes))
+@_retype_unit_axes_p.def_abstract_eval
+def _retyped(x, *, axes, varying):
+    now = x.manual_axis_type.varying
+    return x.update(manual_axis_type=x.manual_axis_type.update(varying=now | axes if varying else now - axes))
+
+
+def on_one_device(aval: Any) -> Any:
+    """The type of an array of which each device has its own, as a function of one device is traced with it."""
+    mesh = aval.sharding.mesh if aval.sharding.mesh.empty else jax.sharding.get_abstract_mesh()
+    return aval.update(manual_axis_type=ManualAxisType(), sharding=aval.sharding.update(mesh=mesh))
+
+
+@contextlib.contextmanager
+def lowering_for(platform: str | None) -> Iterator[None]:
+    """Around the lowering of a kernel that is the same for every GPU. JAX 0.12 does without one only if it is told of a
+    kind, while a program may well be lowered here for GPUs elsewhere."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if platform != "cuda" or not hasattr(mesh, "abstract_device"):
+        yield
+        return
+    if (mesh.abstract_device or jax.devices()[0]).platform in ("gpu", "cuda"):
+        yield
+        return
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(mesh.update(abstract_device=device)):
+        yield
 
 
 def union_of_varying_axes(tree: Any) -> tuple[str, ...]:
@@ -208,9 +248,3 @@ def late(turn: jax.Array, tree: Any) -> Any:
     return lax.optimization_barrier((turn, tree))[1]
 
 
-def searchsorted(ascending: jax.Array, values: jax.Array, *, side: str) -> jax.Array:
-    """``jnp.searchsorted`` as i32. Its fast methods fail in JAX 0.10 where a mesh is manual in some axes only."""
-    mesh = jax.sharding.get_abstract_mesh()
-    partly = bool(mesh.manual_axes) and set(mesh.manual_axes) != set(mesh.axis_names)
-    found = jnp.searchsorted(ascending, values, side=side, method="sort" if partly else "scan")
-    return found.astype(jnp.int32)

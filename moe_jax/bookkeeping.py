@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from moe_jax import _compat, comm, layout
 from moe_jax.comm.arrival import hold
@@ -23,7 +24,8 @@ class Exchange(NamedTuple):
     send_counts: Array  # [W, L]
     recv_counts: Array | None  # [P, W, L]; None where the window's maps come with them
     destinations: Array | None  # "allgather": [P, W, T * C] of all ranks; "hierarchy": [T, C] of this one
-    sizes: Array | None  # [W, W] list lengths of all ranks, for transports that move unequal slices
+    sizes: Array | None  # [P, W, W] list lengths of all ranks; None where they are not known here
+    travels: Array  # [T, C] bool, the pairs that go somewhere in one of the windows
     source_order: Array | None  # [P * W] the sources in the order of their rows; None: ascending
     stats: DispatchStats
     microseconds: Array | None = None  # [W] waited for each rank's counts
@@ -68,11 +70,13 @@ def prepare(
             destination = jnp.where(sendable, destination, -1)
             stale = jnp.sum(~sendable, dtype=jnp.int32)[None]
         pairs = layout.sort_pairs(destination, plan.ep_size * plan.num_local_experts)
-        send_counts = jnp.diff(pairs.offsets).reshape(plan.ep_size, plan.num_local_experts)
-        dropped = jnp.zeros_like(send_counts[0, :1])
+        send_counts = pairs.counts.reshape(plan.ep_size, plan.num_local_experts)
+        travels, dropped = destination >= 0, jnp.zeros_like(send_counts[0, :1])
         if plan.overflow == "drop":
-            over = jnp.maximum(jnp.sum(send_counts, axis=1) - plan.pair_capacity, 0)
-            dropped = jnp.sum(over, dtype=jnp.int32)[None]
+            kept = layout.send_maps(pairs, plan.ep_size, 0, plan.pair_capacity, compact=False)
+            dropped = jnp.sum(pairs.counts, dtype=jnp.int32)[None] - jnp.sum(kept.sizes, dtype=jnp.int32)[None]
+            travels = kept.pair_slot >= 0
+        travels = travels.reshape(plan.tokens_per_rank, plan.num_copies)
     invalid = jnp.sum(wanted & ~valid, dtype=jnp.int32)[None]
     stats = DispatchStats(num_dropped=dropped, num_invalid=invalid, num_stale=stale)
     stats = _compat.as_varying(stats, plan.exchange_axes)
@@ -84,15 +88,17 @@ def prepare(
         elif plan.transport == "hierarchy":
             everyone = destination.reshape(plan.tokens_per_rank, plan.num_copies)
         else:
-            totals = jnp.sum(send_counts, axis=1, dtype=jnp.int32)
             if timed:
                 recv_counts, microseconds = comm.exchange_counts_timed(send_counts, plan)
-                totals, pairs = hold((totals, pairs), jnp.max(microseconds))  # all that follows comes after it
-            elif recv_counts is None:
-                recv_counts = comm.exchange_counts(send_counts, plan)
-            sizes = comm.all_send_sizes(totals, plan)
+                pairs = hold(pairs, jnp.max(microseconds))  # all that follows comes after it
+            else:
+                counts = comm.gather_counts(send_counts, plan)
+                sizes = jnp.sum(counts, axis=-1, dtype=jnp.int32)
+                if recv_counts is None:
+                    counts = _compat.as_varying(counts, plan.exchange_axes)
+                    recv_counts = lax.dynamic_index_in_dim(counts, comm.ep_rank(plan), axis=2, keepdims=False)
     order = None if ranks is None else source_order(ranks, plan)
-    return Exchange(chosen, pairs, send_counts, recv_counts, everyone, sizes, order, stats, microseconds)
+    return Exchange(chosen, pairs, send_counts, recv_counts, everyone, sizes, travels, order, stats, microseconds)
 
 
 def read_table(rank_table: Array, plan: Plan) -> RankTable:
@@ -134,7 +140,10 @@ def count_rounds(exchange: Exchange, plan) -> Array:
     """Windows of ``plan.pair_capacity`` that hold every list of every rank of the group; at least 1. i32 scalar."""
     if plan.max_rounds == 1:
         return jnp.ones((), jnp.int32)
-    longest = comm.max_over_ranks(jnp.max(jnp.sum(exchange.send_counts, axis=1)), plan)
+    if exchange.sizes is None:
+        longest = comm.max_over_ranks(jnp.max(jnp.sum(exchange.send_counts, axis=1)), plan)
+    else:  # all ranks know all of them
+        longest = jnp.max(exchange.sizes)
     return jnp.maximum(1, (longest + plan.pair_capacity - 1) // plan.pair_capacity).astype(jnp.int32)
 
 
@@ -184,7 +193,10 @@ def open_window(
                 num_rows=num_rows,
                 source_order=exchange.source_order,
             )
-            sizes = jnp.clip(exchange.sizes - start, 0, capacity) if compact else exchange.sizes[:0, :0]
+            sizes = jnp.zeros_like(send.sizes, shape=(0, 0))
+            if compact:
+                sizes = lax.dynamic_index_in_dim(exchange.sizes, comm.tp_rank(plan), keepdims=False)
+                sizes = jnp.clip(sizes - start, 0, capacity)
             recv_counts, group_sizes = exchange.recv_counts, receive.group_sizes
             maps = ExchangeMaps(
                 send_pair=send.slot_pair,

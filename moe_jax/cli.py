@@ -6,6 +6,7 @@ of a training run that saved and ended because it was asked to, 143 (SIGTERM) an
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -113,7 +114,9 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     slowest = "leave out what would need longer for a run (default: 60)"
     parser.add_argument("--max-seconds", type=float, default=60.0, metavar="S", help=slowest)
     parser.add_argument("--json", metavar="FILE", help="JSON lines with raw seconds; -: on standard output, no tables")
-    parser.set_defaults(command=_bench)
+    here = "instead: check and time everything on the first device that is here, by a prepared list of under ten minutes"
+    parser.add_argument("--target", choices=["here"], help=here)
+    parser.set_defaults(command=functools.partial(_bench, parser))
 
 
 def _words(text: str) -> list[str]:
@@ -165,7 +168,9 @@ def _plan(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _bench(arguments: argparse.Namespace) -> int:
+def _bench(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    if arguments.target == "here":
+        return _bench_here(parser, arguments)
     config = None if arguments.config is None else _load(arguments)
     mesh = None if arguments.mesh is None else parse_mesh(arguments.mesh)
     from moe_jax import bench
@@ -183,6 +188,17 @@ def _bench(arguments: argparse.Namespace) -> int:
         max_seconds=arguments.max_seconds,
         json_path=arguments.json,
     )
+
+
+def _bench_here(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    unread = ("config", "mesh", "workloads", "dtype", "quant", "against", "repeats", "quick", "max_seconds")
+    for name in unread:
+        if getattr(arguments, name) != parser.get_default(name):
+            option = "CONFIG" if name == "config" else f"--{name.replace('_', '-')}"
+            raise InvalidArgumentError(f"{option} does not go with --target here, whose list is prepared; leave it out")
+    from moe_jax.bench import here
+
+    return here.run(json_path=arguments.json)
 
 
 def _make_plan(config: Config, tokens_per_rank: int | None, dtype: str | None):

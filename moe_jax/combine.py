@@ -154,15 +154,15 @@ def combine_sum(
     maps = handle.maps
     # The weight of a pair that contributes nothing may be anything, NaN included.
     weights = copy_weights(combine_weights, plan)
+    travelled = maps.pair_slot >= 0 if isinstance(maps, ExchangeMaps) else jnp.zeros_like(weights, dtype=bool)
     contributes = jnp.pad(handle.expert_ids >= plan.num_experts, ((0, 0), (0, plan.num_copies - plan.top_k)))
-    if isinstance(maps, ExchangeMaps):
-        contributes |= maps.pair_slot >= 0
+    contributes |= travelled
     if performance_info is None:
         collected = collect_rows(rows, weights if row_weights is None else row_weights, handle)
     else:
         collected, microseconds = collect_rows_timed(rows, weights, handle)
         performance_info = performance_info + microseconds.astype(performance_info.dtype)
-    total = finish(collected, jnp.where(contributes, weights, 0.0), terms, plan)
+    total = finish(collected, jnp.where(contributes, weights, 0.0), travelled, terms, plan)
     return total if shared_x is None else total + shared_x.astype(jnp.float32), performance_info
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import _compat
-from moe_jax.kernels import grouped_matmul
+from moe_jax.kernels import grouped_matmul, grouped_matmuls
 
 Array = jax.Array
 
@@ -35,36 +35,45 @@ def activate(gate: Array | None, up: Array, activation: str) -> Array:
     return (gate * jax.nn.sigmoid(_ALPHA * gate) * (wide + 1.0)).astype(up.dtype)
 
 
-def grouped_product(inputs: Array, weight: Array, bias: Array | None, *, group_sizes: Array, backend: str) -> Array:
-    """Rows [M, I] in consecutive groups through the weight [L, I, O], and bias [L, O], of their group -> [M, O].
+Biases = tuple[Array | None, ...]
+
+
+def grouped_product(
+    inputs: Array, weights: tuple[Array, ...], biases: Biases, *, group_sizes: Array, backend: str
+) -> tuple[Array, ...]:
+    """Rows [M, I] in consecutive groups through each weight [L, I, O], and bias [L, O], of their group -> [M, O] each.
 
     Rows past ``sum(group_sizes)`` influence nothing, forward or backward.
     """
-    product = grouped_matmul(inputs, weight, group_sizes, backend=backend)
-    if bias is None:
-        return product
-    # A bias per group is a grouped product too: its gradient sums a group's rows and reads none past the sum.
-    ones = _compat.as_varying(jnp.ones((inputs.shape[0], 1), inputs.dtype), _compat.varying_axes(inputs))
-    return product + grouped_matmul(ones, bias[:, None, :], group_sizes, backend=backend)
+    products = list(grouped_matmuls(inputs, weights, group_sizes, backend=backend))
+    for place, bias in enumerate(biases):
+        if bias is not None:
+            # A bias is a grouped product too: its gradient sums the rows of a group and reads none past the sum.
+            ones = _compat.as_varying(jnp.ones((inputs.shape[0], 1), inputs.dtype), _compat.varying_axes(inputs))
+            bias = bias[:, None, :]
+            products[place] = grouped_matmul(ones, bias, group_sizes, backend=backend, add_to=products[place])
+    return tuple(products)
 
 
 def project_in(weights: dict[str, Array], rows: Array, product: Callable) -> tuple[Array | None, Array]:
     """(gate, up): rows through w_gate and w_up, with b_gate and b_up where there are any; gate None without w_gate.
 
-    ``product``: (rows, weight, bias or None) -> rows, each through the weight of its expert.
+    ``product``: (rows, weights, biases or None) -> rows for each weight, each through the weight of its expert.
     """
-    projected = (_through(weights, rows, name, product) if f"w_{name}" in weights else None for name in ("gate", "up"))
-    return tuple(projected)
+    gated = "w_gate" in weights
+    projected = _through(weights, rows, ("gate", "up") if gated else ("up",), product)
+    return projected if gated else (None, *projected)
 
 
 def project_out(weights: dict[str, Array], hidden: Array, product: Callable) -> Array:
     """Hidden activations through w_down, with b_down if there is one; ``product`` as for ``project_in``."""
-    return _through(weights, hidden, "down", product)
+    return _through(weights, hidden, ("down",), product)[0]
 
 
-def _through(weights: dict[str, Array], rows: Array, name: str, product: Callable) -> Array:
-    bias = weights.get(f"b_{name}")
-    return product(rows, weights[f"w_{name}"].astype(rows.dtype), None if bias is None else bias.astype(rows.dtype))
+def _through(weights: dict[str, Array], rows: Array, names: tuple[str, ...], product: Callable) -> tuple[Array, ...]:
+    of_rows = tuple(weights[f"w_{name}"].astype(rows.dtype) for name in names)
+    biases = tuple(weights.get(f"b_{name}") for name in names)
+    return product(rows, of_rows, tuple(bias if bias is None else bias.astype(rows.dtype) for bias in biases))
 
 
 def shared_ffn(weights: dict[str, Array], x: Array, *, activation: str) -> Array:

@@ -66,7 +66,7 @@ def open_hierarchy(
         slot_token, token_slot = _crossing_maps(node, num_nodes, min(tokens, per_node * capacity))
         leaving = _destinations_by_node(chosen, node, slot_token, num_nodes, per_node * num_local)
     with jax.named_scope("exchange_counts"):
-        recv_counts = comm.exchange_counts(jnp.diff(pairs.offsets).reshape(plan.ep_size, num_local), plan)
+        recv_counts = comm.exchange_counts(pairs.counts.reshape(plan.ep_size, num_local), plan)
         guests = nodes.swap_with_nodes(leaving, plan)
     with jax.named_scope("layout"):
         block = num_nodes * min(capacity, tokens * copies)
@@ -144,14 +144,14 @@ def _receive_maps(
     lists = by_slot(sizes)
     if compact:
         from_rank = jnp.sum(lists, axis=-1, dtype=jnp.int32)
-        bases = jnp.cumsum(from_rank, axis=1) - from_rank
+        bases = layout.exclusive_cumsum(from_rank)
     else:
         bases = jnp.broadcast_to(jnp.arange(per_node, dtype=jnp.int32) * block, (num_tp, per_node))
     bases = bases + jnp.arange(num_tp, dtype=jnp.int32)[:, None] * (per_node * block)
-    starts = (bases[..., None] + jnp.cumsum(lists, axis=-1) - lists).reshape(num_tp, per_node, num_local, num_nodes)
+    starts = (bases[..., None] + layout.exclusive_cumsum(lists)).reshape(num_tp, per_node, num_local, num_nodes)
     slot_start = starts.transpose(0, 3, 1, 2).reshape(sizes.shape)
     row_start = layout.row_starts(sizes, source_order)
     return (
-        layout.map_blocks(*(layout.by_row(part, source_order) for part in (row_start, slot_start, sizes)), num_rows),
-        layout.map_blocks(starts.ravel(), by_slot(row_start).ravel(), lists.ravel(), num_tp * per_node * block),
+        layout.map_blocks(row_start, slot_start, sizes, num_rows),
+        layout.map_blocks(slot_start, row_start, sizes, num_tp * per_node * block),
     )

@@ -5,10 +5,13 @@ is kept apart, in a ``Work`` of its own. Of a conditional's branches the one of 
 """
 
 import collections
+import contextlib
 import dataclasses
 import math
 import re
 from collections.abc import Iterator
+
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from moe_jax.hlo import ALIASES, Execution, Instruction, Program, array_extents, num_bytes
 
@@ -26,6 +29,9 @@ _STRUCTURE = re.compile(
 )
 _WRAPPED = re.compile(r"(jvp|transpose|vmap|rematted_computation)\((.*)\)")
 NO_SCOPE = "(no scope)"
+_FLOPS = "moe_jax_flops"
+# Kernels for TPU carry Pallas's cost estimate. JAX drops it from those for GPU, so ours carry an attribute.
+_DECLARED = rf'"cost_estimate":\{{"flops":"(\d+)"|\b{_FLOPS}="(\d+)"'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +65,9 @@ class Work:
       scope_cycles: the same by named scope, largest first.
       flops_by_op: of dot, convolution and each kernel.
       gathers, scatters: executed.
+      product_bytes, product_cycles: those of ``bytes_accessed`` and ``cycles`` that belong to what multiplies: products,
+        fusions around one, and kernels that declare flops.
+      gather_bytes: what gathers take out, written once. (The TPU compiler prices no gather of rows.)
       unpriced: executions of what has no estimate, by name, on TPU.
     """
 
@@ -70,7 +79,15 @@ class Work:
     flops_by_op: tuple[tuple[str, int], ...]
     gathers: int
     scatters: int
+    product_bytes: int
+    product_cycles: int | None
+    gather_bytes: int
     unpriced: tuple[tuple[str, int], ...]
+
+
+def declare_flops(flops: int) -> contextlib.AbstractContextManager:
+    """Around the call of a kernel: what it multiplies, for ``flops_of`` to find in the compiled program."""
+    return set_xla_metadata(**{_FLOPS: str(flops)})
 
 
 def work_of(program: Program, *, has_fast_memory: bool) -> tuple[Work, Work, tuple[Kernel, ...], tuple[str, ...]]:
@@ -91,7 +108,7 @@ def work_of(program: Program, *, has_fast_memory: bool) -> tuple[Work, Work, tup
 
 def _sum(program: Program, executions: list[Execution], traffic: "_Traffic") -> Work:
     flops, scopes, ops, unpriced = collections.Counter(), collections.Counter(), collections.Counter(), []
-    moved = handed = 0
+    moved = handed = product_bytes = product_cycles = gathered = 0
     for execution in executions:
         instruction, times = execution.instruction, execution.times
         products = flops_of(program, instruction)
@@ -99,13 +116,17 @@ def _sum(program: Program, executions: list[Execution], traffic: "_Traffic") -> 
             name = kernel_name(instruction) if instruction.op == "custom-call" else instruction.op
             flops[name] += times * products
         ops[instruction.op] += times
+        gathered += times * num_bytes(instruction.type) if instruction.op == "gather" else 0
         if execution.is_fused:
             continue
-        moved += times * traffic.of(instruction)
+        touched, is_product = times * traffic.of(instruction), _multiplies(program, instruction)
+        moved += touched
+        product_bytes += touched if is_product else 0
         handed += times * sum(map(num_bytes, program.handed_over(instruction) or ()))
         priced = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
         if priced:
             scopes[_scope(program, instruction)] += times * int(priced[1])
+            product_cycles += times * int(priced[1]) if is_product else 0
         elif _runs(instruction):
             unpriced.append((instruction, times))
     is_priced = traffic.has_fast_memory
@@ -121,6 +142,9 @@ def _sum(program: Program, executions: list[Execution], traffic: "_Traffic") -> 
         flops_by_op=_largest_first(flops),
         gathers=ops["gather"],
         scatters=ops["scatter"],
+        product_bytes=product_bytes,
+        product_cycles=product_cycles if is_priced else None,
+        gather_bytes=gathered,
         unpriced=_largest_first(names),
     )
 
@@ -136,13 +160,21 @@ def flops_of(program: Program, instruction: Instruction) -> int | None:
     if instruction.op == "convolution":
         return _convolution_flops(program, instruction)
     if instruction.op == "custom-call":
-        declared = re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.attributes)
+        declared = re.search(_DECLARED, instruction.attributes)
         if declared:
-            return int(declared[1])
+            return int(declared[1] or declared[2])
         contracted = re.search(r'"lhs_contracting_dimensions":\[([\d",]*)\]', instruction.attributes)
         if contracted:  # a library's product: cuBLAS, oneDNN
             return _dot_flops(program, instruction, contracted[1].replace('"', ""))
     return None
+
+
+def _multiplies(program: Program, instruction: Instruction) -> bool:
+    """Whether an instruction is a product, or a fusion that holds one."""
+    if instruction.op != "fusion":
+        return bool(flops_of(program, instruction))
+    inside = program.computations[instruction.attribute("calls").lstrip("%")].values()
+    return any(_multiplies(program, inner) for inner in inside)
 
 
 def _dot_flops(program: Program, instruction: Instruction, contracted: str) -> int:

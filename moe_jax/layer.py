@@ -52,7 +52,8 @@ def moe_layer(
     ``y[t] = sum_k w[t, k] * expert[id[t, k]](x[t]) + shared(x[t])``; the sum in fp32 over ascending k, rounded once.
     With overflow="dropless" the result is exact at any skew: a round moves ``plan.pair_capacity`` rows per pair of
     ranks; what does not fit goes into further rounds, run in a loop that all ranks leave together, and recomputed in
-    the backward pass, so that memory does not grow with the skew.
+    the backward pass, so that memory does not grow with the skew. Where one device holds all experts (ep = tp = 1)
+    nothing is exchanged: T * K rows are gathered, multiplied and gathered back, in one round.
 
     Args:
       params: this shard's part, in any float dtype (cast to ``plan.dtype`` for the products, except the router):
@@ -103,6 +104,7 @@ def moe_layer(
     check_router(router, plan, None if table is None else table.shape[0])
 
     x = _compat.as_varying(x, plan.token_axes)
+    params = _compat.as_varying_over_units(params, plan.token_axes)  # else JAX sums their gradients over one device
     if token_mask is not None:  # padding may hold anything; from here on it is zero
         x = jnp.where(token_mask[:, None], x, jnp.zeros((), x.dtype))
     routing = route(

@@ -1,7 +1,9 @@
 """Integer bookkeeping: from destinations to counts, offsets and permutations. No floats, no collectives.
 
-Everything is i32 and O(n + E * W) in memory for n pairs, E experts and W ranks. A *pair* is one copy of a token that
-must travel; its *destination* is a flat expert slot, rank * L + local expert, or -1. The pairs of one rank, sorted by
+Everything is i32 and O(n + E * W) in memory for n pairs, E experts and W ranks. On accelerators the launch of an
+operation costs more than its arithmetic on so few numbers: look-ups and running sums compare all with all, which is one
+fused operation with nothing of the product in memory, instead of searching in a loop. A *pair* is one copy of a token
+that must travel; its *destination* is a flat expert slot, rank * L + local expert, or -1. The pairs of one rank, sorted by
 destination and then by flat index, form one list per destination rank; a *window* is the stretch
 [start, start + capacity) of every such list, and it is what one exchange moves.
 
@@ -9,14 +11,12 @@ Addresses: a *send slot* is a row of the buffer that leaves, an *arrival slot* a
 a row of the experts' input, ordered by (local expert, tp rank, source rank, pair).
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-
-from moe_jax import _compat
 
 Array = jax.Array
 
@@ -26,8 +26,7 @@ class PairOrder(NamedTuple):
 
     order: Array  # [n] pair at each sorted position; pairs without destination come last
     position: Array  # [n] sorted position of each pair
-    destination: Array  # [n] as given: 0..D-1 or -1
-    offsets: Array  # [D + 1] sorted position at which each destination starts
+    counts: Array  # [D] pairs of each destination
 
 
 class SendMaps(NamedTuple):
@@ -59,8 +58,20 @@ class GatherMaps(NamedTuple):
 
 
 def exclusive_cumsum(sizes: Array) -> Array:
-    """Where each entry starts when all are laid end to end. [B] -> [B]."""
-    return jnp.cumsum(sizes) - sizes
+    """Where each entry starts when all of the last axis are laid end to end. [..., B] -> [..., B]."""
+    place = np.arange(sizes.shape[-1])
+    return _sum_where(place[:, None] < place, sizes[..., None])
+
+
+def searchsorted(ascending: Array, values: Array, *, side: str) -> Array:
+    """``jnp.searchsorted`` as i32: how many of ``ascending`` are less than each value, or with side="right" at most."""
+    ascending = ascending[:, None]
+    return jnp.sum(ascending < values if side == "left" else ascending <= values, axis=0, dtype=jnp.int32)
+
+
+def count_each(ids: Array, num_ids: int) -> Array:
+    """How often each of 0..num_ids-1 stands in ``ids``; others do not count. i32 [num_ids]."""
+    return jnp.sum(ids.ravel()[:, None] == jnp.arange(num_ids, dtype=ids.dtype), axis=0, dtype=jnp.int32)
 
 
 def sort_pairs(destination: Array, num_destinations: int) -> PairOrder:
@@ -74,34 +85,32 @@ def sort_pairs(destination: Array, num_destinations: int) -> PairOrder:
     iota = jnp.arange(n, dtype=jnp.int32)
     key = jnp.where(destination < 0, num_destinations, destination)
     if (num_destinations + 1) * n < 2**31:  # key and index packed in one integer sort several times faster
-        packed = jnp.sort(key * n + iota)
-        sorted_key, order = packed // max(n, 1), packed % max(n, 1)
+        order = jnp.sort(key * n + iota) % max(n, 1)
     else:
-        sorted_key, order = lax.sort((key, iota), num_keys=1, is_stable=True)
+        _, order = lax.sort((key, iota), num_keys=1, is_stable=True)
     position = jnp.zeros(n, jnp.int32).at[order].set(iota, unique_indices=True)
-    offsets = _compat.searchsorted(sorted_key, jnp.arange(num_destinations + 1, dtype=jnp.int32), side="left")
-    return PairOrder(order=order, position=position, destination=destination, offsets=offsets)
+    # Counted apart, so that what needs the counts does not wait for the sort.
+    return PairOrder(order=order, position=position, counts=count_each(destination, num_destinations))
 
 
-def map_blocks(source_start: Array, target_start: Array, sizes: Array, length: int) -> Array:
-    """Where each source address lies in the target layout, for blocks that keep their inner order.
+def map_blocks(source_start: Array, target_start: Array, sizes: Array, address: Array | int) -> Array:
+    """Where source addresses lie in the target layout, for blocks that keep their inner order.
 
     Args:
-      source_start: [B] ascending; empty blocks may share a start.
-      target_start: [B].
-      sizes: [B]; blocks do not overlap in the source.
-      length: extent of the source, static.
+      source_start, target_start, sizes: of the blocks, in any order, all of one shape [...]. In the source no two
+        blocks that hold something overlap.
+      address: [n] of the source; or an int, for all addresses below it.
 
     Returns:
-      [length] target address, or -1 where no block lies.
+      [n] target addresses, or -1 where no block lies.
     """
-    if not sizes.shape[0]:
-        return jnp.full((length,), -1, jnp.int32)
-    address = jnp.arange(length, dtype=jnp.int32)
-    block = _compat.searchsorted(source_start, address, side="right") - 1
-    inner = address - source_start[block]
-    inside = (block >= 0) & (inner < sizes[block])
-    return jnp.where(inside, target_start[block] + inner, -1)
+    if isinstance(address, int):
+        address = jnp.arange(address, dtype=jnp.int32)
+    start, target, size = (part.ravel()[:, None] for part in (source_start, target_start, sizes))
+    inner = address - start
+    inside = (inner >= 0) & (inner < size)
+    found = jnp.where(inside, target + inner, -1)  # of at most one block
+    return lax.reduce(found, np.int32(-1), lax.max, (0,))
 
 
 def clip_to_window(lists: Array, start: Array | int, capacity: int) -> tuple[Array, Array]:
@@ -114,9 +123,9 @@ def clip_to_window(lists: Array, start: Array | int, capacity: int) -> tuple[Arr
     Returns:
       (first, sizes), both [..., L]: offset in the window, and number of entries inside it.
     """
-    stop = jnp.cumsum(lists, axis=-1)
-    first = jnp.clip(stop - lists - start, 0, capacity)
-    return first, jnp.clip(stop - start, 0, capacity) - first
+    begin = exclusive_cumsum(lists) - start
+    first = jnp.clip(begin, 0, capacity)
+    return first, jnp.clip(begin + lists, 0, capacity) - first
 
 
 def send_maps(pairs: PairOrder, num_ranks: int, start: Array | int, capacity: int, *, compact: bool) -> SendMaps:
@@ -128,19 +137,18 @@ def send_maps(pairs: PairOrder, num_ranks: int, start: Array | int, capacity: in
       start, capacity: the window.
       compact: True lays the rows for all ranks end to end; False gives each rank ``capacity`` slots.
     """
-    n, per_rank = pairs.order.shape[0], (pairs.offsets.shape[0] - 1) // num_ranks
-    list_start = pairs.offsets[:-1:per_rank]
-    list_sizes = jnp.diff(pairs.offsets[::per_rank])
+    n = pairs.order.shape[0]
+    list_sizes = jnp.sum(pairs.counts.reshape(num_ranks, -1), axis=1, dtype=jnp.int32)
+    window_start = exclusive_cumsum(list_sizes) + start
     sizes = jnp.clip(list_sizes - start, 0, capacity)
-    bases = exclusive_cumsum(sizes) if compact else jnp.arange(num_ranks, dtype=jnp.int32) * capacity
+    bases = exclusive_cumsum(sizes) if compact else jnp.asarray(np.arange(num_ranks, dtype=np.int32) * capacity)
     length = min(n, num_ranks * capacity) if compact else num_ranks * capacity
-    slot_position = map_blocks(bases, list_start + start, sizes, length)
-    slot_pair = jnp.where(slot_position < 0, -1, _take(pairs.order, slot_position))
-    rank = jnp.maximum(pairs.destination, 0) // per_rank
-    inner = pairs.position - list_start[rank] - start
-    inside = (pairs.destination >= 0) & (inner >= 0) & (inner < capacity)
+    slot_position = map_blocks(bases, window_start, sizes, length)
     return SendMaps(
-        sizes=sizes, bases=bases, slot_pair=slot_pair, pair_slot=jnp.where(inside, bases[rank] + inner, -1)
+        sizes=sizes,
+        bases=bases,
+        slot_pair=jnp.where(slot_position < 0, -1, _take(pairs.order, slot_position)),
+        pair_slot=map_blocks(window_start, bases, sizes, pairs.position),
     )
 
 
@@ -168,19 +176,18 @@ def receive_maps(
     first, sizes = clip_to_window(recv_counts, start, capacity)
     from_source = jnp.sum(sizes, axis=-1, dtype=jnp.int32)
     if compact:
-        bases = jnp.cumsum(from_source, axis=1) - from_source
+        bases = exclusive_cumsum(from_source)
     else:
-        bases = jnp.broadcast_to(jnp.arange(num_ranks, dtype=jnp.int32) * capacity, (num_tp, num_ranks))
-    bases = bases + jnp.arange(num_tp, dtype=jnp.int32)[:, None] * arrival_len
+        bases = np.broadcast_to(np.arange(num_ranks, dtype=np.int32) * capacity, (num_tp, num_ranks))
+    bases = jnp.asarray(bases + np.arange(num_tp, dtype=np.int32)[:, None] * arrival_len)
     slot_start = bases[..., None] + first
     row_start = row_starts(sizes, source_order)
-    flat = functools.partial(by_row, source_order=source_order)
     return ReceiveMaps(
         sizes=from_source,
         bases=bases,
         group_sizes=jnp.sum(sizes, axis=(0, 1), dtype=jnp.int32),
-        row_slot=map_blocks(flat(row_start), flat(slot_start), flat(sizes), num_rows),
-        slot_row=map_blocks(slot_start.ravel(), row_start.ravel(), sizes.ravel(), num_tp * arrival_len),
+        row_slot=map_blocks(row_start, slot_start, sizes, num_rows),
+        slot_row=map_blocks(slot_start, row_start, sizes, num_tp * arrival_len),
     )
 
 
@@ -208,45 +215,43 @@ def gather_maps(
     num_sources = num_tp * num_ranks
     local = destinations - rank * num_local
     mine = (destinations >= 0) & (local >= 0) & (local < num_local)
-    source = jnp.arange(num_sources, dtype=jnp.int32) if source_order is None else jnp.argsort(source_order)
-    source = source.astype(jnp.int32).reshape(num_tp, num_ranks, 1)
-    block = jnp.where(mine, local * num_sources + source, -1)
+    place = _places(num_sources, source_order)
+    block = jnp.where(mine, local * num_sources + place.reshape(num_tp, num_ranks, 1), -1)
     pairs = sort_pairs(block.ravel(), num_local * num_sources)
-    recv_counts = _by_source(jnp.diff(pairs.offsets), destinations.shape[:2], source_order)
+    by_source = pairs.counts.reshape(num_local, num_sources).T
+    recv_counts = (by_source if source_order is None else by_source[place]).reshape(num_tp, num_ranks, num_local)
 
     _, sizes = clip_to_window(recv_counts, start, capacity)
-    list_start = jnp.cumsum(recv_counts, axis=-1) - recv_counts
-    skipped = jnp.clip(start - list_start, 0, recv_counts)  # of each block, by earlier windows
-    flat = functools.partial(by_row, source_order=source_order)
-    sorted_start = flat(row_starts(recv_counts, source_order) + skipped)
-    row_start = flat(row_starts(sizes, source_order))
-    row_position = map_blocks(row_start, sorted_start, flat(sizes), num_rows)
-    position_row = map_blocks(sorted_start, row_start, flat(sizes), pairs.order.shape[0])
+    skipped = jnp.clip(start - exclusive_cumsum(recv_counts), 0, recv_counts)  # of each block, by earlier windows
+    sorted_start = row_starts(recv_counts, source_order) + skipped
+    row_start = row_starts(sizes, source_order)
+    row_position = map_blocks(row_start, sorted_start, sizes, num_rows)
+    pair_row = map_blocks(sorted_start, row_start, sizes, pairs.position)
     return GatherMaps(
         recv_counts=recv_counts,
         group_sizes=jnp.sum(sizes, axis=(0, 1), dtype=jnp.int32),
         row_pair=jnp.where(row_position < 0, -1, _take(pairs.order, row_position)),
-        pair_row=_take(position_row, pairs.position).reshape(num_tp * num_ranks, n),
+        pair_row=pair_row.reshape(num_tp * num_ranks, n),
     )
 
 
 def row_starts(sizes: Array, source_order: Array | None = None) -> Array:
     """First row of each (tp rank, source, local expert) block when rows are ordered by expert first. [P, W, L]."""
-    return _by_source(exclusive_cumsum(by_row(sizes, source_order)), sizes.shape[:2], source_order)
+    place = _places(sizes.shape[0] * sizes.shape[1], source_order)
+    order = (place[:, None] + np.arange(sizes.shape[-1], dtype=np.int32) * len(place)).ravel()  # of the blocks
+    return _sum_where(order[:, None] < order, sizes.reshape(-1, 1)).reshape(sizes.shape)
 
 
-def by_row(blocks: Array, source_order: Array | None) -> Array:
-    """[P, W, L] -> flat, in row order: local expert, then source."""
-    by_source = lax.collapse(blocks, 0, 2)
-    return (by_source if source_order is None else by_source[source_order]).T.ravel()
+def _places(num_sources: int, source_order: Array | None) -> Array | np.ndarray:
+    """[P * W] the place of each source in the order of the rows of an expert."""
+    if source_order is None:
+        return np.arange(num_sources, dtype=np.int32)
+    return jnp.argsort(source_order).astype(jnp.int32)
 
 
-def _by_source(flat: Array, sources: tuple[int, int], source_order: Array | None) -> Array:
-    """The inverse of ``by_row``: [L * P * W] -> [P, W, L]."""
-    by_source = flat.reshape(-1, sources[0] * sources[1]).T
-    if source_order is not None:
-        by_source = by_source[jnp.argsort(source_order)]
-    return by_source.reshape(*sources, by_source.shape[1])
+def _sum_where(wanted: Array, sizes: Array) -> Array:
+    """The sum over the last axis but one of the ``sizes`` that are ``wanted``."""
+    return jnp.sum(jnp.where(wanted, sizes, 0), axis=-2, dtype=jnp.int32)
 
 
 def _take(table: Array, index: Array) -> Array:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax import _compat
 from moe_jax.config import ACTIVATIONS, RouterConfig
@@ -42,7 +42,7 @@ Array = jax.Array
 
 
 def moe_on_mesh(
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     plan: Plan,
     router: RouterConfig,
     *,
@@ -55,12 +55,14 @@ def moe_on_mesh(
     """The MoE layer on global arrays: ``init(key) -> params`` and ``apply(params, x) -> (y, stats)``.
 
     Expert weights are sharded over the expert-parallel axes and, along their FFN axis, over tp; router and shared
-    expert are replicated. Values do not depend on the mesh. ``apply`` may be jitted, differentiated, scanned and
-    rematerialised. Called by itself, it is one program, compiled once.
+    expert are replicated. Values do not depend on the mesh, but for the last bits, which are the compiler's. ``apply``
+    may be jitted, differentiated, scanned and rematerialised. Called by itself, it is one program, compiled once.
 
     Args:
       mesh: the mesh that the plan was made from. Its axes may be Auto, Explicit or of both types, with or without
-        ``jax.set_mesh``. Arguments may be laid out over it in any way: ``apply`` moves what lies elsewhere.
+        ``jax.set_mesh``. Arguments may be laid out over it in any way: ``apply`` moves what lies elsewhere. To trace
+        and lower, an AbstractMesh will do; where its axes are Explicit, which is the default of newer JAX, JAX lowers
+        inside ``jax.sharding.use_abstract_mesh(mesh)`` alone.
       plan, router: static.
       ffn: F, width of an expert, divisible by tp. A shared expert has width F * ``plan.num_shared_experts``.
       activation: "swiglu", "gelu" or "clamped_swiglu".

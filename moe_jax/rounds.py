@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax import _compat
-from moe_jax.bookkeeping import Exchange, count_rounds, open_window, prepare
+from moe_jax.bookkeeping import Exchange, count_rounds, open_window, prepare, read_table
 from moe_jax.derivatives import custom_gradient, first_order_only
 from moe_jax.expert_slots import add_overflow_gradients, expert_slots, overflow_slots
-from moe_jax.movement import arrival_order, collect_rows, dequantized, finish, send_rows
+from moe_jax.local_sum import local_sum
+from moe_jax.movement import arrival_order, collect_rows, dequantized, finish, send_rows, together
 from moe_jax.plan import Plan
 from moe_jax.special import special_terms
 from moe_jax.types import DispatchHandle
@@ -43,7 +44,7 @@ def routed_sum(
       expert_ids, weights: [T, K] i32 and f32.
       experts: as for ``expert_slots``; constants: of ``special_terms``.
       x: [T, H] in ``plan.dtype``.
-      plan, activation: static. rank_table: as for ``dispatch``.
+      plan, activation: static. rank_table: as for ``dispatch``; that of one rank can only say that it is there.
       chunks: a divisor of T; each part of the tokens passes by itself, with its share of ``plan.pair_capacity``.
 
     Returns:
@@ -54,6 +55,12 @@ def routed_sum(
     found = []
     for start in range(0, max(1, plan.tokens_per_rank), max(1, tokens)):
         ids_here, x_here, weights_here = (a[start : start + tokens] for a in (expert_ids, x, weights))
+        if not plan.exchanges:
+            if rank_table is not None:
+                read_table(rank_table, part)  # raises
+            operands = (ids_here, experts, constants, x_here, weights_here)
+            found.append((*local_sum(*operands, part, activation=activation), jnp.ones((), jnp.int32)))
+            continue
         exchange = prepare(ids_here, part, rank_table=rank_table)
         num_rounds = count_rounds(exchange, part)
         exchange = _compat.as_varying(exchange, plan.token_axes)
@@ -77,11 +84,14 @@ def _arrived(x: Array, handle: DispatchHandle, slots: dict[str, Any]) -> Array:
     return dequantized(send_rows(x, handle, order=slots["order"]), handle.plan)
 
 
-def _round(through: Callable, plan: Plan, activation: str, index, experts, x, weights, exchange: Exchange) -> Array:
-    """Round ``index``: its pairs to the experts, ``through`` them and back."""
+def _round(
+    through: Callable, plan: Plan, activation: str, index, experts, x, weights, exchange: Exchange, earlier=None
+) -> Array:
+    """Round ``index``: its pairs to the experts, ``through`` them and back, to what ``earlier`` rounds collected."""
     handle, slots = _open(plan, activation, index, exchange)
     made = through(experts, _arrived(x, handle, slots), **slots)
-    return collect_rows(made, weights, handle, order=slots["order"])
+    collected = collect_rows(made, weights, handle, order=slots["order"])
+    return collected if earlier is None else together(earlier, collected, handle)
 
 
 def _add_overflow_round(plan: Plan, activation: str, index, grads, ct, experts, x, weights, exchange: Exchange):
@@ -120,21 +130,24 @@ def _routed_forward(plan, activation, experts, x, weights, special, exchange, nu
     def overflow(collected, num_rounds, exchange, *operands):
         def turn(state):
             index, collected = state
-            # Every pair comes back in one round and is zero in the others, so adding loses nothing.
             late = _compat.late(index, operands)
-            return index + 1, collected + _round(overflow_slots, plan, activation, index, *late, exchange)
+            return index + 1, _round(overflow_slots, plan, activation, index, *late, exchange, collected)
 
         return lax.while_loop(lambda state: state[0] < num_rounds, turn, (jnp.ones_like(num_rounds), collected))[1]
 
     if plan.max_rounds > 1:
         collected = _loop(overflow, plan)(collected, num_rounds, exchange, experts, x, weights)
-    total = finish(collected, weights, special, plan)
+    total = finish(collected, weights, exchange.travels, special, plan)
     return total, (pull_first, collected, experts, x, weights, special, exchange, num_rounds)
 
 
 def _routed_backward(plan, activation, residuals, ct):
     pull_first, collected, experts, x, weights, special, exchange, num_rounds = residuals
-    pull_finish = jax.vjp(lambda *operands: finish(*operands, plan), collected, weights, special)[1]
+
+    def finished(collected, weights, special):
+        return finish(collected, weights, exchange.travels, special, plan)
+
+    pull_finish = jax.vjp(finished, collected, weights, special)[1]
     d_collected, d_weights, d_special = pull_finish(ct)
     grads = pull_first(d_collected)
 

@@ -23,6 +23,7 @@ from moe_jax.errors import (
     check_type,
     raise_all,
 )
+from moe_jax.layout import count_each
 from moe_jax.types import Routing
 
 _FLOATS = ("float32", "bfloat16", "float16")
@@ -128,12 +129,6 @@ def update_selection_bias(bias: jax.Array, load: jax.Array, *, rate: float) -> j
     load = load - jnp.min(load)  # sums of differences stay exact for longer, and equal loads stay equal to their mean
     rate = rate if isinstance(rate, (jax.Array, np.ndarray)) else float(rate)
     return bias + jnp.asarray(rate, jnp.float32) * jnp.sign(jnp.mean(load) - load)
-
-
-def count_ids(ids: jax.Array, num_ids: int) -> jax.Array:
-    """How often each of 0..num_ids-1 stands in ``ids``; others do not count. i32 [num_ids], by one sort."""
-    edges = _compat.searchsorted(jnp.sort(ids.ravel()), jnp.arange(num_ids + 1, dtype=ids.dtype), side="left")
-    return jnp.diff(edges).astype(jnp.int32)
 
 
 def _check_route(logits, router, top_k, bias, token_mask):
@@ -267,8 +262,9 @@ def _log_scores(logits: jax.Array, score: str) -> jax.Array:
 
 @custom_gradient
 def _take_columns(table: jax.Array, columns: jax.Array) -> jax.Array:
-    """table [T, E], columns [T, K] distinct in a row -> [T, K]; its adjoint compares instead of scattering."""
-    return jnp.take_along_axis(table, columns, axis=1)
+    """table [T, E], columns [T, K] distinct in a row -> [T, K]; it compares instead of gathering or scattering."""
+    chosen = columns[..., None] == jnp.arange(table.shape[1], dtype=columns.dtype)
+    return jnp.sum(jnp.where(chosen, table[:, None], 0.0), axis=-1)
 
 
 def _take_forward(table, columns):
@@ -292,7 +288,7 @@ def _losses(logits, scores, expert_ids, active, router, axes):
     """Losses and load over the active tokens of all ranks along ``axes``."""
     num_experts, top_k = logits.shape[1], expert_ids.shape[1]
     shares = scores if router.score == "softmax" else _shares(logits, router.score)
-    load = count_ids(expert_ids, num_experts)
+    load = count_each(expert_ids, num_experts)
     num_active = jnp.sum(active, dtype=jnp.int32)
     share_sum = jnp.sum(jnp.where(active[:, None], shares, 0.0), axis=0)
     normalised = active & jnp.any(logits != -jnp.inf, axis=-1)  # the logarithm of an empty sum is no number

@@ -1,5 +1,6 @@
 """Builders for ``compile_for``, which imports them by name in the process that compiles."""
 
+import functools
 import time
 
 import jax
@@ -30,6 +31,27 @@ def layer(devices, gradient, backend="auto"):
     x = placed((plan.tokens_per_rank * mesh.size, plan.hidden), plan.dtype, P(plan.token_axes))
     grad = jax.grad(lambda params, x: jnp.sum(apply(params, x)[0].astype(jnp.float32)), (0, 1))
     return (grad if gradient else apply), (params, x)
+
+
+def products(devices, rows, hidden, columns, groups, dtype, backend="auto"):
+    """On each device a grouped product, and its gradients, by the back end of a plan for these devices."""
+    mesh = moe.make_mesh(ep=len(devices), devices=devices)
+    plan = moe.make_plan(
+        mesh, tokens_per_rank=rows, hidden=hidden, num_experts=groups * len(devices), top_k=1, backend=backend
+    )
+
+    def shard(lhs, rhs, group_sizes, ct):
+        product = functools.partial(moe.grouped_matmul, group_sizes=group_sizes, backend=plan.backend)
+        out, pullback = jax.vjp(product, lhs, rhs)
+        return out, *pullback(ct)
+
+    run = jax.shard_map(shard, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+    shapes = [((rows, hidden), dtype), ((groups, hidden, columns), dtype), ((groups,), "int32"), ((rows, columns), dtype)]
+    here = NamedSharding(mesh, P("ep"))
+    args = [
+        jax.ShapeDtypeStruct((len(devices) * shape[0], *shape[1:]), kind, sharding=here) for shape, kind in shapes
+    ]
+    return jax.jit(run), args
 
 
 def refused(devices):

@@ -23,6 +23,7 @@ LAYERS = [
     {"movement", "bookkeeping", "window"},
     {"routing", "dispatch", "combine", "experts", "fused", "update_expert"},
     {"expert_slots"},
+    {"local_sum"},
     {"rounds"},
     {"layer"},
     {"on_mesh"},

@@ -43,9 +43,7 @@ def product_and_gradient(backend):
 
     value, gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(LHS, RHS)
     np.testing.assert_array_equal(value, reference.grouped_matmul(LHS, RHS, SIZES).sum())
-    for actual, expected in zip(
-        gradients, reference.grouped_matmul_vjp(np.ones((3, 2)), LHS, RHS, SIZES), strict=True
-    ):
+    for actual, expected in zip(gradients, reference.grouped_matmul_vjp(np.ones((3, 2)), LHS, RHS, SIZES), strict=True):
         np.testing.assert_array_equal(actual, expected)
 
 
@@ -64,7 +62,7 @@ def test_platform_defaults_to_the_one_jax_runs_on():
 
 
 def test_built_in_names():
-    assert set(backend_names()) >= {"xla", "cpu", "gpu", "tpu"}
+    assert set(backend_names()) >= {"xla", "tokamax", "cpu", "gpu", "tpu"}
 
 
 @pytest.mark.parametrize("transport", ["padded", "ragged"])
@@ -127,6 +125,72 @@ def test_an_explicit_choice_is_never_replaced():
         product_and_gradient("half")
 
 
+def test_a_back_end_for_a_device_kind_is_taken_where_the_kind_is_known():
+    """The last registered one that fits; patterns are compared in any case, and without a kind they never fit."""
+    new = moe_jax.Backend(
+        name="new",
+        platforms=("gpu",),
+        device_kinds=("*h100*", "*B200*"),
+        kernels={"grouped_matmul": xla.grouped_matmul},
+    )
+    moe_jax.register_backend(new)
+    kinds = {"NVIDIA H100 80GB HBM3": "new", "NVIDIA b200": "new", "NVIDIA A100-SXM4-80GB": "gpu", None: "gpu"}
+    for kind, name in kinds.items():
+        assert moe_jax.resolve_backend("grouped_matmul", platform="gpu", device_kind=kind).name == name
+    assert moe_jax.resolve_backend("grouped_matmul", platform="cpu", device_kind="h100").name == "cpu"
+    assert table.resolve_all("gpu", "NVIDIA H100 80GB HBM3") == "new+hopper"
+    assert table.resolve_all("gpu", "NVIDIA A100-SXM4-80GB") == "gpu"
+
+
+def test_names_joined_by_plus_share_the_work():
+    """Each kernel is the first's that has it, whatever is registered last."""
+    first, second = Counting("first", kernels=("grouped_matmul",)), Counting("second")
+    for counting in (second, first):
+        moe_jax.register_backend(counting.backend)
+    product_and_gradient("first+second")
+    assert first.calls == {"grouped_matmul": 2} and second.calls == {"grouped_matmul": 0, "grouped_outer": 1}
+    product_and_gradient("second+first")
+    assert first.calls == {"grouped_matmul": 2} and second.calls == {"grouped_matmul": 2, "grouped_outer": 2}
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_what_a_product_is_added_to(accumulates):
+    """A back end that takes ``add_to`` gets it; for another the product is added outside. The sum is the same."""
+    given = []
+
+    def kernel(lhs, rhs, group_sizes, *, transpose_rhs, add_to=None):
+        given.append(add_to is not None)
+        product = xla.grouped_matmul(lhs, rhs, group_sizes, transpose_rhs=transpose_rhs)
+        return product if add_to is None else product + add_to
+
+    moe_jax.register_backend(
+        moe_jax.Backend(name="adds", platforms=("cpu",), kernels={"grouped_matmul": kernel}, accumulates=accumulates)
+    )
+    start = np.float32([[1, 2], [3, 4], [5, 6]])
+    for backend in ("adds", "auto"):
+        summed = table.call_kernel("grouped_matmul", backend, LHS, RHS, SIZES, add_to=start, transpose_rhs=False)
+        np.testing.assert_array_equal(summed, reference.grouped_matmul(LHS, RHS, SIZES) + start)
+    assert given == [accumulates] * 2
+
+
+def test_a_back_end_without_its_package_is_refused_with_the_line_that_installs_it():
+    moe_jax.register_backend(
+        moe_jax.Backend(name="far", requires="no_such_package", kernels=xla.BACKEND.kernels), replace=True
+    )
+    for name in ("far", "far+cpu"):
+        with pytest.raises(errors.UnsupportedError, match="no_such_package.*pip install no_such_package"):
+            moe_jax.resolve_backend("grouped_matmul", name)
+        with pytest.raises(errors.InvalidArgumentError, match="pip install no_such_package"):
+            moe_jax.make_plan(
+                moe_jax.make_mesh(ep=1), tokens_per_rank=4, hidden=8, num_experts=8, top_k=2, backend=name
+            )
+
+
+def test_tokamax_is_never_chosen_silently():
+    chosen = [moe_jax.resolve_backend(k, platform=p).name for k in table.KERNELS for p in table.PLATFORMS]
+    assert "tokamax" not in chosen and moe_jax.kernels.tokamax.BACKEND.requires == "tokamax"
+
+
 def test_transports_are_resolved_like_kernels():
     mover = moe_jax.Backend(name="mover", platforms=("cpu",), transports={"padded": lambda rows, axis_name: rows})
     moe_jax.register_backend(mover)
@@ -152,7 +216,8 @@ def test_a_layer_mixes_what_back_ends_bring(capacity):
         mesh, tokens_per_rank=4, hidden=8, num_experts=8, top_k=2, dtype="float32", transport="padded",
         capacity_factor=capacity,
     )  # fmt: skip
-    assert plan.backend == "auto"
+    assert plan.backend == "mover+mine+cpu"
+    assert "products of rows by mine; gradients of weights by cpu" in plan.describe()
     init, apply = moe_jax.moe_on_mesh(mesh, plan, moe_jax.RouterConfig(), ffn=4)
     gradient = jax.jit(jax.grad(lambda params: apply(params, jnp.ones((16, 8)))[0].sum()))(init(jax.random.key(0)))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
@@ -208,6 +273,8 @@ def test_only_backends_can_be_registered():
     [
         ({"kernel": "grouped_matmull"}, "did you mean 'grouped_matmul'"),
         ({"kernel": "grouped_matmul", "name": "cpuu"}, "did you mean 'cpu'"),
+        ({"kernel": "grouped_matmul", "name": "gpu+cpuu"}, "did you mean 'cpu'"),
+        ({"kernel": "grouped_matmul", "name": "gpu+auto"}, "backend='auto' is unknown"),
         ({"kernel": "grouped_matmul", "platform": "cuda"}, "platform='cuda'"),
     ],
 )
@@ -221,6 +288,11 @@ def test_unknown_words_are_named(arguments, names):
     [
         ({"name": "auto"}, "name='auto'"),
         ({"name": ""}, "name=''"),
+        ({"name": "cpu+gpu"}, "name='cpu[+]gpu'"),
+        ({"device_kinds": "h100"}, "device_kinds of back end 'mine': 'h100'"),
+        ({"device_kinds": ("h100", 5)}, "device_kinds of back end 'mine'"),
+        ({"requires": None}, "requires of back end 'mine'"),
+        ({"accumulates": 1}, "accumulates=1"),
         ({"kernels": {"grouped_matmull": print}}, "kernels of back end 'mine'.*did you mean 'grouped_matmul'"),
         ({"transports": {"raged": print}}, "transports of back end 'mine'.*did you mean 'ragged'"),
         ({"platforms": ("cuda",)}, "platforms of back end 'mine'.*'cuda'"),

@@ -194,6 +194,24 @@ def abstract(ep=8, **options):
     return moe.make_plan(AbstractMesh((ep, 1), ("ep", "tp")), **(SIZES | options))
 
 
+@pytest.mark.parametrize("dtype,item", [("float32", 4), ("bfloat16", 2)])
+def test_one_device_moves_rows_by_two_gathers(dtype, item):
+    """The same of any transport: there, back, sum; and with cotangents of pairs and of weights. Nothing is sent."""
+    row, wide, pairs = HIDDEN * item, HIDDEN * 4, TOKENS * TOP_K
+    for transport in ("auto", "allgather"):
+        plan = abstract(ep=1, transport=transport, dtype=dtype)
+        forward, both = (plan.cost(0, platform="gpu")[phase] for phase in PHASES)
+        router = 4 * (TOKENS * HIDDEN + HIDDEN * EXPERTS + TOKENS * EXPERTS)
+        moved = 5 * pairs * row + TOKENS * wide
+        assert forward.traffic_bytes == router + moved
+        assert both.traffic_bytes == 3 * router + 2 * moved + 2 * (pairs * row + TOKENS * wide)
+        assert forward.wire_bytes == both.wire_bytes == 0
+        assert plan.workspace() == {
+            "send": 0, "arrival": 0, "return": pairs * row, "rows": pairs * row, "integers": 4 * (3 * pairs + 2 * EXPERTS)
+        }  # fmt: skip
+    assert "exchanges nothing" in abstract(ep=1).describe()
+
+
 def test_only_cpus_cast_rows_for_sums_of_tp_ranks():
     """There and back between bf16 and fp32, rows that arrived and their sums, on every way home."""
     for tp, dtype in ((2, "bfloat16"), (2, "float32"), (1, "bfloat16")):

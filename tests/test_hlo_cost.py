@@ -184,6 +184,26 @@ def test_kernels_count_what_they_declare_and_memory_on_the_chip_is_no_traffic():
     assert work_of(program, has_fast_memory=False)[0].bytes_accessed == 4 * 8 * 16 * 4
 
 
+def test_what_multiplies_is_kept_apart_and_what_gathers_take_out():
+    cycles = 'backend_config={"window_config":{"estimated_cycles":"%d"}}'
+    program = module(
+        "%a = f32[8,16]{1,0} parameter(0)",
+        "%b = f32[16,4]{1,0} parameter(1)",
+        "%at = s32[6]{0} parameter(2)",
+        f"%product = f32[8,4]{{1,0}} fusion(%a, %b), kind=kOutput, calls=%inside, {cycles % 7}",
+        f"%other = f32[8,4]{{1,0}} add(%product, %product), {cycles % 5}",
+        "ROOT %rows = f32[6,4]{1,0} gather(%other, %at), offset_dims={1}, collapsed_slice_dims={0}, slice_sizes={1,4}",
+        computations="%inside (p: f32[8,16], q: f32[16,4]) -> f32[8,4] {\n  %p = f32[8,16]{1,0} parameter(0)\n  "
+        "%q = f32[16,4]{1,0} parameter(1)\n  "
+        "ROOT %y = f32[8,4]{1,0} convolution(%p, %q), dim_labels=bf_io->bf\n}\n",
+    )
+    work = work_of(program, has_fast_memory=True)[0]
+    assert (work.cycles, work.product_cycles) == (12, 7)
+    assert work.product_bytes == 4 * (8 * 16 + 16 * 4 + 8 * 4) and work.gather_bytes == 4 * 6 * 4
+    assert work.bytes_accessed == work.product_bytes + 4 * 3 * 8 * 4 + 4 * (2 * 6 * 4 + 6)
+    assert work_of(program, has_fast_memory=False)[0].product_cycles is None
+
+
 def test_cycles_by_scope():
     def line(name, path, cycles):
         return (

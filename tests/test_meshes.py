@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import moe_jax as moe
@@ -137,6 +137,30 @@ def test_layers_in_a_loop_over_explicit_axes(spec):
 
     x = jax.ShapeDtypeStruct((4 * T, H), jnp.float32, sharding=place)
     assert jax.eval_shape(jax.jit(jax.grad(looped, argnums=1)), params, x).shape == x.shape
+
+
+@pytest.mark.parametrize("types", [(A, A), (X, X), (A, X), (X, A)], ids=named)
+def test_a_mesh_of_no_devices_may_have_axes_of_any_type(types):
+    """Traced only: a plan reads names and sizes, and its operators and its layer run where all axes are manual."""
+    mesh, auto = (AbstractMesh((2, 2), ("ep", "tp"), axis_types=kinds) for kinds in (types, (A, A)))
+    plan = plan_of(mesh)
+    assert plan == plan_of(auto) and hash(plan) == hash(plan_of(auto)) and plan == plan_of(AbstractMesh((2, 2), ("ep", "tp")))
+    init, apply = moe.moe_on_mesh(mesh, plan, moe.RouterConfig(), ffn=F)
+    params = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
+    x = jax.ShapeDtypeStruct((4 * T, H), jnp.float32, sharding=NamedSharding(mesh, P(("ep", "tp"))))
+    given = [x] + [jax.ShapeDtypeStruct((4 * T, K), kind, sharding=x.sharding) for kind in (jnp.int32, jnp.float32)]
+
+    def shard(x, ids, weights):
+        sent = moe.dispatch(x, ids, plan)
+        return moe.combine(sent.x, weights, sent.handle)
+
+    mapped = jax.shard_map(shard, mesh=mesh, in_specs=P(("ep", "tp")), out_specs=P(("ep", "tp")))
+    for context in (contextlib.nullcontext(), jax.sharding.use_abstract_mesh(mesh)):
+        with context:
+            assert jax.eval_shape(mapped, *given).shape == x.shape
+            y, _ = jax.eval_shape(jax.jit(apply), params, x)
+            d_params = jax.eval_shape(jax.grad(lambda params, x: jnp.sum(apply(params, x)[0])), params, x)
+            assert y.shape == x.shape and d_params["w_up"].shape == (E, H, F)
 
 
 # --- axes of size 1 say nothing ---------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import moe_jax as moe
@@ -111,7 +111,8 @@ def test_workspace_of_dispatch_is_what_a_call_makes(transport, overflow):
         functools.partial(moe.dispatch, plan=plan), mesh=mesh, in_specs=everywhere, out_specs=everywhere
     )
     given = ((tokens * 16, hidden), jnp.float32), ((tokens * 16, top_k), jnp.int32)
-    sent = jax.eval_shape(run, *(jax.ShapeDtypeStruct(*shape) for shape in given))
+    place = NamedSharding(mesh, everywhere)  # JAX asks for it where axes are Explicit, the default of newer JAX
+    sent = jax.eval_shape(run, *(jax.ShapeDtypeStruct(*shape, sharding=place) for shape in given))
     sizes, extents = plan.workspace("dispatch"), {name: a.shape[0] // 16 for name, a in vars(sent.handle.maps).items()}
     assert sizes["rows"] == sent.x.shape[0] // 16 * hidden * 4
     assert (sizes == plan.workspace()) == (overflow == "drop")

@@ -72,18 +72,19 @@ def lowered(transport, *, ep, tokens, experts):
         mesh, tokens_per_rank=tokens, hidden=512, num_experts=experts, top_k=4, dtype="float32", transport=transport
     )
     init, apply = moe.moe_on_mesh(mesh, plan, moe.RouterConfig(), ffn=32)
-    traced = jax.jit(with_backward(apply)).trace(*layer_arguments(plan, init, mesh.size))
-    return operations(traced.lower(lowering_platforms=("cpu",)).as_text())
+    given = layer_arguments(plan, init, mesh.size)
+    with jax.sharding.use_abstract_mesh(mesh):  # which JAX wants where axes are Explicit, the default of newer JAX
+        traced = jax.jit(with_backward(apply)).trace(*given)
+        return operations(traced.lower(lowering_platforms=("cpu",)).as_text())
 
 
 @pytest.mark.parametrize("transport", [*TRANSPORTS, "hierarchy"])
 def test_lowered_program_grows_with_nothing(transport):
-    """The same operations for 16 and 64 ranks, 64 and 1024 tokens, 64 and 512 experts; without pieces for 2 ranks."""
+    """The same operations for 16 and 64 ranks, 64 and 1024 tokens, 64 and 512 experts."""
     sizes = {"ep": 16, "tokens": 1024, "experts": 512}
     expected = lowered(transport, **sizes)
     assert expected["stablehlo.while"] and expected["stablehlo.dot_general"]
-    changes = [{"ep": 64}, {"tokens": 64}, {"experts": 64}] + [{"ep": 2}] * (transport != "padded")
-    for change in changes:
+    for change in ({"ep": 64}, {"ep": 2}, {"tokens": 64}, {"experts": 64}):
         assert lowered(transport, **(sizes | change)) == expected, change
 
 
@@ -109,9 +110,7 @@ def compiled(name, phase, *, ep=8, tp=1, dtype="float32", quant="none", overflow
 
 
 def test_compiled_program_does_no_more_for_more_ranks():
-    """XLA takes an all-to-all apart, one piece for each rank, on CPUs: gathers make them. All other work stays."""
     few, many = compiled("W2", BOTH, ep=2).work, compiled("W2", BOTH).work
-    assert many.pop("gather") - few.pop("gather") <= 12 * (8 - 2)
     assert few == many and min(many[op] for op in ("all-to-all", "dot", "sort", "while")) > 0
 
 

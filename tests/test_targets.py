@@ -28,6 +28,7 @@ from moe_jax.targets import target as target_module
 from moe_jax.targets.compile import _job_of_function
 from moe_jax.targets.target import find_target
 
+ALONE = ["v5e:1x1", "v5p:1x1x1", "v6e:1x1", "h100:1"]
 ELSEWHERE = ["v5e:2x4", "v5p:2x2x2", "v6e:2x4", "a100:8", "h100:8", "h200:8", "b200:8"]
 ROWS, WIDTH = 64, 128
 
@@ -208,6 +209,7 @@ def test_unknown_targets(name, text):
 
 def test_targets_by_name():
     assert (find_target("v5p:4x4x8").num_devices, find_target("v5p:4x4x8").platform) == (128, "tpu")
+    assert find_target("v5e:1x1").topology["chips_per_host_bounds"] == (1, 1, 1) and find_target("v5p:1x1x2").num_devices == 2
     assert find_target("h100:4").topology["topology"] == "1x1x4"
     assert find_target("h100:16").topology["topology"] == "1x2x8"
     assert find_target("cpu:3").num_devices == 3
@@ -266,6 +268,7 @@ def test_functions_take_the_targets_branch(platform_target):
     assert word in module and "sine " not in module.replace("cosine ", "")
 
 
+@pytest.mark.compilers
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ELSEWHERE)
 def test_known_counts_elsewhere(target):
@@ -285,6 +288,7 @@ def test_known_counts_elsewhere(target):
         assert report.num_devices == 8 and report.argument_bytes == size
 
 
+@pytest.mark.compilers
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["v5e:2x4", "h100:8"])
 def test_ragged_products_as_the_compilers_make_them_today(target):
@@ -298,6 +302,7 @@ def test_ragged_products_as_the_compilers_make_them_today(target):
     assert any(kernel.name.startswith("ragged-dot") for kernel in report.kernels) == (report.platform == "tpu")
 
 
+@pytest.mark.compilers
 @pytest.mark.slow
 def test_kernels_of_pallas_elsewhere():
     """A kernel counts what it declares, under its own name; JAX's kernel for Hopper declares nothing."""
@@ -324,6 +329,7 @@ def test_kernels_of_pallas_elsewhere():
     assert (kernel.target, kernel.flops, report.flops) == ("mosaic_gpu_v2", None, 0) and not report.temporary_bytes
 
 
+@pytest.mark.compilers
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["v5e:2x4", "h100:8"])
 def test_loops_elsewhere(target):
@@ -342,6 +348,7 @@ def test_loops_elsewhere(target):
         assert report.cycles_by_scope["known"] % 5 == 0 and "unknown" in dict(report.loop_work.scope_cycles)
 
 
+@pytest.mark.compilers
 @pytest.mark.slow
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("target", ["v5e:2x4", "h100:8"])
@@ -360,6 +367,7 @@ def test_the_layer_elsewhere(target, gradient):
     assert here.counts["all-to-all"] >= (4 if gradient else 2) and not here.float_scatters
 
 
+@pytest.mark.compilers
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["v5e:4x4", "h100:16"])
 def test_an_abstract_mesh_larger_than_what_is_here(target):
@@ -369,6 +377,7 @@ def test_an_abstract_mesh_larger_than_what_is_here(target):
     assert [(c.op, c.operand_bytes, c.group_size) for c in report.collectives] == [("all-to-all", 32 * WIDTH * 4, 16)]
 
 
+@pytest.mark.compilers
 @pytest.mark.slow
 @pytest.mark.parametrize("target,text", [("v5e:3x5", "not divisible"), ("v5e:2x4", "memory")])
 def test_what_a_compiler_refuses(target, text):

@@ -85,7 +85,7 @@ def run(
             make_layer(layer, devices, *rows)
     records = []
     with contextlib.ExitStack() as stack:
-        lines = _open(json_path, stack)
+        lines = open_lines(json_path, stack)
         header = {"event": "bench", "mesh": dict(devices.shape), "repeats": rounds, "jax": jax.__version__}
         header |= {"platform": devices.devices.flat[0].platform, "keeps_freed_memory": kept}
         pace = pace_of(devices)
@@ -96,7 +96,7 @@ def run(
             for workload, *_ in runs
         )
         header["estimated_seconds"] = round(ahead, 1)
-        _emit(header, lines)
+        emit(header, lines)
         if lines is not sys.stdout:
             print(
                 f"moe_jax bench: {header['mesh']} on {devices.size} {header['platform']} device(s), median (quartiles) "
@@ -139,9 +139,9 @@ def _one(
     except WrongResult as error:
         print(f"moe_jax bench: {' '.join(names)}: no times: {error}", file=sys.stderr, flush=True)
         what = dict(zip(("workload", "dtype", "quant"), names, strict=True))
-        _emit({"event": "wrong", **what, "what": str(error)}, lines)
+        emit({"event": "wrong", **what, "what": str(error)}, lines)
         return None
-    _emit(found, lines)
+    emit(found, lines)
     return found
 
 
@@ -157,7 +157,7 @@ def _check_each(name: str, values: Sequence[str], known: Any) -> None:
         check_choice(name, value, known)
 
 
-def _open(path: str | None, stack: contextlib.ExitStack) -> TextIO | None:
+def open_lines(path: str | None, stack: contextlib.ExitStack) -> TextIO | None:
     """Where JSON lines go; None: nowhere."""
     if path is None or path == "-":
         return None if path is None else sys.stdout
@@ -167,6 +167,7 @@ def _open(path: str | None, stack: contextlib.ExitStack) -> TextIO | None:
         raise InvalidArgumentError(f"json={path!r} cannot be written ({error.strerror}); give another file") from None
 
 
-def _emit(values: dict[str, Any], lines: TextIO | None) -> None:
+def emit(values: dict[str, Any], lines: TextIO | None) -> None:
+    """Writes a JSON line, if somebody wants them."""
     if lines is not None:
         print(json.dumps(values), file=lines, flush=True)

@@ -1,7 +1,6 @@
 """The only caller of collectives."""
 
 from moe_jax.comm.collectives import (
-    all_send_sizes,
     check_axes,
     ep_rank,
     exchange_blocks,
@@ -9,6 +8,7 @@ from moe_jax.comm.collectives import (
     exchange_compact,
     exchange_counts,
     exchange_counts_timed,
+    gather_counts,
     gather_tokens,
     gather_tp,
     max_over_ranks,
@@ -21,21 +21,18 @@ from moe_jax.comm.collectives import (
     tp_rank,
 )
 from moe_jax.comm.ragged import ragged_all_to_all, ragged_exchange
-from moe_jax.comm.rows import cut_pieces, join_pieces, to_bits
 
 __all__ = [
-    "all_send_sizes",
     "check_axes",
-    "cut_pieces",
     "ep_rank",
     "exchange_blocks",
     "exchange_blocks_timed",
     "exchange_compact",
     "exchange_counts",
     "exchange_counts_timed",
+    "gather_counts",
     "gather_tokens",
     "gather_tp",
-    "join_pieces",
     "max_over_ranks",
     "max_over_replicas",
     "ragged_all_to_all",
@@ -45,6 +42,5 @@ __all__ = [
     "reduce_scatter_tp",
     "sum_over",
     "sum_over_tokens",
-    "to_bits",
     "tp_rank",
 ]

@@ -1,6 +1,6 @@
 """The collectives of a plan: every exchange between devices goes through here or through ``ragged``."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ from jax import lax
 
 from moe_jax import _compat
 from moe_jax.comm.ragged import chunked_all_to_all, portable_ragged_all_to_all
-from moe_jax.comm.rows import gather_rows, swap_blocks
+from moe_jax.comm.rows import gather_rows, swap_blocks, unwritten
 from moe_jax.comm.timing import timed_all_to_all
 from moe_jax.errors import MeshError
 from moe_jax.kernels.table import find_transport
@@ -56,18 +56,24 @@ def rank_along(axes: tuple[str, ...]) -> Array:
 
 def max_over_ranks(x: Array, plan) -> Array:
     """The largest ``x`` of the exchange group, so that all its devices take the same branch."""
-    return lax.pmax(_compat.as_varying(x, plan.exchange_axes), plan.exchange_axes)
+    return _without_unit_axes(lax.pmax, x, plan.exchange_axes)
 
 
 def max_over_replicas(x: Array, plan) -> Array:
     """The largest ``x`` of the data-parallel replicas of the exchange group."""
-    return lax.pmax(_compat.as_varying(x, plan.dp_axis), plan.dp_axis) if plan.dp_axis else x
+    return _without_unit_axes(lax.pmax, x, plan.dp_axis)
 
 
 def sum_over(tree: Any, axis_name: str | Sequence[str]) -> Any:
     """The sum of every leaf over the ranks along ``axis_name``."""
-    axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-    return lax.psum(_compat.as_varying(tree, axes), axes)
+    return _without_unit_axes(lax.psum, tree, (axis_name,) if isinstance(axis_name, str) else tuple(axis_name))
+
+
+def _without_unit_axes(collective: Callable, tree: Any, axes: tuple[str, ...]) -> Any:
+    """``collective(tree, axes)``, the same on all devices along ``axes``; without those of size 1."""
+    large = tuple(axis for axis in axes if lax.axis_size(axis) > 1)
+    result = collective(_compat.as_varying(tree, large), large) if large else tree
+    return _compat.drop_unit_axes(result, set(_compat.union_of_varying_axes(tree)) - set(axes))
 
 
 def sum_over_tokens(x: Array, plan) -> Array:
@@ -75,9 +81,19 @@ def sum_over_tokens(x: Array, plan) -> Array:
     return sum_over(x, plan.token_axes)
 
 
+def gather_counts(send_counts: Array, plan) -> Array:
+    """[W, L] pairs of this rank by destination -> [P, W, W, L] of all ranks of the group, which all know the same."""
+
+    def gather(counts, axes):
+        return lax.all_gather(counts, axes, to="invarying")
+
+    everyone = _without_unit_axes(gather, send_counts, _token_axes(plan))
+    return everyone.reshape(plan.tp_size, plan.ep_size, *send_counts.shape)
+
+
 def exchange_counts(send_counts: Array, plan) -> Array:
     """[W, L] pairs of this rank by destination -> [P, W, L] pairs for this rank's experts by source."""
-    received = lax.all_to_all(send_counts, plan.ep_axis, 0, 0, tiled=True)
+    received = lax.all_to_all(send_counts, plan.ep_axis, 0, 0, tiled=True) if plan.ep_size > 1 else send_counts
     return lax.all_gather(received, plan.tp_axis) if plan.tp_size > 1 else received[None]
 
 
@@ -87,13 +103,10 @@ def exchange_counts_timed(send_counts: Array, plan) -> tuple[Array, Array]:
     return lax.all_gather(received, plan.tp_axis) if plan.tp_size > 1 else received[None], microseconds
 
 
-def all_send_sizes(sizes: Array, plan) -> Array:
-    """[W] rows for each rank -> [W, W] rows from each rank to each."""
-    return lax.all_gather(sizes, plan.ep_axis)
-
-
 def exchange_blocks(rows: Array, plan) -> Array:
     """[W * C, H]: block j of C slots goes to rank j; block i of the result came from rank i."""
+    if plan.ep_size == 1:
+        return rows
     blocks = rows.reshape(plan.ep_size, rows.shape[0] // plan.ep_size, rows.shape[1])
     custom = find_transport("padded", plan.backend)
     moved = custom(blocks, plan.ep_axis) if custom else swap_blocks(blocks, plan.ep_axis)
@@ -114,13 +127,12 @@ def exchange_compact(rows: Array, sizes: Array, num_out: int, plan, *, output: A
       rows: [S, H], those for rank 0 first.
       sizes: [W, W] rows from each rank to each.
       num_out: extent of the result, static.
-      output: [num_out, H] what rows past those that came hold; None: zeros.
+      output: [num_out, H] what rows past those that came hold; None: anything.
     """
     me = ep_rank(plan)
     send, recv = sizes[me], sizes[:, me]
     arrival_starts = jnp.cumsum(sizes, axis=0) - sizes  # [source, destination]
-    if output is None:
-        output = jnp.zeros((num_out, rows.shape[-1]), rows.dtype)
+    output = unwritten(num_out, rows, plan) if output is None else output
     output = _compat.as_varying(output, _compat.varying_axes(rows))
     if plan.transport == "padded":
         return chunked_all_to_all(
@@ -151,12 +163,12 @@ def reduce_scatter_tp(rows: Array, plan) -> Array:
 
 def gather_tokens(x: Array, plan) -> Array:
     """[T, ...] of each device -> [P * W, T, ...] of all, tp rank first."""
-    return gather_rows(x, _token_axes(plan), False)
+    return gather_rows(x, _token_axes(plan), False) if plan.exchanges else x[None]
 
 
 def reduce_scatter_tokens(x: Array, plan) -> Array:
     """[P * W, T, ...] partial sums -> this device's [T, ...]."""
-    return lax.psum_scatter(x, _token_axes(plan))
+    return lax.psum_scatter(x, _token_axes(plan)) if plan.exchanges else x[0]
 
 
 def _token_axes(plan) -> tuple[str, ...]:

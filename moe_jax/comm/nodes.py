@@ -12,7 +12,7 @@ from jax import lax
 
 from moe_jax import _compat
 from moe_jax.comm.ragged import chunked_all_to_all
-from moe_jax.comm.rows import swap_blocks
+from moe_jax.comm.rows import swap_blocks, unwritten
 from moe_jax.kernels.table import find_transport
 from moe_jax.layout import exclusive_cumsum
 
@@ -40,12 +40,12 @@ def exchange_inside_compact(rows: Array, sizes: Array, num_out: int, plan, *, ch
     Args:
       rows: [S, F], those for rank 0 of the node first.
       sizes: [R, R] rows from each rank of the node to each.
-      num_out: extent of the result, static; rows past those that came are zero.
+      num_out: extent of the result, static; rows past those that came may hold anything.
       chunk: rows per pair of ranks and all_to_all; their number follows the largest of ``sizes`` of this node.
     """
     me = lax.axis_index(_inside(plan))
     arrival_starts = exclusive_cumsum(sizes[:, me])
-    output = _compat.as_varying(jnp.zeros((num_out, rows.shape[1]), rows.dtype), _compat.varying_axes(rows))
+    output = unwritten(num_out, rows, plan)
     starts = exclusive_cumsum(sizes[me])
     custom = find_transport("padded", plan.backend)
     return chunked_all_to_all(

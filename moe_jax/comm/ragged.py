@@ -271,7 +271,7 @@ def _dealt_before(index: Array, dealer: Array, num_ranks: int) -> Array:
 def _relay_blocks(sizes: Array) -> tuple[Array, Array]:
     """For every (dealer k, source i, destination j): the stretch [lo, hi) of source i's hand at k that goes on to j."""
     num_ranks = sizes.shape[0]
-    start = jnp.cumsum(sizes, axis=1) - sizes
+    start = exclusive_cumsum(sizes)
     dealer = jnp.arange(num_ranks, dtype=jnp.int32)[:, None, None]
     return _dealt_before(start, dealer, num_ranks), _dealt_before(start + sizes, dealer, num_ranks)
 
@@ -305,29 +305,21 @@ def _relayed(operand, output, sizes, input_offsets, arrival_offsets, axes, chunk
 
     # 2. Pass on: by destination, then source; a block is a stretch of one source's hand.
     block_size = (high - low)[me].T  # [destination, source]
-    target = (ranks * hand + low[me].T).ravel()
-    order = map_blocks(exclusive_cumsum(block_size.ravel()), target, block_size.ravel(), num_ranks * hand)
+    target = ranks * hand + low[me].T
+    block_start = exclusive_cumsum(second[me])[:, None] + exclusive_cumsum(block_size)
+    order = map_blocks(block_start, target, block_size, num_ranks * hand)
     starts = exclusive_cumsum(second[:, me])
     passed = chunked_all_to_all(
         take_rows(held, order), empty(num_out), second, exclusive_cumsum(second[me]), starts, axes, chunk=chunk
     )
 
     # 3. Place: row p of source i has number f = start + p, came from dealer f mod W, in that dealer's source order.
-    by_start = jnp.argsort(jnp.where(sizes[:, me] > 0, arrival_offsets, num_out), stable=True)
-    offsets, counts = arrival_offsets[by_start], sizes[by_start, me]
-    offsets = jnp.where(counts > 0, offsets, num_out)
-    flat_start = ranks[by_start] * (num_out + 1)  # an address that keeps source and position apart
-    address = map_blocks(offsets, flat_start, counts, num_out)
+    flat_start = ranks * (num_out + 1)  # an address that keeps source and position apart
+    address = map_blocks(arrival_offsets, flat_start, sizes[:, me], num_out)
     source, position = address // (num_out + 1), address % (num_out + 1)
     source = jnp.maximum(source, 0)
-    number = (jnp.cumsum(sizes, axis=1) - sizes)[source, me] + position
+    number = exclusive_cumsum(sizes)[source, me] + position
     dealer = number % num_ranks
-    before = exclusive_cumsum_of_sources(high - low, me)[dealer, source]
+    before = exclusive_cumsum(jnp.take(high - low, me, axis=2))[dealer, source]  # rows of earlier sources
     slot = starts[dealer] + before + number // num_ranks - low[dealer, source, me]
     return jnp.where((address >= 0)[:, None], take_rows(passed, slot), output)
-
-
-def exclusive_cumsum_of_sources(blocks: Array, me: Array) -> Array:
-    """[dealer, source, destination] -> rows that lie before each (dealer, source) block on their way to me."""
-    mine = jnp.take(blocks, me, axis=2)
-    return jnp.cumsum(mine, axis=1) - mine

@@ -1,17 +1,17 @@
-"""Rows between ranks as XLA:CPU moves them without loss of time.
+"""Rows between ranks, as they are.
 
-*As bits*: it would widen 16-bit floats for a collective, and move twice the bytes. *In pieces*: it cuts the operand of
-an all-to-all into one piece for each rank, and joins those that came; where ``join_pieces`` stands before an
-all-to-all, or ``cut_pieces`` after one, the two cancel, and nothing is copied.
+XLA:CPU would widen 16-bit floats for a collective, and move twice the bytes: in programs for CPUs, and in no others,
+they travel as integers.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe_jax import _compat
 from moe_jax.derivatives import custom_gradient
 
 Array = jax.Array
@@ -24,7 +24,7 @@ def swap_blocks(blocks: Array, axes: tuple[str, ...]) -> Array:
 
 @functools.partial(custom_gradient, num_static=1)
 def _swap(axes, blocks):
-    return _as_bits(lambda bits: lax.all_to_all(bits, axes, 0, 0), blocks)
+    return _moved(lambda rows: lax.all_to_all(rows, axes, 0, 0), blocks)
 
 
 _swap.defvjp(lambda axes, blocks: (_swap(axes, blocks), None), lambda axes, _, ct: (_swap(axes, ct),))
@@ -37,7 +37,7 @@ def gather_rows(rows: Array, axes: str | tuple[str, ...], tiled: bool) -> Array:
 
 @functools.partial(custom_gradient, num_static=2)
 def _gather(axes, tiled, rows):
-    return _as_bits(lambda bits: lax.all_gather(bits, axes, tiled=tiled), rows)
+    return _moved(lambda rows: lax.all_gather(rows, axes, tiled=tiled), rows)
 
 
 _gather.defvjp(
@@ -46,25 +46,25 @@ _gather.defvjp(
 )
 
 
-def cut_pieces(rows: Array, num_pieces: int) -> tuple[Array, ...]:
-    """[n * A, ...] -> n times [A, ...], as bits if n > 1. Bits have no derivative."""
-    if num_pieces == 1:
-        return (rows,)
-    bits = to_bits(rows).reshape(num_pieces, -1, *rows.shape[1:])
-    return tuple(bits[i] for i in range(num_pieces))
+def unwritten(num_rows: int, like: Array, plan) -> Array:
+    """[num_rows, ...] rows as ``like`` that nobody may read before somebody writes them: NaN under ``plan.poison``.
+
+    Zeros would cost a pass over the buffer of an exchange, which overwrites all that is read.
+    """
+    shape = (num_rows, *like.shape[1:])
+    if plan.poison:
+        fill = jnp.nan if jnp.issubdtype(like.dtype, jnp.floating) else jnp.iinfo(like.dtype).max
+        rows = jnp.full(shape, fill, like.dtype)
+    else:
+        rows = lax.empty(shape, like.dtype)
+    return _compat.as_varying(rows, _compat.varying_axes(like))
 
 
-def join_pieces(pieces: Sequence[Array], dtype) -> Array:
-    """The inverse of ``cut_pieces``: rows in ``dtype``, of pieces in that or as bits."""
-    joined = pieces[0] if len(pieces) == 1 else lax.collapse(jnp.stack(pieces), 0, 2)
-    return joined if joined.dtype == dtype else lax.bitcast_convert_type(joined, dtype)
+def _moved(move: Callable, rows: Array) -> Array:
+    """``move(rows)``, which changes no bit; the platform that the program is lowered for decides how."""
 
+    def as_integers(rows):
+        return lax.bitcast_convert_type(move(lax.bitcast_convert_type(rows, jnp.uint16)), rows.dtype)
 
-def to_bits(rows: Array) -> Array:
-    """16-bit floats as uint16; anything else as it is."""
     narrow = jnp.issubdtype(rows.dtype, jnp.floating) and rows.dtype.itemsize == 2
-    return lax.bitcast_convert_type(rows, jnp.uint16) if narrow else rows
-
-
-def _as_bits(move, rows: Array) -> Array:
-    return join_pieces([move(to_bits(rows))], rows.dtype)
+    return lax.platform_dependent(rows, cpu=as_integers, default=move) if narrow else move(rows)

@@ -13,7 +13,6 @@ from moe_jax import _compat
 from moe_jax.errors import (
     InvalidArgumentError,
     ShapeError,
-    check_choice,
     check_count,
     check_dtype,
     check_flag,
@@ -31,7 +30,7 @@ from moe_jax.fused.exchange import (
 )
 from moe_jax.fused.scaled import scaled_operands
 from moe_jax.fused.scheme import Scheme, read_out_dtype, read_scheme
-from moe_jax.kernels import FLOAT_DTYPES, backend_names
+from moe_jax.kernels import FLOAT_DTYPES, check_backend
 
 Array = jax.Array
 CountList = Sequence[int] | Sequence[Sequence[int]] | np.ndarray | Array
@@ -257,7 +256,7 @@ def _check(
     axes = _compat.bound_axes(axis_name)
     num_ranks = math.prod(_compat.bound_axis_size(axis) for axis in axes)
     check_flag("transpose_gmm_weight", transpose)
-    check_choice("backend", backend, ["auto", *backend_names()])
+    check_backend(backend)
     check_count("chunks", chunks)
     if num_ranks % chunks:
         divisors = [n for n in range(1, num_ranks + 1) if num_ranks % n == 0]

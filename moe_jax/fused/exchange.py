@@ -182,7 +182,7 @@ def _compute_then_send(extents, rows, weight, route, addend=None, multiply=_mult
         if result is None:
             result = _zeros((extents.token_rows, product.shape[1]), product)
         with jax.named_scope("transfer"):
-            order = map_blocks(chunk.starts.ravel(), chunk.product.ravel(), chunk.sizes.ravel(), extents.wire_rows)
+            order = map_blocks(chunk.starts, chunk.product, chunk.sizes, extents.wire_rows)
             result = comm.ragged_exchange(
                 take_rows(product, order, absent=0),
                 result,
@@ -209,7 +209,7 @@ def _send_then_compute(extents, rows, weight, route, multiply=_multiply):
                 axes=extents.axes,
             )
         with jax.named_scope("product"):
-            order = _map_expert_major(chunk.product, chunk.starts, chunk.sizes, extents.expert_rows)
+            order = map_blocks(chunk.product, chunk.starts, chunk.sizes, extents.expert_rows)
             products.append(multiply(extents, take_rows(wire, order, absent=0), weight, chunk.group_sizes))
         wires.append(wire)
     with jax.named_scope("assemble"):
@@ -272,22 +272,17 @@ def _expert_major_starts(sizes: Array) -> Array:
     return exclusive_cumsum(sizes.T.ravel()).reshape(sizes.T.shape).T
 
 
-def _map_expert_major(source_start: Array, target_start: Array, sizes: Array, length: int) -> Array:
-    """``map_blocks`` for blocks [R, e] whose source is ordered by expert, then peer."""
-    return map_blocks(source_start.T.ravel(), target_start.T.ravel(), sizes.T.ravel(), length)
-
-
 def _to_product(extents: Extents, rows: Array, chunk: _Chunk, route: Route) -> Array:
     """The chunk's rows of the expert side's buffer, packed as the product's operand."""
     if extents.chunks == 1:
         return rows
-    index = _map_expert_major(chunk.product, route.expert_starts, chunk.sizes, extents.expert_rows)
+    index = map_blocks(chunk.product, route.expert_starts, chunk.sizes, extents.expert_rows)
     return take_rows(rows, index, absent=0)
 
 
 def _assemble(parts: list[Array], starts: Array, extents: Extents, route: Route) -> Array:
     """The expert side's buffer, from blocks that start at ``starts`` [R, e] in the parts laid end to end."""
-    index = _map_expert_major(route.expert_starts, starts, route.expert_sizes, extents.expert_rows)
+    index = map_blocks(route.expert_starts, starts, route.expert_sizes, extents.expert_rows)
     return take_rows(jnp.concatenate(parts), index, absent=0)
 
 

@@ -1,6 +1,7 @@
-"""Machines, as data with their sources: what a compiler must know of a chip that is not here."""
+"""Machines, as data with their sources: what a compiler must know of a chip that is not here, and what a chip reaches."""
 
 from moe_jax.hardware.gpu import GPUS, Gpu
+from moe_jax.hardware.peaks import PEAKS, Peak, peak_of
 from moe_jax.hardware.tpu import TPUS
 
-__all__ = ["GPUS", "TPUS", "Gpu"]
+__all__ = ["GPUS", "PEAKS", "TPUS", "Gpu", "Peak", "peak_of"]

@@ -157,5 +157,4 @@ BACKEND = Backend(
     name="cpu",
     platforms=("cpu",),
     kernels={"grouped_matmul": grouped_matmul, "grouped_outer": grouped_outer},
-    piecewise_ranks=8,  # XLA cuts an all-to-all; with more ranks, programs would grow
 )

@@ -1,13 +1,14 @@
 """The public grouped matrix product: checks, gradients, and the call through the back-end table."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax.derivatives import custom_gradient
-from moe_jax.errors import ShapeError, check_choice, check_dtype, check_flag, check_rank, check_shape
-from moe_jax.kernels.table import backend_names, call_kernel
+from moe_jax.errors import ShapeError, check_dtype, check_flag, check_rank, check_shape
+from moe_jax.kernels.table import call_kernel, check_backend
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -19,10 +20,13 @@ def grouped_matmul(
     *,
     backend: str = "auto",
     transpose_rhs: bool = False,
+    add_to: jax.Array | None = None,
 ) -> jax.Array:
     """Multiplies consecutive groups of rows with one matrix each.
 
-    ``out[m] = lhs[m] @ rhs[g]`` for the group g that row m is in; accumulated in fp32, rounded once to ``lhs.dtype``.
+    ``out[m] = lhs[m] @ rhs[g]`` for the group g that row m is in, plus ``add_to[m]``; accumulated in fp32, rounded once
+    to ``lhs.dtype``. Only where a back end cannot accumulate (see ``Backend``), a product that is added to something is
+    rounded once before that, too.
     Rows at or past ``sum(group_sizes)`` may hold anything, NaN included: they influence nothing, forward or backward,
     and their own results are unspecified.
 
@@ -30,11 +34,13 @@ def grouped_matmul(
       lhs: [M, H] fp32, bf16 or fp16.
       rhs: G >= 1 matrices [G, H, N], or [G, N, H] if ``transpose_rhs``; the dtype of ``lhs``.
       group_sizes: [G] i32, rows per group, each >= 0, in order; their sum is at most M.
-      backend: a registered back end, or "auto": the one for the platform that the program is lowered for.
+      backend: a registered back end; several joined by "+", of which the first that has a kernel serves it; or "auto":
+        the one for the platform that the program is lowered for.
       transpose_rhs: whether ``rhs`` holds transposed matrices.
+      add_to: [M, N] in ``lhs.dtype``, what the product is added to; None: nothing.
 
     Returns:
-      [M, N] in ``lhs.dtype``. Differentiable in ``lhs`` and ``rhs``, in both modes and to any order.
+      [M, N] in ``lhs.dtype``. Differentiable in ``lhs``, ``rhs`` and ``add_to``, in both modes and to any order.
 
     Raises:
       ShapeError, DtypeError: an argument does not have the shape or dtype above.
@@ -57,9 +63,27 @@ def grouped_matmul(
     check_shape("group_sizes", group_sizes, rhs.shape[:1], "[G], one size per matrix of rhs")
     contracted, layout = (rhs.shape[2], "[M, N]") if transpose_rhs else (rhs.shape[1], "[M, H]")
     check_shape("lhs", lhs, (lhs.shape[0], contracted), f"{layout}, the contracted axis of rhs {tuple(rhs.shape)}")
-    check_choice("backend", backend, ["auto", *backend_names()])
-    operands = [jnp.asarray(a) for a in (lhs, rhs, group_sizes)]  # a kernel may index with a traced integer
+    columns = rhs.shape[1 if transpose_rhs else 2]
+    if add_to is not None:
+        check_shape("add_to", add_to, (lhs.shape[0], columns), "[M, N], the shape of the result")
+        check_dtype("add_to", add_to, (lhs.dtype,), "the dtype of lhs: cast one of them")
+    check_backend(backend)
+    # A kernel may index with a traced integer.
+    operands = [None if a is None else jnp.asarray(a) for a in (lhs, rhs, group_sizes, add_to)]
     return _grouped_matmul(backend, bool(transpose_rhs), *operands)
+
+
+def grouped_matmuls(
+    lhs: jax.Array, matrices: Sequence[jax.Array], group_sizes: jax.Array, *, backend: str
+) -> tuple[jax.Array, ...]:
+    """``grouped_matmul`` of the same rows with each of several [G, H, N], which may differ in N.
+
+    The gradient of the rows is a sum of as many products: each is added to what the one before it left, where a back
+    end can do that, so that no pass over the rows remains for the additions.
+
+    ``lhs`` [M, H], ``group_sizes`` and ``backend`` are as for ``grouped_matmul``, and so are the results.
+    """
+    return _grouped_matmuls(backend, lhs, tuple(matrices), group_sizes)
 
 
 def grouped_outer(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, backend: str, dtype: str) -> jax.Array:
@@ -77,24 +101,49 @@ def grouped_outer(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, bac
 
 
 @functools.partial(custom_gradient, num_static=2)
-def _grouped_matmul(backend, transpose_rhs, lhs, rhs, group_sizes):
-    return call_kernel("grouped_matmul", backend, lhs, rhs, group_sizes, transpose_rhs=transpose_rhs)
+def _grouped_matmul(backend, transpose_rhs, lhs, rhs, group_sizes, add_to=None):
+    return call_kernel("grouped_matmul", backend, lhs, rhs, group_sizes, add_to=add_to, transpose_rhs=transpose_rhs)
 
 
-def _forward(backend, transpose_rhs, lhs, rhs, group_sizes):
-    return _grouped_matmul(backend, transpose_rhs, lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
+def _forward(backend, transpose_rhs, lhs, rhs, group_sizes, add_to=None):
+    added = None if add_to is None else ()  # no array: the backward pass only asks whether there was one
+    return _grouped_matmul(backend, transpose_rhs, lhs, rhs, group_sizes, add_to), (lhs, rhs, group_sizes, added)
 
 
 def _backward(backend, transpose_rhs, residuals, ct):
-    lhs, rhs, group_sizes = residuals
+    lhs, rhs, group_sizes, added = residuals
     # d_lhs = ct @ rhs^T                 # [M, H] = [M, N] @ [G, N, H]
     d_lhs = _grouped_matmul(backend, not transpose_rhs, ct, rhs, group_sizes)
     # d_rhs[g] = lhs[g]^T @ ct[g]        # [G, H, N], or [G, N, H] if transpose_rhs
     left, right = (ct, lhs) if transpose_rhs else (lhs, ct)
-    return d_lhs, grouped_outer(left, right, group_sizes, backend=backend, dtype=rhs.dtype), None
+    d_rhs = grouped_outer(left, right, group_sizes, backend=backend, dtype=rhs.dtype)
+    return d_lhs, d_rhs, None, None if added is None else ct
 
 
 _grouped_matmul.defvjp(_forward, _backward)
+
+
+@functools.partial(custom_gradient, num_static=1)
+def _grouped_matmuls(backend, lhs, matrices, group_sizes):
+    return tuple(_grouped_matmul(backend, False, lhs, rhs, group_sizes) for rhs in matrices)
+
+
+def _matmuls_forward(backend, lhs, matrices, group_sizes):
+    return _grouped_matmuls(backend, lhs, matrices, group_sizes), (lhs, matrices, group_sizes)
+
+
+def _matmuls_backward(backend, residuals, cts):
+    lhs, matrices, group_sizes = residuals
+    # d_lhs = sum_i ct_i @ rhs_i^T       # [M, H] = [M, N_i] @ [G, N_i, H]
+    d_lhs = None
+    for ct, rhs in zip(cts, matrices, strict=True):
+        d_lhs = _grouped_matmul(backend, True, ct, rhs, group_sizes, d_lhs)
+    # d_rhs_i[g] = lhs[g]^T @ ct_i[g]    # [G, H, N_i]
+    outer = functools.partial(grouped_outer, backend=backend, dtype=lhs.dtype)
+    return d_lhs, tuple(outer(lhs, ct, group_sizes) for ct in cts), None
+
+
+_grouped_matmuls.defvjp(_matmuls_forward, _matmuls_backward)
 
 
 @functools.partial(custom_gradient, num_static=2)

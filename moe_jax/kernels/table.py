@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from importlib.util import find_spec
 from types import MappingProxyType
 
 import jax
@@ -11,15 +13,16 @@ from moe_jax.errors import (
     InvalidArgumentError,
     UnsupportedError,
     check_choice,
-    check_count,
     check_flag,
     check_type,
+    choice_violations,
     suggest,
 )
 
 KERNELS = ("grouped_matmul", "grouped_outer")
 TRANSPORTS = ("padded", "ragged")
 PLATFORMS = ("cpu", "gpu", "tpu")
+AND = "+"  # joins the names of back ends that share the work
 
 _TABLE: dict[str, "Backend"] = {}
 
@@ -32,51 +35,78 @@ class Backend:
     A transport that it leaves out is served by the portable collectives of ``moe_jax.comm``.
 
     Args:
-      name: how users and plans call it; not "auto".
+      name: how users and plans call it; not "auto", and without a "+".
       platforms: the platforms for which "auto" may choose it, out of "cpu", "gpu", "tpu".
+      device_kinds: patterns such as "*H100*", in any case, of the device kinds that JAX reports ("NVIDIA H100 80GB
+        HBM3", "TPU v5 lite"), for which "auto" may choose it; () for every device of its platforms. A back end with
+        patterns is chosen by plans alone, since only they know the devices.
       kernels: by name:
         "grouped_matmul": (lhs [M, H], rhs [G, H, N] or [G, N, H], group_sizes [G], *, transpose_rhs) -> [M, N] in
         lhs.dtype, accumulated in fp32; rows past sum(group_sizes) may be NaN and must not influence other rows;
         "grouped_outer": (lhs [M, H], rhs [M, N], group_sizes [G], *, dtype) -> [G, H, N], the sum over each group's
         rows of lhs_row^T rhs_row; an empty group gives zeros; rows past the sum may be NaN.
+      accumulates: whether "grouped_matmul" also takes the keyword add_to, [M, N] in lhs.dtype, which it adds to the
+        product in fp32 before it rounds once. Other back ends are served by an addition of the rounded product.
+      about: a few words on the kernels, for ``Plan.describe()``.
+      requires: a package that the kernels import, as pip calls it. Without it the back end is refused.
       transports: by name:
         "padded": (rows [W, C, H], axis_name) -> [W, C, H], row block j to rank j;
         "ragged": the calling convention of jax.lax.ragged_all_to_all.
-      piecewise_ranks: up to how many ranks the operand of an all-to-all is better made in a piece for each rank, since
-        the compiler would cut it and copy them; 0: at once always. The program grows with the pieces.
 
     Raises:
       InvalidArgumentError: an unknown kernel, transport or platform, something that cannot be called, or a name
-        that is "auto" or no word.
+        that is "auto", no word, or has a "+".
     """
 
     name: str
     platforms: tuple[str, ...] = ()
+    device_kinds: tuple[str, ...] = ()
     kernels: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
+    accumulates: bool = False
+    about: str = ""
+    requires: str = ""
     transports: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
-    piecewise_ranks: int = 0
 
     def __post_init__(self):
-        if not isinstance(self.name, str) or self.name in ("", "auto"):
+        if not isinstance(self.name, str) or self.name in ("", "auto") or AND in self.name:
             raise InvalidArgumentError(f"name={self.name!r} cannot name a back end; choose another word")
         _check_words(f"platforms of back end {self.name!r}", self.platforms, PLATFORMS, tuple | list)
+        kinds = self.device_kinds
+        if not isinstance(kinds, tuple | list) or not all(isinstance(kind, str) and kind for kind in kinds):
+            raise InvalidArgumentError(
+                f"device_kinds of back end {self.name!r}: {kinds!r} is not a tuple of patterns such as '*H100*'"
+            )
+        for what in ("about", "requires"):
+            if not isinstance(getattr(self, what), str):
+                raise InvalidArgumentError(f"{what} of back end {self.name!r}: {getattr(self, what)!r} is not a string")
+        check_flag("accumulates", self.accumulates)
         for what, given, known in (("kernels", self.kernels, KERNELS), ("transports", self.transports, TRANSPORTS)):
             what = f"{what} of back end {self.name!r}"
             _check_words(what, given, known, Mapping)
             for word, function in given.items():
                 if not callable(function):
                     raise InvalidArgumentError(f"{what}: {word!r} is {function!r}; pass a function")
-        check_count("piecewise_ranks", self.piecewise_ranks, low=0)
         object.__setattr__(self, "platforms", tuple(self.platforms))
+        object.__setattr__(self, "device_kinds", tuple(self.device_kinds))
         object.__setattr__(self, "kernels", MappingProxyType(dict(self.kernels)))
         object.__setattr__(self, "transports", MappingProxyType(dict(self.transports)))
-
 
     def __reduce__(self):
         """Pickles as what it was built from: a mapping that cannot change does not pickle by itself."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values |= {"kernels": dict(self.kernels), "transports": dict(self.transports)}
         return functools.partial(Backend, **values), ()
+
+    def serves(self, platform: str, device_kind: str | None = None) -> bool:
+        """Whether "auto" may choose it for devices of that platform and kind; None: of a kind that is not known."""
+        if platform not in self.platforms:
+            return False
+        kind = (device_kind or "").lower()
+        return not self.device_kinds or any(fnmatchcase(kind, pattern.lower()) for pattern in self.device_kinds)
+
+    def has(self, word: str) -> bool:
+        """Whether it brings that kernel or transport."""
+        return word in self.kernels or word in self.transports
 
 
 def _check_words(what: str, given, known: tuple[str, ...], kind) -> None:
@@ -108,52 +138,103 @@ def backend_names() -> list[str]:
     return list(_TABLE)
 
 
-def resolve_backend(kernel: str, name: str = "auto", *, platform: str | None = None) -> Backend:
+def backend_violations(name) -> list[str]:
+    """Nothing if ``name`` is "auto", a registered back end, or several that share the work, joined by "+"."""
+    parts = name.split(AND) if isinstance(name, str) else [name]
+    known = list(_TABLE) if len(parts) > 1 else ["auto", *_TABLE]
+    return [text for part in parts for text in choice_violations("backend", part, known)]
+
+
+def check_backend(name) -> None:
+    """Raises InvalidArgumentError with the first of ``backend_violations``."""
+    for text in backend_violations(name):
+        raise InvalidArgumentError(text)
+
+
+def resolve_backend(
+    kernel: str, name: str = "auto", *, platform: str | None = None, device_kind: str | None = None
+) -> Backend:
     """The back end that serves ``kernel``.
 
     Args:
       kernel: "grouped_matmul", "grouped_outer", or a transport, "padded" or "ragged".
-      name: a registered back end, or "auto": the last registered one that lists the platform and has the kernel, or
-        else "xla".
+      name: a registered back end; several, joined by "+": the first that has the kernel; or "auto": the last registered
+        one that lists the platform, and the device kind if it lists kinds, and has the kernel, or else "xla".
       platform: "cpu", "gpu" or "tpu"; None asks JAX for its default.
+      device_kind: what JAX calls the devices, as in "NVIDIA H100 80GB HBM3"; None: not known, so that back ends for
+        certain kinds are not taken.
 
     Raises:
       InvalidArgumentError: an unknown kernel, back end or platform.
-      UnsupportedError: the named back end does not have that kernel. (An explicit choice is never replaced.)
+      UnsupportedError: the named back end does not have that kernel, or needs a package that is not installed. (An
+        explicit choice is never replaced.)
     """
     check_choice("kernel", kernel, KERNELS + TRANSPORTS)
-    check_choice("backend", name, ["auto", *_TABLE])
+    check_backend(name)
     if name != "auto":
-        if kernel not in {**_TABLE[name].kernels, **_TABLE[name].transports}:
-            raise UnsupportedError(f"backend={name!r} has no {kernel!r}; choose 'auto' or another back end")
-        return _TABLE[name]
+        for backend in (_TABLE[part] for part in name.split(AND)):
+            if backend.requires and find_spec(backend.requires) is None:
+                package = backend.requires
+                raise UnsupportedError(
+                    f"backend={backend.name!r} needs {package}, which is not installed; run: pip install {package}"
+                )
+            if backend.has(kernel):
+                return backend
+        raise UnsupportedError(f"backend={name!r} has no {kernel!r}; choose 'auto' or another back end")
     platform = jax.default_backend() if platform is None else platform
     check_choice("platform", platform, PLATFORMS)
     for backend in reversed(_TABLE.values()):
-        if platform in backend.platforms and kernel in {**backend.kernels, **backend.transports}:
+        if backend.has(kernel) and backend.serves(platform, device_kind):
             return backend
     return _TABLE["xla"]
 
 
-def resolve_all(platform: str) -> str:
-    """The back end of a plan under "auto": the one that serves everything, or "auto" where several share the work."""
-    chosen = {resolve_backend(kernel, platform=platform).name for kernel in KERNELS}
-    brought = {resolve_backend(transport, platform=platform).name for transport in TRANSPORTS} - {"xla"}
-    return chosen.pop() if len(chosen | brought) == 1 else "auto"
+def resolve_all(platform: str, device_kind: str | None) -> str:
+    """What a plan writes for "auto": the back end that serves everything, or those that share the work, joined.
+
+    The last registered one comes first, so that resolving the result finds for each kernel what "auto" finds.
+    """
+    words = (*KERNELS, *TRANSPORTS)
+    chosen = {word: resolve_backend(word, platform=platform, device_kind=device_kind).name for word in words}
+    used = {name for word, name in chosen.items() if word in KERNELS or name != "xla"}
+    return AND.join(name for name in reversed(_TABLE) if name in used)
+
+
+def describe_backend(name: str) -> str:
+    """Which back end serves which product, in words, for a name that is not "auto"."""
+    lines = []
+    for kernel, words in (("grouped_matmul", "products of rows"), ("grouped_outer", "gradients of weights")):
+        backend = resolve_backend(kernel, name)
+        lines.append((backend, words))
+    (rows, _), (weights, _) = lines
+    groups = [(rows, "products of rows and gradients of weights")] if rows is weights else lines
+    return "; ".join(f"{words} by {b.name}" + (f" ({b.about})" if b.about else "") for b, words in groups)
 
 
 def find_transport(transport: str, backend: str) -> Callable | None:
     """What back end ``backend`` brings along for ``transport``; None where the portable collectives serve."""
-    found = resolve_backend(transport) if backend == "auto" else _TABLE[backend]
-    return found.transports.get(transport)
+    if backend == "auto":
+        return resolve_backend(transport).transports.get(transport)
+    found = (_TABLE[part].transports.get(transport) for part in backend.split(AND))
+    return next(filter(None, found), None)
 
 
-def call_kernel(kernel: str, backend: str, *operands: jax.Array, **static):
-    """Runs ``kernel`` on the named back end; "auto" is decided by the platform that the program is lowered for."""
+def call_kernel(kernel: str, backend: str, *operands: jax.Array, add_to: jax.Array | None = None, **static):
+    """Runs ``kernel`` on the named back end; "auto" is decided by the platform that the program is lowered for.
+
+    ``add_to``: see ``Backend``; for "grouped_matmul" alone.
+    """
+
+    def run(chosen: Backend, add_to, *operands):
+        function = functools.partial(chosen.kernels[kernel], *operands, **static)
+        if add_to is None:
+            return function()
+        return function(add_to=add_to) if chosen.accumulates else function() + add_to
+
     if backend != "auto":
-        return resolve_backend(kernel, backend).kernels[kernel](*operands, **static)
-    cpu, gpu, tpu = (
-        functools.partial(resolve_backend(kernel, "auto", platform=p).kernels[kernel], **static) for p in PLATFORMS
-    )
-    other = functools.partial(_TABLE["xla"].kernels[kernel], **static)
-    return jax.lax.platform_dependent(*operands, cpu=cpu, cuda=gpu, rocm=gpu, tpu=tpu, default=other)
+        return run(resolve_backend(kernel, backend), add_to, *operands)
+    # Every branch is traced, and that of the platform alone is lowered.
+    branches = [functools.partial(run, resolve_backend(kernel, platform=p)) for p in PLATFORMS]
+    cpu, gpu, tpu = branches
+    other = functools.partial(run, _TABLE["xla"])
+    return jax.lax.platform_dependent(add_to, *operands, cpu=cpu, cuda=gpu, rocm=gpu, tpu=tpu, default=other)

@@ -1,5 +1,7 @@
 """Grouped products by ``jax.lax.ragged_dot``: the semantics, and the native instruction where a platform has one."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -8,7 +10,7 @@ from jax.custom_batching import sequential_vmap
 from moe_jax.kernels.table import Backend
 
 # Contract the rows of both operands, group by group: [M, H], [M, N] -> [G, H, N].
-_OUTER = lax.RaggedDotDimensionNumbers(
+OUTER = lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
 )
 
@@ -27,23 +29,33 @@ def _inner_product(lhs, rhs, group_sizes):
 
 @sequential_vmap
 def _outer_product(lhs, rhs, group_sizes):
-    return lax.ragged_dot_general(lhs, rhs, group_sizes, _OUTER, preferred_element_type=jnp.float32)
+    return lax.ragged_dot_general(lhs, rhs, group_sizes, OUTER, preferred_element_type=jnp.float32)
+
+
+def masked_matmul(product: Callable, lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """``product(lhs, rhs, group_sizes)``, fp32 [M, N], in the dtype of ``lhs``, where NaN past the sum might spread."""
+    return product(zero_past_groups(lhs, group_sizes), rhs, group_sizes).astype(lhs.dtype)
+
+
+def masked_outer(product: Callable, lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, dtype) -> jax.Array:
+    """``product(lhs, rhs, group_sizes)``, fp32 [G, H, N], in ``dtype``; rows past the sum must not count."""
+    summed = product(zero_past_groups(lhs, group_sizes), zero_past_groups(rhs, group_sizes), group_sizes)
+    empty = (group_sizes == 0)[:, None, None]  # some kernels leave an empty group's product unwritten
+    return jnp.where(empty, jnp.zeros((), dtype), summed.astype(dtype))
 
 
 def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, transpose_rhs: bool) -> jax.Array:
-    """lhs [M, H], rhs [G, H, N] ([G, N, H] if ``transpose_rhs``), group_sizes [G] -> [M, N]; zeros past the sum."""
-    rhs = jnp.swapaxes(rhs, 1, 2) if transpose_rhs else rhs
-    lhs = zero_past_groups(lhs, group_sizes)
-    product = _inner_product(lhs, rhs, group_sizes)
-    return zero_past_groups(product.astype(lhs.dtype), group_sizes)  # undefined there on some platforms
+    """lhs [M, H], rhs [G, H, N] ([G, N, H] if ``transpose_rhs``), group_sizes [G] -> [M, N]."""
+    return masked_matmul(_inner_product, lhs, jnp.swapaxes(rhs, 1, 2) if transpose_rhs else rhs, group_sizes)
 
 
 def grouped_outer(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, dtype) -> jax.Array:
     """lhs [M, H], rhs [M, N], group_sizes [G] -> [G, H, N] in ``dtype``."""
-    lhs, rhs = zero_past_groups(lhs, group_sizes), zero_past_groups(rhs, group_sizes)
-    product = _outer_product(lhs, rhs, group_sizes)
-    empty = (group_sizes == 0)[:, None, None]  # some kernels leave an empty group's product unwritten
-    return jnp.where(empty, jnp.zeros((), dtype), product.astype(dtype))
+    return masked_outer(_outer_product, lhs, rhs, group_sizes, dtype)
 
 
-BACKEND = Backend(name="xla", kernels={"grouped_matmul": grouped_matmul, "grouped_outer": grouped_outer})
+BACKEND = Backend(
+    name="xla",
+    kernels={"grouped_matmul": grouped_matmul, "grouped_outer": grouped_outer},
+    about="jax.lax.ragged_dot",
+)

@@ -1,7 +1,15 @@
 """How rows move between tokens and experts: one module per route, and the differentiable ways there and back."""
 
-from moe_jax.movement.collecting import collect_rows, collect_rows_timed, finish
-from moe_jax.movement.picking import copy_weights, pick, pick_pieces
+from moe_jax.movement.collecting import collect_rows, collect_rows_timed, finish, sum_at_tokens, together
+from moe_jax.movement.picking import (
+    as_delivered,
+    copy_weights,
+    only_present,
+    pick,
+    place_of,
+    sum_over_pairs,
+    token_of,
+)
 from moe_jax.movement.routes import RowOrder, arrival_order
 from moe_jax.movement.sending import Sent, carry_rows, dequantized, send_as_is, send_rows, smooth_rows
 
@@ -9,15 +17,21 @@ __all__ = [
     "RowOrder",
     "Sent",
     "arrival_order",
+    "as_delivered",
     "carry_rows",
     "collect_rows",
     "collect_rows_timed",
     "copy_weights",
     "dequantized",
     "finish",
+    "only_present",
     "pick",
-    "pick_pieces",
+    "place_of",
     "send_as_is",
     "send_rows",
     "smooth_rows",
+    "sum_at_tokens",
+    "sum_over_pairs",
+    "together",
+    "token_of",
 ]

@@ -1,7 +1,7 @@
 """Rows on their way back from the experts, differentiably: the adjoint of what ``sending`` does.
 
-``collect_rows``: expert rows [M, H] -> what came back: [T, C, H] at the tokens, or fp32 sums [T, H] for transports
-whose sums are made where the experts are. Windows add up; ``finish`` weights and sums what was collected.
+``collect_rows``: expert rows [M, H] -> what came back: [C, T, H] at the tokens, or fp32 sums [T, H] for transports
+whose sums are made where the experts are. ``together`` puts windows together; ``finish`` weights and sums.
 """
 
 import functools
@@ -23,15 +23,15 @@ Array = jax.Array
 def collect_rows(
     rows: Array, combine_weights: Array, handle: DispatchHandle, *, order: RowOrder | None = None
 ) -> Array:
-    """Expert rows of one window -> what ``finish`` takes; windows add up. Differentiable in both arrays.
+    """Expert rows of one window -> what ``finish`` takes. Differentiable in both arrays.
 
     Weights are [T, C]; for "hierarchy" also [M], those that came with the rows. ``order``: as for ``send_rows``.
     """
     plan = handle.plan
     rows, combine_weights = _compat.as_varying((rows, combine_weights), plan.exchange_axes)
     if not plan.num_pairs:
-        pairs = jnp.zeros_like(combine_weights, dtype=plan.dtype)[..., None] * jnp.ones(plan.hidden, plan.dtype)
-        return jnp.sum(pairs, axis=1, dtype=jnp.float32) if plan.sums_at_experts else pairs
+        pairs = jnp.zeros_like(combine_weights, dtype=plan.dtype).T[..., None] * jnp.ones(plan.hidden, plan.dtype)
+        return jnp.sum(pairs, axis=0, dtype=jnp.float32) if plan.sums_at_experts else pairs
     return _collect_rows(_How(timed=False, ordered=order is None), rows, combine_weights, handle)[0]
 
 
@@ -41,38 +41,65 @@ def collect_rows_timed(rows: Array, combine_weights: Array, handle: DispatchHand
     return _collect_rows(_How(timed=True, ordered=True), *operands, handle)
 
 
-def finish(collected: Array, combine_weights: Array, special: SpecialTerms | None, plan) -> Array:
-    """The weighted sum over k, ascending, of rows and of what experts without rows add. -> [T, H] fp32."""
+def together(collected: Array, more: Array, handle: DispatchHandle) -> Array:
+    """What was collected in other windows, and what came in that of ``handle``."""
+    return ROUTES[type(handle.maps)].together(collected, more, handle.maps)
+
+
+def finish(
+    collected: Array, combine_weights: Array, travelled: Array, special: SpecialTerms | None, plan
+) -> Array:
+    """The weighted sum over k, ascending, of rows and of what experts without rows add. -> [T, H] fp32.
+
+    ``travelled``: [T, C] bool, the pairs that were collected in some window; others hold anything.
+    """
+    if not plan.sums_at_experts:
+        return sum_at_tokens(collected, combine_weights, travelled, special, plan)
     with jax.named_scope("combine_sum"):
-        summed = plan.sums_at_experts
+        for k in range(0 if special is None else plan.top_k):
+            collected = collected + combine_weights[:, k, None] * special_term(special, k, plan)
+        return collected
+
+
+def sum_at_tokens(
+    collected: Array, combine_weights: Array, travelled: Array, special: SpecialTerms | None, plan
+) -> Array:
+    """``finish`` of rows at their tokens, [C, T, H]."""
+    with jax.named_scope("combine_sum"):
         if special is None:
-            return collected if summed else _weighted_sum(collected, combine_weights)
-        total = collected if summed else jnp.zeros_like(collected[:, 0], jnp.float32)
+            return _weighted_sum(collected, combine_weights, travelled)
+        total = jnp.zeros_like(collected[0], jnp.float32)
+        rows = jax.lax.split(collected, [1] * plan.num_copies, axis=0)
         for k in range(plan.num_copies):
-            terms = [] if summed else [collected[:, k].astype(jnp.float32)]
-            terms += [] if k >= plan.top_k else [special_term(special, k, plan)]
-            total = total + combine_weights[:, k, None] * sum(terms)  # at most one of the terms is not zero
+            term = jnp.where(travelled[:, k, None], rows[k][0].astype(jnp.float32), 0.0)
+            term = term if k >= plan.top_k else term + special_term(special, k, plan)  # at most one is not zero
+            total = total + combine_weights[:, k, None] * term
         return total
 
 
 @custom_gradient
-def _weighted_sum(rows: Array, weights: Array) -> Array:
-    """``sum_c weights[t, c] * rows[t, c]``, c ascending. [T, C, H], [T, C] -> [T, H] fp32."""
-    total = jnp.zeros_like(rows[:, 0], jnp.float32)
-    for c in range(rows.shape[1]):
-        total = total + weights[:, c, None] * rows[:, c].astype(jnp.float32)
+def _weighted_sum(rows: Array, weights: Array, travelled: Array) -> Array:
+    """``sum_c weights[t, c] * rows[c, t]`` of those that travelled, c ascending. [C, T, H], [T, C] -> [T, H] fp32."""
+    total = jnp.zeros_like(rows[0], jnp.float32)
+    for c in range(rows.shape[0]):
+        # Rows are masked, not terms: a compiler that makes one operation of product and sum, which rounds once, must do
+        # so in every program of the layer, or values would depend on how many rounds there are.
+        row = jnp.where(travelled[:, c, None], rows[c].astype(jnp.float32), 0.0)
+        total = total + weights[:, c, None] * row
     return total
 
 
 def _weighted_sum_backward(operands, ct):
     """JAX's own rule would pad and add a cotangent of all the rows for each c.
 
-    ``d_row(t, c) = weights[t, c] * ct[t]`` and ``d_weights[t, c] = <row(t, c), ct[t]>``.
+    ``d_row(c, t) = weights[t, c] * ct[t]`` and ``d_weights[t, c] = <row(c, t), ct[t]>``, where (t, c) travelled.
     """
-    rows, weights = operands
-    d_rows = weights[..., None] * ct[:, None]
-    d_weights = jnp.einsum("tch,th->tc", rows.astype(jnp.float32), ct, precision=jax.lax.Precision.HIGHEST)
-    return d_rows.astype(rows.dtype), d_weights
+    rows, weights, travelled = operands
+    d_rows = jnp.where(travelled, weights, 0.0).T[..., None] * ct
+    # Rows are masked before the product: after it, the derivative in ct would still read those that are not there.
+    there = [jnp.where(travelled[:, c, None], rows[c].astype(jnp.float32), 0.0) for c in range(rows.shape[0])]
+    dots = [jnp.sum(row * ct, axis=-1) for row in there]
+    return d_rows.astype(rows.dtype), jnp.stack(dots, axis=-1), None
 
 
 _weighted_sum.defvjp(lambda *operands: (_weighted_sum(*operands), operands), _weighted_sum_backward)

@@ -1,13 +1,11 @@
 """The route of "padded" and "ragged": every rank sends each rank its rows; sums are made at the tokens."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
 from moe_jax import comm
 from moe_jax.message import join_some, split_some
-from moe_jax.movement.picking import Moves, as_received, as_sent, pick, pick_pieces, token_of
+from moe_jax.movement.picking import Moves, as_received, as_sent, only_present, pick, place_of, sum_over_pairs, token_of
 from moe_jax.types import Arrival, ExchangeMaps
 
 Array = jax.Array
@@ -23,11 +21,11 @@ def scatter(
     buffer: Array | None = None,
     timed: bool = False,
 ) -> tuple[Array | None, Array | None, Arrival | None]:
-    """What every pair of the window carries, at its row, in one message: row(t, c) = tokens[t], pairs[t, c].
+    """What every pair of the window carries, at its row, in one message: row(t, c) = tokens[t], pairs[c, t].
 
     Args:
       tokens: [T, F] of any dtype, or None.
-      pairs: [T, C, G] of any dtype, or None; not both.
+      pairs: [C, T, G] of any dtype, or None; not both.
       maps, plan: of the window.
       ordered: False leaves everything in its arrival slot: M is then P * A.
       buffer: the arrival buffer to write into, as wide as the message; None makes one.
@@ -37,9 +35,10 @@ def scatter(
       ([M, F], [M, G], what arrived here if ``buffer`` or ``timed``).
     """
     with jax.named_scope("pack"):
-        put = _put(maps, plan, alone=not timed and (tokens is None or pairs is None))
-        packed_tokens = None if tokens is None else put(tokens, token_of(maps.send_pair, plan))
-        packed_pairs = None if pairs is None else put(jax.lax.collapse(pairs, 0, 2), maps.send_pair)
+        packed_tokens = None if tokens is None else pick(tokens, token_of(maps.send_pair, plan), plan)
+        packed_pairs = None
+        if pairs is not None:
+            packed_pairs = pick(jax.lax.collapse(pairs, 0, 2), place_of(maps.send_pair, plan), plan)
         message, parts = join_some([packed_tokens, packed_pairs])
     with jax.named_scope("exchange"):
         microseconds = None
@@ -66,10 +65,11 @@ def collect(
     recipe=None,
     scalars: Array | None = None,
 ) -> tuple[Array, Array | None]:
-    """Rows [M, H] at their pairs: [T, C, H], zero for pairs outside the window; and scalars [M, G] -> [T, C, G].
+    """Rows [M, H] at their pairs: [C, T, H], and scalars [M, G] -> [C, T, G].
 
-    tp > 1: the tp ranks' rows are partial sums, and are added. fp32 with a ``recipe``, else in the dtype of the rows.
-    ``ordered``: as for ``scatter``.
+    Of pairs outside the window, which are not ``present``, rows may be anything, and scalars are zero. tp > 1: the tp
+    ranks' rows are partial sums, and are added. fp32 with a ``recipe``, else in the dtype of the rows. ``ordered``: as
+    for ``scatter``.
     """
     del weights  # they are applied at the tokens
     message, parts = _home_message(rows, scalars, maps, plan, recipe, ordered)
@@ -79,8 +79,10 @@ def collect(
         else:
             packed = comm.exchange_blocks(message, plan)
     with jax.named_scope("unpack"):
-        collected, pair_scalars = split_some(pick(packed, maps.pair_slot, plan, absent=0), parts)
-        return _decoded(collected, rows, maps, recipe), pair_scalars
+        collected, pair_scalars = split_some(pick(packed, maps.pair_slot.T, plan), parts)
+        if scalars is not None:
+            pair_scalars = only_present(pair_scalars, present(maps))
+        return _decoded(collected, rows, recipe), pair_scalars
 
 
 def collect_timed(rows: Array, maps: ExchangeMaps, plan, *, recipe=None) -> tuple[Array, Array]:
@@ -89,13 +91,22 @@ def collect_timed(rows: Array, maps: ExchangeMaps, plan, *, recipe=None) -> tupl
     with jax.named_scope("exchange"):
         packed, microseconds = comm.exchange_blocks_timed(message, plan)
     with jax.named_scope("unpack"):
-        return _decoded(pick(packed, maps.pair_slot, plan, absent=0), rows, maps, recipe), microseconds
+        return _decoded(pick(packed, maps.pair_slot.T, plan), rows, recipe), microseconds
 
 
-def _put(maps: ExchangeMaps, plan, *, alone: bool) -> Callable[[Array, Array], Array]:
-    """(rows, index) -> ``rows[index]`` for a message; in pieces if those ``alone`` are what goes, in equal blocks."""
-    num_pieces = plan.num_pieces if alone and not maps.sizes.size else 1
-    return lambda rows, index: comm.join_pieces(pick_pieces(rows, index, plan, num_pieces), rows.dtype)
+def present(maps: ExchangeMaps) -> Array:
+    """[T, C] bool, the pairs of the window."""
+    return maps.pair_slot >= 0
+
+
+def together(collected: Array, more: Array, maps: ExchangeMaps) -> Array:
+    """What was ``collected`` in other windows, and what came ``more`` in this one: each pair comes back in one."""
+    return jnp.where(present(maps).T[..., None], more, collected)
+
+
+def total(collected: Array, maps: ExchangeMaps) -> Array:
+    """What was collected in this window, summed over the copies of each token: [T, H] fp32."""
+    return sum_over_pairs(collected, present(maps))
 
 
 def _home_message(rows, scalars, maps, plan, recipe, ordered):
@@ -104,22 +115,20 @@ def _home_message(rows, scalars, maps, plan, recipe, ordered):
     with jax.named_scope("unpermute"):
         # Slots of the tp ranks are summed, so an unread one may be anything: it only meets its like.
         if ordered:
-            put = _put(maps, plan, alone=recipe is None and scalars is None and plan.tp_size == 1)
-            slots = [None if part is None else put(part, maps.slot_row) for part in slots]
+            slots = [None if part is None else pick(part, maps.slot_row, plan) for part in slots]
     with jax.named_scope("exchange"):
         slots = [None if part is None else comm.reduce_scatter_tp(part, plan) for part in slots]
         return join_some([as_sent(slots[0], recipe), slots[1]])
 
 
-def _decoded(collected, rows, maps, recipe):
+def _decoded(collected, rows, recipe):
     if recipe is None:
         return collected
     values = as_received(jax.lax.collapse(collected, 0, 2), recipe, rows.shape[1])
-    values = values.reshape(*collected.shape[:2], rows.shape[1])
-    return jnp.where((maps.pair_slot >= 0)[..., None], values, 0.0)
+    return values.reshape(*collected.shape[:2], rows.shape[1])
 
 
 def collect_adjoint(rows: Array, weights: Array, ct: Array, plan, moves: Moves) -> tuple[Array, Array]:
-    """Cotangents of rows and weights from that of what was collected, [T, C, H]: as scatter, with pairs for tokens."""
+    """Cotangents of rows and weights from that of what was collected, [C, T, H]: as scatter, with pairs for tokens."""
     del rows
     return moves.send(None, ct.astype(plan.dtype), None)[0].astype(plan.dtype), jnp.zeros_like(weights)

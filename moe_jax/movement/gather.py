@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from moe_jax import comm
 from moe_jax.derivatives import differentiated_as
 from moe_jax.message import join_some, split_some
-from moe_jax.movement.picking import Moves, as_delivered, as_received, as_sent, pick, token_of
+from moe_jax.movement.picking import Moves, as_delivered, as_received, as_sent, by_token, pick, token_of
 from moe_jax.types import GatherMaps
 
 Array = jax.Array
@@ -15,9 +15,9 @@ Array = jax.Array
 def scatter(
     tokens: Array | None, pairs: Array | None, maps: GatherMaps, plan
 ) -> tuple[Array | None, Array | None, None]:
-    """As ``exchange.scatter``: tokens [T, F] -> [M, F], pairs [T, C, G] -> [M, G]."""
+    """As ``exchange.scatter``: tokens [T, F] -> [M, F], pairs [C, T, G] -> [M, G]."""
     with jax.named_scope("exchange"):
-        message, parts = join_some([tokens, None if pairs is None else jax.lax.collapse(pairs, 1)])
+        message, parts = join_some([tokens, None if pairs is None else by_token(pairs)])
         everyone = jax.lax.collapse(comm.gather_tokens(message, plan), 0, 2)
         all_tokens, all_pairs = split_some(everyone, parts)
     with jax.named_scope("permute"):
@@ -31,7 +31,7 @@ def scatter(
 def collect(
     rows: Array, weights: Array | None, maps: GatherMaps, plan, *, recipe=None, scalars: Array | None = None
 ) -> tuple[Array, Array | None]:
-    """Rows [M, H] -> fp32 weighted sums [T, H], of rows as a ``recipe`` leaves them; scalars [M, G] -> [T, C, G]."""
+    """Rows [M, H] -> fp32 weighted sums [T, H], of rows as a ``recipe`` leaves them; scalars [M, G] -> [C, T, G]."""
     with jax.named_scope("partial_sum"):
         everyone = None if weights is None else comm.gather_tokens(weights, plan)
         partial = _partial_sums(as_received(as_sent(rows, recipe), recipe, rows.shape[1]), everyone, maps, plan)
@@ -39,7 +39,20 @@ def collect(
         total = comm.reduce_scatter_tokens(partial, plan)
         if scalars is None:
             return total, None
-        return total, comm.reduce_scatter_tokens(pick(scalars, maps.pair_row, plan, absent=0), plan)
+        summed = comm.reduce_scatter_tokens(pick(scalars, maps.pair_row, plan, absent=0), plan)
+        return total, jnp.swapaxes(summed, 0, 1)
+
+
+def together(collected: Array, more: Array, maps: GatherMaps) -> Array:
+    """Sums of other windows and of this one."""
+    del maps
+    return collected + more
+
+
+def total(collected: Array, maps: GatherMaps) -> Array:
+    """As ``exchange.total``: the sums themselves."""
+    del maps
+    return collected
 
 
 def collect_adjoint(rows: Array, weights: Array, ct: Array, plan, moves: Moves) -> tuple[Array, Array]:

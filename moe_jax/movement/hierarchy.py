@@ -11,7 +11,7 @@ from moe_jax import _compat, comm
 from moe_jax.comm import nodes
 from moe_jax.derivatives import take_rows
 from moe_jax.message import join_some, split_some
-from moe_jax.movement.picking import Moves, as_received, as_sent, pick
+from moe_jax.movement.picking import Moves, as_received, as_sent, by_token, pick
 from moe_jax.types import HierarchyMaps
 
 Array = jax.Array
@@ -20,9 +20,9 @@ Array = jax.Array
 def scatter(
     tokens: Array | None, pairs: Array | None, maps: HierarchyMaps, plan, *, ordered: bool = True
 ) -> tuple[Array | None, Array | None, None]:
-    """As ``exchange.scatter``: tokens [T, F] -> [M, F], pairs [T, C, G] -> [M, G]; one message on each leg."""
+    """As ``exchange.scatter``: tokens [T, F] -> [M, F], pairs [C, T, G] -> [M, G]; one message on each leg."""
     with jax.named_scope("pack"):
-        flat = None if pairs is None else lax.collapse(pairs, 1)
+        flat = None if pairs is None else by_token(pairs)
         message, parts = join_some([tokens, flat])
         leaving = pick(message, maps.slot_token, plan)
     with jax.named_scope("exchange"):
@@ -59,7 +59,7 @@ def collect(
 
     Products and both sums in fp32, copies and nodes ascending; ``round`` is to ``plan.dtype``, the dtype in which
     partial sums travel, and with a recipe what that leaves of it. With tp > 1 the rows of the tp ranks are partial
-    sums, and are added first, in their own dtype. Scalars [M, G] -> [T, C, G], added over tp alone. Weights of shape
+    sums, and are added first, in their own dtype. Scalars [M, G] -> [C, T, G], added over tp alone. Weights of shape
     [M] stand beside the rows and are added over tp too: of each row one tp rank holds the weight, the others zero.
     They go without scalars, and with rows that are in order. Rows may be None where there are scalars.
 
@@ -87,7 +87,19 @@ def collect(
         if scalars is None:
             return total, None
         summed = _sum_over_nodes(returned_scalars, maps)
-        return total, summed.reshape(len(summed), -1, scalars.shape[1])
+        return total, jnp.swapaxes(summed.reshape(len(summed), -1, scalars.shape[1]), 0, 1)
+
+
+def together(collected: Array, more: Array, maps: HierarchyMaps) -> Array:
+    """Sums of other windows and of this one."""
+    del maps
+    return collected + more
+
+
+def total(collected: Array, maps: HierarchyMaps) -> Array:
+    """As ``exchange.total``: the sums themselves."""
+    del maps
+    return collected
 
 
 def _partial_sums(home: Array, guest_weights: Array | None, maps: HierarchyMaps, plan) -> Array:
@@ -110,7 +122,7 @@ def collect_adjoint(rows: Array, weights: Array, ct: Array, plan, moves: Moves) 
     tp. The cotangent crosses to each node once, as a row in ``plan.dtype``; products and sums are fp32.
     """
     of_rows = weights.ndim == 1
-    row_ct, row_weight = moves.send(ct.astype(plan.dtype), None, None if of_rows else weights[..., None])
+    row_ct, row_weight = moves.send(ct.astype(plan.dtype), None, None if of_rows else weights.T[..., None])
     row_ct = row_ct.astype(jnp.float32)
     with jax.named_scope("dot"):
         dots = jnp.sum(rows.astype(jnp.float32) * row_ct, axis=-1, keepdims=True)
@@ -122,7 +134,7 @@ def collect_adjoint(rows: Array, weights: Array, ct: Array, plan, moves: Moves) 
         d_weights = jnp.where(maps.row_slot >= 0, both[:, 0], 0.0)
         return (both[:, 1:] * row_ct).astype(rows.dtype), d_weights
     _, d_weights = moves.collect(None, dots)
-    return (row_weight * row_ct).astype(rows.dtype), d_weights[..., 0]
+    return (row_weight * row_ct).astype(rows.dtype), d_weights[..., 0].T
 
 
 def _gather_back(parts: list[Array | None], maps: HierarchyMaps, plan, ordered: bool) -> list[Array | None]:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from moe_jax.derivatives import custom_gradient
 from moe_jax.message import join_some, split_some
-from moe_jax.movement.picking import Moves, as_received, as_sent, sum_over_pairs
+from moe_jax.movement import exchange
+from moe_jax.movement.picking import Moves, as_received, as_sent, only_present
 from moe_jax.movement.routes import ROUTES
 from moe_jax.types import ExchangeMaps, GatherMaps, HierarchyMaps
 
@@ -28,11 +29,11 @@ def send(
     ordered: bool,
     recipe,
 ) -> tuple[Array | None, Array | None]:
-    """row(t, c) = tokens[t] or pairs[t, c], and scalars[t, c], in one message.
+    """row(t, c) = tokens[t] or pairs[c, t], and scalars[c, t], in one message.
 
     Args:
-      tokens, pairs: [T, F], or [T, C, F] for routes that sum at the tokens; not both.
-      scalars: [T, C, G] f32.
+      tokens, pairs: [T, F], or [C, T, F] for routes that sum at the tokens; not both.
+      scalars: [C, T, G] f32.
       maps, plan: of the window.
       ordered, recipe: as for the routes.
 
@@ -46,10 +47,10 @@ def send(
 def collect(
     rows: Array | None, scalars: Array | None, maps: Maps, plan, *, ordered: bool, recipe
 ) -> tuple[Array | None, Array | None]:
-    """Rows [M, F] and scalars [M, G] at their tokens: [T, C, F] and [T, C, G].
+    """Rows [M, F] and scalars [M, G] at their tokens: [C, T, F] and [C, T, G].
 
-    Routes that sum at the experts give sums of rows, fp32 [T, F]. Rows that no pair comes to influence nothing.
-    Otherwise as for ``send``; ``rows`` may be None for "hierarchy".
+    Rows of pairs outside the window may hold anything. Routes that sum at the experts give sums of rows, fp32 [T, F]. Rows that
+    no pair comes to influence nothing. Otherwise as for ``send``; ``rows`` may be None for "hierarchy".
     """
     return _collect(plan, ordered, recipe, rows, scalars, maps)
 
@@ -84,9 +85,8 @@ def _send_backward(plan, ordered, recipe, residuals, cts):
     tokens, pairs, maps = residuals
     collected, d_scalars = _collect(plan, ordered, recipe, *cts, maps)
     if tokens is None:
-        return None, collected.astype(pairs.dtype), d_scalars, None
-    total = collected if plan.sums_at_experts else sum_over_pairs(collected)
-    return total.astype(tokens.dtype), None, d_scalars, None
+        return None, only_present(collected.astype(pairs.dtype), exchange.present(maps)), d_scalars, None
+    return ROUTES[type(maps)].total(collected, maps).astype(tokens.dtype), None, d_scalars, None
 
 
 _send.defvjp(_send_forward, _send_backward)

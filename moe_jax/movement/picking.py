@@ -1,4 +1,8 @@
-"""What the routes share: gathers by maps in which -1 means "none", and pairs as token * C + c."""
+"""What the routes share: gathers by maps in which -1 means "none", and pairs as token * C + c.
+
+What belongs to pairs and has a width is ordered by copy, then token, [C, T, ...]: for sums over the copies of a token it
+is C arrays in their natural layout, where [T, C, ...] would leave most of a TPU's tiles empty.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax import comm
 from moe_jax.derivatives import differentiated_as, take_rows
 
 Array = jax.Array
@@ -26,12 +29,6 @@ def pick(rows: Array, index: Array, plan, *, absent: float | None = None) -> Arr
     if absent is None and plan.poison:
         absent = jnp.nan if jnp.issubdtype(rows.dtype, jnp.floating) else jnp.iinfo(rows.dtype).max
     return take_rows(rows, index, absent=absent)
-
-
-def pick_pieces(rows: Array, index: Array, plan, num_pieces: int) -> tuple[Array, ...]:
-    """As ``pick``, in as many pieces, see ``comm.cut_pieces``."""
-    rows = comm.to_bits(rows) if num_pieces > 1 else rows
-    return tuple(pick(rows, part, plan) for part in jnp.split(index, num_pieces))
 
 
 def token_of(pair: Array, plan) -> Array:
@@ -66,9 +63,24 @@ def copy_weights(combine_weights: Array, plan) -> Array:
     return jnp.pad(combine_weights, ((0, 0), (0, num_shared)), constant_values=1.0) if num_shared else combine_weights
 
 
-def sum_over_pairs(pair_rows: Array) -> Array:
-    """[T, C, H] -> [T, H] fp32, one k after the other."""
-    total = jnp.zeros_like(pair_rows[:, 0], jnp.float32)
-    for k in range(pair_rows.shape[1]):
-        total = total + pair_rows[:, k].astype(jnp.float32)
+def place_of(pair: Array, plan) -> Array:
+    """Where each pair lies in [C * T], -1 for none."""
+    return jnp.where(pair < 0, -1, pair % plan.num_copies * plan.tokens_per_rank + pair // plan.num_copies)
+
+
+def by_token(pairs: Array) -> Array:
+    """[C, T, G] -> [T, C * G]."""
+    return jax.lax.collapse(jnp.swapaxes(pairs, 0, 1), 1)
+
+
+def only_present(pair_rows: Array, present: Array) -> Array:
+    """[C, T, H] with zeros for the pairs that are not ``present`` [T, C]."""
+    return jnp.where(present.T[..., None], pair_rows, jnp.zeros((), pair_rows.dtype))
+
+
+def sum_over_pairs(pair_rows: Array, present: Array) -> Array:
+    """[C, T, H] -> [T, H] fp32, one k after the other, of the pairs that are ``present`` [T, C]."""
+    total = jnp.zeros_like(pair_rows[0], jnp.float32)
+    for k in range(pair_rows.shape[0]):
+        total = total + jnp.where(present[:, k, None], pair_rows[k].astype(jnp.float32), 0.0)
     return total

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from moe_jax import _compat
 from moe_jax.derivatives import custom_gradient, take_rows
 from moe_jax.message import join, join_some, split, split_some
-from moe_jax.movement import linear
-from moe_jax.movement.picking import copy_weights, sum_over_pairs
+from moe_jax.movement import exchange, linear
+from moe_jax.movement.picking import copy_weights, only_present
 from moe_jax.movement.routes import ROUTES, RowOrder
 from moe_jax.quant import QTensor
 from moe_jax.types import Arrival, DispatchHandle, ExchangeMaps
@@ -85,7 +85,7 @@ def carry_rows(x: Array, handle: DispatchHandle, num_rows: int, *, smooth: Array
     x, smooth = _compat.as_varying((x, smooth), plan.exchange_axes)
     if smooth is None or smooth.ndim == 1 or isinstance(handle.maps, ExchangeMaps):
         return _carry(num_rows, x, smooth, handle)
-    row = smooth_rows(handle)[..., None].astype(jnp.float32)
+    row = smooth_rows(handle).T[..., None].astype(jnp.float32)
     rows, row = linear.send(x, None, row, handle.maps, plan, ordered=True, recipe=None)
     return _quantize_rows(plan.dispatch_recipe, rows, _row_factors(smooth, row[:, 0].astype(jnp.int32), handle))[0]
 
@@ -176,12 +176,12 @@ def _send_with(how, x, smooth, weights, tags, buffer, handle):
     tokens, copies = x, None
     with jax.named_scope("quantize"):
         if recipe is not None and smooth is not None and smooth.ndim == 2:  # each copy has factors of its own
-            factors = take_rows(smooth, smooth_rows(handle).ravel())
-            message = recipe.pack(recipe.quantize(jnp.repeat(x, plan.num_copies, axis=0), smooth=factors))
-            tokens, copies = None, message.reshape(x.shape[0], plan.num_copies, message.shape[1])
+            factors = take_rows(smooth, smooth_rows(handle).T.ravel())
+            message = recipe.pack(recipe.quantize(jnp.tile(x, (plan.num_copies, 1)), smooth=factors))
+            tokens, copies = None, message.reshape(plan.num_copies, x.shape[0], message.shape[1])
         elif recipe is not None:
             tokens = recipe.pack(recipe.quantize(x, smooth=smooth))
-    per_pair = [copies, None if weights is None else copy_weights(weights, plan)[..., None], tags]
+    per_pair = [copies, *_of_pairs(weights, tags, plan)]
     pairs, held = (None, None) if all(part is None for part in per_pair) else join_some(per_pair)
     options = {"buffer": buffer, "timed": how.timed} if buffer is not None or how.timed else {}
     options |= {} if how.ordered else {"ordered": False}
@@ -193,6 +193,12 @@ def _send_with(how, x, smooth, weights, tags, buffer, handle):
         return Sent(message, None, None, row_weights, row_tags, arrival)
     q = recipe.unpack(message, plan.hidden)
     return Sent(_carrier(q, plan), q.values, q.scale, row_weights, row_tags, arrival)
+
+
+def _of_pairs(weights: Array | None, tags: Array | None, plan) -> list[Array | None]:
+    """Weights [T, K] and tags [T, C, G] as they belong to pairs: [C, T, 1] and [C, T, G]."""
+    weights = None if weights is None else copy_weights(weights, plan).T[..., None]
+    return [weights, None if tags is None else jnp.swapaxes(tags, 0, 1)]
 
 
 def _carrier(q: QTensor, plan) -> Array:
@@ -211,15 +217,15 @@ def _send_backward(how, residuals, ct):
     options = {"ordered": how.ordered, "recipe": plan.backward_recipe}
     # With unit weights: d_x[t] = sum over the pairs c of t of ct at the row of (t, c), times its factors.
     collected, d_weights = linear.collect(ct.rows, scalars, handle.maps, plan, **options)
-    d_weights = None if weights is None else d_weights[:, : plan.top_k, 0]
+    d_weights = None if weights is None else d_weights[: plan.top_k, :, 0].T
     if smooth is not None and smooth.ndim == 2:
-        row = smooth_rows(handle)
-        collected = collected.astype(jnp.float32)
-        products = jax.lax.collapse(collected * x.astype(jnp.float32)[:, None], 0, 2)
+        row = smooth_rows(handle).T
+        collected = only_present(collected.astype(jnp.float32), exchange.present(handle.maps))
+        products = jax.lax.collapse(collected * x.astype(jnp.float32), 0, 2)
         target = jnp.where(row < 0, smooth.shape[0], row).ravel()
         d_smooth = jnp.zeros_like(smooth).at[target].add(products, mode="drop")
         collected = collected * take_rows(smooth, row)
-    total = collected if plan.sums_at_experts else sum_over_pairs(collected)
+    total = ROUTES[type(handle.maps)].total(collected, handle.maps)
     if smooth is None:
         d_smooth = None
     elif smooth.ndim == 1:
@@ -281,7 +287,7 @@ _quantize_rows.defvjp(_quantize_forward, _quantize_backward, frozen=lambda out: 
 def _send_as_is(timed, tokens, weights, tags, buffer, handle):
     plan = handle.plan
     message, parts = join(tokens)
-    per_pair = [None if weights is None else copy_weights(weights, plan)[..., None], tags]
+    per_pair = _of_pairs(weights, tags, plan)
     pairs, held = (None, None) if all(part is None for part in per_pair) else join_some(per_pair)
     options = {"buffer": buffer, "timed": timed} if buffer is not None or timed else {}
     rows, pair_rows, arrival = ROUTES[type(handle.maps)].scatter(message, pairs, handle.maps, plan, **options)
@@ -302,13 +308,13 @@ def _as_is_backward(timed, residuals, cts):
     rows = jnp.concatenate(columns, axis=1)
     scalars = None if weights is None else cts[1][:, None]
     collected, d_weights = linear.collect(rows, scalars, handle.maps, plan, ordered=True, recipe=None)
-    total = collected if plan.sums_at_experts else sum_over_pairs(collected)
+    total = ROUTES[type(handle.maps)].total(collected, handle.maps)
     d_tokens, start = [], 0
     for part, is_float in zip(tokens, floats, strict=True):
         width = part.shape[1] if is_float else 0
         d_tokens.append(total[:, start : start + width].astype(part.dtype) if is_float else None)
         start += width
-    return tuple(d_tokens), None if weights is None else d_weights[:, : plan.top_k, 0], None, None, None
+    return tuple(d_tokens), None if weights is None else d_weights[: plan.top_k, :, 0].T, None, None, None
 
 
 _send_as_is.defvjp(_as_is_forward, _as_is_backward)

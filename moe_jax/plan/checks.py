@@ -7,8 +7,7 @@ import jax.numpy as jnp
 
 from moe_jax import quant
 from moe_jax.errors import UnsupportedError, choice_violations, count_violations
-from moe_jax.kernels import FLOAT_DTYPES, backend_names, resolve_backend
-from moe_jax.kernels.table import KERNELS
+from moe_jax.kernels import FLOAT_DTYPES, resolve_backend, table
 from moe_jax.products import ANY, PRODUCTS
 
 _AT_LEAST_ONE = ("hidden", "num_experts", "top_k")  # other sizes may be 0
@@ -75,11 +74,11 @@ def dtype_violations(dtype) -> list[str]:
 
 
 def backend_violations(backend) -> list[str]:
-    unknown = choice_violations("backend", backend, ["auto", *backend_names()])
+    unknown = table.backend_violations(backend)
     if unknown:
         return unknown
     found = []
-    for kernel in KERNELS:
+    for kernel in table.KERNELS:
         try:
             resolve_backend(kernel, backend)
         except UnsupportedError as error:

@@ -23,7 +23,7 @@ class Cost:
     Beside the fields below: ``even_wire_bytes`` are those of ``wire_bytes`` that an even load fills, all but for
     "ragged"; ``router_flops`` are those of ``flops`` that the router takes, in fp32 whatever the rows are; ``platform``
     is the one whose nominal rates give ``compute_seconds``, ``memory_seconds`` and ``wire_seconds``, the last of
-    ``even_wire_bytes``.
+    ``even_wire_bytes``, those of rows at the rate of a ragged exchange where they take one.
 
     ``wire_bytes``: what ``moe_jax.contract`` counts as ``inline_wire_bytes`` of the compiled layer: rows, and beside
     them counts, weights, the router's statistics and the gradients of replicated parameters. A ragged exchange counts
@@ -86,17 +86,19 @@ def layer_costs(plan, platform: str, *, ffn: int, activation: str, num_replicas:
         flops = passes * sum(2 * f.projections * f.rows * plan.hidden * f.width for f in (routed, shared))
         traffic = _row_traffic(plan, size, backward) + passes * _router_traffic(plan)
         traffic += sum(_ffn_traffic(f, plan.hidden, size.itemsize, backward) for f in (routed, shared))
-        wire, even_wire = (sums + _row_wire(plan, s, backward) for s in (size, even))
+        traffic += int(rates.ragged_passes * _ragged_ends(plan, size, backward))
+        rows, even_rows = (_row_wire(plan, s, backward) for s in (size, even))
+        share = rates.ragged_wire if plan.transport == "ragged" else 1.0
         costs[phase] = Cost(
-            wire_bytes=wire,
-            even_wire_bytes=even_wire,
+            wire_bytes=sums + rows,
+            even_wire_bytes=sums + even_rows,
             flops=flops + router,
             router_flops=router,
             traffic_bytes=traffic,
             platform=platform,
             compute_seconds=flops / (rates.flops32 if size.itemsize == 4 else rates.flops16) + router / rates.flops32,
             memory_seconds=traffic / rates.memory,
-            wire_seconds=even_wire / rates.wire,
+            wire_seconds=(sums + even_rows / share) / rates.wire,
         )
     return costs
 
@@ -173,14 +175,13 @@ def _row_wire(plan, size: _Size, backward: bool) -> int:
     total = _there(plan, size, size.out) + _home(plan, size, size.back)
     if plan.transport == "allgather":
         total += 2 * _leaves("all-gather", world, pairs)  # destinations, weights
-    else:
-        total += _leaves("all-to-all", plan.ep_size, counts) + _leaves("all-gather", plan.tp_size, counts)
-    if plan.transport == "ragged":
-        total += _leaves("all-gather", plan.ep_size, plan.ep_size * _WIDE)
     entries = plan.num_copies * _WIDE  # of a token
     if plan.transport == "hierarchy":
+        total += _leaves("all-to-all", plan.ep_size, counts) + _leaves("all-gather", plan.tp_size, counts)
         total += 2 * _leaves("all-to-all", nodes, size.crossing * entries)  # destinations, weights
-    if plan.max_rounds > 1:
+    if not plan.sums_at_experts:
+        total += _leaves("all-gather", world, counts)
+    elif plan.max_rounds > 1:
         total += _leaves("all-reduce", world, _WIDE)
     if not backward:
         return total
@@ -242,6 +243,8 @@ def _sum_wire(plan, size: _Size, routed: _Ffn, shared: _Ffn, num_replicas: int, 
 
 def _row_traffic(plan, size: _Size, backward: bool) -> int:
     """Passes over rows but for products."""
+    if not plan.exchanges:
+        return _local_traffic(plan, size, backward)
     gathers, pairs = plan.transport == "allgather", plan.num_pairs
     tokens, everyone = plan.tokens_per_rank, size.everyone * plan.num_copies
     total = _pass_out(plan, size, tokens, size.out) + _pass_home(plan, size, size.back)
@@ -255,6 +258,28 @@ def _row_traffic(plan, size: _Size, backward: bool) -> int:
         return total + _pass_out(plan, size, tokens, size.ct) + _pass_home(plan, size, size.ct)
     total += 2 * (pairs * size.row + tokens * size.wide)  # cotangents of pairs and of weights
     return total + _pass_out(plan, size, pairs, size.ct) + _pass_home(plan, size, size.ct)
+
+
+def _local_traffic(plan, size: _Size, backward: bool) -> int:
+    """Of a device that exchanges nothing: a gather each way, of rows as recipes leave them, and the sum at the tokens."""
+    tokens, pairs = plan.tokens_per_rank, plan.num_pairs
+
+    def there(rows, message):
+        return 2 * _recoded(size, message, rows) + 2 * size.arrived * size.row
+
+    def home(message):
+        return 2 * _recoded(size, message, size.arrived) + 3 * pairs * size.row + tokens * size.wide
+
+    total = there(tokens, size.out) + home(size.back)
+    if backward:  # beside the same of cotangents: those of pairs and of weights
+        total += 2 * (pairs * size.row + tokens * size.wide) + there(pairs, size.ct) + home(size.ct)
+    return total
+
+
+def _ragged_ends(plan, size: _Size, backward: bool) -> int:
+    """Bytes of a pass over the rows at both ends of every ragged exchange."""
+    messages = size.out + size.back + 2 * size.ct * backward
+    return 2 * (size.sent + size.slots) * messages if plan.transport == "ragged" and plan.ep_size > 1 else 0
 
 
 def _recoded(size: _Size, message: int, rows: int) -> int:

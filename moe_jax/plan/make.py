@@ -9,11 +9,12 @@ from jax.sharding import AbstractMesh, Mesh
 
 from moe_jax.config import OVERFLOWS, TRANSPORTS
 from moe_jax.errors import InvalidArgumentError, MeshError, choice_violations, flag_violations, raise_all
-from moe_jax.kernels.table import resolve_all
+from moe_jax.kernels.table import describe_backend, resolve_all
 from moe_jax.mesh import mesh_violations
 from moe_jax.plan import checks
 from moe_jax.plan.cost import PHASES, balanced_rows, layer_costs
 from moe_jax.plan.plan import Plan
+from moe_jax.plan.rates import RATES
 
 
 def make_plan(
@@ -43,7 +44,7 @@ def make_plan(
 
     Args:
       mesh: has axes "ep" and "tp", may have "node" (experts spread over ("node", "ep")); any other axis replicates
-        the whole group. Only names, sizes and the platform are read.
+        the whole group. Only names, sizes, the platform and the kind of its devices are read.
       tokens_per_rank: T, tokens per device; may be 0. Fewer true tokens are given by a mask.
       hidden: H.
       num_experts: E physical routed experts, divisible by the expert-parallel size.
@@ -65,14 +66,16 @@ def make_plan(
         partial sum comes back; without that axis all ranks are one node, inside which rows go from rank to rank), or
         "auto": "padded" or "allgather", or on GPU and TPU "ragged", whichever should take the least time to move rows
         in a forward and a backward pass of the layer, by nominal rates of the mesh's platform; see
-        ``moe_jax.plan.cost``. It never takes "hierarchy". ``Plan.describe()`` has the times of all candidates.
+        ``moe_jax.plan.cost``. It never takes "hierarchy"; and "padded" where one device holds all experts. ``Plan.describe()`` has the times of all candidates.
       overflow: "dropless": what does not fit into a round waits for the next; "drop": it is dropped and counted. Each
         pair of ranks keeps the front of its list, which is sorted by expert: the last experts of a rank lose most.
       capacity_factor: rows that a pair of ranks can move in a round of the layer, relative to the balanced load,
         T * K / ep; None: 1.25, and four standard deviations of a uniform router at least. Never more than T * K. A call
-        of ``dispatch`` alone has room for T * K rows, whatever this is, unless overflow is dropped.
+        of ``dispatch`` alone has room for T * K rows, whatever this is, unless overflow is dropped; so has the layer
+        where one device holds all experts (ep = tp = 1), which exchanges nothing.
       backward_quant: recipe of the cotangents of rows, both ways; as ``combine_quant``.
-      backend: a registered back end, or "auto": the one of the mesh's platform, or several if none has everything.
+      backend: a registered back end; several joined by "+", of which the first that has a kernel serves it; or "auto":
+        those for the platform and the kind of the mesh's devices. ``Plan.describe()`` says which serves what.
       poison: fill every slot and row that nobody may read with NaN, to prove that nobody does. For tests.
 
     Raises:
@@ -114,10 +117,13 @@ def make_plan(
     raise_all(violations, "make_plan", MeshError if wrong_mesh else InvalidArgumentError)
 
     sizes = {name: int(value) for name, value in sizes.items()}
-    dtype, platform = str(jnp.dtype(dtype)), _platform(mesh)
+    dtype, platform, kind = str(jnp.dtype(dtype)), _platform(mesh), _device_kind(mesh)
+    kernels = resolve_all(platform, kind) if backend == "auto" else backend
     tokens, most = sizes["tokens_per_rank"], sizes["tokens_per_rank"] * sizes["top_k"]
     balanced = balanced_rows(tokens, sizes["top_k"], ep_size, sizes["num_shared_ranks"])
     pair_capacity = _pair_capacity(balanced, most, capacity_factor)
+    if ep_size * tp_size == 1 and overflow == "dropless":
+        pair_capacity = max(1, most)  # nothing is exchanged, and all rows are there in one round
     plan = Plan(
         ep_axis=ep_axis,
         tp_axis="tp",
@@ -130,12 +136,20 @@ def make_plan(
         transport_reason=_as_asked(transport, shape.get("node", 1)),
         overflow=overflow,
         pair_capacity=pair_capacity,
-        backend=resolve_all(platform) if backend == "auto" else backend,
+        platform=platform,
+        backend=kernels,
+        backend_reason=describe_backend(kernels)
+        + ("; as asked" if backend != "auto" else f"; for {platform} devices of kind {kind!r}"),
         poison=bool(poison),
         **sizes,
         **recipes,
     )
-    return _with_least_time(plan, platform) if transport == "auto" else plan
+    if transport != "auto":
+        return plan
+    if not plan.exchanges:
+        reason = "one device holds all experts, so the layer exchanges nothing"
+        return dataclasses.replace(plan, transport="padded", transport_reason=reason)
+    return _with_least_time(plan, platform)
 
 
 def _with_least_time(plan: Plan, platform: str) -> Plan:
@@ -151,6 +165,8 @@ def _with_least_time(plan: Plan, platform: str) -> Plan:
         for name, cost in costs.items()
     )
     reason = f"least time to move rows, {PHASES[1]}, at nominal rates of {platform} ({words})"
+    if "ragged" in costs:
+        reason += f"; {RATES[platform].ragged_source}"
     return dataclasses.replace(plan, transport=min(seconds, key=seconds.get), transport_reason=reason)
 
 
@@ -162,6 +178,10 @@ def _as_asked(transport: str, num_nodes: int) -> str:
 
 def _platform(mesh) -> str:
     return mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
+
+
+def _device_kind(mesh) -> str:
+    return (mesh.devices.flat[0] if isinstance(mesh, Mesh) else jax.devices()[0]).device_kind
 
 
 def _pair_capacity(balanced: float, most: int, capacity_factor: float | None) -> int:

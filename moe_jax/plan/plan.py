@@ -3,13 +3,11 @@
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 
 from moe_jax import _compat
 from moe_jax.config import ACTIVATIONS
 from moe_jax.errors import InvalidArgumentError, UnsupportedError, check_choice, check_count
-from moe_jax.kernels import find_transport, resolve_backend
 from moe_jax.plan.cost import Cost, balanced_rows, layer_costs, row_bytes
 from moe_jax.plan.rates import RATES
 from moe_jax.quant import Recipe, recipe
@@ -45,7 +43,10 @@ class Plan:
       transport_reason: why this one, in words.
       overflow: "dropless" or "drop": what happens to rows that a round has no room for.
       pair_capacity: rows that a pair of ranks can move in a round of the layer.
-      backend: the back end of the kernels, by name; "auto" where several share the work.
+      platform: of the devices that the plan was made for: "cpu", "gpu" or "tpu".
+      backend: the back end of the kernels, by name; where several share the work, joined by "+": the first that has a
+        kernel serves it. Never "auto".
+      backend_reason: which of them serves what, and why, in words.
       poison: whether slots that nobody may read are filled with NaN.
     """
 
@@ -72,7 +73,9 @@ class Plan:
     transport_reason: str
     overflow: str
     pair_capacity: int
+    platform: str
     backend: str
+    backend_reason: str
     poison: bool
 
     @property
@@ -106,6 +109,11 @@ class Plan:
         return self.pair_capacity if self.overflow == "drop" else self.max_pair_rows
 
     @property
+    def exchanges(self) -> bool:
+        """Whether the layer moves rows between devices; false where one device holds all experts, whole."""
+        return self.ep_size * self.tp_size > 1
+
+    @property
     def exchange_axes(self) -> tuple[str, ...]:
         """Axes over which rows move: expert parallel, then tensor parallel."""
         return self.ep_axis if self.tp_axis is None else (*self.ep_axis, self.tp_axis)
@@ -117,8 +125,8 @@ class Plan:
 
     @property
     def max_rounds(self) -> int:
-        """Rounds that the worst skew needs: 1 where one window holds everything or overflow is dropped."""
-        if self.overflow == "drop" or not self.num_pairs:
+        """Rounds that the worst skew needs: 1 where one holds everything, overflow is dropped or nothing is exchanged."""
+        if self.overflow == "drop" or not self.num_pairs or not self.exchanges:
             return 1
         return math.ceil(self.max_pair_rows / self.pair_capacity)
 
@@ -141,17 +149,6 @@ class Plan:
     def sums_at_experts(self) -> bool:
         """Whether a token's rows are summed where they were made, rather than at the token."""
         return self.transport in ("allgather", "hierarchy")
-
-    @property
-    def num_pieces(self) -> int:
-        """In how many pieces the rows of an exchange in equal blocks are made: one for each rank, or 1.
-
-        Between that exchange and the experts, rows go through the exchanges of tp ranks, if there are some, at once.
-        """
-        if self.transport != "padded" or find_transport("padded", self.backend):
-            return 1
-        most = resolve_backend("grouped_matmul", self.backend).piecewise_ranks
-        return self.ep_size if self.ep_size <= most else 1
 
     def num_rows(self, capacity: int) -> int:
         """M, rows that a device can receive when every pair of ranks moves at most ``capacity``."""
@@ -179,7 +176,7 @@ class Plan:
 
         Args:
           call: "layer": of one round of ``moe_layer`` or ``moe_on_mesh``, M being ``num_rows(pair_capacity)``: bounded,
-            at any skew. "dispatch": of a call of ``dispatch`` alone and the ``combine`` that follows it, which do all
+            at any skew; where one device holds all experts nothing is sent, and M is T * K. "dispatch": of a call of ``dispatch`` alone and the ``combine`` that follows it, which do all
             in one round: with overflow="dropless" M is the worst skew, T * K rows from every rank.
 
         Raises:
@@ -196,7 +193,10 @@ class Plan:
         rows, slots = self.num_rows(capacity), self.ep_size * capacity
         tokens = self.tp_size * self.ep_size * self.tokens_per_rank
         arrival = self.tp_size * slots
-        if self.transport == "allgather":
+        if call == "layer" and not self.exchanges:
+            buffers = {"send": 0, "arrival": 0, "return": self.num_pairs * row}
+            integers = 2 * rows + self.num_pairs
+        elif self.transport == "allgather":
             buffers = {"arrival": tokens * out, "return": tokens * self.hidden * 4}
             integers = 2 * tokens * self.top_k + rows
         elif self.transport == "hierarchy":
@@ -227,7 +227,7 @@ class Plan:
           activation: as for ``moe_on_mesh``.
           num_replicas: devices along the data-parallel axes, whose sizes a plan does not hold.
           platform: "cpu", "gpu" or "tpu", whose nominal rates bound the time, see ``plan.rates``; None: the back end's,
-            or else the default device's.
+            if it is one of these, or else the plan's.
 
         Raises:
           InvalidArgumentError: an argument is not as above.
@@ -242,7 +242,7 @@ class Plan:
         check_choice("activation", activation, ACTIVATIONS)
         check_count("num_replicas", num_replicas)
         if platform is None:
-            platform = self.backend if self.backend in RATES else jax.default_backend()
+            platform = self.backend if self.backend in RATES else self.platform
         check_choice("platform", platform, RATES)
         if self.num_shared_ranks:
             raise UnsupportedError(
@@ -274,7 +274,7 @@ class Plan:
             f"wire       out {self.quant}, back {self.combine_quant}, cotangents {self.backward_quant}",
             f"overflow   {self.overflow}, "
             + (f"at most {self.max_rounds} rounds" if self.overflow == "dropless" else "counting what does not fit"),
-            f"backend    {self.backend}",
+            f"backend    {self.backend}: {self.backend_reason}",
             f"workspace  of a round of the layer: {_bytes(self.workspace())}",
             f"           of a call of dispatch alone, and combine: {_bytes(self.workspace('dispatch'))}",
         ]

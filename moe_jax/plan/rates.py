@@ -13,7 +13,9 @@ class Rates:
       memory: bytes read and written.
       wire: bytes that leave the device.
       widened: dtypes that a sum over ranks turns into fp32 first.
-      source: where the figures come from.
+      ragged_wire: the share of ``wire`` that the native ragged exchange reaches.
+      ragged_passes: how often, at each end of such an exchange, its rows are read and written beside it.
+      source: where the figures come from; ragged_source: those of the ragged exchange.
     """
 
     flops16: float
@@ -21,7 +23,10 @@ class Rates:
     memory: float
     wire: float
     widened: tuple[str, ...] = ()
+    ragged_wire: float = 1.0
+    ragged_passes: float = 0.0
     source: str
+    ragged_source: str = ""
 
 
 RATES = {
@@ -38,6 +43,8 @@ RATES = {
         flops32=67e12,
         memory=3.35e12,
         wire=450e9,
+        ragged_wire=0.02,
+        ragged_source="a ragged exchange reaches 2 % of NVLink inside a node by openxla/xla#33386",
         source="H100 SXM by NVIDIA's data sheet: BF16 without sparsity, FP32, HBM3, NVLink one way (half of 900 GB/s)",
     ),
     "tpu": Rates(
@@ -45,6 +52,9 @@ RATES = {
         flops32=459e12 / 6,  # six passes of bf16 products
         memory=2765e9,
         wire=600e9,
+        ragged_passes=1.4,
+        ragged_source="a ragged exchange wants every row in tiles of its own, and the passes there and back take 1.4 "
+        "times as long as their bytes say, by libtpu 0.0.42's estimates of three layers on v5e and v5p",
         source="TPU v5p by Google Cloud's documentation: BF16, HBM, interconnect one way (half of 1200 GB/s)",
     ),
 }

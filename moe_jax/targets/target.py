@@ -6,6 +6,7 @@ import os
 import re
 from importlib.metadata import version
 from importlib.util import find_spec
+from typing import Any
 
 import jax
 
@@ -13,6 +14,7 @@ from moe_jax.errors import InvalidArgumentError, UnsupportedError, suggest
 from moe_jax.hardware import GPUS, TPUS
 
 _GPUS_OF_A_HOST = 8
+_TPUS_OF_A_HOST = 4
 _EXTRAS = {
     "tpu": ("aot-tpu", ("libtpu",)),
     "gpu": ("aot-gpu", ("jax_plugins.xla_cuda12", "nvidia.cuda_nvcc", "nvidia.cuda_runtime")),
@@ -34,7 +36,7 @@ class Target:
     name: str
     platform: str
     num_devices: int
-    topology: dict[str, str]
+    topology: dict[str, Any]
 
     @property
     def lowering_platform(self) -> str:
@@ -84,8 +86,11 @@ def find_target(name: str) -> Target:
     if kind in TPUS:
         if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", extent):
             raise InvalidArgumentError(f"target={name!r} lacks a topology; write it as in '{kind}:{TPUS[kind]}'")
-        chips = math.prod(map(int, extent.split("x")))
-        return Target(name=name, platform="tpu", num_devices=chips, topology={"topology_name": name})
+        extents = [int(side) for side in extent.split("x")]
+        topology, chips = {"topology_name": name}, math.prod(extents)
+        if chips < _TPUS_OF_A_HOST:  # by itself the compiler takes hosts to be full
+            topology["chips_per_host_bounds"] = (*extents, 1)[:3]
+        return Target(name=name, platform="tpu", num_devices=chips, topology=topology)
     if kind not in ("cpu", *GPUS):
         known = ["cpu:8", *(f"{tpu}:{example}" for tpu, example in TPUS.items()), *(f"{gpu}:8" for gpu in GPUS)]
         raise InvalidArgumentError(f"target={name!r} is unknown; {suggest(name, known)} (other sizes go as well)")

@@ -32,7 +32,7 @@ class ModelStats:
 
 @dataclass(frozen=True)
 class Decoder:
-    """The model on one mesh: `init` makes parameters, `logits` runs them. The values do not depend on the mesh."""
+    """The model on one mesh: `init` makes parameters, `logits` runs them. The mesh changes last bits at most."""
 
     config: ModelConfig
     dtype: jnp.dtype

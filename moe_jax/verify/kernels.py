@@ -11,20 +11,41 @@ from moe_jax.kernels import grouped_matmul
 from moe_jax.verify.cases import deviation, integers
 
 
-def grouped_matmul_deviations(backend: str) -> list[float]:
+def grouped_matmul_deviations(
+    backend: str, dtype: str = "float32", extents: tuple[int, int, int] = (20, 8, 6)
+) -> list[float]:
+    """Of the product and both gradients, for 4 groups of rows, from the exact result rounded once to ``dtype``.
+
+    Args:
+      backend: its name in the table, or "auto".
+      dtype: of rows and matrices.
+      extents: M rows, H columns of them, N of the result. Sums of H or M products of small integers must be exact in
+        fp32, which they are below a million.
+
+    Returns:
+      The largest deviation for each way in which M rows fall into groups: some empty, all empty, one with everything,
+      single rows. Rows past the groups are NaN.
+    """
+    rows, hidden, columns = extents
     rng, found = np.random.default_rng(1), []
-    for sizes in ([5, 0, 9, 2], [0, 0, 0, 0], [0, 20, 0, 0], [1, 1, 1, 17]):
-        lhs, rhs, ct = integers(rng, 20, 8), integers(rng, 4, 8, 6), integers(rng, 20, 6)
+    program = jax.jit(functools.partial(_product_and_gradients, backend))
+    uneven = [rows // 4, 0, rows // 2 - 1, rows // 10]
+    for sizes in (uneven, [0, 0, 0, 0], [0, rows, 0, 0], [1, 1, 1, rows - 3]):
+        lhs, rhs, ct = integers(rng, rows, hidden), integers(rng, 4, hidden, columns), integers(rng, rows, columns)
         total, sizes = sum(sizes), np.array(sizes, np.int32)
         lhs[total:] = np.nan
         ct[total:] = np.nan
-        product, pull = jax.vjp(lambda a, b, s=sizes: grouped_matmul(a, b, jnp.asarray(s), backend=backend), lhs, rhs)
-        d_lhs, d_rhs = pull(jnp.asarray(ct))
+        product, d_lhs, d_rhs = program(*(jnp.asarray(a, dtype) for a in (lhs, rhs, ct)), sizes)
         want_lhs, want_rhs = reference.grouped_matmul_vjp(ct, lhs, rhs, sizes)
         expected = reference.grouped_matmul(lhs, rhs, sizes)
         pairs = ((product[:total], expected[:total]), (d_lhs[:total], want_lhs[:total]), (d_rhs, want_rhs))
-        found.append(max(deviation(*pair) for pair in pairs))
+        found.append(max(deviation(got, np.asarray(want, got.dtype)) for got, want in pairs))
     return found
+
+
+def _product_and_gradients(backend, lhs, rhs, ct, sizes):
+    product, pull = jax.vjp(lambda a, b: grouped_matmul(a, b, sizes, backend=backend), lhs, rhs)
+    return product, *pull(ct)
 
 
 def recipe_deviations(name: str) -> list[float]:

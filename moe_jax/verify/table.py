@@ -15,8 +15,7 @@ from jax.sharding import Mesh
 
 from moe_jax import quant
 from moe_jax.config import MeshConfig
-from moe_jax.errors import check_choice
-from moe_jax.kernels import backend_names
+from moe_jax.kernels import check_backend
 from moe_jax.mesh import ensure_devices, has_accelerator, make_mesh
 from moe_jax.verify.exchange import Exchange, ragged_deviations, same_bits
 from moe_jax.verify.kernels import grouped_matmul_deviations, recipe_deviations
@@ -64,7 +63,7 @@ def run(mesh_config: MeshConfig | None = None, backend: str = "auto", json_lines
     Raises:
       InvalidArgumentError, MeshError: an unknown back end, or too few devices.
     """
-    check_choice("backend", backend, ["auto", *backend_names()])
+    check_backend(backend)
     mesh = _mesh(mesh_config)
     device = mesh.devices.flat[0]
     if not json_lines:

@@ -1,0 +1,69 @@
+"""A Pallas kernel as an operation of a program: compiled on the platform that it was written for, interpreted elsewhere.
+
+Which platform that is shows when the program is lowered. Until then there is one operation without an inside, so that
+a program may hold kernels of any platform, and tracing neither imports Pallas nor pays for kernels that nobody runs.
+Inside, operands have no varying axes: a kernel is a function of one device, and the interpreter's loops want all that
+they carry to vary alike.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+
+from moe_jax._compat import as_varying, lowering_for, on_one_device, union_of_varying_axes
+
+
+def kernel_call(
+    call: Callable,
+    *operands: jax.Array,
+    shape: tuple[int, ...],
+    dtype,
+    platforms: tuple[str, ...],
+    others: tuple[tuple[str, Callable], ...] = (),
+) -> jax.Array:
+    """``call(*operands, interpret=...)``, a ``pallas_call`` with one result, typed as varying wherever an operand does.
+
+    Args:
+      call: (*operands, interpret: bool) -> an array.
+      shape, dtype: of the result.
+      platforms: for which the kernel compiles, as JAX names them when it lowers: "tpu", "cuda", "rocm".
+      others: (platform, function of the operands) where something else does the work.
+
+    No derivative, no batching: put it inside ``custom_gradient`` and ``sequential_vmap``.
+    """
+    axes = union_of_varying_axes(operands)
+    (out_type,) = jax.make_jaxpr(lambda: as_varying(jnp.zeros(shape, dtype), axes))().out_avals
+    return _kernel_p.bind(*operands, call=call, out_type=out_type, platforms=platforms, others=others)
+
+
+def result_type(shape: tuple[int, ...], dtype, like: jax.Array) -> jax.ShapeDtypeStruct:
+    """``out_shape`` of a ``pallas_call`` on operands such as ``like``; inside ``shard_map`` JAX wants its axes too."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
+
+
+_kernel_p = Primitive("moe_kernel")
+_kernel_p.def_abstract_eval(lambda *operands, call, out_type, platforms, others: out_type)
+_kernel_p.def_impl(
+    lambda *operands, **static: jax.jit(lambda *operands: _kernel_p.bind(*operands, **static))(*operands)
+)
+
+
+def _lower_for(platform: str | None) -> Callable:
+    def lower(context, *values, call, out_type, platforms, others):
+        def run(*operands):
+            return call(*operands, interpret=platform not in platforms)
+
+        with lowering_for(platform):
+            alike = {"avals_in": [on_one_device(of) for of in context.avals_in], "avals_out": [on_one_device(out_type)]}
+            function = dict(others).get(platform, run)
+            return mlir.lower_fun(function, multiple_results=False)(context.replace(**alike), *values)
+
+    return lower
+
+
+for _platform in ("tpu", "cuda", "rocm"):
+    mlir.register_lowering(_kernel_p, _lower_for(_platform), platform=_platform)
+mlir.register_lowering(_kernel_p, _lower_for(None))

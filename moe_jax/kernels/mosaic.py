@@ -1,0 +1,149 @@
+"""Grouped products by the Mosaic kernels that JAX brings for Hopper and Blackwell, where they fit; else by Triton.
+
+They fit 16-bit rows whose extents their tiles divide, and groups large enough: these kernels go through as many tiles
+as there could be, ceil(M / tile) + G - 1, and multiply all of them, full or not. They are taken where the G - 1 are at
+most an eighth.
+
+What they want and what they leave undone was read in their source. They cannot be interpreted, so the test of these
+calls has functions in their place that leave as much undone. They were compiled for these GPUs, and never run.
+
+Gradients of weights are Triton's. JAX's kernel for them on Hopper multiplies rows that are not in a group by zero, so
+that both operands would have to be zeroed past the sum before: 92 MB written for 16384 rows of 2048 and of 768, which
+takes about as long as it would save, and a NaN in one group would still reach the next.
+"""
+
+import importlib
+from collections.abc import Callable
+from types import FunctionType, SimpleNamespace
+from typing import Any
+
+import jax
+from jax.sharding import ManualAxisType
+
+from moe_jax.hardware import GPUS
+from moe_jax.hlo_cost import declare_flops
+from moe_jax.kernels import triton
+
+_STEPS = 64  # of the contracted axis at a time: 128 bytes, a swizzled row of shared memory
+_STAGES = 4  # steps in shared memory at once, at most 32 KiB each
+_MOST_GROUPS = 128  # their search for the group of a tile is unrolled
+
+
+def hopper_matmul(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    group_sizes: jax.Array,
+    add_to: jax.Array | None = None,
+    *,
+    transpose_rhs: bool,
+    precision: str | None,
+    interpret: bool = False,
+) -> jax.Array:
+    """As ``triton.grouped_matmul``, to which it leaves additions, which it makes in place."""
+    (num_rows, contracted), num_groups = lhs.shape, rhs.shape[0]
+    columns = rhs.shape[1 if transpose_rhs else 2]
+    tile, width = _row_tile(num_rows, num_groups, (128, 64)), _divisor(columns, (128, 64))
+    fits = tile and width and contracted % _STEPS == 0 and contracted > _STEPS
+    if interpret or add_to is not None or not fits or not _are_narrow(lhs, rhs):
+        return triton.grouped_matmul(
+            lhs, rhs, group_sizes, add_to, transpose_rhs=transpose_rhs, precision=precision, interpret=interpret
+        )
+    product = find_kernel("ragged_dot_mgpu", "ragged_dot", GPUS["h100"].core_count)
+    with declare_flops(2 * triton.max_tiles(num_rows, num_groups, tile) * tile * contracted * columns):
+        return product(
+            lhs,
+            rhs,
+            group_sizes=group_sizes,
+            block_m=tile,
+            block_n=width,
+            block_k=_STEPS,
+            max_concurrent_steps=_STAGES,
+            grid_block_n=_divisor(columns // width, (8, 4, 2, 1)),
+            transpose_rhs=transpose_rhs,
+        )
+
+
+def blackwell_matmul(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    group_sizes: jax.Array,
+    add_to: jax.Array | None = None,
+    *,
+    transpose_rhs: bool,
+    precision: str | None,
+    interpret: bool = False,
+) -> jax.Array:
+    """As ``triton.grouped_matmul``, to which it leaves additions, and transposed matrices, which it cannot read."""
+    (num_rows, contracted), num_groups, columns = lhs.shape, rhs.shape[0], rhs.shape[2]
+    tile = 256  # of two cores together; JAX's code for one alone cannot be traced
+    fits = num_rows % tile == columns % tile == contracted % _STEPS == 0 and _row_tile(num_rows, num_groups, (tile,))
+    if (
+        interpret
+        or add_to is not None
+        or transpose_rhs
+        or not fits
+        or not columns
+        or not contracted
+        or not _are_narrow(lhs, rhs)
+    ):
+        return triton.grouped_matmul(
+            lhs, rhs, group_sizes, add_to, transpose_rhs=transpose_rhs, precision=precision, interpret=interpret
+        )
+    module = importlib.import_module("jax.experimental.pallas.ops.gpu.blackwell_ragged_dot_mgpu")
+    product = find_kernel("blackwell_ragged_dot_mgpu", "ragged_dot_kernel", GPUS["b200"].core_count)
+    config = module.TuningConfig(
+        tile_m=tile // 2,
+        tile_n=tile // 2,
+        tile_k=_STEPS,
+        max_concurrent_steps=_STAGES,
+        collective=True,
+        grid_tile_width=_divisor(columns // tile, (8, 4, 2, 1)),
+        grid_minor_dim=module.blackwell_matmul_mgpu.MatmulDimension.N,
+    )
+    with declare_flops(2 * triton.max_tiles(num_rows, num_groups, tile) * tile * contracted * columns):
+        return product(lhs, rhs, group_sizes, config)
+
+
+def _are_narrow(*operands: jax.Array) -> bool:
+    return all(operand.dtype.itemsize == 2 and operand.dtype == operands[0].dtype for operand in operands)
+
+
+def _row_tile(num_rows: int, num_groups: int, sizes: tuple[int, ...]) -> int | None:
+    """The first of ``sizes`` of which G - 1 more are at most an eighth of the rows."""
+    return next((t for t in sizes if 8 * t * (num_groups - 1) <= num_rows >= t and num_groups <= _MOST_GROUPS), None)
+
+
+def _divisor(extent: int, sizes: tuple[int, ...]) -> int | None:
+    return next((size for size in sizes if extent and extent % size == 0), None)
+
+
+def find_kernel(module: str, function: str, core_count: int) -> Callable:
+    """JAX's function, in which ``jax`` is a stand-in that knows two things better.
+
+    It asks the first device of this process how many cores it has, while the program may be meant for another; and its
+    result says nothing of mesh axes, as it must inside a ``shard_map`` that checks them.
+    """
+    found = getattr(importlib.import_module(f"jax.experimental.pallas.ops.gpu.{module}"), function)
+    names = {**found.__globals__, "jax": _JaxOfTarget(core_count)}
+    changed = FunctionType(found.__code__, names, found.__name__, found.__defaults__, found.__closure__)
+    changed.__kwdefaults__ = found.__kwdefaults__
+    return changed
+
+
+class _JaxOfTarget:
+    """The module ``jax``, but for its devices and ``ShapeDtypeStruct``."""
+
+    def __init__(self, core_count: int):
+        self._core_count = getattr(jax.devices()[0], "core_count", None) or core_count
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(jax, name)
+
+    def devices(self) -> list[SimpleNamespace]:
+        return [SimpleNamespace(core_count=self._core_count)]
+
+    local_devices = devices
+
+    @staticmethod
+    def ShapeDtypeStruct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=ManualAxisType())

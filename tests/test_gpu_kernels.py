@@ -1,0 +1,308 @@
+"""The kernels for GPUs beyond the contract of all back ends: schedules, tiles, JAX's kernels, and what compilers say."""
+
+import collections
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_grouped_matmul as contract
+from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu
+from test_targets import needs
+
+import moe_jax as moe
+from moe_jax import reference
+from moe_jax.kernels import gpu, mosaic, table, triton
+
+KINDS = {
+    "NVIDIA H100 80GB HBM3": "hopper",
+    "NVIDIA H200": "hopper",
+    "NVIDIA GH200 480GB": "hopper",
+    "NVIDIA B200": "blackwell",
+    "NVIDIA GB200": "blackwell",
+    "NVIDIA A100-SXM4-80GB": "gpu",
+    "NVIDIA GeForce RTX 4090": "gpu",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_gpu_has_a_back_end_for_everything(kind):
+    assert table.resolve_all("gpu", kind) == KINDS[kind]
+    assert "Triton" in table.describe_backend(KINDS[kind])
+
+
+# --- schedules -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tile", [1, 16])
+@pytest.mark.parametrize("sizes", [[0, 5, 33, 0, 16, 1, 0, 0], [0] * 4, [100, 0], [16, 16]])
+def test_tiles_cover_every_row_of_every_group_once(sizes, tile):
+    num_rows = sum(sizes) + 7
+    most = triton.max_tiles(num_rows, len(sizes), tile)
+    find = jax.jit(functools.partial(triton._find_tile, jnp.array(sizes), tile))
+    covered = []
+    for place in range(most):
+        group, first, end, is_there = map(int, find(jnp.int32(place)))
+        covered += [(group, row) for row in range(first, min(first + tile, end))] if is_there else []
+    ends = np.cumsum(sizes)
+    assert covered == [(g, row) for g, end in enumerate(ends) for row in range(end - sizes[g], end)]
+
+
+@pytest.mark.parametrize("row_tiles,column_tiles", [(1, 1), (7, 3), (8, 5), (19, 4)])
+def test_every_tile_has_one_program(row_tiles, column_tiles):
+    programs = jax.jit(functools.partial(triton._swizzled, row_tiles=row_tiles, column_tiles=column_tiles))
+    rows, columns = programs(jnp.arange(row_tiles * column_tiles))
+    assert sorted(zip(rows.tolist(), columns.tolist())) == [
+        (r, c) for r in range(row_tiles) for c in range(column_tiles)
+    ]
+    assert columns[: min(row_tiles, 8)].tolist() == [0] * min(row_tiles, 8)  # one block of columns at a time
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("num_rows,num_groups", [(4096, 4), (16384, 16), (16384, 64), (8192, 64), (128, 32), (5, 1)])
+def test_tiles_fit_into_shared_memory_and_waste_little(num_rows, num_groups, itemsize):
+    for tiles, of_group in [
+        (triton.tiles_of_matmul(num_rows, num_groups, 2048, 768, itemsize), "rows"),
+        (triton.tiles_of_outer(num_rows, num_groups, 2048, 768, itemsize), "steps"),
+    ]:
+        assert tiles.stages * tiles.steps * (tiles.rows + tiles.columns) * itemsize <= 96 * 1024
+        assert min(tiles.rows, tiles.columns, tiles.steps) >= 16
+        wasted = triton.num_multiplied(num_rows, num_groups, getattr(tiles, of_group)) / num_rows - 1
+        assert wasted <= 1 / 8 or getattr(tiles, of_group) == 16
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "transpose_rhs", "shape", "group_sizes"),
+    [
+        (jnp.bfloat16, False, (300, 130, 140), [131, 0, 150]),  # edges of every axis, two tiles of columns
+        (jnp.float32, True, (300, 70, 80), [131, 150]),
+        (jnp.float16, True, (1030, 64, 128), [1025]),  # one group in tiles of 128, and nothing but rows to mask
+        (jnp.float32, False, (3, 1, 1), [0, 1, 0]),
+        (jnp.float32, False, (0, 6, 5), [0, 0]),
+        (jnp.bfloat16, False, (37, 0, 5), [30, 7]),
+    ],
+)
+def test_tiles_and_their_edges(dtype, transpose_rhs, shape, group_sizes):
+    contract.check("gpu", *contract.operands(0, group_sizes, dtype, transpose_rhs, shape), transpose_rhs)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_product_is_added_to_in_fp32(dtype):
+    lhs, rhs, sizes, start = contract.operands(0, [10, 0, 20], dtype, False, (37, 6, 5))
+    start = (start + 0.5 if dtype == jnp.float32 else start * 64).astype(dtype)  # sums that bf16 must round
+    summed = gpu.GPU.kernels["grouped_matmul"](*map(jnp.asarray, (lhs, rhs, sizes)), transpose_rhs=False, add_to=start)
+    product = reference.grouped_matmul(lhs, rhs, sizes)
+    np.testing.assert_array_equal(np.asarray(summed)[:30], (product + start)[:30].astype(dtype))
+
+
+def test_a_batch_of_products():
+    cases = [
+        contract.operands(seed, sizes, jnp.float32, False)
+        for seed, sizes in enumerate([[10, 7, 8, 5, 7], [0, 0, 0, 33, 0]])
+    ]
+    lhs, rhs, sizes, _ = map(np.stack, zip(*cases))
+    out = jax.vmap(functools.partial(moe.grouped_matmul, backend="gpu"))(lhs, rhs, sizes)
+    for found, case in zip(out, cases):
+        total = case[2].sum()
+        np.testing.assert_array_equal(found[:total], reference.grouped_matmul(*case[:3])[:total])
+
+
+@pytest.mark.parametrize(
+    "dtype,asked,precision",
+    [
+        ("float32", None, "HIGHEST"),
+        ("float32", "tensorfloat32", "HIGH"),
+        ("bfloat16", None, "DEFAULT"),
+    ],
+)
+def test_fp32_rows_lose_nothing_unless_jax_is_told_so(dtype, asked, precision):
+    """The interpreter always multiplies in fp32, so the product in the kernel is looked at."""
+    types = [((37, 6), dtype), ((2, 6, 5), dtype), ((2,), "int32")]
+    case = [jax.ShapeDtypeStruct(*array) for array in types]
+    with jax.default_matmul_precision(asked):
+        jaxpr = jax.make_jaxpr(functools.partial(moe.grouped_matmul, backend="gpu"))(*case)
+    assert re.findall(r"precision=([\w']+)", str(jaxpr)) == [repr(asked)]
+    product = functools.partial(triton.grouped_matmul, transpose_rhs=False, precision=asked)
+    inside = str(jax.make_jaxpr(product)(*case))
+    assert set(re.findall(r"Precision\.(\w+)", inside)) == {precision}
+
+
+# --- JAX's kernels ---------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def schedule(sizes, tile, num_tiles):
+    """JAX's own: (group, first row, end) of each tile; nothing between the last two where a tile has no rows."""
+
+    def of_tile(number):
+        info = ragged_dot_mgpu.GroupInfo.create(sizes, tile, number)
+        return jnp.stack([info.group_id, info.actual_start, jnp.maximum(info.actual_start, info.actual_end)])
+
+    return jax.vmap(of_tile)(jnp.arange(num_tiles))
+
+
+def stand_in(lhs, rhs, sizes, *, tile, width, steps, transpose_rhs):
+    """What JAX's kernels leave behind, by their own schedule: garbage in every row that no tile claims."""
+    lhs, rhs, sizes = np.asarray(lhs, np.float64), np.asarray(rhs, np.float64), jnp.asarray(sizes)
+    rhs = rhs.swapaxes(1, 2) if transpose_rhs else rhs
+    (num_rows, contracted), (num_groups, _, columns) = lhs.shape, rhs.shape
+    assert contracted % steps == 0 and columns % width == 0
+    out = np.full((num_rows, columns), np.nan)
+    for group, start, end in np.asarray(schedule(sizes, tile, -(-num_rows // tile) + num_groups - 1)):
+        out[start:end] = lhs[start:end] @ rhs[group]
+    return out
+
+
+def hopper_stand_in(
+    lhs, rhs, *, group_sizes, block_m, block_n, block_k, max_concurrent_steps, grid_block_n, transpose_rhs
+):
+    assert (rhs.shape[1 if transpose_rhs else 2] // block_n) % grid_block_n == 0
+    assert 2 * (max_concurrent_steps * block_k * (block_m + block_n) + block_m * block_n) <= 227 * 1024
+    out = stand_in(lhs, rhs, group_sizes, tile=block_m, width=block_n, steps=block_k, transpose_rhs=transpose_rhs)
+    return jnp.asarray(out, lhs.dtype)
+
+
+def blackwell_stand_in(lhs, rhs, group_sizes, config):
+    tile, width = 2 * config.tile_m, 2 * config.tile_n
+    assert config.collective and lhs.shape[0] % tile == 0 and (rhs.shape[2] // width) % config.grid_tile_width == 0
+    out = stand_in(lhs, rhs, group_sizes, tile=tile, width=width, steps=config.tile_k, transpose_rhs=False)
+    return jnp.asarray(out, lhs.dtype)
+
+
+@pytest.mark.parametrize(
+    "group_sizes", [[512, 0, 512, 900], [0, 0, 0, 1], [0, 0, 0, 0], [6144, 0, 0, 0], [1, 6143, 0, 0]]
+)
+@pytest.mark.parametrize("kernel", ["hopper", "blackwell", "hopper transposed"])
+def test_jaxs_kernels_are_called_as_they_want(monkeypatch, kernel, group_sizes):
+    called = []
+
+    def find(module, function, core_count):
+        called.append(module)
+        return hopper_stand_in if module == "ragged_dot_mgpu" else blackwell_stand_in
+
+    monkeypatch.setattr(mosaic, "find_kernel", find)
+    transpose_rhs = kernel == "hopper transposed"
+    lhs, rhs, sizes, _ = contract.operands(0, group_sizes, jnp.bfloat16, transpose_rhs, (6144, 128, 256))
+    function = mosaic.blackwell_matmul if kernel == "blackwell" else mosaic.hopper_matmul
+    out = function(*map(jnp.asarray, (lhs, rhs, sizes)), transpose_rhs=transpose_rhs, precision=None)
+    total = sum(group_sizes)
+    expected = reference.grouped_matmul(lhs, rhs, sizes, transpose_rhs=transpose_rhs).astype(out.dtype)
+    np.testing.assert_array_equal(np.asarray(out)[:total], expected[:total])
+    assert len(called) == 1
+
+
+FITS = {"shape": (6144, 128, 256), "num_groups": 4, "dtype": "bfloat16", "transpose_rhs": False, "adds": False}
+
+
+@pytest.mark.parametrize(
+    "change,by_hopper,by_blackwell",
+    [
+        ({}, True, True),
+        ({"dtype": "float32"}, False, False),
+        ({"shape": (6144, 130, 256)}, False, False),
+        ({"shape": (6144, 128, 200)}, False, False),
+        ({"shape": (6144, 128, 192)}, True, False),
+        ({"shape": (6100, 128, 256)}, True, False),
+        ({"shape": (6144, 64, 256)}, False, True),
+        ({"num_groups": 64}, False, False),  # as many further tiles as there are rows
+        ({"num_groups": 5}, True, False),
+        ({"transpose_rhs": True}, True, False),
+        ({"adds": True}, False, False),
+    ],
+)
+def test_what_does_not_fit_is_left_to_triton(monkeypatch, change, by_hopper, by_blackwell):
+    case = {**FITS, **change}
+    (num_rows, contracted, columns), groups = case["shape"], case["num_groups"]
+    matrix = (groups, columns, contracted) if case["transpose_rhs"] else (groups, contracted, columns)
+    types = [((num_rows, contracted), case["dtype"]), (matrix, case["dtype"]), ((groups,), "int32")]
+    types += [((num_rows, columns), case["dtype"])] if case["adds"] else []
+    taken = []
+    monkeypatch.setattr(mosaic.triton, "grouped_matmul", lambda *operands, **static: taken.append("triton"))
+
+    def found(*operands, **static):
+        taken.append("jax")
+
+    monkeypatch.setattr(mosaic, "find_kernel", lambda *names: found)
+    for function, fits in ((mosaic.hopper_matmul, by_hopper), (mosaic.blackwell_matmul, by_blackwell)):
+        operands = [jax.ShapeDtypeStruct(*array) for array in types]
+        function(*operands, transpose_rhs=case["transpose_rhs"], precision=None)
+        assert taken.pop() == ("jax" if fits else "triton")
+
+
+@pytest.mark.parametrize("backend", ["hopper", "blackwell"])
+def test_jaxs_kernels_are_lowered_inside_shard_map_where_no_gpu_is(backend):
+    mesh = moe.make_mesh(ep=2)
+    rows, groups = jax.sharding.PartitionSpec("ep"), jax.sharding.PartitionSpec()
+    product = jax.shard_map(
+        functools.partial(moe.grouped_matmul, backend=backend), mesh=mesh, in_specs=(rows, groups, rows), out_specs=rows
+    )
+    types = [((2 * 6144, 128), "bfloat16"), ((4, 128, 256), "bfloat16"), ((8,), "int32")]
+    traced = jax.jit(product).trace(*(jax.ShapeDtypeStruct(*array) for array in types))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text and "ragged_dot_general" not in text
+    tile = 128 if backend == "hopper" else 256
+    assert f'moe_jax_flops = "{2 * (6144 + 3 * tile) * 128 * 256}"' in text
+
+
+def test_without_jaxs_kernels_triton_serves_and_says_so(monkeypatch):
+    monkeypatch.setattr(gpu, "find_spec", lambda name: None)
+    backend = gpu._backend("hopper", ("*H100*",), "mosaic.hopper_matmul", "Mosaic")
+    assert "lacks the Mosaic kernels" in backend.about
+    case = [
+        jax.ShapeDtypeStruct(*array)
+        for array in [((6144, 128), "bfloat16"), ((4, 128, 256), "bfloat16"), ((4,), "int32")]
+    ]
+    product = functools.partial(backend.kernels["grouped_matmul"], transpose_rhs=False)
+    text = jax.jit(product).trace(*case).lower(lowering_platforms=("cuda",)).as_text()
+    assert "xla.gpu.triton" in text and "mosaic" not in text
+
+
+# --- what the compilers make of it -----------------------------------------------------------------------------------
+
+
+PRODUCTS = {  # rows, hidden, columns, groups, dtype of one device
+    "A": (4096, 1024, 1024, 4, "bfloat16"),
+    "B": (16384, 2048, 768, 16, "bfloat16"),
+    "C": (8192, 7168, 2048, 8, "bfloat16"),
+    "64 experts on one device": (16384, 2048, 768, 64, "bfloat16"),
+    "fp32, odd": (4000, 1001, 77, 3, "float32"),
+    "fp16, odd": (4000, 1001, 77, 3, "float16"),
+}
+BY_JAX = {"h100": {"A", "B", "C"}, "h200": {"A", "B", "C"}}  # these products of rows, forward and backward
+
+
+def calls_by_target(report):
+    calls = collections.Counter()
+    for kernel in report.kernels:
+        calls[kernel.target] += kernel.executions
+    return calls
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workload", PRODUCTS)
+@pytest.mark.parametrize("gpu_name", ["a100", "h100", "h200", "b200"])
+def test_compilers_find_only_the_true_work(gpu_name, workload):
+    """At most 1.15 times the flops of the three products, tile padding included, and nothing kept beside the results."""
+    needs(f"{gpu_name}:8")
+    rows, hidden, columns, *_ = PRODUCTS[workload]
+    report = moe.compile_for(f"{gpu_name}:8", "target_programs:products", *PRODUCTS[workload])
+    true = 3 * 2 * rows * hidden * columns
+    assert true <= report.flops <= 1.15 * true and report.temporary_bytes == 0
+    by_jax = 2 if workload in BY_JAX.get(gpu_name, ()) else 0
+    assert calls_by_target(report) == {
+        k: n for k, n in {"mosaic_gpu_v2": by_jax, "__gpu$xla.gpu.triton": 3 - by_jax}.items() if n
+    }
+    assert all(kernel.flops for kernel in report.kernels)
+
+
+@pytest.mark.slow
+def test_blackwell_takes_jaxs_kernel_for_large_groups():
+    needs("b200:8")
+    report = moe.compile_for("b200:8", "target_programs:products", 16384, 1024, 1024, 4, "bfloat16")
+    assert calls_by_target(report) == {"mosaic_gpu_v2": 1, "__gpu$xla.gpu.triton": 2}
+    assert report.flops <= 1.15 * 3 * 2 * 16384 * 1024**2 and report.temporary_bytes == 0
