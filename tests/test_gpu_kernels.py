@@ -91,6 +91,97 @@ def test_tiles_and_their_edges(dtype, transpose_rhs, shape, group_sizes):
     contract.check("gpu", *contract.operands(0, group_sizes, dtype, transpose_rhs, shape), transpose_rhs)
 
 
+class Memory:
+    """An array in the memory of a GPU: what is outside of it must not be touched, and a result is written once."""
+
+    def __init__(self, array, *, is_result=False):
+        self.array, self.dtype = np.array(array), array.dtype
+        self.writes = np.zeros(array.shape, int) if is_result else None
+
+    @property
+    def at(self):
+        return self
+
+    def __getitem__(self, index):
+        """(coordinates of a block, broadcast against each other); a scalar has no axis in the block."""
+        index = index if isinstance(index, tuple) else (index,)
+        spans = [
+            np.asarray(i.start + np.arange(i.size) if hasattr(i, "size") and hasattr(i, "start") else i) for i in index
+        ]
+        axes = sum(span.ndim for span in spans)
+        seen = 0
+        for place, span in enumerate(spans):
+            seen += span.ndim
+            spans[place] = span.reshape(-1, *(1,) * (axes - seen)) if span.ndim else span
+        return Block(self, np.broadcast_arrays(*spans))
+
+
+class Block:
+    def __init__(self, memory, coordinates):
+        self.memory, self.coordinates, self.dtype = memory, coordinates, memory.dtype
+
+    def touched(self, mask):
+        mask = np.broadcast_to(True if mask is None else np.asarray(mask), self.coordinates[0].shape)
+        inside = tuple(axis[mask] for axis in self.coordinates)
+        assert all((0 <= axis).all() and (axis < extent).all() for axis, extent in zip(inside, self.memory.array.shape))
+        return mask, inside
+
+    def load(self, mask=None, other=None):
+        mask, inside = self.touched(mask)
+        out = np.full(mask.shape, np.nan if other is None else other, self.dtype)
+        out[mask] = self.memory.array[inside]
+        return jnp.asarray(out)
+
+    def store(self, value, mask=None):
+        mask, inside = self.touched(mask)
+        self.memory.array[inside] = np.asarray(value)[mask]
+        np.add.at(self.memory.writes, inside, 1)
+
+
+@pytest.fixture
+def on_a_strict_gpu(monkeypatch):
+    """Programs run one by one in any order, in plain Python, on ``Memory``; what they wrote, and how often, is kept."""
+    kept = []
+
+    def kernel(body, name, out, grid, tiles, interpret, input_output_aliases=None):
+        def run(*operands):
+            result = Memory(np.full(out.shape, np.nan, out.dtype), is_result=True)
+            memories = [*map(Memory, operands), result]
+            with jax.disable_jit():
+                for number in np.random.default_rng(0).permutation(grid):
+                    monkeypatch.setattr(triton.pl, "program_id", lambda axis, number=number: jnp.int32(number))
+                    body(*memories)
+            kept.append(result)
+            return jnp.asarray(result.array)
+
+        return run
+
+    monkeypatch.setattr(triton, "_kernel", kernel)
+    monkeypatch.setattr(triton.plgpu, "load", lambda block, **masks: block.load(**masks))
+    monkeypatch.setattr(triton.plgpu, "store", lambda block, value, **masks: block.store(value, **masks))
+    return kept
+
+
+@pytest.mark.parametrize("transpose_rhs", [False, True])
+def test_programs_touch_only_what_is_theirs(on_a_strict_gpu, transpose_rhs):
+    """What an interpreter does not see: a store past the edge of a row lands in the next one, and programs race."""
+    shape, group_sizes = (43, 18, 70), [19, 0, 1, 17]
+    lhs, rhs, sizes, ct = contract.operands(0, group_sizes, jnp.float32, transpose_rhs, shape)
+    total = sum(group_sizes)
+    added = np.nan_to_num(ct, nan=5)
+    for start in (None, added):
+        triton.grouped_matmul(lhs, rhs, sizes, start, transpose_rhs=transpose_rhs)
+        found = on_a_strict_gpu.pop()
+        assert (found.writes[:total] == 1).all() and not found.writes[total:].any()
+        expected = reference.grouped_matmul(lhs, rhs, sizes, transpose_rhs=transpose_rhs)[:total]
+        np.testing.assert_array_equal(found.array[:total], expected + (0 if start is None else start[:total]))
+    triton.grouped_outer(lhs, ct, sizes, dtype=jnp.dtype("float32"))
+    found = on_a_strict_gpu.pop()
+    assert (found.writes == 1).all()
+    plain = rhs.swapaxes(1, 2) if transpose_rhs else rhs
+    np.testing.assert_array_equal(found.array, reference.grouped_matmul_vjp(ct, lhs, plain, sizes)[1])
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_product_is_added_to_in_fp32(dtype):
     lhs, rhs, sizes, start = contract.operands(0, [10, 0, 20], dtype, False, (37, 6, 5))
@@ -130,6 +221,11 @@ def test_fp32_rows_lose_nothing_unless_jax_is_told_so(dtype, asked, precision):
     product = functools.partial(triton.grouped_matmul, transpose_rhs=False, precision=asked)
     inside = str(jax.make_jaxpr(product)(*case))
     assert set(re.findall(r"Precision\.(\w+)", inside)) == {precision}
+
+
+def test_kernels_are_lowered_where_numbers_have_64_bits():
+    with jax.enable_x64(True):
+        assert contract.lowered_text("gpu", "cuda", jnp.bfloat16).count("xla.gpu.triton") == 3
 
 
 # --- JAX's kernels ---------------------------------------------------------------------------------------------------

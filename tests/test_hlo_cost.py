@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 from moe_jax.hlo import Program
-from moe_jax.hlo_cost import flops_of, scope_of, work_of
+from moe_jax.hlo_cost import declare_flops, flops_of, scope_of, work_of
 
 M, K, N = 32, 16, 24
 A, B = jax.ShapeDtypeStruct((M, K), "float32"), jax.ShapeDtypeStruct((K, N), "float32")
@@ -182,6 +182,25 @@ def test_kernels_count_what_they_declare_and_memory_on_the_chip_is_no_traffic():
     assert [(k.name, k.executions, k.flops) for k in kernels] == [("k", 1, 1234), ("other", 1, None)]
     assert work.bytes_accessed == 2 * 8 * 16 * 4
     assert work_of(program, has_fast_memory=False)[0].bytes_accessed == 4 * 8 * 16 * 4
+
+
+def test_what_is_declared_around_a_kernel_counts_where_the_kernel_cannot_say_it():
+    """As of GPUs, whose custom calls have lost the cost estimate of Pallas. What is no kernel does not count."""
+
+    def declared(a):
+        with declare_flops(1234):
+            return a + 1
+
+    attribute = 'moe_jax_flops="1234"'
+    assert attribute in jax.jit(declared).lower(A).compile().as_text()
+    program = module(
+        "%x = f32[8,16]{1,0} parameter(0)",
+        f"%sum.1 = f32[8,16]{{1,0}} add(%x, %x), frontend_attributes={{{attribute}}}",
+        'ROOT %k.3 = f32[8,16]{1,0} custom-call(%sum.1), custom_call_target="__gpu$xla.gpu.triton", '
+        f"frontend_attributes={{{attribute}}}, backend_config={{num_warps = 8 : i32}}",
+    )
+    work, _, kernels, _ = work_of(program, has_fast_memory=False)
+    assert work.flops == 1234 and [(k.name, k.flops) for k in kernels] == [("k", 1234)]
 
 
 def test_cycles_by_scope():

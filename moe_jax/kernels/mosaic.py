@@ -1,8 +1,8 @@
 """Grouped products by the Mosaic kernels that JAX brings for Hopper and Blackwell, where they fit; else by Triton.
 
 They fit 16-bit rows whose extents their tiles divide, and groups large enough: these kernels go through as many tiles
-as there could be, ceil(M / tile) + G - 1, and multiply all of them, full or not. They are taken where the G - 1 are at
-most an eighth.
+as there could be, ceil(M / tile) + G - 1, and multiply all of them, so that rows past the sum cost as much as others.
+They are taken where the G - 1 are at most an eighth.
 
 What they want and what they leave undone was read in their source. They cannot be interpreted, so the test of these
 calls has functions in their place that leave as much undone. They were compiled for these GPUs, and never run.

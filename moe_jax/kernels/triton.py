@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
@@ -139,7 +140,7 @@ def grouped_matmul(
             total = jnp.zeros((tiles.rows, tiles.columns), jnp.float32)
             for ref in start_refs:
                 total += _load(ref.at[rows, wanted], row_mask, column_mask)
-            total = lax.fori_loop(0, math.ceil(contracted / tiles.steps), step, total)
+            total = lax.fori_loop(_i32(0), _i32(math.ceil(contracted / tiles.steps)), step, total)
             _store(out_ref.at[rows, wanted], total, row_mask, column_mask)
 
     operands = (lhs, rhs, group_sizes, *(() if add_to is None else (add_to,)))
@@ -179,8 +180,8 @@ def grouped_outer(
     of_group = row_tiles * column_tiles
 
     def grouped_outer_kernel(lhs_ref, rhs_ref, sizes_ref, out_ref):
-        group = lax.div(pl.program_id(0), of_group)
-        row_block, column_block = _swizzled(lax.rem(pl.program_id(0), of_group), row_tiles, column_tiles)
+        group = lax.div(pl.program_id(0), _i32(of_group))
+        row_block, column_block = _swizzled(lax.rem(pl.program_id(0), _i32(of_group)), row_tiles, column_tiles)
         sizes = _load_sizes(sizes_ref, num_groups)
         first, size = _sum(jnp.where(_arange(sizes.size) < group, sizes, 0)), _pick(sizes, group)
         rows, row_mask = _block(row_block, tiles.rows, height)
@@ -194,7 +195,7 @@ def grouped_outer(
             return total + _dot(left, right, (0, 0), precision)
 
         total = jnp.zeros((tiles.rows, tiles.columns), jnp.float32)
-        total = lax.fori_loop(0, lax.div(size + tiles.steps - 1, tiles.steps), step, total)
+        total = lax.fori_loop(_i32(0), _ceil_div(size, tiles.steps), step, total)
         _store(out_ref.at[group, rows, columns], total, row_mask, column_mask)
 
     call = _kernel(grouped_outer_kernel, "grouped_outer", out, num_groups * of_group, tiles, interpret)
@@ -212,9 +213,10 @@ def _kernel(kernel: Callable, name: str, out: Any, grid: int, tiles: Tiles, inte
 
 def _swizzled(number: jax.Array, row_tiles: int, column_tiles: int) -> tuple[jax.Array, jax.Array]:
     """The (row tile, column tile) of a program: down a stripe of rows, then its next columns, then the next stripe."""
-    first = lax.div(number, _STRIPE * column_tiles) * _STRIPE
+    stripe = _i32(_STRIPE * column_tiles)
+    first = lax.div(number, stripe) * _STRIPE
     height = jnp.minimum(row_tiles - first, _STRIPE)
-    inside = lax.rem(number, _STRIPE * column_tiles)
+    inside = lax.rem(number, stripe)
     return first + lax.rem(inside, height), lax.div(inside, height)
 
 
@@ -231,11 +233,20 @@ def _find_tile(sizes: jax.Array, tile: int, place: jax.Array) -> tuple[jax.Array
     2. The group at ``place`` comes after all groups whose tiles end at or before it.
     3. The tile is as far behind its group's first row as ``place`` is behind its group's first tile.
     """
-    tiles = lax.div(sizes + tile - 1, tile)
+    tiles = _ceil_div(sizes, tile)
     tile_ends, row_ends = (jnp.cumsum(counts, dtype=jnp.int32) for counts in (tiles, sizes))
     group = _sum((tile_ends <= place).astype(jnp.int32))
     first = _pick(row_ends - sizes + (place - (tile_ends - tiles)) * tile, group)
     return group, first, _pick(row_ends, group), place < _sum(tiles)
+
+
+def _ceil_div(numbers: jax.Array, by: int) -> jax.Array:
+    return lax.div(numbers + (by - 1), jnp.full_like(numbers, by))
+
+
+def _i32(number: int) -> np.int32:
+    """As a constant of a kernel: JAX would take a plain number for 64 bits where it is told to have them."""
+    return np.int32(number)
 
 
 def _pick(values: jax.Array, index: jax.Array) -> jax.Array:
