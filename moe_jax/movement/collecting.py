@@ -60,7 +60,7 @@ def finish(
         total = collected if summed else jnp.zeros_like(collected[0], jnp.float32)
         rows = [] if summed else jax.lax.split(collected, [1] * plan.num_copies, axis=0)
         for k in range(plan.num_copies):
-            terms = [] if summed else [jnp.where(travelled[:, k, None], rows[k][0].astype(jnp.float32), 0.0)]
+            terms = [] if summed else [_row_if(travelled[:, k], rows[k][0])]
             terms += [] if k >= plan.top_k else [special_term(special, k, plan)]
             total = total + combine_weights[:, k, None] * sum(terms)  # at most one of the terms is not zero
         return total
@@ -91,8 +91,7 @@ def _weighted_sum_backward(operands, ct):
     kept = jnp.where(travelled, weights, 0.0)
     d_rows = jnp.stack([(kept[:, c, None] * ct).astype(rows.dtype) for c in range(rows.shape[0])])
     # Rows are masked before the product: after it, the derivative in ct would still read those that are not there.
-    there = [jnp.where(travelled[:, c, None], rows[c].astype(jnp.float32), 0.0) for c in range(rows.shape[0])]
-    dots = [jnp.sum(row * ct, axis=-1) for row in there]
+    dots = [jnp.sum(_row_if(travelled[:, c], rows[c]) * ct, axis=-1) for c in range(rows.shape[0])]
     return d_rows, jnp.stack(dots, axis=-1), None
 
 
