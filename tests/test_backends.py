@@ -232,6 +232,35 @@ def test_a_layer_mixes_what_back_ends_bring(capacity):
     assert calls and (sent[:32] == 1).all()  # rank 0 got every pair
 
 
+def test_nobody_reads_results_past_the_last_group():
+    """The layer in several rounds, biases and all, is the same to the bit when a kernel leaves NaN there."""
+
+    def poisoned(lhs, rhs, group_sizes, *, transpose_rhs):
+        product = xla.grouped_matmul(lhs, rhs, group_sizes, transpose_rhs=transpose_rhs)
+        there = jnp.arange(product.shape[0]) < jnp.sum(group_sizes)
+        return jnp.where(there[:, None], product, jnp.nan)
+
+    kernels = {**xla.BACKEND.kernels, "grouped_matmul": poisoned}
+    moe_jax.register_backend(moe_jax.Backend(name="nan", kernels=kernels))
+    mesh, found = moe_jax.make_mesh(ep=4), []
+    x = jax.random.normal(jax.random.key(1), (32, 8))
+    for backend in ("xla", "nan"):
+        plan = moe_jax.make_plan(
+            mesh, tokens_per_rank=8, hidden=8, num_experts=8, top_k=2, dtype="float32", transport="padded",
+            capacity_factor=0.5, backend=backend,
+        )  # fmt: skip
+        assert plan.max_rounds > 1
+        init, apply = moe_jax.moe_on_mesh(mesh, plan, moe_jax.RouterConfig(), ffn=4)
+        params = init(jax.random.key(0))
+        params |= {"b_gate": jnp.ones((8, 4)), "b_up": jnp.ones((8, 4)), "b_down": jnp.ones((8, 8))}
+
+        def loss(params, x, apply=apply):
+            return jnp.sum(apply(params, x)[0] ** 2)
+
+        found.append(jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, x))
+    jax.tree.map(np.testing.assert_array_equal, *found)
+
+
 def test_the_public_exchange_is_the_registered_one():
     calls = []
 
