@@ -35,3 +35,18 @@ def _release_compiled_programs():
     """A compiled program holds memory mappings while it is cached, and Linux allows a process 65530 of them."""
     yield
     jax.clear_caches()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pycollect_makeitem(collector, name, obj):
+    """Of a test marked ``quick("id", ...)`` the default line runs the cases with these ids; the others are slow."""
+    made = yield
+    wanted = {case for mark in getattr(obj, "pytestmark", ()) if mark.name == "quick" for case in mark.args}
+    if wanted and made:
+        unknown = wanted - {item.callspec.id for item in made}
+        if unknown:
+            raise pytest.Collector.CollectError(f"{name} is marked quick for {sorted(unknown)}, which are no cases of it")
+        for item in made:
+            if item.callspec.id not in wanted:
+                item.add_marker(pytest.mark.slow)
+    return made

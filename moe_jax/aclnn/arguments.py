@@ -117,7 +117,7 @@ def stand_in(operator: str, parameters: Mapping[str, Any], name: str) -> str | N
 
 def _snake_case(name: str) -> str:
     """``expandXOut`` and ``expand_x_out`` -> ``expand_x_out``."""
-    return re.sub(r"(?<=[a-z0-9])([A-Z])", lambda letter: f"_{letter[1]}", name).lower()
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
 def _bare(name: str) -> str:

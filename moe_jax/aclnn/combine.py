@@ -145,15 +145,12 @@ def moe_distribute_combine_add_rms_norm_v2(
 def _total(given: dict[str, Any]) -> tuple[Array, Array, Array | None]:
     """fp32 sums [B, H], the tokens that count [B], and performance_info."""
     tokens, hidden = given["expert_ids"].shape[0], given["expand_x"].shape[1]
-    names = ["group_ep", "ep_world_size", "moe_expert_num", "group_tp", "tp_world_size", "shared_expert_num"]
-    names += ["shared_expert_rank_num", "global_bs", "comm_alg", "comm_quant_mode"]
-    names += ["zero_expert_num", "copy_expert_num", "const_expert_num"]
     world = worlds.make_world(
+        given,
         tokens=tokens,
         hidden=hidden,
         top_k=given["expert_ids"].shape[1],
         dtype=str(given["expand_x"].dtype),
-        **{name: given[name] for name in names},
     )
     plan = world.plan
     arrays = {name: value for name, value in given.items() if isinstance(value, jax.Array)}

@@ -67,23 +67,12 @@ def dequantize(
     if quant_mode == 0:
         raise InvalidArgumentError("quant_mode=0 quantises nothing: compute with sent.expand_x, which has a gradient")
     world = worlds.make_world(
+        given,
         tokens=x.shape[0],
         hidden=x.shape[1],
         top_k=expert_ids.shape[1],
         dtype=str(x.dtype),
         quant=worlds.dispatch_recipe(quant_mode, y_dtype),
-        group_ep=group_ep,
-        ep_world_size=ep_world_size,
-        moe_expert_num=moe_expert_num,
-        group_tp=group_tp,
-        tp_world_size=tp_world_size,
-        shared_expert_num=shared_expert_num,
-        shared_expert_rank_num=shared_expert_rank_num,
-        global_bs=global_bs,
-        comm_alg=comm_alg,
-        zero_expert_num=zero_expert_num,
-        copy_expert_num=copy_expert_num,
-        const_expert_num=const_expert_num,
     )
     plan, recipe = world.plan, world.plan.dispatch_recipe
     check_shape(

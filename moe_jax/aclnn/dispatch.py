@@ -68,26 +68,16 @@ def moe_distribute_dispatch_v4(
 
     Source: aclnnMoeDistributeDispatchV4.
     """
-    moe_distribute_dispatch_v4_get_workspace_size(**locals())
+    given = locals()
+    moe_distribute_dispatch_v4_get_workspace_size(**given)
     passes_through = str(x.dtype) not in FLOAT_DTYPES or scales is not None and quant_mode == 0
     world = worlds.make_world(
+        given,
         tokens=x.shape[0],
         hidden=x.shape[1],
         top_k=expert_ids.shape[1],
         dtype="float32" if passes_through else str(x.dtype),
         quant=worlds.dispatch_recipe(quant_mode, y_dtype),
-        group_ep=group_ep,
-        ep_world_size=ep_world_size,
-        moe_expert_num=moe_expert_num,
-        group_tp=group_tp,
-        tp_world_size=tp_world_size,
-        shared_expert_num=shared_expert_num,
-        shared_expert_rank_num=shared_expert_rank_num,
-        global_bs=global_bs,
-        comm_alg=comm_alg,
-        zero_expert_num=zero_expert_num,
-        copy_expert_num=copy_expert_num,
-        const_expert_num=const_expert_num,
     )
     plan, timed = world.plan, performance_info is not None
     if window is not None:

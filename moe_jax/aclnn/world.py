@@ -1,6 +1,7 @@
 """From the reference's parameters to the library's: plans, masks, windows and the counts that are passed on."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -54,53 +55,41 @@ class World:
 
 
 def make_world(
-    *,
-    tokens: int,
-    hidden: int,
-    top_k: int,
-    dtype: str,
-    group_ep: Any,
-    ep_world_size: int,
-    moe_expert_num: int,
-    group_tp: Any,
-    tp_world_size: int,
-    shared_expert_num: int,
-    shared_expert_rank_num: int,
-    global_bs: int,
-    comm_alg: str | None,
-    zero_expert_num: int,
-    copy_expert_num: int,
-    const_expert_num: int,
-    quant: str = "none",
-    comm_quant_mode: int = 0,
+    given: Mapping[str, Any], *, tokens: int, hidden: int, top_k: int, dtype: str, quant: str = "none"
 ) -> World:
     """The plan of one call, and its row capacity. Group names are bound mesh axes; the axis index is the rank.
+
+    Args:
+      given: the operator's parameters by name. Dispatch and combine name the attributes of their exchange alike, and
+        they are read here; ``comm_quant_mode`` is combine's alone.
+      tokens, hidden, top_k, dtype: of what travels.
+      quant: the recipe of dispatched rows.
 
     Raises:
       MeshError: a group is not bound here.
     """
-    ep_axes = _compat.bound_axes(group_ep, "group_ep")
-    tp_size = max(tp_world_size, 1)
-    tp_axes = _compat.bound_axes(group_tp, "group_tp") if tp_world_size > 1 else ()
+    ep_size, tp_size = given["ep_world_size"], max(given["tp_world_size"], 1)
+    ep_axes = _compat.bound_axes(given["group_ep"], "group_ep")
+    tp_axes = _compat.bound_axes(given["group_tp"], "group_tp") if tp_size > 1 else ()
     plan = make_plan(
-        AbstractMesh((ep_world_size, tp_size), ("ep", "tp")),
+        AbstractMesh((ep_size, tp_size), ("ep", "tp")),
         tokens_per_rank=tokens,
         hidden=hidden,
-        num_experts=moe_expert_num,
+        num_experts=given["moe_expert_num"],
         top_k=top_k,
         dtype=dtype,
-        num_shared_experts=shared_expert_num if shared_expert_rank_num else 0,
-        num_shared_ranks=shared_expert_rank_num,
-        num_zero_experts=zero_expert_num,
-        num_copy_experts=copy_expert_num,
-        num_const_experts=const_expert_num,
+        num_shared_experts=given["shared_expert_num"] if given["shared_expert_rank_num"] else 0,
+        num_shared_ranks=given["shared_expert_rank_num"],
+        num_zero_experts=given["zero_expert_num"],
+        num_copy_experts=given["copy_expert_num"],
+        num_const_experts=given["const_expert_num"],
         quant=quant,
-        combine_quant=_COMBINE_RECIPES[comm_quant_mode],
-        transport=_TRANSPORTS[comm_alg or ""],
+        combine_quant=_COMBINE_RECIPES[given.get("comm_quant_mode", 0)],
+        transport=_TRANSPORTS[given["comm_alg"] or ""],
     )
     plan = dataclasses.replace(plan, ep_axis=ep_axes, tp_axis=tp_axes[0] if tp_axes else None)
-    most = global_bs // ep_world_size if global_bs else tokens
-    return World(plan, most * ep_world_size * min(plan.num_local_experts, top_k))
+    most = given["global_bs"] // ep_size if given["global_bs"] else tokens
+    return World(plan, most * ep_size * min(plan.num_local_experts, top_k))
 
 
 def as_pair_mask(x_active_mask: Array | None, expert_ids: Array) -> Array | None:
