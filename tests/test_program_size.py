@@ -13,6 +13,7 @@ from cases import TRANSPORTS, mesh_of
 from jax.sharding import AbstractMesh
 
 import moe_jax as moe
+from moe_jax.bench.baselines import minimal_layer
 from moe_jax.bench.programs import PASSES, make_layer, with_backward
 from moe_jax.bench.workloads import WORKLOADS
 from moe_jax.contract import COLLECTIVES, Contract, contract_of
@@ -123,6 +124,19 @@ def compiled(name, phase, *, ep=8, tp=1, dtype="float32", quant="none", overflow
 def test_compiled_program_does_no_more_for_more_ranks():
     few, many = compiled("W2", BOTH, ep=2).work, compiled("W2", BOTH).work
     assert few == many and min(many[op] for op in ("all-to-all", "dot", "sort", "while")) > 0
+
+
+@pytest.mark.parametrize("phase", PASSES)
+def test_instructions_beside_a_minimal_layer(phase):
+    """Twice those of a layer that a person writes by hand, which drops what one round has no room for."""
+    workload = dataclasses.replace(WORKLOADS["W1"], options=(("transport", "padded"),))
+    mesh = mesh_of(8, 1)
+    plan, init, _ = make_layer(workload, mesh, "float32", "none")
+    apply, (*operands, ct) = minimal_layer(mesh, plan, workload.activation), layer_arguments(plan, init, 8)
+    run, operands = (apply, operands) if phase == FORWARD else (with_backward(apply), [*operands, ct])
+    lowered = jax.jit(run).lower(*operands)
+    minimal = contract_of(lowered.compile(compiler_options={"xla_backend_optimization_level": 0})).num_instructions
+    assert 1000 < compiled("W1", phase).contract.num_instructions <= 2.1 * minimal
 
 
 @pytest.mark.parametrize("phase", PASSES)
