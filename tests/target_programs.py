@@ -69,11 +69,14 @@ def products(devices, rows, hidden, columns, groups, dtype, backend="auto"):
         return out, *pullback(ct)
 
     run = jax.shard_map(shard, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
-    shapes = [((rows, hidden), dtype), ((groups, hidden, columns), dtype), ((groups,), "int32"), ((rows, columns), dtype)]
-    here = NamedSharding(mesh, P("ep"))
-    args = [
-        jax.ShapeDtypeStruct((len(devices) * shape[0], *shape[1:]), kind, sharding=here) for shape, kind in shapes
+    shapes = [
+        ((rows, hidden), dtype),
+        ((groups, hidden, columns), dtype),
+        ((groups,), "int32"),
+        ((rows, columns), dtype),
     ]
+    here = NamedSharding(mesh, P("ep"))
+    args = [jax.ShapeDtypeStruct((len(devices) * shape[0], *shape[1:]), kind, sharding=here) for shape, kind in shapes]
     return jax.jit(run), args
 
 

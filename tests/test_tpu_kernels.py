@@ -203,6 +203,21 @@ def test_batches_and_second_derivatives():
         np.testing.assert_array_equal(second_derivatives[i], expected)
 
 
+def test_where_jax_is_told_to_have_64_bit_numbers():
+    lhs, rhs, sizes = np.ones((20, 6), np.float32), np.ones((2, 6, 3), np.float32), np.array([5, 11], np.int32)
+
+    def product_and_gradients(lhs, rhs):
+        out, pull = jax.vjp(lambda *operands: moe_jax.grouped_matmul(*operands, sizes, backend="tpu"), lhs, rhs)
+        return out, *pull(out)
+
+    with jax.enable_x64(True):
+        traced = jax.jit(product_and_gradients).trace(lhs, rhs)
+        assert traced.lower(lowering_platforms=("tpu",)).as_text().count("@tpu_custom_call") == 3
+        out, d_lhs, d_rhs = jax.jit(product_and_gradients)(lhs, rhs)
+    assert (out[:16] == 6).all() and (d_lhs[:16] == 18).all()
+    np.testing.assert_array_equal(d_rhs, np.broadcast_to(6.0 * sizes[:, None, None], (2, 6, 3)))
+
+
 def test_what_fp32_operands_are_multiplied_in():
     """One pass of the matrix unit, as everywhere in JAX, unless more is asked for; fp16 has more bits than bf16."""
     chosen = {}

@@ -47,6 +47,7 @@ class Facts:
       routed_flops: of the products of T * K rows with their experts, in this phase.
       flops: in the program, when routes are even: products, and what kernels declare, padding of their tiles included.
         They declare what full buffers take, and multiply the rows that are there; the slack of buffers is taken off.
+        On CPUs products are loops of unknown length, which do not count.
       row_bytes: of T * K rows.
       other_bytes: to and from memory.
       other_cycles: priced ones; None but on TPUs.
@@ -133,7 +134,8 @@ def facts_of(target: str, workload: str, phase: str, what: str = OURS) -> tuple[
     mesh = AbstractMesh((find_target(target).num_devices, 1), ("ep", "tp"))
     plan, *_ = make_layer(sizes, mesh, DTYPE, "none")
     pairs, of_row = plan.num_pairs, passes * 3 * 2 * sizes.hidden * sizes.ffn
-    slack = plan.num_rows(plan.pair_capacity) - pairs if what == OURS else 0
+    counted = what == OURS and report.platform != "cpu"  # where products are loops over the rows that are there
+    slack = plan.num_rows(plan.pair_capacity) - pairs if counted else 0
     facts = Facts(
         target=target,
         workload=workload,

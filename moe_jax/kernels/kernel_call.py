@@ -56,7 +56,8 @@ def _lower_for(platform: str | None) -> Callable:
         def run(*operands):
             return call(*operands, interpret=platform not in platforms)
 
-        with lowering_for(platform):
+        # Kernels count in 32 bits, also where JAX is told to have 64.
+        with lowering_for(platform), jax.enable_x64(False):
             alike = {"avals_in": [on_one_device(of) for of in context.avals_in], "avals_out": [on_one_device(out_type)]}
             function = dict(others).get(platform, run)
             return mlir.lower_fun(function, multiple_results=False)(context.replace(**alike), *values)

@@ -50,7 +50,7 @@ def plan_visits(group_sizes: jax.Array, num_rows: int, tile_rows: int, *, every_
     before = group < jnp.arange(num_groups + 1, dtype=jnp.int32)[:, None]  # [G + 1, G]
 
     def exclusive(counts):
-        return jnp.sum(jnp.where(before, counts, 0), axis=1)
+        return jnp.sum(jnp.where(before, counts, 0), axis=1, dtype=jnp.int32)
 
     # 1. Rows of a group, and the tiles that hold some of them.
     bounds = exclusive(group_sizes)
@@ -60,8 +60,8 @@ def plan_visits(group_sizes: jax.Array, num_rows: int, tile_rows: int, *, every_
     starts = exclusive(tiles)
     visit = jnp.arange(num_tiles + num_groups - 1 + every_group, dtype=jnp.int32)[:, None]
     mine = (visit >= starts[:-1]) & (visit < starts[1:])  # [V, G]
-    groups = jnp.sum(jnp.where(mine, group, 0), axis=1)
-    row_tiles = jnp.sum(jnp.where(mine, first - starts[:-1] + visit, 0), axis=1)
+    groups = jnp.sum(jnp.where(mine, group, 0), axis=1, dtype=jnp.int32)
+    row_tiles = jnp.sum(jnp.where(mine, first - starts[:-1] + visit, 0), axis=1, dtype=jnp.int32)
     return Visits(bounds, groups, row_tiles, jnp.maximum(starts[-1], 1))
 
 
@@ -94,9 +94,7 @@ def _best(contracted: int, columns: int, cores: int, size_of: Callable, traffic_
     return min(fitting, key=lambda pair: (traffic_of(*pair), -pair[0] * pair[1]))
 
 
-def matmul_tiles(
-    num_rows: int, num_groups: int, contracted: int, columns: int, itemsize: int, cores: int
-) -> Tiles:
+def matmul_tiles(num_rows: int, num_groups: int, contracted: int, columns: int, itemsize: int, cores: int) -> Tiles:
     """Tiles of a product of rows [M, H] with [G, H, N].
 
     With the contraction in one block, a group's weights are fetched once for each tile of columns; otherwise at every
@@ -216,9 +214,7 @@ def _multiply_rows(transpose_rhs, precision, cores):
     return run
 
 
-def grouped_outer(
-    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, dtype, cores: int = 2
-) -> jax.Array:
+def grouped_outer(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, dtype, cores: int = 2) -> jax.Array:
     """lhs [M, H], rhs [M, N], group_sizes [G] -> [G, H, N] in ``dtype``; fp16, ``cores`` as in ``grouped_matmul``."""
     shape = (group_sizes.shape[0], lhs.shape[1], rhs.shape[1])
     if not (lhs.size and rhs.size):

@@ -22,7 +22,9 @@ SIZES = 4  # of a step, in equal parts of a whole one
 _VMEM_BYTES = 64 << 20  # that a kernel may ask for, of 128 MiB
 
 
-def multiply_rows(lhs, rhs, visits, add_to, *, tiles, transpose_rhs, out_dtype, cost, precision, interpret) -> jax.Array:
+def multiply_rows(
+    lhs, rhs, visits, add_to, *, tiles, transpose_rhs, out_dtype, cost, precision, interpret
+) -> jax.Array:
     """lhs [M, H], rhs [G, H, N] ([G, N, H] if ``transpose_rhs``), add_to [M, N] or None -> [M, N] in ``out_dtype``."""
     num_rows, contracted = lhs.shape
     columns = rhs.shape[1 if transpose_rhs else 2]
