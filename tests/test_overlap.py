@@ -226,6 +226,9 @@ def _program(transport, chunks, tp, backward, layers):
     return graph_of(with_backward(stacked), params, x, x) if backward else graph_of(stacked, params, x)
 
 
+FORWARD, BACKWARD = 3, 6  # products of gated experts
+
+
 def work_of(nodes):
     """(exchanges of rows of a first round, its expert products, loops over further rounds)."""
     exchanges = [name for name, node in nodes.items() if node.moves_rows]
@@ -246,14 +249,14 @@ def test_no_chunk_waits_for_another(transport, tp, moves):
     needed = set().union(*(behind(product, nodes) for product in products))
     layouts = [name for name in needed if nodes[name].op == "sort" and "layout" in nodes[name].scopes]
     parts = groups([*exchanges, *products, *layouts], nodes)
-    assert len(parts) == len(products) == len(loops) == chunks
+    assert len(parts) == len(loops) == chunks and len(products) == chunks * FORWARD
     assert len(layouts) >= chunks and len(exchanges) == 2 * moves * chunks
     for part in parts:
-        (product,) = part & set(products)
-        before = behind(product, nodes) & set(exchanges)
-        after = {name for name in exchanges if product in behind(name, nodes)}
+        mine = part & set(products)
+        before = set().union(*(behind(product, nodes) for product in mine)) & set(exchanges)
+        after = {name for name in exchanges if mine & behind(name, nodes)}
         assert before | after == part & set(exchanges) and len(before) == len(after) == moves
-        (loop,) = [name for name in loops if product in behind(name, nodes)]
+        (loop,) = [name for name in loops if mine & behind(name, nodes)]
         assert behind(loop, nodes) & set(exchanges) == before | after
 
 
@@ -262,9 +265,9 @@ def test_no_chunk_waits_for_another_backward():
     nodes = program("padded", 2, backward=True)
     exchanges, products, loops = work_of(nodes)
     parts = groups([*exchanges, *products], nodes)
-    assert len(parts) == 2 and len(products) == len(loops) == 4 and len(exchanges) == 8
-    for part in parts:
-        assert len(part & set(exchanges)) == 4 and len(part & set(products)) == 2
+    assert len(parts) == 2 and len(loops) == 4 and len(exchanges) == 8
+    for part in parts:  # a compiler may cut the loop of a product into several operations
+        assert len(part & set(exchanges)) == 4 and len(part & set(products)) >= FORWARD + BACKWARD
         early = [name for name in part & set(exchanges) if not behind(name, nodes) & set(products)]
         assert len(early) == 2, "rows and cotangents go out before anything is multiplied"
 
@@ -273,11 +276,12 @@ def test_what_waits_is_seen():
     """The same reading of programs in which one half does wait for the other: two layers, one after the other."""
     nodes = program("padded", 1, layers=2)
     exchanges, products, loops = work_of(nodes)
-    assert len(exchanges) == 4 and len(products) == len(loops) == 2
+    assert len(exchanges) == 4 and len(products) == 2 * FORWARD and len(loops) == 2
     assert len(groups([*exchanges, *products], nodes)) == 1
-    before = sorted((behind(product, nodes) & {*products, *loops} for product in products), key=len)
-    assert [len(before[0] & set(names)) for names in (products, loops)] == [0, 0]
-    assert [len(before[1] & set(names)) for names in (products, loops)] == [1, 1]
+    first = {name for name in products if not behind(name, nodes) & set(loops)}
+    assert len(first) == FORWARD
+    for name in set(products) - first:
+        assert first <= behind(name, nodes) and len(behind(name, nodes) & set(loops)) == 1
 
 
 @pytest.mark.parametrize("transport", ["padded", "allgather"])
