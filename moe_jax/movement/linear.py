@@ -107,7 +107,7 @@ def _collect_backward(plan, ordered, recipe, residuals, cts):
     ct, ct_scalars = cts
     if rows is None:
         # A token of no width carries the scalars.
-        tokens = jnp.zeros_like(ct_scalars, shape=(len(ct_scalars), 0))
+        tokens = jnp.zeros_like(ct_scalars, shape=(ct_scalars.shape[1], 0))
         return None, _send(plan, ordered, None, tokens, None, ct_scalars, maps)[1], None
     ct = ct.astype(rows.dtype)  # as rows are rounded when they travel
     operands = (ct, None) if plan.sums_at_experts else (None, ct)
