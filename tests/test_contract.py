@@ -136,7 +136,7 @@ def test_as_dict_is_json():
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_the_layer(gradient):
-    """Two exchanges of rows inline and one of counts; twice as many with the backward pass. No float is scattered."""
+    """Two exchanges of rows inline, four with the backward pass, and one of counts. No float is scattered."""
     mesh, tokens = mesh_of(8, 1), 32
     sizes = {"tokens_per_rank": tokens, "hidden": 16, "num_experts": 16, "top_k": 2, "dtype": "float32"}
     plan = moe.make_plan(mesh, **sizes, transport="padded", capacity_factor=8.0)  # one window holds everything
@@ -144,9 +144,9 @@ def test_the_layer(gradient):
     run = jax.grad(lambda p, x: jnp.sum(apply(p, x)[0]), (0, 1)) if gradient else apply
     params = jax.eval_shape(init, jax.random.key(0))
     x = jax.ShapeDtypeStruct((8 * tokens, 16), "float32")
-    found = assert_hlo_contract(run, params, x, collectives={"all-gather": 0}, no_float_scatter=True)
+    found = assert_hlo_contract(run, params, x, collectives={"all-gather": 1}, no_float_scatter=True)
     rows = [c for c in found.collectives if c.op == "all-to-all" and c.is_float]
-    counts = [c for c in found.collectives if c.op == "all-to-all" and not c.is_float]
+    counts = [c for c in found.collectives if c.op in ("all-to-all", "all-gather") and not c.is_float]
     assert len(rows) == (4 if gradient else 2) and {c.operand_bytes for c in rows} == {8 * tokens * 2 * 16 * 4}
     assert [c.operand_bytes for c in counts] == [16 * 4]
     assert not any(c.in_loop for c in found.collectives)
