@@ -74,7 +74,8 @@ def test_what_fails_is_a_row_and_the_rest_goes_on(listed, capsys):
         step("last", [good]),
     )
     assert code == 1
-    found = [(row["event"], row.get("what", row.get("subject"))) for row in rows if row["event"] not in ("step", "here")]
+    told = [row for row in rows if row["event"] not in ("step", "here")]
+    found = [(row["event"], row.get("what", row.get("subject"))) for row in told]
     assert found[:4] == [("check", "another"), ("failed", "dies"), ("refused", "refuses"), ("check", "a subject")]
     assert found[4:] == [("left out", "long"), ("check", "another"), ("end", None)]
     assert rows[-1]["good"] is False and not bad["passed"]
@@ -118,7 +119,7 @@ def test_the_list_takes_the_back_ends_that_are_registered(monkeypatch):
 
 
 def test_the_sizes_are_the_ones_that_were_asked_for():
-    """A, B and C are an eighth of the experts and the rows that a device sends; then 4096 and 128 rows of 16 experts."""
+    """A, B and C are an eighth of the experts and the rows of a device; then 4096 and 128 rows of 16 experts."""
     sizes = {w.name: (w.hidden, w.ffn, w.num_experts, w.top_k, w.tokens) for w in here.WORKLOADS}
     whole = {"A": (1024, 1024, 32, 4, 1024), "B": (2048, 768, 128, 8, 2048), "C": (7168, 2048, 64, 8, 1024)}
     assert {name: sizes[name] for name in whole} == {n: (h, f, e // 8, k, t) for n, (h, f, e, k, t) in whole.items()}

@@ -1,4 +1,4 @@
-"""Machines, as data with their sources: what a compiler must know of a chip that is not here, and what a chip reaches."""
+"""Machines, as data with their sources: what a compiler must know of a chip that is not here, what a chip reaches."""
 
 from moe_jax.hardware.gpu import GPUS, Gpu
 from moe_jax.hardware.peaks import PEAKS, Peak, peak_of
