@@ -1,7 +1,7 @@
 """What the compilers for TPU and GPU make of the layer, in exact figures; skipped without the compilers.
 
 Workloads A, B and C on eight devices, and A64 on one that holds all 64 experts; see ``moe_jax.bench.facts``. A few are
-for every run of the tests that need compilers, all others are slow.
+for every run of the tests that need compilers; all others are slow as well.
 """
 
 import dataclasses
@@ -48,7 +48,8 @@ compiled = functools.cache(facts.facts_of)
 
 def programs(cases):
     """(target, workload) for ``parametrize``, each with its mark."""
-    return [pytest.param(*case, marks=pytest.mark.compilers if case in FEW else pytest.mark.slow) for case in cases]
+    few, others = [pytest.mark.compilers], [pytest.mark.compilers, pytest.mark.slow]
+    return [pytest.param(*case, marks=few if case in FEW else others) for case in cases]
 
 
 def layer_of(target, name, phase, what=facts.OURS):
@@ -108,7 +109,7 @@ def test_bytes_beside_products_on_gpus(target, name):
     "target",
     [
         pytest.param("cpu:8", marks=pytest.mark.slow),
-        pytest.param("v5p:2x2x2", marks=pytest.mark.slow),
+        pytest.param("v5p:2x2x2", marks=[pytest.mark.compilers, pytest.mark.slow]),
         pytest.param("h100:8", marks=pytest.mark.compilers),
     ],
 )

@@ -379,7 +379,7 @@ def calls_by_target(report):
     return calls
 
 
-@pytest.mark.slow
+@pytest.mark.compilers
 @pytest.mark.parametrize("workload", PRODUCTS)
 @pytest.mark.parametrize("gpu_name", ["a100", "h100", "h200", "b200"])
 def test_compilers_find_only_the_true_work(gpu_name, workload):
@@ -396,7 +396,7 @@ def test_compilers_find_only_the_true_work(gpu_name, workload):
     assert all(kernel.flops for kernel in report.kernels)
 
 
-@pytest.mark.slow
+@pytest.mark.compilers
 def test_blackwell_takes_jaxs_kernel_for_large_groups():
     needs("b200:8")
     report = moe.compile_for("b200:8", "target_programs:products", 16384, 1024, 1024, 4, "bfloat16")

@@ -9,7 +9,7 @@ import moe_jax as moe
 TPUS = ["v5e:2x4", "v5p:2x2x2", "v6e:2x4"]
 
 
-@pytest.mark.slow
+@pytest.mark.compilers
 @pytest.mark.parametrize("name", WORKLOADS)
 @pytest.mark.parametrize("target", TPUS)
 def test_experts_do_the_true_work_forward_and_backward(target, name):

@@ -269,7 +269,6 @@ def test_functions_take_the_targets_branch(platform_target):
 
 
 @pytest.mark.compilers
-@pytest.mark.slow
 @pytest.mark.parametrize("target", ELSEWHERE)
 def test_known_counts_elsewhere(target):
     needs(target)
@@ -289,7 +288,6 @@ def test_known_counts_elsewhere(target):
 
 
 @pytest.mark.compilers
-@pytest.mark.slow
 @pytest.mark.parametrize("target", ["v5e:2x4", "h100:8"])
 def test_ragged_products_as_the_compilers_make_them_today(target):
     """XLA:TPU has a kernel that multiplies each row once; XLA:GPU multiplies all rows with every group's matrix."""
@@ -303,7 +301,6 @@ def test_ragged_products_as_the_compilers_make_them_today(target):
 
 
 @pytest.mark.compilers
-@pytest.mark.slow
 def test_kernels_of_pallas_elsewhere():
     """A kernel counts what it declares, under its own name; JAX's kernel for Hopper declares nothing."""
     from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu
@@ -330,7 +327,6 @@ def test_kernels_of_pallas_elsewhere():
 
 
 @pytest.mark.compilers
-@pytest.mark.slow
 @pytest.mark.parametrize("target", ["v5e:2x4", "h100:8"])
 def test_loops_elsewhere(target):
     needs(target)
@@ -349,7 +345,6 @@ def test_loops_elsewhere(target):
 
 
 @pytest.mark.compilers
-@pytest.mark.slow
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("target", ["v5e:2x4", "h100:8"])
 def test_the_layer_elsewhere(target, gradient):
@@ -368,7 +363,6 @@ def test_the_layer_elsewhere(target, gradient):
 
 
 @pytest.mark.compilers
-@pytest.mark.slow
 @pytest.mark.parametrize("target", ["v5e:4x4", "h100:16"])
 def test_an_abstract_mesh_larger_than_what_is_here(target):
     needs(target)
@@ -378,7 +372,6 @@ def test_an_abstract_mesh_larger_than_what_is_here(target):
 
 
 @pytest.mark.compilers
-@pytest.mark.slow
 @pytest.mark.parametrize("target,text", [("v5e:3x5", "not divisible"), ("v5e:2x4", "memory")])
 def test_what_a_compiler_refuses(target, text):
     """A topology that does not exist, and a program that does not fit into the chip's memory."""
