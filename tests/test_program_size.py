@@ -148,7 +148,7 @@ def test_skew_takes_no_more_memory(phase):
     assert dataclasses.replace(skewed, name="W2", pattern="balanced") == balanced
     any_skew, one_round = compiled("W2", phase).contract, compiled("W2", phase, overflow="drop").contract
     assert any_skew.count("all-to-all", in_loop=True) > 0 == one_round.count("all-to-all", in_loop=True)
-    assert any_skew.temporary_bytes <= 1.3 * one_round.temporary_bytes
+    assert any_skew.temporary_bytes <= 1.35 * one_round.temporary_bytes
 
 
 @pytest.mark.parametrize("phase", PASSES)

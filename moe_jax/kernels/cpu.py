@@ -51,9 +51,9 @@ class _Steps(NamedTuple):
 def _steps(group_sizes: jax.Array, num_rows: int, tiles: _Tiles) -> _Steps:
     """A large tile is at least half full and ends inside the buffer; small ones take what follows the large ones."""
     groups = jnp.arange(len(group_sizes), dtype=jnp.int32)
-    present = jnp.cumsum(group_sizes > 0)  # up to each group
-    order = jnp.sum((present <= groups[:, None]).astype(jnp.int32), axis=1)
-    stop = jnp.cumsum(group_sizes)
+    present = jnp.cumsum(group_sizes > 0, dtype=jnp.int32)  # up to each group
+    order = jnp.sum(present <= groups[:, None], axis=1, dtype=jnp.int32)
+    stop = jnp.cumsum(group_sizes, dtype=jnp.int32)
     start = stop - group_sizes
     full, room = lax.div(group_sizes + tiles.large // 2, tiles.large), lax.div(num_rows - start, tiles.large)
     num_large = jnp.minimum(full, room)
@@ -71,7 +71,7 @@ def _rows(array: jax.Array, first: jax.Array, size: int) -> jax.Array:
 
 def _for_each_group(group_sizes: jax.Array, steps: _Steps, body: Callable, init: Any) -> Any:
     """Folds ``body(group, carry)`` over the groups that have rows, in ascending order."""
-    num_groups = jnp.sum((group_sizes > 0).astype(jnp.int32))
+    num_groups = jnp.sum(group_sizes > 0, dtype=jnp.int32)
     return lax.fori_loop(0, num_groups, lambda i, carry: body(_entry(steps.order, i), carry), init)
 
 

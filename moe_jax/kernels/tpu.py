@@ -23,21 +23,35 @@ _EXACT = ("high", "highest", "bfloat16_3x", "tensorfloat32", "float32")  # defau
 
 
 class Tiles(NamedTuple):
-    """Extents of the blocks that a kernel works on."""
+    """Extents of the blocks that a kernel works on.
 
-    rows: int  # a multiple of step
-    step: int  # rows that are multiplied at once
-    contracted: int  # columns of lhs
-    columns: int  # of the result
+    Attributes:
+      rows: of a tile, a multiple of ``step``.
+      step: rows that are multiplied at once.
+      contracted: columns of lhs.
+      columns: of the result.
+    """
+
+    rows: int
+    step: int
+    contracted: int
+    columns: int
 
 
 class Visits(NamedTuple):
-    """Which tile of rows is visited for which group, group after group, tile after tile."""
+    """Which tile of rows is visited for which group, group after group, tile after tile. All are i32.
 
-    bounds: jax.Array  # [G + 1] first row of each group; behind them their sum
-    groups: jax.Array  # [V] the group of each visit
-    row_tiles: jax.Array  # [V] and its tile
-    count: jax.Array  # [] visits that there are, at least 1
+    Attributes:
+      bounds: [G + 1] first row of each group; behind them their sum.
+      groups: [V] the group of each visit.
+      row_tiles: [V] and its tile.
+      count: [] visits that there are, at least 1.
+    """
+
+    bounds: jax.Array
+    groups: jax.Array
+    row_tiles: jax.Array
+    count: jax.Array
 
 
 def plan_visits(group_sizes: jax.Array, num_rows: int, tile_rows: int, *, every_group: bool) -> Visits:
