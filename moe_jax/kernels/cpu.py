@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from moe_jax._compat import as_varying, union_of_varying_axes
@@ -55,10 +56,10 @@ def _steps(group_sizes: jax.Array, num_rows: int, tiles: _Tiles) -> _Steps:
     order = jnp.sum(present <= groups[:, None], axis=1, dtype=jnp.int32)
     stop = jnp.cumsum(group_sizes, dtype=jnp.int32)
     start = stop - group_sizes
-    full, room = lax.div(group_sizes + tiles.large // 2, tiles.large), lax.div(num_rows - start, tiles.large)
-    num_large = jnp.minimum(full, room)
-    rest = jnp.maximum(group_sizes - num_large * tiles.large, 0)
-    return _Steps(order, start, stop, num_large, lax.div(rest + tiles.small - 1, tiles.small))
+    large, small = np.int32(tiles.large), np.int32(tiles.small)  # lax.div wants like dtypes, also where integers are wide
+    num_large = jnp.minimum(lax.div(group_sizes + large // 2, large), lax.div(num_rows - start, large))
+    rest = jnp.maximum(group_sizes - num_large * large, 0)
+    return _Steps(order, start, stop, num_large, lax.div(rest + small - 1, small))
 
 
 def _entry(table: jax.Array, index: jax.Array) -> jax.Array:
