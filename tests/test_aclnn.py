@@ -131,6 +131,7 @@ CHOSEN = [
 ]
 
 
+@pytest.mark.quick("6", "7")
 @pytest.mark.parametrize("index", range(len(CHOSEN)))
 def test_chosen(index):
     rng = np.random.default_rng(index)

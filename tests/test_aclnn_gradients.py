@@ -394,6 +394,7 @@ class Case:
 LINEAR = [name for name in COMBINES if name not in ("gate", "norm", "norm tp")]
 
 
+@pytest.mark.quick("shared ranks", "tp")
 @pytest.mark.parametrize("name", LINEAR)
 def test_combine(name):
     config, seen = COMBINES[name], set()
@@ -524,6 +525,7 @@ PAIR = {
 }
 
 
+@pytest.mark.quick("grouped_mat_mul_allto_allv-True", "allto_allv_grouped_mat_mul-False")
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("name", PAIR)
 def test_grouped_pair(name, transpose):

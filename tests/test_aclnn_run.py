@@ -158,6 +158,7 @@ def world_program(name):
     return over_world(WORLDS[name], functools.partial(dispatch_then_combine, WORLDS[name]))
 
 
+@pytest.mark.quick("tp", "elastic")
 @pytest.mark.parametrize("name", WORLDS)
 def test_dispatch_and_combine(name):
     config = WORLDS[name]
@@ -264,6 +265,7 @@ def timed_program(config):
     return over_world(config, shard)
 
 
+@pytest.mark.quick("plain", "elastic")
 @pytest.mark.parametrize("name", TIMED)
 def test_performance_info_changes_no_row(name):
     config = TIMED[name]
@@ -565,6 +567,10 @@ def compare_pair(name, flags, kind, rng, make):
             np.testing.assert_array_equal(out.permute_out[rank][: len(rows)].view(np.uint8), rows.view(np.uint8))
 
 
+@pytest.mark.quick(
+    "table-False-True-allto_allv_grouped_mat_mul", "list-True-True-grouped_mat_mul_allto_allv",
+    "table-True-False-grouped_mat_mul_allto_allv",
+)
 @pytest.mark.parametrize("name", [GA, AG])
 @pytest.mark.parametrize(
     ("kind", "transpose", "dense"), [("table", False, True), ("list", True, True), ("table", True, False)]
@@ -592,6 +598,11 @@ QUANTISED = [
 ]
 
 
+@pytest.mark.quick(
+    "1-int8-bfloat16-True-list-allto_allv_quant_grouped_mat_mul",
+    "6-float8_e4m3fn-bfloat16-False-table-quant_grouped_mat_mul_allto_allv",
+    "6-float4_e2m1fn-float16-True-table-quant_grouped_mat_mul_allto_allv",
+)
 @pytest.mark.parametrize("name", [QGA, QAG])
 @pytest.mark.parametrize(("mode", "kind", "y_dtype", "transpose", "counts"), QUANTISED)
 def test_quantised(name, mode, kind, y_dtype, transpose, counts):

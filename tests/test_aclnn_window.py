@@ -49,6 +49,7 @@ def used_twice(config, drawn):
     return plain, once, again
 
 
+@pytest.mark.quick("shared", "codes")
 @pytest.mark.parametrize("name", NAMES)
 def test_what_arrives_lies_in_the_window(name):
     """The outputs are those without a window, and the window has a message for every row, with its triple at the end."""

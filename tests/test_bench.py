@@ -102,6 +102,7 @@ def test_rows_that_leave(ep, tp, pattern):
 BASELINE_MESHES = [(4, 2), pytest.param(2, 1, marks=pytest.mark.slow)]
 
 
+@pytest.mark.quick("swiglu-4-2-one_hot_layer", "gelu-4-2-minimal_layer", "gelu-4-2-all_experts_layer")
 @pytest.mark.parametrize("make", [minimal_layer, one_hot_layer, all_experts_layer])
 @pytest.mark.parametrize("ep,tp", BASELINE_MESHES)
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])

@@ -104,6 +104,11 @@ CASES = {
 }
 
 
+@pytest.mark.quick(
+    "padded-forward", "padded, tp, bf16, shared-forward + backward", "padded, quantised-forward",
+    "padded, replicas, fp16, special, gelu-forward", "allgather-forward", "allgather, tp, bf16, shared-forward",
+    "allgather, quantised-forward", "hierarchy, tp, bf16, shared-forward", "hierarchy, quantised-forward",
+)
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_wire_bytes_are_those_of_the_compiled_layer(case, phase):

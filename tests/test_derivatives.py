@@ -86,6 +86,7 @@ def test_rows_that_are_not_there_have_no_derivative():
     np.testing.assert_array_equal(slope[:, 0], [1, 0, 0, 2])  # whatever a row that is not there holds, it is a constant
 
 
+@pytest.mark.quick("cpu", "xla")
 @pytest.mark.parametrize("backend", ["auto", "cpu", "xla"])
 def test_batches(backend):
     """jax.hessian and its like map derivatives over a batch of directions."""

@@ -137,6 +137,7 @@ def test_transports_agree_to_the_bit():
 ODD_SIZES = [(1, 5, 8), (7, 8, 8), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((1, 1, 4), (3, 2, 12)))]
 
 
+@pytest.mark.quick("1-5-8-ragged", "1-5-8-allgather", "7-8-8-padded")
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("tokens,top_k,experts", ODD_SIZES)
 def test_odd_sizes(transport, tokens, top_k, experts):

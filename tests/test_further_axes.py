@@ -268,6 +268,11 @@ def patterns():
             yield pytest.param(name, split, id=f"{name}: {text}", marks=() if split == quick else pytest.mark.slow)
 
 
+@pytest.mark.quick(
+    "dispatch int8 allgather: smooth alone is replicated",
+    "dispatch int8, factors by column: smooth alone is replicated", "grouped_matmul: lhs alone is replicated",
+    "straight_through: smooth alone is replicated", "aclnn dequantize: smooth alone is replicated",
+)
 @pytest.mark.parametrize("name,split", list(patterns()))
 def test_gradient(name, split):
     case, rng = CASES[name], np.random.default_rng(0)

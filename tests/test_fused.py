@@ -142,6 +142,7 @@ def check(op, program_results, x, weight, cts, send, recv, **options):
 # --- values and gradients --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick("2-3-x-True-all_to_allv_grouped_matmul", "8-2-axes1-True-grouped_matmul_all_to_allv")
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(
     ("num_ranks", "num_local", "axes", "transpose"),
@@ -323,6 +324,9 @@ def test_counts_are_data():
 # --- chunks ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(
+    "False-4-grouped_matmul_all_to_allv", "False-4-all_to_allv_grouped_matmul", "True-2-grouped_matmul_all_to_allv",
+)
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(("static", "chunks"), [(False, 4), (True, 2)])
 def test_chunks_change_no_bit(op, static, chunks):

@@ -194,6 +194,13 @@ SLOW_FLOATS = [
 FLOATS += [pytest.param(*scheme, marks=pytest.mark.slow) for scheme in SLOW_FLOATS]
 
 
+@pytest.mark.quick(
+    "kinds0-33-False-True-float16-None-all_to_allv_grouped_matmul",
+    "kinds1-70-True-False-float32-uint8-grouped_matmul_all_to_allv",
+    "kinds2-128-True-True-bfloat16-float8_e8m0fnu-all_to_allv_grouped_matmul",
+    "kinds3-98-True-False-bfloat16-uint8-all_to_allv_grouped_matmul",
+    "kinds4-66-True-True-float32-uint8-grouped_matmul_all_to_allv",
+)
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(("kinds", "hidden", "microscaled", "transpose", "dtype", "scale_dtype"), FLOATS)
 def test_schemes(op, kinds, hidden, microscaled, transpose, dtype, scale_dtype):

@@ -76,6 +76,9 @@ def check(backend, lhs, rhs, group_sizes, ct, transpose_rhs):
         np.testing.assert_array_equal(np.asarray(actual)[:stop], wanted[:stop])
 
 
+@pytest.mark.quick(
+    "cpu-float16-True", "xla-float32-False", "gpu-float32-True", "tpu-float16-False", "auto-bfloat16-True",
+)
 @pytest.mark.parametrize("transpose_rhs", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -125,6 +128,7 @@ def test_zero_past_groups_selects(num_written):
     np.testing.assert_array_equal(np.nan_to_num(zeroed), 0.0)
 
 
+@pytest.mark.quick("xla", "auto")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_a_product_is_added_to(backend):
     """The sum, and gradients: that of what was there before is the cotangent itself. NaN past the sum spreads nowhere.
@@ -157,6 +161,7 @@ def test_what_a_product_is_added_to(backend):
         np.testing.assert_array_equal(d_shared[:stop], 3 * of_lhs[:stop])
 
 
+@pytest.mark.quick("cpu", "xla")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_replicated_weights_get_the_sum_of_all_ranks_gradients(backend):
     """Taken inside shard_map: the gradient of replicated ``rhs`` is typed replicated, so JAX has summed it."""

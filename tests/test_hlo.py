@@ -66,6 +66,7 @@ def test_forward_budget(ep, tp):
         assert counts["reduce-scatter", "float", "inline"] == 1
 
 
+@pytest.mark.quick("padded", "allgather")
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_gradient_scatters_no_floats(transport):
     counts, _ = instructions(layer_program(4, 2, transport, gradient=True)[0])

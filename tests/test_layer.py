@@ -110,6 +110,7 @@ def run_patterns(ep, tp, transport, repeats):
     return rounds
 
 
+@pytest.mark.quick("1-1-padded", "8-1-padded", "4-2-ragged", "4-2-allgather")
 @pytest.mark.parametrize("ep,tp,transport", FEW_WORLDS)
 def test_equals_oracle(ep, tp, transport):
     rounds = run_patterns(ep, tp, transport, repeats=1)

@@ -113,6 +113,7 @@ FORMS = [
 ]
 
 
+@pytest.mark.quick("allgather", "coded results")
 @pytest.mark.parametrize("options,chunks", FORMS, ids=["dropless", "drop", "allgather", "coded rows", "coded results"])
 def test_equals_a_loop_over_pairs(options, chunks):
     plan, rng, dropped = make_plan(**options), np.random.default_rng(0), []

@@ -261,6 +261,7 @@ def traced(shard, mesh, in_specs, out_specs, ranks):
     return jax.eval_shape(mapped, *given), jax.eval_shape(jax.grad(loss, argnums=(0, 2, 3)), *given)
 
 
+@pytest.mark.quick("dispatch-padded", "dispatch-allgather")
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_axes_of_size_1_may_be_named_or_not(name):
     """In all specs or in none; experts may lie as they do with tensor parallelism. With gradients."""

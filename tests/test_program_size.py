@@ -79,6 +79,7 @@ def lowered(transport, *, ep, tokens, experts):
         return operations(traced.lower(lowering_platforms=("cpu",)).as_text())
 
 
+@pytest.mark.quick("padded", "allgather")
 @pytest.mark.parametrize("transport", [*TRANSPORTS, "hierarchy"])
 def test_lowered_program_grows_with_nothing(transport):
     """The same operations for 16 and 64 ranks, 64 and 1024 tokens, 64 and 512 experts."""
@@ -151,6 +152,7 @@ def test_skew_takes_no_more_memory(phase):
     assert any_skew.temporary_bytes <= 1.35 * one_round.temporary_bytes
 
 
+@pytest.mark.quick("W1-forward", "W2-forward", "W2-forward + backward", "W3-forward")
 @pytest.mark.parametrize("phase", PASSES)
 @pytest.mark.parametrize("name", ["W1", "W2", "W3"])
 def test_equal_blocks_send_little_more_than_the_rows(name, phase):

@@ -143,6 +143,7 @@ def check_message(recipe, q, message, unpacked, hidden):
         np.testing.assert_array_equal(np.asarray(got).view(np.uint8), np.asarray(sent).view(np.uint8))
 
 
+@pytest.mark.quick("fp8_e5m2", "fp8_e5m2_group128", "mx_e5m2", "mx_clip_e5m2")
 @pytest.mark.parametrize("name", NAMES)
 def test_eager_and_compiled_agree(name):
     for dtype in DTYPES if name == "int8_group8" else ("bfloat16",):

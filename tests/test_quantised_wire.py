@@ -122,6 +122,7 @@ def compare(plan, kind, seed, *, with_weights=True):
         )
 
 
+@pytest.mark.quick("fp8_e4m3_group128", "fp8_e5m2_group128", "mx_clip_e4m3")
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_exact(name):
     compare(make_plan(4, 2, "padded", quant=name), "none", 0)
@@ -131,12 +132,16 @@ WIRES = [("int8", "bfloat16"), ("mx_e4m3", "float16")]
 WIRES += [pytest.param("fp8_e4m3_group128", "float32", marks=pytest.mark.slow)]
 
 
+@pytest.mark.quick(
+    "int8-bfloat16-allgather", "mx_e4m3-float16-padded", "mx_e4m3-float16-ragged", "mx_e4m3-float16-allgather",
+)
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("name,dtype", WIRES)
 def test_transports_and_dtypes(name, dtype, transport):
     compare(make_plan(8, 1, transport, quant=name, dtype=dtype), "none", 1, with_weights=transport != "ragged")
 
 
+@pytest.mark.quick("int8-experts-padded", "int8_static-one-allgather", "int8_static-row-allgather")
 @pytest.mark.parametrize("transport", ["padded", "allgather", pytest.param("ragged", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["one", "row", "experts"])
 @pytest.mark.parametrize("name", SMOOTHABLE)
@@ -161,6 +166,7 @@ def combine_program(plan):
     return jax.jit(over_mesh(mesh_of(plan.ep_size, plan.tp_size), shard))
 
 
+@pytest.mark.quick("int8_group8-allgather", "mx_e5m2-allgather", "mx_e4m3-padded", "mx_e4m3-ragged")
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("name", ["int8_group8", "mx_e5m2", "mx_e4m3", pytest.param("int8", marks=pytest.mark.slow)])
 def test_combine_and_cotangents_on_a_quantised_wire(name, transport):

@@ -234,6 +234,7 @@ def test_infinitely_low_logits(score):
 # --- 64-bit mode -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick("softmax", "sigmoid")
 @pytest.mark.parametrize("score", SCORES)
 def test_64_bit_mode_changes_no_type(score):
     logits, bias, cts = arguments("spread")

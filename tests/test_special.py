@@ -64,6 +64,7 @@ def on_every_rank(constants, ep, tp):
     return [np.broadcast_to(value, (ep, tp, *value.shape)) for value in constants]
 
 
+@pytest.mark.quick("1-1-padded-softmax", "1-1-ragged-plain", "1-1-allgather-plain", "4-2-allgather-softmax")
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "softmax"])
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("ep,tp", [(1, 1), (4, 2), pytest.param(8, 1, marks=pytest.mark.slow)])

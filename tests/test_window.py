@@ -140,6 +140,7 @@ def expected_matrices(hears, tested, healthy):
     return matrices
 
 
+@pytest.mark.quick("1-ep-int32", "2-axes1-bfloat16")
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.bfloat16])
 @pytest.mark.parametrize("nodes,axes", [(1, "ep"), (2, ("node", "ep"))])
 def test_reachability_matrix(nodes, axes, dtype):
