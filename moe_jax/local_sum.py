@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from moe_jax import layout
 from moe_jax.derivatives import custom_gradient
 from moe_jax.expert_slots import expert_slots
-from moe_jax.movement import as_delivered, pick, token_of
+from moe_jax.movement import as_delivered, pick, rows_if, token_of
 from moe_jax.plan import Plan
 from moe_jax.special import special_term, special_terms
 
@@ -168,4 +168,4 @@ _pairs_of_rows.defvjp(
 def _present(collected: tuple[Array, ...], places: _Places) -> list[Array]:
     """What ``_collect`` gave, in fp32, with zeros where a pair has no row."""
     there = places.pair_row >= 0
-    return [jnp.where(there[:, k, None], rows.astype(jnp.float32), 0.0) for k, rows in enumerate(collected)]
+    return [rows_if(there[:, k], rows) for k, rows in enumerate(collected)]

@@ -52,12 +52,12 @@ def routed_sum(
     """
     tokens = plan.tokens_per_rank // chunks
     part = dataclasses.replace(plan, tokens_per_rank=tokens, pair_capacity=-(-plan.pair_capacity // chunks))
+    if rank_table is not None and not plan.exchanges:
+        read_table(rank_table, plan)  # raises
     found = []
     for start in range(0, max(1, plan.tokens_per_rank), max(1, tokens)):
         ids_here, x_here, weights_here = (a[start : start + tokens] for a in (expert_ids, x, weights))
         if not plan.exchanges:
-            if rank_table is not None:
-                read_table(rank_table, part)  # raises
             operands = (ids_here, experts, constants, x_here, weights_here)
             found.append((*local_sum(*operands, part, activation=activation), jnp.ones((), jnp.int32)))
             continue

@@ -21,6 +21,7 @@ from moe_jax.comm.collectives import (
     tp_rank,
 )
 from moe_jax.comm.ragged import ragged_all_to_all, ragged_exchange
+from moe_jax.comm.rows import poison_of
 
 __all__ = [
     "check_axes",
@@ -35,6 +36,7 @@ __all__ = [
     "gather_tp",
     "max_over_ranks",
     "max_over_replicas",
+    "poison_of",
     "ragged_all_to_all",
     "ragged_exchange",
     "rank_along",

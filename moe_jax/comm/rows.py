@@ -52,12 +52,13 @@ def unwritten(num_rows: int, like: Array, plan) -> Array:
     Zeros would cost a pass over the buffer of an exchange, which overwrites all that is read.
     """
     shape = (num_rows, *like.shape[1:])
-    if plan.poison:
-        fill = jnp.nan if jnp.issubdtype(like.dtype, jnp.floating) else jnp.iinfo(like.dtype).max
-        rows = jnp.full(shape, fill, like.dtype)
-    else:
-        rows = lax.empty(shape, like.dtype)
+    rows = jnp.full(shape, poison_of(like.dtype), like.dtype) if plan.poison else lax.empty(shape, like.dtype)
     return _compat.as_varying(rows, _compat.varying_axes(like))
+
+
+def poison_of(dtype) -> float | int:
+    """What stands where nobody may read under ``plan.poison``: NaN, or the largest integer."""
+    return jnp.nan if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).max
 
 
 def _moved(move: Callable, rows: Array) -> Array:

@@ -202,13 +202,11 @@ def resolve_all(platform: str, device_kind: str | None) -> str:
 
 def describe_backend(name: str) -> str:
     """Which back end serves which product, in words, for a name that is not "auto"."""
-    lines = []
-    for kernel, words in (("grouped_matmul", "products of rows"), ("grouped_outer", "gradients of weights")):
-        backend = resolve_backend(kernel, name)
-        lines.append((backend, words))
-    (rows, _), (weights, _) = lines
-    groups = [(rows, "products of rows and gradients of weights")] if rows is weights else lines
-    return "; ".join(f"{words} by {b.name}" + (f" ({b.about})" if b.about else "") for b, words in groups)
+    rows, weights = resolve_backend("grouped_matmul", name), resolve_backend("grouped_outer", name)
+    served = [(rows, "products of rows"), (weights, "gradients of weights")]
+    if rows is weights:
+        served = [(rows, "products of rows and gradients of weights")]
+    return "; ".join(f"{words} by {b.name}" + (f" ({b.about})" if b.about else "") for b, words in served)
 
 
 def find_transport(transport: str, backend: str) -> Callable | None:
@@ -234,7 +232,6 @@ def call_kernel(kernel: str, backend: str, *operands: jax.Array, add_to: jax.Arr
     if backend != "auto":
         return run(resolve_backend(kernel, backend), add_to, *operands)
     # Every branch is traced, and that of the platform alone is lowered.
-    branches = [functools.partial(run, resolve_backend(kernel, platform=p)) for p in PLATFORMS]
-    cpu, gpu, tpu = branches
+    cpu, gpu, tpu = (functools.partial(run, resolve_backend(kernel, platform=p)) for p in PLATFORMS)
     other = functools.partial(run, _TABLE["xla"])
     return jax.lax.platform_dependent(add_to, *operands, cpu=cpu, cuda=gpu, rocm=gpu, tpu=tpu, default=other)

@@ -183,7 +183,8 @@ def grouped_matmul(
 ) -> jax.Array:
     """lhs [M, H], rhs [G, H, N] ([G, N, H] if ``transpose_rhs``), group_sizes [G] -> [M, N], plus ``add_to`` [M, N].
 
-    ``cores``: of a device. TPUs have no fp16: such operands are widened to fp32 before the kernel, and the fp32 result is rounded after it.
+    ``cores``: of a device. TPUs have no fp16: such operands are widened to fp32 before the kernel, and the fp32 result
+    is rounded after it.
     """
     columns = rhs.shape[1 if transpose_rhs else 2]
     if not (lhs.size and columns):

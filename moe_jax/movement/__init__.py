@@ -1,7 +1,7 @@
 """How rows move between tokens and experts: one module per route, and the differentiable ways there and back."""
 
 from moe_jax.movement.collecting import collect_rows, collect_rows_timed, finish, together
-from moe_jax.movement.picking import as_delivered, copy_weights, pick, token_of
+from moe_jax.movement.picking import as_delivered, copy_weights, pick, rows_if, token_of
 from moe_jax.movement.routes import RowOrder, arrival_order
 from moe_jax.movement.sending import Sent, carry_rows, dequantized, send_as_is, send_rows, smooth_rows
 
@@ -17,6 +17,7 @@ __all__ = [
     "dequantized",
     "finish",
     "pick",
+    "rows_if",
     "send_as_is",
     "send_rows",
     "smooth_rows",

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from moe_jax import _compat
 from moe_jax.derivatives import custom_gradient
 from moe_jax.movement import exchange, linear
+from moe_jax.movement.picking import rows_if
 from moe_jax.movement.routes import ROUTES, RowOrder
 from moe_jax.special import special_term
 from moe_jax.types import DispatchHandle, SpecialTerms
@@ -60,14 +61,10 @@ def finish(
         total = collected if summed else jnp.zeros_like(collected[0], jnp.float32)
         rows = [] if summed else jax.lax.split(collected, [1] * plan.num_copies, axis=0)
         for k in range(plan.num_copies):
-            terms = [] if summed else [_row_if(travelled[:, k], rows[k][0])]
+            terms = [] if summed else [rows_if(travelled[:, k], rows[k][0])]
             terms += [] if k >= plan.top_k else [special_term(special, k, plan)]
             total = total + combine_weights[:, k, None] * sum(terms)  # at most one of the terms is not zero
         return total
-
-
-def _row_if(travelled: Array, rows: Array) -> Array:
-    return jnp.where(travelled[:, None], rows.astype(jnp.float32), 0.0)
 
 
 @custom_gradient
@@ -77,7 +74,7 @@ def _weighted_sum(rows: Array, weights: Array, travelled: Array) -> Array:
     for c in range(rows.shape[0]):
         # Rows are masked, not terms: a compiler that makes one operation of product and sum, which rounds once, must do
         # so in every program of the layer, or values would depend on how many rounds there are.
-        total = total + weights[:, c, None] * _row_if(travelled[:, c], rows[c])
+        total = total + weights[:, c, None] * rows_if(travelled[:, c], rows[c])
     return total
 
 
@@ -91,7 +88,7 @@ def _weighted_sum_backward(operands, ct):
     kept = jnp.where(travelled, weights, 0.0)
     d_rows = jnp.stack([(kept[:, c, None] * ct).astype(rows.dtype) for c in range(rows.shape[0])])
     # Rows are masked before the product: after it, the derivative in ct would still read those that are not there.
-    dots = [jnp.sum(_row_if(travelled[:, c], rows[c]) * ct, axis=-1) for c in range(rows.shape[0])]
+    dots = [jnp.sum(rows_if(travelled[:, c], rows[c]) * ct, axis=-1) for c in range(rows.shape[0])]
     return d_rows, jnp.stack(dots, axis=-1), None
 
 

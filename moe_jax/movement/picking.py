@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe_jax import comm
 from moe_jax.derivatives import differentiated_as, take_rows
 
 Array = jax.Array
@@ -27,7 +28,7 @@ class Moves(NamedTuple):
 def pick(rows: Array, index: Array, plan, *, absent: float | None = None) -> Array:
     """``rows[index]``. Where index is -1: ``absent`` if given, NaN (all ones) under ``plan.poison``, else anything."""
     if absent is None and plan.poison:
-        absent = jnp.nan if jnp.issubdtype(rows.dtype, jnp.floating) else jnp.iinfo(rows.dtype).max
+        absent = comm.poison_of(rows.dtype)
     return take_rows(rows, index, absent=absent)
 
 
@@ -82,5 +83,10 @@ def sum_over_pairs(pair_rows: Array, present: Array) -> Array:
     """[C, T, H] -> [T, H] fp32, one k after the other, of the pairs that are ``present`` [T, C]."""
     total = jnp.zeros_like(pair_rows[0], jnp.float32)
     for k in range(pair_rows.shape[0]):
-        total = total + jnp.where(present[:, k, None], pair_rows[k].astype(jnp.float32), 0.0)
+        total = total + rows_if(present[:, k], pair_rows[k])
     return total
+
+
+def rows_if(present: Array, rows: Array) -> Array:
+    """[T, H] in fp32, with zeros for the rows that are not ``present`` [T], which may hold anything."""
+    return jnp.where(present[:, None], rows.astype(jnp.float32), 0.0)
