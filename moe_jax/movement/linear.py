@@ -49,8 +49,8 @@ def collect(
 ) -> tuple[Array | None, Array | None]:
     """Rows [M, F] and scalars [M, G] at their tokens: [C, T, F] and [C, T, G].
 
-    Rows of pairs outside the window may hold anything. Routes that sum at the experts give sums of rows, fp32 [T, F]. Rows that
-    no pair comes to influence nothing. Otherwise as for ``send``; ``rows`` may be None for "hierarchy".
+    Rows of pairs outside the window may hold anything. Routes that sum at the experts give sums of rows, fp32 [T, F].
+    Rows that no pair comes to influence nothing. Otherwise as for ``send``; ``rows`` may be None for "hierarchy".
     """
     return _collect(plan, ordered, recipe, rows, scalars, maps)
 

@@ -66,7 +66,8 @@ def make_plan(
         partial sum comes back; without that axis all ranks are one node, inside which rows go from rank to rank), or
         "auto": "padded" or "allgather", or on GPU and TPU "ragged", whichever should take the least time to move rows
         in a forward and a backward pass of the layer, by nominal rates of the mesh's platform; see
-        ``moe_jax.plan.cost``. It never takes "hierarchy"; and "padded" where one device holds all experts. ``Plan.describe()`` has the times of all candidates.
+        ``moe_jax.plan.cost``. It never takes "hierarchy"; and "padded" where one device holds all experts.
+        ``Plan.describe()`` has the times of all candidates.
       overflow: "dropless": what does not fit into a round waits for the next; "drop": it is dropped and counted. Each
         pair of ranks keeps the front of its list, which is sorted by expert: the last experts of a rank lose most.
       capacity_factor: rows that a pair of ranks can move in a round of the layer, relative to the balanced load,

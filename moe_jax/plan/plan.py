@@ -176,8 +176,9 @@ class Plan:
 
         Args:
           call: "layer": of one round of ``moe_layer`` or ``moe_on_mesh``, M being ``num_rows(pair_capacity)``: bounded,
-            at any skew; where one device holds all experts nothing is sent, and M is T * K. "dispatch": of a call of ``dispatch`` alone and the ``combine`` that follows it, which do all
-            in one round: with overflow="dropless" M is the worst skew, T * K rows from every rank.
+            at any skew; where one device holds all experts nothing is sent, and M is T * K. "dispatch": of a call of
+            ``dispatch`` alone and the ``combine`` that follows it, which do all in one round: with overflow="dropless"
+            M is the worst skew, T * K rows from every rank.
 
         Raises:
           InvalidArgumentError: ``call`` is neither.
