@@ -65,39 +65,35 @@ def test_operations_by_hand():
     assert found == {"stablehlo.sine": 4, "stablehlo.multiply": 1}
 
 
-def lowered(transport, *, ep, tokens, experts):
-    """Operations of both passes, for CPUs that need not be there; "hierarchy": on two nodes of ``ep`` ranks."""
-    extents = ({"node": 2} if transport == "hierarchy" else {}) | {"ep": ep, "tp": 1}
-    mesh = AbstractMesh(tuple(extents.values()), tuple(extents))
-    plan = moe.make_plan(
-        mesh, tokens_per_rank=tokens, hidden=512, num_experts=experts, top_k=4, dtype="float32", transport=transport
-    )
+def lowered(platform, **sizes):
+    """Operations of both passes of the layer, for devices that need not be there; nodes=2: twice ``ep`` ranks."""
+    extents = {name: sizes.pop(name) for name in ("nodes", "ep") if name in sizes} | {"tp": 1}
+    mesh = AbstractMesh(tuple(extents.values()), tuple(name.removesuffix("s") for name in extents))
+    plan = moe.make_plan(mesh, top_k=4, **sizes)
     init, apply = moe.moe_on_mesh(mesh, plan, moe.RouterConfig(), ffn=32)
     given = layer_arguments(plan, init, mesh.size)
     with jax.sharding.use_abstract_mesh(mesh):  # which JAX wants where axes are Explicit, the default of newer JAX
         traced = jax.jit(with_backward(apply)).trace(*given)
-        return operations(traced.lower(lowering_platforms=("cpu",)).as_text())
+        return operations(traced.lower(lowering_platforms=(platform,)).as_text())
 
 
 @pytest.mark.quick("padded", "allgather")
 @pytest.mark.parametrize("transport", [*TRANSPORTS, "hierarchy"])
 def test_lowered_program_grows_with_nothing(transport):
     """The same operations for 16 and 64 ranks, 64 and 1024 tokens, 64 and 512 experts."""
-    sizes = {"ep": 16, "tokens": 1024, "experts": 512}
-    expected = lowered(transport, **sizes)
+    sizes = {"ep": 16, "tokens_per_rank": 1024, "num_experts": 512}
+    sizes |= {"nodes": 2} if transport == "hierarchy" else {}
+    sizes |= {"hidden": 512, "dtype": "float32", "transport": transport}
+    expected = lowered("cpu", **sizes)
     assert expected["stablehlo.while"] and expected["stablehlo.dot_general"]
-    for change in ({"ep": 64}, {"ep": 2}, {"tokens": 64}, {"experts": 64}):
-        assert lowered(transport, **(sizes | change)) == expected, change
+    for change in ({"ep": 64}, {"ep": 2}, {"tokens_per_rank": 64}, {"num_experts": 64}):
+        assert lowered("cpu", **(sizes | change)) == expected, change
 
 
 def test_bookkeeping_has_no_loop():
     """On an accelerator every turn of a binary search is a few launches, each dearer than all that it looks for."""
-    mesh = AbstractMesh((8, 1), ("ep", "tp"))
-    options = {"transport": "padded", "overflow": "drop", "backend": "xla"}
-    plan = moe.make_plan(mesh, tokens_per_rank=64, hidden=32, num_experts=32, top_k=4, dtype="bfloat16", **options)
-    init, apply = moe.moe_on_mesh(mesh, plan, moe.RouterConfig(), ffn=32)
-    traced = jax.jit(with_backward(apply)).trace(*layer_arguments(plan, init, mesh.size))
-    found = operations(traced.lower(lowering_platforms=("tpu",)).as_text())
+    sizes = {"ep": 8, "tokens_per_rank": 64, "hidden": 32, "num_experts": 32, "dtype": "bfloat16"}
+    found = lowered("tpu", **sizes, transport="padded", overflow="drop", backend="xla")
     assert found["stablehlo.while"] == 0 < found["stablehlo.sort"]
 
 
