@@ -4,25 +4,25 @@ Importing this package touches no device and no environment variable.
 """
 
 from moe_jax import aclnn, errors, quant, reference
-from moe_jax.barrier import BarrierTimeoutError, barrier
-from moe_jax.combine import combine, combine_add_rms_norm
-from moe_jax.comm import ragged_all_to_all
+from moe_jax.collectives import ragged_all_to_all
 from moe_jax.config import RouterConfig, load_config
-from moe_jax.contract import Contract, assert_hlo_contract, hlo_contract
-from moe_jax.dispatch import dequantize, dispatch, make_receive_window
+from moe_jax.elastic.rank_table import make_rank_table
 from moe_jax.errors import MoEError
 from moe_jax.fused import all_to_allv_grouped_matmul, grouped_matmul_all_to_allv
+from moe_jax.hlo.contract import Contract, assert_hlo_contract, hlo_contract
 from moe_jax.kernels import Backend, grouped_matmul, register_backend, resolve_backend
-from moe_jax.layer import moe_layer
+from moe_jax.layer.combine import combine, combine_add_rms_norm
+from moe_jax.layer.dispatch import dequantize, dispatch, make_receive_window
+from moe_jax.layer.layer import moe_layer
+from moe_jax.layer.on_mesh import moe_on_mesh
+from moe_jax.layer.placement import update_expert
+from moe_jax.layer.router import route, update_selection_bias
 from moe_jax.mesh import emulate_devices, make_mesh
-from moe_jax.on_mesh import moe_on_mesh
 from moe_jax.plan import Plan, make_plan
-from moe_jax.rank_table import make_rank_table
-from moe_jax.routing import route, update_selection_bias
+from moe_jax.recovery.barrier import BarrierTimeoutError, barrier
+from moe_jax.recovery.window import Window, buffer_reset, receivable_info_collect, receivable_test
 from moe_jax.targets import TargetReport, compile_for
 from moe_jax.types import Dispatched, DispatchHandle, LayerStats, Routing
-from moe_jax.update_expert import update_expert
-from moe_jax.window import Window, buffer_reset, receivable_info_collect, receivable_test
 
 __version__ = "0.1.0"
 

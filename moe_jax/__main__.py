@@ -2,7 +2,7 @@
 
 import sys
 
-from moe_jax.cli import main
+from moe_jax.tools.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

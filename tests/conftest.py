@@ -45,7 +45,9 @@ def pytest_pycollect_makeitem(collector, name, obj):
     if wanted and made:
         unknown = wanted - {item.callspec.id for item in made}
         if unknown:
-            raise pytest.Collector.CollectError(f"{name} is marked quick for {sorted(unknown)}, which are no cases of it")
+            raise pytest.Collector.CollectError(
+                f"{name} is marked quick for {sorted(unknown)}, which are no cases of it"
+            )
         for item in made:
             if item.callspec.id not in wanted:
                 item.add_marker(pytest.mark.slow)

@@ -25,7 +25,12 @@ CONSTANTS = ("const_expert_alpha_1", "const_expert_alpha_2", "const_expert_v")
 NUMBERS = ("zero_expert_num", "copy_expert_num", "const_expert_num")
 FP8, FP4 = ("float8_e4m3fn", "float8_e5m2"), ("float4_e2m1fn", "uint8")
 # Products, and whether over nodes: without a product, most of a call can be combined with most of the rest.
-KINDS = [(None, False)] * 4 + [(None, True)] * 4 + [(name, False) for name in ("a2", "a3", "a5")] + [("a2", True), ("a3", True)]
+KINDS = (
+    [(None, False)] * 4
+    + [(None, True)] * 4
+    + [(name, False) for name in ("a2", "a3", "a5")]
+    + [("a2", True), ("a3", True)]
+)
 ALGORITHMS = ("", None, "fullmesh", "fullmesh_v1", "fullmesh_v2", "hierarchy")
 
 
@@ -82,7 +87,11 @@ def legal(rng: np.random.Generator) -> Case:
     tp = int(rng.choice([0, 1, 2], p=[0.55, 0.15, 0.3])) if product in (None, "a3") and not hierarchy else 0
     if product is None and hierarchy:
         tp = int(rng.choice([0, 0, 2]))
-    world = 16 if wide else int(rng.choice([2, 4] if tp == 2 or hierarchy else [1, 2, 4, 8] if product is None else [2, 4, 8]))
+    world = (
+        16
+        if wide
+        else int(rng.choice([2, 4] if tp == 2 or hierarchy else [1, 2, 4, 8] if product is None else [2, 4, 8]))
+    )
     free = product is None  # of the limits of a product
     num_shared, num_shared_ranks = (int(rng.integers(2)), 0)
     if free or product in ("a3", "a5") and not hierarchy:
@@ -103,7 +112,11 @@ def legal(rng: np.random.Generator) -> Case:
     quant_mode, y_dtype, smooth = _quantisation(rng, product, hierarchy)
     wires = {None: [0, 2, 3, 4], "a2": [0, 2] if hierarchy else [0], "a3": [0, 2], "a5": [0, 2, 3, 4]}[product]
     comm_quant = int(rng.choice(wires)) if tp < 2 and (free or not norm) and rng.random() < 0.5 else 0
-    alg = {"a2": ["", "fullmesh"], "a3": ["", None, "fullmesh_v1"] + ["fullmesh_v2"] * (tp < 2), "a5": ["", "fullmesh_v1"]}
+    alg = {
+        "a2": ["", "fullmesh"],
+        "a3": ["", None, "fullmesh_v1"] + ["fullmesh_v2"] * (tp < 2),
+        "a5": ["", "fullmesh_v1"],
+    }
     nodes = (world if free and hidden == 8 else 2) if hierarchy else 1  # nodes of one rank, or two of several
     case = Case(
         product=product, world=world, tp=max(tp, 1), nodes=nodes, tokens=tokens,
@@ -194,7 +207,9 @@ def _arrays(rng, case, hidden, dtype, smooth):
                 case.of_combine[name] = (width[:1], half)
     if case.combine == NORM:
         case.of_combine |= {"residual_x": ((tokens, 1, hidden), half), "gamma": ((hidden,), half)}
-    case.feeds = {"assist_info_for_combine", "ep_send_counts"} | ({"tp_send_counts"} if n["tp_world_size"] == 2 else set())
+    case.feeds = {"assist_info_for_combine", "ep_send_counts"} | (
+        {"tp_send_counts"} if n["tp_world_size"] == 2 else set()
+    )
     if "expert_scales" in case.of_dispatch and (rng.random() < 0.8 or not free):
         case.feeds.add("expand_scales")
 
@@ -279,7 +294,10 @@ def _add(rng, case):
     options = {
         "x_active_mask": ("shared", [((tokens,), "bool"), ((tokens, top_k), "bool")]),
         "elastic_info": ("shared", [((4 + 2 * ranks,), "int32")]),
-        "scales": ("of_dispatch", [((1,), "float32"), ((hidden,), "float32"), ((n["moe_expert_num"] or 1, hidden), "float32")]),
+        "scales": (
+            "of_dispatch",
+            [((1,), "float32"), ((hidden,), "float32"), ((n["moe_expert_num"] or 1, hidden), "float32")],
+        ),
         "expert_scales": ("of_dispatch", [((tokens, top_k), "float32")]),
         "performance_info": ("both", [((ranks,), "int32"), ((ranks,), "int64"), ((ranks + 1,), "int32")]),
         "expand_scales": ("feeds", [None]),
@@ -395,7 +413,12 @@ def _elastic(rng, case, noise):
     """The same table on all ranks: a smaller world, or noise behind a flag of 0."""
     n = case.common
     table, experts = noise[0, 0].copy(), n["moe_expert_num"]
-    if case.elastic == "on" and _legal_world(case) and noise.shape[2:] == (4 + 2 * case.world,) and noise.dtype == np.int32:
+    if (
+        case.elastic == "on"
+        and _legal_world(case)
+        and noise.shape[2:] == (4 + 2 * case.world,)
+        and noise.dtype == np.int32
+    ):
         special = sum(n.get(name) or 0 for name in NUMBERS)
         names = types.SimpleNamespace(
             world=case.world, num_shared=n["shared_expert_num"], shared_ranks=n["shared_expert_rank_num"],

@@ -34,9 +34,7 @@ def outcome(function) -> Any:
         raise Broken(f"raised {type(error).__name__}: {_one_line(error)}") from error
 
 
-def phases(
-    operator: str, arrays: dict[str, Any], attributes: dict[str, Any], product: str | None
-) -> Executor | int:
+def phases(operator: str, arrays: dict[str, Any], attributes: dict[str, Any], product: str | None) -> Executor | int:
     """The executor of a call for ``product``, or the status of its refusal. To be traced where the operator can run.
 
     Asks the first law: of the arrays, of their shapes alone, and of the operator itself, all without a product.

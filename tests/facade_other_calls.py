@@ -17,8 +17,8 @@ from limit_calls import ALL_FUSED, BARRIER, BARRIER_2, GA, QGA, QUANTISED, RESET
 
 import moe_jax as moe
 from moe_jax import reference
-from moe_jax.products import PRODUCTS
-from moe_jax.window import Window, make_window
+from moe_jax.hardware.ascend import PRODUCTS
+from moe_jax.recovery.window import Window, make_window
 
 DTYPES = ("float32", "bfloat16", "float16", "int32", "int8", "bool", "uint8", "float8_e4m3fn")
 AXIS = "the index along the mesh axis"  # a traced number
@@ -72,7 +72,9 @@ def legal(rng: np.random.Generator) -> Case:
             sizes["local_rank_id"] = [AXIS, *range(ranks)][rng.integers(ranks + 1)]
     elif operator in (BARRIER, BARRIER_2):
         ranks, sizes = 8, {"group": "ep"}
-        sizes["x_ref"] = jax.ShapeDtypeStruct((3, 2), jnp.dtype(str(rng.choice(["float32", "bfloat16", "int8", "bool"]))))
+        sizes["x_ref"] = jax.ShapeDtypeStruct(
+            (3, 2), jnp.dtype(str(rng.choice(["float32", "bfloat16", "int8", "bool"])))
+        )
         if operator == BARRIER_2 and rng.random() < 0.4:
             sizes["time_out"] = jax.ShapeDtypeStruct((1,), jnp.int32)
         if operator == BARRIER_2 and product is None and rng.random() < 0.5:
@@ -130,7 +132,11 @@ def _change(rng, case):
         case.arrays[name] = jax.ShapeDtypeStruct(array.shape, jnp.dtype(DTYPES[rng.integers(len(DTYPES))]))
         return f"{name} as {case.arrays[name].dtype}"
     axis = int(rng.integers(len(array.shape)))
-    shapes = [(*array.shape[:axis], array.shape[axis] + 1, *array.shape[axis + 1 :]), (*array.shape, 1), array.shape[1:]]
+    shapes = [
+        (*array.shape[:axis], array.shape[axis] + 1, *array.shape[axis + 1 :]),
+        (*array.shape, 1),
+        array.shape[1:],
+    ]
     case.arrays[name] = jax.ShapeDtypeStruct(shapes[rng.integers(3)], array.dtype)
     return f"{name} of shape {case.arrays[name].shape}"
 
@@ -169,7 +175,9 @@ def draw(rng: np.random.Generator, case: Case) -> dict[str, Any]:
     drawn = {}
     for name, array in case.arrays.items():
         if isinstance(array, Window):
-            drawn[name] = jax.tree.map(lambda leaf: rng.integers(1, 9, (case.ranks, *leaf.shape)).astype(leaf.dtype), array)
+            drawn[name] = jax.tree.map(
+                lambda leaf: rng.integers(1, 9, (case.ranks, *leaf.shape)).astype(leaf.dtype), array
+            )
         else:
             drawn[name] = _numbers(rng, name, (case.ranks, *array.shape), array.dtype)
     table = drawn.get("eplb_table")
@@ -232,8 +240,12 @@ def _reset(case, drawn, out):
 
 def _fused(case, drawn, out):
     n, ranks = case.attributes, case.ranks
-    send, recv = (np.broadcast_to(np.asarray(n[name]), (ranks, np.size(n[name]))) for name in ("send_counts", "recv_counts"))
-    oracle = reference.grouped_matmul_all_to_allv if case.operator in (GA, QGA) else reference.all_to_allv_grouped_matmul
+    send, recv = (
+        np.broadcast_to(np.asarray(n[name]), (ranks, np.size(n[name]))) for name in ("send_counts", "recv_counts")
+    )
+    oracle = (
+        reference.grouped_matmul_all_to_allv if case.operator in (GA, QGA) else reference.all_to_allv_grouped_matmul
+    )
     transpose = {f"transpose_{part}_weight": n.get(f"trans_{part}_weight", False) for part in ("gmm", "mm")}
     want = oracle(**drawn, send_counts=send, recv_counts=recv, **transpose)
     for name, got, rows in zip(out._fields, out, want, strict=False):
@@ -243,5 +255,3 @@ def _fused(case, drawn, out):
             exact = np.asarray(rows[rank]).astype(got.dtype)
             same(got[rank][: len(exact)], exact, name)
             same(got[rank][len(exact) :], np.zeros_like(got[rank][len(exact) :]), f"{name} past its rows")
-
-

@@ -4,11 +4,10 @@ import math
 
 import jax
 import jax.numpy as jnp
-
 from jax.sharding import AbstractMesh
 
 from moe_jax import _compat, aclnn
-from moe_jax.products import lacking, newest_of
+from moe_jax.hardware.ascend import lacking, newest_of
 
 NULL, DTYPE, VALUE = 161001, 161002, 561002
 MB = 2**20

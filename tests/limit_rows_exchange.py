@@ -428,8 +428,11 @@ COMBINE_ROWS = [
 ]  # fmt: skip
 
 # The other end of ranges, and what is left of lists.
-A5_X = [{"DTYPE": E5M2, "scales": array((8, 1))}, {"DTYPE": FP4, "scales": array((8, 1), "float8_e8m0fnu")},
-        {"H": 512, "DTYPE": BYTES, "scales": array((8, 1), BYTES)}]  # packed: the builder's H counts bytes
+A5_X = [
+    {"DTYPE": E5M2, "scales": array((8, 1))},
+    {"DTYPE": FP4, "scales": array((8, 1), "float8_e8m0fnu")},
+    {"H": 512, "DTYPE": BYTES, "scales": array((8, 1), BYTES)},
+]  # packed: the builder's H counts bytes
 EDGE_ROWS = [
     ("comm_alg", "8", EXCHANGE, None, [{"ALG": alg} for alg in ("fullmesh", "fullmesh_v1")] + [HIER], None, "", VALUE),
     ("comm_alg", "8", EXCHANGE, "a2", HIER, None, "", VALUE),

@@ -9,9 +9,9 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import moe_jax as moe
-from moe_jax.experts import activate, grouped_product, project_in, project_out
 from moe_jax.kernels import table
-from moe_jax.on_mesh import param_spec
+from moe_jax.layer.experts import activate, grouped_product, project_in, project_out
+from moe_jax.layer.on_mesh import param_spec
 
 SIZES = {"tokens_per_rank": 64, "hidden": 128, "num_experts": 16, "top_k": 2, "dtype": "bfloat16"}
 FFN = 128

@@ -47,7 +47,7 @@ from moe_jax.errors import (
     ShapeError,
     UnsupportedError,
 )
-from moe_jax.products import ANY, PRODUCTS, VERSIONS, Choices, Interval, Sizes
+from moe_jax.hardware.ascend import ANY, PRODUCTS, VERSIONS, Choices, Interval, Sizes
 
 RULES = {operator: registered(operator, definition) for operator, (definition, _) in OPERATORS.items()}
 ROWS = limit_rows_exchange.ROWS + limit_rows_others.ROWS

@@ -20,9 +20,9 @@ from test_fused_quant import E2M1, INT8, codes, scales
 import moe_jax as moe
 from moe_jax import _compat, aclnn, errors, reference
 from moe_jax.aclnn.executor import Executor
-from moe_jax.products import VERSIONS, lacking
+from moe_jax.hardware.ascend import VERSIONS, lacking
+from moe_jax.recovery.window import Window
 from moe_jax.reference import family
-from moe_jax.window import Window
 
 H = 8
 FIELDS = {
@@ -568,7 +568,8 @@ def compare_pair(name, flags, kind, rng, make):
 
 
 @pytest.mark.quick(
-    "table-False-True-allto_allv_grouped_mat_mul", "list-True-True-grouped_mat_mul_allto_allv",
+    "table-False-True-allto_allv_grouped_mat_mul",
+    "list-True-True-grouped_mat_mul_allto_allv",
     "table-True-False-grouped_mat_mul_allto_allv",
 )
 @pytest.mark.parametrize("name", [GA, AG])

@@ -14,7 +14,7 @@ from limit_calls import call_of
 from moe_jax import aclnn, errors
 from moe_jax.aclnn.arguments import bind, signature_checked
 from moe_jax.aclnn.first_phase import OPERATORS
-from moe_jax.products import VERSIONS
+from moe_jax.hardware.ascend import VERSIONS
 
 # The parameters of the documents' prototypes without rank ids and outputs; " / " is where arrays end, and what has no
 # place in them stands after the last " / ".

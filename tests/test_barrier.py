@@ -15,9 +15,9 @@ from processes import run_processes
 
 import moe_jax
 from moe_jax import _compat, errors
-from moe_jax.barrier import BarrierTimeoutError, barrier
-from moe_jax.comm import arrival
-from moe_jax.rank_table import make_rank_table, read_rank_table
+from moe_jax.collectives import rendezvous
+from moe_jax.elastic.rank_table import make_rank_table, read_rank_table
+from moe_jax.recovery.barrier import BarrierTimeoutError, barrier
 
 W = 8
 FAR = 120_000_000  # microseconds, longer than any test
@@ -46,8 +46,8 @@ def delayed(x, seconds):
         time.sleep(float(seconds))
         return np.int32(0)
 
-    done = jax.pure_callback(sleep, jax.ShapeDtypeStruct((), jnp.int32), seconds, arrival.probe(x))
-    return arrival.hold(x, done)
+    done = jax.pure_callback(sleep, jax.ShapeDtypeStruct((), jnp.int32), seconds, rendezvous.probe(x))
+    return rendezvous.hold(x, done)
 
 
 # --- what comes out --------------------------------------------------------------------------------------------------
@@ -215,8 +215,8 @@ def test_nobody_passes_before_all_have_come(axes, nodes, timeout_us):
             log.append((what, int(rank)))
             return np.int32(0)
 
-        return arrival.hold(
-            x, jax.pure_callback(append, jax.ShapeDtypeStruct((), jnp.int32), rank, arrival.probe(x))
+        return rendezvous.hold(
+            x, jax.pure_callback(append, jax.ShapeDtypeStruct((), jnp.int32), rank, rendezvous.probe(x))
         )
 
     def run(x, rank, seconds):
@@ -272,7 +272,7 @@ def test_missing_rank_raises_on_all_then_all_go_on():
 
 
 def test_board_agrees_on_one_verdict():
-    board, verdicts = arrival.LocalBoard(), {}
+    board, verdicts = rendezvous.LocalBoard(), {}
     board.announce("g", 0)
     assert not board.wait("g", 1, 1, 0.01)
 
@@ -291,9 +291,9 @@ def test_board_agrees_on_one_verdict():
 
 
 def test_forget_arrivals_brings_ranks_back_into_step():
-    arrival.current_board().announce("lost", 0)  # rank 1 failed before it came
-    arrival.forget_arrivals()
-    board = arrival.current_board()
+    rendezvous.current_board().announce("lost", 0)  # rank 1 failed before it came
+    rendezvous.forget_arrivals()
+    board = rendezvous.current_board()
     assert board.announce("lost", 0) == board.announce("lost", 1) == 1
 
 
@@ -305,7 +305,7 @@ import jax, numpy as np
 from jax._src import distributed
 from jax.sharding import PartitionSpec as P
 import moe_jax
-from moe_jax.barrier import barrier
+from moe_jax.recovery.barrier import barrier
 num = len(jax.devices())
 mesh = moe_jax.make_mesh(ep=num)
 def two(x):

@@ -12,12 +12,12 @@ from cases import mesh_of
 
 import moe_jax as moe
 from moe_jax import reference
-from moe_jax.bench import check, estimate, measure, programs, report, timing
-from moe_jax.bench.baselines import all_experts_layer, dense_limit, minimal_layer, one_hot_layer
-from moe_jax.bench.workloads import WORKLOADS, Workload, expert_ids, rows_that_leave
-from moe_jax.cli import main
-from moe_jax.contract import hlo_contract
+from moe_jax.hlo.contract import hlo_contract
 from moe_jax.quant import recipe
+from moe_jax.tools.bench import check, estimate, measure, programs, report, timing
+from moe_jax.tools.bench.baselines import all_experts_layer, dense_limit, minimal_layer, one_hot_layer
+from moe_jax.tools.bench.workloads import WORKLOADS, Workload, expert_ids, rows_that_leave
+from moe_jax.tools.cli import main
 
 TINY = Workload(name="tiny", tokens=8, hidden=16, ffn=12, num_experts=8, top_k=2)
 TOLERANCE = 1e-5  # fp32 against float64, relative to the largest entry

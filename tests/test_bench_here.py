@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 import moe_jax as moe
-from moe_jax.bench import here
-from moe_jax.cli import main
 from moe_jax.errors import InvalidArgumentError, UnsupportedError
 from moe_jax.hardware import GPUS, PEAKS, peak_of
 from moe_jax.kernels import table, xla
+from moe_jax.tools.bench import here
+from moe_jax.tools.cli import main
 
 TINY = here.Workload(name="tiny", tokens=32, hidden=64, ffn=32, num_experts=4, top_k=2)
 

@@ -16,11 +16,11 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 import moe_jax
-from moe_jax.cli import main
 from moe_jax.config import MeshConfig
 from moe_jax.errors import DataError
-from moe_jax.train import loop
-from moe_jax.train.checkpoint import read_step
+from moe_jax.tools.cli import main
+from moe_jax.tools.train import loop
+from moe_jax.tools.train.checkpoint import read_step
 
 ROOT = Path(__file__).parent.parent
 MINIATURE = """

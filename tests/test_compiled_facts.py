@@ -1,6 +1,6 @@
 """What the compilers for TPU and GPU make of the layer, in exact figures; skipped without the compilers.
 
-Workloads A, B and C on eight devices, and A64 on one that holds all 64 experts; see ``moe_jax.bench.facts``. A few are
+Workloads A, B and C on eight devices, and A64 on one that holds all 64 experts; see ``moe_jax.tools.bench.facts``. A few are
 for every run of the tests that need compilers; all others are slow as well.
 """
 
@@ -16,16 +16,18 @@ from test_targets import needs
 
 import moe_jax as moe
 from moe_jax import reference
-from moe_jax.bench import facts
-from moe_jax.bench.baselines import minimal_layer
-from moe_jax.bench.programs import PASSES
-from moe_jax.cli import main
-from moe_jax.hlo import array_extents
+from moe_jax.hlo.text import array_extents
+from moe_jax.tools.bench import facts
+from moe_jax.tools.bench.baselines import minimal_layer
+from moe_jax.tools.bench.programs import PASSES
+from moe_jax.tools.cli import main
 
 FORWARD, BOTH = PASSES
 TPUS, GPUS = ["v5e:2x4", "v5p:2x2x2", "v6e:2x4"], ["h100:8", "b200:8"]
 ALONE = ["v5e:1x1", "v5p:1x1x1", "v6e:1x1", "h100:1", "b200:1"]
-CASES = [(target, name) for target in (*TPUS, *GPUS) for name in ("A", "B", "C")] + [(target, "A64") for target in ALONE]
+CASES = [(target, name) for target in (*TPUS, *GPUS) for name in ("A", "B", "C")] + [
+    (target, "A64") for target in ALONE
+]
 
 FEW = [("v5e:2x4", "A"), ("v5p:2x2x2", "B"), ("h100:8", "A"), ("v5e:1x1", "A64"), ("h100:1", "A64")]
 
@@ -142,9 +144,7 @@ def test_the_minimal_layer_is_one():
         init, _ = moe.moe_on_mesh(mesh, plan, moe.RouterConfig(), ffn=8)
         params = init(jax.random.key(0))
         y, dropped = jax.jit(minimal_layer(mesh, plan, "swiglu"))(params, x)
-        want, routing = reference.moe_layer(
-            jax.tree.map(np.asarray, params), x, moe.RouterConfig(), top_k=2
-        )
+        want, routing = reference.moe_layer(jax.tree.map(np.asarray, params), x, moe.RouterConfig(), top_k=2)
         by_pair = np.array([np.bincount(ids.ravel() // 2, minlength=4) for ids in routing.expert_ids.reshape(4, -1)])
         assert int(dropped) == np.maximum(by_pair - plan.pair_capacity, 0).sum()
         assert (np.abs(y - want).max() <= 1e-5 * np.abs(want).max()) == (factor == 4.0)

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import moe_jax as moe
 from moe_jax import _compat
-from moe_jax.contract import COLLECTIVES, assert_hlo_contract, hlo_contract
+from moe_jax.hlo.contract import COLLECTIVES, assert_hlo_contract, hlo_contract
 
 ROWS, WIDTH = 8, 4  # of each device, fp32
 BYTES = ROWS * WIDTH * 4
@@ -235,7 +235,7 @@ class _Compiled:
 
 
 def test_text_of_other_platforms():
-    from moe_jax.contract import contract_of
+    from moe_jax.hlo.contract import contract_of
 
     found = contract_of(_Compiled())
     assert found.counts == {"all-to-all": 1, "all-gather": 1, "ragged-all-to-all": 1, "collective-permute": 1}

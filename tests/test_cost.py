@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 import moe_jax as moe
-from moe_jax.contract import contract_of
+from moe_jax.hlo.contract import contract_of
 from moe_jax.kernels import table
 from moe_jax.plan.cost import PHASES
 from moe_jax.plan.rates import RATES
@@ -37,7 +37,7 @@ def even_outer(lhs, rhs, group_sizes, *, dtype, each):
 
 @pytest.fixture(scope="module", autouse=True)
 def even_back_ends():
-    """"even 32" and the like: their products can be counted in a compiled program, and are not in loops."""
+    """ "even 32" and the like: their products can be counted in a compiled program, and are not in loops."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(table, "_TABLE", dict(table._TABLE))
         for each in (8, 16, 32):
@@ -105,9 +105,15 @@ CASES = {
 
 
 @pytest.mark.quick(
-    "padded-forward", "padded, tp, bf16, shared-forward + backward", "padded, quantised-forward",
-    "padded, replicas, fp16, special, gelu-forward", "allgather-forward", "allgather, tp, bf16, shared-forward",
-    "allgather, quantised-forward", "hierarchy, tp, bf16, shared-forward", "hierarchy, quantised-forward",
+    "padded-forward",
+    "padded, tp, bf16, shared-forward + backward",
+    "padded, quantised-forward",
+    "padded, replicas, fp16, special, gelu-forward",
+    "allgather-forward",
+    "allgather, tp, bf16, shared-forward",
+    "allgather, quantised-forward",
+    "hierarchy, tp, bf16, shared-forward",
+    "hierarchy, quantised-forward",
 )
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

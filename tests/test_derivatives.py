@@ -213,7 +213,10 @@ def test_combine_add_rms_norm():
 
 def test_facade_with_weights_of_rows():
     """The hierarchy of ``moe_jax.aclnn`` weights rows where they are made; sums of whole numbers fit in bfloat16."""
-    mesh, group = moe.make_mesh(ep=2, nodes=2), {"group_ep": ("node", "ep"), "ep_world_size": 2, "comm_alg": "hierarchy"}
+    mesh, group = (
+        moe.make_mesh(ep=2, nodes=2),
+        {"group_ep": ("node", "ep"), "ep_world_size": 2, "comm_alg": "hierarchy"},
+    )
     group["moe_expert_num"], rng, factor = 4, np.random.default_rng(5), np.array([1.0, 1.0, -1.0], np.float32)
     ids = np.array([[[0, 3], [2, 1]], [[1, 0], [3, 2]]], np.int32)
     params = {"x": small(rng, 2, 2, H), "weights": small(rng, 2, 2, 2)}

@@ -15,9 +15,13 @@ from moe_jax import _compat
 MODULES = [
     name
     for _, name, _ in pkgutil.walk_packages(moe_jax.__path__, "moe_jax.")
-    if not name.startswith(("moe_jax.train", "moe_jax.cli", "moe_jax.__main__"))
+    if not name.startswith(("moe_jax.tools.train", "moe_jax.tools.cli", "moe_jax.__main__"))
 ]
-SLOW = {"moe_jax.fused.api", "moe_jax.combine", "moe_jax.dispatch"}  # without jit: every operation is compiled alone
+SLOW = {
+    "moe_jax.fused.api",
+    "moe_jax.layer.combine",
+    "moe_jax.layer.dispatch",
+}  # without jit: every operation is compiled alone
 
 
 def _globals():

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 
 import moe_jax as moe
 from moe_jax import _compat
-from moe_jax.window import buffer_reset
+from moe_jax.recovery.window import buffer_reset
 
 T, K, H = 3, 2, 4
 EXCHANGES = ["padded", "ragged"]  # transports that have a window

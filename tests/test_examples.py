@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 import moe_jax as moe
-from moe_jax import aclnn, errors, quant, types, window
+from moe_jax import aclnn, errors, quant, types
 from moe_jax.aclnn import world
 from moe_jax.aclnn.first_phase import OPERATORS
+from moe_jax.recovery import window
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))

@@ -157,9 +157,7 @@ GROUP = {"group_ep": "ep", "ep_world_size": W, "moe_expert_num": E}
 
 
 def facade_dispatch(a, ids):
-    sent = aclnn.moe_distribute_dispatch_v4(
-        a["x"].astype(jnp.bfloat16), ids, expert_scales=a["expert_scales"], **GROUP
-    )
+    sent = aclnn.moe_distribute_dispatch_v4(a["x"].astype(jnp.bfloat16), ids, expert_scales=a["expert_scales"], **GROUP)
     return jnp.sum(sent.expand_x.astype(jnp.float32) @ FACTOR) + jnp.sum(sent.expand_scales**2)
 
 
@@ -270,8 +268,10 @@ def patterns():
 
 @pytest.mark.quick(
     "dispatch int8 allgather: smooth alone is replicated",
-    "dispatch int8, factors by column: smooth alone is replicated", "grouped_matmul: lhs alone is replicated",
-    "straight_through: smooth alone is replicated", "aclnn dequantize: smooth alone is replicated",
+    "dispatch int8, factors by column: smooth alone is replicated",
+    "grouped_matmul: lhs alone is replicated",
+    "straight_through: smooth alone is replicated",
+    "aclnn dequantize: smooth alone is replicated",
 )
 @pytest.mark.parametrize("name,split", list(patterns()))
 def test_gradient(name, split):

@@ -325,7 +325,9 @@ def test_counts_are_data():
 
 
 @pytest.mark.quick(
-    "False-4-grouped_matmul_all_to_allv", "False-4-all_to_allv_grouped_matmul", "True-2-grouped_matmul_all_to_allv",
+    "False-4-grouped_matmul_all_to_allv",
+    "False-4-all_to_allv_grouped_matmul",
+    "True-2-grouped_matmul_all_to_allv",
 )
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(("static", "chunks"), [(False, 4), (True, 2)])

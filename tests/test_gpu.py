@@ -5,9 +5,9 @@ import pytest
 
 import moe_jax as moe
 from moe_jax import verify
-from moe_jax.bench import here
 from moe_jax.errors import UnsupportedError
 from moe_jax.hardware import peak_of
+from moe_jax.tools.bench import here
 
 pytestmark = pytest.mark.gpu
 

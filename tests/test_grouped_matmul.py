@@ -77,7 +77,11 @@ def check(backend, lhs, rhs, group_sizes, ct, transpose_rhs):
 
 
 @pytest.mark.quick(
-    "cpu-float16-True", "xla-float32-False", "gpu-float32-True", "tpu-float16-False", "auto-bfloat16-True",
+    "cpu-float16-True",
+    "xla-float32-False",
+    "gpu-float32-True",
+    "tpu-float16-False",
+    "auto-bfloat16-True",
 )
 @pytest.mark.parametrize("transpose_rhs", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -103,7 +107,10 @@ def test_any_group_sizes(backend, cuts, seed):
         ((1, H, N), [0, 1]),
         ((5, H, N), [2, 2]),  # fewer rows than a tile
         ((300, 3, 2), [131, 150]),  # tiles of 128 and 16: a large one and a row; two large ones, one partly filled
-        ((300, 3, 2), [60, 240]),  # no large one is half full; the last one has no room, and small ones are shifted back
+        (
+            (300, 3, 2),
+            [60, 240],
+        ),  # no large one is half full; the last one has no room, and small ones are shifted back
         ((300, 3, 2), [0, 300]),
         ((1100, 2, 2), [1090]),  # two large tiles of 448; small ones behind them, the last one shifted back
         ((1100, 3, 2), [224, 876]),  # a large tile over rows of the next group, which has large ones alone

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from moe_jax.hlo import Program
-from moe_jax.hlo_cost import declare_flops, flops_of, scope_of, work_of
+from moe_jax.hlo.cost import declare_flops, flops_of, scope_of, work_of
+from moe_jax.hlo.text import Program
 
 M, K, N = 32, 16, 24
 A, B = jax.ShapeDtypeStruct((M, K), "float32"), jax.ShapeDtypeStruct((K, N), "float32")

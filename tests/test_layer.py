@@ -16,7 +16,7 @@ from cases import FEW_WORLDS, MESHES, MOSTLY_PADDED, TRANSPORTS, expert_ids, mes
 import moe_jax as moe
 from moe_jax import reference
 from moe_jax.config import ACTIVATIONS
-from moe_jax.experts import activate, is_gated
+from moe_jax.layer.experts import activate, is_gated
 
 H, F, K, T = 16, 8, 2, 8
 EXPERTS = 8
@@ -39,9 +39,7 @@ def make(ep, tp, transport="padded", router=None, *, shared=1, activation="swigl
         num_shared_experts=shared,
         **{**defaults, **options},
     )
-    init, apply = moe.moe_on_mesh(
-        mesh, plan, router or moe.RouterConfig(), ffn=F, activation=activation, use_bias=True
-    )
+    init, apply = moe.moe_on_mesh(mesh, plan, router or moe.RouterConfig(), ffn=F, activation=activation, use_bias=True)
     return plan, init, apply
 
 

@@ -56,9 +56,7 @@ def compare(run, params, owner, x, mask, rng, **tables):
     (_, (y, stats)), (d_params, d_x) = run(on_instances(params, owner), x, mask, ct, tables)
     options = {"top_k": K, "token_mask": mask}
     expected, routing = reference.moe_layer(params, x, moe.RouterConfig(), **options)
-    ct_params, ct_x = reference.moe_layer_vjp(
-        params, x, ct, moe.RouterConfig(), ct_balance=BALANCE, ct_z=Z, **options
-    )
+    ct_params, ct_x = reference.moe_layer_vjp(params, x, ct, moe.RouterConfig(), ct_balance=BALANCE, ct_z=Z, **options)
     assert_close("y", y, expected)
     assert_close("x", d_x, ct_x)
     for name, want in ct_params.items():
@@ -111,9 +109,7 @@ def test_a_killed_rank_takes_no_expert_with_it():
         owner[rank * LOCAL : (rank + 1) * LOCAL] = owner_of_id[place * LOCAL : (place + 1) * LOCAL]
     params = logical_params(rng)
     x, mask = steered_tokens("random", rng, T * EP * TP, EP)
-    y, stats = jax.jit(apply)(
-        on_instances(params, owner), x, mask, table=table_of(owner_of_id), rank_table=rank_table
-    )
+    y, stats = jax.jit(apply)(on_instances(params, owner), x, mask, table=table_of(owner_of_id), rank_table=rank_table)
     expected, _ = reference.moe_layer(params, x, moe.RouterConfig(), top_k=K)
     shared = {name.replace("shared", "w"): params[name] for name in params if name.startswith("shared")}
     alone = reference.expert_ffn(x.astype(np.float64), shared, "swiglu")

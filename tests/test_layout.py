@@ -47,9 +47,7 @@ def send_all(pairs, start, capacity, compact):
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def receive_all(recv_counts, start, capacity, compact):
-    one = functools.partial(
-        layout.receive_maps, start=start, capacity=capacity, compact=compact, num_rows=ROWS
-    )
+    one = functools.partial(layout.receive_maps, start=start, capacity=capacity, compact=compact, num_rows=ROWS)
     return jax.vmap(one)(recv_counts)
 
 

@@ -144,7 +144,11 @@ def test_a_mesh_of_no_devices_may_have_axes_of_any_type(types):
     """Traced only: a plan reads names and sizes, and its operators and its layer run where all axes are manual."""
     mesh, auto = (AbstractMesh((2, 2), ("ep", "tp"), axis_types=kinds) for kinds in (types, (A, A)))
     plan = plan_of(mesh)
-    assert plan == plan_of(auto) and hash(plan) == hash(plan_of(auto)) and plan == plan_of(AbstractMesh((2, 2), ("ep", "tp")))
+    assert (
+        plan == plan_of(auto)
+        and hash(plan) == hash(plan_of(auto))
+        and plan == plan_of(AbstractMesh((2, 2), ("ep", "tp")))
+    )
     init, apply = moe.moe_on_mesh(mesh, plan, moe.RouterConfig(), ffn=F)
     params = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
     x = jax.ShapeDtypeStruct((4 * T, H), jnp.float32, sharding=NamedSharding(mesh, P(("ep", "tp"))))

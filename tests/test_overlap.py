@@ -28,8 +28,10 @@ from test_layer import (
 )
 
 import moe_jax as moe
-from moe_jax import contract, errors, hlo, reference
-from moe_jax.bench.programs import with_backward
+from moe_jax import errors, reference
+from moe_jax.hlo import contract
+from moe_jax.hlo import text as hlo
+from moe_jax.tools.bench.programs import with_backward
 
 PATTERNS = ["random", "one_rank", "masked"]
 ROUTER = moe.RouterConfig()

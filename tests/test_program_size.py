@@ -13,10 +13,10 @@ from cases import TRANSPORTS, mesh_of
 from jax.sharding import AbstractMesh
 
 import moe_jax as moe
-from moe_jax.bench.baselines import minimal_layer
-from moe_jax.bench.programs import PASSES, make_layer, with_backward
-from moe_jax.bench.workloads import WORKLOADS
-from moe_jax.contract import COLLECTIVES, Contract, contract_of
+from moe_jax.hlo.contract import COLLECTIVES, Contract, contract_of
+from moe_jax.tools.bench.baselines import minimal_layer
+from moe_jax.tools.bench.programs import PASSES, make_layer, with_backward
+from moe_jax.tools.bench.workloads import WORKLOADS
 
 FORWARD, BOTH = PASSES
 

@@ -17,8 +17,9 @@ from cases import mesh_of, small_integers
 from jax.sharding import PartitionSpec as P
 
 import moe_jax as moe
-from moe_jax import config, contract, types
+from moe_jax import config, types
 from moe_jax.aclnn import results
+from moe_jax.hlo import contract
 from moe_jax.kernels.xla import grouped_matmul as xla_grouped_matmul
 
 T, H, E, K, W = 4, 8, 8, 2, 4
@@ -160,8 +161,17 @@ def test_pickles(value):
 
 
 # Modules whose classes users never hold.
-INTERNAL = ("bookkeeping", "layout", "message", "movement", "fused", "aclnn.limits", "aclnn.world", "rank_table")
-INTERNAL += ("train", "bench", "cli", "__main__")
+INTERNAL = (
+    "layout",
+    "quant.message",
+    "transports",
+    "fused",
+    "aclnn.limits",
+    "aclnn.world",
+    "elastic",
+    "tools",
+    "__main__",
+)
 
 
 def public_records():

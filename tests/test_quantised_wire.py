@@ -133,7 +133,10 @@ WIRES += [pytest.param("fp8_e4m3_group128", "float32", marks=pytest.mark.slow)]
 
 
 @pytest.mark.quick(
-    "int8-bfloat16-allgather", "mx_e4m3-float16-padded", "mx_e4m3-float16-ragged", "mx_e4m3-float16-allgather",
+    "int8-bfloat16-allgather",
+    "mx_e4m3-float16-padded",
+    "mx_e4m3-float16-ragged",
+    "mx_e4m3-float16-allgather",
 )
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("name,dtype", WIRES)

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 import moe_jax
 from moe_jax import _compat, errors, reference
-from moe_jax.comm import ragged
+from moe_jax.collectives import ragged
 
 NUM_IN, NUM_OUT = 20, 24  # rows of operand and output per rank
 INTEGERS = ("input_offsets", "send_sizes", "output_offsets", "recv_sizes")

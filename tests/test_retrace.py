@@ -13,7 +13,7 @@ from test_fused import lists
 
 import moe_jax as moe
 from moe_jax import _compat, aclnn
-from moe_jax.window import buffer_reset
+from moe_jax.recovery.window import buffer_reset
 
 W, T, K, H, LOCAL = 4, 3, 2, 8, 2
 E = W * LOCAL

@@ -209,7 +209,10 @@ def test_unknown_targets(name, text):
 
 def test_targets_by_name():
     assert (find_target("v5p:4x4x8").num_devices, find_target("v5p:4x4x8").platform) == (128, "tpu")
-    assert find_target("v5e:1x1").topology["chips_per_host_bounds"] == (1, 1, 1) and find_target("v5p:1x1x2").num_devices == 2
+    assert (
+        find_target("v5e:1x1").topology["chips_per_host_bounds"] == (1, 1, 1)
+        and find_target("v5p:1x1x2").num_devices == 2
+    )
     assert find_target("h100:4").topology["topology"] == "1x1x4"
     assert find_target("h100:16").topology["topology"] == "1x2x8"
     assert find_target("cpu:3").num_devices == 3

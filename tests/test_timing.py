@@ -12,8 +12,8 @@ from test_barrier import behind, delayed, entry_graph, over_ep
 
 import moe_jax
 from moe_jax import _compat, errors
-from moe_jax.comm import timing
-from moe_jax.comm.timing import timed_all_to_all
+from moe_jax.collectives import stopwatch
+from moe_jax.collectives.stopwatch import timed_all_to_all
 
 W = 8
 
@@ -76,11 +76,11 @@ def test_clock_survives_its_wrap(monkeypatch):
 
     def clock():
         readings.append(None)
-        return timing._START + 2**31 * 1000 + (len(readings) - wrap) * step_ns
+        return stopwatch._START + 2**31 * 1000 + (len(readings) - wrap) * step_ns
 
     program, blocks = timed(), np.ones((W, W, 2), np.float32)
     jax.block_until_ready(program(blocks))
-    monkeypatch.setattr(timing.time, "monotonic_ns", clock)
+    monkeypatch.setattr(stopwatch.time, "monotonic_ns", clock)
     microseconds = np.asarray(program(blocks)[1])
     assert len(readings) == in_all and (microseconds >= 0).all() and microseconds.max() <= in_all * step_ns // 1000
 
@@ -131,7 +131,7 @@ import time
 import jax, numpy as np
 from jax.sharding import PartitionSpec as P
 import moe_jax
-from moe_jax.comm.timing import timed_all_to_all
+from moe_jax.collectives.stopwatch import timed_all_to_all
 num = len(jax.devices())
 mesh = moe_jax.make_mesh(ep=num)
 data = np.arange(num * num, dtype=np.float32).reshape(num * num, 1)

@@ -21,10 +21,10 @@ import pytest
 import moe_jax
 from moe_jax.config import load_config, override
 from moe_jax.errors import CheckpointError, DataError, UnsupportedError
-from moe_jax.train import checkpoint, extras, model, progress, report, sample, step
-from moe_jax.train.atomic import atomic_write
-from moe_jax.train.folder import open_folder
-from moe_jax.train.interrupt import Stopped, catch_interrupt
+from moe_jax.tools.train import checkpoint, extras, model, progress, report, sample, step
+from moe_jax.tools.train.atomic import atomic_write
+from moe_jax.tools.train.folder import open_folder
+from moe_jax.tools.train.interrupt import Stopped, catch_interrupt
 
 ROOT = os.path.dirname(os.path.dirname(__file__))
 
@@ -145,7 +145,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, config):
 def test_kill_while_saving_leaves_the_old_checkpoint(tmp_path, config):
     """Killed while the second file is half written; the next run in the folder removes that half."""
     program = (
-        "import sys, time, numpy as np; from pathlib import Path; from moe_jax.train import atomic\n"
+        "import sys, time, numpy as np; from pathlib import Path; from moe_jax.tools.train import atomic\n"
         "path = Path(sys.argv[1])\n"
         "for content in (b'old', b'new'):\n"
         "    with atomic.atomic_write(path) as file:\n"
@@ -473,6 +473,6 @@ def test_other_threads_catch_nothing():
 
 
 def test_importing_the_library_imports_no_extra():
-    code = "import sys, moe_jax, moe_jax.cli; print({'optax', 'rich', 'matplotlib'} & set(sys.modules))"
+    code = "import sys, moe_jax, moe_jax.tools.cli; print({'optax', 'rich', 'matplotlib'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "set()"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moe_jax.errors import DataError
-from moe_jax.train import data
+from moe_jax.tools.train import data
 
 SHAPE = {"batch_size": 4, "seq_len": 16}
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from moe_jax.errors import CheckpointError
-from moe_jax.train.folder import open_folder
+from moe_jax.tools.train.folder import open_folder
 
 ROOT = os.path.dirname(os.path.dirname(__file__))
 
@@ -69,7 +69,7 @@ def test_a_named_folder_is_never_overwritten(tmp_path):
 def test_two_runs_do_not_share_a_folder(inside):
     """The lock is the process's own, so the other run is another process; it ends without a word of goodbye."""
     program = (
-        "import time; from moe_jax.train.folder import open_folder\n"
+        "import time; from moe_jax.tools.train.folder import open_folder\n"
         "with open_folder(None, 'tiny', resume=False): print('locked', flush=True); time.sleep(600)\n"
     )
     environment = {**os.environ, "PYTHONPATH": ROOT}

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import moe_jax
 from moe_jax import _compat, errors
-from moe_jax.window import (
+from moe_jax.recovery.window import (
     Window,
     buffer_reset,
     fresh_sources,

@@ -12,7 +12,7 @@ from typing import Any
 
 from moe_jax.aclnn.results import OUTPUTS
 from moe_jax.errors import MissingArgumentError, UnexpectedArgumentError, suggest
-from moe_jax.products import VERSIONS, lacking, newest_of
+from moe_jax.hardware.ascend import VERSIONS, lacking, newest_of
 
 FIRST_PHASE = "_get_workspace_size"  # what the name of an operator's first phase ends with
 

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax import _compat, comm
+from moe_jax import _compat, collectives
 from moe_jax.aclnn import world as worlds
 from moe_jax.aclnn.arguments import signature_checked
 from moe_jax.aclnn.results import AddRmsNormOutput, CombineOutput, TimedCombineOutput
@@ -13,9 +13,9 @@ from moe_jax.aclnn.workspace import (
     moe_distribute_combine_add_rms_norm_v2_get_workspace_size,
     moe_distribute_combine_v4_get_workspace_size,
 )
-from moe_jax.bookkeeping import Exchange, open_window
-from moe_jax.combine import combine_sum, normalize
+from moe_jax.layer.combine import combine_sum, normalize
 from moe_jax.plan import Plan
+from moe_jax.transports.manifest import Exchange, open_window
 from moe_jax.types import DispatchHandle
 
 Array = jax.Array
@@ -209,7 +209,7 @@ def _handle(
     if given["performance_info"] is None:  # a collective in front of the timed exchange would wait for its slow ranks
         fits &= _agree(recv_counts, exchange, handle, plan)
     fits = jnp.pad(fits, (0, world.num_rows - capacity), constant_values=True)
-    fits |= row >= lanes[comm.tp_rank(plan)]
+    fits |= row >= lanes[collectives.tp_rank(plan)]
     if plan.tp_size > 1:
         fits &= jnp.all(given["tp_send_counts"] == lanes)
     written = (row < jnp.sum(lanes))[:, None]
@@ -219,7 +219,7 @@ def _handle(
         return handle, rows, None
     # Routed rows have the weights that came with them, and rows of shared experts, whose k is K or more, have weight 1.
     weights = jnp.where(triples[:, 2] < plan.top_k, given["expand_scales"][:capacity], 1.0)
-    weights = jnp.where(row[:capacity] < lanes[comm.tp_rank(plan)], weights, 0.0)
+    weights = jnp.where(row[:capacity] < lanes[collectives.tp_rank(plan)], weights, 0.0)
     return handle, rows, jnp.pad(weights, (0, world.num_rows - capacity))
 
 
@@ -227,5 +227,5 @@ def _agree(recv_counts: Array, exchange: Exchange, handle: DispatchHandle, plan:
     """Whether the counts that were passed on are those of the rows that the other ranks wait for."""
     if exchange.sizes is None:  # the route exchanged them itself
         return jnp.all(recv_counts == handle.recv_counts)
-    lane = comm.tp_rank(plan)
-    return jnp.all(jnp.sum(recv_counts[lane], axis=-1) == exchange.sizes[lane][:, comm.ep_rank(plan)])
+    lane = collectives.tp_rank(plan)
+    return jnp.all(jnp.sum(recv_counts[lane], axis=-1) == exchange.sizes[lane][:, collectives.ep_rank(plan)])

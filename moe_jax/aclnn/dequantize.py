@@ -10,9 +10,9 @@ from moe_jax.aclnn import world as worlds
 from moe_jax.aclnn.arguments import signature_checked
 from moe_jax.aclnn.results import DispatchOutput, TimedDispatchOutput, WindowDispatchOutput
 from moe_jax.aclnn.workspace import moe_distribute_dispatch_v4_get_workspace_size
-from moe_jax.bookkeeping import open_window
 from moe_jax.errors import InvalidArgumentError, check_shape
-from moe_jax.movement import Sent, carry_rows, dequantized
+from moe_jax.transports import Sent, carry_rows, dequantized
+from moe_jax.transports.manifest import open_window
 
 Array = jax.Array
 

@@ -5,18 +5,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax import _compat, comm
+from moe_jax import _compat, collectives
 from moe_jax.aclnn import world as worlds
 from moe_jax.aclnn.arguments import signature_checked
 from moe_jax.aclnn.results import DispatchOutput, TimedDispatchOutput, WindowDispatchOutput
 from moe_jax.aclnn.workspace import moe_distribute_dispatch_v4_get_workspace_size
-from moe_jax.bookkeeping import open_window
-from moe_jax.comm.arrival import keep_where
+from moe_jax.collectives.rendezvous import keep_where
 from moe_jax.derivatives import differentiated_as
 from moe_jax.kernels import FLOAT_DTYPES
-from moe_jax.movement import Sent, send_as_is, send_rows
+from moe_jax.recovery.window import Window, check_window, fresh_sources, received
+from moe_jax.transports import Sent, send_as_is, send_rows
+from moe_jax.transports.manifest import open_window
 from moe_jax.types import DispatchHandle
-from moe_jax.window import Window, check_window, fresh_sources, received
 
 Array = jax.Array
 
@@ -111,7 +111,7 @@ def moe_distribute_dispatch_v4(
 def _tags(handle: DispatchHandle, ledger: worlds.Ledger, table: Array | None) -> Array:
     """[B, K + shared, 3] i32: logical source rank, token and k of every pair."""
     plan = handle.plan
-    me = comm.ep_rank(plan)
+    me = collectives.ep_rank(plan)
     logical = me if table is None else jnp.argsort(ledger.order)[me].astype(jnp.int32)
     shape = (plan.tokens_per_rank, plan.num_copies)
     rank = jnp.broadcast_to(logical, shape).astype(jnp.int32)
@@ -133,7 +133,7 @@ def _written(sent: Sent, handle, sums, world, nums_type, ledger) -> DispatchOutp
     row = jnp.arange(world.num_rows)
     num_rows = jnp.sum(handle.group_sizes)
     lanes = jnp.sum(handle.recv_counts, axis=(1, 2), dtype=jnp.int32)  # by tp rank
-    own = row[:capacity] < lanes[comm.tp_rank(plan)]
+    own = row[:capacity] < lanes[collectives.tp_rank(plan)]
 
     def rows(array, written):
         written, zero = written.reshape(-1, *(1,) * (array.ndim - 1)), _zero(array.dtype)

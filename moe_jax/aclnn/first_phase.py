@@ -15,7 +15,7 @@ from moe_jax.aclnn import (
 )
 from moe_jax.aclnn.executor import Executor
 from moe_jax.aclnn.limits import Call, check
-from moe_jax.products import ANY, VERSIONS, Choices, lacking
+from moe_jax.hardware.ascend import ANY, VERSIONS, Choices, lacking
 
 OPERATORS = {
     "moe_distribute_dispatch_v4": (limits_dispatch.DISPATCH, buffer_bytes.dispatch),

@@ -1,7 +1,7 @@
 """The checks of the host-side first phase: a call, its rules in the reference's order, and the codes they raise.
 
 Null pointers come first, then dtypes, then everything else, as section 1.1 of the reference sheet says. What holds on
-one product, and what holds on all, is data in ``moe_jax.products``; relations between arguments are ``Rule`` s.
+one product, and what holds on all, is data in ``moe_jax.hardware.ascend``; relations between arguments are ``Rule`` s.
 Every error carries ``status``, the reference's code, ``rule``, the name of the rule, and ``product``: the product that
 has this rule, or None where nothing else is possible.
 """
@@ -26,7 +26,7 @@ from moe_jax.errors import (
     UnsupportedError,
     suggest,
 )
-from moe_jax.products import ANY, PRODUCTS, QUANTITIES, Limits
+from moe_jax.hardware.ascend import ANY, PRODUCTS, QUANTITIES, Limits
 
 NULL, DTYPE, REST = "null", "dtype", "rest"
 NULL_POINTER, BAD_PARAMETER, BAD_VALUE = 161001, 161002, 561002

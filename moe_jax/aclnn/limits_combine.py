@@ -180,8 +180,12 @@ ADD_RMS_NORM = exchange_operator(
         "gamma": lambda call: ((hidden(call),),),
     },
     _COMBINE_BEFORE,
-    (*_COMBINE_AFTER[:5], Rule("empty_weights", "9.1", _empty_weights, products=("a3",)), *_COMBINE_AFTER[6:],
-     Rule("norm_eps", "10", _norm_eps)),
+    (
+        *_COMBINE_AFTER[:5],
+        Rule("empty_weights", "9.1", _empty_weights, products=("a3",)),
+        *_COMBINE_AFTER[6:],
+        Rule("norm_eps", "10", _norm_eps),
+    ),
     free=("norm_eps",),
     missing_product=BAD_PARAMETER,
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 from moe_jax.aclnn.limits import Call, Operator, Rule, group_size_rule, where
 from moe_jax.errors import InvalidArgumentError, ShapeError, UnsupportedError
-from moe_jax.products import PRODUCTS, Sizes, megabytes
+from moe_jax.hardware.ascend import PRODUCTS, Sizes, megabytes
 
 MAX_IDS = 2**31 - 1  # ids are int32
 NEEDS = ("group_ep", "ep_world_size", "moe_expert_num")  # attributes without a default

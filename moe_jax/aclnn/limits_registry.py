@@ -1,7 +1,7 @@
 """The names of all rules of an operator, so that a test can ask that each is exercised."""
 
 from moe_jax.aclnn.limits import Operator
-from moe_jax.products import ANY, PRODUCTS, Limits
+from moe_jax.hardware.ascend import ANY, PRODUCTS, Limits
 
 
 def registered(operator: str, definition: Operator) -> set[tuple[str, str | None]]:

@@ -5,14 +5,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax import _compat, comm
+from moe_jax import _compat, collectives
 from moe_jax.aclnn import workspace
 from moe_jax.aclnn.arguments import signature_checked
 from moe_jax.aclnn.results import UpdateExpertOutput
-from moe_jax.barrier import barrier
 from moe_jax.errors import InvalidArgumentError
-from moe_jax.update_expert import update_expert
-from moe_jax.window import Window, buffer_reset
+from moe_jax.layer.placement import update_expert
+from moe_jax.recovery.barrier import barrier
+from moe_jax.recovery.window import Window, buffer_reset
 
 Array = jax.Array
 
@@ -46,7 +46,7 @@ def moe_update_expert(
     workspace.moe_update_expert_get_workspace_size(**locals())
     rank = local_rank_id
     if rank is None:
-        rank = comm.rank_along(_compat.bound_axes(group_ep, "group_ep")) if balance_mode == 0 else 0
+        rank = collectives.rank_along(_compat.bound_axes(group_ep, "group_ep")) if balance_mode == 0 else 0
     ids, mask = update_expert(
         expert_ids,
         eplb_table,

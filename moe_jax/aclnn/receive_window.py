@@ -10,7 +10,7 @@ from moe_jax.aclnn.arguments import with_fewer_parameters
 from moe_jax.aclnn.first_phase import checked_call
 from moe_jax.aclnn.limits_dispatch import window_shape
 from moe_jax.aclnn.workspace import moe_distribute_dispatch_v4_get_workspace_size
-from moe_jax.window import Window, make_window
+from moe_jax.recovery.window import Window, make_window
 
 # The version whose rules hold: V3 takes all that a dispatch with a window may, elastic_info on a3 among it.
 _DISPATCH = "moe_distribute_dispatch_v3"

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 
 from moe_jax import _compat
-from moe_jax.window import Window
+from moe_jax.recovery.window import Window
 
 Array = jax.Array
 

@@ -1,4 +1,4 @@
-"""Earlier versions of the operators, made of the newest ones: ``moe_jax.products.VERSIONS`` says what each one lacks.
+"""Earlier versions of the operators, made of the newest ones: ``moe_jax.hardware.ascend.VERSIONS`` says what each one lacks.
 
 Dispatch and combine belong together by their versions: V2 with V2 or the first combine with RMSNorm, V3 with V3 or the
 second, V4 with V4 or the second. On a3, V3 and the second combine with RMSNorm take ``elastic_info``; V4 reserves it.
@@ -14,7 +14,7 @@ from moe_jax.aclnn.combine import moe_distribute_combine_add_rms_norm_v2, moe_di
 from moe_jax.aclnn.dispatch import moe_distribute_dispatch_v4
 from moe_jax.aclnn.first_phase import first_phase
 from moe_jax.aclnn.local import distribute_barrier_v2
-from moe_jax.products import lacking, newest_of
+from moe_jax.hardware.ascend import lacking, newest_of
 
 
 def _older_first_phase(operator: str, newest: Callable) -> Callable:

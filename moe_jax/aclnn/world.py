@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from moe_jax import _compat, comm
-from moe_jax.bookkeeping import Exchange, prepare, read_table, source_order
+from moe_jax import _compat, collectives
+from moe_jax.elastic.rank_table import RankTable
 from moe_jax.layout import searchsorted
 from moe_jax.plan import Plan, make_plan
-from moe_jax.rank_table import RankTable
+from moe_jax.transports.manifest import Exchange, prepare, read_table, source_order
 
 Array = jax.Array
 
@@ -104,7 +104,7 @@ def active_tokens(mask: Array | None, tokens: int, plan: Plan, elastic_info: Arr
     active = jnp.ones(tokens, bool) if mask is None else mask if mask.ndim == 1 else jnp.any(mask, axis=1)
     if elastic_info is None:
         return active
-    return active & (read_table(elastic_info, plan).logical[comm.ep_rank(plan)] >= 0)
+    return active & (read_table(elastic_info, plan).logical[collectives.ep_rank(plan)] >= 0)
 
 
 def open_exchange(
@@ -125,7 +125,7 @@ def open_exchange(
         return exchange
     order = exchange.source_order  # by tp rank, then by logical rank; the lane of this tp rank comes first here
     lanes = jnp.arange(plan.tp_size * plan.ep_size, dtype=jnp.int32) if order is None else order
-    lanes = jnp.roll(lanes.reshape(plan.tp_size, plan.ep_size), -comm.tp_rank(plan), axis=0)
+    lanes = jnp.roll(lanes.reshape(plan.tp_size, plan.ep_size), -collectives.tp_rank(plan), axis=0)
     return exchange._replace(source_order=lanes.ravel())
 
 
@@ -139,7 +139,7 @@ class Ledger:
 
     def _sizes(self, table: RankTable | None) -> tuple[Array, Array, Array]:
         """W', the sources [W] by logical rank, and the slots of this rank: L, 1 for a shared expert, 0 if removed."""
-        plan, me = self.plan, comm.ep_rank(self.plan)
+        plan, me = self.plan, collectives.ep_rank(self.plan)
         if table is None:
             slots = jnp.where(me < plan.num_shared_ranks, 1, plan.num_local_experts)
             return jnp.int32(plan.ep_size), jnp.arange(plan.ep_size, dtype=jnp.int32), slots
@@ -156,14 +156,14 @@ class Ledger:
         expert, source = self._entries()
         written = expert < self.num_slots
         flat = [jnp.where(written, lane[jnp.minimum(expert, lane.shape[0] - 1), source], 0) for lane in sums]
-        return jnp.roll(jnp.stack(flat).astype(jnp.int32), -comm.tp_rank(self.plan), axis=0)
+        return jnp.roll(jnp.stack(flat).astype(jnp.int32), -collectives.tp_rank(self.plan), axis=0)
 
     def counts(self, running_sums: Array) -> Array:
         """The inverse: [P, L * W], own first -> [P, W, L]."""
         plan = self.plan
         expert, _ = self._entries()
         written = expert < self.num_slots
-        lanes = jnp.roll(running_sums, comm.tp_rank(plan), axis=0)
+        lanes = jnp.roll(running_sums, collectives.tp_rank(plan), axis=0)
         sizes = jnp.where(written, jnp.diff(lanes, axis=1, prepend=0), 0)
         index = jnp.arange(plan.num_local_experts)[:, None] * self.num_sources + jnp.arange(plan.ep_size)
         known = jnp.arange(plan.ep_size) < self.num_sources

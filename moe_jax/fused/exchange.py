@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_jax import _compat, comm
-from moe_jax.comm.peers import swap_with_peers
+from moe_jax import _compat, collectives
+from moe_jax.collectives.peers import swap_with_peers
 from moe_jax.derivatives import custom_gradient, take_rows
 from moe_jax.kernels import grouped_outer
 from moe_jax.kernels.table import call_kernel
@@ -183,7 +183,7 @@ def _compute_then_send(extents, rows, weight, route, addend=None, multiply=_mult
             result = _zeros((extents.token_rows, product.shape[1]), product)
         with jax.named_scope("transfer"):
             order = map_blocks(chunk.starts, chunk.product, chunk.sizes, extents.wire_rows)
-            result = comm.ragged_exchange(
+            result = collectives.ragged_exchange(
                 take_rows(product, order, absent=0),
                 result,
                 chunk.starts[:, 0],
@@ -199,7 +199,7 @@ def _send_then_compute(extents, rows, weight, route, multiply=_multiply):
     chunks, wires, products = list(_chunks(extents, route)), [], []
     for chunk in chunks:
         with jax.named_scope("transfer"):
-            wire = comm.ragged_exchange(
+            wire = collectives.ragged_exchange(
                 rows,
                 _zeros((extents.wire_rows, rows.shape[1]), rows),
                 route.token_starts,

@@ -17,7 +17,7 @@ from moe_jax.errors import UnsupportedError
 from moe_jax.fused.exchange import Extents
 from moe_jax.fused.scheme import Scheme, logical_shape
 from moe_jax.kernels.table import call_kernel
-from moe_jax.message import Part, join, split
+from moe_jax.quant.message import Part, join, split
 
 Array = jax.Array
 _EXACT_COLUMNS = 1024  # a sum of as many products of two int8 numbers is at most 2^24

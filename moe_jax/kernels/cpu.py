@@ -56,7 +56,10 @@ def _steps(group_sizes: jax.Array, num_rows: int, tiles: _Tiles) -> _Steps:
     order = jnp.sum(present <= groups[:, None], axis=1, dtype=jnp.int32)
     stop = jnp.cumsum(group_sizes, dtype=jnp.int32)
     start = stop - group_sizes
-    large, small = np.int32(tiles.large), np.int32(tiles.small)  # lax.div wants like dtypes, also where integers are wide
+    large, small = (
+        np.int32(tiles.large),
+        np.int32(tiles.small),
+    )  # lax.div wants like dtypes, also where integers are wide
     num_large = jnp.minimum(lax.div(group_sizes + large // 2, large), lax.div(num_rows - start, large))
     rest = jnp.maximum(group_sizes - num_large * large, 0)
     return _Steps(order, start, stop, num_large, lax.div(rest + small - 1, small))
@@ -141,9 +144,7 @@ def grouped_outer(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, dty
     steps = _steps(group_sizes, num_rows, tiles)
 
     def tile(first, mine, total):
-        rows, cts = (
-            jnp.where(mine, _rows(a, first, mine.shape[0]), jnp.zeros((), a.dtype)) for a in (lhs, rhs)
-        )
+        rows, cts = (jnp.where(mine, _rows(a, first, mine.shape[0]), jnp.zeros((), a.dtype)) for a in (lhs, rhs))
         return total + lax.dot_general(rows, cts, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
     def group_body(group, out):

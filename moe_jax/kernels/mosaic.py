@@ -21,7 +21,7 @@ import jax
 from jax.sharding import ManualAxisType
 
 from moe_jax.hardware import GPUS
-from moe_jax.hlo_cost import declare_flops
+from moe_jax.hlo.cost import declare_flops
 from moe_jax.kernels import triton
 
 _STEPS = 64  # of the contracted axis at a time: 128 bytes, a swizzled row of shared memory

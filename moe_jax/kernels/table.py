@@ -32,7 +32,7 @@ class Backend:
     """Implementations for one kind of hardware.
 
     A kernel that a back end leaves out is refused when that back end is named, and served by another under "auto".
-    A transport that it leaves out is served by the portable collectives of ``moe_jax.comm``.
+    A transport that it leaves out is served by the portable collectives of ``moe_jax.collectives``.
 
     Args:
       name: how users and plans call it; not "auto", and without a "+".

@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from moe_jax.hlo_cost import declare_flops
+from moe_jax.hlo.cost import declare_flops
 from moe_jax.kernels.kernel_call import result_type
 
 _LEAST = 16  # rows, columns and steps of the smallest tile that tensor cores multiply

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from moe_jax import quant
 from moe_jax.errors import UnsupportedError, choice_violations, count_violations
+from moe_jax.hardware.ascend import ANY, PRODUCTS
 from moe_jax.kernels import FLOAT_DTYPES, resolve_backend, table
-from moe_jax.products import ANY, PRODUCTS
 
 _AT_LEAST_ONE = ("hidden", "num_experts", "top_k")  # other sizes may be 0
 
@@ -108,7 +108,7 @@ _OUTPUTS = {"int8": "int8", "e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2", "e2m
 
 
 def product_violations(product, mesh_sizes: tuple[int, int] | None, dtype, transport, recipes, sizes) -> list[str]:
-    """What the operators of a product's family do not take: ``moe_jax.products`` has the limits and their sources.
+    """What the operators of a product's family do not take: ``moe_jax.hardware.ascend`` has the limits and their sources.
 
     Left out is what is no size, recipe or dtype at all, which other rules name.
     """

@@ -25,7 +25,7 @@ class Cost:
     is the one whose nominal rates give ``compute_seconds``, ``memory_seconds`` and ``wire_seconds``, the last of
     ``even_wire_bytes``, those of rows at the rate of a ragged exchange where they take one.
 
-    ``wire_bytes``: what ``moe_jax.contract`` counts as ``inline_wire_bytes`` of the compiled layer: rows, and beside
+    ``wire_bytes``: what ``moe_jax.hlo.contract`` counts as ``inline_wire_bytes`` of the compiled layer: rows, and beside
     them counts, weights, the router's statistics and the gradients of replicated parameters. A ragged exchange counts
     with the extent of its operand, as it does there; where it is emulated, as on CPUs, it runs in a loop, and is not
     counted there. Without tokens XLA drops sums of nothing, which are counted here. The backward pass is asked for the

@@ -17,8 +17,8 @@ from moe_jax.errors import (
     check_rank,
     check_shape,
 )
-from moe_jax.message import Part, join, split
 from moe_jax.quant.formats import Format
+from moe_jax.quant.message import Part, join, split
 
 TINY = 2.0**-126  # the smallest normal fp32 number
 FLOOR = 2.0**-110  # above largest * TINY of every format: what may be lost because subnormals count as zero

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, SingleDeviceSharding
 
-from moe_jax.contract import memory_fields
 from moe_jax.errors import InvalidArgumentError
+from moe_jax.hlo.contract import memory_fields
 from moe_jax.targets.target import find_target
 
 

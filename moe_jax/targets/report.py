@@ -3,9 +3,9 @@
 import dataclasses
 from typing import Any
 
-from moe_jax.contract import Contract, contract_fields
-from moe_jax.hlo import Program
-from moe_jax.hlo_cost import Kernel, Work, work_of
+from moe_jax.hlo.contract import Contract, contract_fields
+from moe_jax.hlo.cost import Kernel, Work, work_of
+from moe_jax.hlo.text import Program
 
 _SHOWN = 12
 
@@ -20,7 +20,7 @@ class TargetReport(Contract):
     Attributes:
       target, platform, device_kind: as it was asked for, "cpu", "gpu" or "tpu", and as the compiler calls it.
       num_devices: that the program runs on.
-      work: what surely runs, loops by their trip count: a ``moe_jax.hlo_cost.Work`` with ``flops``,
+      work: what surely runs, loops by their trip count: a ``moe_jax.hlo.cost.Work`` with ``flops``,
         ``bytes_accessed``, ``collective_bytes``, ``cycles``, ``gathers``, ``scatters``.
       loop_work: the same of one turn of each loop whose trip count is not known when the program is compiled.
       uncounted_loops: those loops by name, with their scopes.

@@ -6,9 +6,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moe_jax import reference
-from moe_jax.combine import combine
-from moe_jax.comm import ragged_all_to_all
-from moe_jax.dispatch import dispatch
+from moe_jax.collectives import ragged_all_to_all
+from moe_jax.layer.combine import combine
+from moe_jax.layer.dispatch import dispatch
 from moe_jax.verify.cases import HIDDEN, PATTERNS, TOKENS, TOP_K, deviation, expert_ids, integers, make_case_plan, over
 
 

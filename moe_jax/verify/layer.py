@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from moe_jax import reference
 from moe_jax.config import RouterConfig
-from moe_jax.on_mesh import moe_on_mesh
+from moe_jax.layer.on_mesh import moe_on_mesh
 from moe_jax.verify.cases import PATTERNS, TOP_K, deviation, expert_ids, make_case_plan
 
 

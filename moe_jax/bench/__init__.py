@@ -1,5 +1,0 @@
-"""How fast the layer is, beside the dense limit and the usual ways of doing it: `python -m moe_jax bench`."""
-
-from moe_jax.bench.run import run
-
-__all__ = ["run"]

@@ -1,0 +1,175 @@
+"""The collectives of a plan: every exchange between devices goes through here or through ``ragged``."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moe_jax import _compat
+from moe_jax.collectives.bits import gather_rows, swap_blocks, unwritten
+from moe_jax.collectives.ragged import chunked_all_to_all, portable_ragged_all_to_all
+from moe_jax.collectives.stopwatch import timed_all_to_all
+from moe_jax.errors import MeshError
+from moe_jax.kernels.table import find_transport
+from moe_jax.layout import exclusive_cumsum
+
+Array = jax.Array
+
+
+def check_axes(plan, *, replicas: bool = False) -> None:
+    """Raises MeshError unless the plan's axes, with ``replicas`` the data-parallel ones too, fit the mesh here."""
+    axes = plan.token_axes if replicas else plan.exchange_axes
+    sizes = {axis: _compat.bound_axis_size(axis) for axis in axes}
+    unbound = [axis for axis, size in sizes.items() if size is None]
+    if unbound:
+        raise MeshError(
+            f"axis {unbound[0]!r} of the plan is not bound here; call this function inside jax.shard_map over a mesh "
+            f"with axes {axes}, or use moe_jax.moe_on_mesh"
+        )
+    ep_size = 1
+    for axis in plan.ep_axis:
+        ep_size *= sizes[axis]
+    tp_size = sizes.get(plan.tp_axis, 1)
+    if (ep_size, tp_size) != (plan.ep_size, plan.tp_size):
+        raise MeshError(
+            f"the mesh has ep={ep_size}, tp={tp_size} and the plan was made for ep={plan.ep_size}, "
+            f"tp={plan.tp_size}; make the plan from the mesh that runs it"
+        )
+
+
+def ep_rank(plan) -> Array:
+    """This device's expert-parallel rank, traced."""
+    return lax.axis_index(plan.ep_axis)
+
+
+def tp_rank(plan) -> Array:
+    """This device's tensor-parallel rank, traced."""
+    return jnp.int32(0) if plan.tp_axis is None else lax.axis_index(plan.tp_axis)
+
+
+def rank_along(axes: tuple[str, ...]) -> Array:
+    """This device's index along mesh axes, traced."""
+    return lax.axis_index(axes)
+
+
+def max_over_ranks(x: Array, plan) -> Array:
+    """The largest ``x`` of the exchange group, so that all its devices take the same branch."""
+    return _without_unit_axes(lax.pmax, x, plan.exchange_axes)
+
+
+def max_over_replicas(x: Array, plan) -> Array:
+    """The largest ``x`` of the data-parallel replicas of the exchange group."""
+    return _without_unit_axes(lax.pmax, x, plan.dp_axis)
+
+
+def sum_over(tree: Any, axis_name: str | Sequence[str]) -> Any:
+    """The sum of every leaf over the ranks along ``axis_name``."""
+    return _without_unit_axes(lax.psum, tree, (axis_name,) if isinstance(axis_name, str) else tuple(axis_name))
+
+
+def _without_unit_axes(collective: Callable, tree: Any, axes: tuple[str, ...]) -> Any:
+    """``collective(tree, axes)``, the same on all devices along ``axes``; without those of size 1."""
+    large = tuple(axis for axis in axes if lax.axis_size(axis) > 1)
+    result = collective(_compat.as_varying(tree, large), large) if large else tree
+    return _compat.drop_unit_axes(result, set(_compat.union_of_varying_axes(tree)) - set(axes))
+
+
+def sum_over_tokens(x: Array, plan) -> Array:
+    """The sum of ``x`` over every device that holds tokens."""
+    return sum_over(x, plan.token_axes)
+
+
+def gather_counts(send_counts: Array, plan) -> Array:
+    """[W, L] pairs of this rank by destination -> [P, W, W, L] of all ranks of the group, which all know the same."""
+
+    def gather(counts, axes):
+        return lax.all_gather(counts, axes, to="invarying")
+
+    everyone = _without_unit_axes(gather, send_counts, _token_axes(plan))
+    return everyone.reshape(plan.tp_size, plan.ep_size, *send_counts.shape)
+
+
+def exchange_counts(send_counts: Array, plan) -> Array:
+    """[W, L] pairs of this rank by destination -> [P, W, L] pairs for this rank's experts by source."""
+    received = lax.all_to_all(send_counts, plan.ep_axis, 0, 0, tiled=True) if plan.ep_size > 1 else send_counts
+    return lax.all_gather(received, plan.tp_axis) if plan.tp_size > 1 else received[None]
+
+
+def exchange_counts_timed(send_counts: Array, plan) -> tuple[Array, Array]:
+    """As ``exchange_counts``, and [W] i32 microseconds that this rank waited for each."""
+    received, microseconds = timed_all_to_all(send_counts, plan.ep_axis)
+    return lax.all_gather(received, plan.tp_axis) if plan.tp_size > 1 else received[None], microseconds
+
+
+def exchange_blocks(rows: Array, plan) -> Array:
+    """[W * C, H]: block j of C slots goes to rank j; block i of the result came from rank i."""
+    if plan.ep_size == 1:
+        return rows
+    blocks = rows.reshape(plan.ep_size, rows.shape[0] // plan.ep_size, rows.shape[1])
+    custom = find_transport("padded", plan.backend)
+    moved = custom(blocks, plan.ep_axis) if custom else swap_blocks(blocks, plan.ep_axis)
+    return moved.reshape(rows.shape)
+
+
+def exchange_blocks_timed(rows: Array, plan) -> tuple[Array, Array]:
+    """As ``exchange_blocks``, one peer after the other; and [W] i32 microseconds that this rank waited for each."""
+    blocks = rows.reshape(plan.ep_size, rows.shape[0] // plan.ep_size, rows.shape[1])
+    moved, microseconds = timed_all_to_all(blocks, plan.ep_axis)
+    return moved.reshape(rows.shape), microseconds
+
+
+def exchange_compact(rows: Array, sizes: Array, num_out: int, plan, *, output: Array | None = None) -> Array:
+    """Rows laid end to end by destination -> rows end to end by source.
+
+    Args:
+      rows: [S, H], those for rank 0 first.
+      sizes: [W, W] rows from each rank to each.
+      num_out: extent of the result, static.
+      output: [num_out, H] what rows past those that came hold; None: anything.
+    """
+    me = ep_rank(plan)
+    send, recv = sizes[me], sizes[:, me]
+    arrival_starts = jnp.cumsum(sizes, axis=0) - sizes  # [source, destination]
+    output = unwritten(num_out, rows, plan) if output is None else output
+    output = _compat.as_varying(output, _compat.varying_axes(rows))
+    if plan.transport == "padded":
+        return chunked_all_to_all(
+            rows,
+            output,
+            sizes,
+            exclusive_cumsum(send),
+            arrival_starts[:, me],
+            plan.ep_axis,
+            chunk=plan.pair_capacity,
+            all_to_all=find_transport("padded", plan.backend),
+        )
+    custom = find_transport("ragged", plan.backend)
+    return (custom or portable_ragged_all_to_all)(
+        rows, output, exclusive_cumsum(send), send, arrival_starts[me], recv, axis_name=plan.ep_axis
+    )
+
+
+def gather_tp(rows: Array, plan) -> Array:
+    """[A, ...] of each tp rank -> [P * A, ...] of all, in rank order."""
+    return gather_rows(rows, plan.tp_axis, True) if plan.tp_size > 1 else rows
+
+
+def reduce_scatter_tp(rows: Array, plan) -> Array:
+    """[P * A, H] partial sums -> this rank's [A, H], summed over tp."""
+    return lax.psum_scatter(rows, plan.tp_axis, tiled=True) if plan.tp_size > 1 else rows
+
+
+def gather_tokens(x: Array, plan) -> Array:
+    """[T, ...] of each device -> [P * W, T, ...] of all, tp rank first."""
+    return gather_rows(x, _token_axes(plan), False) if plan.exchanges else x[None]
+
+
+def reduce_scatter_tokens(x: Array, plan) -> Array:
+    """[P * W, T, ...] partial sums -> this device's [T, ...]."""
+    return lax.psum_scatter(x, _token_axes(plan)) if plan.exchanges else x[0]
+
+
+def _token_axes(plan) -> tuple[str, ...]:
+    return plan.ep_axis if plan.tp_axis is None else (plan.tp_axis, *plan.ep_axis)

@@ -1,0 +1,159 @@
+"""The vocabulary of the products' tables: what a quantity may be, and what one operator takes on one product."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from types import MappingProxyType
+from typing import Any
+
+from moe_jax.hardware.ascend.buffers import Sizes
+
+NOTHING = MappingProxyType({})
+
+
+def _nothing():
+    return dataclasses.field(default_factory=lambda: NOTHING)
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """Whole numbers from ``low`` to ``high``, both included, that are multiples of ``step``; high None = no end."""
+
+    low: int
+    high: int | None = None
+    step: int = 1
+
+    def allows(self, value: Any) -> bool:
+        """Whether ``value`` is legal."""
+        return self.low <= value and (self.high is None or value <= self.high) and value % self.step == 0
+
+    def nearest(self, value: Any) -> int:
+        """The legal value next to ``value``; of two, the lower."""
+        first = -(-self.low // self.step) * self.step
+        below = max(value // self.step * self.step, first)
+        if self.high is not None:
+            below = min(below, self.high // self.step * self.step)
+        above = below + self.step
+        return above if self.allows(above) and above - value < abs(value - below) else below
+
+    def __str__(self):
+        end = f"at least {self.low}" if self.high is None else f"in [{self.low}, {self.high}]"
+        return end if self.step == 1 else f"a multiple of {self.step} {end}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """A short list of legal numbers or words.
+
+    Attributes:
+      values: the legal ones.
+    """
+
+    values: tuple[Any, ...]
+
+    def allows(self, value: Any) -> bool:
+        """Whether ``value`` is legal."""
+        return value in self.values
+
+    def nearest(self, value: Any) -> Any:
+        """The legal number next to ``value``, or the legal word most like it."""
+        if isinstance(value, str):
+            words = [word for word in self.values if word]
+            return (get_close_matches(value, words, n=1) or [self.values[0]])[0]
+        return min(self.values, key=lambda legal: abs(legal - value))
+
+    def __str__(self):
+        shown = [repr(value) for value in self.values]
+        return shown[0] if len(shown) == 1 else f"one of {', '.join(shown)}"
+
+
+Legal = Interval | Choices
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one operator takes: on one product, or (``products.any``) anywhere.
+
+    Attributes:
+      values: by quantity: an attribute's name, or one of ``QUANTITIES``.
+      dtypes: by array; "y_dtype:2" = the output's dtype in quant_mode 2.
+      absent: optional arrays that it does not take.
+      why: by array of ``absent``: the reason, where there is more to say.
+      required: optional arrays that it cannot do without.
+      buffer: bytes that HCCL_BUFFSIZE must hold.
+      variants: by comm_alg, where that changes anything.
+    """
+
+    values: Mapping[str, Legal] = _nothing()
+    dtypes: Mapping[str, tuple[str, ...]] = _nothing()
+    absent: tuple[str, ...] = ()
+    why: Mapping[str, str] = _nothing()
+    required: tuple[str, ...] = ()
+    buffer: Callable[[Sizes], int] | None = None
+    variants: Mapping[str, "Limits"] = _nothing()
+
+    def but(self, *, values: Mapping[str, Legal | None] = NOTHING, dtypes=NOTHING, **others: Any) -> "Limits":
+        """These limits with some replaced; None takes a limit away."""
+        values, dtypes = _merged(self.values, values), _merged(self.dtypes, dtypes)
+        return dataclasses.replace(self, values=values, dtypes=dtypes, **others)
+
+    def without(self, parameters: tuple[str, ...]) -> "Limits":
+        """The limits of a version that does not have ``parameters``."""
+        return Limits(
+            values={name: legal for name, legal in self.values.items() if name not in parameters},
+            dtypes={name: allowed for name, allowed in self.dtypes.items() if name not in parameters},
+            absent=tuple(name for name in self.absent if name not in parameters),
+            why=self.why,
+            required=tuple(name for name in self.required if name not in parameters),
+            buffer=self.buffer,
+            variants={alg: limits.without(parameters) for alg, limits in self.variants.items()},
+        )
+
+    def under(self, comm_alg: Any) -> "Limits":
+        """The limits in force with ``comm_alg``."""
+        return self.variants.get(comm_alg, self) if isinstance(comm_alg, str) else self
+
+
+def _merged(old, new):
+    return {name: legal for name, legal in {**old, **new}.items() if legal is not None}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Product:
+    """One product: the operators that it has, by their names in snake_case, each with its limits.
+
+    Attributes:
+      name: its short form.
+      title: as people call it.
+      operators: its operators, by their names in snake_case.
+    """
+
+    name: str
+    title: str
+    operators: Mapping[str, Limits | None]  # None: an earlier version that it does not have
+
+
+# Quantities that are no attribute, in words.
+QUANTITIES = {
+    "tokens": "B, tokens per rank",
+    "hidden": "H, the hidden size",
+    "top_k": "K, choices per token",
+    "local_experts": "L, experts per rank",
+    "experts_by_ranks": "experts per rank times ranks",
+    "local_experts_with_tp": "L, experts per rank, with tp_world_size=2",
+    "tp_world_size_with_elastic": "tp_world_size with elastic_info",
+    "mask_dims": "dimensions of x_active_mask",
+    "rows": "BSK, rows on the token side",
+    "h1": "H1, the width of gmm_x",
+    "h2": "H2, the width of mm_x",
+    "n1": "N1, the columns of gmm_weight",
+    "n2": "N2, the columns of mm_weight",
+    "rows_per_token": "K = BSK // BS",
+    "row_remainder": "BSK % BS",
+    "least_bytes_per_peer": "the fewest bytes exchanged with one rank",
+    "most_bytes_per_peer": "the most bytes exchanged with one rank",
+    "logical_experts": "E, the rows of eplb_table",
+    "table_columns": "F, the columns of eplb_table",
+    "ranks": "ranks, which balance_mode=0 reads",
+    "table_columns_by_token": "F, the columns of eplb_table, with balance_mode=1",
+}

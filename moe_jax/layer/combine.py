@@ -1,0 +1,189 @@
+"""Combine: expert rows back at their tokens, weighted and summed; alone, or with residual and RMSNorm."""
+
+import numbers
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax import _compat, collectives
+from moe_jax.errors import InvalidArgumentError, check_dtype, check_rank, check_shape, check_type
+from moe_jax.transports import collect_rows, collect_rows_timed, copy_weights, finish
+from moe_jax.transports.weightless import special_terms
+from moe_jax.types import DispatchHandle, ExchangeMaps, GatherMaps
+
+Array = jax.Array
+
+
+@_compat.vary_as_operands("rows")
+def combine(
+    rows: Array,
+    combine_weights: Array,
+    handle: DispatchHandle,
+    *,
+    x: Array | None = None,
+    const_alpha1: Array | None = None,
+    const_alpha2: Array | None = None,
+    const_v: Array | None = None,
+    shared_x: Array | None = None,
+    performance_info: Array | None = None,
+) -> Array | tuple[Array, Array]:
+    """Brings expert rows back to their tokens and sums them with weights. Call it per shard, inside ``shard_map``.
+
+    ``y[t] = sum_k combine_weights[t, k] * row(t, k) + shared_x[t]`` in fp32, rounded once. The exchanging transports
+    add in ascending k, so a token's result does not depend on the other tokens; "allgather" adds within each rank in
+    ascending k and then over ranks. With tp > 1 the rows of the tp ranks are partial sums and are added first.
+    Pairs that went nowhere contribute nothing, whatever their weight. Rows of shared experts on ranks of their own are
+    added after the K choices, with weight 1.
+
+    Args:
+      rows: [M, H] expert outputs in the order of ``dispatch``; those past ``sum(group_sizes)`` are not read.
+      combine_weights: [T, K] f32.
+      handle: from ``dispatch``.
+      x: [T, H] in ``plan.dtype``, the tokens; required with copy or constant experts.
+      const_alpha1, const_alpha2: [Cc] or [Cc, H], const_v: [Cc, H], in ``plan.dtype``; required with constant experts.
+        ``moe_jax.transports.weightless`` says what they mean.
+      shared_x: [T, H] in ``plan.dtype``, added with weight 1 before rounding: what shared experts made of the tokens.
+      performance_info: [W] int, to which the microseconds are added that this rank waited for each rank's rows, as in
+        ``dispatch``, whose handle must come from a call with it.
+
+    Returns:
+      [T, H] in ``plan.dtype``. Differentiable in every float array, in both modes and to any order. With
+      ``performance_info``, the pair of both. Over a mesh axis of size 1 it is typed as the tokens' arrays are, wherever
+      the experts are.
+
+    Raises:
+      ShapeError, DtypeError, InvalidArgumentError, MissingArgumentError, MeshError: as for ``dispatch``.
+
+    >>> everywhere = P(("ep", "tp"))
+    >>> def there_and_back(x, ids):
+    ...     sent = dispatch(x, ids, plan)
+    ...     return combine(sent.x, jnp.full(ids.shape, 0.5), sent.handle)
+    >>> run = shard_map(there_and_back, mesh=mesh, in_specs=everywhere, out_specs=everywhere)
+    >>> y = run(x, jnp.zeros((8, 2), jnp.int32))
+    >>> bool((y == x).all())
+    True
+
+    Source: MoeDistributeCombineV4.
+    """
+    constants = {"const_alpha1": const_alpha1, "const_alpha2": const_alpha2, "const_v": const_v}
+    total, waited = combine_sum(rows, combine_weights, handle, shared_x, performance_info, x=x, **constants)
+    y = total.astype(handle.plan.dtype)
+    return y if performance_info is None else (y, waited)
+
+
+@_compat.vary_as_operands("rows")
+def combine_add_rms_norm(
+    rows: Array,
+    combine_weights: Array,
+    handle: DispatchHandle,
+    residual: Array,
+    gamma: Array,
+    *,
+    eps: float = 1e-6,
+    x: Array | None = None,
+    const_alpha1: Array | None = None,
+    const_alpha2: Array | None = None,
+    const_v: Array | None = None,
+    shared_x: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """``combine``, plus the residual, and its RMSNorm, in one pass over the rows. Per shard, inside ``shard_map``.
+
+    With ``total[t] = sum_k combine_weights[t, k] * row(t, k) + shared_x[t] + residual[t]`` in fp32:
+    ``x = round(total)``; ``rstd = 1 / sqrt(mean_h(total^2) + eps)``, of the unrounded total;
+    ``y = round(round(total * rstd) * gamma)``.
+
+    Args:
+      rows, combine_weights, handle, x, const_alpha1, const_alpha2, const_v, shared_x: as for ``combine``.
+      residual: [T, H] in ``plan.dtype``.
+      gamma: [H] in ``plan.dtype``.
+      eps: added to the mean square; finite and at least 0.
+
+    Returns:
+      (y [T, H] in ``plan.dtype``, rstd [T] f32, x [T, H] in ``plan.dtype``). Differentiable in everything but eps.
+
+    Raises:
+      As for ``combine``; InvalidArgumentError for a negative or infinite ``eps``.
+
+    Source: MoeDistributeCombineAddRmsNormV2.
+    """
+    constants = {"const_alpha1": const_alpha1, "const_alpha2": const_alpha2, "const_v": const_v}
+    total, _ = combine_sum(rows, combine_weights, handle, shared_x, None, x=x, **constants)
+    plan = handle.plan
+    check_shape("residual", residual, (plan.tokens_per_rank, plan.hidden), "[T, H]")
+    check_dtype("residual", residual, (plan.dtype,), "the plan's dtype")
+    check_shape("gamma", gamma, (plan.hidden,), "[H]")
+    check_dtype("gamma", gamma, (plan.dtype,), "the plan's dtype")
+    return normalize(total, residual, gamma, eps, plan.dtype)
+
+
+def normalize(total: Array, residual: Array, gamma: Array, eps: float, dtype: str) -> tuple[Array, Array, Array]:
+    """(y, rstd, x) of ``combine_add_rms_norm`` from the combined sums, fp32 [T, H]."""
+    number = isinstance(eps, numbers.Real) and not isinstance(eps, bool)
+    if not number or not 0 <= eps < float("inf"):
+        raise InvalidArgumentError(f"eps={eps!r} must be finite and at least 0; 1e-6 is usual")
+    with jax.named_scope("add_rms_norm"):
+        total = total + residual.astype(jnp.float32)
+        rstd = 1.0 / jnp.sqrt(jnp.mean(jnp.square(total), axis=-1) + eps)
+        scaled = (total * rstd[:, None]).astype(dtype)
+        y = (scaled.astype(jnp.float32) * gamma.astype(jnp.float32)).astype(dtype)
+    return y, rstd, total.astype(dtype)
+
+
+def combine_sum(
+    rows: Array,
+    combine_weights: Array,
+    handle: DispatchHandle,
+    shared_x: Array | None,
+    performance_info: Array | None,
+    *,
+    row_weights: Array | None = None,
+    **special: Array | None,
+) -> tuple[Array, Array | None]:
+    """What both operators add up, fp32 [T, H]; and ``performance_info`` after it.
+
+    ``row_weights``: [M], for "hierarchy": to take for the rows instead of ``combine_weights``; tp ranks add theirs up.
+    """
+    _check(rows, combine_weights, handle, shared_x, performance_info)
+    plan = handle.plan
+    if not plan.num_pairs:  # no device has a token; see ``dispatch``
+        return jnp.zeros_like(combine_weights, shape=(0, plan.hidden)), performance_info
+    terms = special_terms(handle.expert_ids, plan, **special)
+    given = (rows, combine_weights, handle, shared_x, row_weights, terms)
+    given = _compat.as_varying_alike(given, plan.exchange_axes)  # ``dispatch`` types without axes of size 1
+    rows, combine_weights, handle, shared_x, row_weights, terms = given
+    maps = handle.maps
+    # The weight of a pair that contributes nothing may be anything, NaN included.
+    weights = copy_weights(combine_weights, plan)
+    travelled = maps.pair_slot >= 0 if isinstance(maps, ExchangeMaps) else jnp.zeros_like(weights, dtype=bool)
+    contributes = jnp.pad(handle.expert_ids >= plan.num_experts, ((0, 0), (0, plan.num_copies - plan.top_k)))
+    contributes |= travelled
+    if performance_info is None:
+        collected = collect_rows(rows, weights if row_weights is None else row_weights, handle)
+    else:
+        collected, microseconds = collect_rows_timed(rows, weights, handle)
+        performance_info = performance_info + microseconds.astype(performance_info.dtype)
+    total = finish(collected, jnp.where(contributes, weights, 0.0), travelled, terms, plan)
+    return total if shared_x is None else total + shared_x.astype(jnp.float32), performance_info
+
+
+def _check(rows, combine_weights, handle, shared_x, performance_info):
+    check_type("handle", handle, DispatchHandle, "pass the .handle that dispatch returned")
+    plan, maps = handle.plan, handle.maps
+    collectives.check_axes(plan)
+    check_rank("rows", rows, 2, "[M, H]")
+    num_rows = (maps.row_pair if isinstance(maps, GatherMaps) else maps.row_slot).shape[0]
+    check_shape("rows", rows, (num_rows, plan.hidden), "[M, H], the extent that dispatch gave")
+    check_dtype("rows", rows, (plan.dtype,), "the plan's dtype")
+    check_shape("combine_weights", combine_weights, (plan.tokens_per_rank, plan.top_k), "[T, K]")
+    check_dtype("combine_weights", combine_weights, ("float32",), "cast it with .astype(jnp.float32)")
+    if shared_x is not None:
+        check_shape("shared_x", shared_x, (plan.tokens_per_rank, plan.hidden), "[T, H]")
+        check_dtype("shared_x", shared_x, (plan.dtype,), "the plan's dtype")
+    if performance_info is None:
+        return
+    check_shape("performance_info", performance_info, (plan.ep_size,), "[W], one per rank")
+    check_dtype("performance_info", performance_info, ("int32", "int64"), "microseconds are whole numbers")
+    if plan.num_pairs and not (isinstance(maps, ExchangeMaps) and not maps.sizes.size):
+        raise InvalidArgumentError(
+            "performance_info was given to combine, but not to the dispatch that made the handle; give it to both"
+        )

@@ -1,0 +1,148 @@
+"""From what arrived to what goes back: rows picked out of arrival slots, through their experts, and into slots again.
+
+Nothing here communicates. Rows lie expert after expert. The backward pass keeps the rows, and the inputs of the
+activation, and computes the activation again.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moe_jax import _compat
+from moe_jax.derivatives import custom_gradient
+from moe_jax.layer.experts import activate, grouped_product, project_in, project_out
+from moe_jax.plan import Plan
+from moe_jax.transports import RowOrder, pick
+
+Array = jax.Array
+
+
+def expert_slots(
+    experts: dict[str, Array],
+    arrived: Array,
+    order: RowOrder | None,
+    group_sizes: Array,
+    plan: Plan,
+    *,
+    activation: str,
+) -> Array:
+    """What the experts make of the rows that arrived, each in the slot that its row came in.
+
+    Args:
+      experts: w_gate (if gated) and w_up [L, H, F], w_down [L, F, H]; optional b_gate, b_up [L, F], b_down [L, H].
+      arrived: [A, H]; slots that no row came in influence nothing.
+      order: of the rows; None: they lie in order already, expert by expert from the first slot on.
+      group_sizes: [L] i32, rows of each expert.
+      plan, activation: static.
+
+    Returns:
+      [A, H] in the dtype of ``arrived``. Differentiable in ``experts`` and ``arrived``.
+    """
+    return _expert_slots(plan, activation, experts, arrived, order, group_sizes)
+
+
+@functools.partial(custom_gradient, num_static=2)
+def _expert_slots(plan, activation, experts, arrived, order, group_sizes):
+    return _forward(plan, activation, experts, arrived, order, group_sizes)[0]
+
+
+def _forward(plan, activation, experts, arrived, order, group_sizes):
+    with jax.named_scope("experts"):
+        product = _product(group_sizes, plan)
+        rows = _rows(arrived, order, plan)
+        inner = project_in(experts, rows, product)
+        made = project_out(experts, activate(*inner, activation), product)
+        return _slots(made, order, plan), (experts, rows, inner, order, group_sizes)
+
+
+def _backward(plan, activation, residuals, ct):
+    """Cotangents of the experts and of what arrived, from that of what they made; None for the integers."""
+    experts, rows, inner, order, group_sizes = residuals
+    of_out = {name: value for name, value in experts.items() if name.endswith("_down")}
+    of_inner = {name: value for name, value in experts.items() if name not in of_out}
+    with jax.named_scope("experts"):
+        product = _product(group_sizes, plan)
+        hidden, pull_hidden = jax.vjp(lambda inner: activate(*inner, activation), inner)
+        pull_out = jax.vjp(lambda *operands: project_out(*operands, product), of_out, hidden)[1]
+        d_of_out, d_hidden = pull_out(_rows(ct, order, plan))
+        (d_inner,) = pull_hidden(d_hidden)
+        pull_in = jax.vjp(lambda *operands: project_in(*operands, product), of_inner, rows)[1]
+        d_of_inner, d_rows = pull_in(d_inner)
+        return {**d_of_out, **d_of_inner}, _slots(d_rows, order, plan), None, None
+
+
+_expert_slots.defvjp(_forward, _backward)
+
+
+def overflow_slots(
+    experts: dict[str, Array],
+    arrived: Array,
+    order: RowOrder | None,
+    group_sizes: Array,
+    plan: Plan,
+    *,
+    activation: str,
+) -> Array:
+    """As ``expert_slots``, without a derivative; ``arrived`` itself where no row came."""
+
+    def run(arrived, experts):
+        return _forward(plan, activation, experts, arrived, order, group_sizes)[0]
+
+    return _if_any(group_sizes, run, arrived, experts)
+
+
+def add_overflow_gradients(
+    grads: dict[str, Array],
+    experts: dict[str, Array],
+    arrived: Array,
+    ct: Array,
+    order: RowOrder | None,
+    group_sizes: Array,
+    plan: Plan,
+    *,
+    activation: str,
+) -> tuple[dict[str, Array], Array]:
+    """``grads`` of the experts plus those of ``overflow_slots``, and the cotangent of ``arrived``.
+
+    ``ct``: of the result. Where no row came, ``grads`` and ``ct`` themselves. Inner activations are computed again.
+    """
+
+    def run(carry, read):
+        (grads, ct), (experts, arrived) = carry, read
+        rows = _rows(arrived, order, plan)
+        with jax.named_scope("experts"):
+            inner = project_in(experts, rows, _product(group_sizes, plan))
+        residuals = experts, rows, inner, order, group_sizes
+        more, d_arrived, *_ = _backward(plan, activation, residuals, ct)
+        return jax.tree.map(jnp.add, grads, more), d_arrived
+
+    return _if_any(group_sizes, run, (grads, ct), (experts, arrived))
+
+
+def _if_any(group_sizes: Array, run: Callable, init: Any, read: Any) -> Any:
+    """``run(init, read)`` where there are rows, else ``init``.
+
+    A loop of one turn or none: it works in place, where a conditional would copy what it lets pass.
+    """
+    with jax.named_scope("experts"):
+        init, read = _compat.as_varying((init, read), _compat.union_of_varying_axes((init, read, group_sizes)))
+        turns = jnp.any(group_sizes > 0).astype(jnp.int32)
+        return lax.fori_loop(0, turns, lambda turn, carry: run(carry, _compat.late(turn, read)), init)
+
+
+def _product(group_sizes: Array, plan: Plan) -> Callable:
+    return functools.partial(grouped_product, group_sizes=group_sizes, backend=plan.backend)
+
+
+def _rows(slots: Array, order: RowOrder | None, plan: Plan) -> Array:
+    """[A, H] -> [M, H]; anything past the last row."""
+    return slots if order is None else pick(slots, order.row_slot, plan)
+
+
+def _slots(rows: Array, order: RowOrder | None, plan: Plan) -> Array:
+    """[M, H] -> [A, H]; anything in slots that no row came in."""
+    return rows if order is None else pick(rows, order.slot_row, plan)

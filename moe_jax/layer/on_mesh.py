@@ -1,0 +1,223 @@
+"""The layer over global arrays: one shard_map around ``moe_layer``, and parameters placed for it."""
+
+import functools
+import math
+import zlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from moe_jax import _compat
+from moe_jax.config import ACTIVATIONS, RouterConfig
+from moe_jax.errors import (
+    InvalidArgumentError,
+    MeshError,
+    check_array,
+    check_choice,
+    check_count,
+    check_dtype,
+    check_flag,
+    check_mask,
+    check_rank,
+    check_shape,
+    check_type,
+)
+from moe_jax.layer.layer import (
+    OPTIONAL_PARAMS,
+    check_chunks,
+    check_layer_plan,
+    check_params,
+    check_router,
+    moe_layer,
+    param_shapes,
+)
+from moe_jax.layer.placement import BALANCES
+from moe_jax.mesh import check_mesh
+from moe_jax.plan import Plan
+from moe_jax.types import LayerStats
+
+Array = jax.Array
+
+
+def moe_on_mesh(
+    mesh: Mesh | AbstractMesh,
+    plan: Plan,
+    router: RouterConfig,
+    *,
+    ffn: int = 1024,
+    activation: str = "swiglu",
+    use_bias: bool = False,
+    num_logical_experts: int | None = None,
+    chunks: int = 1,
+) -> tuple[Callable, Callable]:
+    """The MoE layer on global arrays: ``init(key) -> params`` and ``apply(params, x) -> (y, stats)``.
+
+    Expert weights are sharded over the expert-parallel axes and, along their FFN axis, over tp; router and shared
+    expert are replicated. Values do not depend on the mesh, but for the last bits, which are the compiler's. ``apply``
+    may be jitted, differentiated, scanned and rematerialised. Called by itself, it is one program, compiled once.
+
+    Args:
+      mesh: the mesh that the plan was made from. Its axes may be Auto, Explicit or of both types, with or without
+        ``jax.set_mesh``. Arguments may be laid out over it in any way: ``apply`` moves what lies elsewhere. To trace
+        and lower, an AbstractMesh will do; where its axes are Explicit, which is the default of newer JAX, JAX lowers
+        inside ``jax.sharding.use_abstract_mesh(mesh)`` alone.
+      plan, router: static.
+      ffn: F, width of an expert, divisible by tp. A shared expert has width F * ``plan.num_shared_experts``.
+      activation: "swiglu", "gelu" or "clamped_swiglu".
+      use_bias: whether ``init`` makes the optional biases (zero at first).
+      num_logical_experts: experts that the router scores, where ``apply`` is given a ``table`` of their instances;
+        None: it scores the plan's experts.
+      chunks: parts in which the tokens of a device pass, see ``moe_layer``.
+
+    Returns:
+      init: key -> dict of fp32 arrays: router [H, E'], w_gate (if gated), w_up [E, H, F], w_down [E, F, H],
+        selection_bias [E] if the router has one, shared_gate (if gated), shared_up, shared_down if there are shared
+        experts, and router_bias, b_gate, b_up, b_down with ``use_bias``.
+      apply: (params, x [N, H] in ``plan.dtype``, token_mask [N] bool or None) -> (y [N, H], LayerStats), with N =
+        tokens_per_rank * number of devices; y is sharded over every axis of the mesh. Its keywords ``table``,
+        ``balance`` and ``rank_table`` are those of ``moe_layer``, the same on every device.
+
+    Raises:
+      InvalidArgumentError: ``ffn`` is not divisible by tp, the activation is unknown, ``chunks`` does not divide T, or
+        the router's groups and the plan's experts and ``top_k`` do not fit (one error lists all that does not);
+        ``init`` and ``apply`` check their own arguments: DtypeError and others.
+      MeshError: the mesh is not the plan's.
+      UnsupportedError: the plan puts shared experts on ranks of their own.
+
+    >>> init, apply = moe_on_mesh(mesh, plan, RouterConfig(), ffn=32)
+    >>> y, stats = jax.jit(apply)(init(jax.random.key(0)), x)
+    """
+    check_layer_plan(plan)
+    check_type("router", router, RouterConfig, "build one with moe_jax.RouterConfig(...)")
+    _check_plan_of(mesh, plan)
+    check_choice("activation", activation, ACTIVATIONS)
+    check_flag("use_bias", use_bias)
+    check_chunks(chunks, plan)
+    check_count("ffn", ffn)
+    _check_width(f"ffn={ffn}", ffn, plan)
+    ffn = int(ffn)
+    num_tokens = plan.tokens_per_rank * math.prod(mesh.shape.values())
+
+    if num_logical_experts is not None:
+        check_count("num_logical_experts", num_logical_experts)
+    check_router(router, plan, num_logical_experts)
+    shapes = param_shapes(
+        plan,
+        router,
+        activation,
+        ffn=ffn,
+        shared_ffn=ffn * plan.num_shared_experts,
+        num_logical_experts=num_logical_experts,
+    )
+    chosen = {name: shape for name, shape in shapes.items() if use_bias or name not in OPTIONAL_PARAMS}
+    shardings = {name: NamedSharding(mesh, param_spec(name, plan)) for name in chosen}
+    draw = jax.jit(lambda key: _draw(key, chosen), out_shardings=shardings)  # compiled once, not at every call
+
+    def init(key: Array) -> dict[str, Array]:
+        _check_key(key)
+        return draw(key)
+
+    @functools.partial(jax.jit, static_argnames="balance")
+    def layer(params, x, token_mask, tables, balance):
+        """The layer as one program, where it is not part of a larger one."""
+        specs = {name: _split(param_spec(name, plan), mesh) for name in params}
+        tokens, everywhere = _split(PartitionSpec(plan.token_axes), mesh), PartitionSpec()
+        in_specs = (specs, tokens, None if token_mask is None else tokens, jax.tree.map(lambda _: everywhere, tables))
+        given = (params, x, token_mask, tables)
+        given = jax.tree.map(lambda array, spec: _compat.lay_out(array, mesh, spec), given, in_specs)
+
+        def shard(params, x, token_mask, tables):
+            options = {"activation": activation, "token_mask": token_mask, "balance": balance}
+            return moe_layer(params, x, plan, router, chunks=chunks, **options, **tables)
+
+        mapped = _compat.shard_map(shard, mesh=mesh, in_specs=in_specs, out_specs=(tokens, everywhere))
+        y, stats = mapped(*given)
+        return _compat.name_unit_axes_as(y, x, mesh), stats
+
+    def apply(
+        params: dict[str, Array],
+        x: Array,
+        token_mask: Array | None = None,
+        *,
+        table: Array | None = None,
+        balance: str = "rank",
+        rank_table: Array | None = None,
+    ) -> tuple[Array, LayerStats]:
+        check_rank("x", x, 2, "[N, H]")
+        check_shape("x", x, (num_tokens, plan.hidden), "[N, H], N = tokens_per_rank * devices; pad and use token_mask")
+        check_dtype("x", x, (plan.dtype,), "the plan's dtype: cast x, or make a plan with dtype=...")
+        if token_mask is not None:
+            check_mask("token_mask", token_mask, (num_tokens,), "[N]")
+        check_choice("balance", balance, BALANCES)  # static, so it must be hashable
+        if rank_table is not None:
+            check_array("rank_table", rank_table)
+        check_params(params, plan, router, activation, num_experts=plan.num_experts, where="over the mesh", table=table)
+        _check_width(f"params: 'w_up' has shape {params['w_up'].shape}; its width", params["w_up"].shape[-1], plan)
+
+        return layer(params, x, token_mask, {"table": table, "rank_table": rank_table}, balance)
+
+    return init, apply
+
+
+def param_spec(name: str, plan: Plan) -> PartitionSpec:
+    """How a parameter of the layer is laid over the mesh."""
+    experts, columns = plan.ep_axis, plan.tp_axis
+    return {
+        "w_gate": PartitionSpec(experts, None, columns),
+        "w_up": PartitionSpec(experts, None, columns),
+        "w_down": PartitionSpec(experts, columns, None),
+        "b_gate": PartitionSpec(experts, columns),
+        "b_up": PartitionSpec(experts, columns),
+        "b_down": PartitionSpec(experts, None),
+    }.get(name, PartitionSpec())
+
+
+def _check_plan_of(mesh: Mesh, plan: Plan) -> None:
+    check_mesh(mesh)
+    ep_size = math.prod(mesh.shape.get(axis, 0) for axis in plan.ep_axis)
+    if (ep_size, mesh.shape.get(plan.tp_axis), set(mesh.axis_names)) != (
+        plan.ep_size,
+        plan.tp_size,
+        set(plan.token_axes),
+    ):
+        raise MeshError(
+            f"mesh has axes {dict(mesh.shape)} and the plan was made for ep={plan.ep_size}, tp={plan.tp_size} over "
+            f"{plan.token_axes}; make the plan from this mesh"
+        )
+
+
+def _check_width(what: str, ffn: int, plan: Plan) -> None:
+    if ffn % plan.tp_size:
+        raise InvalidArgumentError(f"{what} must be divisible by tp={plan.tp_size}")
+
+
+def _split(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
+    """``spec`` without the axes of size 1, which split nothing."""
+    return _compat.only_axes(spec, {axis for axis, size in mesh.shape.items() if size > 1})
+
+
+def _check_key(key: Array) -> None:
+    seed = key if type(key) is int else 0
+    remedy = f"pass a random key, jax.random.key({seed})"
+    check_array("key", key, remedy)
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        check_shape("key", key, (), "one key; take one of several by index")
+    else:  # a raw key
+        check_dtype("key", key, ("uint32",), remedy)
+        check_shape("key", key, jax.eval_shape(jax.random.PRNGKey, 0).shape, "one raw key", remedy)
+
+
+def _draw(key: Array, shapes: dict[str, tuple[int, ...]]) -> dict[str, Array]:
+    """Normal weights of variance 1 / fan-in, zero biases; each name has its own key, so none depends on another."""
+    params = {}
+    for name, shape in shapes.items():
+        if name.startswith("b_") or name.endswith("_bias"):
+            params[name] = jnp.zeros(shape, jnp.float32)
+        else:
+            own_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+            draw = jax.random.normal(own_key, shape, jnp.float32)
+            fan_in = shape[-1] if name.startswith("const_") else shape[-2]
+            params[name] = draw / math.sqrt(fan_in)
+    return params

@@ -1,0 +1,171 @@
+"""The routed sum of a device that holds all experts: nothing is exchanged, so there is no capacity and no round.
+
+The T * K pairs of the device are sorted by expert; a gather makes their rows, the experts multiply them, and gathers
+bring them back into the sum over k. Each row belongs to one pair, so the adjoint of every gather is a gather too.
+
+Rows come back as K arrays [T, H], which a compiler can read inside the sum, instead of one that it would have to write.
+What nobody may read is not masked before somebody would: rows past the last one hold anything, and so does a pair that
+has no row, until the sum over k.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax import layout
+from moe_jax.derivatives import custom_gradient
+from moe_jax.layer.grouping import expert_slots
+from moe_jax.plan import Plan
+from moe_jax.transports import as_delivered, pick, rows_if, token_of
+from moe_jax.transports.weightless import special_term, special_terms
+
+Array = jax.Array
+
+
+class _Places(NamedTuple):
+    """Which row belongs to which pair; -1 marks "none"."""
+
+    row_pair: Array  # [M] the pair of each row, as token * K + k; rows past the last one have any pair, or none
+    pair_row: Array  # [T, K] the row of each pair
+
+
+def local_sum(
+    expert_ids: Array,
+    experts: dict[str, Array],
+    constants: dict[str, Array | None],
+    x: Array,
+    weights: Array,
+    plan: Plan,
+    *,
+    activation: str,
+) -> tuple[Array, Array]:
+    """What routed and special experts add for each token, where ``plan.exchanges`` is false.
+
+    With overflow="drop" the first ``plan.pair_capacity`` rows in the order of the experts are kept. Recipes round rows
+    and cotangents as if they travelled, so that values do not depend on the mesh.
+
+    Args:
+      expert_ids, weights: [T, K] i32 and f32. An id that is none of the plan's adds nothing.
+      experts: as for ``expert_slots``; constants: of ``special_terms``.
+      x: [T, H] in ``plan.dtype``.
+      plan, activation: static.
+
+    Returns:
+      ([T, H] fp32, i32 pairs that were dropped). Differentiable in every float array, in both modes, to any order.
+    """
+    if not plan.num_pairs:
+        return jnp.zeros_like(weights, shape=(0, plan.hidden)), jnp.zeros_like(expert_ids, shape=())
+    with jax.named_scope("layout"):
+        is_routed = (expert_ids >= 0) & (expert_ids < plan.num_experts)
+        pairs = layout.sort_pairs(jnp.where(is_routed, expert_ids, -1).ravel(), plan.num_experts)
+        num_rows = plan.pair_capacity if plan.overflow == "drop" else plan.num_pairs
+        group_sizes = pairs.counts
+        if num_rows < plan.num_pairs:
+            _, group_sizes = layout.clip_to_window(pairs.counts, 0, num_rows)
+        num_kept = jnp.sum(group_sizes, dtype=jnp.int32)
+        places = _places(pairs, num_kept, num_rows, plan)
+    needed = x if plan.num_copy_experts + plan.num_const_experts else None
+    special = special_terms(expert_ids, plan, x=needed, **constants)
+    with jax.named_scope("permute"):
+        rows = _spread(plan, as_delivered(x, plan.dispatch_recipe).astype(plan.dtype), places)
+    made = expert_slots(experts, rows, None, group_sizes, plan, activation=activation)
+    with jax.named_scope("combine_sum"):
+        total = _weighted_sum(plan, as_delivered(made, plan.combine_recipe), weights, special, places)
+    return total, jnp.sum(pairs.counts - group_sizes, dtype=jnp.int32)
+
+
+def _places(pairs: layout.PairOrder, num_kept: Array, num_rows: int, plan: Plan) -> _Places:
+    """``num_kept``: pairs that have a row, the first in their order."""
+    row_pair = pairs.order[:num_rows]
+    if plan.poison:  # else the other rows are those of pairs that go nowhere
+        row_pair = jnp.where(jnp.arange(num_rows) < num_kept, row_pair, -1)
+    pair_row = jnp.where(pairs.position < num_kept, pairs.position, -1)
+    return _Places(row_pair, pair_row.reshape(plan.tokens_per_rank, plan.top_k))
+
+
+@functools.partial(custom_gradient, num_static=1)
+def _weighted_sum(plan, rows, weights, special, places):
+    """``sum_k weights[t, k] * (row of (t, k) + what a special expert adds)``, k ascending. -> [T, H] fp32."""
+    terms = _present(_collect(plan, rows, places), places)
+    if special is not None:  # at most one of the two is not zero
+        terms = [term + special_term(special, k, plan) for k, term in enumerate(terms)]
+    return sum(weights[:, k, None] * term for k, term in enumerate(terms))
+
+
+def _weighted_sum_backward(plan, residuals, ct):
+    # d_row(t, k) = weights[t, k] * ct[t]                                  # [M, H], and rounded as if it travelled
+    # d_weights[t, k] = <row(t, k) + what a special expert adds, ct[t]>    # [T, K]
+    rows, weights, special, places = residuals
+    ct_rows = _spread(plan, ct.astype(plan.dtype), places).astype(jnp.float32)
+    d_rows = (_rows_of_pairs(plan, weights, places)[:, None] * ct_rows).astype(plan.dtype)
+    d_rows = as_delivered(d_rows, plan.backward_recipe).astype(rows.dtype)
+    d_weights = _pairs_of_rows(plan, jnp.sum(rows.astype(jnp.float32) * ct_rows, axis=1), places)
+    if special is None:
+        return d_rows, d_weights, None, None
+
+    def added(weights, special):
+        return sum(weights[:, k, None] * special_term(special, k, plan) for k in range(plan.top_k))
+
+    more_weights, d_special = jax.vjp(added, weights, special)[1](ct)
+    return d_rows, d_weights + more_weights, d_special, None
+
+
+_weighted_sum.defvjp(lambda plan, *operands: (_weighted_sum(plan, *operands), operands), _weighted_sum_backward)
+
+
+@functools.partial(custom_gradient, num_static=1)
+def _spread(plan, x, places):
+    """Tokens [T, H] at the rows of all their pairs, [M, H]."""
+    return pick(x, token_of(places.row_pair, plan), plan)
+
+
+def _spread_backward(plan, places, ct):
+    # d_x[t] = sum_k ct[row of (t, k)]    # [T, H], in fp32 over ascending k
+    collected = _collect(plan, as_delivered(ct, plan.backward_recipe), places)
+    return sum(_present(collected, places)).astype(plan.dtype), None
+
+
+_spread.defvjp(lambda plan, x, places: (_spread(plan, x, places), places), _spread_backward)
+
+
+@functools.partial(custom_gradient, num_static=1)
+def _collect(plan, rows, places):
+    """Rows [M, H] at their pairs, K times [T, H]; anything at a pair that has none."""
+    return tuple(pick(rows, places.pair_row[:, k], plan) for k in range(plan.top_k))
+
+
+def _collect_backward(plan, places, cts):
+    return _rows_of_pairs(plan, jnp.stack(cts, axis=1), places), None
+
+
+_collect.defvjp(lambda plan, rows, places: (_collect(plan, rows, places), places), _collect_backward)
+
+
+@functools.partial(custom_gradient, num_static=1)
+def _rows_of_pairs(plan, pairs, places):
+    """What belongs to pairs [T, K, ...] at their rows, [M, ...]."""
+    return pick(jax.lax.collapse(pairs, 0, 2), places.row_pair, plan)
+
+
+@functools.partial(custom_gradient, num_static=1)
+def _pairs_of_rows(plan, rows, places):
+    """The adjoint: what belongs to rows [M, ...] at their pairs, [T, K, ...], zeros where there is none."""
+    return pick(rows, places.pair_row, plan, absent=0)
+
+
+_rows_of_pairs.defvjp(
+    lambda plan, pairs, places: (_rows_of_pairs(plan, pairs, places), places),
+    lambda plan, places, ct: (_pairs_of_rows(plan, ct, places), None),
+)
+_pairs_of_rows.defvjp(
+    lambda plan, rows, places: (_pairs_of_rows(plan, rows, places), places),
+    lambda plan, places, ct: (_rows_of_pairs(plan, ct, places), None),
+)
+
+
+def _present(collected: tuple[Array, ...], places: _Places) -> list[Array]:
+    """What ``_collect`` gave, in fp32, with zeros where a pair has no row."""
+    there = places.pair_row >= 0
+    return [rows_if(there[:, k], rows) for k, rows in enumerate(collected)]

@@ -1,0 +1,169 @@
+"""Rounds of exchange, experts and exchange back, as many as the skew needs.
+
+The first round stands in the program as it is, and keeps what its backward pass needs. The others are a loop that keeps
+nothing and runs again in the backward pass, so that memory does not grow with the skew.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moe_jax import _compat
+from moe_jax.derivatives import custom_gradient, first_order_only
+from moe_jax.layer.grouping import add_overflow_gradients, expert_slots, overflow_slots
+from moe_jax.layer.one_device import local_sum
+from moe_jax.plan import Plan
+from moe_jax.transports import arrival_order, collect_rows, dequantized, finish, send_rows, together
+from moe_jax.transports.manifest import Exchange, count_rounds, open_window, prepare, read_table
+from moe_jax.transports.weightless import special_terms
+from moe_jax.types import DispatchHandle
+
+Array = jax.Array
+
+
+def routed_sum(
+    expert_ids: Array,
+    experts: dict[str, Array],
+    constants: dict[str, Array | None],
+    x: Array,
+    weights: Array,
+    plan: Plan,
+    *,
+    activation: str,
+    rank_table: Array | None,
+    chunks: int,
+) -> tuple[Array, Array, Array]:
+    """What routed and special experts add for each token.
+
+    Args:
+      expert_ids, weights: [T, K] i32 and f32.
+      experts: as for ``expert_slots``; constants: of ``special_terms``.
+      x: [T, H] in ``plan.dtype``.
+      plan, activation: static. rank_table: as for ``dispatch``; that of one rank can only say that it is there.
+      chunks: a divisor of T; each part of the tokens passes by itself, with its share of ``plan.pair_capacity``.
+
+    Returns:
+      ([T, H] fp32, i32 pairs of this device that were dropped, i32 rounds of the part that took most).
+    """
+    tokens = plan.tokens_per_rank // chunks
+    part = dataclasses.replace(plan, tokens_per_rank=tokens, pair_capacity=-(-plan.pair_capacity // chunks))
+    if rank_table is not None and not plan.exchanges:
+        read_table(rank_table, plan)  # raises
+    found = []
+    for start in range(0, max(1, plan.tokens_per_rank), max(1, tokens)):
+        ids_here, x_here, weights_here = (a[start : start + tokens] for a in (expert_ids, x, weights))
+        if not plan.exchanges:
+            operands = (ids_here, experts, constants, x_here, weights_here)
+            found.append((*local_sum(*operands, part, activation=activation), jnp.ones((), jnp.int32)))
+            continue
+        exchange = prepare(ids_here, part, rank_table=rank_table)
+        num_rounds = count_rounds(exchange, part)
+        exchange = _compat.as_varying(exchange, plan.token_axes)
+        needed = x_here if plan.num_copy_experts + plan.num_const_experts else None
+        special = special_terms(exchange.expert_ids, part, x=needed, **constants)
+        special = _compat.as_varying(special, plan.token_axes)
+        total = _routed_sum(part, activation, experts, x_here, weights_here, special, exchange, num_rounds)
+        found.append((total, exchange.stats.num_dropped[0], num_rounds))
+    totals, dropped, rounds = zip(*found, strict=True)
+    return jnp.concatenate(totals), sum(dropped), functools.reduce(jnp.maximum, rounds)
+
+
+def _open(plan: Plan, activation: str, index: Array | int, exchange: Exchange) -> tuple[DispatchHandle, dict[str, Any]]:
+    """The pairs of round ``index``, and what the functions of ``expert_slots`` need to know of them."""
+    handle = open_window(exchange, index * plan.pair_capacity, plan.pair_capacity, plan)
+    slots = {"order": arrival_order(handle), "group_sizes": handle.group_sizes}
+    return handle, slots | {"plan": plan, "activation": activation}
+
+
+def _arrived(x: Array, handle: DispatchHandle, slots: dict[str, Any]) -> Array:
+    return dequantized(send_rows(x, handle, order=slots["order"]), handle.plan)
+
+
+def _round(
+    through: Callable, plan: Plan, activation: str, index, experts, x, weights, exchange: Exchange, earlier=None
+) -> Array:
+    """Round ``index``: its pairs to the experts, ``through`` them and back, to what ``earlier`` rounds collected."""
+    handle, slots = _open(plan, activation, index, exchange)
+    made = through(experts, _arrived(x, handle, slots), **slots)
+    collected = collect_rows(made, weights, handle, order=slots["order"])
+    return collected if earlier is None else together(earlier, collected, handle)
+
+
+def _add_overflow_round(plan: Plan, activation: str, index, grads, ct, experts, x, weights, exchange: Exchange):
+    """``grads`` of experts, x and weights, and what an overflow round adds to them: that round again, and backward."""
+    d_experts, d_x, d_weights = grads
+    handle, slots = _open(plan, activation, index, exchange)
+    arrived, pull_arrived = jax.vjp(lambda x: _arrived(x, handle, slots), x)
+    made = overflow_slots(experts, arrived, **slots)  # read where sums are made at the experts, else left out
+    pull_made = jax.vjp(lambda *operands: collect_rows(*operands, handle, order=slots["order"]), made, weights)[1]
+    d_made, more_weights = pull_made(ct)
+    d_experts, d_arrived = add_overflow_gradients(d_experts, experts, arrived, d_made, **slots)
+    (more_x,) = pull_arrived(d_arrived)
+    return d_experts, d_x + more_x, d_weights + more_weights
+
+
+def _loop(overflow: Callable, plan: Plan) -> Callable:
+    """``overflow``, a loop of unknown length, which has no derivative beyond the one that is written here."""
+    return first_order_only(
+        overflow,
+        "forward mode and second derivatives of the layer are there for plans of one round, and this one may need "
+        f"max_rounds={plan.max_rounds}: make it with capacity_factor={plan.ep_size}, which holds any skew in one "
+        "round; or use first derivatives in reverse mode (jax.grad, jax.vjp) and differences of them",
+    )
+
+
+@functools.partial(custom_gradient, num_static=2)
+def _routed_sum(plan, activation, experts, x, weights, special, exchange, num_rounds):
+    """[T, H] fp32. The first round is inline and keeps its residuals; the others are a loop that keeps none."""
+    return _routed_forward(plan, activation, experts, x, weights, special, exchange, num_rounds)[0]
+
+
+def _routed_forward(plan, activation, experts, x, weights, special, exchange, num_rounds):
+    first = functools.partial(_round, expert_slots, plan, activation, 0, exchange=exchange)
+    collected, pull_first = jax.vjp(first, experts, x, weights)
+
+    def overflow(collected, num_rounds, exchange, experts, x, weights):
+        def turn(state):
+            index, collected = state
+            late = _compat.late(index, (experts, x))
+            return index + 1, _round(overflow_slots, plan, activation, index, *late, weights, exchange, collected)
+
+        return lax.while_loop(lambda state: state[0] < num_rounds, turn, (jnp.ones_like(num_rounds), collected))[1]
+
+    if plan.max_rounds > 1:
+        collected = _loop(overflow, plan)(collected, num_rounds, exchange, experts, x, weights)
+    total = finish(collected, weights, exchange.travels, special, plan)
+    return total, (pull_first, collected, experts, x, weights, special, exchange, num_rounds)
+
+
+def _routed_backward(plan, activation, residuals, ct):
+    pull_first, collected, experts, x, weights, special, exchange, num_rounds = residuals
+
+    def finished(collected, weights, special):
+        return finish(collected, weights, exchange.travels, special, plan)
+
+    pull_finish = jax.vjp(finished, collected, weights, special)[1]
+    d_collected, d_weights, d_special = pull_finish(ct)
+    grads = pull_first(d_collected)
+
+    def overflow(grads, num_rounds, exchange, pull_finish, *operands):
+        def turn(state):
+            index, grads = state
+            late_ct, *late = _compat.late(index, operands)
+            d_collected = pull_finish(late_ct)[0]
+            return index + 1, _add_overflow_round(plan, activation, index, grads, d_collected, *late, exchange)
+
+        return lax.while_loop(lambda state: state[0] < num_rounds, turn, (jnp.ones_like(num_rounds), grads))[1]
+
+    if plan.max_rounds > 1:
+        grads = _loop(overflow, plan)(grads, num_rounds, exchange, pull_finish, ct, experts, x, weights)
+    d_experts, d_x, d_sent_weights = grads
+    return d_experts, d_x, d_weights + d_sent_weights, d_special, None, None
+
+
+_routed_sum.defvjp(_routed_forward, _routed_backward)

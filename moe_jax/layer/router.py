@@ -1,0 +1,302 @@
+"""Routers: which experts each token goes to, with what weight, and how even the load is."""
+
+import math
+import numbers
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from moe_jax import _compat, collectives
+from moe_jax.config import RouterConfig, router_violations
+from moe_jax.derivatives import custom_gradient
+from moe_jax.errors import (
+    InvalidArgumentError,
+    MissingArgumentError,
+    check_count,
+    check_dtype,
+    check_mask,
+    check_rank,
+    check_shape,
+    check_type,
+    raise_all,
+)
+from moe_jax.layout import count_each
+from moe_jax.types import Routing
+
+_FLOATS = ("float32", "bfloat16", "float16")
+_SMALL = -20.0  # below it softplus(x) = exp(x) up to a relative exp(x) / 2, which fp32 does not hold
+
+
+def route(
+    logits: jax.Array,
+    router: RouterConfig,
+    *,
+    top_k: int,
+    bias: jax.Array | None = None,
+    token_mask: jax.Array | None = None,
+    axis_name: str | Sequence[str] | None = None,
+) -> Routing:
+    """Chooses ``top_k`` distinct experts for every token.
+
+    ``scores = f(logits)`` with f one of softmax, sigmoid, sqrt(softplus). The choice is the top k of ``scores``
+    (of ``logits`` with ``router.topk_first``), plus ``bias`` if the router has a selection bias, inside the best
+    ``top_groups`` of ``num_groups`` expert groups; ties go to the lower id. The weights are the chosen scores without
+    bias (with ``topk_first``: f over the chosen logits), divided by their sum if ``renormalize``, times ``scale``.
+    All arithmetic is fp32. The choice has no gradient; the weights and losses have.
+
+    Scores that saturate or vanish in fp32 do not decide. Without a bias the choice compares logits, as scores grow with
+    them, and group score "max" compares the best logits. Sums (with a bias; of the best two of a group) are compared as
+    fp32 rounds them. Where such sums of scores are equal, the greater logit decides, and between groups the greater sum
+    of scores as taken between logarithms, then the greater logits; so saturation does not decide between equal biases
+    either, as they are at the start of training. Quotients are taken between logarithms too, and are right for any
+    finite logits, in their gradients as well.
+
+    An expert of logit -inf has score 0. Where all logits of a token are -inf, quotients are equal shares (1 / top_k,
+    and 1 / E in the balance loss), and the token has no z loss and no gradient. A NaN is chosen before any number, as
+    +inf is, so that it can be seen: its weight is NaN, and with it every weight and loss that shares a sum with it.
+
+    Args:
+      logits: [T, E] float.
+      router: the static recipe.
+      top_k: experts per token, 1 <= top_k <= E; inside the kept groups when there are groups.
+      bias: [E] f32, added for the choice only; required if, and only if, ``router.selection_bias``.
+      token_mask: [T] bool; tokens that are false get ids of -1 and weights of 0 and do not count.
+      axis_name: mesh axes over which the tokens are spread; losses and load are then those of all tokens.
+
+    Returns:
+      Routing. ``losses["balance"] = E * sum_e f_e P_e`` (Switch Transformer, eq. 4, over top_k choices: f_e the share
+      of choices that fell on e, P_e the mean normalised score; 1.0 when even), ``losses["z"] = mean(logsumexp^2)``
+      (ST-MoE, eq. 5). ``load`` [E] i32 counts choices.
+
+    Raises:
+      ShapeError, DtypeError, InvalidArgumentError, MissingArgumentError: an argument breaks a rule above.
+      MeshError: ``axis_name`` is not bound here.
+
+    >>> route(jnp.array([[0.0, 2.0, 1.0]]), RouterConfig(), top_k=2).expert_ids
+    Array([[1, 2]], dtype=int32)
+    """
+    _check_route(logits, router, top_k, bias, token_mask)
+    axes = () if axis_name is None else _compat.bound_axes(axis_name)
+    with jax.named_scope("route"):
+        logits = logits.astype(jnp.float32)
+        if token_mask is not None:  # padding may hold anything, and its gradient is zero
+            logits = jnp.where(token_mask[:, None], logits, 0.0)
+        scores = _scores(logits, router.score)
+        expert_ids = _choose(*lax.stop_gradient((logits, scores, bias)), router, top_k)
+        if router.renormalize:
+            weights = _shares(_take_columns(logits, expert_ids), router.score)
+        elif router.topk_first:
+            weights = _scores(_take_columns(logits, expert_ids), router.score)
+        else:
+            weights = _take_columns(scores, expert_ids)
+        weights = weights * router.scale
+        active = jnp.ones_like(logits[:, 0], dtype=bool) if token_mask is None else token_mask
+        expert_ids = jnp.where(active[:, None], expert_ids, -1)
+        weights = jnp.where(active[:, None], weights, 0.0)
+        losses, load = _losses(logits, scores, expert_ids, active, router, axes)
+    return Routing(expert_ids=expert_ids, combine_weights=weights, losses=losses, load=load)
+
+
+def update_selection_bias(bias: jax.Array, load: jax.Array, *, rate: float) -> jax.Array:
+    """One step of balancing without a loss: raises the bias of experts below the mean load, lowers it above.
+
+    ``bias + rate * sign(mean(load) - load)`` (DeepSeek-V3, section 2.1.2).
+
+    Args:
+      bias: [E] f32.
+      load: [E] integer or float, pairs per expert over all tokens of the step.
+      rate: the step, in units of the score; not negative. A number, or a traced scalar.
+
+    Returns:
+      The new bias [E] f32, whatever the precision of ``rate``.
+
+    Raises:
+      ShapeError, DtypeError, InvalidArgumentError, MissingArgumentError: an argument breaks a rule above.
+    """
+    check_rank("bias", bias, 1, "[E]")
+    check_dtype("bias", bias, ("float32",), "keep it in fp32: small steps vanish in narrower types")
+    check_shape("load", load, bias.shape, "[E], as bias")
+    check_dtype("load", load, (jnp.integer, jnp.floating))
+    if isinstance(rate, (jax.Array, np.ndarray)):
+        check_shape("rate", rate, (), "a scalar")
+        check_dtype("rate", rate, (jnp.floating,))
+    elif isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 <= rate < math.inf:
+        raise InvalidArgumentError(f"rate={rate!r} must be a number, finite and not below zero")
+    load = load.astype(jnp.float32)
+    load = load - jnp.min(load)  # sums of differences stay exact for longer, and equal loads stay equal to their mean
+    rate = rate if isinstance(rate, (jax.Array, np.ndarray)) else float(rate)
+    return bias + jnp.asarray(rate, jnp.float32) * jnp.sign(jnp.mean(load) - load)
+
+
+def _check_route(logits, router, top_k, bias, token_mask):
+    check_rank("logits", logits, 2, "[T, E]")
+    check_dtype("logits", logits, _FLOATS)
+    check_type("router", router, RouterConfig, "build one with moe_jax.RouterConfig(...)")
+    check_count("top_k", top_k)
+    num_experts = logits.shape[1]
+    raise_all(router_violations(router, num_experts, f"the {num_experts} experts of logits", top_k), "route")
+    if router.selection_bias and bias is None:
+        raise MissingArgumentError("bias is missing: router.selection_bias is true; pass an fp32 array [E]")
+    if bias is not None:
+        if not router.selection_bias:
+            raise InvalidArgumentError("bias was given but router.selection_bias is false; set it or leave bias out")
+        check_shape("bias", bias, (num_experts,), "[E], one per expert")
+        check_dtype("bias", bias, (jnp.floating,))
+    if token_mask is not None:
+        check_mask("token_mask", token_mask, logits.shape[:1], "[T]")
+
+
+def _choose(logits, scores, bias, router, top_k):
+    """The expert ids [T, K] of every token, best first."""
+    selection = logits if router.topk_first else scores
+    if bias is not None:
+        selection = selection + bias.astype(jnp.float32)
+    keys = (selection,)
+    if not router.topk_first:  # scores grow with logits, but may be equal in fp32 where logits are not
+        keys = (logits,) if bias is None else (selection, logits)
+    keys = tuple(map(_comparable, keys))
+    if router.top_groups == router.num_groups:
+        return _best(keys, top_k)
+
+    # 1. The best groups, in ascending order, so that ties between their experts go to the lower id.
+    (num_tokens, num_experts), num_groups = logits.shape, router.num_groups
+    size = num_experts // num_groups
+    *keys, selection = (array.reshape(num_tokens, num_groups, size) for array in (*keys, selection))
+    kept = jnp.sort(_best(_group_keys(keys, selection, router), router.top_groups), axis=-1)
+    # 2. The best experts of those groups and of no others, however low they are.
+    keys = [jnp.take_along_axis(key, kept[:, :, None], axis=1) for key in keys]
+    picks = _best([key.reshape(num_tokens, router.top_groups * size) for key in keys], top_k)
+    return jnp.take_along_axis(kept, picks // size, axis=1) * size + picks % size
+
+
+def _group_keys(keys, selection, router):
+    """What groups are compared by: keys [T, G], most important first.
+
+    ``keys`` and ``selection`` [T, G, E / G] are those of their experts; the last key is the logits where scores count.
+    """
+    pair = router.resolved_group_score == "top2" and selection.shape[-1] > 1
+    best = _best(keys, 2 if pair else 1)  # [T, G, 1 or 2]
+    keys = [jnp.take_along_axis(key, best, axis=-1) for key in keys]
+    if not pair:
+        return [key[..., 0] for key in keys]
+    total = _comparable(jnp.sum(jnp.take_along_axis(selection, best, axis=-1), axis=-1))
+    if router.topk_first:
+        return [total]
+    logits = jnp.moveaxis(keys[-1], -1, 0)  # those of the best, those of the second
+    log_sum = jnp.logaddexp(*_log_scores(logits, router.score))
+    if router.score == "sigmoid":  # their sum saturates at 2: compare the distance from there as well
+        log_sum -= jnp.logaddexp(*_log_scores(-logits, router.score))
+    return [total, _comparable(log_sum), *logits]
+
+
+def _comparable(key: jax.Array) -> jax.Array:
+    """``key`` with one zero and no NaN: ``top_k`` sorts -0.0 below 0.0, and NaN is equal to nothing."""
+    is_minus_zero = lax.bitcast_convert_type(key, jnp.int32) == np.int32(-(2**31))
+    return jnp.where(jnp.isnan(key), jnp.inf, jnp.where(is_minus_zero, 0.0, key))
+
+
+def _best(keys: Sequence[jax.Array], count: int) -> jax.Array:
+    """Positions [..., count] of the greatest along the last axis: by the first key, then the next, then the lowest.
+
+    ``keys`` are ``_comparable``. With several keys this takes one round per position: a sort by two keys is 20 times
+    slower on CPUs.
+    """
+    if len(keys) == 1:
+        return lax.top_k(keys[0], count)[1]
+    positions = lax.broadcasted_iota(jnp.int32, keys[0].shape, keys[0].ndim - 1)
+
+    def pick(left, _):
+        leading = left
+        for key in keys:  # those with the greatest key among those that were equal in all keys before
+            leading &= key == jnp.max(key, axis=-1, keepdims=True, where=leading, initial=-jnp.inf)
+        chosen = jnp.min(positions, axis=-1, keepdims=True, where=leading, initial=key.shape[-1])
+        return left & (positions != chosen), chosen[..., 0]
+
+    everything = keys[0] == keys[0]  # of the varying type that the scan needs
+    _, chosen = lax.scan(pick, everything, None, length=count, unroll=min(count, 8))
+    return jnp.moveaxis(chosen, 0, -1)
+
+
+def _scores(logits: jax.Array, score: str) -> jax.Array:
+    if score == "softmax":
+        return _shares(logits, score)
+    if score == "sigmoid":
+        return _sigmoid(logits)
+    # softplus would vanish at twice the logit that its root vanishes at, and the root has no slope at 0.
+    small = logits < _SMALL
+    root = jnp.sqrt(jax.nn.softplus(jnp.where(small, 0.0, logits)))
+    return jnp.where(small, jnp.exp(0.5 * jnp.where(small, logits, 0.0)), root)
+
+
+@jax.custom_jvp
+def _sigmoid(x: jax.Array) -> jax.Array:
+    return jax.nn.sigmoid(x)
+
+
+@_sigmoid.defjvp
+def _sigmoid_jvp(primals, tangents):
+    # d_sigmoid(x) = sigmoid(x) * sigmoid(-x): JAX's own sigmoid(x) * (1 - sigmoid(x)) is 0 from 17 on.
+    (x,), (tangent,) = primals, tangents
+    return _sigmoid(x), tangent * _sigmoid(x) * _sigmoid(-x)
+
+
+def _shares(logits: jax.Array, score: str) -> jax.Array:
+    """Scores divided by their sum on the last axis, also where all vanish in fp32; equal where all logits are -inf."""
+    excluded = logits == -jnp.inf  # kept out of the derivative, which would be NaN
+    logs = jnp.where(excluded, -jnp.inf, _log_scores(jnp.where(excluded, 0.0, logits), score))
+    return jax.nn.softmax(jnp.where(jnp.all(excluded, axis=-1, keepdims=True), 0.0, logs), axis=-1)
+
+
+def _log_scores(logits: jax.Array, score: str) -> jax.Array:
+    """The logarithm of ``_scores``; of softmax without its constant."""
+    if score == "softmax":
+        return logits
+    if score == "sigmoid":
+        return jax.nn.log_sigmoid(logits)
+    small = logits < _SMALL
+    return 0.5 * jnp.where(small, logits, jnp.log(jax.nn.softplus(jnp.where(small, 0.0, logits))))
+
+
+@custom_gradient
+def _take_columns(table: jax.Array, columns: jax.Array) -> jax.Array:
+    """table [T, E], columns [T, K] distinct in a row -> [T, K]; it compares instead of gathering or scattering."""
+    chosen = columns == jnp.arange(table.shape[1], dtype=columns.dtype)[:, None, None]  # [E, T, K]
+    return jnp.sum(jnp.where(chosen, table.T[..., None], 0.0), axis=0)
+
+
+def _take_forward(table, columns):
+    return _take_columns(table, columns), (table, columns)
+
+
+def _take_backward(residuals, ct):
+    # d_table[t, e] = ct[t, k] where columns[t, k] = e, else 0    # [T, E]
+    table, columns = residuals
+    all_columns = jnp.arange(table.shape[1], dtype=columns.dtype)
+    total = jnp.zeros_like(table)
+    for k in range(columns.shape[1]):
+        total += jnp.where(columns[:, k, None] == all_columns, ct[:, k, None], 0.0)
+    return total, None
+
+
+_take_columns.defvjp(_take_forward, _take_backward)
+
+
+def _losses(logits, scores, expert_ids, active, router, axes):
+    """Losses and load over the active tokens of all ranks along ``axes``."""
+    num_experts, top_k = logits.shape[1], expert_ids.shape[1]
+    shares = scores if router.score == "softmax" else _shares(logits, router.score)
+    load = count_each(expert_ids, num_experts)
+    num_active = jnp.sum(active, dtype=jnp.int32)
+    share_sum = jnp.sum(jnp.where(active[:, None], shares, 0.0), axis=0)
+    normalised = active & jnp.any(logits != -jnp.inf, axis=-1)  # the logarithm of an empty sum is no number
+    log_sums = jax.nn.logsumexp(jnp.where(normalised[:, None], logits, 0.0), axis=-1)
+    z_sum = jnp.sum(jnp.where(normalised, jnp.square(log_sums), 0.0))
+    if axes:
+        load, num_active, share_sum, z_sum = collectives.sum_over((load, num_active, share_sum, z_sum), axes)
+    count = jnp.maximum(num_active, 1).astype(jnp.float32)
+    fraction = load.astype(jnp.float32) / (count * top_k)
+    balance = num_experts * jnp.sum(fraction * share_sum / count)
+    return {"balance": balance, "z": z_sum / count}, load

@@ -1,0 +1,147 @@
+"""The folder of a run: which one it is, what it holds, and that no other run loses its work to this one."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+from moe_jax.errors import CheckpointError, DataError
+from moe_jax.tools.train.atomic import remove_unfinished
+
+RUNS = Path("runs")
+
+
+class _BusyError(CheckpointError):
+    """Another process holds the folder."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run keeps what it leaves behind; `note` says why this folder, if that needs saying."""
+
+    path: Path
+    note: str = ""
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoint.moe"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.png"
+
+    @property
+    def how_to_resume(self) -> str:
+        return f"go on with --out {self.path} --resume"
+
+
+@contextmanager
+def open_folder(out: str | Path | None, name: str, *, resume: bool) -> Iterator[RunFolder]:
+    """The folder of a run, made where it does not exist, and locked against other runs until the context ends.
+
+    Args:
+      out: the folder. To be resumed it must hold a checkpoint; for a new run it must hold none.
+      name: without `out`, a new run takes `runs/NAME`, or the first of `runs/NAME-2`, `runs/NAME-3`, ... that is
+        empty, and a resumed one takes whichever of them was saved last.
+      resume: whether the run goes on from a checkpoint.
+
+    Raises:
+      CheckpointError: the checkpoint to resume is missing, or there is one that a new run would replace, or another
+        run is at work there.
+      DataError: the folder cannot be made.
+    """
+    with ExitStack() as stack:
+        if out is None and not resume:
+            folder = _claim_first_free(name, stack)
+        else:
+            folder = _checked(Path(out), resume) if out is not None else _last_saved(name)
+            stack.enter_context(_claim(folder.path))
+        remove_unfinished(folder.checkpoint, folder.metrics, folder.report)
+        yield folder
+
+
+def _checked(path: Path, resume: bool) -> RunFolder:
+    """The folder that the person named."""
+    folder = RunFolder(path)
+    exists = folder.checkpoint.exists()
+    if resume and not exists:
+        raise CheckpointError(f"{folder.checkpoint}: there is no checkpoint here; start without --resume")
+    if exists and not resume:
+        raise CheckpointError(
+            f"{path}: holds a run, which a new one would replace; add --resume to go on with it, or pass another --out"
+        )
+    if folder.metrics.exists() and not resume:
+        return RunFolder(path, f"{folder.metrics} is of a run that never saved a checkpoint, and will be replaced")
+    return folder
+
+
+def _last_saved(name: str) -> RunFolder:
+    """Of the folders that a run called `name` takes without --out, the one whose checkpoint is the youngest."""
+    pattern = re.compile(re.escape(name) + r"(-\d+)?")
+    paths = [path for path in (RUNS.iterdir() if RUNS.is_dir() else ()) if pattern.fullmatch(path.name)]
+    folders = [folder for folder in map(RunFolder, paths) if folder.checkpoint.is_file()]
+    if not folders:
+        raise CheckpointError(f"{RUNS / name}: there is no checkpoint here; start without --resume, or pass --out")
+    return max(folders, key=lambda folder: folder.checkpoint.stat().st_mtime_ns)
+
+
+def _claim_first_free(name: str, stack: ExitStack) -> RunFolder:
+    """An empty folder for a new run; what claims it is put on `stack`."""
+    for number in count(1):
+        path = RUNS / (name if number == 1 else f"{name}-{number}")
+        if path.exists() and not path.is_dir():
+            continue
+        with ExitStack() as attempt, suppress(_BusyError):
+            attempt.enter_context(_claim(path))
+            if not any(path.iterdir()):
+                stack.push(attempt.pop_all())
+                note = f"{RUNS / name} holds an earlier run (--resume goes on with the last one)" if number > 1 else ""
+                return RunFolder(path, note)
+
+
+@contextmanager
+def _claim(path: Path) -> Iterator[None]:
+    """Makes the folder and locks it; in the end a folder that was made for nothing is removed."""
+    created = not path.exists()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be made ({error.strerror}); pass --out a folder you may write") from None
+    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        raise DataError(f"{path}: you may not write here; pass --out a folder you may write")
+    try:
+        with _lock(path):
+            yield
+    finally:
+        if created:
+            with suppress(OSError):  # it is not empty: the run left something in it
+                path.rmdir()
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Holds the folder against other processes. The system ends the lock of a process that ends, however it ends."""
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise _BusyError(f"{path}: another run is at work here; wait for its end, or pass another --out") from None
+    except OSError:
+        pass  # some network file systems have no locks: two runs can then not be kept apart
+    try:
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,303 @@
+"""The training job from start to end: data, model, steps, checkpoints, validation, sample and report."""
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import moe_jax as moe
+from moe_jax.config import Config
+from moe_jax.errors import CheckpointError, ConfigError, DataError, InvalidArgumentError
+from moe_jax.mesh import ensure_devices
+from moe_jax.tools.train import checkpoint
+from moe_jax.tools.train.data import Corpus, digest, eval_batch, load_corpus, train_batch
+from moe_jax.tools.train.folder import RunFolder, open_folder
+from moe_jax.tools.train.interrupt import Interrupt, Stopped, catch_interrupt
+from moe_jax.tools.train.model import Decoder, build_decoder
+from moe_jax.tools.train.progress import Progress, Record, make_progress
+from moe_jax.tools.train.report import MetricsFile, write_report
+from moe_jax.tools.train.sample import printable, sample_text
+from moe_jax.tools.train.step import StepMetrics, TrainState, compile_eval, compile_step, init_state, make_optimizer
+
+PROMPT_BYTES = 16
+
+
+@dataclass
+class Job:
+    """What a run is asked to do, where it leaves its work, and whom it tells about it; all of it is fixed."""
+
+    config: Config
+    corpus: Corpus
+    num_steps: int
+    resume: bool
+    folder: RunFolder
+    progress: Progress
+    interrupt: Interrupt
+
+    def tell(self, task: str, done: int = 0, total: int | None = None) -> None:
+        """Says what is under way; whoever asked the run to stop gets their wish here."""
+        self.interrupt.check()
+        self.interrupt.doing = task
+        self.progress.task(task, done, total)
+
+
+@dataclass
+class Run:
+    """A run in progress: the last three fields move, the rest is fixed."""
+
+    job: Job
+    decoder: Decoder
+    optimizer: Any
+    identity: checkpoint.Identity
+    metrics: MetricsFile
+    state: TrainState
+    done_steps: int
+    saved_steps: int  # what the checkpoint in the folder holds; 0: there is none
+
+    def batch(self, array: np.ndarray) -> jax.Array:
+        """A host batch [B, S + 1] on the mesh, spread over all devices."""
+        return jax.device_put(array, self.decoder.over_batch)
+
+    def save(self) -> None:
+        """Brings the checkpoint up to date, and says so."""
+        if self.saved_steps == self.done_steps:
+            return
+        path = self.job.folder.checkpoint
+        self.job.interrupt.doing = "saving"
+        checkpoint.save(path, self.state, step=self.done_steps, identity=self.identity)
+        self.saved_steps = self.done_steps
+        sentence = f"saved {path} after step {self.done_steps}"
+        self.job.progress.result("saved", sentence, step=self.done_steps, path=str(path))
+
+
+def train(
+    config: Config,
+    *,
+    data: str | Path | None = None,
+    steps: int | None = None,
+    out: str | Path | None = None,
+    name: str = "train",
+    resume: bool = False,
+    json_lines: bool = False,
+) -> int:
+    """Trains, then prints the validation loss in nats per byte and a sample; returns the exit code.
+
+    The checkpoint is saved at the end, every `config.train.save_seconds` and `save_every` steps, when the run is asked
+    to stop, and when the data, the metrics or standard output fail. A run that is killed loses what came after the last
+    one.
+
+    Args:
+      config: with [model] and [train].
+      data: a file or folder of text; None: the sources of Python's standard library.
+      steps: stop after this many steps of the schedule; None: `config.train.steps`. The schedule itself does not
+        change, so stopping early and resuming is the same as going through.
+      out: folder for the checkpoint, the metrics and the report; None: see `name`.
+      name: without `out`, a new run takes the first empty folder of `runs/NAME`, `runs/NAME-2`, ..., and a resumed one
+        takes the one of them that was saved last.
+      resume: go on from the checkpoint in the folder, bit by bit as if the run had not stopped.
+      json_lines: print JSON lines instead of text.
+
+    Returns:
+      0, or 128 and the number of the signal that stopped the run: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP.
+
+    Raises:
+      ConfigError, DataError, CheckpointError, MeshError: each with one sentence for the person.
+    """
+    num_steps = _check_request(config, steps)
+    corpus = load_corpus(data, config.model.seq_len)
+    with open_folder(out, name, resume=resume) as folder:
+        _check_apart(folder, data)
+        progress = make_progress(json_lines=json_lines, log_every=config.train.log_every, num_steps=num_steps)
+        with closing(progress), catch_interrupt(progress.note) as interrupt:
+            return _carry_out(Job(config, corpus, num_steps, resume, folder, progress, interrupt))
+
+
+def _check_request(config: Config, steps: int | None) -> int:
+    """The number of steps to take."""
+    if config.train is None:
+        raise ConfigError("the configuration has no [train] section; it describes a shape: use the plan command")
+    if steps is not None and steps < 1:
+        raise InvalidArgumentError(f"steps={steps} must be at least 1")
+    return config.train.steps if steps is None else steps
+
+
+def _check_apart(folder: RunFolder, data: str | Path | None) -> None:
+    """Raises DataError where the run would read what it writes."""
+    if data is not None and folder.path.resolve().is_relative_to(Path(data).resolve()):
+        raise DataError(
+            f"{data}: holds {folder.path}, where the run writes, so it would read its own files; pass another --out"
+        )
+
+
+def _carry_out(job: Job) -> int:
+    """The whole run; returns the exit code."""
+    run = None
+    try:
+        run = _start(job)
+        with closing(run.metrics):
+            try:
+                _take_steps(run)
+                _finish(run)
+            finally:
+                if run.done_steps and run.saved_steps == run.done_steps:  # else it failed, and an error follows
+                    job.progress.task("drawing the report")
+                    job.progress.note(write_report(job.folder.report, run.metrics.records()))
+    except Stopped:
+        done_steps = run.done_steps if run else 0
+        kept = f"{job.folder.checkpoint} holds all of it; {job.folder.how_to_resume}"
+        sentence = (
+            f"interrupted after step {done_steps}: {kept}" if done_steps else "interrupted before a step was taken"
+        )
+        job.progress.result("interrupted", sentence, step=done_steps)
+        return job.interrupt.exit_code
+    return 0
+
+
+def _start(job: Job) -> Run:
+    """All that comes before the first step is compiled."""
+    config, corpus, folder = job.config, job.corpus, job.folder
+    if folder.note:
+        job.progress.note(folder.note)
+    sha256 = digest(corpus, job.tell)
+    job.tell("making the parameters")
+    optimizer = make_optimizer(config.train)
+    shape = config.mesh
+    ensure_devices(shape.num_devices)
+    mesh = moe.make_mesh(ep=shape.ep, tp=shape.tp, nodes=shape.nodes, dp=shape.dp)
+    decoder = build_decoder(config, mesh)
+    state, done_steps = init_state(decoder, optimizer, config.train.seed), 0
+    num_bytes = len(corpus.train) + len(corpus.held_out)
+    identity = checkpoint.identify(config, f"{num_bytes} bytes with SHA-256 {sha256}")
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    job.progress.note(
+        f"{num_params:,} parameters, {len(corpus.train):,} bytes to train on, "
+        f"{len(corpus.held_out):,} held out, {mesh.size} devices"
+    )
+    if corpus.left_out:
+        named = ", ".join(corpus.left_out[:3]) + (", ..." if len(corpus.left_out) > 3 else "")
+        job.progress.note(f"left out of the data (hidden, cached, linked folders, no files): {named}")
+    if job.resume:
+        state, done_steps = checkpoint.restore(folder.checkpoint, state, identity=identity)
+        job.progress.note(f"resuming {folder.path} after step {done_steps}")
+    else:
+        seconds = config.train.save_seconds
+        often = f" every {seconds:g} s and" if seconds < math.inf else ""
+        job.progress.note(f"the run is kept in {folder.path}: a checkpoint{often} at the end, metrics and a picture")
+    metrics = MetricsFile(folder.metrics, done_steps=done_steps)
+    return Run(job, decoder, optimizer, identity, metrics, state, done_steps, saved_steps=done_steps)
+
+
+def _take_steps(run: Run) -> None:
+    """Trains up to `num_steps` and saves; raises Stopped, after saving too, if the run was asked to stop before."""
+    job = run.job
+    if run.done_steps >= job.num_steps:
+        job.progress.note(f"the checkpoint has {run.done_steps} steps already; nothing is left to train")
+        return
+    job.tell("compiling the step")
+    begin = time.perf_counter()
+    step = compile_step(run.decoder, run.optimizer, job.config, run.state)
+    job.progress.note(f"compiled the step in {time.perf_counter() - begin:.1f} s")
+    try:
+        _step_until(run, step)
+    except CheckpointError:
+        raise
+    except OSError:
+        # The data, the metrics or standard output failed. That is no fault of the parameters, so they are kept.
+        run.save()
+        raise
+    run.save()
+    job.interrupt.check()
+
+
+def _step_until(run: Run, step: Callable) -> None:
+    """Steps until `num_steps` or until asked to stop, and saves when it is time."""
+    train = run.job.config.train
+    saved_at = time.monotonic()
+    while run.done_steps < run.job.num_steps and not run.job.interrupt.signum:
+        run.job.interrupt.doing = f"taking step {run.done_steps + 1}"
+        record = _one_step(run, step)
+        run.metrics.append(record)
+        run.job.progress.step(record)
+        by_steps = train.save_every and run.done_steps % train.save_every == 0
+        if by_steps or time.monotonic() - saved_at >= train.save_seconds:
+            run.save()
+            saved_at = time.monotonic()
+
+
+def _one_step(run: Run, step: Callable) -> Record:
+    """Takes one step and waits for it: steps queued behind one another can starve emulated devices of threads."""
+    config, seq_len = run.job.config.train, run.job.config.model.seq_len
+    begin = time.perf_counter()
+    host_batch = train_batch(
+        run.job.corpus, seed=config.seed, step=run.done_steps, batch_size=config.batch_size, seq_len=seq_len
+    )
+    run.state, metrics = step(run.state, run.batch(host_batch))
+    metrics = jax.device_get(metrics)
+    run.done_steps += 1
+    if not math.isfinite(metrics.loss):
+        kept = f"; the checkpoint of step {run.saved_steps} is kept" if run.saved_steps else ""
+        raise ConfigError(
+            f"the loss became {metrics.loss} at step {run.done_steps}; "
+            f"lower train.learning_rate={config.learning_rate} or train.grad_clip={config.grad_clip}{kept}"
+        )
+    num_tokens = config.batch_size * seq_len
+    return make_record(metrics, step=run.done_steps, tokens_per_s=num_tokens / (time.perf_counter() - begin))
+
+
+def make_record(metrics: StepMetrics, *, step: int, tokens_per_s: float) -> Record:
+    """The numbers of one step as plain Python values, ready for JSON."""
+    stats = metrics.stats
+    return {
+        "step": step,
+        "loss": float(metrics.loss),
+        "grad_norm": float(metrics.grad_norm),
+        "balance": float(stats.balance),
+        "z": float(stats.z),
+        "tokens_per_s": tokens_per_s,
+        "imbalance": float(np.max(stats.load.max(axis=-1) / np.maximum(stats.load.mean(axis=-1), 1e-9))),
+        "dropped": int(stats.num_dropped),
+        "rounds": int(stats.num_rounds),
+        "load": stats.load.tolist(),
+    }
+
+
+def _finish(run: Run) -> None:
+    """Validation loss and sample: told, and kept in the metrics."""
+    loss = _validate(run)
+    run.job.progress.result("validation", f"validation loss {loss:.3f}", loss=loss)
+    run.metrics.append({"step": run.done_steps, "validation_loss": loss})
+    config = run.job.config.train
+    if config.sample_bytes:
+        run.job.tell("compiling the sampler")
+        text = sample_text(
+            run.decoder,
+            run.state.params,
+            run.job.corpus.held_out.read(0, PROMPT_BYTES),
+            num_bytes=config.sample_bytes,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            tell=run.job.tell,
+        )
+        run.job.progress.result("sample", f"sample:\n{printable(text)}", text=text)
+        run.metrics.append({"step": run.done_steps, "sample": text})
+
+
+def _validate(run: Run) -> float:
+    """Mean cross-entropy over the held-out windows, in nats per byte."""
+    job = run.job
+    config = job.config.train
+    job.tell("compiling the validation")
+    evaluate = compile_eval(run.decoder, job.config, run.state.params)
+    shape = {"batch_size": config.batch_size, "seq_len": job.config.model.seq_len}
+    losses = []
+    for index in range(config.eval_batches):
+        job.tell("validating", index, config.eval_batches)
+        batch = eval_batch(job.corpus, index=index, num_batches=config.eval_batches, **shape)
+        losses.append(float(evaluate(run.state.params, run.batch(batch))))
+    return float(np.mean(losses))

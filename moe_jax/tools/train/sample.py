@@ -1,0 +1,61 @@
+"""Sampling text from the model, one byte at a time, with one fixed shape."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.tools.train.model import Decoder, Params
+
+
+def compile_next_byte(decoder: Decoder, params: Params, *, batch_size: int) -> Callable:
+    """Compiles next_byte(params, tokens [B, S] i32, position, key data) -> a byte sampled after `position` of row 0."""
+
+    def next_byte(params, tokens, position, key):
+        logits, _ = decoder.logits(params, tokens)
+        return jax.random.categorical(jax.random.wrap_key_data(key), logits[0, position])
+
+    key = jax.random.key_data(jax.random.key(0))
+    like = (
+        jax.ShapeDtypeStruct((batch_size, decoder.config.seq_len), jnp.int32, sharding=decoder.over_batch),
+        jax.ShapeDtypeStruct((), jnp.int32, sharding=decoder.replicated),
+        jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=decoder.replicated),
+    )
+    return jax.jit(next_byte, out_shardings=decoder.replicated).lower(params, *like).compile()
+
+
+def sample_text(
+    decoder: Decoder,
+    params: Params,
+    prompt: bytes,
+    *,
+    num_bytes: int,
+    batch_size: int,
+    seed: int,
+    tell: Callable[[str, int, int], None],
+) -> str:
+    """`prompt` and `num_bytes` sampled bytes after it, as text; bytes that are no UTF-8 show as the replacement mark.
+
+    `tell` hears how many bytes are there before each one.
+
+    The batch is the one that the model was planned for, so nothing is planned anew; every row holds the same text and
+    row 0 is read. Text longer than the window is seen through its last `seq_len` bytes.
+    """
+    next_byte = compile_next_byte(decoder, params, batch_size=batch_size)
+    seq_len, text = decoder.config.seq_len, list(prompt)
+    for done, key in enumerate(np.asarray(jax.random.key_data(jax.random.split(jax.random.key(seed), num_bytes)))):
+        tell("sampling", done, num_bytes)
+        window = text[-seq_len:]
+        tokens = np.zeros((batch_size, seq_len), np.int32)
+        tokens[:, : len(window)] = window
+        inputs = jax.device_put(
+            (tokens, np.int32(len(window) - 1), key), (decoder.over_batch, decoder.replicated, decoder.replicated)
+        )
+        text.append(int(next_byte(params, *inputs)))
+    return bytes(text).decode(errors="replace")
+
+
+def printable(text: str) -> str:
+    """`text` with what could steer a terminal written as escapes, such as \\x1b; line breaks and tabs stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)

@@ -1,0 +1,121 @@
+"""One training step: loss, gradients, AdamW and the selection bias, compiled with the state donated."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import moe_jax as moe
+from moe_jax.config import Config, TrainConfig
+from moe_jax.tools.train.extras import require
+from moe_jax.tools.train.model import Decoder, ModelStats, Params
+
+BIAS = "selection_bias"
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """All that a step reads and writes; what a checkpoint holds."""
+
+    params: Params  # float32 masters
+    opt_state: Any  # optax's moments, sharded like the parameters, and its step counter
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one step measured, before its update; replicated."""
+
+    loss: jax.Array  # scalar f32, cross-entropy in nats per byte
+    grad_norm: jax.Array  # scalar f32, before clipping
+    stats: ModelStats
+
+
+def make_optimizer(train: TrainConfig) -> Any:
+    """AdamW with clipping, linear warm-up to `learning_rate` and cosine decay to `final_rate` of it at `steps`."""
+    optax = require("optax", "training")
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=train.learning_rate / (train.warmup_steps + 1),
+        peak_value=train.learning_rate,
+        warmup_steps=train.warmup_steps,
+        decay_steps=train.steps,
+        end_value=train.learning_rate * train.final_rate,
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(train.grad_clip),
+        optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=train.weight_decay, mask=_decays),
+    )
+
+
+def init_state(decoder: Decoder, optimizer: Any, seed: int) -> TrainState:
+    """The state before the first step; moments are placed like the parameters they belong to."""
+    params = decoder.init(jax.random.key(seed))
+    place = lambda leaf: leaf if leaf.ndim else jax.device_put(leaf, decoder.replicated)  # noqa: E731
+    return TrainState(params, jax.tree.map(place, optimizer.init(params)))
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Mean over logits [B, S, V] f32 of -log softmax at targets [B, S] i32: a scalar, nats per byte."""
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - picked)
+
+
+def compile_step(decoder: Decoder, optimizer: Any, config: Config, state: TrainState) -> Callable:
+    """Compiles step(state, batch [B, S + 1] i32) -> (state, StepMetrics) for the given state, which it donates."""
+
+    def loss_fn(params, batch):
+        logits, stats = decoder.logits(params, batch[:, :-1])
+        loss = cross_entropy(logits, batch[:, 1:])
+        return loss + config.moe.balance_loss * stats.balance + config.moe.z_loss * stats.z, (loss, stats)
+
+    def step(state, batch):
+        (_, (loss, stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
+        with jax.named_scope("optimizer"):
+            grad_norm = jnp.sqrt(sum(jnp.sum(jnp.square(grad)) for grad in jax.tree.leaves(grads)))
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = jax.tree.map(jnp.add, state.params, updates)
+            params = _update_biases(params, stats.load, config.moe.bias_update_rate)
+        return TrainState(params, opt_state), StepMetrics(loss, grad_norm, stats)
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, decoder.replicated))
+    return compiled.lower(state, _batch_like(decoder, config)).compile()
+
+
+def compile_eval(decoder: Decoder, config: Config, params: Params) -> Callable:
+    """Compiles eval(params, batch [B, S + 1] i32) -> cross-entropy, a scalar f32 in nats per byte."""
+
+    def evaluate(params, batch):
+        return cross_entropy(decoder.logits(params, batch[:, :-1])[0], batch[:, 1:])
+
+    compiled = jax.jit(evaluate, out_shardings=decoder.replicated)
+    return compiled.lower(params, _batch_like(decoder, config)).compile()
+
+
+def _batch_like(decoder: Decoder, config: Config) -> jax.ShapeDtypeStruct:
+    shape = (config.train.batch_size, config.model.seq_len + 1)
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=decoder.over_batch)
+
+
+def _update_biases(params: Params, load: jax.Array, rate: float) -> Params:
+    """Moves each layer's selection bias, where there is one, against its load [L, E]; no gradient is involved."""
+    blocks = []
+    for block, layer_load in zip(params["blocks"], load, strict=True):
+        if BIAS in block["moe"]:
+            bias = moe.update_selection_bias(block["moe"][BIAS], layer_load, rate=rate)
+            block = {**block, "moe": {**block["moe"], BIAS: bias}}
+        blocks.append(block)
+    return {**params, "blocks": blocks}
+
+
+def _decays(params: Params) -> Any:
+    """True for weight matrices; False for norms, biases and the embedding."""
+
+    def decays(path, leaf):
+        name = path[-1].key
+        return leaf.ndim >= 2 and "bias" not in name and name != "embedding"
+
+    return jax.tree_util.tree_map_with_path(decays, params)
