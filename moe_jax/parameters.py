@@ -1,4 +1,4 @@
-"""The one table of the layer's parameters: their names, axes and first values. Data only, so that the oracle reads it too.
+"""The one table of the layer's parameters: their names, axes and first values. Data only: the oracle reads it too.
 
 Whoever needs to know something about the parameters reads it here: how they are drawn and checked, how they lie on a
 mesh (``moe_jax.layer.params``), which of them an expert multiplies first (``moe_jax.layer.experts``), and what the

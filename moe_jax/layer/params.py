@@ -41,8 +41,8 @@ def param_specs(
 ) -> dict[str, PartitionSpec]:
     """How the parameters of ``moe_on_mesh`` lie on the mesh of ``plan``, by name.
 
-    Expert weights are split over the expert-parallel axes and, along F, over tp; all others are replicated. The keywords
-    are those of ``moe_on_mesh``.
+    Expert weights are split over the expert-parallel axes and, along F, over tp; all others are replicated. The
+    arguments are those of ``moe_on_mesh``.
 
     Raises:
       InvalidArgumentError, MissingArgumentError, UnsupportedError: as ``moe_on_mesh``.
@@ -71,8 +71,8 @@ def abstract_params(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """The parameters of ``moe_on_mesh`` without their values: shapes, dtypes and shardings, by name.
 
-    What ``init`` of ``moe_on_mesh`` would return, as ``jax.ShapeDtypeStruct``: to restore a checkpoint into, or to lower
-    and compile a program for devices that are not here. The arguments are those of ``moe_on_mesh``.
+    They are what ``init`` of ``moe_on_mesh`` would return, as ``jax.ShapeDtypeStruct``: to restore a checkpoint into, or
+    to lower and compile a program for devices that are not here. The arguments are those of ``moe_on_mesh``.
 
     Raises:
       InvalidArgumentError, MissingArgumentError, MeshError, UnsupportedError: as ``moe_on_mesh``.
@@ -250,7 +250,7 @@ def _known_rows(plan: Plan, router: RouterConfig, activation: str) -> tuple[Para
 
 
 def _width(params: Mapping[str, Any], dim: str) -> int | str:
-    """The extent of ``dim`` as the first well-formed matrix has it; the letter F, to be printed, where there is none."""
+    """The extent of ``dim`` in the first well-formed matrix that has it; the letter F, to be printed, if none has."""
     for row in TABLE:
         shape = getattr(params.get(row.name), "shape", ())
         if dim in row.dims and row.fan_in and len(shape) > 1:
