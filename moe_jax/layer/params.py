@@ -71,8 +71,8 @@ def abstract_params(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """The parameters of ``moe_on_mesh`` without their values: shapes, dtypes and shardings, by name.
 
-    They are what ``init`` of ``moe_on_mesh`` would return, as ``jax.ShapeDtypeStruct``: to restore a checkpoint into, or
-    to lower and compile a program for devices that are not here. The arguments are those of ``moe_on_mesh``.
+    They are what ``init`` of ``moe_on_mesh`` would return, as ``jax.ShapeDtypeStruct``: to restore a checkpoint into,
+    or to lower and compile a program for devices that are not here. The arguments are those of ``moe_on_mesh``.
 
     Raises:
       InvalidArgumentError, MissingArgumentError, MeshError, UnsupportedError: as ``moe_on_mesh``.

@@ -47,6 +47,8 @@ class Plan:
       backend: the back end of the kernels, by name; where several share the work, joined by "+": the first that has a
         kernel serves it. Never "auto".
       backend_reason: which of them serves what, and why, in words.
+      kernels: what the names in ``backend`` meant when the plan was made, such as ("cpu#1",): the registrations that
+        kernels and exchanges are looked up by, so that nothing that is registered later changes the plan's program.
       poison: whether slots that nobody may read are filled with NaN.
     """
 
@@ -76,6 +78,7 @@ class Plan:
     platform: str
     backend: str
     backend_reason: str
+    kernels: tuple[str, ...]
     poison: bool
 
     @property
