@@ -33,12 +33,12 @@ from limit_calls import (
     call_of,
     first_phase,
 )
+from limit_registry import registered
 from limit_rows_others import FULL, UNEVEN, UNEVEN_BACK
 
 from moe_jax import aclnn
 from moe_jax.aclnn.executor import Executor
 from moe_jax.aclnn.first_phase import OPERATORS
-from moe_jax.aclnn.limits_registry import registered
 from moe_jax.errors import (
     DtypeError,
     InvalidArgumentError,
