@@ -20,7 +20,7 @@ from test_fused_quant import E2M1, INT8, codes, scales
 
 import moe_jax as moe
 from moe_jax import _compat, aclnn, errors, reference
-from moe_jax.aclnn.executor import Executor
+from moe_jax.aclnn.first_phase import Executor
 from moe_jax.hardware.ascend import VERSIONS, lacking
 from moe_jax.recovery.window import Window
 
