@@ -3,7 +3,7 @@
 Everything faster in this library is tested against these functions, forward and backward.
 """
 
-from moe_jax.reference import family, quant
+from moe_jax.reference import quant
 from moe_jax.reference.exchange import (
     Dispatched,
     combine,
@@ -41,7 +41,6 @@ __all__ = [
     "dispatch_vjp",
     "expert_ffn",
     "expert_ffn_vjp",
-    "family",
     "grouped_matmul",
     "grouped_matmul_all_to_allv",
     "grouped_matmul_all_to_allv_vjp",
