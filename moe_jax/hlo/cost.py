@@ -204,8 +204,11 @@ def _dot_flops(program: Program, instruction: Instruction, contracted: str) -> i
 
 
 def _convolution_flops(program: Program, instruction: Instruction) -> int:
-    """The multiplications that meet no padding. (The TPU compiler writes every dot as a convolution, the batch of one
-    as a dimension whose window fits in one place only.)"""
+    """The multiplications that meet no padding.
+
+    The TPU compiler writes every dot as a convolution, the batch of one as a dimension whose window fits in one place
+    only.
+    """
     operands, result = instruction.attribute("dim_labels").split("->")  # such as b01f_01io->b01f
     labels = (*operands.split("_"), result)  # one letter or number per dimension of lhs, rhs and the result
     lhs, rhs = (array_extents(program.type_of(instruction, name)) for name in instruction.operands)
@@ -229,7 +232,7 @@ def _windows(instruction: Instruction, dimensions: int) -> list[tuple[int, int, 
     columns = [
         words[name].split("x") if name in words else [default] * dimensions for name, default in defaults.items()
     ]
-    return [(int(s), int(p.split("_")[0]), int(a), int(b)) for s, p, a, b in zip(*columns)]
+    return [(int(s), int(p.split("_")[0]), int(a), int(b)) for s, p, a, b in zip(*columns, strict=True)]
 
 
 def _places(size: int, window: int, out: int, stride: int, before: int, lhs_dilate: int, rhs_dilate: int) -> int:
@@ -245,8 +248,11 @@ def _places(size: int, window: int, out: int, stride: int, before: int, lhs_dila
 
 
 class _Traffic:
-    """Bytes that an instruction reads from memory and writes to it. What an operation only looks into counts by what it
-    takes out: the rows of a gather, a slice; what it changes in place, by what it changes."""
+    """Bytes that an instruction reads from memory and writes to it.
+
+    What an operation only looks into counts by what it takes out: the rows of a gather, a slice; what it changes in
+    place, by what it changes.
+    """
 
     def __init__(self, program: Program, has_fast_memory: bool):
         self.program, self.has_fast_memory = program, has_fast_memory
@@ -377,7 +383,8 @@ def scope_of(instruction: Instruction) -> str | None:
     if not path or "/" not in path[1]:
         return None
     words, backward = [], False
-    for word in path[1].split("/")[:-1]:
+    for part in path[1].split("/")[:-1]:
+        word = part
         while wrapped := _WRAPPED.fullmatch(word):
             backward, word = backward or wrapped[1] == "transpose", wrapped[2]
         if word and not _STRUCTURE.fullmatch(word) and word not in words[-1:]:
