@@ -4,6 +4,7 @@ Importing this package touches no device and no environment variable.
 """
 
 from moe_jax import aclnn, errors, quant, reference
+from moe_jax.balance import Placement, expected_imbalance, rebalance
 from moe_jax.collectives import ragged_all_to_all
 from moe_jax.config import RouterConfig, load_config
 from moe_jax.elastic.rank_table import make_rank_table
@@ -34,6 +35,7 @@ __all__ = [
     "Dispatched",
     "LayerStats",
     "MoEError",
+    "Placement",
     "Plan",
     "RouterConfig",
     "Routing",
@@ -51,6 +53,7 @@ __all__ = [
     "dispatch",
     "emulate_devices",
     "errors",
+    "expected_imbalance",
     "grouped_matmul",
     "grouped_matmul_all_to_allv",
     "hlo_contract",
@@ -63,6 +66,7 @@ __all__ = [
     "moe_on_mesh",
     "quant",
     "ragged_all_to_all",
+    "rebalance",
     "receivable_info_collect",
     "receivable_test",
     "reference",

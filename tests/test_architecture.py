@@ -17,7 +17,7 @@ LAYERS = [
     {"_compat", "hlo"},
     {"derivatives"},
     {"config", "types", "reference", "layout", "quant", "hardware"},
-    {"mesh", "kernels", "elastic", "targets"},
+    {"mesh", "kernels", "elastic", "targets", "balance"},
     {"plan", "collectives"},
     {"recovery"},
     {"transports"},
