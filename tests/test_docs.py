@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import moe_jax
 from moe_jax.kernels import table
 from moe_jax.tools import cli
 
@@ -142,6 +143,12 @@ def test_the_architecture_page_names_every_folder():
         path.stem for path in (ROOT / "moe_jax").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
     }
     assert named == there - {"__init__", "__main__"}
+
+
+def test_the_operators_page_names_every_public_name():
+    named = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]*)`", (ROOT / "docs" / "operators.md").read_text()))))
+    # Classes that functions return or raise are described where they are.
+    assert {name for name in moe_jax.__all__ if not isinstance(getattr(moe_jax, name), type)} - named == set()
 
 
 def test_the_picture_names_files_that_are_there():
