@@ -193,8 +193,8 @@ class _Smooth:
 
     def merge(self, values: list, others: list) -> list:
         """The inverse: ``values`` where there is a derivative, else what ``others`` has."""
-        values = iter(values)
-        return [next(values) if smooth else other for smooth, other in zip(self.mask, others, strict=True)]
+        of_smooth = iter(values)
+        return [next(of_smooth) if smooth else other for smooth, other in zip(self.mask, others, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

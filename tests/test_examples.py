@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from limit_registry import OPERATORS
 
 import moe_jax as moe
 from moe_jax import aclnn, errors, quant, types
 from moe_jax.aclnn import world
-from moe_jax.aclnn.first_phase import OPERATORS
 from moe_jax.recovery import window
 
 ROOT = Path(__file__).parent.parent

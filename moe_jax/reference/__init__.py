@@ -4,7 +4,7 @@ It is slow on purpose, and free of JAX. Everything faster in this library is tes
 backward.
 """
 
-from moe_jax.reference import family, quant
+from moe_jax.reference import quant
 from moe_jax.reference.exchange import (
     Dispatched,
     combine,
@@ -42,7 +42,6 @@ __all__ = [
     "dispatch_vjp",
     "expert_ffn",
     "expert_ffn_vjp",
-    "family",
     "grouped_matmul",
     "grouped_matmul_all_to_allv",
     "grouped_matmul_all_to_allv_vjp",

@@ -11,6 +11,7 @@ import numpy as np
 
 from moe_jax import errors
 
+PerRank = Sequence[np.ndarray] | np.ndarray  # W arrays, one of each rank, or all of them stacked
 Ranked = list[list[np.ndarray]]  # [W][P] arrays: the number of rows differs from device to device
 
 
@@ -172,8 +173,8 @@ def combine_vjp(
 
 
 def ragged_all_to_all(
-    operand: Sequence[np.ndarray],
-    output: Sequence[np.ndarray],
+    operand: PerRank,
+    output: PerRank,
     input_offsets: np.ndarray,
     send_sizes: np.ndarray,
     output_offsets: np.ndarray,
@@ -214,8 +215,8 @@ def ragged_all_to_all(
 
 
 def ragged_all_to_all_vjp(
-    ct: Sequence[np.ndarray],
-    operand: Sequence[np.ndarray],
+    ct: PerRank,
+    operand: PerRank,
     input_offsets: np.ndarray,
     send_sizes: np.ndarray,
     output_offsets: np.ndarray,

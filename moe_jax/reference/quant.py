@@ -132,7 +132,7 @@ def _microscale_clip(target, x):
     return [_encode(target, float(_flush(_F32(v))) * 2.0 ** (127 - s)) for v in x], s
 
 
-def _encode(target: str, z: float) -> int:
+def _encode(target: str, z: float | np.floating) -> int:
     """The code of the number nearest to ``z``, ties to the even code; beyond the ends, the end."""
     z = float(z)
     if target == "int8":

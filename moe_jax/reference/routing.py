@@ -231,11 +231,11 @@ def _split_scores(logits: np.ndarray, score: str) -> np.ndarray:
 
 def _exact_sum(terms: np.ndarray) -> tuple[float, float]:
     """The sum of all ``terms`` as a float, and as another what rounding took from it."""
-    terms = terms.ravel().tolist()
-    if not math.isfinite(sum(terms)):
-        return sum(terms), 0.0
-    total = math.fsum(terms)
-    return total, math.fsum([*terms, -total])
+    addends = terms.ravel().tolist()
+    if not math.isfinite(sum(addends)):
+        return sum(addends), 0.0
+    total = math.fsum(addends)
+    return total, math.fsum([*addends, -total])
 
 
 def _group_key(group: np.ndarray, keys: list[tuple], terms: np.ndarray, logits: np.ndarray, router: Any) -> tuple:

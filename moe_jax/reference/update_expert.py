@@ -43,6 +43,10 @@ def update_expert(
         ids[t, k] = _instance(int(expert_ids[t, k]), table, t, rank, ep_size, balance)
     if pruning_threshold is None:
         return ids, None
+    if combine_weights is None:
+        raise errors.MissingArgumentError(
+            "combine_weights is None, but pruning_threshold was given; pass both or neither"
+        )
     mask = np.zeros(expert_ids.shape, bool)
     for t, k in np.ndindex(*expert_ids.shape):
         active = token_mask is None or bool(token_mask[t])
