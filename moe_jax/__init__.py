@@ -1,6 +1,8 @@
 """Expert parallelism for JAX: distributed Mixture-of-Experts operators as differentiable per-shard functions.
 
-Importing this package touches no device and no environment variable.
+Begin with ``make_mesh``, ``make_plan`` and ``moe_on_mesh``, the layer over global arrays; or with ``dispatch`` and
+``combine`` inside a ``shard_map`` of your own. ``reference`` says what the right answer is. Importing this package
+touches no device and no environment variable.
 """
 
 from moe_jax import aclnn, errors, quant, reference

@@ -38,6 +38,8 @@ class custom_gradient:
       function: (*static, *operands) -> any pytree.
       num_static: leading arguments that are hashable and no arrays.
 
+    >>> import jax, jax.numpy as jnp
+    >>> from moe_jax.derivatives import custom_gradient
     >>> @custom_gradient
     ... def cube(x):
     ...     return x**3
