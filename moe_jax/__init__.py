@@ -1,9 +1,12 @@
 """Expert parallelism for JAX: distributed Mixture-of-Experts operators as differentiable per-shard functions.
 
-Importing this package touches no device and no environment variable.
+Begin with ``make_mesh``, ``make_plan`` and ``moe_on_mesh``, the layer over global arrays; or with ``dispatch`` and
+``combine`` inside a ``shard_map`` of your own. ``reference`` says what the right answer is. Importing this package
+touches no device and no environment variable.
 """
 
 from moe_jax import aclnn, errors, quant, reference
+from moe_jax.balance import Placement, expected_imbalance, rebalance
 from moe_jax.collectives import ragged_all_to_all
 from moe_jax.config import RouterConfig, load_config
 from moe_jax.elastic.rank_table import make_rank_table
@@ -35,6 +38,7 @@ __all__ = [
     "Dispatched",
     "LayerStats",
     "MoEError",
+    "Placement",
     "Plan",
     "RouterConfig",
     "Routing",
@@ -53,6 +57,7 @@ __all__ = [
     "dispatch",
     "emulate_devices",
     "errors",
+    "expected_imbalance",
     "grouped_matmul",
     "grouped_matmul_all_to_allv",
     "hlo_contract",
@@ -66,6 +71,7 @@ __all__ = [
     "param_specs",
     "quant",
     "ragged_all_to_all",
+    "rebalance",
     "receivable_info_collect",
     "receivable_test",
     "reference",

@@ -37,7 +37,10 @@ def grouped_matmul(
     Raises:
       InvalidArgumentError: a group size is negative, or their sum exceeds M.
 
-    >>> grouped_matmul(np.array([[1.0], [2.0], [np.nan]]), np.array([[[10.0]], [[100.0]]]), [1, 1]).ravel().tolist()
+    >>> import numpy as np
+    >>> from moe_jax import reference
+    >>> lhs, rhs = np.array([[1.0], [2.0], [np.nan]]), np.array([[[10.0]], [[100.0]]])
+    >>> reference.grouped_matmul(lhs, rhs, [1, 1]).ravel().tolist()
     [10.0, 200.0, 0.0]
     """
     rhs = _oriented(rhs, transpose_rhs)
@@ -87,8 +90,10 @@ def expert_ffn(x: np.ndarray, weights: Mapping[str, np.ndarray], activation: str
       InvalidArgumentError: ``activation`` is unknown, or there are gate weights that it does not use.
       MissingArgumentError: a weight that it needs is absent.
 
-    >>> one = np.ones((1, 1))
-    >>> expert_ffn(np.array([[20.0]]), {"w_gate": one, "w_up": one, "w_down": one}, "clamped_swiglu").round(3).tolist()
+    >>> import numpy as np
+    >>> from moe_jax import reference
+    >>> weights = dict.fromkeys(("w_gate", "w_up", "w_down"), np.ones((1, 1)))
+    >>> reference.expert_ffn(np.array([[20.0]]), weights, "clamped_swiglu").round(3).tolist()
     [[56.0]]
     """
     weights = _checked(weights, activation)

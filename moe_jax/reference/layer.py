@@ -128,7 +128,7 @@ def combine_weights_vjp(
     x, ct_y = np.asarray(x, np.float64), np.asarray(ct_y, np.float64)
     ct_weights = np.zeros(routing.combine_weights.shape)
     for t, k in np.argwhere(routing.expert_ids >= 0):
-        weights = _routed_weights(params, routing.expert_ids[t, k])
+        weights = _routed_weights(params, int(routing.expert_ids[t, k]))
         ct_weights[t, k] = ct_y[t] @ expert_ffn(x[t : t + 1], weights, activation)[0]
     return ct_weights
 

@@ -56,7 +56,7 @@ def dense_limit(mesh: Mesh, plan: Plan, activation: str) -> tuple[Callable, Call
         y, pull = jax.vjp(lambda weights, rows: batched_ffn(weights, rows, activation), *own(params, rows))
         return jax.tree.map(lambda a: a[None], (y, pull(ct[0])))
 
-    return tuple(_mapped(mesh, plan, shard) for shard in (forward, backward))
+    return _mapped(mesh, plan, forward), _mapped(mesh, plan, backward)
 
 
 def minimal_layer(mesh: Mesh, plan: Plan, activation: str) -> Callable:
