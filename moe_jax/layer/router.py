@@ -162,7 +162,9 @@ def _check_route(logits, router, top_k, bias, token_mask):
         check_mask("token_mask", token_mask, logits.shape[:1], "[T]")
 
 
-def _choose(logits, scores, bias, router, top_k):
+def _choose(
+    logits: jax.Array, scores: jax.Array, bias: jax.Array | None, router: RouterConfig, top_k: int
+) -> jax.Array:
     """The expert ids [T, K] of every token, best first."""
     selection = logits if router.topk_first else scores
     if bias is not None:
@@ -185,7 +187,7 @@ def _choose(logits, scores, bias, router, top_k):
     return jnp.take_along_axis(kept, picks // size, axis=1) * size + picks % size
 
 
-def _group_keys(keys, selection, router):
+def _group_keys(keys: Sequence[jax.Array], selection: jax.Array, router: RouterConfig) -> list[jax.Array]:
     """What groups are compared by: keys [T, G], most important first.
 
     ``keys`` and ``selection`` [T, G, E / G] are those of their experts; the last key is the logits where scores count.
@@ -225,7 +227,7 @@ def _best(keys: Sequence[jax.Array], count: int) -> jax.Array:
         leading = left
         for key in keys:  # those with the greatest key among those that were equal in all keys before
             leading &= key == jnp.max(key, axis=-1, keepdims=True, where=leading, initial=-jnp.inf)
-        chosen = jnp.min(positions, axis=-1, keepdims=True, where=leading, initial=key.shape[-1])
+        chosen = jnp.min(positions, axis=-1, keepdims=True, where=leading, initial=positions.shape[-1])
         return left & (positions != chosen), chosen[..., 0]
 
     everything = keys[0] == keys[0]  # of the varying type that the scan needs
@@ -297,8 +299,15 @@ def _take_backward(residuals, ct):
 _take_columns.defvjp(_take_forward, _take_backward)
 
 
-def _losses(logits, scores, expert_ids, active, router, axes):
-    """Losses and load over the active tokens of all ranks along ``axes``."""
+def _losses(
+    logits: jax.Array,
+    scores: jax.Array,
+    expert_ids: jax.Array,
+    active: jax.Array,
+    router: RouterConfig,
+    axes: tuple[str, ...],
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    """Losses and load, [E] i32, over the active tokens of all ranks along ``axes``."""
     num_experts, top_k = logits.shape[1], expert_ids.shape[1]
     shares = scores if router.score == "softmax" else _shares(logits, router.score)
     load = count_each(expert_ids, num_experts)
