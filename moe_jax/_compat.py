@@ -7,7 +7,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import jax
 import jax.export
@@ -22,8 +22,15 @@ from moe_jax.errors import InvalidArgumentError, MeshError
 
 shard_map = jax.shard_map
 
+if TYPE_CHECKING:
+    Device: TypeAlias = Any  # the compiled part of jaxlib has no stubs, so jax.Device is no type to a checker
+else:
+    Device = jax.Device
 
-def exportable(cls: type, *, to_json: Callable | None = None, from_json: Callable | None = None) -> type:
+Class = TypeVar("Class", bound=type)
+
+
+def exportable(cls: Class, *, to_json: Callable | None = None, from_json: Callable | None = None) -> Class:
     """Lets ``jax.export`` write and read programs that take or return ``cls``, a pytree or a NamedTuple.
 
     ``to_json``, ``from_json``: of what is static in its instances, the auxiliary data; without them there is none.
@@ -40,7 +47,7 @@ def exportable(cls: type, *, to_json: Callable | None = None, from_json: Callabl
     )
 
 
-def exportable_static(cls: type) -> type:
+def exportable_static(cls: Class) -> Class:
     """A frozen dataclass of plain values as a static pytree, without leaves, that ``jax.export`` can write and read."""
     cls = jax.tree_util.register_static(cls)
     return exportable(cls, to_json=fields_of, from_json=lambda fields: cls(**fields))
@@ -59,6 +66,18 @@ def _with_tuples(table: dict[str, Any]) -> dict[str, Any]:
 def backends_are_initialized() -> bool:
     """True once a device query has fixed the number of CPU devices."""
     return xla_bridge.backends_are_initialized()
+
+
+def config_value(name: str) -> Any:
+    """The value of a setting of JAX, which makes its settings attributes of ``jax.config`` when it starts."""
+    return getattr(jax.config, name)
+
+
+def jitted(fn: Callable) -> jax.stages.Wrapped:
+    """``fn`` if ``jax.jit`` made it, so that its shardings and donations are kept, else ``jax.jit(fn)``."""
+    if hasattr(fn, "lower") and hasattr(fn, "trace"):
+        return cast("jax.stages.Wrapped", fn)
+    return jax.jit(fn)
 
 
 def auto_mesh(devices: Any, axis_names: Sequence[str]) -> Mesh:
@@ -208,8 +227,11 @@ def on_one_device(aval: Any) -> Any:
 
 @contextlib.contextmanager
 def lowering_for(platform: str | None) -> Iterator[None]:
-    """Around the lowering of a kernel that is the same for every GPU. JAX 0.12 does without one only if it is told of a
-    kind, while a program may well be lowered here for GPUs elsewhere."""
+    """Around the lowering of a kernel that is the same for every GPU.
+
+    JAX 0.12 does without a GPU only if it is told of a kind, while a program may well be lowered here for GPUs
+    elsewhere.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if platform != "cuda" or not hasattr(mesh, "abstract_device"):
         yield
@@ -235,6 +257,11 @@ def bound_axis_size(axis: str) -> int | None:
         return None
 
 
+def group_size(axes: tuple[str, ...]) -> int:
+    """How many devices exchange along mesh axes that are bound here, such as those of ``bound_axes``."""
+    return math.prod(lax.axis_size(axis) for axis in axes)
+
+
 def bound_axes(axis_name: Any, argument: str = "axis_name") -> tuple[str, ...]:
     """The mesh axes that an argument names, as a tuple; raises where they cannot serve here."""
     axes = (axis_name,) if isinstance(axis_name, str) else axis_name
@@ -254,7 +281,7 @@ def late(turn: jax.Array, tree: Any) -> Any:
 
 @jax.custom_jvp
 def erf(x: jax.Array) -> jax.Array:
-    """``lax.erf``, whose own derivative JAX 0.12 refuses inside ``shard_map``: its coefficients do not vary as x does."""
+    """``lax.erf``. JAX 0.12 refuses its own derivative inside ``shard_map``: the coefficients do not vary as x does."""
     return lax.erf(x)
 
 

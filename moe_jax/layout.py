@@ -3,9 +3,9 @@
 Everything is i32 and O(n + E * W) in memory for n pairs, E experts and W ranks. On accelerators the launch of an
 operation costs more than its arithmetic on so few numbers: look-ups and running sums compare all with all, which is one
 fused operation there, instead of searching in a loop. (On CPUs the comparisons of n pairs with E experts, or of M rows
-with their blocks, pass through memory: 4 bytes each, where a row has as many as it is wide.) A *pair* is one copy of a token
-that must travel; its *destination* is a flat expert slot, rank * L + local expert, or -1. The pairs of one rank, sorted by
-destination and then by flat index, form one list per destination rank; a *window* is the stretch
+with their blocks, pass through memory: 4 bytes each, where a row has as many as it is wide.) A *pair* is one copy of a
+token that must travel; its *destination* is a flat expert slot, rank * L + local expert, or -1. The pairs of one rank,
+sorted by destination and then by flat index, form one list per destination rank; a *window* is the stretch
 [start, start + capacity) of every such list, and it is what one exchange moves.
 
 Addresses: a *send slot* is a row of the buffer that leaves, an *arrival slot* a row of the buffer that comes, a *row*
@@ -116,7 +116,7 @@ def map_blocks(source_start: Array, target_start: Array, sizes: Array, address: 
     return lax.reduce(found, np.int32(-1), lax.max, (0,))
 
 
-def clip_to_window(lists: Array, start: Array | int, capacity: int) -> tuple[Array, Array]:
+def clip_to_window(lists: Array, start: Array | int, capacity: Array | int) -> tuple[Array, Array]:
     """The part of each block that lies in a window of the list it belongs to.
 
     Args:
@@ -252,6 +252,6 @@ def _places(num_sources: int, source_order: Array | None) -> Array | np.ndarray:
     return jnp.argsort(source_order).astype(jnp.int32)
 
 
-def _sum_where(wanted: Array, sizes: Array) -> Array:
+def _sum_where(wanted: Array | np.ndarray, sizes: Array) -> Array:
     """The sum over the last axis but one of the ``sizes`` that are ``wanted``."""
     return jnp.sum(jnp.where(wanted, sizes, 0), axis=-2, dtype=jnp.int32)

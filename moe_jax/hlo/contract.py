@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from moe_jax._compat import jitted
 from moe_jax.errors import InvalidArgumentError, UnsupportedError, check_choice, check_count, check_flag
 from moe_jax.hlo.text import COLLECTIVES, Instruction, Program, is_float, num_bytes, shapes
 
@@ -21,11 +22,12 @@ _LARGEST = 5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Collective:
-    """One collective instruction. ``wire_bytes`` are what leaves a device, with G devices in a group:
+    """One collective instruction.
 
-    all-to-all and reduce-scatter (G - 1) / G of the operand, all-gather G - 1 times the operand, all-reduce 2 (G - 1) /
-    G of it (reduce-scatter, then all-gather), collective-permute all of it (nothing where every device sends to
-    itself), ragged-all-to-all at most (G - 1) / G of it: how much of it is used is data.
+    ``wire_bytes`` are what leaves a device, with G devices in a group: all-to-all and reduce-scatter (G - 1) / G of the
+    operand, all-gather G - 1 times the operand, all-reduce 2 (G - 1) / G of it (reduce-scatter, then all-gather),
+    collective-permute all of it (nothing where every device sends to itself), ragged-all-to-all at most (G - 1) / G of
+    it: how much of it is used is data.
 
     Attributes:
       op: the instruction: "all-to-all", "all-gather", ...
@@ -124,8 +126,10 @@ class Contract:
             lines.append(f"  {count} x {op} {place}: {handed:,} B handed over, {left:,} B leave the device")
         lines += [
             f"scatters      {self.float_scatters} of floats, {self.int_scatters} of integers",
-            f"memory        temporary {_show(self.temporary_bytes)} B, arguments {_show(self.argument_bytes)} B, "
-            f"results {_show(self.output_bytes)} B, shared by both {_show(self.alias_bytes)} B",
+            (
+                f"memory        temporary {_show(self.temporary_bytes)} B, arguments {_show(self.argument_bytes)} B, "
+                f"results {_show(self.output_bytes)} B, shared by both {_show(self.alias_bytes)} B"
+            ),
             f"flops         {_show(self.flops)}",
             f"instructions  {self.num_instructions}",
             "largest       " + ", ".join(f"{b.name} {b.shape} {b.bytes:,} B" for b in self.largest_buffers),
@@ -144,13 +148,13 @@ def hlo_contract(fn: Callable, *args: Any, **kwargs: Any) -> Contract:
       InvalidArgumentError: ``fn`` cannot be called.
       UnsupportedError: the back end tells nothing about its programs.
 
-    >>> hlo_contract(jax.jit(lambda x: x @ x), jax.ShapeDtypeStruct((4, 4), "float32")).counts
+    >>> import jax, moe_jax as moe
+    >>> moe.hlo_contract(jax.jit(lambda x: x @ x), jax.ShapeDtypeStruct((4, 4), "float32")).counts
     {}
     """
     if not callable(fn):
         raise InvalidArgumentError(f"fn={fn!r} cannot be called; pass a function, jitted or not")
-    jitted = fn if hasattr(fn, "lower") else jax.jit(fn)
-    return contract_of(jitted.lower(*args, **kwargs).compile())
+    return contract_of(jitted(fn).lower(*args, **kwargs).compile())
 
 
 def assert_hlo_contract(
@@ -176,7 +180,9 @@ def assert_hlo_contract(
       AssertionError: names every broken rule with what was found.
       InvalidArgumentError: a rule is not as above, or needs more than the text of a program.
 
-    >>> assert_hlo_contract(jnp.sin, x, collectives={"all-to-all": 0}, no_float_scatter=True).wire_bytes
+    >>> import jax.numpy as jnp, moe_jax as moe
+    >>> found = moe.assert_hlo_contract(jnp.sin, jnp.ones(8), collectives={"all-to-all": 0}, no_float_scatter=True)
+    >>> found.wire_bytes
     0
     """
     expected = dict(collectives or {})
@@ -253,9 +259,10 @@ def contract_fields(text: str, memory: Mapping[str, int] | None = None, flops: f
     instructions = list(program.instructions())
     scatters = [is_float(i.type) for i in instructions if i.op == "scatter"]
     held = [Buffer(name=i.name, shape=shapes(i.type), bytes=num_bytes(i.type)) for i in instructions if i.is_held]
-    unknown = dict.fromkeys(("temporary_bytes", "argument_bytes", "output_bytes", "alias_bytes"))
+    unknown: dict[str, int | None] = dict.fromkeys(("temporary_bytes", "argument_bytes", "output_bytes", "alias_bytes"))
     return {
-        **(unknown if memory is None else memory),
+        **unknown,
+        **(memory or {}),
         "collectives": tuple(filter(None, (_collective(program, i) for i in instructions))),
         "float_scatters": sum(scatters),
         "int_scatters": len(scatters) - sum(scatters),
@@ -288,8 +295,8 @@ def _collective(program: Program, instruction: Instruction) -> Collective | None
 def _group_size(attributes: str, num_devices: int) -> int:
     """Devices that take part together.
 
-    {{0,1},{2,3}} and [2,2]<=[4] are two groups of two, {} is one of all. JAX 0.12 writes mesh['ep'=4,'tp'=2] {'ep'}: two
-    groups of four; a part of an axis has its size behind it, as in {'ep':(1)2}.
+    {{0,1},{2,3}} and [2,2]<=[4] are two groups of two, {} is one of all. JAX 0.12 writes mesh['ep'=4,'tp'=2] {'ep'}:
+    two groups of four; a part of an axis has its size behind it, as in {'ep':(1)2}.
     """
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
     if listed:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 
+from moe_jax import _compat
 from moe_jax.kernels import xla
 from moe_jax.kernels.kernel_call import kernel_call
 from moe_jax.kernels.table import Backend
@@ -64,7 +65,7 @@ def grouped_outer(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, dty
 
 def _precision() -> str | None:
     """What products of fp32 rows may lose: nothing, unless JAX is told so."""
-    return jax.config.jax_default_matmul_precision
+    return _compat.config_value("jax_default_matmul_precision")
 
 
 def _call(kernel: str, *operands: jax.Array, **static: Any) -> jax.Array:
@@ -74,7 +75,7 @@ def _call(kernel: str, *operands: jax.Array, **static: Any) -> jax.Array:
 
 
 def jax_has_mosaic_kernels() -> bool:
-    """Whether this JAX has the kernels that ``mosaic`` calls, and absl-py, which their files import. Imports nothing."""
+    """Whether this JAX has the kernels that ``mosaic`` calls, and absl-py, which they import. Imports nothing."""
     folder = Path(jax.__file__).parent / "experimental/pallas/ops/gpu"
     names = ("ragged_dot_mgpu", "blackwell_ragged_dot_mgpu")
     return all((folder / f"{name}.py").exists() for name in names) and find_spec("absl") is not None

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import sequential_vmap
 
+from moe_jax import _compat
 from moe_jax.kernels.kernel_call import kernel_call
 from moe_jax.kernels.table import Backend
 
@@ -45,13 +46,13 @@ class Visits(NamedTuple):
       bounds: [G + 1] first row of each group; behind them their sum.
       groups: [V] the group of each visit.
       row_tiles: [V] and its tile.
-      count: [] visits that there are, at least 1.
+      num_visits: [] visits that there are, at least 1.
     """
 
     bounds: jax.Array
     groups: jax.Array
     row_tiles: jax.Array
-    count: jax.Array
+    num_visits: jax.Array
 
 
 def plan_visits(group_sizes: jax.Array, num_rows: int, tile_rows: int, *, every_group: bool) -> Visits:
@@ -131,7 +132,7 @@ def matmul_tiles(num_rows: int, num_groups: int, contracted: int, columns: int, 
 
 
 def outer_tiles(num_rows: int, num_groups: int, contracted: int, columns: int, itemsize: int, cores: int) -> Tiles:
-    """Tiles of the sums of products of rows [M, H] and [M, N]; each is fetched for every tile of the other's columns."""
+    """Tiles of the sums of products of rows [M, H] and [M, N], each fetched for every tile of the other's columns."""
     rows, step = row_tiles(num_rows, num_groups)
 
     def size(k, n):
@@ -166,9 +167,14 @@ def _wide(array):
 
 
 def _precision(dtype):
-    """fp32 operands are multiplied as everywhere in JAX, in one bf16 pass unless ``jax.default_matmul_precision`` says
-    otherwise; those that were fp16 exactly, since they have more bits than bf16."""
-    exact = dtype == jnp.float16 or (dtype == jnp.float32 and jax.config.jax_default_matmul_precision in _EXACT)
+    """How precisely operands are multiplied.
+
+    fp32 operands are multiplied as everywhere in JAX, in one bf16 pass unless ``jax.default_matmul_precision`` says
+    otherwise. Operands that were fp16 before they were widened are multiplied exactly, since they have more bits than
+    bf16.
+    """
+    asked = _compat.config_value("jax_default_matmul_precision")
+    exact = dtype == jnp.float16 or (dtype == jnp.float32 and asked in _EXACT)
     return lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
 
 

@@ -1,5 +1,6 @@
 """``compile_for``: the calling side. It lowers the program, hands it to a process of its own, and reads the result."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -62,7 +63,8 @@ def compile_for(target: str, fn: Callable | str, *abstract_args: Any) -> TargetR
     GPU programs are compiled without a card to try kernels on, so XLA takes its default tiles instead of tuned ones.
     The TPU compiler leaves kernels, collectives and some others unpriced, and its prices are estimates.
 
-    >>> report = compile_for("cpu:8", lambda a, b: a @ b, jnp.ones((64, 32)), jnp.ones((32, 16)))
+    >>> import jax.numpy as jnp, moe_jax as moe
+    >>> report = moe.compile_for("cpu:8", lambda a, b: a @ b, jnp.ones((64, 32)), jnp.ones((32, 16)))
     >>> report.flops == 2 * 64 * 32 * 16
     True
     """
@@ -102,7 +104,7 @@ def _job_of_function(target: Target, fn: Callable, args: tuple) -> dict[str, Any
                 f"abstract_args hold {leaf!r}; pass arrays or jax.ShapeDtypeStructs, and bind what is static to "
                 "fn with functools.partial"
             )
-    jitted = fn if hasattr(fn, "trace") else jax.jit(fn)
+    jitted = _compat.jitted(fn)
     traced = jitted.trace(*args)  # mistakes in fn show here, as they are
     donated = tuple(place for place, info in enumerate(jax.tree.leaves(traced.args_info)) if info.donated)
     # The other process has the same JAX, so any custom call will do, however new.
@@ -154,9 +156,8 @@ def _run(target: Target, folder: Path) -> dict[str, Any]:
 
 
 def _end(child: subprocess.Popen) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):  # it has ended, and so have its own
         os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:  # it has ended, and so have its own
-        pass
     child.wait()
-    child.stdin.close()
+    if child.stdin is not None:  # the pipe that ``_run`` opened: its end tells the child that nobody waits for it
+        child.stdin.close()

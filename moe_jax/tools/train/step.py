@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import moe_jax as moe
 from moe_jax.config import Config, TrainConfig
 from moe_jax.tools.train.extras import require
-from moe_jax.tools.train.model import Decoder, ModelStats, Params
+from moe_jax.tools.train.model import Decoder, ModelStats, Params, training_sections
 
 BIAS = "selection_bias"
 
@@ -96,7 +96,8 @@ def compile_eval(decoder: Decoder, config: Config, params: Params) -> Callable:
 
 
 def _batch_like(decoder: Decoder, config: Config) -> jax.ShapeDtypeStruct:
-    shape = (config.train.batch_size, config.model.seq_len + 1)
+    model, train = training_sections(config)
+    shape = (train.batch_size, model.seq_len + 1)
     return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=decoder.over_batch)
 
 
@@ -104,10 +105,10 @@ def _update_biases(params: Params, load: jax.Array, rate: float) -> Params:
     """Moves each layer's selection bias, where there is one, against its load [L, E]; no gradient is involved."""
     blocks = []
     for block, layer_load in zip(params["blocks"], load, strict=True):
-        if BIAS in block["moe"]:
-            bias = moe.update_selection_bias(block["moe"][BIAS], layer_load, rate=rate)
-            block = {**block, "moe": {**block["moe"], BIAS: bias}}
-        blocks.append(block)
+        layer = dict(block["moe"])
+        if BIAS in layer:
+            layer[BIAS] = moe.update_selection_bias(layer[BIAS], layer_load, rate=rate)
+        blocks.append({**block, "moe": layer})
     return {**params, "blocks": blocks}
 
 
