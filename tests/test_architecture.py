@@ -14,7 +14,7 @@ ROOT = Path(moe_jax.__file__).parent
 # A module imports only from the lines above its own; modules and packages of one line do not know each other.
 LAYERS = [
     {"errors"},
-    {"_compat"},
+    {"_compat", "parameters"},
     {"hlo", "derivatives"},
     {"config", "types", "reference", "layout", "quant", "hardware"},
     {"mesh", "kernels", "elastic", "targets", "balance"},

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from moe_jax import errors
+from moe_jax.parameters import rows_of
 from moe_jax.reference import elementwise as ew
 
 CLAMP = 7.0  # gpt-oss: the gate is limited from above, the up projection on both sides
@@ -146,9 +147,9 @@ def _group_slices(group_sizes: np.ndarray, num_rows: int) -> list[slice]:
 def _checked(weights: Mapping[str, np.ndarray], activation: str) -> dict[str, np.ndarray]:
     """``weights`` in float64, once they are known to be exactly what ``activation`` uses."""
     errors.check_choice("activation", activation, _GATED)
-    gate = {"w_gate"} if _GATED[activation] else set()
-    needed = gate | {"w_up", "w_down"}
-    known = needed | {name.replace("w_", "b_") for name in needed}
+    facts = {"gated"} if _GATED[activation] else set()
+    rows = [row for row in rows_of("experts") if row.needs <= facts]
+    known, needed = {row.role for row in rows}, {row.role for row in rows if not row.optional}
     if missing := sorted(needed - set(weights)):
         raise errors.MissingArgumentError(f"weights lacks {missing}; activation={activation!r} needs {sorted(needed)}")
     if unused := sorted(set(weights) - known):
