@@ -135,16 +135,6 @@ def test_files_and_names_are_there(path):
             assert exists(f"moe_jax.{match[1]}"), f"{name_of(path)} names {code}"
 
 
-def test_the_architecture_page_names_every_folder():
-    page = prose(ROOT / "docs" / "architecture.md").split("## The folders")[1].split("\n## ")[0]
-    cells = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
-    named = {name.strip("/") for cell in cells for name in re.findall(r"`([\w/]+)`", cell)}
-    there = {
-        path.stem for path in (ROOT / "moe_jax").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
-    }
-    assert named == there - {"__init__", "__main__"}
-
-
 def test_the_operators_page_names_every_public_name():
     named = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]*)`", (ROOT / "docs" / "operators.md").read_text()))))
     # Classes that functions return or raise are described where they are.
