@@ -81,7 +81,7 @@ class Operator:
 
 
 def operator(rules: Rules, num_bytes: Callable[[Call], int]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Makes an operator of the function below: its calls must keep to ``rules``, and ``num_bytes`` is their workspace."""
+    """Makes an operator of a function: its calls must keep to ``rules``, and ``num_bytes`` is their workspace."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         parameters = inspect.signature(function).parameters

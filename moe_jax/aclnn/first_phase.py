@@ -1,7 +1,8 @@
 """The host-side first phase of every operator, made from the operator's own signature.
 
-``<operator>_get_workspace_size`` takes the keywords of its operator, as arrays, NumPy arrays or ``jax.ShapeDtypeStruct`` s
-of one rank; it checks them in CANN's order (null pointers, dtypes, everything else) and returns
+``<operator>_get_workspace_size`` takes the keywords of its operator, as arrays, NumPy arrays or
+``jax.ShapeDtypeStruct`` s of one rank; it checks them in CANN's order (null pointers, dtypes, everything else) and
+returns
 
 - the bytes of the operator's buffers on one rank (``workspace`` says what is counted), and
 - an executor, which runs the operator inside ``shard_map`` on arrays like those that were checked,

@@ -1,10 +1,9 @@
-"""What a first phase checks: the kinds of rules, and the order in which an operator's rules are asked.
+"""What a first phase checks: one call, and the kinds of rules that it must keep to.
 
-Null pointers come first, then dtypes, then everything else, as section 1.1 of the reference sheet says. The values that a
-product takes are tables in ``moe_jax.hardware.ascend``. Relations between arguments are the rules of this package: rows of
-data in ``rules_exchange``, ``rules_grouped`` and ``rules_small``, each of one of the kinds below. Every error carries
-``status``, CANN's code, ``rule``, the name of the rule, and ``product``: the product that has this rule, or None where
-the rule holds everywhere.
+The values that a product takes are tables in ``moe_jax.hardware.ascend``. Relations between arguments are rules: rows
+of data in ``rules_exchange``, ``rules_grouped`` and ``rules_small``, each of one of the kinds below. ``check`` asks
+them in CANN's order. Every error carries ``status``, CANN's code, ``rule``, the name of the rule, and ``product``: the
+product that has this rule, or None where the rule holds everywhere.
 """
 
 import dataclasses
@@ -261,8 +260,8 @@ class GroupSize(Rule):
             )
 
 
-# Shapes are words such as "B K": a letter that was met before has the extent that it had there, a letter that is new may
-# have any, a number is itself. " | " stands between alternatives.
+# A shape is words such as "B K". A letter that an earlier array had stands for the same extent, a new letter allows any
+# extent, and a number stands for itself. " | " stands between alternatives.
 Shape = str | Callable[[Call], str]
 Quantity = tuple[str, int] | Callable[[Call], tuple[str, int] | None]
 

@@ -97,7 +97,8 @@ UPDATE_EXPERT = Rules(
             "pruning_threshold too, or give the mask to dispatch",
         ),
         AtLeast(
-            "top_k_of_experts", "11", lambda call: call.shape("eplb_table")[0], lambda call: call.shape("expert_ids")[1],
+            "top_k_of_experts", "11",
+            lambda call: call.shape("eplb_table")[0], lambda call: call.shape("expert_ids")[1],
             "expert_ids has shape {expert_ids.shape}: K = {needed} choices per token, but eplb_table has {found} "
             "experts; K is at most {found}",
         ),
@@ -105,7 +106,8 @@ UPDATE_EXPERT = Rules(
     last_rules=(
         AtLeast(  # F <= W + 1: an expert has one instance per rank at most
             "columns_by_rank", "11", lambda call: call["world_size"] + 1, lambda call: call.shape("eplb_table")[1],
-            "eplb_table has shape {eplb_table.shape}: its {needed} columns must be at most {found} = world_size + 1{on}",
+            "eplb_table has shape {eplb_table.shape}: its {needed} columns must be at most {found} = world_size + 1"
+            "{on}",
             when={"balance_mode": 0}, products=("a3", "a5"),
         ),
     ),

@@ -1,7 +1,7 @@
 """What the routes share: gathers by maps in which -1 means "none", and pairs as token * C + c.
 
-What belongs to pairs and has a width is ordered by copy, then token, [C, T, ...]: for sums over the copies of a token it
-is C arrays in their natural layout, where [T, C, ...] would leave most of a TPU's tiles empty.
+What belongs to pairs and has a width is ordered by copy, then token, [C, T, ...]: for sums over the copies of a token
+it is C arrays in their natural layout, where [T, C, ...] would leave most of a TPU's tiles empty.
 """
 
 from collections.abc import Callable
