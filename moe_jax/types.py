@@ -7,7 +7,8 @@ L local experts, M row capacity, A arrival capacity (rows that an exchange may d
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, dataclass_transform
 
 import jax
 
@@ -16,13 +17,14 @@ from moe_jax import _compat
 Array = jax.Array
 
 
-def _pytree(static: tuple[str, ...] = ()):
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def _pytree(static: tuple[str, ...] = ()) -> Callable[[_compat.Class], _compat.Class]:
     """A frozen, keyword-only dataclass that is a pytree; ``static`` names its compile-time fields.
 
     Without any it can be part of what ``jax.export`` writes; with some, the module of the static values sees to that.
     """
 
-    def decorate(cls):
+    def decorate(cls: _compat.Class) -> _compat.Class:
         cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
         data = [field.name for field in dataclasses.fields(cls) if field.name not in static]
         cls = jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=list(static))

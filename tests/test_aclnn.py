@@ -139,7 +139,7 @@ def test_chosen(index):
         compare(CHOSEN[index], rng)
 
 
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 6))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6))])
 def test_generated(seed):
     for config in static_configs(np.random.default_rng(seed), 2):
         rng = np.random.default_rng(seed)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import over_mesh
+from helpers import over_mesh
 from jax.sharding import PartitionSpec as P
 from processes import run_processes
 

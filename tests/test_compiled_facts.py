@@ -11,7 +11,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from cases import mesh_of
+from helpers import mesh_of
 from test_targets import needs
 
 import moe_jax as moe

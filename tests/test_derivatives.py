@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import expert_ids, mesh_of, over_mesh
+from helpers import expert_ids, mesh_of, over_mesh
 from jax.sharding import PartitionSpec as P
 
 import moe_jax as moe
@@ -375,8 +375,8 @@ ONE_DEVICE = {"ep": 1, "tp": 1, "capacity_factor": 0.3}  # which needs no room f
     "backend,options",
     [
         ("xla", {"transport": "padded"}),
-        ("auto", {"transport": "padded", "poison": True}),
         ("auto", {"poison": True} | ONE_DEVICE),
+        pytest.param("auto", {"transport": "padded", "poison": True}, marks=pytest.mark.slow),
         pytest.param("xla", {"transport": "allgather", "poison": True}, marks=pytest.mark.slow),
     ],
 )
@@ -435,6 +435,7 @@ def test_layer_of_16_bit_floats():
     assert error < 0.05  # a few roundings of 2^-9 each; without what the experts add it is about 1
 
 
+@pytest.mark.quick("float32")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_layer_of_more_rounds_says_what_to_do(dtype):
     plan, init, loss = layer("auto", dtype=dtype, capacity_factor=1.0)

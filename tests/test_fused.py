@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import small_integers
+from helpers import small_integers
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
@@ -142,7 +142,7 @@ def check(op, program_results, x, weight, cts, send, recv, **options):
 # --- values and gradients --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.quick("2-3-x-True-all_to_allv_grouped_matmul", "8-2-axes1-True-grouped_matmul_all_to_allv")
+@pytest.mark.quick("8-2-axes1-True-grouped_matmul_all_to_allv")
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(
     ("num_ranks", "num_local", "axes", "transpose"),
@@ -163,16 +163,17 @@ def test_patterns(op, num_ranks, num_local, axes, transpose):
         check(op, run(*args, *counts), *args, *counts, transpose_gmm_weight=transpose)
 
 
+@pytest.mark.quick("4-grouped_matmul_all_to_allv", "1-all_to_allv_grouped_matmul")
 @pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("chunks", [1, 4])
 @given(draw=st.data())
-def test_generated_counts(op, draw):
+def test_generated_counts(op, chunks, draw):
     """More rows than the result holds, too: the last ones by (source rank, expert) stay at home."""
     num_ranks, num_local = 4, 2
     entry = st.one_of(st.just(0), st.integers(0, 3), st.integers(0, ROWS))
     flat = draw.draw(st.lists(entry, min_size=num_ranks**2 * num_local, max_size=num_ranks**2 * num_local))
     sizes = cut_to_fit(np.array(flat, np.int64).reshape(num_ranks, num_ranks, num_local), ROWS, num_ranks * ROWS)
     args, counts = data(np.random.default_rng(0), op, sizes, SMALL), lists(sizes)
-    chunks = draw.draw(st.sampled_from([1, 4]))
     run = program(op, num_ranks, recv_capacity=SMALL, chunks=chunks)
     check(op, run(*args, *counts), *args, *counts, recv_capacity=SMALL)
 
@@ -255,6 +256,7 @@ def test_document_sample():
     )
 
 
+@pytest.mark.quick("False-grouped_matmul_all_to_allv", "True-all_to_allv_grouped_matmul")
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("transpose", [False, True])
 def test_dense_part(op, transpose):
@@ -324,11 +326,7 @@ def test_counts_are_data():
 # --- chunks ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.quick(
-    "False-4-grouped_matmul_all_to_allv",
-    "False-4-all_to_allv_grouped_matmul",
-    "True-2-grouped_matmul_all_to_allv",
-)
+@pytest.mark.quick("True-2-grouped_matmul_all_to_allv", "False-4-grouped_matmul_all_to_allv")
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(("static", "chunks"), [(False, 4), (True, 2)])
 def test_chunks_change_no_bit(op, static, chunks):

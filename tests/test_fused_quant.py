@@ -126,8 +126,8 @@ def magnitudes(given, transpose):
     ("num_ranks", "num_local", "axes", "hidden", "transpose", "chunks"),
     [
         pytest.param(1, 2, "x", 7, False, 1, marks=pytest.mark.slow),
-        pytest.param(4, 2, "x", 5, True, 2, marks=pytest.mark.slow),
-        (8, 1, ("ep", "tp"), 9, False, 8),
+        (4, 2, "x", 5, True, 2),
+        pytest.param(8, 1, ("ep", "tp"), 9, False, 8, marks=pytest.mark.slow),
     ],
 )
 def test_int8_is_exact(op, num_ranks, num_local, axes, hidden, transpose, chunks):
@@ -141,6 +141,7 @@ def test_int8_is_exact(op, num_ranks, num_local, axes, hidden, transpose, chunks
     check(op, found, given, counts, jnp.float32, exact=True, transpose=transpose)
 
 
+@pytest.mark.quick("False-grouped_matmul_all_to_allv", "True-all_to_allv_grouped_matmul")
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("transpose", [False, True])
 def test_int8_sums_past_the_whole_numbers_of_float32(op, transpose):
@@ -213,6 +214,7 @@ def test_schemes(op, kinds, hidden, microscaled, transpose, dtype, scale_dtype):
     check(op, found, given, counts, dtype, transpose=transpose)
 
 
+@pytest.mark.quick("all_to_allv_grouped_matmul")
 @pytest.mark.parametrize("op", OPS)
 def test_chunks_static_counts_and_overflow(op):
     """The same bits for every number of chunks; more rows than the result holds stay at home, as without scales."""
@@ -260,6 +262,7 @@ def test_numbers_and_scales_of_a_recipe(op):
     np.testing.assert_array_equal(of_codes, floats)
 
 
+@pytest.mark.quick("grouped_matmul_all_to_allv")
 @pytest.mark.parametrize("op", OPS)
 def test_64_bit_mode(op):
     """Counts stay i32 and results what they are, with scales and without, where rows overflow."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import PATTERNS, expert_ids, small_integers
+from helpers import PATTERNS, expert_ids, small_integers
 from jax.sharding import PartitionSpec
 
 import moe_jax as moe
@@ -188,6 +188,7 @@ def test_a_window_of_everything(mesh):
         np.testing.assert_array_equal(got["group_sizes"], case.sent.group_sizes)
 
 
+@pytest.mark.quick("mesh0", "mesh2")
 @pytest.mark.parametrize("mesh", MESHES)
 def test_windows_cover_every_pair_once(mesh):
     """Windows of 2 rows per pair of ranks, each exact; a pair of another window is not there."""
@@ -259,6 +260,7 @@ def int8_and_back(partials):
     return reference.quant.dequantize("int8_group8", values, scale).reshape(shape)
 
 
+@pytest.mark.quick("none-rounded-1-4", "int8_group8-int8_and_back-4-2")
 @pytest.mark.parametrize("nodes,per_node", [(1, 4), (4, 2)])
 @pytest.mark.parametrize("name,travel", [("none", rounded), ("int8_group8", int8_and_back)])
 def test_partial_sums_are_rounded_once_per_node(nodes, per_node, name, travel):

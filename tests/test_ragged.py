@@ -136,7 +136,10 @@ def check_gradients(num_ranks, axes, slices, rng, num_in=NUM_IN, num_out=NUM_OUT
 # --- values and gradients --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("num_ranks", "axes"), [(2, FLAT), (4, FLAT), (8, FLAT), (8, PAIRED)])
+@pytest.mark.parametrize(
+    ("num_ranks", "axes"),
+    [(4, FLAT), (8, PAIRED), *(pytest.param(ranks, FLAT, marks=pytest.mark.slow) for ranks in (2, 8))],
+)
 @pytest.mark.parametrize("name", list(patterns(2)))
 def test_patterns(num_ranks, axes, name):
     sizes = cut_to_fit(patterns(num_ranks)[name], NUM_IN, NUM_OUT)

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import small_integers
 from family_cases import DTYPES, elastic_info
+from helpers import small_integers
 from jax.sharding import PartitionSpec as P
 from test_fused import lists
 

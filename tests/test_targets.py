@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import target_programs
-from cases import mesh_of
+from helpers import mesh_of
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P

@@ -1,6 +1,7 @@
-"""The definition of correct: NumPy float64, all ranks visible, plain loops. Slow on purpose, and free of JAX.
+"""The oracle: the definition of correct, in NumPy and float64, with all ranks visible and in plain loops.
 
-Everything faster in this library is tested against these functions, forward and backward.
+It is slow on purpose, and free of JAX. Everything faster in this library is tested against these functions, forward and
+backward.
 """
 
 from moe_jax.reference import quant
