@@ -201,6 +201,7 @@ def test_transports_are_resolved_like_kernels():
     assert moe_jax.resolve_backend("grouped_matmul").name == "cpu"
 
 
+@pytest.mark.quick("1.0")
 @pytest.mark.parametrize("capacity", [1.0, 8.0])
 def test_a_layer_mixes_what_back_ends_bring(capacity):
     """Under "auto" one brings a kernel, another moves the rows, in windows of any length; the rest is as ever."""

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grouped_matmul_contract import WORKLOADS
 from jax import lax
 
 import moe_jax
@@ -25,13 +26,6 @@ SIZES = {
     "first and last empty": [0, 150, 0, 190, 0],
     "one": [0, 0, 400, 0, 0],
     "none": [0, 0, 0, 0, 0],
-}
-# (rows M, hidden H, ffn F, groups G) on one device
-WORKLOADS = {
-    "A": (4096, 1024, 1024, 4),
-    "B": (16384, 2048, 768, 16),
-    "C": (8192, 7168, 2048, 8),
-    "64 experts": (16384, 2048, 768, 64),
 }
 
 

@@ -65,8 +65,12 @@ def moe_on_mesh(
       MeshError: the mesh is not the plan's.
       UnsupportedError: the plan puts shared experts on ranks of their own.
 
-    >>> init, apply = moe_on_mesh(mesh, plan, RouterConfig(), ffn=32)
-    >>> y, stats = jax.jit(apply)(init(jax.random.key(0)), x)
+    >>> import jax, jax.numpy as jnp, moe_jax as moe
+    >>> moe.emulate_devices(2)  # leave this out where there are accelerators
+    >>> mesh = moe.make_mesh(ep=2)
+    >>> plan = moe.make_plan(mesh, tokens_per_rank=4, hidden=8, num_experts=4, top_k=2, dtype="float32")
+    >>> init, apply = moe.moe_on_mesh(mesh, plan, moe.RouterConfig(), ffn=32)
+    >>> y, stats = jax.jit(apply)(init(jax.random.key(0)), jnp.ones((8, 8)))
     """
     shapes = abstract_params(
         mesh,

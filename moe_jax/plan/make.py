@@ -83,7 +83,9 @@ def make_plan(
       InvalidArgumentError: lists every rule that is broken.
       MeshError: the same, where the mesh has no "ep" or no "tp" axis, or is not a mesh.
 
-    >>> make_plan(make_mesh(ep=4), tokens_per_rank=16, hidden=8, num_experts=8, top_k=2).pair_capacity
+    >>> import moe_jax as moe
+    >>> moe.emulate_devices(4)  # leave this out where there are accelerators
+    >>> moe.make_plan(moe.make_mesh(ep=4), tokens_per_rank=16, hidden=8, num_experts=8, top_k=2).pair_capacity
     20
     """
     # 1. Everything that is wrong is found before anything is said.

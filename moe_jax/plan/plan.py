@@ -183,6 +183,10 @@ class Plan:
         Raises:
           InvalidArgumentError: ``call`` is neither.
 
+        >>> import moe_jax as moe
+        >>> moe.emulate_devices(2)  # leave this out where there are accelerators
+        >>> sizes = {"tokens_per_rank": 4, "hidden": 8, "num_experts": 4, "top_k": 2, "dtype": "float32"}
+        >>> plan = moe.make_plan(moe.make_mesh(ep=2), **sizes)
         >>> plan.workspace()["rows"], plan.workspace("dispatch")["rows"]
         (512, 512)
         """
@@ -205,6 +209,10 @@ class Plan:
           InvalidArgumentError: an argument is not as above.
           UnsupportedError: the plan puts shared experts on ranks of their own, which the layer does not serve.
 
+        >>> import moe_jax as moe
+        >>> moe.emulate_devices(2)  # leave this out where there are accelerators
+        >>> sizes = {"tokens_per_rank": 4, "hidden": 8, "num_experts": 4, "top_k": 2, "dtype": "float32"}
+        >>> plan = moe.make_plan(moe.make_mesh(ep=2), **sizes)
         >>> plan.cost(64)["forward"].flops
         24832
         """
