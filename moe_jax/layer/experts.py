@@ -11,7 +11,7 @@ from moe_jax.parameters import rows_of
 
 Array = jax.Array
 
-_LIMIT, _ALPHA = 7.0, 1.702  # of the clamped SwiGLU (gpt-oss)
+_LIMIT, _ALPHA = 7.0, 1.702  # where the clamped SwiGLU of gpt-oss clips, and the factor in its sigmoid
 
 
 def is_gated(activation: str) -> bool:
