@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from moe_jax import _compat
 from moe_jax.config import ACTIVATIONS
 from moe_jax.errors import InvalidArgumentError, UnsupportedError, check_choice, check_count
-from moe_jax.plan.cost import Cost, balanced_rows, layer_costs, row_bytes
+from moe_jax.plan.cost import Cost, balanced_rows, layer_costs
 from moe_jax.plan.rates import RATES
+from moe_jax.plan.transport_table import transport_of
 from moe_jax.quant import Recipe, recipe
 from moe_jax.types import DispatchHandle
 
@@ -148,7 +149,7 @@ class Plan:
     @property
     def sums_at_experts(self) -> bool:
         """Whether a token's rows are summed where they were made, rather than at the token."""
-        return self.transport in ("allgather", "hierarchy")
+        return not transport_of(self).pairwise
 
     def num_rows(self, capacity: int) -> int:
         """M, rows that a device can receive when every pair of ranks moves at most ``capacity``."""
@@ -188,32 +189,13 @@ class Plan:
         """
         check_choice("call", call, ("layer", "dispatch"))
         capacity = self.pair_capacity if call == "layer" else self.dispatch_capacity
-        compact = self.transport == "ragged" or capacity > self.pair_capacity  # rows lie end to end
         row = self.hidden * jnp.dtype(self.dtype).itemsize
-        out, back = (row_bytes(name, self.hidden, self.dtype) for name in (self.quant, self.combine_quant))
-        rows, slots = self.num_rows(capacity), self.ep_size * capacity
-        tokens = self.tp_size * self.ep_size * self.tokens_per_rank
-        arrival = self.tp_size * slots
+        rows = self.num_rows(capacity)
         if call == "layer" and not self.exchanges:
             buffers = {"send": 0, "arrival": 0, "return": self.num_pairs * row}
             integers = 2 * rows + self.num_pairs
-        elif self.transport == "allgather":
-            buffers = {"arrival": tokens * out, "return": tokens * self.hidden * 4}
-            integers = 2 * tokens * self.top_k + rows
-        elif self.transport == "hierarchy":
-            crossing = self.num_nodes * min(self.tokens_per_rank, self.ep_size // self.num_nodes * capacity)
-            sent = min(slots, crossing * self.num_copies) if compact else slots
-            buffers = {
-                "crossing": 2 * crossing * out,
-                "send": sent * out,
-                "arrival": arrival * out,
-                "return": sent * row + crossing * (4 * self.hidden + back),
-            }
-            integers = crossing * (1 + self.num_copies) + self.tokens_per_rank * self.num_nodes + sent + arrival + rows
         else:
-            sent = min(slots, self.num_pairs) if compact else slots
-            buffers = {"send": sent * out, "arrival": arrival * out, "return": self.num_pairs * back}
-            integers = sent + 3 * self.num_pairs + arrival + rows
+            buffers, integers = transport_of(self).buffers(self, capacity)
         counts = (self.tp_size + 1) * self.num_experts
         return {**buffers, "rows": rows * row, "integers": 4 * (integers + counts)}
 
