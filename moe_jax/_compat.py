@@ -208,8 +208,11 @@ def on_one_device(aval: Any) -> Any:
 
 @contextlib.contextmanager
 def lowering_for(platform: str | None) -> Iterator[None]:
-    """Around the lowering of a kernel that is the same for every GPU. JAX 0.12 does without one only if it is told of a
-    kind, while a program may well be lowered here for GPUs elsewhere."""
+    """Around the lowering of a kernel that is the same for every GPU.
+
+    JAX 0.12 does without a GPU only if it is told of a kind, while a program may well be lowered here for GPUs
+    elsewhere.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if platform != "cuda" or not hasattr(mesh, "abstract_device"):
         yield
@@ -254,7 +257,7 @@ def late(turn: jax.Array, tree: Any) -> Any:
 
 @jax.custom_jvp
 def erf(x: jax.Array) -> jax.Array:
-    """``lax.erf``, whose own derivative JAX 0.12 refuses inside ``shard_map``: its coefficients do not vary as x does."""
+    """``lax.erf``. JAX 0.12 refuses its own derivative inside ``shard_map``: the coefficients do not vary as x does."""
     return lax.erf(x)
 
 

@@ -3,9 +3,9 @@
 Everything is i32 and O(n + E * W) in memory for n pairs, E experts and W ranks. On accelerators the launch of an
 operation costs more than its arithmetic on so few numbers: look-ups and running sums compare all with all, which is one
 fused operation there, instead of searching in a loop. (On CPUs the comparisons of n pairs with E experts, or of M rows
-with their blocks, pass through memory: 4 bytes each, where a row has as many as it is wide.) A *pair* is one copy of a token
-that must travel; its *destination* is a flat expert slot, rank * L + local expert, or -1. The pairs of one rank, sorted by
-destination and then by flat index, form one list per destination rank; a *window* is the stretch
+with their blocks, pass through memory: 4 bytes each, where a row has as many as it is wide.) A *pair* is one copy of a
+token that must travel; its *destination* is a flat expert slot, rank * L + local expert, or -1. The pairs of one rank,
+sorted by destination and then by flat index, form one list per destination rank; a *window* is the stretch
 [start, start + capacity) of every such list, and it is what one exchange moves.
 
 Addresses: a *send slot* is a row of the buffer that leaves, an *arrival slot* a row of the buffer that comes, a *row*

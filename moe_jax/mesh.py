@@ -132,9 +132,11 @@ def mesh_violations(mesh: Mesh | AbstractMesh) -> list[str]:
     missing = [name for name in ("ep", "tp") if name not in mesh.shape]
     if missing:
         return [
-            f"mesh has axes {tuple(mesh.shape)} and lacks {' and '.join(repr(name) for name in missing)}: experts are "
-            "spread over an axis of the name 'ep' and split over one of the name 'tp', which may have size 1; rename "
-            f"the axes of the mesh, or {remedy}"
+            (
+                f"mesh has axes {tuple(mesh.shape)} and lacks {' and '.join(repr(name) for name in missing)}: experts "
+                "are spread over an axis of the name 'ep' and split over one of the name 'tp', which may have size 1; "
+                f"rename the axes of the mesh, or {remedy}"
+            )
         ]
     if not all(mesh.shape.values()):
         return [f"mesh has axes {dict(mesh.shape)}, one of them of size 0; {remedy}"]

@@ -20,8 +20,8 @@ Array = jax.Array
 def pytree(static: tuple[str, ...] = (), *, plain: bool = True):
     """A frozen, keyword-only dataclass that is a pytree; ``static`` names its compile-time fields.
 
-    It can be part of what ``jax.export`` writes, if the static fields are plain values; the module of other static values
-    sees to that.
+    It can be part of what ``jax.export`` writes, if the static fields are plain values; the module of other static
+    values sees to that.
 
     Args:
       plain: whether the static fields are plain values, such as numbers.

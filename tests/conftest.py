@@ -17,6 +17,7 @@ def pytest_ignore_collect(collection_path, config):
     """For ``-m gpu``, files without such tests: some make meshes of eight devices while they are imported."""
     if config.option.markexpr == "gpu" and collection_path.suffix == ".py":
         return "pytest.mark.gpu" not in collection_path.read_text() or None
+    return None
 
 
 def pytest_runtest_setup(item):

@@ -94,7 +94,7 @@ def legal(rng: np.random.Generator) -> Case:
     )
     free = product is None  # of the limits of a product
     num_shared, num_shared_ranks = (int(rng.integers(2)), 0)
-    if free or product in ("a3", "a5") and not hierarchy:
+    if free or (product in ("a3", "a5") and not hierarchy):
         num_shared, num_shared_ranks = shared_ranks(rng, world)
     local = 1 if tp == 2 else int(rng.integers(1, 4 if free else 3))
     special = dict.fromkeys(NUMBERS, 0)
@@ -118,6 +118,7 @@ def legal(rng: np.random.Generator) -> Case:
         "a5": ["", "fullmesh_v1"],
     }
     nodes = (world if free and hidden == 8 else 2) if hierarchy else 1  # nodes of one rank, or two of several
+    algorithms = alg.get(product, ALGORITHMS[:5])
     case = Case(
         product=product, world=world, tp=max(tp, 1), nodes=nodes, tokens=tokens,
         combine=NORM if norm else COMBINE, version=4,
@@ -126,7 +127,7 @@ def legal(rng: np.random.Generator) -> Case:
             "group_tp": "tp" if tp == 2 else "", "tp_world_size": tp, "shared_expert_num": num_shared,
             "shared_expert_rank_num": num_shared_ranks,
             "global_bs": world * (tokens + int(rng.integers(0, 3))) if rng.random() < 0.3 else 0,
-            "comm_alg": "hierarchy" if hierarchy else alg.get(product, ALGORITHMS[:5])[rng.integers(len(alg.get(product, ALGORITHMS[:5])))],
+            "comm_alg": "hierarchy" if hierarchy else algorithms[rng.integers(len(algorithms))],
             **special,
         },
         dispatch_only={"quant_mode": quant_mode, "y_dtype": y_dtype, "expert_token_nums_type": int(rng.integers(2))},
@@ -179,7 +180,7 @@ def _arrays(rng, case, hidden, dtype, smooth):
     if rng.random() < 0.5 and not (case.product == "a2" and hierarchy):
         by_token = case.product == "a2" or rng.random() < 0.5
         case.shared["x_active_mask"] = ((tokens,) if by_token else (tokens, top_k), "bool")
-    if rng.random() < 0.6 or hierarchy and not free:
+    if rng.random() < 0.6 or (hierarchy and not free):
         case.of_dispatch["expert_scales"] = ((tokens, top_k), "float32")
     if free and rng.random() < 0.3:
         case.elastic = "off" if rng.random() < 0.2 else "on"
@@ -247,7 +248,8 @@ def changed(rng: np.random.Generator, case: Case) -> Case:
     """``case`` with one to three things changed, each of which may be legal still."""
     case = dataclasses.replace(
         case, common=dict(case.common), dispatch_only=dict(case.dispatch_only), combine_only=dict(case.combine_only),
-        shared=dict(case.shared), of_dispatch=dict(case.of_dispatch), of_combine=dict(case.of_combine), feeds=set(case.feeds),
+        shared=dict(case.shared), of_dispatch=dict(case.of_dispatch), of_combine=dict(case.of_combine),
+        feeds=set(case.feeds),
     )  # fmt: skip
     kinds = (_attribute, _drop, _add, _cast, _resize, _pass_through)
     for _ in range(rng.integers(1, 4)):
@@ -382,9 +384,8 @@ def draw(rng: np.random.Generator, case: Case) -> dict[str, dict[str, np.ndarray
 
 def _numbers(rng, name, shape, dtype):
     dtype = jnp.dtype(dtype)
-    if name == "x_active_mask" and dtype == bool:
-        mask = rng.random(shape) < rng.choice([0.0, 0.4, 0.8, 1.0])
-        return mask
+    if name == "x_active_mask" and dtype == np.bool_:
+        return rng.random(shape) < rng.choice([0.0, 0.4, 0.8, 1.0])
     if "scales" in name and name != "scales" and dtype == np.float32:
         return (rng.integers(-4, 9, shape) / 4).astype(np.float32)
     if name == "scales" and dtype == np.float32:
@@ -396,7 +397,7 @@ def _numbers(rng, name, shape, dtype):
         return bits.view(dtype)
     if dtype == np.uint8:
         return rng.integers(0, 255, shape).astype(np.uint8)
-    if dtype == bool:
+    if dtype == np.bool_:
         return rng.random(shape) < 0.5
     if name == "performance_info":
         return rng.integers(0, 10**6, shape).astype(dtype)
@@ -422,8 +423,8 @@ def _elastic(rng, case, noise):
         special = sum(n.get(name) or 0 for name in NUMBERS)
         names = types.SimpleNamespace(
             world=case.world, num_shared=n["shared_expert_num"], shared_ranks=n["shared_expert_rank_num"],
-            local_experts=n["moe_expert_num"] // (case.world - n["shared_expert_rank_num"]), experts=n["moe_expert_num"],
-            num_special=special, top_k=case.shared["expert_ids"][0][1],
+            local_experts=n["moe_expert_num"] // (case.world - n["shared_expert_rank_num"]),
+            experts=n["moe_expert_num"], num_special=special, top_k=case.shared["expert_ids"][0][1],
         )  # fmt: skip
         worlds = elastic_worlds(names)
         if worlds:

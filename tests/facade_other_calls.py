@@ -30,10 +30,11 @@ ATTRIBUTES = {
     GA: {
         "trans_gmm_weight": (True, False, 1), "trans_mm_weight": (True, False), "send_counts": (None, [], [1, 2]),
         "recv_counts": (None, [-1] * 4, [0.5] * 4), "y_dtype": ("float16", "float32", "no dtype"),
-        "ep_world_size": (1, 2, 4, 8), "gmm_x_quant_mode": (0, 1, 6, None), "group_size": (0, 1), "permute_out_flag": (True, 1),
+        "ep_world_size": (1, 2, 4, 8), "gmm_x_quant_mode": (0, 1, 6, None), "group_size": (0, 1),
+        "permute_out_flag": (True, 1),
     },
 }  # fmt: skip
-ATTRIBUTES |= {BARRIER_2: ATTRIBUTES[BARRIER]} | {name: ATTRIBUTES[GA] for name in ALL_FUSED}
+ATTRIBUTES |= {BARRIER_2: ATTRIBUTES[BARRIER]} | dict.fromkeys(ALL_FUSED, ATTRIBUTES[GA])
 
 
 @dataclasses.dataclass
@@ -203,7 +204,7 @@ def _host_value(rng, case, name, noise):
 
 def _numbers(rng, name, shape, dtype):
     dtype = jnp.dtype(dtype)
-    if dtype == bool:
+    if dtype == np.bool_:
         return rng.random(shape) < 0.6
     if name.endswith("_scale"):
         return np.full(shape, 2.0**-3, dtype) if dtype == np.float32 else np.full(shape, 127).astype(dtype)

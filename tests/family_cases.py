@@ -138,11 +138,11 @@ def dispatch_arrays(config: Config, drawn: dict) -> dict:
 def combine_arrays(drawn: dict) -> dict:
     """The keyword arrays of combine, out of ``data``."""
     names = ["x_active_mask", "shared_expert_x", "elastic_info", "ori_x"]
-    return {name: drawn[name] for name in names + ["const_expert_alpha_1", "const_expert_alpha_2", "const_expert_v"]}
+    return {name: drawn[name] for name in [*names, "const_expert_alpha_1", "const_expert_alpha_2", "const_expert_v"]}
 
 
 def numbers(rng: np.random.Generator, kind: str, shape: tuple, dtype: str) -> np.ndarray:
-    """ "whole": integers of at most 4 in size; "normal"; "mixed": magnitudes over many octaves, and rows of zeros."""
+    """For "whole" integers of at most 4 in size; "normal"; for "mixed" magnitudes over octaves, and rows of zeros."""
     if kind == "whole":
         values = rng.integers(-4, 5, shape).astype(np.float32)
     else:

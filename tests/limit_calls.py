@@ -45,7 +45,7 @@ def exchange_call(operator, product, **changes):
     one_each = changes.get("T") == 2 and "E" not in changes  # two tp ranks go with one expert per rank
     n.update({key: changes.pop(key) for key in list(changes) if key in n})
     n["E"] = max(n["W"] - n["S"], 1) if one_each else n["E"]
-    B, H, K, W, E, S, T = (n[key] for key in "B H K W E S T".split())
+    B, H, K, W, E, S, T = (n[key] for key in ["B", "H", "K", "W", "E", "S", "T"])
     call = {
         "expert_ids": array((B, K), "int32"),
         "group_ep": "ep",
@@ -130,7 +130,7 @@ def fused_call(operator, product, **changes):
     if operator in QUANTISED:
         n["DTYPE"] = "float8_e4m3fn"
     n.update({key: changes.pop(key) for key in list(changes) if key in n})
-    R, e, H1, N1, H2, N2 = (n[key] for key in "R e H1 N1 H2 N2".split())
+    R, e, H1, N1, H2, N2 = (n[key] for key in ["R", "e", "H1", "N1", "H2", "N2"])
     counts = n["COUNTS"] or [n["ROWS"]] * (max(R, 0) * e)
     call = {
         "gmm_x": array((sum(counts), H1, 1)[: n["GMM_NDIM"]], n["DTYPE"]),
@@ -169,7 +169,7 @@ def quantised_part(n, rows):
     return part
 
 
-BUILDERS = {name: exchange_call for name in EXCHANGE} | {name: fused_call for name in ALL_FUSED}
+BUILDERS = dict.fromkeys(EXCHANGE, exchange_call) | dict.fromkeys(ALL_FUSED, fused_call)
 BUILDERS |= {UPDATE: update_call, BARRIER_2: barrier_call, RESET: reset_call}
 
 

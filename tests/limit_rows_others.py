@@ -65,9 +65,10 @@ UPDATE_ROWS = [
     ("world_size_given", "11", UPDATE, None, {"MODE": 1, "W": None}, [{"W": None}, {"W": 4.0}],
      "world_size=(None|4.0) must be", VALUE),
     ("rank_in_world", "11", UPDATE, None, [{"local_rank_id": 0}, {"local_rank_id": 9, "MODE": 1}],
-     [{"local_rank_id": -1}, {"W": 4, "local_rank_id": 4}, {"local_rank_id": 0.5}], "local_rank_id=(-1|4|0.5) must be in", VALUE),
-    ("group_size:group_ep", "11", UPDATE, None, [{"MESH": {"ep": 4}}, {"MESH": {"ep": 8}, "MODE": 1}, {"MESH": {"ep": 8},
-     "local_rank_id": 3}, {"MESH": {"row": 8}}], [{"MESH": {"ep": 8}}, {"MESH": {"ep": 2}}],
+     [{"local_rank_id": -1}, {"W": 4, "local_rank_id": 4}, {"local_rank_id": 0.5}],
+     "local_rank_id=(-1|4|0.5) must be in", VALUE),
+    ("group_size:group_ep", "11", UPDATE, None, [{"MESH": {"ep": 4}}, {"MESH": {"ep": 8}, "MODE": 1},
+     {"MESH": {"ep": 8}, "local_rank_id": 3}, {"MESH": {"row": 8}}], [{"MESH": {"ep": 8}}, {"MESH": {"ep": 2}}],
      "world_size=4, but group_ep='ep' has [82] ranks", VALUE),
     ("ranks", "11", UPDATE, None, [{"W": 1}, {"W": 0, "MODE": 1}], {"W": 0}, "world_size: 0", VALUE),
     ("kind", "11", UPDATE, None, {}, {"MODE": 0.0}, "balance_mode=0.0", VALUE),
@@ -93,7 +94,20 @@ for PRODUCT in ("a3", "a5"):
 
 # Sections 13 and 12.1.
 BARRIERS = (BARRIER, BARRIER_2)
-DTYPES_13 = ("bfloat16 float16 float32 bool int8 int16 int32 int64 uint8 uint16 uint32 uint64").split()
+DTYPES_13 = [
+    "bfloat16",
+    "float16",
+    "float32",
+    "bool",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+]
 SMALL_ROWS = [
     ("product", "13", BARRIERS, "a2", None, {"product": "a2"}, "product='a2'", VALUE),
     ("product", "13", BARRIER, "a5", None, {"product": "a5"}, "product='a5'", VALUE),

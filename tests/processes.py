@@ -37,7 +37,7 @@ def run_processes(program: str, count: int, *, devices: int = 1, seconds: float 
     try:
         for index in range(count):
             prelude = _PRELUDE.format(devices=devices, port=port, count=count, index=index)
-            files.append(tempfile.TemporaryFile("w+"))
+            files.append(tempfile.TemporaryFile("w+"))  # noqa: SIM115 - read and closed when the process has ended
             command = [sys.executable, "-c", prelude + program]
             children.append(subprocess.Popen(command, stdout=files[-1], stderr=subprocess.STDOUT))
         deadline = time.monotonic() + seconds

@@ -58,7 +58,7 @@ def cases(column):
 
     A row holds for earlier versions too, as far as they have the rule and the parameters.
     """
-    for rule, section, operators, product, *columns, words, status in ROWS:
+    for rule, _section, operators, product, *columns, words, status in ROWS:
         for operator in versions((operators,) if isinstance(operators, str) else operators, rule, product):
             has_it = product is None or operator in PRODUCTS[product].operators
             if not has_it and rule != "product":
@@ -205,7 +205,7 @@ def test_strange_arguments_raise_nothing_but_our_errors(operator):
                 try:
                     first_phase(operator, product, {name: value})
                 except MoEError as error:
-                    assert error.status in (NULL, DTYPE, VALUE) and error.rule
+                    assert error.status in (NULL, DTYPE, VALUE) and error.rule  # noqa: PT017 - refused or not, both serve
 
 
 def test_traced_arrays_serve_but_traced_counts_do_not():

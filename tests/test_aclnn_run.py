@@ -352,7 +352,7 @@ def passed_on(request):
 @pytest.mark.parametrize(("column", "value"), [(0, 1), (0, -1), (0, 7), (1, 3), (1, -1), (2, 2), (2, -1)])
 def test_a_wrong_triple_makes_nan(passed_on, column, value):
     """Row 1 on rank 0 came from rank 0: only the token that it belongs to is lost."""
-    config, program, drawn, sent = passed_on
+    _config, program, drawn, sent = passed_on
     good = np.asarray(program(drawn, sent), np.float64)
     assert np.isfinite(good).all()
     triples = np.array(sent["assist_info_for_combine"])
@@ -367,7 +367,7 @@ def test_a_wrong_triple_makes_nan(passed_on, column, value):
 
 def test_counts_of_another_dispatch_make_nan(passed_on):
     """No result is a wrong sum: it is NaN, or what it should be."""
-    config, program, drawn, sent = passed_on
+    _config, program, drawn, sent = passed_on
     good = np.asarray(program(drawn, sent), np.float64)
     for moved in (1, -1):
         counts = np.array(sent["ep_send_counts"])

@@ -52,7 +52,7 @@ def used_twice(config, drawn):
 @pytest.mark.quick("shared", "codes")
 @pytest.mark.parametrize("name", NAMES)
 def test_what_arrives_lies_in_the_window(name):
-    """The outputs are those without a window, and the window has a message for every row, with its triple at the end."""
+    """The outputs are those without a window, and the window has a message per row, with its triple at the end."""
     config, drawn = drawn_for(name, np.random.default_rng(0))
     program = over_world(config, functools.partial(used_twice, config))
     plain, once, again = jax.tree.map(np.asarray, program(over_ranks(config, drawn)))
@@ -123,7 +123,7 @@ RECOVERY = Config(world=W, local_experts=2, top_k=2, tokens=5, hidden=H)
 
 
 def recover(drawn, mask, table):
-    """Dispatch; a reset that rank LOST misses; dispatch with its rank table, and without: and what combine makes of it."""
+    """Dispatch; a reset that rank LOST misses; dispatch with its rank table, and without; and combine of each."""
     config, numbers = RECOVERY, RECOVERY.dispatch | groups(RECOVERY)
     arrays = {"x": drawn["x"], "expert_ids": drawn["expert_ids"]}
     first = aclnn.moe_distribute_dispatch_v2(

@@ -230,7 +230,7 @@ def test_quotients_and_rounds():
 
 
 def test_estimates_by_hand():
-    """At 1 flop a second the limit takes 2 * 3 * 8 * 2 * 16 * 12 s a device forward, and three times that with backward."""
+    """At 1 flop a second the limit takes 2 * 3 * 8 * 2 * 16 * 12 s a device forward, three times that with backward."""
     limit, common = 2 * 3 * 8 * 2 * 16 * 12, {"repeats": 2, "pace": 1.0}
     alone = estimate.estimate_seconds(TINY, 1, (), max_seconds=1e9, **common)
     compiling = 3 * (1 + 6)

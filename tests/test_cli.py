@@ -323,7 +323,7 @@ def test_plain_output_ends_with_loss_and_sample(tmp_path):
     lines = done.stdout.splitlines()
     assert "8 devices" in lines[1]
     assert any(line.startswith("the run is kept in runs/tiny: a checkpoint every 300 s") for line in lines)
-    assert any(line.startswith("step   1/1") or line.startswith("step 1/1") for line in lines)
+    assert any(line.startswith(("step   1/1", "step 1/1")) for line in lines)
     assert any(line.startswith("validation loss 5.") for line in lines) and "sample:" in lines
     assert all(c.isprintable() or c in "\n\t" for c in done.stdout)  # an untrained model speaks all bytes
     names = sorted(path.name for path in (tmp_path / "runs" / "tiny").iterdir())

@@ -1,7 +1,7 @@
 """What the compilers for TPU and GPU make of the layer, in exact figures; skipped without the compilers.
 
-Workloads A, B and C on eight devices, and A64 on one that holds all 64 experts; see ``moe_jax.tools.bench.facts``. A few are
-for every run of the tests that need compilers; all others are slow as well.
+Workloads A, B and C on eight devices, and A64 on one that holds all 64 experts; see ``moe_jax.tools.bench.facts``. A
+few are for every run of the tests that need compilers; all others are slow as well.
 """
 
 import dataclasses
@@ -40,8 +40,8 @@ CYCLES = {
     ("v5p:2x2x2", "C"): (0.57, 1.69),
 }
 TEMPORARY_MB = {"B": 977, "C": 2396}  # with the backward pass, on TPUs
-# Times the bytes of the rows, on GPUs, forward, with routing and bookkeeping. Six is the goal: rows gathered, through the
-# activation, and summed. Eight devices also put rows in the order of the experts and back, and write before they sum.
+# Times the bytes of the rows, on GPUs, forward, with routing and bookkeeping. Six is the goal: rows gathered, through
+# the activation, and summed. Eight devices also put rows into the order of experts and back, and write before they sum.
 GPU_BYTES = {"A64": 6.5, "A": 15.0, "B": 12.0, "C": 11.5}
 INSTRUCTIONS = {"cpu:8": 2.1, "v5p:2x2x2": 2.0, "h100:8": 2.0}  # times those of the minimal layer
 
@@ -124,7 +124,7 @@ def test_little_more_to_compile_than_a_layer_by_hand(target):
 @pytest.mark.parametrize("phase", PASSES)
 @pytest.mark.parametrize("target,name", programs((target, "A64") for target in ALONE))
 def test_one_device_has_nothing_of_an_exchange(target, name, phase):
-    """Rows are gathered twice forward and as often backward, and their places are sorted once; no loop is of data's length."""
+    """Rows are gathered twice forward and twice backward, and their places sorted once; no loop is of data's length."""
     found, report = layer_of(target, name, phase)
     assert not report.collectives and not report.uncounted_loops
     gathered = found.row_bytes * (2 if phase == FORWARD else 4)

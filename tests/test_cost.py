@@ -37,7 +37,7 @@ def even_outer(lhs, rhs, group_sizes, *, dtype, each):
 
 @pytest.fixture(scope="module", autouse=True)
 def even_back_ends():
-    """ "even 32" and the like: their products can be counted in a compiled program, and are not in loops."""
+    """Back ends "even 32" and the like: their products can be counted in a compiled program, and are not in loops."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(table, "_TABLE", dict(table._TABLE))
         for each in (8, 16, 32):
@@ -222,7 +222,8 @@ def test_one_device_moves_rows_by_two_gathers(dtype, item):
         assert both.traffic_bytes == 3 * router + 2 * moved + 2 * (pairs * row + TOKENS * wide)
         assert forward.wire_bytes == both.wire_bytes == 0
         assert plan.workspace() == {
-            "send": 0, "arrival": 0, "return": pairs * row, "rows": pairs * row, "integers": 4 * (3 * pairs + 2 * EXPERTS)
+            "send": 0, "arrival": 0, "return": pairs * row, "rows": pairs * row,
+            "integers": 4 * (3 * pairs + 2 * EXPERTS),
         }  # fmt: skip
     assert "exchanges nothing" in abstract(ep=1).describe()
 

@@ -400,7 +400,7 @@ def test_layer_of_one_round(backend, options):
 
         return first, forward, by_jvp, jax.grad(along, argnums=(0, 1))(params, x)
 
-    first, forward, by_jvp, by_grad = jax.jit(run)(params, x, vs)
+    _first, forward, by_jvp, by_grad = jax.jit(run)(params, x, vs)
     slope = sum(np.vdot(a, b) for a, b in zip(jax.tree.leaves(grad_at(0)), jax.tree.leaves(vs), strict=True))
     assert abs(forward - slope) <= TOLERANCE * abs(slope)
     want = jax.tree.map(lambda a, b: (a - b) / (2 * STEP), grad_at(STEP), grad_at(-STEP))

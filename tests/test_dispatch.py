@@ -176,7 +176,7 @@ def test_dispatch_moves_bits(transport, dtype):
     bits[np.isnan(np.asarray(jax.lax.bitcast_convert_type(jnp.asarray(bits), jnp.dtype(dtype)), np.float32))] = 1
     ids = expert_ids("random", rng, (4, 1, 5, K), plan.num_experts, 4)
     x = jax.lax.bitcast_convert_type(jnp.asarray(bits), jnp.dtype(dtype))
-    rows, sizes = jax.jit(
+    rows, _sizes = jax.jit(
         over_mesh(mesh_of(4, 1), lambda x, ids: (lambda d: (d.x, d.group_sizes))(moe.dispatch(x, ids, plan)))
     )(x, ids)
     got = np.asarray(jax.lax.bitcast_convert_type(rows, jnp.uint16))

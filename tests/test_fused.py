@@ -375,7 +375,7 @@ def stages(jaxpr):
             if contains(eqn, names):
                 found.append((kind, needs))
                 needs = needs | {len(found) - 1}
-        needed |= {v: needs for v in eqn.outvars}
+        needed |= dict.fromkeys(eqn.outvars, needs)
     return found
 
 

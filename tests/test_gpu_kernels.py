@@ -1,4 +1,4 @@
-"""The kernels for GPUs beyond the contract of all back ends: schedules, tiles, JAX's kernels, and what compilers say."""
+"""The kernels for GPUs beyond the contract of all back ends: schedules, tiles, JAX's kernels, what compilers say."""
 
 import collections
 import functools
@@ -54,7 +54,7 @@ def test_tiles_cover_every_row_of_every_group_once(sizes, tile):
 def test_every_tile_has_one_program(row_tiles, column_tiles):
     programs = jax.jit(functools.partial(triton._swizzled, row_tiles=row_tiles, column_tiles=column_tiles))
     rows, columns = programs(jnp.arange(row_tiles * column_tiles))
-    assert sorted(zip(rows.tolist(), columns.tolist())) == [
+    assert sorted(zip(rows.tolist(), columns.tolist(), strict=True)) == [
         (r, c) for r in range(row_tiles) for c in range(column_tiles)
     ]
     assert columns[: min(row_tiles, 8)].tolist() == [0] * min(row_tiles, 8)  # one block of columns at a time
@@ -123,7 +123,10 @@ class Block:
     def touched(self, mask):
         mask = np.broadcast_to(True if mask is None else np.asarray(mask), self.coordinates[0].shape)
         inside = tuple(axis[mask] for axis in self.coordinates)
-        assert all((0 <= axis).all() and (axis < extent).all() for axis, extent in zip(inside, self.memory.array.shape))
+        assert all(
+            (0 <= axis).all() and (axis < extent).all()
+            for axis, extent in zip(inside, self.memory.array.shape, strict=True)
+        )
         return mask, inside
 
     def load(self, mask=None, other=None):
@@ -196,9 +199,9 @@ def test_a_batch_of_products():
         contract.operands(seed, sizes, jnp.float32, False)
         for seed, sizes in enumerate([[10, 7, 8, 5, 7], [0, 0, 0, 33, 0]])
     ]
-    lhs, rhs, sizes, _ = map(np.stack, zip(*cases))
+    lhs, rhs, sizes, _ = map(np.stack, zip(*cases, strict=True))
     out = jax.vmap(functools.partial(moe.grouped_matmul, backend="gpu"))(lhs, rhs, sizes)
-    for found, case in zip(out, cases):
+    for found, case in zip(out, cases, strict=True):
         total = case[2].sum()
         np.testing.assert_array_equal(found[:total], reference.grouped_matmul(*case[:3])[:total])
 
@@ -383,7 +386,7 @@ def calls_by_target(report):
 @pytest.mark.parametrize("workload", PRODUCTS)
 @pytest.mark.parametrize("gpu_name", ["a100", "h100", "h200", "b200"])
 def test_compilers_find_only_the_true_work(gpu_name, workload):
-    """At most 1.15 times the flops of the three products, tile padding included, and nothing kept beside the results."""
+    """At most 1.15 times the flops of the three products, tile padding included; nothing kept beside the results."""
     needs(f"{gpu_name}:8")
     rows, hidden, columns, *_ = PRODUCTS[workload]
     report = moe.compile_for(f"{gpu_name}:8", "target_programs:products", *PRODUCTS[workload])

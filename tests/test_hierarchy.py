@@ -59,9 +59,7 @@ def over_mesh(mesh, plan, function):
 def all_in_one(plan, capacity, x, message, destination, start, rows, weights, ct):
     """Everything that the module gives for one window. Per shard."""
     num_rows = plan.num_rows(capacity)
-    maps, group_sizes, recv_counts = open_hierarchy(
-        destination, start, capacity, plan, num_rows=num_rows
-    )
+    maps, group_sizes, recv_counts = open_hierarchy(destination, start, capacity, plan, num_rows=num_rows)
     d_rows, d_weights = HIERARCHY.collect_adjoint(rows, weights, ct, maps, plan, ordered=True)
     return {
         "rows": scatter(x, maps, plan),
@@ -233,9 +231,7 @@ def test_sources_in_another_order():
 
     def shard(x, ids):
         num_rows = plan.num_rows(T * K)
-        maps, _, _ = open_hierarchy(
-            ids, 0, T * K, plan, num_rows=num_rows, source_order=jnp.array(order)
-        )
+        maps, _, _ = open_hierarchy(ids, 0, T * K, plan, num_rows=num_rows, source_order=jnp.array(order))
         rows = scatter(x, maps, plan)
         return rows, collect(rows, None, maps, plan)
 

@@ -207,7 +207,7 @@ def test_drop_counts_and_skips(transport):
     rng = np.random.default_rng(8)
     params = make_params(init, rng)
     x, mask = steered_tokens("one_rank", rng, T * 4, 4)
-    (_, (y, stats)), (_, d_x) = value_and_grads(apply)(params, x, mask, np.ones_like(x))
+    (_, (y, stats)), (_, _d_x) = value_and_grads(apply)(params, x, mask, np.ones_like(x))
     kept_pairs = 4 * plan.pair_capacity
     assert int(stats.num_dropped) == T * 4 * K - kept_pairs
     assert int(stats.num_rounds) == 1
@@ -279,7 +279,7 @@ def test_composes_with_scan_and_remat():
 
 
 def test_per_shard_call_inside_ones_own_shard_map():
-    plan, init, apply = make(4, 2, shared=0)
+    plan, init, _apply = make(4, 2, shared=0)
     rng = np.random.default_rng(11)
     params = make_params(init, rng)
     x, _ = steered_tokens("random", rng, T * 8, 4)

@@ -83,7 +83,7 @@ def rounding(name):
 def oracle(case, plan, chunks):
     """Pair by pair, in float64: (y, dropped, gradients of experts, x and weights)."""
     out, back, ct_wire = map(rounding, (plan.quant, plan.combine_quant, plan.backward_quant))
-    ids, experts, x, weights, ct = (jax.tree.map(lambda a: np.asarray(a, np.float64), part) for part in case)
+    _ids, experts, x, weights, ct = (jax.tree.map(lambda a: np.asarray(a, np.float64), part) for part in case)
     y, d_x, d_weights = np.zeros(x.shape), np.zeros(x.shape), np.zeros(weights.shape)
     d_experts, num_dropped = jax.tree.map(np.zeros_like, experts), 0
     capacity = -(-plan.pair_capacity // chunks)

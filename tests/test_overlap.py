@@ -124,7 +124,7 @@ BAD_CHUNKS = [(0, "at least 1"), (-2, "at least 1"), (True, "at least 1"), (2.0,
 
 @pytest.mark.parametrize("chunks,text", BAD_CHUNKS)
 def test_bad_chunks(chunks, text):
-    plan, init, _ = make(4, 2)
+    plan, _init, _ = make(4, 2)
     with pytest.raises(errors.InvalidArgumentError, match=rf"chunks={chunks!r}.*{text}"):
         moe.moe_on_mesh(mesh_of(4, 2), plan, ROUTER, ffn=F, chunks=chunks)
 

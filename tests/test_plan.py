@@ -76,7 +76,7 @@ def test_auto_takes_the_least_time_to_move_rows(monkeypatch, platform, options):
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
 @pytest.mark.parametrize("sizes", [(1024, 32, 4, 1024), (2048, 128, 8, 2048), (7168, 64, 8, 1024)], ids=["A", "B", "C"])
 def test_auto_sends_equal_blocks_where_a_ragged_exchange_is_dear(monkeypatch, platform, sizes):
-    """By the compilers' own estimates on TPU, and by what is published of GPUs; it was ragged before they were known."""
+    """By the compilers' own estimates on TPU, and what is published of GPUs; it was ragged before they were known."""
     monkeypatch.setattr("moe_jax.plan.make._platform", lambda mesh: platform)
     hidden, experts, top_k, tokens = sizes
     plan = make(ep=8, hidden=hidden, num_experts=experts, top_k=top_k, tokens_per_rank=tokens, dtype="bfloat16")
@@ -123,7 +123,8 @@ def test_workspace_of_dispatch_is_what_a_call_makes(transport, overflow):
     given = ((tokens * 16, hidden), jnp.float32), ((tokens * 16, top_k), jnp.int32)
     place = NamedSharding(mesh, everywhere)  # JAX asks for it where axes are Explicit, the default of newer JAX
     sent = jax.eval_shape(run, *(jax.ShapeDtypeStruct(*shape, sharding=place) for shape in given))
-    sizes, extents = plan.workspace("dispatch"), {name: a.shape[0] // 16 for name, a in vars(sent.handle.maps).items() if name != "exchange"}
+    maps = {name: array for name, array in vars(sent.handle.maps).items() if name != "exchange"}
+    sizes, extents = plan.workspace("dispatch"), {name: array.shape[0] // 16 for name, array in maps.items()}
     assert sizes["rows"] == sent.x.shape[0] // 16 * hidden * 4
     assert (sizes == plan.workspace()) == (overflow == "drop")
     if transport == "allgather":

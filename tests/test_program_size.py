@@ -138,8 +138,10 @@ def test_instructions_beside_a_minimal_layer(phase):
 
 @pytest.mark.parametrize("phase", PASSES)
 def test_skew_takes_no_more_memory(phase):
-    """W6 sends all tokens of W2 to one rank. Routes are data, so its program is W2's, and that holds little more than
-    one without further rounds, which serves the balanced load alone.
+    """W6 sends all tokens of W2 to one rank.
+
+    Routes are data, so its program is W2's, and that holds little more than one without further rounds, which serves
+    the balanced load alone.
     """
     balanced, skewed = WORKLOADS["W2"], WORKLOADS["W6"]
     assert dataclasses.replace(skewed, name="W2", pattern="balanced") == balanced

@@ -116,7 +116,7 @@ def test_document_sample():
 def test_rows_are_a_stable_sort_of_all_copies(seed):
     for config, drawn in draws(seed, lambda c: not c.quant_mode):
         result, active = dispatch(config, drawn), active_pairs(config, drawn)
-        size, shared, experts, physical = world_of(config, drawn)
+        _size, shared, experts, physical = world_of(config, drawn)
         copies = config.num_shared if shared else 0
         for lane in np.ndindex(config.lead[1:]):
             ids = np.stack([drawn["expert_ids"][(w, *lane)] for w in physical])
@@ -435,7 +435,7 @@ def test_combine_against_a_float64_sum_over_triples(seed):
     for config, drawn in draws(seed, lambda c: c.nodes == 1):
         result, active = dispatch(config, drawn), active_pairs(config, drawn)
         found = combine(config, drawn, result, with_poison(drawn["expand_x"], result))
-        size, shared, experts, physical = world_of(config, drawn)
+        _size, _shared, experts, physical = world_of(config, drawn)
         expected, bound = float_sum(config, drawn, result, active, (experts, physical))
         np.testing.assert_array_less(np.abs(found.unrounded - expected), bound * 2.0**-20 + 1e-35)
         written = active.any(axis=-1) & np.isin(np.arange(config.world), physical).reshape(-1, *[1] * (active.ndim - 2))

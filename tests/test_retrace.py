@@ -1,5 +1,8 @@
-"""Tables, masks, choices, weights, scales and counts are data: a program is traced once, and other values of them
-change what it gives and nothing else. Each program is run on many values, and the results must differ."""
+"""Tables, masks, choices, weights, scales and counts are data: a program is traced once.
+
+Other values of them change what it gives and nothing else. Each program is run on many values, and the results
+must differ.
+"""
 
 import chex
 import jax

@@ -58,7 +58,10 @@ def extreme_logits(rng, shape):
     With biases of 0 and 1/4, no two sums of different scores meet unless the scores alone decide between them.
     """
     num_experts = shape[1]
-    steps = lambda: rng.permutation(num_experts) / 2
+
+    def steps():
+        return rng.permutation(num_experts) / 2
+
     kinds = [
         lambda: 18 + steps(),
         lambda: -110 - steps(),
@@ -126,7 +129,7 @@ def test_every_option(score, kind, mask):
 
 
 def test_no_mask_means_every_token():
-    logits, bias, _ = arguments("tied")
+    logits, _bias, _ = arguments("tied")
     router = moe_jax.RouterConfig()
     with_mask = moe_jax.route(logits, router, top_k=K, token_mask=MASKS["all"])
     chex.assert_trees_all_equal(moe_jax.route(logits, router, top_k=K), with_mask)

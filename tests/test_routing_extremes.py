@@ -116,7 +116,7 @@ def test_no_choice_is_wrong_by_more_than_the_rounding_of_sums(score, topk_first)
 
 
 def test_a_saturated_deepseek_router():
-    """Zero biases, as before the first step. All scores are 1 in fp32; the groups with 30 and 31, and with 40, are best."""
+    """Zero biases, as before the first step. Scores are 1 in fp32; the groups with 30 and 31, and with 40, are best."""
     router = moe_jax.RouterConfig(score="sigmoid", selection_bias=True, num_groups=4, top_groups=2)
     logits = np.array([[18, 19, 30, 31, 25, 20, 26, 40]], np.float32)
     routing = run(logits, router, 3, np.zeros(8, np.float32))

@@ -1,6 +1,7 @@
 """The timed exchange: the bits of lax.all_to_all, and the blame on the rank that was slow."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -121,7 +122,7 @@ def test_program_alternates_clock_and_shift():
     chain = sorted(shifts + calls, key=lambda name: len(behind(name, nodes) & {*shifts, *calls}))
     kinds = ["call" if name in calls else "shift" for name in chain]
     assert kinds == ["call", "call"] + ["shift", "call"] * (W - 1)
-    for earlier, later in zip(chain, chain[1:], strict=False):
+    for earlier, later in itertools.pairwise(chain):
         assert earlier in behind(later, nodes)
 
 

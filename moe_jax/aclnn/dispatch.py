@@ -71,7 +71,7 @@ def moe_distribute_dispatch_v4(
     """
     given = locals()
     moe_distribute_dispatch_v4_get_workspace_size(**given)
-    passes_through = str(x.dtype) not in FLOAT_DTYPES or scales is not None and quant_mode == 0
+    passes_through = str(x.dtype) not in FLOAT_DTYPES or (scales is not None and quant_mode == 0)
     world = worlds.make_world(
         given,
         tokens=x.shape[0],

@@ -1,5 +1,8 @@
-"""What the operators return, under the reference's names. Values and layouts are the reference's; shapes are those of
-the rank that needs most, the same everywhere, and what the reference leaves unwritten is zero."""
+"""What the operators return, under the reference's names.
+
+Values and layouts are the reference's; shapes are those of the rank that needs most, the same everywhere, and what the
+reference leaves unwritten is zero.
+"""
 
 from typing import NamedTuple
 

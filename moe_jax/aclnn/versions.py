@@ -1,4 +1,4 @@
-"""Earlier versions of the operators, made of the newest ones: ``moe_jax.hardware.ascend.VERSIONS`` says what each one lacks.
+"""Earlier versions of the operators, made of the newest: ``moe_jax.hardware.ascend.VERSIONS`` says what each lacks.
 
 Dispatch and combine belong together by their versions: V2 with V2 or the first combine with RMSNorm, V3 with V3 or the
 second, V4 with V4 or the second. On a3, V3 and the second combine with RMSNorm take ``elastic_info``; V4 reserves it.

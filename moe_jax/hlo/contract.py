@@ -21,11 +21,12 @@ _LARGEST = 5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Collective:
-    """One collective instruction. ``wire_bytes`` are what leaves a device, with G devices in a group:
+    """One collective instruction.
 
-    all-to-all and reduce-scatter (G - 1) / G of the operand, all-gather G - 1 times the operand, all-reduce 2 (G - 1) /
-    G of it (reduce-scatter, then all-gather), collective-permute all of it (nothing where every device sends to
-    itself), ragged-all-to-all at most (G - 1) / G of it: how much of it is used is data.
+    ``wire_bytes`` are what leaves a device, with G devices in a group: all-to-all and reduce-scatter (G - 1) / G of the
+    operand, all-gather G - 1 times the operand, all-reduce 2 (G - 1) / G of it (reduce-scatter, then all-gather),
+    collective-permute all of it (nothing where every device sends to itself), ragged-all-to-all at most (G - 1) / G of
+    it: how much of it is used is data.
 
     Attributes:
       op: the instruction: "all-to-all", "all-gather", ...
@@ -124,8 +125,10 @@ class Contract:
             lines.append(f"  {count} x {op} {place}: {handed:,} B handed over, {left:,} B leave the device")
         lines += [
             f"scatters      {self.float_scatters} of floats, {self.int_scatters} of integers",
-            f"memory        temporary {_show(self.temporary_bytes)} B, arguments {_show(self.argument_bytes)} B, "
-            f"results {_show(self.output_bytes)} B, shared by both {_show(self.alias_bytes)} B",
+            (
+                f"memory        temporary {_show(self.temporary_bytes)} B, arguments {_show(self.argument_bytes)} B, "
+                f"results {_show(self.output_bytes)} B, shared by both {_show(self.alias_bytes)} B"
+            ),
             f"flops         {_show(self.flops)}",
             f"instructions  {self.num_instructions}",
             "largest       " + ", ".join(f"{b.name} {b.shape} {b.bytes:,} B" for b in self.largest_buffers),
@@ -288,8 +291,8 @@ def _collective(program: Program, instruction: Instruction) -> Collective | None
 def _group_size(attributes: str, num_devices: int) -> int:
     """Devices that take part together.
 
-    {{0,1},{2,3}} and [2,2]<=[4] are two groups of two, {} is one of all. JAX 0.12 writes mesh['ep'=4,'tp'=2] {'ep'}: two
-    groups of four; a part of an axis has its size behind it, as in {'ep':(1)2}.
+    {{0,1},{2,3}} and [2,2]<=[4] are two groups of two, {} is one of all. JAX 0.12 writes mesh['ep'=4,'tp'=2] {'ep'}:
+    two groups of four; a part of an axis has its size behind it, as in {'ep':(1)2}.
     """
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
     if listed:

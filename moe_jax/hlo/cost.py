@@ -185,15 +185,20 @@ def _dot_flops(program: Program, instruction: Instruction, contracted: str) -> i
 
 
 def _convolution_flops(program: Program, instruction: Instruction) -> int:
-    """The multiplications that meet no padding. (The TPU compiler writes every dot as a convolution, the batch of one
-    as a dimension whose window fits in one place only.)"""
+    """The multiplications that meet no padding.
+
+    The TPU compiler writes every dot as a convolution, the batch of one as a dimension whose window fits in one place
+    only.
+    """
     labels = re.fullmatch(r"(\w+)_(\w+)->(\w+)", instruction.attribute("dim_labels"))
     lhs, rhs = (array_extents(program.type_of(instruction, name)) for name in instruction.operands)
     out = array_extents(instruction.type)
     windows = _windows(instruction, sum(label.isdigit() for label in labels[1]))
     places = 1
     for number, window in enumerate(windows):
-        sizes = [extents[word.index(str(number))] for extents, word in zip((lhs, rhs, out), labels.groups())]
+        sizes = [
+            extents[word.index(str(number))] for extents, word in zip((lhs, rhs, out), labels.groups(), strict=True)
+        ]
         places *= _places(*sizes, *window)
     groups = int(instruction.attribute("batch_group_count") or 1)
     batch, feature = lhs[labels[1].index("b")] // groups, out[labels[3].index("f")]
@@ -207,7 +212,7 @@ def _windows(instruction: Instruction, dimensions: int) -> list[tuple[int, int, 
     columns = [
         words[name].split("x") if name in words else [default] * dimensions for name, default in defaults.items()
     ]
-    return [(int(s), int(p.split("_")[0]), int(a), int(b)) for s, p, a, b in zip(*columns)]
+    return [(int(s), int(p.split("_")[0]), int(a), int(b)) for s, p, a, b in zip(*columns, strict=True)]
 
 
 def _places(size: int, window: int, out: int, stride: int, before: int, lhs_dilate: int, rhs_dilate: int) -> int:
@@ -223,8 +228,11 @@ def _places(size: int, window: int, out: int, stride: int, before: int, lhs_dila
 
 
 class _Traffic:
-    """Bytes that an instruction reads from memory and writes to it. What an operation only looks into counts by what it
-    takes out: the rows of a gather, a slice; what it changes in place, by what it changes."""
+    """Bytes that an instruction reads from memory and writes to it.
+
+    What an operation only looks into counts by what it takes out: the rows of a gather, a slice; what it changes in
+    place, by what it changes.
+    """
 
     def __init__(self, program: Program, has_fast_memory: bool):
         self.program, self.has_fast_memory = program, has_fast_memory
@@ -355,7 +363,8 @@ def scope_of(instruction: Instruction) -> str | None:
     if not path or "/" not in path[1]:
         return None
     words, backward = [], False
-    for word in path[1].split("/")[:-1]:
+    for part in path[1].split("/")[:-1]:
+        word = part
         while wrapped := _WRAPPED.fullmatch(word):
             backward, word = backward or wrapped[1] == "transpose", wrapped[2]
         if word and not _STRUCTURE.fullmatch(word) and word not in words[-1:]:

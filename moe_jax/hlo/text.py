@@ -48,7 +48,7 @@ class Instruction:
 
     @property
     def is_held(self) -> bool:
-        """Whether the result has memory of its own. (That of a start is its done's.)"""
+        """Whether the result has memory of its own. The memory of a start is its done's."""
         return not self.is_fused and self.op not in ALIASES and not self.op.endswith("-start")
 
     def attribute(self, name: str) -> str:
@@ -70,7 +70,7 @@ class Execution:
 
     Attributes:
       instruction: the one.
-      times: the product of the trip counts around it. A loop whose length the compiler does not know counts as one turn.
+      times: the product of the trip counts around it. A loop whose length the compiler does not know counts one turn.
       is_uncounted: whether it stands inside such a loop.
       is_fused: its result never reaches memory, here.
     """

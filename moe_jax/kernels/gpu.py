@@ -74,7 +74,7 @@ def _call(kernel: str, *operands: jax.Array, **static: Any) -> jax.Array:
 
 
 def jax_has_mosaic_kernels() -> bool:
-    """Whether this JAX has the kernels that ``mosaic`` calls, and absl-py, which their files import. Imports nothing."""
+    """Whether this JAX has the kernels that ``mosaic`` calls, and absl-py, which they import. Imports nothing."""
     folder = Path(jax.__file__).parent / "experimental/pallas/ops/gpu"
     names = ("ragged_dot_mgpu", "blackwell_ragged_dot_mgpu")
     return all((folder / f"{name}.py").exists() for name in names) and find_spec("absl") is not None

@@ -1,4 +1,4 @@
-"""A Pallas kernel as an operation of a program: compiled on the platform that it was written for, interpreted elsewhere.
+"""A Pallas kernel as an operation of a program: compiled on the platform it was written for, interpreted elsewhere.
 
 Which platform that is shows when the program is lowered. Until then there is one operation without an inside, so that
 a program may hold kernels of any platform, and tracing neither imports Pallas nor pays for kernels that nobody runs.

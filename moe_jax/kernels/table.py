@@ -80,8 +80,8 @@ class Backend:
             if not isinstance(getattr(self, what), str):
                 raise InvalidArgumentError(f"{what} of back end {self.name!r}: {getattr(self, what)!r} is not a string")
         check_flag("accumulates", self.accumulates)
-        for what, given, known in (("kernels", self.kernels, KERNELS), ("transports", self.transports, TRANSPORTS)):
-            what = f"{what} of back end {self.name!r}"
+        for field, given, known in (("kernels", self.kernels, KERNELS), ("transports", self.transports, TRANSPORTS)):
+            what = f"{field} of back end {self.name!r}"
             _check_words(what, given, known, Mapping)
             for word, function in given.items():
                 if not callable(function):

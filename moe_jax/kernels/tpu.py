@@ -131,7 +131,7 @@ def matmul_tiles(num_rows: int, num_groups: int, contracted: int, columns: int, 
 
 
 def outer_tiles(num_rows: int, num_groups: int, contracted: int, columns: int, itemsize: int, cores: int) -> Tiles:
-    """Tiles of the sums of products of rows [M, H] and [M, N]; each is fetched for every tile of the other's columns."""
+    """Tiles of the sums of products of rows [M, H] and [M, N], each fetched for every tile of the other's columns."""
     rows, step = row_tiles(num_rows, num_groups)
 
     def size(k, n):
@@ -166,8 +166,11 @@ def _wide(array):
 
 
 def _precision(dtype):
-    """fp32 operands are multiplied as everywhere in JAX, in one bf16 pass unless ``jax.default_matmul_precision`` says
-    otherwise; those that were fp16 exactly, since they have more bits than bf16."""
+    """How precisely operands are multiplied.
+
+    fp32 operands are multiplied as everywhere in JAX, in one bf16 pass unless ``jax.default_matmul_precision`` says
+    otherwise; those that were fp16 exactly, since they have more bits than bf16.
+    """
     exact = dtype == jnp.float16 or (dtype == jnp.float32 and jax.config.jax_default_matmul_precision in _EXACT)
     return lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
 

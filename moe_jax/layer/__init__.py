@@ -1,1 +1,1 @@
-"""The MoE layer, in the order of the data: router, placement, dispatch, experts, combine; and the rounds around them."""
+"""The layer, in the order of the data: router, placement, dispatch, experts, combine, and the rounds around them."""

@@ -50,8 +50,9 @@ def grouped_product(
         if bias is not None:
             # A bias is a grouped product too: its gradient sums the rows of a group and reads none past the sum.
             ones = _compat.as_varying(jnp.ones((inputs.shape[0], 1), inputs.dtype), _compat.varying_axes(inputs))
-            bias = bias[:, None, :]
-            products[place] = grouped_matmul(ones, bias, group_sizes, backend=backend, add_to=products[place])
+            products[place] = grouped_matmul(
+                ones, bias[:, None, :], group_sizes, backend=backend, add_to=products[place]
+            )
     return tuple(products)
 
 

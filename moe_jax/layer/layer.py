@@ -220,7 +220,7 @@ def param_shapes(
     if router.selection_bias:
         shapes["selection_bias"] = (num_ids,)
     if plan.num_const_experts:
-        shapes |= {name: (plan.num_const_experts, hidden) for name in _CONSTANTS}
+        shapes |= dict.fromkeys(_CONSTANTS, (plan.num_const_experts, hidden))
     if plan.num_shared_experts:
         shapes |= {"shared_up": (hidden, shared_ffn), "shared_down": (shared_ffn, hidden)}
     if is_gated(activation):

@@ -108,7 +108,7 @@ _OUTPUTS = {"int8": "int8", "e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2", "e2m
 
 
 def product_violations(product, mesh_sizes: tuple[int, int] | None, dtype, transport, recipes, sizes) -> list[str]:
-    """What the operators of a product's family do not take: ``moe_jax.hardware.ascend`` has the limits and their sources.
+    """What the operators of a product's family do not take; limits and sources stand in ``moe_jax.hardware.ascend``.
 
     Left out is what is no size, recipe or dtype at all, which other rules name.
     """

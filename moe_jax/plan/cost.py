@@ -27,11 +27,11 @@ class Cost:
     is the one whose nominal rates give ``compute_seconds``, ``memory_seconds`` and ``wire_seconds``, the last of
     ``even_wire_bytes``, those of rows at the rate of a ragged exchange where they take one.
 
-    ``wire_bytes``: what ``moe_jax.hlo.contract`` counts as ``inline_wire_bytes`` of the compiled layer: rows, and beside
-    them counts, weights, the router's statistics and the gradients of replicated parameters. A ragged exchange counts
-    with the extent of its operand, as it does there; where it is emulated, as on CPUs, it runs in a loop, and is not
-    counted there. Without tokens XLA drops sums of nothing, which are counted here. The backward pass is asked for the
-    gradients of parameters and x, and not through the losses.
+    ``wire_bytes``: what ``moe_jax.hlo.contract`` counts as ``inline_wire_bytes`` of the compiled layer: rows, and
+    beside them counts, weights, the router's statistics and the gradients of replicated parameters. A ragged exchange
+    counts with the extent of its operand, as it does there; where it is emulated, as on CPUs, it runs in a loop, and is
+    not counted there. Without tokens XLA drops sums of nothing, which are counted here. The backward pass is asked for
+    the gradients of parameters and x, and not through the losses.
 
     ``flops``: of all products with weights, a multiplication and an addition being two. Experts multiply as many rows
     as one has under an even load, each.
@@ -198,7 +198,7 @@ def _sum_wire(plan, size: Size, routed: _Ffn, shared: _Ffn, num_replicas: int, b
 
 
 def _local_traffic(plan, size: Size, backward: bool) -> int:
-    """Of a device that exchanges nothing: a gather each way, of rows as recipes leave them, and the sum at the tokens."""
+    """Of a device that exchanges nothing: a gather each way, of rows as recipes leave them; the sum at the tokens."""
     tokens, pairs = plan.tokens_per_rank, plan.num_pairs
 
     def there(rows, message):

@@ -126,7 +126,7 @@ class Plan:
 
     @property
     def max_rounds(self) -> int:
-        """Rounds that the worst skew needs: 1 where one holds everything, overflow is dropped or nothing is exchanged."""
+        """Rounds that the worst skew needs: 1 where one holds all, overflow is dropped or nothing is exchanged."""
         if self.overflow == "drop" or not self.num_pairs or not self.exchanges:
             return 1
         return math.ceil(self.max_pair_rows / self.pair_capacity)

@@ -109,8 +109,8 @@ class Recipe:
     def error_bound(self, q: QTensor) -> jax.Array:
         """An upper bound of ``|fp32(x) * smooth - dequantize(q)|`` by element, [rows, H] f32; inf where nothing holds.
 
-        ``scale * max(roundoff * |value|, half_step)``, more where values saturated, plus a few fp32 roundings and 2^-110
-        (numbers that count as zero; holds for |smooth| up to 2^15). "int8_static" cannot tell a 0 from a NaN.
+        ``scale * max(roundoff * |value|, half_step)``, more where values saturated, plus a few fp32 roundings and
+        2^-110 (numbers that count as zero; holds for |smooth| up to 2^15). "int8_static" cannot tell a 0 from a NaN.
         """
         decoded = self.format.decode(q.values)
         size = jnp.abs(to_blocks(decoded, self.block))

@@ -61,7 +61,7 @@ class PerToken(Recipe):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PerGroup(Recipe):
-    """``m_g = largest / amax_g``, ``q = round(y * m_g)``, ``scale_g = amax_g * fp32(1 / largest)`` by groups of columns.
+    """``m_g = largest / amax_g``, ``q = round(y * m_g)``, ``scale_g = amax_g * fp32(1 / largest)`` by column groups.
 
     The last group may be short. Rounding, zeros, NaN and error: as ``PerToken``, by group.
     """
@@ -130,8 +130,8 @@ class MicroscaledClip(Microscaled):
     """``Microscaled`` with a scale that leaves room: ``2^(s-127)`` is the power of two at or above amax / largest.
 
     ``v = max(amax, 1e-4) * fp32(1 / largest)`` in fp32; s is the biased exponent of v, plus 1 if v is no power of two.
-    Blocks of zeros therefore have the scale of 1e-4; a block with NaN or inf has s = 255. Nothing saturates by more than
-    a rounding. Error: the format's relative roundoff, at least 2^(s-127) * half_step.
+    Blocks of zeros therefore have the scale of 1e-4; a block with NaN or inf has s = 255. Nothing saturates by more
+    than a rounding. Error: the format's relative roundoff, at least 2^(s-127) * half_step.
     """
 
     def _scale(self, y):

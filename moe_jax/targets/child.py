@@ -26,7 +26,7 @@ def main(folder: Path) -> None:
     job = pickle.loads((folder / "job").read_bytes())
     try:
         result = _compile(job, folder)
-    except Exception as error:  # whatever it is, the caller hears of it
+    except Exception as error:  # noqa: BLE001 - whatever it is, the caller hears of it
         result = {"error": f"{type(error).__name__}: {error}"}
     (folder / "result.json").write_text(json.dumps(result))
 
@@ -89,7 +89,7 @@ def _lower_exported(job: dict[str, Any], devices: list[jax.Device]) -> jax.stage
     ]
 
     def call(*arrays):
-        leaves = dict(zip(read, arrays))
+        leaves = dict(zip(read, arrays, strict=True))
         return exported.call(*(leaves[p] if p in leaves else jnp.zeros(a.shape, a.dtype) for p, a in enumerate(avals)))
 
     jitted = jax.jit(call, donate_argnums=[read.index(place) for place in job["donated"] if place in read])

@@ -1,5 +1,6 @@
 """``compile_for``: the calling side. It lowers the program, hands it to a process of its own, and reads the result."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -154,9 +155,7 @@ def _run(target: Target, folder: Path) -> dict[str, Any]:
 
 
 def _end(child: subprocess.Popen) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):  # it has ended, and so have its own
         os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:  # it has ended, and so have its own
-        pass
     child.wait()
     child.stdin.close()

@@ -73,8 +73,10 @@ class TargetReport(Contract):
     def __str__(self) -> str:
         devices = f"{self.num_devices} device{'s' if self.num_devices > 1 else ''}"
         lines = [
-            f"{self.target}: {devices} of {self.device_kind}, lowered in {self.lower_seconds:.1f} s, compiled in "
-            f"{self.compile_seconds:.1f} s by {self.compiler}",
+            (
+                f"{self.target}: {devices} of {self.device_kind}, lowered in {self.lower_seconds:.1f} s, compiled in "
+                f"{self.compile_seconds:.1f} s by {self.compiler}"
+            ),
             *_lines(self.work),
         ]
         lines += [f"kernel        {_kernel(kernel)}" for kernel in self.kernels]

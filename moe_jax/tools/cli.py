@@ -1,7 +1,8 @@
 """The command line, `python -m moe_jax COMMAND ...`: the only place where a MoEError is caught.
 
-Exit codes: 0 done, 1 a check failed (verify), 2 bad input with one sentence on standard error, 130 interrupted (Ctrl-C);
-of a training run that saved and ended because it was asked to, 143 (SIGTERM) and 129 (SIGHUP); 141 nobody reads any more.
+Exit codes: 0 done, 1 a check failed (verify), 2 bad input with one sentence on standard error, 130 interrupted
+(Ctrl-C); of a training run that saved and ended because it was asked to, 143 (SIGTERM) and 129 (SIGHUP); 141 nobody
+reads any more.
 """
 
 import argparse

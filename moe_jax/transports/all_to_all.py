@@ -157,7 +157,8 @@ class AllToAll(Transport):
         slots = [rows, scalars]
         with jax.named_scope("unpermute"):
             # Slots that no row came in hold garbage on every tp rank. That is harmless: the reduce-scatter below adds
-            # slot i of one tp rank to slot i of the others, so garbage is only added to garbage, and no pair points at it.
+            # slot i of one tp rank to slot i of the others, so garbage is only added to garbage, and no pair points
+            # at it.
             if ordered:
                 slots = [x if x is None else take_rows(x, maps.inbox_row, poison=plan.poison) for x in slots]
         with jax.named_scope("exchange"):

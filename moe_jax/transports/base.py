@@ -12,10 +12,10 @@ A dispatch, round by round::
     back  = transport.collect(...)               # rows of the experts -> what came back to the tokens
     y     = transport.finish(...)                # the weighted sum over the choices of each token
 
-T tokens per device, C pairs of each token, W expert-parallel and P tensor-parallel ranks, L local experts, M rows of the
-experts' input. A pair (t, c) has the number t * C + c; -1 stands for "none" in all maps. What belongs to pairs and has a
-width is ordered by choice, then token, [C, T, ...]: for sums over the choices of a token it is C arrays in their natural
-layout, where [T, C, ...] would leave most of a TPU's tiles empty.
+T tokens per device, C pairs of each token, W expert-parallel and P tensor-parallel ranks, L local experts, M rows of
+the experts' input. A pair (t, c) has the number t * C + c; -1 stands for "none" in all maps. What belongs to pairs and
+has a width is ordered by choice, then token, [C, T, ...]: for sums over the choices of a token it is C arrays in their
+natural layout, where [T, C, ...] would leave most of a TPU's tiles empty.
 
 To add a transport: write a subclass in a file of its own, ``register_transport`` an object of it, and run
 ``moe_jax.verify.transport_contract`` on it.
@@ -97,9 +97,9 @@ class Transport(abc.ABC):
     Attributes:
       name: what plans call it.
       pairwise: True: each pair of ranks exchanges rows of its own. Every row travels for itself, so that it can be
-        quantised with factors of its expert and can be received into a window, and it comes back for itself, so that the
-        sum over the choices of a token is made at the token. False: a token travels once for several experts, and the
-        rows of a token are summed on their way back.
+        quantised with factors of its expert and can be received into a window, and it comes back for itself, so that
+        the sum over the choices of a token is made at the token. False: a token travels once for several experts, and
+        the rows of a token are summed on their way back.
     """
 
     name: ClassVar[str]
@@ -109,7 +109,7 @@ class Transport(abc.ABC):
 
     @abc.abstractmethod
     def buffers(self, plan: Plan, capacity: int) -> tuple[dict[str, int], int]:
-        """Of one round of ``capacity`` rows per pair of ranks: bytes of each buffer by purpose, and integers in maps."""
+        """Of one round of ``capacity`` rows per pair of ranks: bytes of each buffer by purpose, integers in maps."""
 
     @abc.abstractmethod
     def wire_bytes(self, plan: Plan, size: Any, backward: bool) -> int:
@@ -154,7 +154,7 @@ class Transport(abc.ABC):
         """
 
     def longest_list(self, manifest: Any, plan: Plan) -> Array:
-        """The most rows that any rank of the group sends another, over all rounds; the same on all ranks. i32 scalar."""
+        """The most rows that any rank of the group sends another in all rounds; the same on all ranks. i32 scalar."""
         return collectives.max_over_ranks(jnp.max(jnp.sum(manifest.send_counts, axis=1)), plan)
 
     @abc.abstractmethod

@@ -12,9 +12,9 @@ equal size), an *inbox* slot a row of what comes from them, a *row* one of the e
 
 Extents hold the worst skew of a round of ``capacity`` rows per pair of ranks, repeated destinations included:
 B = min(T, R * capacity) and D = N * min(capacity, T * C). With the rounds of the layer, blocks inside the node are as
-long as those of the padded transport, W * capacity rows in all. A round longer than ``plan.pair_capacity``, such as that
-of a dropless ``dispatch``, travels inside the node end to end, in chunks that follow the true counts; its inbox still
-has R * D = W * T * C rows, a P-th of the M rows that the caller asks for.
+long as those of the padded transport, W * capacity rows in all. A round longer than ``plan.pair_capacity``, such as
+that of a dropless ``dispatch``, travels inside the node end to end, in chunks that follow the true counts; its inbox
+still has R * D = W * T * C rows, a P-th of the M rows that the caller asks for.
 """
 
 import jax
@@ -116,9 +116,9 @@ class Hierarchy(Transport):
 
         Products and both sums in fp32, choices and nodes ascending; ``round`` is to ``plan.dtype``, the dtype in which
         partial sums travel, and with a recipe what that leaves of it. With tp > 1 the rows of the tp ranks are partial
-        sums, and are added first, in their own dtype. Scalars [M, G] -> [C, T, G], added over tp alone. Weights of shape
-        [M] stand beside the rows and are added over tp too: of each row one tp rank holds the weight, the others zero.
-        They go without scalars, and with rows that are in order. Rows may be None where there are scalars.
+        sums, and are added first, in their own dtype. Scalars [M, G] -> [C, T, G], added over tp alone. Weights of
+        shape [M] stand beside the rows and are added over tp too: of each row one tp rank holds the weight, the others
+        zero. They go without scalars, and with rows that are in order. Rows may be None where there are scalars.
 
         Source: the layered combine kernels of MoeDistributeCombine, without their fp16 special case.
         """
@@ -127,7 +127,8 @@ class Hierarchy(Transport):
         slots = [rows, weights[:, None] if beside_rows else scalars]
         with jax.named_scope("unpermute"):
             # Slots that no row came in hold garbage on every tp rank. That is harmless: the reduce-scatter below adds
-            # slot i of one tp rank to slot i of the others, so garbage is only added to garbage, and no pair points at it.
+            # slot i of one tp rank to slot i of the others, so garbage is only added to garbage, and no pair points
+            # at it.
             if ordered:
                 slots = [x if x is None else take_rows(x, maps.inbox_row, poison=plan.poison) for x in slots]
         with jax.named_scope("exchange"):

@@ -51,7 +51,7 @@ def expert_ids(pattern: str, rng: np.random.Generator, lead: tuple[int, ...], nu
 
 
 def make_case_plan(mesh: Mesh, transport: str, backend: str, **options) -> Plan:
-    """A small plan, with all that nobody may read poisoned; ``options`` of ``make_plan`` replace its sizes and dtype."""
+    """A small plan, with all that nobody may read poisoned; ``options`` of ``make_plan`` replace sizes and dtype."""
     ranks = mesh.size // mesh.shape["tp"]
     sizes = {"tokens_per_rank": TOKENS, "hidden": HIDDEN, "num_experts": ranks * max(2, -(-4 // ranks)), "top_k": TOP_K}
     given = {**sizes, "dtype": "float32", "transport": transport, "backend": backend, "poison": True, **options}

@@ -76,7 +76,11 @@ class Exchange:
             return [[rows[w, p, : totals[w, p]] for p in range(self.peers)] for w in range(self.ranks)]
 
         def ranked(rows, expected):
-            pairs = ((a, b) for got, want in zip(written(rows), expected) for a, b in zip(got, want))
+            pairs = (
+                (a, b)
+                for got, want in zip(written(rows), expected, strict=True)
+                for a, b in zip(got, want, strict=True)
+            )
             return max(deviation(a, b) for a, b in pairs)
 
         want_rows, want_weights = reference.combine_vjp(ct_y, want.rows, weights, want)
@@ -88,7 +92,11 @@ class Exchange:
             ranked(d_rows, want_rows),
             deviation(d_weights, want_weights),
         )
-        sides = sum(float(np.sum(a * b)) for s, c in zip(written(sent), written(ct_rows)) for a, b in zip(s, c))
+        sides = sum(
+            float(np.sum(a * b))
+            for s, c in zip(written(sent), written(ct_rows), strict=True)
+            for a, b in zip(s, c, strict=True)
+        )
         self.inner_products.append(abs(sides - float(np.sum(x * returned))))
         self.rows.append(np.concatenate([a.ravel() for row in written(sent) for a in row]))
 
@@ -99,5 +107,7 @@ class Exchange:
 def same_bits(sent: dict[str, list[np.ndarray]]) -> list[float]:
     first, *others = sent.values()
     return [
-        float(np.count_nonzero(a.view(np.int32) != b.view(np.int32))) for other in others for a, b in zip(first, other)
+        float(np.count_nonzero(a.view(np.int32) != b.view(np.int32)))
+        for other in others
+        for a, b in zip(first, other, strict=True)
     ]

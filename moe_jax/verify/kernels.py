@@ -30,9 +30,9 @@ def grouped_matmul_deviations(
     rng, found = np.random.default_rng(1), []
     program = jax.jit(functools.partial(_product_and_gradients, backend))
     uneven = [rows // 4, 0, rows // 2 - 1, rows // 10]
-    for sizes in (uneven, [0, 0, 0, 0], [0, rows, 0, 0], [1, 1, 1, rows - 3]):
+    for group_sizes in (uneven, [0, 0, 0, 0], [0, rows, 0, 0], [1, 1, 1, rows - 3]):
         lhs, rhs, ct = integers(rng, rows, hidden), integers(rng, 4, hidden, columns), integers(rng, rows, columns)
-        total, sizes = sum(sizes), np.array(sizes, np.int32)
+        total, sizes = sum(group_sizes), np.array(group_sizes, np.int32)
         lhs[total:] = np.nan
         ct[total:] = np.nan
         product, d_lhs, d_rhs = program(*(jnp.asarray(a, dtype) for a in (lhs, rhs, ct)), sizes)

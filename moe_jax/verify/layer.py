@@ -85,7 +85,7 @@ class Layer:
     def repeated(self) -> list[float]:
         found = []
         for arguments, results in self._run():
-            pairs = zip(jax.tree.leaves(results), jax.tree.leaves(self.program(*arguments)))
+            pairs = zip(jax.tree.leaves(results), jax.tree.leaves(self.program(*arguments)), strict=True)
             found.append(float(sum(np.asarray(a).tobytes() != np.asarray(b).tobytes() for a, b in pairs)))
         return found
 

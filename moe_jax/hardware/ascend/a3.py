@@ -91,8 +91,8 @@ _GROUPED_MATMUL = Limits(
 )
 
 # Section 13. The old tiling's upper bound, 384.
-BARRIER_DTYPES = ("bfloat16", "float16", "float32", "bool", "int8", "int16", "int32", "int64") + (
-    "uint8", "uint16", "uint32", "uint64",
+BARRIER_DTYPES = (
+    "bfloat16", "float16", "float32", "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
 )  # fmt: skip
 _BARRIER = Limits(values={"world_size": Interval(2, 384)}, dtypes={"x_ref": BARRIER_DTYPES})
 

@@ -76,9 +76,10 @@ class Facts:
         cycles = "" if self.other_cycles is None else f"{self.other_cycles / 1e6:.2f} M other cycles, "
         return (
             f"{self.target:<10} {self.workload:<4} {self.what:<8} {self.phase:<18} "
-            f"{self.flops / self.routed_flops:.2f} x routed flops, {cycles}{self.other_bytes / self.row_bytes:.1f} x rows "
-            f"other bytes, {self.gather_bytes / 1e6:,.0f} MB gathered, {self.temporary_bytes / 1e6:,.0f} MB temporary, "
-            f"{self.num_instructions:,} instructions, {self.compile_seconds:.0f} s"
+            f"{self.flops / self.routed_flops:.2f} x routed flops, {cycles}{self.other_bytes / self.row_bytes:.1f} x "
+            f"rows other bytes, {self.gather_bytes / 1e6:,.0f} MB gathered, "
+            f"{self.temporary_bytes / 1e6:,.0f} MB temporary, {self.num_instructions:,} instructions, "
+            f"{self.compile_seconds:.0f} s"
         )
 
 
@@ -176,8 +177,10 @@ def build(devices: Sequence[jax.Device], name: str, phase: str, what: str) -> tu
 def table(found: Sequence[Facts]) -> str:
     """Markdown: a line for each target and workload, forward / forward + backward."""
     lines = [
-        "| target | workload | flops / routed | other cycles, M | other bytes / rows | gathered, MB | temporary, MB | "
-        "instructions | compiled in, s |",
+        (
+            "| target | workload | flops / routed | other cycles, M | other bytes / rows | gathered, MB | "
+            "temporary, MB | instructions | compiled in, s |"
+        ),
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for target, workload, what in dict.fromkeys((f.target, f.workload, f.what) for f in found):

@@ -1,4 +1,4 @@
-"""A device that is here for minutes: is everything right on it, and how near to its peak do products and layer come?
+"""A device that is here for minutes: whether everything is right on it, and how near to its peak it comes.
 
 The list is prepared, so that one command answers both. Checks come first: grouped products of every back end that
 serves the device, recipes of the wire, and the layer with all its gradients, each beside the float64 reference. Then
@@ -116,7 +116,7 @@ def run(*, json_path: str | None = None, max_seconds: float = MAX_SECONDS) -> in
                     good &= row.get("passed", True)
             except UnsupportedError as error:  # a back end that says that it does not serve this
                 show({"event": "refused", "what": step.name, "reason": str(error)})
-            except Exception as error:  # whatever a compiler or a driver throws: the device will not be here again soon
+            except Exception as error:  # noqa: BLE001 - of any compiler or driver; the device is not here again soon
                 show({"event": "failed", "what": step.name, "reason": f"{type(error).__name__}: {error}"})
                 good = False
             show({"event": "step", "what": step.name, "seconds": time.monotonic() - began})

@@ -104,6 +104,7 @@ def _claim_first_free(name: str, stack: ExitStack) -> RunFolder:
                 stack.push(attempt.pop_all())
                 note = f"{RUNS / name} holds an earlier run (--resume goes on with the last one)" if number > 1 else ""
                 return RunFolder(path, note)
+    raise AssertionError("count() never ends")
 
 
 @contextmanager

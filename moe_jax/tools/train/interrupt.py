@@ -1,7 +1,8 @@
 """Ctrl-C, SIGTERM and SIGHUP as data: the first asks the run to stop where it is safe, a later one leaves at once.
 
 A Python signal handler runs only when the main thread is back in the interpreter, and XLA may compile for minutes
-before it is. So the handlers do nothing, and a thread reads the wake-up socket that Python's C handler writes to at once.
+before it is. So the handlers do nothing, and a thread reads the wake-up socket that Python's C handler
+writes to at once.
 """
 
 import os

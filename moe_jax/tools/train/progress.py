@@ -96,8 +96,11 @@ class JsonProgress:
 
 
 class PlainProgress:
-    """Lines on standard output: every `log_every`-th step, the first and the last, the start of every task, and one
-    more wherever nothing was said for SILENT_SECONDS."""
+    """Lines on standard output.
+
+    There is one for every `log_every`-th step, the first and the last, one for the start of every task, and one more
+    wherever nothing was said for SILENT_SECONDS.
+    """
 
     def __init__(self, log_every: int, num_steps: int) -> None:
         self._log_every = log_every

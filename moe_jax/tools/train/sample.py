@@ -57,5 +57,5 @@ def sample_text(
 
 
 def printable(text: str) -> str:
-    """`text` with what could steer a terminal written as escapes, such as \\x1b; line breaks and tabs stay."""
+    r"""`text` with what could steer a terminal written as escapes, such as \x1b; line breaks and tabs stay."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)

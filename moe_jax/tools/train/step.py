@@ -104,10 +104,10 @@ def _update_biases(params: Params, load: jax.Array, rate: float) -> Params:
     """Moves each layer's selection bias, where there is one, against its load [L, E]; no gradient is involved."""
     blocks = []
     for block, layer_load in zip(params["blocks"], load, strict=True):
-        if BIAS in block["moe"]:
-            bias = moe.update_selection_bias(block["moe"][BIAS], layer_load, rate=rate)
-            block = {**block, "moe": {**block["moe"], BIAS: bias}}
-        blocks.append(block)
+        layer = dict(block["moe"])
+        if BIAS in layer:
+            layer[BIAS] = moe.update_selection_bias(layer[BIAS], layer_load, rate=rate)
+        blocks.append({**block, "moe": layer})
     return {**params, "blocks": blocks}
 
 
