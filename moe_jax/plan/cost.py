@@ -120,21 +120,38 @@ class _Ffn(NamedTuple):
 
 
 class Size(NamedTuple):
-    """Of one round on one device: bytes of a row in each of its forms, and rows of each buffer."""
+    """Extents of one round on one device, from which every transport finds its costs.
+
+    Attributes:
+      itemsize: bytes of a number of a row.
+      row: bytes of a row in ``plan.dtype``.
+      out: bytes of a row on its way to the experts.
+      back: bytes of a row on its way back.
+      ct: bytes of a cotangent of a row, both ways.
+      wide: bytes of a row in fp32.
+      sum_item: bytes of a number of ``plan.dtype`` in a sum over ranks.
+      slots: rows for which the ep ranks have room, W * capacity.
+      sent: rows that an exchange hands over on the way out.
+      returned: rows that it hands over on the way back.
+      crossing: tokens that go to the nodes.
+      everyone: tokens of all ranks.
+      arrived: M.
+      multiplied: rows of all experts under an even load.
+    """
 
     itemsize: int
     row: int
-    out: int  # on its way to the experts
+    out: int
     back: int
-    ct: int  # of a cotangent, both ways
-    wide: int  # in fp32
-    sum_item: int  # bytes of a number of ``plan.dtype`` in a sum over ranks
-    slots: int  # what the ep ranks send, W * capacity
-    sent: int  # what an exchange hands over on the way out
-    returned: int  # and on the way back
-    crossing: int  # what goes to the nodes
-    everyone: int  # tokens of all ranks
-    arrived: int  # M
+    ct: int
+    wide: int
+    sum_item: int
+    slots: int
+    sent: int
+    returned: int
+    crossing: int
+    everyone: int
+    arrived: int
     multiplied: int
 
     @classmethod
