@@ -1,9 +1,12 @@
 """Expert parallelism for JAX: distributed Mixture-of-Experts operators as differentiable per-shard functions.
 
-Importing this package touches no device and no environment variable.
+Begin with ``make_mesh``, ``make_plan`` and ``moe_on_mesh``, the layer over global arrays; or with ``dispatch`` and
+``combine`` inside a ``shard_map`` of your own. ``reference`` says what the right answer is. Importing this package
+touches no device and no environment variable.
 """
 
 from moe_jax import aclnn, errors, quant, reference
+from moe_jax.balance import Placement, expected_imbalance, rebalance
 from moe_jax.collectives import ragged_all_to_all
 from moe_jax.config import RouterConfig, load_config
 from moe_jax.elastic.rank_table import make_rank_table
@@ -15,6 +18,7 @@ from moe_jax.layer.combine import combine, combine_add_rms_norm
 from moe_jax.layer.dispatch import dequantize, dispatch, make_receive_window
 from moe_jax.layer.layer import moe_layer
 from moe_jax.layer.on_mesh import moe_on_mesh
+from moe_jax.layer.params import abstract_params, param_specs
 from moe_jax.layer.placement import update_expert
 from moe_jax.layer.router import route, update_selection_bias
 from moe_jax.mesh import emulate_devices, make_mesh
@@ -34,11 +38,13 @@ __all__ = [
     "Dispatched",
     "LayerStats",
     "MoEError",
+    "Placement",
     "Plan",
     "RouterConfig",
     "Routing",
     "TargetReport",
     "Window",
+    "abstract_params",
     "aclnn",
     "all_to_allv_grouped_matmul",
     "assert_hlo_contract",
@@ -51,6 +57,7 @@ __all__ = [
     "dispatch",
     "emulate_devices",
     "errors",
+    "expected_imbalance",
     "grouped_matmul",
     "grouped_matmul_all_to_allv",
     "hlo_contract",
@@ -61,8 +68,10 @@ __all__ = [
     "make_receive_window",
     "moe_layer",
     "moe_on_mesh",
+    "param_specs",
     "quant",
     "ragged_all_to_all",
+    "rebalance",
     "receivable_info_collect",
     "receivable_test",
     "reference",

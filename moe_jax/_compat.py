@@ -7,7 +7,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import jax
 import jax.export
@@ -22,8 +22,15 @@ from moe_jax.errors import InvalidArgumentError, MeshError
 
 shard_map = jax.shard_map
 
+if TYPE_CHECKING:
+    Device: TypeAlias = Any  # the compiled part of jaxlib has no stubs, so jax.Device is no type to a checker
+else:
+    Device = jax.Device
 
-def exportable(cls: type, *, to_json: Callable | None = None, from_json: Callable | None = None) -> type:
+Class = TypeVar("Class", bound=type)
+
+
+def exportable(cls: Class, *, to_json: Callable | None = None, from_json: Callable | None = None) -> Class:
     """Lets ``jax.export`` write and read programs that take or return ``cls``, a pytree or a NamedTuple.
 
     ``to_json``, ``from_json``: of what is static in its instances, the auxiliary data; without them there is none.
@@ -40,7 +47,7 @@ def exportable(cls: type, *, to_json: Callable | None = None, from_json: Callabl
     )
 
 
-def exportable_static(cls: type) -> type:
+def exportable_static(cls: Class) -> Class:
     """A frozen dataclass of plain values as a static pytree, without leaves, that ``jax.export`` can write and read."""
     cls = jax.tree_util.register_static(cls)
     return exportable(cls, to_json=fields_of, from_json=lambda fields: cls(**fields))
@@ -59,6 +66,18 @@ def _with_tuples(table: dict[str, Any]) -> dict[str, Any]:
 def backends_are_initialized() -> bool:
     """True once a device query has fixed the number of CPU devices."""
     return xla_bridge.backends_are_initialized()
+
+
+def config_value(name: str) -> Any:
+    """The value of a setting of JAX, which makes its settings attributes of ``jax.config`` when it starts."""
+    return getattr(jax.config, name)
+
+
+def jitted(fn: Callable) -> jax.stages.Wrapped:
+    """``fn`` if ``jax.jit`` made it, so that its shardings and donations are kept, else ``jax.jit(fn)``."""
+    if hasattr(fn, "lower") and hasattr(fn, "trace"):
+        return cast("jax.stages.Wrapped", fn)
+    return jax.jit(fn)
 
 
 def auto_mesh(devices: Any, axis_names: Sequence[str]) -> Mesh:
@@ -236,6 +255,11 @@ def bound_axis_size(axis: str) -> int | None:
         return lax.axis_size(axis)
     except NameError:
         return None
+
+
+def group_size(axes: tuple[str, ...]) -> int:
+    """How many devices exchange along mesh axes that are bound here, such as those of ``bound_axes``."""
+    return math.prod(lax.axis_size(axis) for axis in axes)
 
 
 def bound_axes(axis_name: Any, argument: str = "axis_name") -> tuple[str, ...]:

@@ -38,6 +38,8 @@ class custom_gradient:
       function: (*static, *operands) -> any pytree.
       num_static: leading arguments that are hashable and no arrays.
 
+    >>> import jax, jax.numpy as jnp
+    >>> from moe_jax.derivatives import custom_gradient
     >>> @custom_gradient
     ... def cube(x):
     ...     return x**3
@@ -205,8 +207,8 @@ class _Smooth:
 
     def merge(self, values: list, others: list) -> list:
         """The inverse: ``values`` where there is a derivative, else what ``others`` has."""
-        values = iter(values)
-        return [next(values) if smooth else other for smooth, other in zip(self.mask, others, strict=True)]
+        of_smooth = iter(values)
+        return [next(of_smooth) if smooth else other for smooth, other in zip(self.mask, others, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -15,9 +15,16 @@ import numpy as np
 
 
 class MoEError(Exception):
-    """Base of everything that moe_jax raises on purpose."""
+    """Base of everything that moe_jax raises on purpose.
 
-    status = 561002
+    Attributes:
+      status: the code of the CANN operators for such a mistake.
+      rule, product: of a call of ``moe_jax.aclnn``, the name of the rule that it breaks, and the product whose rule that is.
+    """
+
+    status: int = 561002
+    rule: str | None = None
+    product: str | None = None
 
 
 class InvalidArgumentError(MoEError, ValueError):

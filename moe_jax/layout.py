@@ -116,7 +116,7 @@ def map_blocks(source_start: Array, target_start: Array, sizes: Array, address: 
     return lax.reduce(found, np.int32(-1), lax.max, (0,))
 
 
-def clip_to_window(lists: Array, start: Array | int, capacity: int) -> tuple[Array, Array]:
+def clip_to_window(lists: Array, start: Array | int, capacity: Array | int) -> tuple[Array, Array]:
     """The part of each block that lies in a window of the list it belongs to.
 
     Args:
@@ -252,6 +252,6 @@ def _places(num_sources: int, source_order: Array | None) -> Array | np.ndarray:
     return jnp.argsort(source_order).astype(jnp.int32)
 
 
-def _sum_where(wanted: Array, sizes: Array) -> Array:
+def _sum_where(wanted: Array | np.ndarray, sizes: Array) -> Array:
     """The sum over the last axis but one of the ``sizes`` that are ``wanted``."""
     return jnp.sum(jnp.where(wanted, sizes, 0), axis=-2, dtype=jnp.int32)

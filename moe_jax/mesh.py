@@ -31,7 +31,8 @@ def emulate_devices(num_devices: int) -> None:
     Raises:
       DeviceInitError: JAX has already initialised its devices and shows fewer.
 
-    >>> moe_jax.emulate_devices(8)
+    >>> import moe_jax as moe
+    >>> moe.emulate_devices(8)
     """
     check_count("num_devices", num_devices)
     if _compat.backends_are_initialized():
@@ -43,7 +44,7 @@ def emulate_devices(num_devices: int) -> None:
             "number is fixed by the first device query; call emulate_devices before anything that touches a device"
         )
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", max(int(num_devices), jax.config.jax_num_cpu_devices))
+    jax.config.update("jax_num_cpu_devices", max(int(num_devices), _compat.config_value("jax_num_cpu_devices")))
 
 
 def ensure_devices(num_devices: int) -> None:
@@ -59,7 +60,7 @@ def has_accelerator() -> bool:
     """Whether JAX runs, or would start, something else than the CPU; asking does not start it."""
     if _compat.backends_are_initialized():
         return jax.default_backend() != "cpu"
-    platforms = jax.config.jax_platforms
+    platforms = _compat.config_value("jax_platforms")
     if platforms:
         return platforms.split(",")[0] != "cpu"
     from importlib.metadata import distributions  # slow to import, and only the command line asks
@@ -81,7 +82,7 @@ def _too_few(needed: int) -> str:
 
 
 def make_mesh(
-    ep: int = 1, tp: int = 1, *, nodes: int = 1, dp: int = 1, devices: Sequence[jax.Device] | None = None
+    ep: int = 1, tp: int = 1, *, nodes: int = 1, dp: int = 1, devices: Sequence[_compat.Device] | None = None
 ) -> Mesh:
     """A mesh over the first ``ep * tp * dp`` devices, all axes Auto.
 
@@ -99,7 +100,9 @@ def make_mesh(
       InvalidArgumentError: a size is not a positive whole number, or ``nodes`` does not divide ``ep``.
       MeshError: there are too few devices.
 
-    >>> dict(make_mesh(ep=4, tp=2).shape)
+    >>> import moe_jax as moe
+    >>> moe.emulate_devices(8)  # leave this out where there are accelerators
+    >>> dict(moe.make_mesh(ep=4, tp=2).shape)
     {'ep': 4, 'tp': 2}
     """
     for name, value in (("ep", ep), ("tp", tp), ("nodes", nodes), ("dp", dp)):

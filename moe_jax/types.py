@@ -7,6 +7,7 @@ L local experts, M row capacity, A arrival capacity (rows that an exchange may d
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, dataclass_transform
 
 import jax
@@ -16,8 +17,8 @@ from moe_jax import _compat
 Array = jax.Array
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True)
-def pytree(static: tuple[str, ...] = (), *, plain: bool = True):
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def pytree(static: tuple[str, ...] = (), *, plain: bool = True) -> Callable[[_compat.Class], _compat.Class]:
     """A frozen, keyword-only dataclass that is a pytree; ``static`` names its compile-time fields.
 
     It can be part of what ``jax.export`` writes, if the static fields are plain values; the module of other static
@@ -27,7 +28,7 @@ def pytree(static: tuple[str, ...] = (), *, plain: bool = True):
       plain: whether the static fields are plain values, such as numbers.
     """
 
-    def decorate(cls):
+    def decorate(cls: _compat.Class) -> _compat.Class:
         cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
         data = [field.name for field in dataclasses.fields(cls) if field.name not in static]
         cls = jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=list(static))

@@ -1,4 +1,4 @@
-"""The facade against the oracle of the family: generated worlds, masks, elastic tables, wires and transports.
+"""The facade against its oracle: generated worlds, masks, elastic tables, wires and transports.
 
 Counts, triples, rows and codes are exact; sums are within fp32 rounding of the oracle's unrounded ones, and exact where
 the data are small whole numbers. A program is compiled once for a static configuration and runs on many draws.
@@ -9,13 +9,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 from family_cases import Config, combine_arrays, data, dispatch_arrays, static_configs
 from jax.sharding import PartitionSpec
 
 import moe_jax as moe
 from moe_jax import _compat, aclnn
-from moe_jax.reference import family
 
 NORM = "moe_distribute_combine_add_rms_norm_v2"
 
@@ -77,7 +77,7 @@ def over_ranks(config, drawn):
 def compare(config, rng):
     drawn = data(rng, config)
     sent, out = jax.tree.map(np.asarray, program(config)(over_ranks(config, drawn)))
-    expected = family.moe_distribute_dispatch(
+    expected = oracle.moe_distribute_dispatch(
         drawn["x"], drawn["expert_ids"], **dispatch_arrays(config, drawn), **config.dispatch
     )
     for name in aclnn.DispatchOutput._fields:
@@ -90,7 +90,7 @@ def compare(config, rng):
             np.testing.assert_array_equal(got, want, err_msg=f"{name} of {config}")
     operands = (drawn["expand_x"], drawn["expert_ids"], expected, drawn["expert_scales"])
     if config.norm:
-        want = family.moe_distribute_combine_add_rms_norm(
+        want = oracle.moe_distribute_combine_add_rms_norm(
             *operands, drawn["residual_x"], drawn["gamma"], **combine_arrays(drawn), **config.combine
         )
         close(out.x_out, want.x, want.unrounded, config, drawn)
@@ -98,7 +98,7 @@ def compare(config, rng):
         y, w = (np.asarray(a, np.float64) for a in (out.y_out.reshape(want.y.shape), want.y))
         np.testing.assert_allclose(y, w, rtol=2**-7, atol=2**-7 * np.abs(w).max(initial=0))
     else:
-        want = family.moe_distribute_combine(*operands, **combine_arrays(drawn), **config.combine)
+        want = oracle.moe_distribute_combine(*operands, **combine_arrays(drawn), **config.combine)
         close(out.x_out, want.x_out, want.unrounded, config, drawn)
 
 

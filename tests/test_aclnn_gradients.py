@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 from family_cases import DTYPES, QUANT, Config, combine_arrays, data, dispatch_arrays
 from jax.sharding import PartitionSpec as P
@@ -19,7 +20,6 @@ from test_fused import hashable, lists
 
 import moe_jax as moe
 from moe_jax import _compat, aclnn, reference
-from moe_jax.reference import family
 
 H = 4
 SPECIAL = ("const_expert_alpha_1", "const_expert_alpha_2", "const_expert_v")
@@ -114,7 +114,7 @@ def test_dispatch(config):
         drawn = draw(rng, config)
 
         def run(arrays):
-            return family.moe_distribute_dispatch(
+            return oracle.moe_distribute_dispatch(
                 arrays["x"], arrays["expert_ids"], **dispatch_arrays(config, arrays), **config.dispatch
             )
 
@@ -201,7 +201,7 @@ def test_dequantize(config):
         return rows, pull(ct)[0]
 
     def run(arrays):
-        return family.moe_distribute_dispatch(
+        return oracle.moe_distribute_dispatch(
             arrays["x"], arrays["expert_ids"], **dispatch_arrays(plain, arrays), **plain.dispatch
         )
 
@@ -350,7 +350,7 @@ class Case:
     def __init__(self, config, rng):
         self.config, self.drawn = config, draw(rng, config)
         drawn = self.drawn
-        self.sent = family.moe_distribute_dispatch(
+        self.sent = oracle.moe_distribute_dispatch(
             drawn["x"], drawn["expert_ids"], **dispatch_arrays(config, drawn), **config.dispatch
         )
         self.arrays = drawn | {name: getattr(self.sent, name) for name in FED_THROUGH}
@@ -371,8 +371,8 @@ class Case:
         options = {**combine_arrays(arrays), **self.config.combine}
         if self.config.norm:
             norm = (arrays["residual_x"], np.asarray(arrays["gamma"]))
-            return family.moe_distribute_combine_add_rms_norm(*operands, *norm, **options).unrounded
-        return family.moe_distribute_combine(*operands, **options).unrounded
+            return oracle.moe_distribute_combine_add_rms_norm(*operands, *norm, **options).unrounded
+        return oracle.moe_distribute_combine(*operands, **options).unrounded
 
     def floats(self):
         """The names of the arrays that combine may be differentiated in."""
@@ -436,7 +436,7 @@ def test_combine_with_a_gate():
     for name in SPECIAL[:2]:
         case.arrays[name] = (case.arrays[name].astype(np.float32) / 4).astype(np.float16)
     case.arrays["expert_ids"][:] = [[2, 3, 4], [4, 3, 0]]  # copy, both constant experts; both of them and a routed one
-    case.sent = family.moe_distribute_dispatch(case.arrays["x"], case.arrays["expert_ids"], **config.dispatch)
+    case.sent = oracle.moe_distribute_dispatch(case.arrays["x"], case.arrays["expert_ids"], **config.dispatch)
     case.arrays |= {name: getattr(case.sent, name) for name in FED_THROUGH}
     ct = rng.integers(-2, 3, case(case.arrays).shape).astype(np.float32)
     _, gradients = combine_program(config)(case.given(), (case.split(ct.astype(np.float16)),))

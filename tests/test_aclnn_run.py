@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 from family_cases import DTYPES, Config, combine_arrays, dispatch_arrays
 from jax.sharding import PartitionSpec as P
@@ -19,10 +20,9 @@ from test_fused_quant import E2M1, INT8, codes, scales
 
 import moe_jax as moe
 from moe_jax import _compat, aclnn, errors, reference
-from moe_jax.aclnn.executor import Executor
+from moe_jax.aclnn.first_phase import Executor
 from moe_jax.hardware.ascend import VERSIONS, lacking
 from moe_jax.recovery.window import Window
-from moe_jax.reference import family
 
 H = 8
 FIELDS = {
@@ -119,7 +119,7 @@ VERSIONS_OF = {
 
 
 def oracle_dispatch(config, drawn):
-    return family.moe_distribute_dispatch(
+    return oracle.moe_distribute_dispatch(
         drawn["x"], drawn["expert_ids"], **dispatch_arrays(config, drawn), **config.dispatch
     )
 
@@ -180,13 +180,13 @@ def compare_combine(config, drawn, out, expected):
     operands = (drawn["expand_x"], drawn["expert_ids"], expected, drawn["expert_scales"])
     options = combine_arrays(drawn) | config.combine
     if not config.norm:
-        want = family.moe_distribute_combine(*operands, **options)
+        want = oracle.moe_distribute_combine(*operands, **options)
         got = np.asarray(out.x_out, np.float64).reshape(want.x_out.shape)
         slack = 0 if config.comm_quant_mode == 0 else 2.0**-8  # sums of these numbers are not exact
         np.testing.assert_allclose(got, want.x_out.astype(np.float64), rtol=slack, atol=2e-6 * (slack > 0))
         return
     norm = (drawn["residual_x"], drawn["gamma"])
-    want = family.moe_distribute_combine_add_rms_norm(*operands, *norm, **options, norm_eps=1e-5)
+    want = oracle.moe_distribute_combine_add_rms_norm(*operands, *norm, **options, norm_eps=1e-5)
     np.testing.assert_array_equal(out.x_out.reshape(want.x.shape), want.x)
     np.testing.assert_allclose(out.rstd_out.reshape(want.rstd.shape), want.rstd, rtol=1e-6)
     got, exact = (np.asarray(a, np.float64) for a in (out.y_out.reshape(want.y.shape), want.y))

@@ -14,10 +14,10 @@ ROOT = Path(moe_jax.__file__).parent
 # A module imports only from the lines above its own; modules and packages of one line do not know each other.
 LAYERS = [
     {"errors"},
-    {"_compat", "hlo"},
-    {"derivatives"},
+    {"_compat", "parameters"},
+    {"hlo", "derivatives"},
     {"config", "types", "reference", "layout", "quant", "hardware"},
-    {"mesh", "kernels", "elastic", "targets"},
+    {"mesh", "kernels", "elastic", "targets", "balance"},
     {"plan", "collectives"},
     {"recovery"},
     {"transports"},
@@ -44,8 +44,18 @@ def unit(path: Path) -> str:
 
 
 def imported(path: Path):
-    """Every module that a file imports, as dotted names; ``from moe_jax import module`` counts as the module."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    """Every module that a file imports, as dotted names; ``from moe_jax import module`` counts as the module.
+
+    What a file imports for its annotations alone, in an ``if TYPE_CHECKING:``, does not count: it never runs.
+    """
+    tree = ast.parse(path.read_text())
+    checked = [
+        node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
+    unseen = {id(inner) for node in checked for statement in node.body for inner in ast.walk(statement)}
+    for node in ast.walk(tree):
+        if id(node) in unseen:
+            continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

@@ -57,7 +57,7 @@ def test_visits(every_group):
         visits = jax.tree.map(np.asarray, plan(np.array(sizes, np.int32)))
         expected = visited(sizes, TILE, every_group)
         assert visits.bounds.tolist() == [0, *np.cumsum(sizes)]
-        assert visits.count == max(len(expected), 1) and len(visits.groups) >= len(expected)
+        assert visits.num_visits == max(len(expected), 1) and len(visits.groups) >= len(expected)
         pairs = list(zip(visits.groups.tolist(), visits.row_tiles.tolist(), strict=True))
         assert pairs[: len(expected)] == expected
         assert 0 <= visits.groups.min() and visits.groups.max() < 5

@@ -1,6 +1,5 @@
 """The public fused pair: checks, the route, and the call of the exchange."""
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -28,8 +27,8 @@ from moe_jax.fused.exchange import (
     send_then_compute,
     send_then_compute_by,
 )
-from moe_jax.fused.scaled import scaled_operands
-from moe_jax.fused.scheme import Scheme, read_out_dtype, read_scheme
+from moe_jax.fused.scaled import Scaled, scaled_operands
+from moe_jax.fused.scheme import Operands, read_operands, read_out_dtype
 from moe_jax.kernels import FLOAT_DTYPES, check_backend
 
 Array = jax.Array
@@ -114,10 +113,14 @@ def grouped_matmul_all_to_allv(
       MeshError: ``axis_name`` is not bound here; call this inside ``shard_map``.
       UnsupportedError: somebody differentiates in scaled operands.
 
+    >>> import jax, jax.numpy as jnp, moe_jax as moe
+    >>> from jax.sharding import PartitionSpec as P
+    >>> moe.emulate_devices(2)  # leave this out where there are accelerators
     >>> def shard(rows, weight):  # rank 0 keeps a row and sends two; rank 1 sends one
-    ...     return grouped_matmul_all_to_allv(rows, weight, [[1, 2], [1, 0]], [[1, 1], [2, 0]], "ep")[0]
+    ...     return moe.grouped_matmul_all_to_allv(rows, weight, [[1, 2], [1, 0]], [[1, 1], [2, 0]], "ep")[0]
+    >>> run = jax.jit(jax.shard_map(shard, mesh=moe.make_mesh(ep=2), in_specs=P("ep"), out_specs=P("ep")))
     >>> rows, weight = jnp.array([[1.0], [2], [3], [4], [0], [0]]), jnp.array([[[10.0]], [[100.0]]])
-    >>> shard_map(shard, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))(rows, weight).ravel()
+    >>> run(rows, weight).ravel()
     Array([ 10., 400.,  20.,  30.], dtype=float32)
 
     Source: aclnnGroupedMatMulAlltoAllv and aclnnQuantGroupedMatMulAlltoAllv, whose hif8 has no dtype in JAX.
@@ -128,9 +131,9 @@ def grouped_matmul_all_to_allv(
     )  # fmt: skip
     mm_y = dense(
         mm_x, mm_weight, mm_x_scale, mm_weight_scale, transpose=transpose_mm_weight,
-        grouped_scheme=call.scheme, grouped_dtype=gmm_x.dtype, out_dtype=call.out_dtype,
+        grouped=call.scaled, grouped_dtype=gmm_x.dtype, out_dtype=call.out_dtype,
     )  # fmt: skip
-    counts, multiply = call.counts, None
+    counts = call.counts
     extents = Extents(
         axes=call.axes,
         num_ranks=call.num_ranks,
@@ -141,14 +144,13 @@ def grouped_matmul_all_to_allv(
         expert_rows=gmm_x.shape[0],
         wire_rows=most_rows_per_chunk(counts.tables[0], chunks) if counts.tables else gmm_x.shape[0],
     )
-    rows, weight = gmm_x, gmm_weight
-    if call.scheme is not None:
-        rows, weight, multiply, _ = _scaled(call, extents, gmm_x, gmm_weight, gmm_x_scale, gmm_weight_scale)
+    scaled = _scaled(call, transpose=extents.transpose)
+    rows, weight = (gmm_x, gmm_weight) if scaled is None else (scaled.rows, scaled.weight)
     rows, weight, counts = _as_varying(rows, weight, counts, call.axes)
     route = make_route(extents, counts.send, counts.recv, token_limit=counts.may_overflow, expert_limit=False)
     with jax.named_scope("grouped_matmul_all_to_allv"):
-        if multiply is not None:
-            return compute_then_send_by(multiply, extents, rows, weight, route), mm_y
+        if scaled is not None:
+            return compute_then_send_by(scaled.multiply, extents, rows, weight, route), mm_y
         return compute_then_send(extents, rows, weight, route, None), mm_y
 
 
@@ -198,10 +200,14 @@ def all_to_allv_grouped_matmul(
     Raises:
       MissingArgumentError, ShapeError, DtypeError, InvalidArgumentError, MeshError, UnsupportedError: likewise.
 
+    >>> import jax, jax.numpy as jnp, moe_jax as moe
+    >>> from jax.sharding import PartitionSpec as P
+    >>> moe.emulate_devices(2)  # leave this out where there are accelerators
     >>> def shard(rows, weight):  # the way back of the example there
-    ...     return all_to_allv_grouped_matmul(rows, weight, [[1, 1], [2, 0]], [[1, 2], [1, 0]], "ep")[0]
+    ...     return moe.all_to_allv_grouped_matmul(rows, weight, [[1, 1], [2, 0]], [[1, 2], [1, 0]], "ep")[0]
+    >>> run = jax.jit(jax.shard_map(shard, mesh=moe.make_mesh(ep=2), in_specs=P("ep"), out_specs=P("ep")))
     >>> rows, weight = jnp.array([[10.0], [400], [20], [30]]), jnp.array([[[0.1]], [[0.01]]])
-    >>> shard_map(shard, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))(rows, weight).ravel()
+    >>> run(rows, weight).ravel()
     Array([1., 2., 3., 4., 0., 0.], dtype=float32)
 
     Source: aclnnAlltoAllvGroupedMatMul and aclnnAlltoAllvQuantGroupedMatMul.
@@ -212,9 +218,9 @@ def all_to_allv_grouped_matmul(
     )  # fmt: skip
     mm_y = dense(
         mm_x, mm_weight, mm_x_scale, mm_weight_scale, transpose=transpose_mm_weight,
-        grouped_scheme=call.scheme, grouped_dtype=gmm_x.dtype, out_dtype=call.out_dtype,
+        grouped=call.scaled, grouped_dtype=gmm_x.dtype, out_dtype=call.out_dtype,
     )  # fmt: skip
-    counts, multiply = call.counts, None
+    counts = call.counts
     extents = Extents(
         axes=call.axes,
         num_ranks=call.num_ranks,
@@ -225,15 +231,14 @@ def all_to_allv_grouped_matmul(
         expert_rows=counts.recv_capacity,
         wire_rows=most_rows_per_chunk(counts.tables[1], chunks) if counts.tables else counts.recv_capacity,
     )
-    rows, weight = gmm_x, gmm_weight
-    if call.scheme is not None:
-        rows, weight, multiply, unpack = _scaled(call, extents, gmm_x, gmm_weight, gmm_x_scale, gmm_weight_scale)
+    scaled = _scaled(call, transpose=extents.transpose)
+    rows, weight = (gmm_x, gmm_weight) if scaled is None else (scaled.rows, scaled.weight)
     rows, weight, counts = _as_varying(rows, weight, counts, call.axes)
     route = make_route(extents, counts.recv, counts.send, token_limit=False, expert_limit=counts.may_overflow)
     with jax.named_scope("all_to_allv_grouped_matmul"):
-        if multiply is not None:
-            gmm_y, permuted = send_then_compute_by(multiply, extents, rows, weight, route)
-            return gmm_y, mm_y, unpack(permuted)
+        if scaled is not None:
+            gmm_y, permuted = send_then_compute_by(scaled.multiply, extents, rows, weight, route)
+            return gmm_y, mm_y, scaled.unpack(permuted)
         gmm_y, permuted = send_then_compute(extents, rows, weight, route)
     return gmm_y, mm_y, permuted
 
@@ -244,7 +249,7 @@ class _Call(NamedTuple):
     axes: tuple[str, ...]
     num_ranks: int
     counts: Counts
-    scheme: Scheme | None  # None: floats
+    scaled: Operands | None  # the operands if they have scales; None: they are floats
     out_dtype: jnp.dtype
 
 
@@ -254,7 +259,7 @@ def _check(
 ) -> _Call:  # fmt: skip
     """Raises on what is wrong with the grouped part."""
     axes = _compat.bound_axes(axis_name)
-    num_ranks = math.prod(_compat.bound_axis_size(axis) for axis in axes)
+    num_ranks = _compat.group_size(axes)
     check_flag("transpose_gmm_weight", transpose)
     check_backend(backend)
     check_count("chunks", chunks)
@@ -268,10 +273,10 @@ def _check(
     check_rank("gmm_weight", weight, 3, layout)
     if not weight.shape[0]:
         raise ShapeError(f"gmm_weight has shape {weight.shape}; expected {layout} with at least one local expert")
-    scheme = read_scheme("gmm", x, weight, x_scale, weight_scale, transpose)
-    if scheme is None:
+    scaled = read_operands("gmm", x, weight, x_scale, weight_scale, transpose)
+    if scaled is None:
         _check_floats(x, weight, transpose, layout)
-    call_dtype = read_out_dtype(scheme, out_dtype, x.dtype)
+    call_dtype = read_out_dtype(scaled, out_dtype, x.dtype)
     counts = read_counts(
         send_counts,
         recv_counts,
@@ -281,7 +286,7 @@ def _check(
         num_rows=x.shape[0],
         recv_capacity=recv_capacity,
     )
-    return _Call(axes, num_ranks, counts, scheme, call_dtype)
+    return _Call(axes, num_ranks, counts, scaled, call_dtype)
 
 
 def _check_floats(x, weight, transpose, layout):
@@ -295,10 +300,11 @@ def _check_floats(x, weight, transpose, layout):
         )
 
 
-def _scaled(call: _Call, extents: Extents, x, weight, x_scale, weight_scale):
-    return scaled_operands(
-        call.scheme, x, weight, x_scale, weight_scale, transpose=extents.transpose, out_dtype=call.out_dtype
-    )
+def _scaled(call: _Call, *, transpose: bool) -> Scaled | None:
+    """The grouped part as it travels and is multiplied if its operands have scales; None if they are floats."""
+    if call.scaled is None:
+        return None
+    return scaled_operands(call.scaled, transpose=transpose, out_dtype=call.out_dtype)
 
 
 def _as_varying(rows, weight, counts: Counts, axes: tuple[str, ...]):

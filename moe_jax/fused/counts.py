@@ -75,15 +75,25 @@ def read_counts(
         _check_tables(send, recv, num_rows, recv_capacity)
         needed = int(recv.sum(axis=(1, 2)).max())
         me = lax.axis_index(axes)
-        mine = [jnp.asarray(table, jnp.int32)[me] for table in (send, recv)]
-        return Counts(*mine, needed if recv_capacity is None else recv_capacity, False, (send, recv))
+        return Counts(
+            send=jnp.asarray(send, jnp.int32)[me],
+            recv=jnp.asarray(recv, jnp.int32)[me],
+            recv_capacity=needed if recv_capacity is None else recv_capacity,
+            may_overflow=False,
+            tables=(send, recv),
+        )
     for name, counts in named.items():
         check_shape(name, counts, (num_ranks * num_local,), f"[R * e] for R = {num_ranks}, e = {num_local}")
         check_dtype(name, counts, ("int32",), "cast it with .astype(jnp.int32)")
     worst = num_ranks * num_rows
     capacity = worst if recv_capacity is None else recv_capacity
-    mine = [counts.reshape(num_ranks, num_local) for counts in named.values()]
-    return Counts(*mine, capacity, capacity < worst, None)
+    return Counts(
+        send=send_counts.reshape(num_ranks, num_local),
+        recv=recv_counts.reshape(num_ranks, num_local),
+        recv_capacity=capacity,
+        may_overflow=capacity < worst,
+        tables=None,
+    )
 
 
 def most_rows_per_chunk(table: np.ndarray, chunks: int) -> int:

@@ -167,11 +167,18 @@ def _weight_gradient(extents, rows, ct, weight, route):
 
 
 def _multiply(extents: Extents, rows: Array, weight: Array, group_sizes: Array) -> Array:
-    options = {"transpose_rhs": extents.transpose}
-    return call_kernel("grouped_matmul", extents.backend, rows, weight, group_sizes, **options)
+    return call_kernel("grouped_matmul", extents.backend, rows, weight, group_sizes, transpose_rhs=extents.transpose)
 
 
-def _compute_then_send(extents, rows, weight, route, addend=None, multiply=_multiply):
+def _compute_then_send(
+    extents: Extents,
+    rows: Array,
+    weight: Any,
+    route: Route,
+    addend: Array | None = None,
+    multiply: Multiply = _multiply,
+) -> Array:
+    # Chunk i writes where the peers of chunk i have their rows, and nowhere else, so one result serves all in turn.
     result = None
     for chunk in _chunks(extents, route):
         with jax.named_scope("product"):
@@ -191,10 +198,13 @@ def _compute_then_send(extents, rows, weight, route, addend=None, multiply=_mult
                 chunk.token_sizes,
                 axes=extents.axes,
             )
+    assert result is not None, "an exchange has at least one chunk"
     return result
 
 
-def _send_then_compute(extents, rows, weight, route, multiply=_multiply):
+def _send_then_compute(
+    extents: Extents, rows: Array, weight: Any, route: Route, multiply: Multiply = _multiply
+) -> tuple[Array, Array]:
     chunks, wires, products = list(_chunks(extents, route)), [], []
     for chunk in chunks:
         with jax.named_scope("transfer"):
@@ -212,8 +222,14 @@ def _send_then_compute(extents, rows, weight, route, multiply=_multiply):
             products.append(multiply(extents, take_rows(wire, order, absent=0), weight, chunk.group_sizes))
         wires.append(wire)
     with jax.named_scope("assemble"):
-        on_wire = sum(jnp.where(c.peers, i * extents.wire_rows + c.starts, 0) for i, c in enumerate(chunks))
-        in_product = sum(jnp.where(c.peers, i * extents.expert_rows + c.product, 0) for i, c in enumerate(chunks))
+        # 1. Where each block lies once the buffers of all chunks stand end to end: chunk i begins i buffers later.
+        #    Exactly one chunk has the peer of a block, so the others add nothing.
+        on_wire = jnp.zeros_like(route.expert_starts)
+        in_product = jnp.zeros_like(route.expert_starts)
+        for i, c in enumerate(chunks):
+            on_wire += jnp.where(c.peers, i * extents.wire_rows + c.starts, 0)
+            in_product += jnp.where(c.peers, i * extents.expert_rows + c.product, 0)
+        # 2. Both buffers of the expert side, block by block.
         permuted = _assemble(wires, on_wire, extents, route)
         return _assemble(products, in_product, extents, route), permuted
 

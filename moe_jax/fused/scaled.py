@@ -15,9 +15,10 @@ from jax import lax
 from moe_jax import _compat, quant
 from moe_jax.errors import UnsupportedError
 from moe_jax.fused.exchange import Extents
-from moe_jax.fused.scheme import Scheme, logical_shape
+from moe_jax.fused.scheme import Operands, Scheme, logical_shape
 from moe_jax.kernels.table import call_kernel
 from moe_jax.quant.message import Part, join, split
+from moe_jax.quant.schemes import named_recipe
 
 Array = jax.Array
 _EXACT_COLUMNS = 1024  # a sum of as many products of two int8 numbers is at most 2^24
@@ -39,11 +40,10 @@ class Scaled(NamedTuple):
     unpack: Callable[[Array], Array]  # such rows -> their numbers, in the dtype in which they came
 
 
-def scaled_operands(
-    scheme: Scheme, x: Array, weight: Array, x_scale: Array, weight_scale: Array, *, transpose: bool, out_dtype
-) -> Scaled:
-    """x, weight and their scales as ``read_scheme`` accepts them, weights with a leading axis [e]."""
-    x, weight, x_scale, weight_scale = _without_derivative((x, weight, x_scale, weight_scale))
+def scaled_operands(operands: Operands, *, transpose: bool, out_dtype: jnp.dtype) -> Scaled:
+    """The grouped part as it travels and is multiplied; the weights have a leading axis [e]."""
+    scheme, *arrays = operands
+    x, weight, x_scale, weight_scale = _without_derivative(tuple(arrays))
     rows, parts = join(_values_and_scales(x, x_scale))
     return Scaled(
         rows=rows,
@@ -53,11 +53,10 @@ def scaled_operands(
     )
 
 
-def scaled_dense(
-    scheme: Scheme, x: Array, weight: Array, x_scale: Array, weight_scale: Array, *, transpose: bool, out_dtype
-) -> Array:
+def scaled_dense(operands: Operands, *, transpose: bool, out_dtype: jnp.dtype) -> Array:
     """The product beside the exchange: [BS, H] and [H, N] or [N, H], with their scales -> [BS, N]."""
-    x, weight, x_scale, weight_scale = _without_derivative((x, weight, x_scale, weight_scale))
+    scheme, *arrays = operands
+    x, weight, x_scale, weight_scale = _without_derivative(tuple(arrays))
     values, scale = _values_and_scales(x, x_scale)
     stacked = weight_scale[None] if scheme.microscaled else weight_scale
     ready = _prepare(scheme, weight[None], stacked, transpose, out_dtype)
@@ -117,7 +116,7 @@ def _prepare(scheme: Scheme, weight, weight_scale, transpose, out_dtype) -> Weig
 
 
 def _multiply_groups(scheme, parts, transposed, out_dtype, extents, rows, weight, group_sizes):
-    values, scale = split(rows, parts)
+    values, scale = split(rows, parts)  # the scales of microscaled weights are in the weights already
 
     def dot(lhs, rhs):
         operands = lhs, rhs, group_sizes
@@ -141,17 +140,18 @@ def _multiply(scheme, values, scale, weight, dot, axis, out_dtype):
 
 def _whole_numbers(lhs, rhs, dot, axis):
     """A product of whole numbers, exact until it becomes fp32."""
-    total = None
-    for start in range(0, lhs.shape[1], _EXACT_COLUMNS):
-        stop = min(start + _EXACT_COLUMNS, lhs.shape[1])
-        part = dot(lhs[:, start:stop], lax.slice_in_dim(rhs, start, stop, axis=axis)).astype(jnp.int32)
-        total = part if total is None else total + part
-    return total.astype(jnp.float32)
+    starts = range(0, lhs.shape[1], _EXACT_COLUMNS)
+    stops = [min(start + _EXACT_COLUMNS, lhs.shape[1]) for start in starts]
+    parts = [
+        dot(lhs[:, start:stop], lax.slice_in_dim(rhs, start, stop, axis=axis)).astype(jnp.int32)
+        for start, stop in zip(starts, stops, strict=True)
+    ]
+    return functools.reduce(jnp.add, parts).astype(jnp.float32)
 
 
 def _dequantize(number_format, values, scale):
     """[rows, V] numbers and [rows, S] bytes of E8M0, one per 32 -> [rows, H] f32."""
-    return quant.recipe(f"mx_{number_format}", "float32").dequantize(quant.QTensor(values=values, scale=scale))
+    return named_recipe(f"mx_{number_format}", "float32").dequantize(quant.QTensor(values=values, scale=scale))
 
 
 def _as_bytes(array):

@@ -1,6 +1,6 @@
 """Which kinds of scaled numbers the fused pair multiplies, and how they must be laid out. Static facts only."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,32 +46,44 @@ class Scheme(NamedTuple):
     hidden: int  # numbers per row
 
 
-def read_scheme(
+class Operands(NamedTuple):
+    """A pair of operands whose scales were given and fit; see ``read_operands``."""
+
+    scheme: Scheme
+    x: Array
+    weight: Array
+    x_scale: Array
+    weight_scale: Array
+
+
+def read_operands(
     part: str,
     x: Array,
     weight: Array,
     x_scale: Array | None,
     weight_scale: Array | None,
     transpose: bool,
-) -> Scheme | None:
-    """The scheme of ``{part}_x`` [rows, H] and ``{part}_weight`` [..., H, N] or [..., N, H]; None without scales.
+) -> Operands | None:
+    """``{part}_x`` [rows, H] and ``{part}_weight`` [..., H, N] or [..., N, H] with their scales; None without scales.
 
     The ranks of ``x`` and ``weight`` are right already.
 
     Raises:
       MissingArgumentError, DtypeError, ShapeError: the scales or the numbers are not what some scheme takes.
     """
-    scales = {f"{part}_x_scale": x_scale, f"{part}_weight_scale": weight_scale}
-    missing = [name for name, scale in scales.items() if scale is None]
-    if len(missing) == 2:
+    if x_scale is None and weight_scale is None:
         return None
-    if missing:
-        raise MissingArgumentError(f"{missing[0]} is None, but the other scale was given; pass both or neither")
+    if x_scale is None or weight_scale is None:
+        missing = "x" if x_scale is None else "weight"
+        raise MissingArgumentError(
+            f"{part}_{missing}_scale is None, but the other scale was given; pass both or neither"
+        )
+    scales = {f"{part}_x_scale": x_scale, f"{part}_weight_scale": weight_scale}
     for name, scale in scales.items():
         check_array(name, scale)
     microscaled = _is_microscaled(scales)
-    formats = tuple(FORMATS.get(str(array.dtype)) for array in (x, weight))
-    if formats not in _PAIRS[microscaled]:
+    x_format, weight_format = (FORMATS.get(str(array.dtype), "") for array in (x, weight))
+    if (x_format, weight_format) not in _PAIRS[microscaled]:
         raise DtypeError(
             f"{part}_x is {x.dtype} and {part}_weight {weight.dtype}, with {x_scale.dtype} scales; that is no scheme: "
             f"{_RULE}"
@@ -83,15 +95,15 @@ def read_scheme(
             f"{part}_x holds rows of {rows[1]} numbers and {part}_weight {weight.shape} contracts {weights[axis]}; "
             f"they must agree: set transpose_{part}_weight to match how the weights are stored"
         )
-    scheme = Scheme(microscaled, *formats, rows[1])
+    scheme = Scheme(microscaled=microscaled, x_format=x_format, weight_format=weight_format, hidden=rows[1])
     _check_width(part, scheme)
     _check_scale_shapes(scheme, rows, weights, scales, transpose)
-    return scheme
+    return Operands(scheme, x, weight, x_scale, weight_scale)
 
 
-def check_same_kind(scheme: Scheme | None, other: Scheme | None) -> None:
-    """Raises unless the dense part, ``other``, is scaled like the grouped part."""
-    kinds = [None if s is None else s.microscaled for s in (scheme, other)]
+def check_same_kind(grouped: Operands | None, dense: Operands | None) -> None:
+    """Raises unless the dense part has scales of the same kind as the grouped part."""
+    kinds = [None if operands is None else operands.scheme.microscaled for operands in (grouped, dense)]
     if kinds[0] == kinds[1]:
         return
     words = {None: "without scales", True: "with E8M0 scales", False: "with float32 scales"}
@@ -101,9 +113,9 @@ def check_same_kind(scheme: Scheme | None, other: Scheme | None) -> None:
     raise InvalidArgumentError(f"mm_x comes {words[kinds[1]]} and gmm_x {words[kinds[0]]}; {remedy}")
 
 
-def read_out_dtype(scheme: Scheme | None, out_dtype, x_dtype) -> jnp.dtype:
+def read_out_dtype(scaled: Operands | None, out_dtype: Any, x_dtype: Any) -> jnp.dtype:
     """The dtype of the products: the caller's with scales, and ``x_dtype`` without."""
-    if scheme is None:
+    if scaled is None:
         if out_dtype is not None:
             raise InvalidArgumentError(f"out_dtype={out_dtype!r} needs scales; without, results are like gmm_x")
         return jnp.dtype(x_dtype)

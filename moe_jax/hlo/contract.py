@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from moe_jax._compat import jitted
 from moe_jax.errors import InvalidArgumentError, UnsupportedError, check_choice, check_count, check_flag
 from moe_jax.hlo.text import COLLECTIVES, Instruction, Program, is_float, num_bytes, shapes
 
@@ -147,13 +148,13 @@ def hlo_contract(fn: Callable, *args: Any, **kwargs: Any) -> Contract:
       InvalidArgumentError: ``fn`` cannot be called.
       UnsupportedError: the back end tells nothing about its programs.
 
-    >>> hlo_contract(jax.jit(lambda x: x @ x), jax.ShapeDtypeStruct((4, 4), "float32")).counts
+    >>> import jax, moe_jax as moe
+    >>> moe.hlo_contract(jax.jit(lambda x: x @ x), jax.ShapeDtypeStruct((4, 4), "float32")).counts
     {}
     """
     if not callable(fn):
         raise InvalidArgumentError(f"fn={fn!r} cannot be called; pass a function, jitted or not")
-    jitted = fn if hasattr(fn, "lower") else jax.jit(fn)
-    return contract_of(jitted.lower(*args, **kwargs).compile())
+    return contract_of(jitted(fn).lower(*args, **kwargs).compile())
 
 
 def assert_hlo_contract(
@@ -179,7 +180,9 @@ def assert_hlo_contract(
       AssertionError: names every broken rule with what was found.
       InvalidArgumentError: a rule is not as above, or needs more than the text of a program.
 
-    >>> assert_hlo_contract(jnp.sin, x, collectives={"all-to-all": 0}, no_float_scatter=True).wire_bytes
+    >>> import jax.numpy as jnp, moe_jax as moe
+    >>> found = moe.assert_hlo_contract(jnp.sin, jnp.ones(8), collectives={"all-to-all": 0}, no_float_scatter=True)
+    >>> found.wire_bytes
     0
     """
     expected = dict(collectives or {})
@@ -256,9 +259,10 @@ def contract_fields(text: str, memory: Mapping[str, int] | None = None, flops: f
     instructions = list(program.instructions())
     scatters = [is_float(i.type) for i in instructions if i.op == "scatter"]
     held = [Buffer(name=i.name, shape=shapes(i.type), bytes=num_bytes(i.type)) for i in instructions if i.is_held]
-    unknown = dict.fromkeys(("temporary_bytes", "argument_bytes", "output_bytes", "alias_bytes"))
+    unknown: dict[str, int | None] = dict.fromkeys(("temporary_bytes", "argument_bytes", "output_bytes", "alias_bytes"))
     return {
-        **(unknown if memory is None else memory),
+        **unknown,
+        **(memory or {}),
         "collectives": tuple(filter(None, (_collective(program, i) for i in instructions))),
         "float_scatters": sum(scatters),
         "int_scatters": len(scatters) - sum(scatters),

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from jax.experimental.xla_metadata import set_xla_metadata
 
@@ -90,20 +91,38 @@ def declare_flops(flops: int) -> contextlib.AbstractContextManager:
     return set_xla_metadata(**{_FLOPS: str(flops)})
 
 
-def work_of(program: Program, *, has_fast_memory: bool) -> tuple[Work, Work, tuple[Kernel, ...], tuple[str, ...]]:
-    """(what surely runs, one turn of each loop of unknown length, the kernels, those loops by name and scope).
+class Costs(NamedTuple):
+    """What ``work_of`` finds in a program.
+
+    Attributes:
+      certain: the work that surely runs.
+      per_turn: the work of one turn of each loop whose trip count the compiler does not know.
+      kernels: the custom calls that run something.
+      uncounted_loops: those loops of unknown length, each as its name and its scope.
+    """
+
+    certain: Work
+    per_turn: Work
+    kernels: tuple[Kernel, ...]
+    uncounted_loops: tuple[str, ...]
+
+
+def work_of(program: Program, *, has_fast_memory: bool) -> Costs:
+    """The work of one call of ``program``.
 
     ``has_fast_memory``: whether memory spaces are on the chip, as on TPU, so that they make no traffic.
     """
     executions = list(program.executions(lambda i: flops_of(program, i) or 0))
     traffic = _Traffic(program, has_fast_memory)
-    works = [_sum(program, [e for e in executions if e.is_uncounted is late], traffic) for late in (False, True)]
+    certain, per_turn = (
+        _sum(program, [e for e in executions if e.is_uncounted is uncounted], traffic) for uncounted in (False, True)
+    )
     loops = tuple(
         f"{e.instruction.name} {scope_of(e.instruction) or NO_SCOPE}"
         for e in executions
         if e.instruction.op == "while" and program.trip_count(e.instruction) is None
     )
-    return *works, tuple(_kernels(program, executions)), loops
+    return Costs(certain, per_turn, tuple(_kernels(program, executions)), loops)
 
 
 def _sum(program: Program, executions: list[Execution], traffic: "_Traffic") -> Work:
@@ -190,19 +209,20 @@ def _convolution_flops(program: Program, instruction: Instruction) -> int:
     The TPU compiler writes every dot as a convolution, the batch of one as a dimension whose window fits in one place
     only.
     """
-    labels = re.fullmatch(r"(\w+)_(\w+)->(\w+)", instruction.attribute("dim_labels"))
+    operands, result = instruction.attribute("dim_labels").split("->")  # such as b01f_01io->b01f
+    labels = (*operands.split("_"), result)  # one letter or number per dimension of lhs, rhs and the result
     lhs, rhs = (array_extents(program.type_of(instruction, name)) for name in instruction.operands)
     out = array_extents(instruction.type)
-    windows = _windows(instruction, sum(label.isdigit() for label in labels[1]))
+    windows = _windows(instruction, sum(label.isdigit() for label in labels[0]))
     places = 1
     for number, window in enumerate(windows):
-        sizes = [
-            extents[word.index(str(number))] for extents, word in zip((lhs, rhs, out), labels.groups(), strict=True)
-        ]
-        places *= _places(*sizes, *window)
+        size, taps, places_out = (
+            extents[word.index(str(number))] for extents, word in zip((lhs, rhs, out), labels, strict=True)
+        )
+        places *= _places(size, taps, places_out, *window)
     groups = int(instruction.attribute("batch_group_count") or 1)
-    batch, feature = lhs[labels[1].index("b")] // groups, out[labels[3].index("f")]
-    return 2 * places * batch * feature * rhs[labels[2].index("i")]
+    batch, feature = lhs[labels[0].index("b")] // groups, out[labels[2].index("f")]
+    return 2 * places * batch * feature * rhs[labels[1].index("i")]
 
 
 def _windows(instruction: Instruction, dimensions: int) -> list[tuple[int, int, int, int]]:
@@ -378,14 +398,15 @@ def _scope(program: Program, instruction: Instruction) -> str:
     One that the compiler made counts where most of what it fuses does, or else with its largest operand.
     """
     computation = program.computations[instruction.computation]
-    while instruction is not None:
-        scope = scope_of(instruction)
+    found: Instruction | None = instruction
+    while found is not None:
+        scope = scope_of(found)
         if scope is not None:
             return scope or NO_SCOPE
-        inside = program.computations.get(instruction.attribute("calls").lstrip("%"), {}).values()
+        inside = program.computations.get(found.attribute("calls").lstrip("%"), {}).values()
         scopes = collections.Counter(filter(None, map(scope_of, inside)))
         if scopes:
             return scopes.most_common(1)[0][0]
-        sources = [computation[name] for name in instruction.operands if name in computation]
-        instruction = max(sources, key=lambda source: num_bytes(source.type), default=None)
+        sources = [computation[name] for name in found.operands if name in computation]
+        found = max(sources, key=lambda source: num_bytes(source.type), default=None)
     return NO_SCOPE

@@ -92,7 +92,7 @@ class Program:
         self.entry = current = ""
         for line in text.split("\n"):
             if line.endswith("{") and " -> " in line and not line.startswith(" "):
-                current = _NAME.search(line)[1]
+                current = _NAME.findall(line)[0]
                 self.computations[current] = {}
                 self.entry = current if line.startswith("ENTRY") else self.entry
             elif current and line.startswith("  ") and " = " in line:
@@ -182,7 +182,7 @@ class Program:
             unchanged = element is not None and _element(body, result.operands[element]) == element
             bound = self._initial(loop, element) if unchanged else None
         step = self._step(body, result, index)
-        if None in (first, bound, step) or step <= 0:
+        if first is None or bound is None or step is None or step <= 0:
             return None
         return max(0, -(-(bound - first) // step))
 
@@ -217,8 +217,9 @@ def _through_copies(computation: dict[str, Instruction], name: str) -> Instructi
 
 def _constant(computation: dict[str, Instruction], name: str) -> int | None:
     found = _through_copies(computation, name)
-    is_integer = found is not None and found.op == "constant" and re.fullmatch(r"-?\d+", found.inside)
-    return int(found.inside) if is_integer else None
+    if found is None or found.op != "constant" or not re.fullmatch(r"-?\d+", found.inside):
+        return None
+    return int(found.inside)
 
 
 def _element(computation: dict[str, Instruction], name: str) -> int | None:

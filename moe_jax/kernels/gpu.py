@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 
+from moe_jax import _compat
 from moe_jax.kernels import xla
 from moe_jax.kernels.kernel_call import kernel_call
 from moe_jax.kernels.table import Backend
@@ -64,7 +65,7 @@ def grouped_outer(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, dty
 
 def _precision() -> str | None:
     """What products of fp32 rows may lose: nothing, unless JAX is told so."""
-    return jax.config.jax_default_matmul_precision
+    return _compat.config_value("jax_default_matmul_precision")
 
 
 def _call(kernel: str, *operands: jax.Array, **static: Any) -> jax.Array:

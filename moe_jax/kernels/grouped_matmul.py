@@ -47,7 +47,8 @@ def grouped_matmul(
       MissingArgumentError: an array is None.
       InvalidArgumentError, UnsupportedError: the back end is unknown, or lacks this kernel.
 
-    >>> grouped_matmul(jnp.ones((3, 2)), jnp.stack([jnp.eye(2), 2 * jnp.eye(2)]), jnp.array([1, 2]))
+    >>> import jax.numpy as jnp, moe_jax as moe
+    >>> moe.grouped_matmul(jnp.ones((3, 2)), jnp.stack([jnp.eye(2), 2 * jnp.eye(2)]), jnp.array([1, 2]))
     Array([[1., 1.],
            [2., 2.],
            [2., 2.]], dtype=float32)

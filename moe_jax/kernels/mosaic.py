@@ -43,8 +43,8 @@ def hopper_matmul(
     (num_rows, contracted), num_groups = lhs.shape, rhs.shape[0]
     columns = rhs.shape[1 if transpose_rhs else 2]
     tile, width = _row_tile(num_rows, num_groups, (128, 64)), _divisor(columns, (128, 64))
-    fits = tile and width and contracted % _STEPS == 0 and contracted > _STEPS
-    if interpret or add_to is not None or not fits or not _are_narrow(lhs, rhs):
+    fits = contracted % _STEPS == 0 and contracted > _STEPS and _are_narrow(lhs, rhs)
+    if interpret or add_to is not None or tile is None or width is None or not fits:
         return triton.grouped_matmul(
             lhs, rhs, group_sizes, add_to, transpose_rhs=transpose_rhs, precision=precision, interpret=interpret
         )

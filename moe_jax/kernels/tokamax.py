@@ -1,6 +1,7 @@
 """Grouped products by tokamax, for those who name it: it chooses among its kernels by the devices of the process."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,7 @@ from moe_jax.kernels.table import Backend
 
 
 def _ragged_dot(lhs, rhs, group_sizes, *, dimensions):
-    import tokamax
-
+    tokamax = importlib.import_module("tokamax")  # an optional package; ``Backend.requires`` asked for it
     return tokamax.ragged_dot_general(
         lhs, rhs, group_sizes, ragged_dot_dimension_numbers=dimensions, preferred_element_type=jnp.float32
     )

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import sequential_vmap
 
+from moe_jax import _compat
 from moe_jax.kernels.kernel_call import kernel_call
 from moe_jax.kernels.table import Backend
 
@@ -45,13 +46,13 @@ class Visits(NamedTuple):
       bounds: [G + 1] first row of each group; behind them their sum.
       groups: [V] the group of each visit.
       row_tiles: [V] and its tile.
-      count: [] visits that there are, at least 1.
+      num_visits: [] visits that there are, at least 1.
     """
 
     bounds: jax.Array
     groups: jax.Array
     row_tiles: jax.Array
-    count: jax.Array
+    num_visits: jax.Array
 
 
 def plan_visits(group_sizes: jax.Array, num_rows: int, tile_rows: int, *, every_group: bool) -> Visits:
@@ -169,9 +170,11 @@ def _precision(dtype):
     """How precisely operands are multiplied.
 
     fp32 operands are multiplied as everywhere in JAX, in one bf16 pass unless ``jax.default_matmul_precision`` says
-    otherwise; those that were fp16 exactly, since they have more bits than bf16.
+    otherwise. Operands that were fp16 before they were widened are multiplied exactly, since they have more bits than
+    bf16.
     """
-    exact = dtype == jnp.float16 or (dtype == jnp.float32 and jax.config.jax_default_matmul_precision in _EXACT)
+    asked = _compat.config_value("jax_default_matmul_precision")
+    exact = dtype == jnp.float16 or (dtype == jnp.float32 and asked in _EXACT)
     return lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
 
 

@@ -8,6 +8,7 @@ and before a sum over rows.
 
 import functools
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,7 @@ def multiply_rows(
         out_shape=result_type((num_rows, columns), out_dtype, lhs),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(pl.cdiv(columns, tiles.columns), visits.count, num_k),
+            grid=(pl.cdiv(columns, tiles.columns), visits.num_visits, num_k),
             in_specs=[
                 pl.BlockSpec((tiles.rows, tiles.contracted), lambda n, visit, k, _, __, tiles: (tiles[visit], k)),
                 pl.BlockSpec((None, *rhs_shape), rhs_block),
@@ -119,7 +120,7 @@ def sum_outer(lhs, rhs, visits, *, tiles, out_dtype, cost, precision, interpret)
         out_shape=result_type((num_groups, contracted, columns), out_dtype, lhs),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(pl.cdiv(columns, tiles.columns), pl.cdiv(contracted, tiles.contracted), visits.count),
+            grid=(pl.cdiv(columns, tiles.columns), pl.cdiv(contracted, tiles.contracted), visits.num_visits),
             in_specs=[block(tiles.contracted, 1), block(tiles.columns, 0)],
             out_specs=out_spec,
             scratch_shapes=[pltpu.VMEM((tiles.contracted, tiles.columns), jnp.float32)],
@@ -139,9 +140,9 @@ def _outer_kernel(bounds, groups, row_tiles, lhs, rhs, out, sums, *, tiles, prec
         sums[...] = jnp.zeros_like(sums)
 
     def multiply(where, mine):
-        rows = [_select(mine, ref[where, :], 0) for ref in (lhs, rhs)]
+        left, right = _select(mine, lhs[where, :], 0), _select(mine, rhs[where, :], 0)
         by_row = (((0,), (0,)), ((), ()))
-        sums[...] += lax.dot_general(*rows, by_row, precision=precision, preferred_element_type=jnp.float32)
+        sums[...] += lax.dot_general(left, right, by_row, precision=precision, preferred_element_type=jnp.float32)
 
     _for_rows(*_rows_of_group(bounds, groups, row_tiles, visit, tiles), tiles, multiply)
 
@@ -150,7 +151,7 @@ def _outer_kernel(bounds, groups, row_tiles, lhs, rhs, out, sums, *, tiles, prec
         out[...] = sums[...].astype(out.dtype)
 
 
-def _params(*semantics: str):
+def _params(*semantics: Literal["parallel", "arbitrary"]) -> pltpu.CompilerParams:
     return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=_VMEM_BYTES)
 
 

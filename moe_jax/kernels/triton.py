@@ -286,12 +286,14 @@ def _mask(rows: jax.Array | None, columns: jax.Array | None) -> jax.Array | None
 
 def _dot(left: jax.Array, right: jax.Array, contracted: tuple[int, int], precision: str | None) -> jax.Array:
     """Contracts one axis of each, into fp32."""
+    exactness = lax.Precision.HIGHEST if precision is None else precision
     if left.dtype != jnp.float32:
-        precision = lax.Precision.DEFAULT  # fp32 holds the product of two 16-bit factors
+        exactness = lax.Precision.DEFAULT  # fp32 holds the product of two 16-bit factors
+    left_axis, right_axis = contracted
     return lax.dot_general(
         left,
         right,
-        (tuple((axis,) for axis in contracted), ((), ())),
-        precision=lax.Precision.HIGHEST if precision is None else precision,
+        (((left_axis,), (right_axis,)), ((), ())),
+        precision=exactness,
         preferred_element_type=jnp.float32,
     )

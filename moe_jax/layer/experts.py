@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from moe_jax import _compat
 from moe_jax.kernels import grouped_matmul, grouped_matmuls
+from moe_jax.parameters import rows_of
 
 Array = jax.Array
 
@@ -56,6 +57,15 @@ def grouped_product(
     return tuple(products)
 
 
+def split_by_projection(experts: dict[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
+    """The weights and biases that ``project_in`` reads, and those that ``project_out`` reads."""
+    inner, outer = (
+        {row.role: experts[row.role] for row in rows_of("experts") if row.into == into and row.role in experts}
+        for into in ("hidden", "output")
+    )
+    return inner, outer
+
+
 def project_in(weights: dict[str, Array], rows: Array, product: Callable) -> tuple[Array | None, Array]:
     """(gate, up): rows through w_gate and w_up, with b_gate and b_up where there are any; gate None without w_gate.
 
@@ -81,7 +91,7 @@ def shared_ffn(weights: dict[str, Array], x: Array, *, activation: str) -> Array
     """The shared expert: every token through one FFN.
 
     Args:
-      weights: shared_gate (if gated) and shared_up [H, S], shared_down [S, H].
+      weights: w_gate (if gated) and w_up [H, S], w_down [S, H]; what ``params`` calls shared_gate, and so on.
       x: [T, H].
 
     Returns:
@@ -89,8 +99,8 @@ def shared_ffn(weights: dict[str, Array], x: Array, *, activation: str) -> Array
     """
 
     def project(inputs, name):
-        return jnp.matmul(inputs, weights[f"shared_{name}"].astype(x.dtype), preferred_element_type=jnp.float32)
+        return jnp.matmul(inputs, weights[name].astype(x.dtype), preferred_element_type=jnp.float32)
 
     with jax.named_scope("shared_expert"):
-        gate = project(x, "gate").astype(x.dtype) if is_gated(activation) else None
-        return project(activate(gate, project(x, "up").astype(x.dtype), activation), "down")
+        gate = project(x, "w_gate").astype(x.dtype) if is_gated(activation) else None
+        return project(activate(gate, project(x, "w_up").astype(x.dtype), activation), "w_down")

@@ -14,7 +14,7 @@ from jax import lax
 
 from moe_jax import _compat
 from moe_jax.derivatives import custom_gradient, take_rows
-from moe_jax.layer.experts import activate, grouped_product, project_in, project_out
+from moe_jax.layer.experts import activate, grouped_product, project_in, project_out, split_by_projection
 from moe_jax.plan import Plan
 from moe_jax.transports import InboxOrder
 
@@ -62,8 +62,7 @@ def _forward(plan, activation, experts, arrived, order, group_sizes):
 def _backward(plan, activation, residuals, ct):
     """Cotangents of the experts and of what arrived, from that of what they made; None for the integers."""
     experts, rows, inner, order, group_sizes = residuals
-    of_out = {name: value for name, value in experts.items() if name.endswith("_down")}
-    of_inner = {name: value for name, value in experts.items() if name not in of_out}
+    of_inner, of_out = split_by_projection(experts)
     with jax.named_scope("experts"):
         product = _product(group_sizes, plan)
         hidden, pull_hidden = jax.vjp(lambda inner: activate(*inner, activation), inner)

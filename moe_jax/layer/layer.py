@@ -5,32 +5,26 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax import _compat, collectives
-from moe_jax.config import ACTIVATIONS, RouterConfig, router_violations
+from moe_jax.config import ACTIVATIONS, RouterConfig
 from moe_jax.errors import (
     InvalidArgumentError,
-    MoEError,
-    UnsupportedError,
     check_choice,
     check_count,
     check_dtype,
     check_mask,
-    check_rank,
     check_shape,
     check_type,
-    raise_all,
-    suggest,
 )
-from moe_jax.layer.experts import is_gated, shared_ffn
+from moe_jax.layer.experts import shared_ffn
+from moe_jax.layer.params import check_layer_plan, check_params, check_router
 from moe_jax.layer.placement import BALANCES, update_expert
 from moe_jax.layer.rounds import routed_sum
 from moe_jax.layer.router import route
+from moe_jax.parameters import rows_of, weights_of
 from moe_jax.plan import Plan
 from moe_jax.types import LayerStats
 
 Array = jax.Array
-
-OPTIONAL_PARAMS = frozenset({"router_bias", "b_gate", "b_up", "b_down"})
-_CONSTANTS = ("const_alpha1", "const_alpha2", "const_v")
 
 
 @_compat.vary_as_operands("params")
@@ -116,16 +110,18 @@ def moe_layer(
         axis_name=plan.token_axes,
     )
     expert_ids = routing.expert_ids if table is None else _instances(routing.expert_ids, table, balance, plan)
-    experts = {name: params[name] for name in params if name.startswith(("w_", "b_"))}
+    experts = weights_of("experts", params)
     if "b_down" in experts:  # the results of the tp ranks are summed: one of them adds it
         experts["b_down"] = jnp.where(collectives.tp_rank(plan) == 0, experts["b_down"], 0.0)
-    constants = {name: params[name].astype(plan.dtype) if name in params else None for name in _CONSTANTS}
+    constants = {
+        row.name: params[row.name].astype(plan.dtype) if row.name in params else None for row in rows_of("constants")
+    }
     operands = _compat.as_varying((experts, constants, x, routing.combine_weights), plan.token_axes)
     total, num_dropped, num_rounds = routed_sum(
         expert_ids, *operands, plan, activation=activation, rank_table=rank_table, chunks=chunks
     )
     if plan.num_shared_experts:
-        total = total + shared_ffn(params, x, activation=activation)
+        total = total + shared_ffn(weights_of("shared", params), x, activation=activation)
     if token_mask is not None:
         total = jnp.where(token_mask[:, None], total, 0.0)
     stats = LayerStats(
@@ -150,30 +146,6 @@ def _instances(expert_ids: Array, table: Array, balance: str, plan: Plan) -> Arr
     return jnp.where(expert_ids < num_logical, ids, expert_ids - num_logical + plan.num_experts)
 
 
-def check_layer_plan(plan: Plan) -> None:
-    """Raises unless ``plan`` is one that the layer can serve."""
-    check_type("plan", plan, Plan, "build one with moe_jax.make_plan(...)")
-    if plan.dispatch_recipe is not None and plan.dispatch_recipe.needs_smooth:
-        raise UnsupportedError(f"plan.quant={plan.quant!r} needs scales, which the layer has not; use quant='int8'")
-    if plan.num_shared_ranks:
-        raise UnsupportedError(
-            f"plan.num_shared_ranks={plan.num_shared_ranks}: the layer computes shared experts beside the exchange; "
-            "make the plan with num_shared_ranks=0, or call dispatch and combine yourself"
-        )
-
-
-def check_router(router: RouterConfig, plan: Plan, num_logical_experts: int | None) -> None:
-    """Raises one error that lists every way in which ``router`` cannot choose among the ids of ``plan``."""
-    scored = _num_scored(plan, num_logical_experts)
-    experts = f"the {scored} experts that the router scores"
-    raise_all(router_violations(router, scored, experts, plan.top_k, "plan.top_k"), "router and plan")
-
-
-def _num_scored(plan: Plan, num_logical_experts: int | None) -> int:
-    """E': how many experts the router scores, special ones included; None: it scores instances."""
-    return plan.num_ids + (0 if num_logical_experts is None else num_logical_experts - plan.num_experts)
-
-
 def check_chunks(chunks: int, plan: Plan) -> None:
     """Raises unless the tokens of a device can be cut into ``chunks`` equal parts."""
     check_count("chunks", chunks)
@@ -191,84 +163,3 @@ def router_logits(params: dict[str, Array], x: Array) -> Array:
         )
         bias = params.get("router_bias")
         return logits if bias is None else logits + bias.astype(jnp.float32)
-
-
-def param_shapes(
-    plan: Plan,
-    router: RouterConfig,
-    activation: str,
-    *,
-    ffn: int,
-    shared_ffn: int,
-    num_experts: int | None = None,
-    num_logical_experts: int | None = None,
-) -> dict[str, tuple[int, ...]]:
-    """Shapes of everything that ``params`` may hold; ``num_experts`` of the expert weights, all by default.
-
-    ``num_logical_experts``: those that the router scores; None: it scores instances.
-    """
-    experts, hidden = plan.num_experts if num_experts is None else num_experts, plan.hidden
-    num_ids = _num_scored(plan, num_logical_experts)
-    shapes = {
-        "router": (hidden, num_ids),
-        "router_bias": (num_ids,),
-        "w_up": (experts, hidden, ffn),
-        "w_down": (experts, ffn, hidden),
-        "b_up": (experts, ffn),
-        "b_down": (experts, hidden),
-    }
-    if router.selection_bias:
-        shapes["selection_bias"] = (num_ids,)
-    if plan.num_const_experts:
-        shapes |= dict.fromkeys(_CONSTANTS, (plan.num_const_experts, hidden))
-    if plan.num_shared_experts:
-        shapes |= {"shared_up": (hidden, shared_ffn), "shared_down": (shared_ffn, hidden)}
-    if is_gated(activation):
-        ups = [name for name in shapes if name.endswith("_up")]
-        shapes |= {name.replace("_up", "_gate"): shapes[name] for name in ups}
-    return shapes
-
-
-def check_params(
-    params,
-    plan: Plan,
-    router: RouterConfig,
-    activation: str,
-    *,
-    num_experts: int,
-    where: str,
-    table: Array | None = None,
-) -> None:
-    """Raises one error that lists all that is wrong with ``params``, of which ``num_experts`` experts lie ``where``."""
-    check_type("params", params, dict, "pass a dict of arrays by name")
-    if table is not None:
-        check_rank("table", table, 2, "[E_logical, F]")
-    shapes = param_shapes(
-        plan,
-        router,
-        activation,
-        ffn=_width(params, "w"),
-        shared_ffn=_width(params, "shared"),
-        num_experts=num_experts,
-        num_logical_experts=None if table is None else table.shape[0],
-    )
-    found = [f"{name!r} is unknown here; {suggest(name, shapes)}" for name in params if name not in shapes]
-    for name, shape in shapes.items():
-        if name in params:
-            try:
-                check_shape(repr(name), params[name], shape, f"its extents {where}")
-                check_dtype(repr(name), params[name], (jnp.floating,))
-            except MoEError as error:
-                found.append(str(error))
-        elif name not in OPTIONAL_PARAMS:
-            found.append(f"{name!r} is missing; its shape {where} is {shape}")
-    raise_all(found, "params")
-
-
-def _width(params: dict[str, Array], kind: str) -> int | str:
-    """The width of the FFN as its first well-formed matrix has it; a letter, to be printed, where there is none."""
-    for name, axis in ((f"{kind}_up", -1), (f"{kind}_gate", -1), (f"{kind}_down", -2)):
-        shape = getattr(params.get(name), "shape", ())
-        if len(shape) > 1:
-            return shape[axis]
-    return "F"

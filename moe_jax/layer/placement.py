@@ -69,8 +69,9 @@ def update_expert(
     Raises:
       ShapeError, DtypeError, InvalidArgumentError, MissingArgumentError: an argument breaks a rule above.
 
+    >>> import jax.numpy as jnp, moe_jax as moe
     >>> table = jnp.array([[1, 4, 0], [2, 0, 3]])  # expert 0 has one instance, expert 1 has two
-    >>> update_expert(jnp.array([[1, 0], [1, -1]]), table, rank=0, ep_size=2, balance="token")[0]
+    >>> moe.update_expert(jnp.array([[1, 0], [1, -1]]), table, rank=0, ep_size=2, balance="token")[0]
     Array([[ 0,  4],
            [ 3, -1]], dtype=int32)
 

@@ -75,7 +75,8 @@ def route(
       ShapeError, DtypeError, InvalidArgumentError, MissingArgumentError: an argument breaks a rule above.
       MeshError: ``axis_name`` is not bound here.
 
-    >>> route(jnp.array([[0.0, 2.0, 1.0]]), RouterConfig(), top_k=2).expert_ids
+    >>> import jax.numpy as jnp, moe_jax as moe
+    >>> moe.route(jnp.array([[0.0, 2.0, 1.0]]), moe.RouterConfig(), top_k=2).expert_ids
     Array([[1, 2]], dtype=int32)
     """
     _check_route(logits, router, top_k, bias, token_mask)

@@ -203,8 +203,9 @@ _RECIPES: dict[str, Callable[..., Recipe]] = {
     "int8_group8": lambda **kw: RoundedScale(format=INT8, block=8, **kw),
 }
 NAMES = ("none", *_RECIPES)
+DTYPES = ("float32", "bfloat16", "float16")
 for _scheme in (Static, PerToken, PerGroup, Microscaled, MicroscaledClip, RoundedScale):
-    _compat.exportable(_scheme, to_json=lambda r: [r.name, r.dtype], from_json=lambda words: recipe(*words))
+    _compat.exportable(_scheme, to_json=lambda r: [r.name, r.dtype], from_json=lambda words: named_recipe(*words))
 
 
 def recipe(name: str, dtype: str) -> Recipe | None:
@@ -228,12 +229,22 @@ def recipe(name: str, dtype: str) -> Recipe | None:
     Raises:
       InvalidArgumentError: the name or the dtype is unknown.
 
-    >>> recipe("int8", "bfloat16").row_bytes(7168)
+    >>> from moe_jax import quant
+    >>> quant.recipe("int8", "bfloat16").row_bytes(7168)
     7172
     """
     check_choice("name", name, NAMES)
-    check_choice("dtype", dtype, ("float32", "bfloat16", "float16"))
-    return None if name == "none" else _RECIPES[name](name=name, dtype=dtype)
+    if name != "none":
+        return named_recipe(name, dtype)
+    check_choice("dtype", dtype, DTYPES)
+    return None
+
+
+def named_recipe(name: str, dtype: str) -> Recipe:
+    """``recipe`` for a name that is not "none"."""
+    check_choice("name", name, tuple(_RECIPES))
+    check_choice("dtype", dtype, DTYPES)
+    return _RECIPES[name](name=name, dtype=dtype)
 
 
 def _amax(y):

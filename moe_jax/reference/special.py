@@ -5,6 +5,8 @@ import math
 
 import numpy as np
 
+from moe_jax import errors
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class SpecialExperts:
@@ -42,6 +44,10 @@ def special_value(x: np.ndarray, expert_id: int, special: SpecialExperts) -> np.
         return x
     if not first_const <= expert_id < first_const + special.num_const:
         return np.zeros(x.shape)
+    if special.alpha1 is None or special.alpha2 is None or special.v is None:
+        raise errors.MissingArgumentError(
+            f"num_const={special.num_const}, but alpha1, alpha2 or v is None; pass all three"
+        )
     c = expert_id - first_const
     a1, a2 = np.asarray(special.alpha1[c], np.float64), np.asarray(special.alpha2[c], np.float64)
     if a1.ndim:

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, SingleDeviceSharding
 
-from moe_jax.errors import InvalidArgumentError
+from moe_jax import _compat
+from moe_jax.errors import CompilationError, InvalidArgumentError
 from moe_jax.hlo.contract import memory_fields
-from moe_jax.targets.target import find_target
+from moe_jax.targets.target import Target, find_target
 
 
 def main(folder: Path) -> None:
@@ -45,8 +47,10 @@ def _compile(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     middle = time.perf_counter()
     compiled = lowered.compile()
     ended = time.perf_counter()
-    (folder / "program.hlo").write_text(compiled.as_text())
-    memory = compiled.memory_analysis()
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    if text is None or memory is None:
+        raise CompilationError(f"the compiler of target={target.name!r} tells nothing about the program that it made")
+    (folder / "program.hlo").write_text(text)
     return {
         "memory": {**memory_fields(memory), "peak_bytes": int(memory.peak_memory_in_bytes)},
         "device_kind": devices[0].device_kind,
@@ -55,7 +59,7 @@ def _compile(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
-def _devices(target) -> list[jax.Device]:
+def _devices(target: Target) -> list[_compat.Device]:
     if target.platform == "cpu":
         return jax.devices()
     from jax.experimental import topologies
@@ -63,7 +67,7 @@ def _devices(target) -> list[jax.Device]:
     return topologies.get_topology_desc(platform=target.lowering_platform, **target.topology).devices
 
 
-def _lower_built(job: dict[str, Any], devices: list[jax.Device]) -> jax.stages.Lowered:
+def _lower_built(job: dict[str, Any], devices: list[_compat.Device]) -> jax.stages.Lowered:
     """Calls the builder with the devices of the target, which can compile and nothing else."""
     module, _, function = job["builder"].partition(":")
     built = getattr(importlib.import_module(module), function)(devices, *job["args"])
@@ -73,11 +77,10 @@ def _lower_built(job: dict[str, Any], devices: list[jax.Device]) -> jax.stages.L
             f"fn={job['builder']!r} returned {built!r:.200}; a builder returns a function and a tuple of its arguments"
         )
     fn, args = built
-    jitted = fn if hasattr(fn, "lower") else jax.jit(fn)
-    return jitted.lower(*args)
+    return _compat.jitted(fn).lower(*args)
 
 
-def _lower_exported(job: dict[str, Any], devices: list[jax.Device]) -> jax.stages.Lowered:
+def _lower_exported(job: dict[str, Any], devices: list[_compat.Device]) -> jax.stages.Lowered:
     """Lays the exported program out over the target's devices: device i of the caller's mesh is device i here."""
     exported = job["exported"]
     avals = exported.in_avals

@@ -63,7 +63,8 @@ def compile_for(target: str, fn: Callable | str, *abstract_args: Any) -> TargetR
     GPU programs are compiled without a card to try kernels on, so XLA takes its default tiles instead of tuned ones.
     The TPU compiler leaves kernels, collectives and some others unpriced, and its prices are estimates.
 
-    >>> report = compile_for("cpu:8", lambda a, b: a @ b, jnp.ones((64, 32)), jnp.ones((32, 16)))
+    >>> import jax.numpy as jnp, moe_jax as moe
+    >>> report = moe.compile_for("cpu:8", lambda a, b: a @ b, jnp.ones((64, 32)), jnp.ones((32, 16)))
     >>> report.flops == 2 * 64 * 32 * 16
     True
     """
@@ -103,7 +104,7 @@ def _job_of_function(target: Target, fn: Callable, args: tuple) -> dict[str, Any
                 f"abstract_args hold {leaf!r}; pass arrays or jax.ShapeDtypeStructs, and bind what is static to "
                 "fn with functools.partial"
             )
-    jitted = fn if hasattr(fn, "trace") else jax.jit(fn)
+    jitted = _compat.jitted(fn)
     traced = jitted.trace(*args)  # mistakes in fn show here, as they are
     donated = tuple(place for place, info in enumerate(jax.tree.leaves(traced.args_info)) if info.donated)
     # The other process has the same JAX, so any custom call will do, however new.
@@ -158,4 +159,5 @@ def _end(child: subprocess.Popen) -> None:
     with contextlib.suppress(ProcessLookupError):  # it has ended, and so have its own
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
-    child.stdin.close()
+    if child.stdin is not None:  # the pipe that ``_run`` opened: its end tells the child that nobody waits for it
+        child.stdin.close()

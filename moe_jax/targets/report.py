@@ -32,6 +32,10 @@ class TargetReport(Contract):
       hlo: the text of the program.
     """
 
+    temporary_bytes: int  # this and the next three are always known of a program that was compiled
+    argument_bytes: int
+    output_bytes: int
+    alias_bytes: int
     target: str
     platform: str
     device_kind: str
@@ -91,13 +95,13 @@ def make_report(hlo: str, memory: dict[str, int], **facts: Any) -> TargetReport:
     """The report of one compiled program; ``memory`` holds the fields of ``Contract`` and ``peak_bytes``."""
     peak = memory["peak_bytes"]
     sizes = {name: value for name, value in memory.items() if name != "peak_bytes"}
-    work, loop_work, kernels, loops = work_of(Program(hlo), has_fast_memory=facts["platform"] == "tpu")
+    costs = work_of(Program(hlo), has_fast_memory=facts["platform"] == "tpu")
     return TargetReport(
-        **contract_fields(hlo, sizes, work.flops),
-        work=work,
-        loop_work=loop_work,
-        kernels=kernels,
-        uncounted_loops=loops,
+        **contract_fields(hlo, sizes, costs.certain.flops),
+        work=costs.certain,
+        loop_work=costs.per_turn,
+        kernels=costs.kernels,
+        uncounted_loops=costs.uncounted_loops,
         peak_bytes=peak,
         hlo=hlo,
         **facts,

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from moe_jax import _compat
 from moe_jax.errors import InvalidArgumentError, UnsupportedError, suggest
 from moe_jax.hardware import GPUS, TPUS
 
@@ -63,7 +64,7 @@ class Target:
         theirs = dict(os.environ)
         flags = [f for f in theirs.get("XLA_FLAGS", "").split() if "force_host_platform_device_count" not in f]
         theirs["JAX_PLATFORMS"] = "cpu"  # even on a machine that has the accelerator: it is left alone
-        theirs["JAX_ENABLE_X64"] = str(jax.config.jax_enable_x64)
+        theirs["JAX_ENABLE_X64"] = str(_compat.config_value("jax_enable_x64"))
         theirs["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # the compiler shall run
         theirs["JAX_NUM_CPU_DEVICES"] = str(self.num_devices if self.platform == "cpu" else 1)
         if self.platform == "tpu":
@@ -87,7 +88,8 @@ def find_target(name: str) -> Target:
         if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", extent):
             raise InvalidArgumentError(f"target={name!r} lacks a topology; write it as in '{kind}:{TPUS[kind]}'")
         extents = [int(side) for side in extent.split("x")]
-        topology, chips = {"topology_name": name}, math.prod(extents)
+        topology: dict[str, Any] = {"topology_name": name}
+        chips = math.prod(extents)
         if chips < _TPUS_OF_A_HOST:  # by itself the compiler takes hosts to be full
             topology["chips_per_host_bounds"] = (*extents, 1)[:3]
         return Target(name=name, platform="tpu", num_devices=chips, topology=topology)

@@ -13,10 +13,15 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from moe_jax.config import DTYPES, Config, MeshConfig, load_config, override, parse_mesh
+from moe_jax.config import DTYPES, Config, MeshConfig, ModelConfig, load_config, override, parse_mesh
 from moe_jax.errors import ConfigError, InvalidArgumentError, MoEError
+
+if TYPE_CHECKING:  # a command imports only what it needs, so that bad input is told at once
+    from jax.sharding import AbstractMesh
+
+    from moe_jax.plan import Plan
 
 PLAN_TOKENS = 512  # tokens per device of a shape that has no [train] section
 PLAN_DTYPE = "bfloat16"
@@ -162,7 +167,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     config = _load(arguments)
     if config.model is None:
         raise ConfigError(f"{arguments.config}: has no [model] section; a plan needs model.hidden")
-    plan = _make_plan(config, arguments.tokens_per_rank, arguments.dtype)
+    plan = _make_plan(config, config.model, arguments.tokens_per_rank, arguments.dtype)
     experts = {"ffn": config.moe.ffn, "activation": config.moe.activation}
     if arguments.json:
         costs = {phase: dataclasses.asdict(cost) for phase, cost in plan.cost(**experts).items()}
@@ -224,18 +229,18 @@ def _refuse(parser: argparse.ArgumentParser, arguments: argparse.Namespace, *unr
             )
 
 
-def _make_plan(config: Config, tokens_per_rank: int | None, dtype: str | None):
+def _make_plan(config: Config, model: ModelConfig, tokens_per_rank: int | None, dtype: str | None) -> "Plan":
     """The plan of one layer on a mesh of which only the shape exists, so it may be larger than this machine."""
     from moe_jax.tools.train.model import make_layer_plan
 
     train, num_devices = config.train, config.mesh.num_devices
     if tokens_per_rank is None:
-        tokens_per_rank = train.batch_size * config.model.seq_len // num_devices if train else PLAN_TOKENS
+        tokens_per_rank = train.batch_size * model.seq_len // num_devices if train else PLAN_TOKENS
     dtype = dtype or (train.dtype if train else PLAN_DTYPE)
-    return make_layer_plan(config, _abstract_mesh(config.mesh), tokens_per_rank=tokens_per_rank, dtype=dtype)
+    return make_layer_plan(config, model, _abstract_mesh(config.mesh), tokens_per_rank=tokens_per_rank, dtype=dtype)
 
 
-def _abstract_mesh(shape: MeshConfig):
+def _abstract_mesh(shape: MeshConfig) -> "AbstractMesh":
     """The axes that `make_mesh` would build, without devices."""
     from jax.sharding import AbstractMesh
 

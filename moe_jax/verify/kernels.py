@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import quant, reference
+from moe_jax import reference
 from moe_jax.kernels import grouped_matmul
+from moe_jax.quant.schemes import named_recipe
 from moe_jax.verify.cases import deviation, integers
 
 
@@ -52,7 +53,7 @@ def recipe_deviations(name: str) -> list[float]:
     """Of codes, scales and dequantised rows under one recipe, for rows of every dtype, magnitudes mixed; bit by bit."""
     rng, found = np.random.default_rng(5), []
     for dtype in ("float32", "bfloat16", "float16"):
-        chosen = quant.recipe(name, dtype)
+        chosen = named_recipe(name, dtype)
         rows = rng.normal(size=(6, 72)) * 2.0 ** rng.integers(-12, 8, (6, 1))
         rows[3] = 0
         x = np.asarray(jnp.asarray(rows, dtype))

@@ -13,13 +13,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
+from moe_jax import _compat
 from moe_jax.errors import check_choice
-from moe_jax.layer.on_mesh import param_spec
+from moe_jax.layer.params import param_spec
 from moe_jax.mesh import make_mesh
+from moe_jax.parameters import weights_of
 from moe_jax.targets import TargetReport, compile_for
 from moe_jax.targets.target import find_target
 from moe_jax.tools.bench.baselines import minimal_layer
-from moe_jax.tools.bench.programs import LAYER, MINIMAL, PASSES, make_layer, with_backward
+from moe_jax.tools.bench.programs import LAYER, MINIMAL, PASSES, make_layer, make_layer_plan, with_backward
 from moe_jax.tools.bench.run import emit, open_lines
 from moe_jax.tools.bench.workloads import Workload
 
@@ -102,7 +104,7 @@ def run(
       InvalidArgumentError: a name is not as above. UnsupportedError: a compiler is not installed.
       CompilationError: a compiler refuses the layer.
     """
-    asked = []
+    asked: list[tuple[str, str]] = []
     for target in targets:
         where = find_target(target)
         where.check_installed()
@@ -112,7 +114,9 @@ def run(
         check_choice("workloads", name, WORKLOADS)
     for name in contenders:
         check_choice("against", name, (MINIMAL,))
-    programs = [(*pair, phase, what) for pair in asked for phase in PASSES for what in (OURS, *contenders)]
+    programs = [
+        (target, name, phase, what) for target, name in asked for phase in PASSES for what in (OURS, *contenders)
+    ]
     found = []
     with contextlib.ExitStack() as stack:
         lines = open_lines(json_path, stack)
@@ -133,7 +137,7 @@ def facts_of(target: str, workload: str, phase: str, what: str = OURS) -> tuple[
     report = compile_for(target, f"{__name__}:build", workload, phase, what)
     sizes, passes = WORKLOADS[workload], 1 if phase == PASSES[0] else 3  # a gradient of a product takes two
     mesh = AbstractMesh((find_target(target).num_devices, 1), ("ep", "tp"))
-    plan, *_ = make_layer(sizes, mesh, DTYPE, "none")
+    plan = make_layer_plan(sizes, mesh, DTYPE, "none")
     pairs, of_row = plan.num_pairs, passes * 3 * 2 * sizes.hidden * sizes.ffn
     counted = what == OURS and report.platform != "cpu"  # where products are loops over the rows that are there
     slack = plan.num_rows(plan.pair_capacity) - pairs if counted else 0
@@ -156,7 +160,7 @@ def facts_of(target: str, workload: str, phase: str, what: str = OURS) -> tuple[
     return facts, report
 
 
-def build(devices: Sequence[jax.Device], name: str, phase: str, what: str) -> tuple[Callable, tuple[Any, ...]]:
+def build(devices: Sequence[_compat.Device], name: str, phase: str, what: str) -> tuple[Callable, tuple[Any, ...]]:
     """For ``compile_for``: the layer of a workload over all devices, weights in bf16, and its arguments."""
     workload, mesh = WORKLOADS[name], make_mesh(ep=len(devices), devices=devices)
     plan, init, apply = make_layer(workload, mesh, DTYPE, "none")
@@ -166,9 +170,11 @@ def build(devices: Sequence[jax.Device], name: str, phase: str, what: str) -> tu
     def placed(shape, dtype, spec):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
+    params = jax.eval_shape(init, jax.random.key(0))
+    narrow = weights_of("experts", params)
     params = {
-        name: placed(a.shape, DTYPE if name.startswith("w_") else a.dtype, param_spec(name, plan))
-        for name, a in jax.eval_shape(init, jax.random.key(0)).items()
+        name: placed(a.shape, DTYPE if name in narrow else a.dtype, param_spec(name, plan))
+        for name, a in params.items()
     }
     x = placed((plan.tokens_per_rank * mesh.size, plan.hidden), DTYPE, PartitionSpec(plan.token_axes))
     return (apply, (params, x)) if phase == PASSES[0] else (with_backward(apply), (params, x, x))

@@ -128,7 +128,9 @@ def _why_never(program: Program, limit: Program, limit_seconds: float, max_secon
 
 
 def _needed_bytes(program: Program, devices: int) -> int:
-    return devices * (program.contract.temporary_bytes + program.contract.output_bytes)
+    temporary, results = program.contract.temporary_bytes, program.contract.output_bytes
+    assert temporary is not None and results is not None, "a program that was compiled here tells its memory"
+    return devices * (temporary + results)
 
 
 def pass_record(

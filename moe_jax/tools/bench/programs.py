@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from moe_jax.config import TRANSPORTS, RouterConfig
 from moe_jax.hlo.contract import Contract, contract_of
@@ -57,15 +57,21 @@ class Setting:
         return 2.0 * products * rows * self.plan.hidden * self.workload.ffn / self.plan.tp_size
 
 
-def make_layer(workload: Workload, mesh: Mesh, dtype: str, quant: str) -> tuple[Plan, Callable, Callable]:
-    """The plan of a layer with rows in ``dtype`` that travel both ways as ``quant``, its ``init`` and its ``apply``.
+def make_layer_plan(workload: Workload, mesh: Mesh | AbstractMesh, dtype: str, quant: str) -> Plan:
+    """The plan of a layer with rows in ``dtype`` that travel both ways as ``quant``.
 
     Raises:
       InvalidArgumentError, ConfigError, MeshError: sizes and mesh do not go together.
     """
     check_steerable(workload)
-    plan = make_plan(mesh, **_plan_arguments(workload, dtype), quant=quant, combine_quant=quant)
-    return plan, *_layer(workload, mesh, plan)
+    return make_plan(mesh, **_plan_arguments(workload, dtype), quant=quant, combine_quant=quant)
+
+
+def make_layer(workload: Workload, mesh: Mesh, dtype: str, quant: str) -> tuple[Plan, Callable, Callable]:
+    """The plan of ``make_layer_plan``, and the ``init`` and ``apply`` of its layer; raises what that raises."""
+    plan = make_layer_plan(workload, mesh, dtype, quant)
+    init, apply = _layer(workload, mesh, plan)
+    return plan, init, apply
 
 
 def make_setting(

@@ -80,9 +80,9 @@ def run(
     rounds = repeats or (QUICK_REPEATS if quick else REPEATS)
     others = [name for name in contenders if name not in BASELINES]
     runs = [(workload, dtype, wire) for workload in chosen for dtype in dtypes for wire in quants]
-    for workload, *rows in runs:  # what does not fit is told before the first run
+    for workload, dtype, wire in runs:  # what does not fit is told before the first run
         for layer in (workload, *(on_transport(workload, name) for name in others)):
-            make_layer(layer, devices, *rows)
+            make_layer(layer, devices, dtype, wire)
     records = []
     with contextlib.ExitStack() as stack:
         lines = open_lines(json_path, stack)
@@ -101,9 +101,9 @@ def run(
                 f"of {rounds} rounds; 1 = the dense limit; * see below; {words(ahead)}",
                 flush=True,
             )
-        for workload, *rows in runs:
-            setting = functools.partial(make_setting, workload, devices, *rows, contenders)
-            records.append(_one((workload.name, *rows), setting, rounds, max_seconds, lines))
+        for workload, dtype, wire in runs:
+            setting = functools.partial(make_setting, workload, devices, dtype, wire, contenders)
+            records.append(_one((workload.name, dtype, wire), setting, rounds, max_seconds, lines))
     measured = [record for record in records if record is not None]
     if others and measured and json_path != "-":
         print("\n" + describe_transports(measured))

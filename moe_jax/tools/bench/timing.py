@@ -2,8 +2,11 @@
 
 import time
 from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
 
 import numpy as np
+
+Key = TypeVar("Key", bound=Hashable)
 
 SLOW = 20.0  # times the layer; baselines slower than that and than SLOW_SECONDS are run once
 SLOW_SECONDS = 1.0
@@ -16,12 +19,12 @@ def seconds_of(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def interleave(runs: Mapping[Hashable, Callable[[], object]], repeats: int) -> dict[Hashable, list[float]]:
+def interleave(runs: Mapping[Key, Callable[[], object]], repeats: int) -> dict[Key, list[float]]:
     """Seconds of each run in each of ``repeats`` rounds; a round runs everything in turn.
 
     Each turn runs twice and the second run counts: the first pays for the caches and pages that the one before left.
     """
-    seconds: dict[Hashable, list[float]] = {key: [] for key in runs}
+    seconds: dict[Key, list[float]] = {key: [] for key in runs}
     for _ in range(repeats):
         for key, run in runs.items():
             run()

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from moe_jax.config import Config
 from moe_jax.errors import ConfigError
-from moe_jax.layer.on_mesh import param_spec
+from moe_jax.layer.params import param_spec
 from moe_jax.plan import Plan
 
 CONFIG_TOKENS = 512  # tokens per device of a configuration that has no [train] section
@@ -37,8 +38,12 @@ class Workload:
     options: tuple[tuple[str, Any], ...] = ()  # of make_plan, by name
 
 
-def _workload(name: str, tokens: int, hidden: int, ffn: int, num_experts: int, top_k: int, **rest: str) -> Workload:
-    return Workload(name=name, tokens=tokens, hidden=hidden, ffn=ffn, num_experts=num_experts, top_k=top_k, **rest)
+def _workload(
+    name: str, tokens: int, hidden: int, ffn: int, num_experts: int, top_k: int, pattern: str = "balanced"
+) -> Workload:
+    return Workload(
+        name=name, tokens=tokens, hidden=hidden, ffn=ffn, num_experts=num_experts, top_k=top_k, pattern=pattern
+    )
 
 
 WORKLOADS = {
@@ -144,7 +149,7 @@ def make_data(workload: Workload, plan: Plan, mesh: Mesh, init) -> Data:
     group = plan.tokens_per_rank * plan.ep_size * plan.tp_size
     shape = (mesh.size, plan.num_local_experts, -(-group * plan.top_k // experts), hidden)
 
-    def placed(array, name=None, dtype=plan.dtype):
+    def placed(array: np.ndarray, name: str | None = None, dtype: DTypeLike = plan.dtype) -> jax.Array:
         spec = PartitionSpec(plan.token_axes) if name is None else param_spec(name, plan)
         return jax.device_put(np.asarray(array, jnp.dtype(dtype)), NamedSharding(mesh, spec))
 

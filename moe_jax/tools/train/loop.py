@@ -12,14 +12,14 @@ import jax
 import numpy as np
 
 import moe_jax as moe
-from moe_jax.config import Config
+from moe_jax.config import Config, ModelConfig, TrainConfig
 from moe_jax.errors import CheckpointError, ConfigError, DataError, InvalidArgumentError
 from moe_jax.mesh import ensure_devices
 from moe_jax.tools.train import checkpoint
 from moe_jax.tools.train.data import Corpus, digest, eval_batch, load_corpus, train_batch
 from moe_jax.tools.train.folder import RunFolder, open_folder
 from moe_jax.tools.train.interrupt import Interrupt, Stopped, catch_interrupt
-from moe_jax.tools.train.model import Decoder, build_decoder
+from moe_jax.tools.train.model import Decoder, build_decoder, training_sections
 from moe_jax.tools.train.progress import Progress, Record, make_progress
 from moe_jax.tools.train.report import MetricsFile, write_report
 from moe_jax.tools.train.sample import printable, sample_text
@@ -33,6 +33,8 @@ class Job:
     """What a run is asked to do, where it leaves its work, and whom it tells about it; all of it is fixed."""
 
     config: Config
+    model: ModelConfig  # the section [model] of `config`
+    train: TrainConfig  # its section [train]
     corpus: Corpus
     num_steps: int
     resume: bool
@@ -109,22 +111,16 @@ def train(
     Raises:
       ConfigError, DataError, CheckpointError, MeshError: each with one sentence for the person.
     """
-    num_steps = _check_request(config, steps)
-    corpus = load_corpus(data, config.model.seq_len)
-    with open_folder(out, name, resume=resume) as folder:
-        _check_apart(folder, data)
-        progress = make_progress(json_lines=json_lines, log_every=config.train.log_every, num_steps=num_steps)
-        with closing(progress), catch_interrupt(progress.note) as interrupt:
-            return _carry_out(Job(config, corpus, num_steps, resume, folder, progress, interrupt))
-
-
-def _check_request(config: Config, steps: int | None) -> int:
-    """The number of steps to take."""
-    if config.train is None:
-        raise ConfigError("the configuration has no [train] section; it describes a shape: use the plan command")
+    model, schedule = training_sections(config)
     if steps is not None and steps < 1:
         raise InvalidArgumentError(f"steps={steps} must be at least 1")
-    return config.train.steps if steps is None else steps
+    num_steps = schedule.steps if steps is None else steps
+    corpus = load_corpus(data, model.seq_len)
+    with open_folder(out, name, resume=resume) as folder:
+        _check_apart(folder, data)
+        progress = make_progress(json_lines=json_lines, log_every=schedule.log_every, num_steps=num_steps)
+        with closing(progress), catch_interrupt(progress.note) as interrupt:
+            return _carry_out(Job(config, model, schedule, corpus, num_steps, resume, folder, progress, interrupt))
 
 
 def _check_apart(folder: RunFolder, data: str | Path | None) -> None:
@@ -166,12 +162,12 @@ def _start(job: Job) -> Run:
         job.progress.note(folder.note)
     sha256 = digest(corpus, job.tell)
     job.tell("making the parameters")
-    optimizer = make_optimizer(config.train)
+    optimizer = make_optimizer(job.train)
     shape = config.mesh
     ensure_devices(shape.num_devices)
     mesh = moe.make_mesh(ep=shape.ep, tp=shape.tp, nodes=shape.nodes, dp=shape.dp)
     decoder = build_decoder(config, mesh)
-    state, done_steps = init_state(decoder, optimizer, config.train.seed), 0
+    state, done_steps = init_state(decoder, optimizer, job.train.seed), 0
     num_bytes = len(corpus.train) + len(corpus.held_out)
     identity = checkpoint.identify(config, f"{num_bytes} bytes with SHA-256 {sha256}")
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -186,7 +182,7 @@ def _start(job: Job) -> Run:
         state, done_steps = checkpoint.restore(folder.checkpoint, state, identity=identity)
         job.progress.note(f"resuming {folder.path} after step {done_steps}")
     else:
-        seconds = config.train.save_seconds
+        seconds = job.train.save_seconds
         often = f" every {seconds:g} s and" if seconds < math.inf else ""
         job.progress.note(f"the run is kept in {folder.path}: a checkpoint{often} at the end, metrics and a picture")
     metrics = MetricsFile(folder.metrics, done_steps=done_steps)
@@ -217,7 +213,7 @@ def _take_steps(run: Run) -> None:
 
 def _step_until(run: Run, step: Callable) -> None:
     """Steps until `num_steps` or until asked to stop, and saves when it is time."""
-    train = run.job.config.train
+    train = run.job.train
     saved_at = time.monotonic()
     while run.done_steps < run.job.num_steps and not run.job.interrupt.signum:
         run.job.interrupt.doing = f"taking step {run.done_steps + 1}"
@@ -232,7 +228,7 @@ def _step_until(run: Run, step: Callable) -> None:
 
 def _one_step(run: Run, step: Callable) -> Record:
     """Takes one step and waits for it: steps queued behind one another can starve emulated devices of threads."""
-    config, seq_len = run.job.config.train, run.job.config.model.seq_len
+    config, seq_len = run.job.train, run.job.model.seq_len
     begin = time.perf_counter()
     host_batch = train_batch(
         run.job.corpus, seed=config.seed, step=run.done_steps, batch_size=config.batch_size, seq_len=seq_len
@@ -272,7 +268,7 @@ def _finish(run: Run) -> None:
     loss = _validate(run)
     run.job.progress.result("validation", f"validation loss {loss:.3f}", loss=loss)
     run.metrics.append({"step": run.done_steps, "validation_loss": loss})
-    config = run.job.config.train
+    config = run.job.train
     if config.sample_bytes:
         run.job.tell("compiling the sampler")
         text = sample_text(
@@ -291,13 +287,18 @@ def _finish(run: Run) -> None:
 def _validate(run: Run) -> float:
     """Mean cross-entropy over the held-out windows, in nats per byte."""
     job = run.job
-    config = job.config.train
+    config = job.train
     job.tell("compiling the validation")
     evaluate = compile_eval(run.decoder, job.config, run.state.params)
-    shape = {"batch_size": config.batch_size, "seq_len": job.config.model.seq_len}
     losses = []
     for index in range(config.eval_batches):
         job.tell("validating", index, config.eval_batches)
-        batch = eval_batch(job.corpus, index=index, num_batches=config.eval_batches, **shape)
+        batch = eval_batch(
+            job.corpus,
+            index=index,
+            num_batches=config.eval_batches,
+            batch_size=config.batch_size,
+            seq_len=job.model.seq_len,
+        )
         losses.append(float(evaluate(run.state.params, run.batch(batch))))
     return float(np.mean(losses))

@@ -4,6 +4,7 @@ B sequences, S positions, H hidden size, V vocabulary, A heads of size D, L laye
 activations have `dtype`. The batch is spread over all axes of the mesh, so N = B * S tokens split evenly over devices.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 import moe_jax as moe
-from moe_jax.config import Config, ModelConfig
+from moe_jax.config import Config, ModelConfig, TrainConfig
+from moe_jax.errors import ConfigError
 
 Params = dict[str, Any]
 
@@ -38,7 +40,7 @@ class Decoder:
     dtype: jnp.dtype
     mesh: Mesh
     moe_init: Callable[[jax.Array], Params]
-    moe_apply: Callable[[Params, jax.Array], tuple[jax.Array, Any]]
+    moe_apply: Callable[[Params, jax.Array], tuple[jax.Array, moe.LayerStats]]
 
     @property
     def replicated(self) -> NamedSharding:
@@ -77,20 +79,34 @@ class Decoder:
         return logits, _gather_stats(stats)
 
 
+def training_sections(config: Config) -> tuple[ModelConfig, TrainConfig]:
+    """The [model] and [train] sections, without which nothing can be trained.
+
+    Raises:
+      ConfigError: `config` has no [train] section. (A `Config` with [train] has [model] too.)
+    """
+    if config.model is None or config.train is None:
+        raise ConfigError("the configuration has no [train] section; it describes a shape: use the plan command")
+    return config.model, config.train
+
+
 def build_decoder(config: Config, mesh: Mesh) -> Decoder:
-    """The decoder that `config` describes (its [model] and [train] sections are present), on `mesh`."""
-    tokens_per_rank = config.train.batch_size * config.model.seq_len // mesh.size
-    plan = make_layer_plan(config, mesh, tokens_per_rank=tokens_per_rank, dtype=config.train.dtype)
+    """The decoder that `config` describes in its sections [model], [train], [moe] and [router], on `mesh`."""
+    model, train = training_sections(config)
+    tokens_per_rank = train.batch_size * model.seq_len // mesh.size
+    plan = make_layer_plan(config, model, mesh, tokens_per_rank=tokens_per_rank, dtype=train.dtype)
     init, apply = moe.moe_on_mesh(mesh, plan, config.router, ffn=config.moe.ffn, activation=config.moe.activation)
-    return Decoder(config.model, jnp.dtype(config.train.dtype), mesh, init, apply)
+    return Decoder(model, jnp.dtype(train.dtype), mesh, init, apply)
 
 
-def make_layer_plan(config: Config, mesh: Mesh | AbstractMesh, *, tokens_per_rank: int, dtype: str) -> Any:
-    """The plan of one layer of `config` with `tokens_per_rank` tokens on every device of `mesh`."""
+def make_layer_plan(
+    config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh, *, tokens_per_rank: int, dtype: str
+) -> moe.Plan:
+    """The plan of one layer of `config`, in the decoder `model`, with `tokens_per_rank` tokens on every device."""
     return moe.make_plan(
         mesh,
         tokens_per_rank=tokens_per_rank,
-        hidden=config.model.hidden,
+        hidden=model.hidden,
         num_experts=config.moe.num_experts,
         top_k=config.moe.top_k,
         dtype=dtype,
@@ -157,12 +173,16 @@ def _normal(key: jax.Array, shape: tuple[int, ...], scale: float) -> jax.Array:
     return scale * jax.random.normal(key, shape, jnp.float32)
 
 
-def _gather_stats(layers: list[Any]) -> ModelStats:
+def _gather_stats(layers: list[moe.LayerStats]) -> ModelStats:
     """One ModelStats from every layer's stats."""
     return ModelStats(
         load=jnp.stack([stats.load for stats in layers]),
-        num_dropped=sum(stats.num_dropped for stats in layers),
+        num_dropped=_total([stats.num_dropped for stats in layers]),
         num_rounds=jnp.max(jnp.stack([stats.num_rounds for stats in layers])),
-        balance=sum(stats.losses["balance"] for stats in layers),
-        z=sum(stats.losses["z"] for stats in layers),
+        balance=_total([stats.losses["balance"] for stats in layers]),
+        z=_total([stats.losses["z"] for stats in layers]),
     )
+
+
+def _total(values: list[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.add, values)

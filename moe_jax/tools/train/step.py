@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import moe_jax as moe
 from moe_jax.config import Config, TrainConfig
 from moe_jax.tools.train.extras import require
-from moe_jax.tools.train.model import Decoder, ModelStats, Params
+from moe_jax.tools.train.model import Decoder, ModelStats, Params, training_sections
 
 BIAS = "selection_bias"
 
@@ -96,7 +96,8 @@ def compile_eval(decoder: Decoder, config: Config, params: Params) -> Callable:
 
 
 def _batch_like(decoder: Decoder, config: Config) -> jax.ShapeDtypeStruct:
-    shape = (config.train.batch_size, config.model.seq_len + 1)
+    model, train = training_sections(config)
+    shape = (train.batch_size, model.seq_len + 1)
     return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=decoder.over_batch)
 
 

@@ -1,0 +1,343 @@
+"""The search for an even placement: replicas are counted, dealt to ranks, and then exchanged while that helps.
+
+Everything is vectorised NumPy over a leading axis X: a layer, or a node of a layer. E logical experts, R ranks, S slots
+per rank, P = R * S slots. All replicas of an expert get equal shares of its load. No slot is ever empty.
+"""
+
+import dataclasses
+
+import numpy as np
+
+_EVEN = 1e-4  # Excess over the mean load of a rank at which the search rests.
+_GAIN = 1e-9  # What a step must gain, as a part of the load, so that rounding is no gain.
+_STEPS = 1000  # At most, in one go.
+_TRIES, _SHAKES = 8, 3  # Ways out of a dead end that are tried, and exchanges at random in each.
+_LAST_TRIES = 100  # The same, before a promise is kept by twins.
+
+
+@dataclasses.dataclass
+class Deal:
+    """Who lies where, and what follows from it. ``experts`` is the state; the other arrays are kept up to date with it.
+
+    Attributes:
+      experts: [X, R, S] logical expert in each slot.
+      load: [X, E] load of each expert.
+      counts: [X, E] replicas of each expert.
+      held: [X, R, E] replicas of each expert on each rank.
+      rank_load: [X, R].
+    """
+
+    experts: np.ndarray
+    load: np.ndarray
+    counts: np.ndarray
+    held: np.ndarray
+    rank_load: np.ndarray
+
+    @classmethod
+    def of(cls, experts: np.ndarray, load: np.ndarray) -> "Deal":
+        num_layers, num_ranks, num_slots = experts.shape
+        held = np.zeros((num_layers, num_ranks, load.shape[1]), np.int32)
+        layer, rank = np.indices((num_layers, num_ranks))
+        for slot in range(num_slots):
+            np.add.at(held, (layer, rank, experts[:, :, slot]), 1)
+        deal = cls(experts, load, held.sum(1), held, np.zeros((num_layers, num_ranks)))
+        deal.rank_load = deal.loads_of(slice(None))
+        return deal
+
+    def loads_of(self, layers) -> np.ndarray:
+        """[x, R] loads of the ranks of some layers, summed anew."""
+        share = self.load[layers] / np.maximum(self.counts[layers], 1)
+        return np.einsum("xre,xe->xr", self.held[layers], share)
+
+    def share(self, layers) -> np.ndarray:
+        """[x, R, S] load in each slot of some layers."""
+        experts = self.experts[layers]
+        shares = self.load[layers] / np.maximum(self.counts[layers], 1)
+        return np.take_along_axis(shares, experts.reshape(len(experts), -1), 1).reshape(experts.shape)
+
+    def put(self, layers: np.ndarray, ranks: np.ndarray, slots: np.ndarray, experts: np.ndarray) -> None:
+        """Writes one slot of each of some layers. Loads are stale until ``refresh``."""
+        old = self.experts[layers, ranks, slots]
+        self.held[layers, ranks, old] -= 1
+        self.held[layers, ranks, experts] += 1
+        self.counts[layers, old] -= 1
+        self.counts[layers, experts] += 1
+        self.experts[layers, ranks, slots] = experts
+
+    def refresh(self, layers: np.ndarray) -> None:
+        self.rank_load[layers] = self.loads_of(layers)
+
+
+def count_replicas(load: np.ndarray, num_slots: int, most: int) -> np.ndarray:
+    """[X, E] replicas: one each, and the next always to the expert whose replicas carry most, up to ``most``."""
+    num_layers, num_experts = load.shape
+    counts, everyone = np.ones((num_layers, num_experts), np.int64), np.arange(num_layers)
+    each = load.astype(np.float64).copy()
+    for _ in range(num_slots - num_experts):
+        hottest = np.argmax(each, axis=1)
+        counts[everyone, hottest] += 1
+        count = counts[everyone, hottest]
+        each[everyone, hottest] = np.where(count < most, load[everyone, hottest] / count, -1.0)
+    return counts
+
+
+def deal_out(load: np.ndarray, counts: np.ndarray, num_ranks: int, *, apart: bool) -> np.ndarray:
+    """[X, R, S] experts: replicas in order of falling load, each to the emptiest rank that has room.
+
+    ``apart``: ranks that have the expert already come last.
+    """
+    num_layers, num_experts = load.shape
+    num_slots = int(counts[0].sum()) // num_ranks
+    # 1. The replicas by falling load, those of an expert side by side.
+    share = load / counts
+    order = np.argsort(-share, axis=1, kind="stable")  # [X, E]
+    repeats = np.take_along_axis(counts, order, 1)
+    replicas = np.stack([np.repeat(o, n) for o, n in zip(order, repeats, strict=True)])  # [X, P]
+    values = np.take_along_axis(share, replicas, 1)
+    # 2. One after the other, for all layers at once.
+    experts = np.zeros((num_layers, num_ranks, num_slots), np.int64)
+    filled = np.zeros((num_layers, num_ranks), np.int64)
+    rank_load = np.zeros((num_layers, num_ranks))
+    held = np.zeros((num_layers, num_ranks, num_experts), bool)
+    everyone, behind = np.arange(num_layers), 2 * load.sum() + 1
+    for expert, value in zip(replicas.T, values.T, strict=True):
+        cost = rank_load + behind * held[everyone, :, expert] if apart else rank_load
+        rank = np.argmin(np.where(filled == num_slots, np.inf, cost), axis=1)
+        experts[everyone, rank, filled[everyone, rank]] = expert
+        filled[everyone, rank] += 1
+        rank_load[everyone, rank] += value
+        held[everyone, rank, expert] = True
+    return experts
+
+
+def deal_in_turn(counts: np.ndarray, num_ranks: int) -> np.ndarray:
+    """[X, R, S] experts: replicas of an expert on consecutive ranks, so that no two meet while counts <= R."""
+    replicas = np.stack([np.repeat(np.arange(len(row)), row) for row in counts])
+    return replicas.reshape(len(counts), -1, num_ranks).swapaxes(1, 2).copy()
+
+
+def _exchange(deal: Deal, layers, rank, slot, other_rank, other_slot) -> None:
+    mine, theirs = deal.experts[layers, rank, slot], deal.experts[layers, other_rank, other_slot]
+    each = deal.load[layers, mine] / deal.counts[layers, mine], deal.load[layers, theirs] / deal.counts[layers, theirs]
+    deal.put(layers, rank, slot, theirs)
+    deal.put(layers, other_rank, other_slot, mine)
+    deal.rank_load[layers, rank] += each[1] - each[0]
+    deal.rank_load[layers, other_rank] += each[0] - each[1]
+
+
+def _loads_after_exchange(deal: Deal, layers: np.ndarray, rank: np.ndarray) -> np.ndarray:
+    """[x, S, R, S] larger of the two ranks' loads, if each slot of ``rank`` is exchanged with each slot elsewhere.
+
+    Infinite where the exchange would bring a rank an expert that it has; the rank's own slots are among these.
+    """
+    num = np.arange(len(layers))
+    share, experts, held, loads = deal.share(layers), deal.experts[layers], deal.held[layers], deal.rank_load[layers]
+    mine = experts[num, rank]  # [x, S]
+    leaving = share[num, rank][:, :, None, None] - share[:, None]  # [x, S, R, S]
+    larger = np.maximum(loads[num, rank][:, None, None, None] - leaving, loads[:, None, :, None] + leaving)
+    they_have_mine = held[num[:, None, None], np.arange(held.shape[1]), mine[:, :, None]] > 0  # [x, S, R]
+    i_have_theirs = held[num[:, None, None], rank[:, None, None], experts] > 0  # [x, R, S]
+    larger[they_have_mine[:, :, :, None] | i_have_theirs[:, None]] = np.inf
+    return larger
+
+
+def _uneven(deal: Deal, layers: np.ndarray, rest: float = _EVEN) -> np.ndarray:
+    loads = deal.rank_load[layers]
+    return layers[loads.max(1) > loads.mean(1) * (1 + rest)]
+
+
+def exchange_slots(deal: Deal, layers: np.ndarray, rest: float, steps: int = _STEPS) -> None:
+    """Lets the fullest rank of each layer exchange one slot with another rank, the best exchange, while that helps."""
+    for _ in range(steps):
+        layers = _uneven(deal, layers, rest)
+        if not len(layers):
+            return
+        num, rank = np.arange(len(layers)), deal.rank_load[layers].argmax(1)
+        larger = _loads_after_exchange(deal, layers, rank)
+        best = np.unravel_index(larger.reshape(len(layers), -1).argmin(1), larger.shape[1:])
+        helps = larger[num, *best] < deal.rank_load[layers, rank] * (1 - _GAIN)
+        layers, rank = layers[helps], rank[helps]
+        slot, other_rank, other_slot = (index[helps] for index in best)
+        _exchange(deal, layers, rank, slot, other_rank, other_slot)
+
+
+def recount(deal: Deal, layer: int, most: int) -> bool:
+    """One more replica of an expert of the fullest rank, in place of one of several of another expert, if that helps.
+
+    g experts may gain, and C slots may give. The shares of both experts change on all ranks, so all loads are compared.
+    """
+    loads, experts, counts, load = deal.rank_load[layer], deal.experts[layer], deal.counts[layer], deal.load[layer]
+    held, fullest = deal.held[layer], deal.rank_load[layer].argmax()
+    gains = experts[fullest]
+    gains = gains[counts[gains] < most]
+    ranks, slots = np.nonzero(counts[experts] > 1)
+    if not len(gains) or not len(ranks):
+        return False
+    gives = experts[ranks, slots]  # [C]
+    # 1. Wherever the gaining expert lies it gets lighter, and the giving one heavier.
+    lighter = held[:, gains] * (load[gains] / (counts[gains] + 1) - load[gains] / counts[gains])  # [R, g]
+    heavier = held[:, gives] * (load[gives] / (counts[gives] - 1) - load[gives] / counts[gives])  # [R, C]
+    after = loads[:, None, None] + lighter[:, :, None] + heavier[:, None, :]  # [R, g, C]
+    # 2. In the slot itself the heavier share makes room for the lighter one.
+    comes = (load[gains] / (counts[gains] + 1))[:, None] - load[gives] / (counts[gives] - 1)  # [g, C]
+    after[ranks, :, np.arange(len(ranks))] += comes.T
+    worst = after.max(0)
+    # 3. No rank gets an expert that it has.
+    worst[(held[ranks][:, gains] > 0).T] = np.inf
+    gain, place = np.unravel_index(worst.argmin(), worst.shape)
+    if not worst[gain, place] < loads[fullest] * (1 - _GAIN):
+        return False
+    one = np.array([layer])
+    deal.put(one, ranks[[place]], slots[[place]], gains[[gain]])
+    deal.refresh(one)
+    return True
+
+
+def even_out(deal: Deal, layers: np.ndarray, most: int, rest: float = _EVEN) -> None:
+    """Both kinds of steps in turn, until neither helps or the excess over the mean is below ``rest``.
+
+    The largest load of a layer never grows.
+    """
+    while len(layers := _uneven(deal, layers, rest)):
+        exchange_slots(deal, layers, rest)
+        layers = _uneven(deal, layers, rest)
+        helped = np.zeros(len(layers), bool)
+        for i, layer in enumerate(layers):
+            for _ in range(_STEPS):
+                if not recount(deal, int(layer), most):
+                    break
+                helped[i] = True
+        layers = layers[helped]
+
+
+def shake(deal: Deal, layers: np.ndarray, rng: np.random.Generator) -> None:
+    """Leaves a dead end: the fullest rank exchanges a few slots at random, where no rank gets an expert that it has."""
+    for _ in range(_SHAKES):
+        if not len(layers):
+            return
+        num, rank = np.arange(len(layers)), deal.rank_load[layers].argmax(1)
+        larger = _loads_after_exchange(deal, layers, rank).reshape(len(layers), -1)
+        chance = np.where(np.isinf(larger), -1.0, rng.random(larger.shape))
+        pick = chance.argmax(1)
+        can = chance[num, pick] >= 0
+        shape = (deal.experts.shape[2], *deal.experts.shape[1:])
+        slot, other_rank, other_slot = (index[can] for index in np.unravel_index(pick, shape))
+        layers, rank = layers[can], rank[can]
+        _exchange(deal, layers, rank, slot, other_rank, other_slot)
+
+
+def twins(deal: Deal) -> np.ndarray:
+    """[X] replicas that lie beside another of their expert."""
+    return np.maximum(deal.held - 1, 0).sum((1, 2))
+
+
+def part_twins(deal: Deal, layers: np.ndarray) -> None:
+    """Exchanges replicas that lie beside another of their expert for others, at the least cost, as far as that goes."""
+    for layer in layers:
+        one = np.array([layer])
+        for rank in np.nonzero((deal.held[layer] > 1).any(1))[0]:
+            slots = np.nonzero(deal.held[layer, rank, deal.experts[layer, rank]] > 1)[0]
+            while len(slots):
+                larger = _loads_after_exchange(deal, one, np.array([rank]))[0, slots]
+                pick, other_rank, other_slot = np.unravel_index(larger.argmin(), larger.shape)
+                if np.isinf(larger[pick, other_rank, other_slot]):
+                    break
+                _exchange(deal, one, rank, slots[pick], other_rank, other_slot)
+                slots = np.nonzero(deal.held[layer, rank, deal.experts[layer, rank]] > 1)[0]
+
+
+def solve(load: np.ndarray, num_slots: int, num_ranks: int, num_nodes: int = 1) -> np.ndarray:
+    """[X, R, S] experts, evenly loaded, for load [X, E] >= 0 and P = ``num_slots`` >= E.
+
+    Of X, ``num_nodes`` neighbours are the nodes of one layer: it is the fullest rank of all that counts.
+
+    Twins, replicas beside another of their expert, are kept apart, unless a layer would end less even than what the
+    public EPLB's way of dealing gives, which does not look at them.
+    """
+    num_experts, everyone = load.shape[1], np.arange(len(load))
+    most = num_ranks * -(-num_slots // (num_ranks * num_experts))
+    # 1. From a deal without twins.
+    counts = count_replicas(load, num_slots, most)
+    best = Deal.of(deal_out(load, counts, num_ranks, apart=True), load)
+    part_twins(best, np.nonzero(twins(best))[0])
+    stuck = np.nonzero(twins(best))[0]
+    if len(stuck):
+        _replace(best, Deal.of(deal_in_turn(counts[stuck], num_ranks), load[stuck]), stuck)
+    even_out(best, everyone, most)
+    # 2. From the usual deal, whose twins are parted in the end.
+    usual = Deal.of(deal_out(load, count_replicas(load, num_slots, num_slots), num_ranks, apart=False), load)
+    bound = np.repeat(usual.rank_load.max(1).reshape(-1, num_nodes).max(1), num_nodes)
+    even_out(usual, everyone, most)
+    parted = _some(usual, everyone)
+    part_twins(parted, np.nonzero(twins(parted))[0])
+    even_out(parted, everyone, most)
+    _take_better(best, parted, everyone, twins(parted) == 0)
+    # 3. Out of dead ends.
+    for seed in range(_TRIES):
+        left = _uneven(best, everyone)
+        if not len(left):
+            break
+        deal, mine = _some(best, left), np.arange(len(left))
+        shake(deal, mine, np.random.default_rng(seed))
+        even_out(deal, mine, most)
+        _take_better(best, deal, left, twins(deal) == 0)
+    # 4. Never less even than the usual deal.
+    worse = np.nonzero(best.rank_load.max(1) > bound)[0]
+    even_out(best, worse, most, rest=0.0)
+    for seed in range(_LAST_TRIES):
+        worse = worse[best.rank_load[worse].max(1) > bound[worse]]
+        if not len(worse):
+            break
+        deal, mine = _some(best, worse), np.arange(len(worse))
+        shake(deal, mine, np.random.default_rng(seed))
+        even_out(deal, mine, most, rest=0.0)
+        _take_better(best, deal, worse, twins(deal) == 0)
+    worse = worse[best.rank_load[worse].max(1) > bound[worse]]
+    _replace(best, _some(usual, worse), worse)
+    return best.experts
+
+
+def _some(deal: Deal, chosen) -> Deal:
+    return Deal(*(getattr(deal, field.name)[chosen].copy() for field in dataclasses.fields(Deal)))
+
+
+def _replace(deal: Deal, other: Deal, layers: np.ndarray) -> None:
+    for field in dataclasses.fields(Deal):
+        getattr(deal, field.name)[layers] = getattr(other, field.name)
+
+
+def _take_better(deal: Deal, other: Deal, layers: np.ndarray, allowed: np.ndarray) -> None:
+    wins = allowed & (other.rank_load.max(1) < deal.rank_load[layers].max(1) * (1 - _GAIN))
+    _replace(deal, _some(other, wins), layers[wins])
+
+
+def improve_by_few(deal: Deal, max_moved: int) -> None:
+    """Steps at the layer with the fullest rank, while one helps and leaves at most ``max_moved`` slots unlike before.
+
+    All layers share the limit: they are the nodes of one layer. Of the two kinds of step the one is taken that gains
+    more per slot moved.
+    """
+    before = deal.experts.copy()
+    most = deal.experts.shape[1] * -(-deal.experts.shape[2] // deal.load.shape[1])
+    while True:
+        layer = int(deal.rank_load.max(1).argmax())
+        largest = deal.rank_load[layer].max()
+        best, gain_per_slot = None, 0.0
+        for step in (_exchange_once, recount):
+            trial = _some(deal, slice(None))
+            if not step(trial, layer, most):
+                continue
+            moved = int((trial.experts != deal.experts).sum())
+            gain = (largest - trial.rank_load[layer].max()) / moved
+            if (trial.experts != before).sum() <= max_moved and (best is None or gain > gain_per_slot):
+                best, gain_per_slot = trial, gain
+        if best is None:
+            return
+        _replace(deal, best, np.arange(len(deal.experts)))
+
+
+def _exchange_once(deal: Deal, layer: int, most: int) -> bool:
+    del most  # An exchange changes no count.
+    before = deal.experts[layer].copy()
+    exchange_slots(deal, np.array([layer]), 0.0, steps=1)
+    return not np.array_equal(before, deal.experts[layer])
