@@ -1,6 +1,8 @@
 """Expert parallelism for JAX: distributed Mixture-of-Experts operators as differentiable per-shard functions.
 
-Importing this package touches no device and no environment variable.
+Begin with ``make_mesh``, ``make_plan`` and ``moe_on_mesh``, the layer over global arrays; or with ``dispatch`` and
+``combine`` inside a ``shard_map`` of your own. ``reference`` says what the right answer is. Importing this package
+touches no device and no environment variable.
 """
 
 from moe_jax import aclnn, errors, quant, reference
@@ -16,6 +18,7 @@ from moe_jax.layer.combine import combine, combine_add_rms_norm
 from moe_jax.layer.dispatch import dequantize, dispatch, make_receive_window
 from moe_jax.layer.layer import moe_layer
 from moe_jax.layer.on_mesh import moe_on_mesh
+from moe_jax.layer.params import abstract_params, param_specs
 from moe_jax.layer.placement import update_expert
 from moe_jax.layer.router import route, update_selection_bias
 from moe_jax.mesh import emulate_devices, make_mesh
@@ -41,6 +44,7 @@ __all__ = [
     "Routing",
     "TargetReport",
     "Window",
+    "abstract_params",
     "aclnn",
     "all_to_allv_grouped_matmul",
     "assert_hlo_contract",
@@ -64,6 +68,7 @@ __all__ = [
     "make_receive_window",
     "moe_layer",
     "moe_on_mesh",
+    "param_specs",
     "quant",
     "ragged_all_to_all",
     "rebalance",

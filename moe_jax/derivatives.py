@@ -41,6 +41,8 @@ class custom_gradient:
       function: (*static, *operands) -> any pytree.
       num_static: how many of the first arguments are static: hashable values that hold no arrays.
 
+    >>> import jax, jax.numpy as jnp
+    >>> from moe_jax.derivatives import custom_gradient
     >>> @custom_gradient
     ... def cube(x):
     ...     return x**3

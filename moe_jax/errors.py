@@ -15,9 +15,17 @@ import numpy as np
 
 
 class MoEError(Exception):
-    """Base of everything that moe_jax raises on purpose."""
+    """Base of everything that moe_jax raises on purpose.
 
-    status = 561002
+    Attributes:
+      status: the code of the CANN operators for such a mistake.
+      rule: the name of the rule that a call of ``moe_jax.aclnn`` breaks; None elsewhere.
+      product: the Ascend product that has this rule; None where it holds everywhere.
+    """
+
+    status: int = 561002
+    rule: str | None = None
+    product: str | None = None
 
 
 class InvalidArgumentError(MoEError, ValueError):

@@ -31,7 +31,8 @@ def emulate_devices(num_devices: int) -> None:
     Raises:
       DeviceInitError: JAX has already initialised its devices and shows fewer.
 
-    >>> moe_jax.emulate_devices(8)
+    >>> import moe_jax as moe
+    >>> moe.emulate_devices(8)
     """
     check_count("num_devices", num_devices)
     if _compat.backends_are_initialized():
@@ -99,7 +100,9 @@ def make_mesh(
       InvalidArgumentError: a size is not a positive whole number, or ``nodes`` does not divide ``ep``.
       MeshError: there are too few devices.
 
-    >>> dict(make_mesh(ep=4, tp=2).shape)
+    >>> import moe_jax as moe
+    >>> moe.emulate_devices(8)  # leave this out where there are accelerators
+    >>> dict(moe.make_mesh(ep=4, tp=2).shape)
     {'ep': 4, 'tp': 2}
     """
     for name, value in (("ep", ep), ("tp", tp), ("nodes", nodes), ("dp", dp)):

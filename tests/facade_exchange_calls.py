@@ -11,13 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 from facade_laws import Broken, lower, phases, same
 from family_cases import QUANT, elastic_info, elastic_worlds, expert_ids, shared_ranks
 from jax.sharding import PartitionSpec
 
 import moe_jax as moe
 from moe_jax import aclnn
-from moe_jax.reference import family
 
 DEVICES = 16  # A2 begins there
 COMBINE, NORM = "moe_distribute_combine", "moe_distribute_combine_add_rms_norm"
@@ -551,7 +551,7 @@ def _compare_dispatch(case, arrays, sent):
         numbers["y_dtype"] = "int8" if numbers["quant_mode"] < 3 else "float8_e4m3fn"
     elif numbers["y_dtype"] == "uint8":
         numbers["y_dtype"] = "float4_e2m1fn"
-    expected = family.moe_distribute_dispatch(x, ids, **given, **numbers)
+    expected = oracle.moe_distribute_dispatch(x, ids, **given, **numbers)
     for name in aclnn.DispatchOutput._fields:
         got, want = getattr(sent, name), getattr(expected, name)
         if (got is None) != (want is None):
@@ -580,13 +580,13 @@ def _compare_combine(case, arrays, expected, out):
     given = _oracle_form(case, arrays, (*names, "expand_x", "expert_ids", "expert_scales", "residual_x", "gamma"))
     operands = (given.pop("expand_x"), given.pop("expert_ids"), expected, given.pop("expert_scales"))
     if case.combine == COMBINE:
-        want = family.moe_distribute_combine(*operands, **given, **numbers)
+        want = oracle.moe_distribute_combine(*operands, **given, **numbers)
         _close(case, out.x_out, want.x_out, want.unrounded, "x_out")
         _check_clock(out, arrays)
         return
     norm = (given.pop("residual_x"), given.pop("gamma"))
     eps = case.combine_only.get("norm_eps", 1e-6)
-    want = family.moe_distribute_combine_add_rms_norm(*operands, *norm, **given, **numbers, norm_eps=eps)
+    want = oracle.moe_distribute_combine_add_rms_norm(*operands, *norm, **given, **numbers, norm_eps=eps)
     _close(case, out.x_out, want.x, want.unrounded, "x_out")
     np.testing.assert_allclose(out.rstd_out.reshape(want.rstd.shape), want.rstd, rtol=1e-5)
     y, exact = (np.asarray(a, np.float64) for a in (out.y_out.reshape(want.y.shape), want.y))

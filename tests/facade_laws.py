@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from moe_jax import aclnn
-from moe_jax.aclnn.executor import Executor
+from moe_jax.aclnn.first_phase import Executor
 from moe_jax.errors import MoEError
 
 STATUSES = (161001, 161002, 561002)

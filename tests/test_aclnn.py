@@ -1,4 +1,4 @@
-"""The facade against the oracle of the family: generated worlds, masks, elastic tables, wires and transports.
+"""The facade against its oracle: generated worlds, masks, elastic tables, wires and transports.
 
 Counts, triples, rows and codes are exact; sums are within fp32 rounding of the oracle's unrounded ones, and exact where
 the data are small whole numbers. A program is compiled once for a static configuration and runs on many draws.
@@ -9,33 +9,21 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
+from aclnn_cases import groups, over_ranks, over_world
 from family_cases import Config, combine_arrays, data, dispatch_arrays, static_configs
-from jax.sharding import PartitionSpec
 
-import moe_jax as moe
-from moe_jax import _compat, aclnn
-from moe_jax.reference import family
+from moe_jax import aclnn
 
 NORM = "moe_distribute_combine_add_rms_norm_v2"
-
-
-def groups(config):
-    names = {"group_ep": ("node", "ep") if config.nodes > 1 else "ep", "ep_world_size": config.world}
-    names |= {"group_tp": "tp"} if config.tp > 1 else {}
-    fullmesh = ("", "fullmesh", "fullmesh_v1", "fullmesh_v2", None)[(config.tokens + config.top_k) % 5]
-    return names | {"comm_alg": "hierarchy" if config.nodes > 1 else fullmesh}
 
 
 @functools.lru_cache(maxsize=4)
 def program(config):
     """Arrays over all ranks [W, P, ...] by name -> (dispatch's outputs, combine's)."""
-    nodes = {"nodes": config.nodes} if config.nodes > 1 else {}
-    mesh = moe.make_mesh(ep=config.world, tp=max(config.tp, 1), **nodes)
-    spec = PartitionSpec(("node", "ep") if nodes else "ep", "tp")
 
     def shard(drawn):
-        drawn = jax.tree.map(lambda a: a[0, 0], drawn)
         sent = aclnn.moe_distribute_dispatch_v4(
             drawn["x"], drawn["expert_ids"], **dispatch_arrays(config, drawn), **config.dispatch, **groups(config)
         )
@@ -56,28 +44,15 @@ def program(config):
             )
         else:
             out = aclnn.moe_distribute_combine_v4(*operands, **weights, **arrays, **common, **groups(config))
-        return jax.tree.map(lambda a: a[None, None], (sent, out))
+        return sent, out
 
-    return jax.jit(_compat.shard_map(shard, mesh=mesh, in_specs=spec, out_specs=spec))
-
-
-def over_ranks(config, drawn):
-    """[W, P, ...] of every array that is there."""
-    lead, arrays = (config.world, max(config.tp, 1)), {}
-    for name, array in drawn.items():
-        if array is None:
-            arrays[name] = None
-        elif name == "elastic_info":
-            arrays[name] = np.broadcast_to(array, (*lead, *array.shape))
-        else:
-            arrays[name] = array.reshape(*lead, *array.shape[len(config.lead) :])
-    return arrays
+    return over_world(config, shard)
 
 
 def compare(config, rng):
     drawn = data(rng, config)
     sent, out = jax.tree.map(np.asarray, program(config)(over_ranks(config, drawn)))
-    expected = family.moe_distribute_dispatch(
+    expected = oracle.moe_distribute_dispatch(
         drawn["x"], drawn["expert_ids"], **dispatch_arrays(config, drawn), **config.dispatch
     )
     for name in aclnn.DispatchOutput._fields:
@@ -90,7 +65,7 @@ def compare(config, rng):
             np.testing.assert_array_equal(got, want, err_msg=f"{name} of {config}")
     operands = (drawn["expand_x"], drawn["expert_ids"], expected, drawn["expert_scales"])
     if config.norm:
-        want = family.moe_distribute_combine_add_rms_norm(
+        want = oracle.moe_distribute_combine_add_rms_norm(
             *operands, drawn["residual_x"], drawn["gamma"], **combine_arrays(drawn), **config.combine
         )
         close(out.x_out, want.x, want.unrounded, config, drawn)
@@ -98,7 +73,7 @@ def compare(config, rng):
         y, w = (np.asarray(a, np.float64) for a in (out.y_out.reshape(want.y.shape), want.y))
         np.testing.assert_allclose(y, w, rtol=2**-7, atol=2**-7 * np.abs(w).max(initial=0))
     else:
-        want = family.moe_distribute_combine(*operands, **combine_arrays(drawn), **config.combine)
+        want = oracle.moe_distribute_combine(*operands, **combine_arrays(drawn), **config.combine)
         close(out.x_out, want.x_out, want.unrounded, config, drawn)
 
 
@@ -139,7 +114,7 @@ def test_chosen(index):
         compare(CHOSEN[index], rng)
 
 
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 6))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6))])
 def test_generated(seed):
     for config in static_configs(np.random.default_rng(seed), 2):
         rng = np.random.default_rng(seed)

@@ -33,12 +33,11 @@ from limit_calls import (
     call_of,
     first_phase,
 )
+from limit_registry import OPERATORS, registered
 from limit_rows_others import FULL, UNEVEN, UNEVEN_BACK
 
 from moe_jax import aclnn
-from moe_jax.aclnn.executor import Executor
-from moe_jax.aclnn.first_phase import OPERATORS
-from moe_jax.aclnn.limits_registry import registered
+from moe_jax.aclnn.first_phase import Executor
 from moe_jax.errors import (
     DtypeError,
     InvalidArgumentError,
@@ -49,7 +48,7 @@ from moe_jax.errors import (
 )
 from moe_jax.hardware.ascend import ANY, PRODUCTS, VERSIONS, Choices, Interval, Sizes
 
-RULES = {operator: registered(operator, definition) for operator, (definition, _) in OPERATORS.items()}
+RULES = {operator: registered(operator, definition) for operator, definition in OPERATORS.items()}
 ROWS = limit_rows_exchange.ROWS + limit_rows_others.ROWS
 
 
@@ -160,7 +159,7 @@ def test_64_bits_are_32_where_jax_has_no_more(operator):
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_an_attribute_out_of_range_comes_before_what_it_would_need(operator):
     """Nothing but what is always needed, and one attribute out of its range: the text is about that attribute."""
-    definition, tried = OPERATORS[operator][0], set()
+    definition, tried = OPERATORS[operator], set()
     check = getattr(aclnn, f"{operator}_get_workspace_size")
     for product in (None, *(name for name in PRODUCTS if operator in PRODUCTS[name].operators)):
         limits = [ANY[operator]] + ([PRODUCTS[product].operators[operator]] if product else [])

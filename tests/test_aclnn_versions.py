@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 from limit_calls import call_of
+from limit_registry import OPERATORS
 
 from moe_jax import aclnn, errors
-from moe_jax.aclnn.arguments import bind, signature_checked
-from moe_jax.aclnn.first_phase import OPERATORS
+from moe_jax.aclnn.calls import bind, signature_checked
 from moe_jax.hardware.ascend import VERSIONS
 
 # The parameters of the documents' prototypes without rank ids and outputs; " / " is where arrays end, and what has no

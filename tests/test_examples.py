@@ -1,4 +1,4 @@
-"""Every example runs as its first lines say; and what the README tells those who come from CANN is there."""
+"""Every example runs as its first lines say; and what docs/coming_from_cann.md names is there."""
 
 import inspect
 import os
@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from limit_registry import OPERATORS
 
 import moe_jax as moe
 from moe_jax import aclnn, errors, quant, types
 from moe_jax.aclnn import world
-from moe_jax.aclnn.first_phase import OPERATORS
 from moe_jax.recovery import window
 
 ROOT = Path(__file__).parent.parent
@@ -64,13 +64,13 @@ def _environment():
     return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
-# The README's tables for those who come from CANN.
+# The tables of docs/coming_from_cann.md.
 
 
 def _tables():
     """Per table its rows, each a list of cells."""
-    section = (ROOT / "README.md").read_text().split("## Coming from CANN\n")[1].split("\n## ")[0]
-    for table in re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE):
+    text = (ROOT / "docs" / "coming_from_cann.md").read_text()
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
         yield rows[0], rows[2:]
 
@@ -98,8 +98,8 @@ def _parameters(*functions):
     return {name for function in functions for name in inspect.signature(function).parameters}
 
 
-def test_readme_names_every_operator():
-    rows = _table(["reference", "`moe_jax.aclnn`", "core"])
+def test_cann_page_names_every_operator():
+    rows = _table(["CANN", "`moe_jax.aclnn`", "core"])
     assert sorted(name for row in rows for name in _code(row[1])) == sorted(_operators())
     for row in rows:
         assert all(name in moe.__all__ for name in _code(row[2])), row
@@ -107,8 +107,8 @@ def test_readme_names_every_operator():
         assert facade in ([], row[0].lower().split(", ")), row
 
 
-def test_readme_names_every_parameter():
-    named = {_snake(name) for row in _table(["reference", "core"]) for name in _code(row[0])}
+def test_cann_page_names_every_parameter():
+    named = {_snake(name) for row in _table(["CANN", "core"]) for name in _code(row[0])}
     there = _parameters(*(getattr(aclnn, name) for name in _operators())) - {"window"}  # a parameter only here
     assert there - named == set()
     absent = {"ep_rank_id", "tp_rank_id"}  # the axis index
@@ -117,20 +117,20 @@ def test_readme_names_every_parameter():
     assert named - there - absent - outputs - receivable - {"const_expert_alpha_1, ..."} == set()
 
 
-def test_readme_names_what_the_core_has():
+def test_cann_page_names_what_the_core_has():
     fields = {name for kind in (types.Dispatched, window.Window) for name in kind.__dataclass_fields__}
-    rows = _table(["reference", "`moe_jax.aclnn`", "core"])
+    rows = _table(["CANN", "`moe_jax.aclnn`", "core"])
     functions = [getattr(moe, name) for row in rows for name in _code(row[2])]
     known = fields | _parameters(moe.make_plan, *functions) | set(moe.__all__) | {"moe_jax.aclnn"}
     known |= {"", "fullmesh", "fullmesh_v1", "fullmesh_v2", "hierarchy", "padded", "ragged"}
     known |= {"balance", "ep", "tp", "node"}
-    for row in _table(["reference", "core"]):
+    for row in _table(["CANN", "core"]):
         for text in _code(row[1]):
             words = [word.split("=")[0].strip('() "') for word in text.split(", ")]
             assert all(word in known | {"token"} for word in words), row
 
 
-def test_readme_pairs_quant_modes_with_recipes():
+def test_cann_page_pairs_quant_modes_with_recipes():
     y_dtypes = {"int8": "int8", "e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2", "e2m1": "float4_e2m1fn"}
     rows = _table(["`quantMode`"])
     for mode, recipes, *_ in rows:
@@ -142,7 +142,7 @@ def test_readme_pairs_quant_modes_with_recipes():
     assert {int(mode): _code(recipe)[0] for *_, mode, recipe in rows if mode} == world._COMBINE_RECIPES
 
 
-def test_readme_pairs_codes_with_exceptions():
+def test_cann_page_pairs_codes_with_exceptions():
     for code, kinds in _table(["code"]):
         for name in _code(kinds):
             assert getattr(errors, name).status == int(code)

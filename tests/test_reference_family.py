@@ -1,14 +1,16 @@
-"""The oracle of the reference operator family: the documents' sample, hand-made cases, laws, and other formulations."""
+"""The oracle of the CANN facade: the documents' sample, hand-made cases, laws, and other formulations."""
 
 import dataclasses
+import doctest
+import inspect
 
 import family_cases as fc
 import ml_dtypes
 import numpy as np
+import oracle
 import pytest
 
 from moe_jax import errors, reference
-from moe_jax.reference import family
 from moe_jax.reference import quant as number_by_number
 
 SEEDS = range(12)
@@ -16,13 +18,13 @@ SEEDS = range(12)
 
 def dispatch(config, drawn, **changes):
     arrays = fc.dispatch_arrays(config, drawn) | changes
-    return family.moe_distribute_dispatch(drawn["x"], drawn["expert_ids"], **arrays, **config.dispatch)
+    return oracle.moe_distribute_dispatch(drawn["x"], drawn["expert_ids"], **arrays, **config.dispatch)
 
 
 def combine(config, drawn, result, expand_x, **changes):
     arrays = fc.combine_arrays(drawn) | {"expert_scales": drawn["expert_scales"]} | changes
     weights = arrays.pop("expert_scales")
-    return family.moe_distribute_combine(expand_x, drawn["expert_ids"], result, weights, **arrays, **config.combine)
+    return oracle.moe_distribute_combine(expand_x, drawn["expert_ids"], result, weights, **arrays, **config.combine)
 
 
 def draws(seed, keep=lambda config: True, per_config=2, **changes):
@@ -336,7 +338,7 @@ def test_expand_scales_are_the_weights_of_the_rows(seed):
 
 @pytest.mark.parametrize("kind", ["whole", "normal", "mixed"])
 @pytest.mark.parametrize("dtype", fc.DTYPES)
-@pytest.mark.parametrize("name", [family.dispatch_recipe(*mode) for mode in fc.QUANT] + ["int8_group8"])
+@pytest.mark.parametrize("name", [oracle.dispatch_recipe(*mode) for mode in fc.QUANT] + ["int8_group8"])
 def test_quantisation_agrees_with_the_one_that_goes_number_by_number(name, dtype, kind):
     rng = np.random.default_rng(3)
     for hidden in (8, 40, 130):
@@ -347,12 +349,12 @@ def test_quantisation_agrees_with_the_one_that_goes_number_by_number(name, dtype
         )
         smooth = rng.uniform(0.1, 9, (5, hidden)).astype(np.float32)
         smooth = None if name.startswith("mx") or name == "int8_group8" else smooth
-        values, scale = family.quantize(name, x, smooth=smooth)
+        values, scale = oracle.quantize(name, x, smooth=smooth)
         expected = number_by_number.quantize(name, x, smooth=smooth)
         np.testing.assert_array_equal(values, expected[0])
         np.testing.assert_array_equal(scale.astype(np.float64), expected[1].astype(np.float64))
         assert (values.dtype, scale.dtype) == (expected[0].dtype, expected[1].dtype)
-        found, expected = family.dequantize(name, values, scale), number_by_number.dequantize(name, *expected)
+        found, expected = oracle.dequantize(name, values, scale), number_by_number.dequantize(name, *expected)
         np.testing.assert_array_equal(found, expected)
 
 
@@ -367,7 +369,7 @@ def test_every_code_survives_and_ties_go_to_the_even_one():
             block = np.zeros((len(row), 32), np.float32)
             block[:, 0], block[:, 1] = row, -row
             block[:, 2] = grid[-1]  # sets the scale of the block to 1
-            values, scale = family.quantize(name, block)
+            values, scale = oracle.quantize(name, block)
             assert (scale[:, 0] == 127).all()
             if target == "e2m1":
                 values = np.stack([values & 15, values >> 4], axis=-1).reshape(len(values), -1)
@@ -379,7 +381,7 @@ def test_every_code_survives_and_ties_go_to_the_even_one():
 def test_quantised_rows_have_the_factors_of_their_expert(seed):
     for config, drawn in draws(seed, lambda c: c.quant_mode, hidden=8, per_config=1):
         result = dispatch(config, drawn)
-        name = family.dispatch_recipe(config.quant_mode, config.y_dtype)
+        name = oracle.dispatch_recipe(config.quant_mode, config.y_dtype)
         _, shared, _, physical = world_of(config, drawn)
         for rank, count in own_counts(config, drawn, result).items():
             for j, (source, i, k) in enumerate(pairs_of(result, rank, count)):
@@ -401,7 +403,7 @@ def test_rows_that_are_quantised_already_travel_with_their_scales():
     rng = np.random.default_rng(0)
     x, scales = rng.integers(0, 255, (2, 3, 4)).astype(np.uint8), rng.random((2, 3, 2)).astype(np.float32)
     ids = np.array([[[0], [1], [1]], [[1], [1], [0]]])
-    result = family.moe_distribute_dispatch(x, ids, moe_expert_num=2, scales=scales)
+    result = oracle.moe_distribute_dispatch(x, ids, moe_expert_num=2, scales=scales)
     np.testing.assert_array_equal(result.expand_x[1][:4], x[[0, 0, 1, 1], [1, 2, 0, 1]])
     np.testing.assert_array_equal(result.dynamic_scales[1][:4], scales[[0, 0, 1, 1], [1, 2, 0, 1]])
     assert not result.dynamic_scales[1][4:].any()
@@ -495,18 +497,18 @@ def test_products_are_rounded_before_they_are_added():
     assert float(w) * float(y) != float(np.float32(w * y))
     x = np.full((1, 1, 1), y).astype(ml_dtypes.bfloat16)
     ids, weights = np.array([[[0, 1]]]), np.array([[[-1.0, w]]], np.float32)
-    result = family.moe_distribute_dispatch(x, ids, moe_expert_num=2)
-    found = family.moe_distribute_combine(result.expand_x, ids, result, weights, moe_expert_num=2)
+    result = oracle.moe_distribute_dispatch(x, ids, moe_expert_num=2)
+    found = oracle.moe_distribute_combine(result.expand_x, ids, result, weights, moe_expert_num=2)
     assert found.unrounded.item() == 2.0**-23
 
 
 def test_sums_go_up_in_k():
     x = np.ones((1, 1, 1), np.float16)
     ids, weights = np.array([[[2, 0, 1]]]), np.array([[[2.0**24, 1.0, -(2.0**24)]]], np.float32)
-    result = family.moe_distribute_dispatch(x, ids, moe_expert_num=3)
-    found = family.moe_distribute_combine(result.expand_x, ids, result, weights, moe_expert_num=3)
+    result = oracle.moe_distribute_dispatch(x, ids, moe_expert_num=3)
+    found = oracle.moe_distribute_combine(result.expand_x, ids, result, weights, moe_expert_num=3)
     assert found.unrounded.item() == 0.0  # the 1 drowns in 2^24; k = 0, 2, 1 would keep it
-    plain = family.moe_distribute_combine(result.expand_x, ids, result, weights[..., :0], moe_expert_num=3)
+    plain = oracle.moe_distribute_combine(result.expand_x, ids, result, weights[..., :0], moe_expert_num=3)
     assert plain.unrounded.item() == 3.0
 
 
@@ -514,10 +516,10 @@ def test_sums_go_up_in_k():
 def test_tp_sums_are_rounded_before_they_travel(dtype):
     x = np.ones((1, 2, 1, 1), dtype)
     ids, numbers = np.zeros((1, 2, 1, 1), np.int32), {"moe_expert_num": 1, "tp_world_size": 2}
-    result = family.moe_distribute_dispatch(x, ids, **numbers)
+    result = oracle.moe_distribute_dispatch(x, ids, **numbers)
     small = float(ml_dtypes.finfo(dtype).eps) / 2
     rows = np.array([[[[1.0], [3.0]], [[5.0], [small]]]]).astype(dtype)  # own row, then the peer's
-    found = family.moe_distribute_combine(rows, ids, result, np.ones((1, 2, 1, 1), np.float32), **numbers)
+    found = oracle.moe_distribute_combine(rows, ids, result, np.ones((1, 2, 1, 1), np.float32), **numbers)
     assert found.unrounded[0, :, 0, 0].tolist() == [1.0, 8.0]  # 1 + eps / 2 is a tie and goes to the even 1
 
 
@@ -526,13 +528,13 @@ def test_special_experts_by_hand():
     x = np.array([[[1.0, 2.0]]], np.float16)
     ids, weights = np.array([[[4, 1, 2, 3, 0]]]), np.array([[[1, 50, 10, 2, 100]]], np.float32)
     v = np.array([[[1.0, 1.0], [3.0, 5.0]]], np.float16)
-    result = family.moe_distribute_dispatch(x, ids, **numbers)
+    result = oracle.moe_distribute_dispatch(x, ids, **numbers)
     assert result.num_rows.tolist() == [1]
 
     def combined(alpha_1, alpha_2):
         alphas = {"const_expert_alpha_1": np.array([alpha_1], np.float16)}
         alphas["const_expert_alpha_2"] = np.array([alpha_2], np.float16)
-        return family.moe_distribute_combine(
+        return oracle.moe_distribute_combine(
             x, ids, result, weights, ori_x=x, const_expert_v=v, **alphas, **numbers
         ).unrounded[0, 0]
 
@@ -598,7 +600,7 @@ def test_add_rms_norm(seed):
         result, active = dispatch(config, drawn), active_pairs(config, drawn).any(axis=-1)
         rows = with_poison(drawn["expand_x"], result)
         combined = combine(config, drawn, result, rows)
-        found = family.moe_distribute_combine_add_rms_norm(
+        found = oracle.moe_distribute_combine_add_rms_norm(
             rows, drawn["expert_ids"], result, drawn["expert_scales"], drawn["residual_x"], drawn["gamma"],
             norm_eps=0.01, **fc.combine_arrays(drawn), **config.combine,
         )  # fmt: skip
@@ -619,8 +621,8 @@ def test_add_rms_norm_by_hand():
     ids, weights = np.zeros((1, 1, 1), np.int32), np.ones((1, 1, 1), np.float32)
     residual = np.full((1, 1, 1, 2), 2.0**-10).astype(ml_dtypes.bfloat16)
     gamma = np.array([[1.0, 1.75]]).astype(ml_dtypes.bfloat16)
-    result = family.moe_distribute_dispatch(x, ids, moe_expert_num=1)
-    found = family.moe_distribute_combine_add_rms_norm(
+    result = oracle.moe_distribute_dispatch(x, ids, moe_expert_num=1)
+    found = oracle.moe_distribute_combine_add_rms_norm(
         result.expand_x, ids, result, weights, residual, gamma, norm_eps=0.0, moe_expert_num=1
     )
     acc = np.array([3 + 2.0**-10, 4 + 2.0**-10])
@@ -657,7 +659,7 @@ def test_add_rms_norm_by_hand():
 def test_contradictions_are_refused(changes, text):
     x, ids = np.ones((2, 2, 2), np.float16), np.full((2, 2, 1), 3)
     with pytest.raises(errors.MoEError, match=text):
-        family.moe_distribute_dispatch(x, ids, **({"moe_expert_num": 4} | changes))
+        oracle.moe_distribute_dispatch(x, ids, **({"moe_expert_num": 4} | changes))
 
 
 @pytest.mark.parametrize(
@@ -671,6 +673,12 @@ def test_contradictions_are_refused(changes, text):
 )
 def test_contradictions_in_combine_are_refused(changes, text):
     x, ids, weights = np.ones((2, 2, 2), np.float16), np.zeros((2, 2, 1), int), np.ones((2, 2, 1), np.float32)
-    result = family.moe_distribute_dispatch(x, ids, moe_expert_num=2)
+    result = oracle.moe_distribute_dispatch(x, ids, moe_expert_num=2)
     with pytest.raises(errors.MoEError, match=text):
-        family.moe_distribute_combine(result.expand_x, ids, result, weights, moe_expert_num=2, **changes)
+        oracle.moe_distribute_combine(result.expand_x, ids, result, weights, moe_expert_num=2, **changes)
+
+
+def test_the_oracle_does_without_jax_and_its_examples_hold():
+    modules = [oracle, oracle.combine, oracle.dispatch, oracle.numerics, oracle.world]
+    assert not any("import jax" in inspect.getsource(module) for module in modules)
+    assert doctest.testmod(oracle.numerics) == doctest.TestResults(failed=0, attempted=2)

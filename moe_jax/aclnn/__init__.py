@@ -9,6 +9,7 @@ product's limits too, and returns (bytes of workspace, executor). All are thin: 
 from moe_jax.aclnn.combine import moe_distribute_combine_add_rms_norm_v2, moe_distribute_combine_v4
 from moe_jax.aclnn.dequantize import dequantize
 from moe_jax.aclnn.dispatch import moe_distribute_dispatch_v4
+from moe_jax.aclnn.first_phase import first_phase_of
 from moe_jax.aclnn.grouped import (
     allto_allv_grouped_mat_mul,
     allto_allv_quant_grouped_mat_mul,
@@ -30,30 +31,29 @@ from moe_jax.aclnn.results import (
 )
 from moe_jax.aclnn.versions import (
     distribute_barrier,
-    distribute_barrier_get_workspace_size,
     moe_distribute_combine_add_rms_norm,
-    moe_distribute_combine_add_rms_norm_get_workspace_size,
     moe_distribute_combine_v2,
-    moe_distribute_combine_v2_get_workspace_size,
     moe_distribute_combine_v3,
-    moe_distribute_combine_v3_get_workspace_size,
     moe_distribute_dispatch_v2,
-    moe_distribute_dispatch_v2_get_workspace_size,
     moe_distribute_dispatch_v3,
-    moe_distribute_dispatch_v3_get_workspace_size,
 )
-from moe_jax.aclnn.workspace import (
-    allto_allv_grouped_mat_mul_get_workspace_size,
-    allto_allv_quant_grouped_mat_mul_get_workspace_size,
-    distribute_barrier_v2_get_workspace_size,
-    grouped_mat_mul_allto_allv_get_workspace_size,
-    moe_distribute_buffer_reset_get_workspace_size,
-    moe_distribute_combine_add_rms_norm_v2_get_workspace_size,
-    moe_distribute_combine_v4_get_workspace_size,
-    moe_distribute_dispatch_v4_get_workspace_size,
-    moe_update_expert_get_workspace_size,
-    quant_grouped_mat_mul_allto_allv_get_workspace_size,
-)
+
+allto_allv_grouped_mat_mul_get_workspace_size = first_phase_of(allto_allv_grouped_mat_mul)
+allto_allv_quant_grouped_mat_mul_get_workspace_size = first_phase_of(allto_allv_quant_grouped_mat_mul)
+distribute_barrier_get_workspace_size = first_phase_of(distribute_barrier)
+distribute_barrier_v2_get_workspace_size = first_phase_of(distribute_barrier_v2)
+grouped_mat_mul_allto_allv_get_workspace_size = first_phase_of(grouped_mat_mul_allto_allv)
+moe_distribute_buffer_reset_get_workspace_size = first_phase_of(moe_distribute_buffer_reset)
+moe_distribute_combine_add_rms_norm_get_workspace_size = first_phase_of(moe_distribute_combine_add_rms_norm)
+moe_distribute_combine_add_rms_norm_v2_get_workspace_size = first_phase_of(moe_distribute_combine_add_rms_norm_v2)
+moe_distribute_combine_v2_get_workspace_size = first_phase_of(moe_distribute_combine_v2)
+moe_distribute_combine_v3_get_workspace_size = first_phase_of(moe_distribute_combine_v3)
+moe_distribute_combine_v4_get_workspace_size = first_phase_of(moe_distribute_combine_v4)
+moe_distribute_dispatch_v2_get_workspace_size = first_phase_of(moe_distribute_dispatch_v2)
+moe_distribute_dispatch_v3_get_workspace_size = first_phase_of(moe_distribute_dispatch_v3)
+moe_distribute_dispatch_v4_get_workspace_size = first_phase_of(moe_distribute_dispatch_v4)
+moe_update_expert_get_workspace_size = first_phase_of(moe_update_expert)
+quant_grouped_mat_mul_allto_allv_get_workspace_size = first_phase_of(quant_grouped_mat_mul_allto_allv)
 
 __all__ = [
     "AddRmsNormOutput",

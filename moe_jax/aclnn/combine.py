@@ -1,4 +1,4 @@
-"""MoeDistributeCombine and MoeDistributeCombineAddRmsNorm, under the reference's names."""
+"""MoeDistributeCombine and MoeDistributeCombineAddRmsNorm, under CANN's names."""
 
 from typing import Any
 
@@ -6,13 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import _compat, collectives
+from moe_jax.aclnn import workspace
 from moe_jax.aclnn import world as worlds
-from moe_jax.aclnn.arguments import signature_checked
+from moe_jax.aclnn.calls import operator
 from moe_jax.aclnn.results import AddRmsNormOutput, CombineOutput, TimedCombineOutput
-from moe_jax.aclnn.workspace import (
-    moe_distribute_combine_add_rms_norm_v2_get_workspace_size,
-    moe_distribute_combine_v4_get_workspace_size,
-)
+from moe_jax.aclnn.rules_exchange import ADD_RMS_NORM, COMBINE
 from moe_jax.layer.combine import combine_sum, normalize
 from moe_jax.plan import Plan
 from moe_jax.transports.manifest import Exchange, open_window
@@ -21,7 +19,7 @@ from moe_jax.types import DispatchHandle
 Array = jax.Array
 
 
-@signature_checked
+@operator(COMBINE, workspace.combine)
 @_compat.vary_as_operands("expand_x", "expand_scales")
 def moe_distribute_combine_v4(
     expand_x: Array,
@@ -77,13 +75,12 @@ def moe_distribute_combine_v4(
     Source: aclnnMoeDistributeCombineV4.
     """
     given = locals()
-    moe_distribute_combine_v4_get_workspace_size(**given)
     total, active, waited = _total(given)
     x_out = jnp.where(active[:, None], total.astype(expand_x.dtype), jnp.zeros((), expand_x.dtype))
     return CombineOutput(x_out) if performance_info is None else TimedCombineOutput(x_out, waited)
 
 
-@signature_checked
+@operator(ADD_RMS_NORM, workspace.add_rms_norm)
 @_compat.vary_as_operands("expand_x", "expand_scales")
 def moe_distribute_combine_add_rms_norm_v2(
     expand_x: Array,
@@ -135,9 +132,8 @@ def moe_distribute_combine_add_rms_norm_v2(
     Source: aclnnMoeDistributeCombineAddRmsNormV2.
     """
     given = locals()
-    moe_distribute_combine_add_rms_norm_v2_get_workspace_size(**given)
     total, active, _ = _total(given | {"performance_info": None})
-    y, rstd, x = normalize(total, residual_x.reshape(total.shape), gamma, norm_eps, expand_x.dtype)
+    y, rstd, x = normalize(total, residual_x.reshape(total.shape), gamma, norm_eps, expand_x.dtype.name)
     y, rstd, x = (jnp.where(active[:, None], part, jnp.zeros((), part.dtype)) for part in (y, rstd[:, None], x))
     return AddRmsNormOutput(y_out=y[:, None], rstd_out=rstd[:, None], x_out=x[:, None])
 

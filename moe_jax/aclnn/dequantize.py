@@ -1,4 +1,4 @@
-"""From the codes of a quantised dispatch to rows that have a gradient. The reference has no such operator."""
+"""From the codes of a quantised dispatch to rows that have a gradient. CANN has no such operator."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ import jax.numpy as jnp
 
 from moe_jax import _compat
 from moe_jax.aclnn import world as worlds
-from moe_jax.aclnn.arguments import signature_checked
+from moe_jax.aclnn.calls import operator_of, signature_checked
+from moe_jax.aclnn.dispatch import moe_distribute_dispatch_v4
 from moe_jax.aclnn.results import DispatchOutput, TimedDispatchOutput, WindowDispatchOutput
-from moe_jax.aclnn.workspace import moe_distribute_dispatch_v4_get_workspace_size
 from moe_jax.errors import InvalidArgumentError, check_shape
 from moe_jax.transports import Sent, carry_rows, dequantized
 from moe_jax.transports.manifest import open_window
@@ -63,7 +63,7 @@ def dequantize(
     del given["sent"]
     if not isinstance(sent, DispatchOutput | TimedDispatchOutput | WindowDispatchOutput):
         raise InvalidArgumentError(f"sent is a {type(sent).__name__}; pass what moe_distribute_dispatch_v4 returned")
-    moe_distribute_dispatch_v4_get_workspace_size(**given)
+    operator_of(moe_distribute_dispatch_v4).call(given)
     if quant_mode == 0:
         raise InvalidArgumentError("quant_mode=0 quantises nothing: compute with sent.expand_x, which has a gradient")
     world = worlds.make_world(

@@ -1,4 +1,4 @@
-"""MoeDistributeDispatch, under the reference's names."""
+"""MoeDistributeDispatch, under CANN's names."""
 
 from typing import Any
 
@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import _compat, collectives
+from moe_jax.aclnn import workspace
 from moe_jax.aclnn import world as worlds
-from moe_jax.aclnn.arguments import signature_checked
+from moe_jax.aclnn.calls import operator
 from moe_jax.aclnn.results import DispatchOutput, TimedDispatchOutput, WindowDispatchOutput
-from moe_jax.aclnn.workspace import moe_distribute_dispatch_v4_get_workspace_size
+from moe_jax.aclnn.rules_exchange import DISPATCH
 from moe_jax.collectives.rendezvous import keep_where
 from moe_jax.derivatives import differentiated_as
 from moe_jax.kernels import FLOAT_DTYPES
@@ -21,7 +22,7 @@ from moe_jax.types import DispatchHandle
 Array = jax.Array
 
 
-@signature_checked
+@operator(DISPATCH, workspace.dispatch)
 @_compat.vary_as_operands()
 def moe_distribute_dispatch_v4(
     x: Array,
@@ -52,12 +53,14 @@ def moe_distribute_dispatch_v4(
 ) -> DispatchOutput | TimedDispatchOutput | WindowDispatchOutput:
     """Sends a copy of each active token to each of its experts. Call it per shard, inside ``shard_map``.
 
-    Parameters are the reference's; a group name is a mesh axis name, or a tuple of them (for "hierarchy": the axis of
-    nodes, then that of the ranks of a node), and the axis index is the rank. ``scales`` are the same on all ranks. Of
-    ``performance_info`` nothing is changed in place: given it, the result has it as a further field. So it is with
-    ``window``, which the reference keeps in the communicator: what ``make_receive_window`` returned, or the last
-    dispatch or buffer reset; donate it. Pairs for a rank whose window is at another step are not sent; combine makes
-    NaN of what waits for them, unless ``elastic_info`` has removed one of the two ranks.
+    Parameters are CANN's, and ``y_dtype`` is the dtype of quantised rows (None: the mode's own). A group name is a mesh
+    axis name, or a tuple of them (for "hierarchy": the axis of nodes, then that of the ranks of a node), and the index
+    along that axis is the rank. ``scales`` are the same on all ranks.
+
+    Nothing is changed in place. Given ``performance_info``, the result has its new value as a further field. So it is
+    with ``window``, the receive window that CANN keeps in the communicator: pass what ``make_receive_window`` or the
+    last dispatch or buffer reset returned, and donate it. Pairs for a rank whose window is at another step are not
+    sent; combine makes NaN of what waits for them, unless ``elastic_info`` has removed one of the two ranks.
 
     Returns:
       DispatchOutput. expand_x, where it is not quantised, and expand_scales are differentiable; where it is, the rows
@@ -69,7 +72,6 @@ def moe_distribute_dispatch_v4(
     Source: aclnnMoeDistributeDispatchV4.
     """
     given = locals()
-    moe_distribute_dispatch_v4_get_workspace_size(**given)
     passes_through = str(x.dtype) not in FLOAT_DTYPES or (scales is not None and quant_mode == 0)
     world = worlds.make_world(
         given,

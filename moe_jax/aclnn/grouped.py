@@ -1,4 +1,4 @@
-"""GroupedMatMulAlltoAllv, AlltoAllvGroupedMatMul and their quantised siblings, under the reference's names.
+"""GroupedMatMulAlltoAllv, AlltoAllvGroupedMatMul and their quantised siblings, under CANN's names.
 
 Counts are host values: a flat list that holds on every rank, or one row for each rank, since all ranks are one program.
 """
@@ -8,14 +8,15 @@ from typing import Any
 import jax
 
 from moe_jax.aclnn import workspace
-from moe_jax.aclnn.arguments import signature_checked
+from moe_jax.aclnn.calls import operator
 from moe_jax.aclnn.results import AllToAllvGroupedMatmulOutput, GroupedMatmulAllToAllvOutput
+from moe_jax.aclnn.rules_grouped import GROUPED, QUANTISED
 from moe_jax.fused import all_to_allv_grouped_matmul, grouped_matmul_all_to_allv
 
 Array = jax.Array
 
 
-@signature_checked
+@operator(GROUPED, workspace.compute_then_send)
 def grouped_mat_mul_allto_allv(
     gmm_x: Array,
     gmm_weight: Array,
@@ -35,23 +36,14 @@ def grouped_mat_mul_allto_allv(
 
     Source: aclnnGroupedMatMulAlltoAllv.
     """
-    workspace.grouped_mat_mul_allto_allv_get_workspace_size(**locals())
-    return GroupedMatmulAllToAllvOutput(
-        *grouped_matmul_all_to_allv(
-            gmm_x,
-            gmm_weight,
-            send_counts,
-            recv_counts,
-            group,
-            mm_x=mm_x,
-            mm_weight=mm_weight,
-            transpose_gmm_weight=trans_gmm_weight,
-            transpose_mm_weight=trans_mm_weight,
-        )
-    )
+    y, mm_y = grouped_matmul_all_to_allv(
+        gmm_x, gmm_weight, send_counts, recv_counts, group, mm_x=mm_x, mm_weight=mm_weight,
+        transpose_gmm_weight=trans_gmm_weight, transpose_mm_weight=trans_mm_weight,
+    )  # fmt: skip
+    return GroupedMatmulAllToAllvOutput(y, mm_y)
 
 
-@signature_checked
+@operator(GROUPED, workspace.send_then_compute)
 def allto_allv_grouped_mat_mul(
     gmm_x: Array,
     gmm_weight: Array,
@@ -72,22 +64,14 @@ def allto_allv_grouped_mat_mul(
 
     Source: aclnnAlltoAllvGroupedMatMul.
     """
-    workspace.allto_allv_grouped_mat_mul_get_workspace_size(**locals())
     gmm_y, mm_y, permuted = all_to_allv_grouped_matmul(
-        gmm_x,
-        gmm_weight,
-        send_counts,
-        recv_counts,
-        group,
-        mm_x=mm_x,
-        mm_weight=mm_weight,
-        transpose_gmm_weight=trans_gmm_weight,
-        transpose_mm_weight=trans_mm_weight,
-    )
+        gmm_x, gmm_weight, send_counts, recv_counts, group, mm_x=mm_x, mm_weight=mm_weight,
+        transpose_gmm_weight=trans_gmm_weight, transpose_mm_weight=trans_mm_weight,
+    )  # fmt: skip
     return AllToAllvGroupedMatmulOutput(gmm_y, mm_y, permuted if permute_out_flag else None)
 
 
-@signature_checked
+@operator(QUANTISED, workspace.compute_then_send)
 def quant_grouped_mat_mul_allto_allv(
     gmm_x: Array,
     gmm_weight: Array,
@@ -120,28 +104,16 @@ def quant_grouped_mat_mul_allto_allv(
 
     Source: aclnnQuantGroupedMatMulAlltoAllv.
     """
-    workspace.quant_grouped_mat_mul_allto_allv_get_workspace_size(**locals())
-    return GroupedMatmulAllToAllvOutput(
-        *grouped_matmul_all_to_allv(
-            gmm_x,
-            gmm_weight,
-            send_counts,
-            recv_counts,
-            group,
-            mm_x=mm_x,
-            mm_weight=mm_weight,
-            gmm_x_scale=gmm_x_scale,
-            gmm_weight_scale=gmm_weight_scale,
-            mm_x_scale=mm_x_scale,
-            mm_weight_scale=mm_weight_scale,
-            out_dtype=y_dtype,
-            transpose_gmm_weight=trans_gmm_weight,
-            transpose_mm_weight=trans_mm_weight,
-        )
-    )
+    y, mm_y = grouped_matmul_all_to_allv(
+        gmm_x, gmm_weight, send_counts, recv_counts, group, mm_x=mm_x, mm_weight=mm_weight,
+        gmm_x_scale=gmm_x_scale, gmm_weight_scale=gmm_weight_scale,
+        mm_x_scale=mm_x_scale, mm_weight_scale=mm_weight_scale, out_dtype=y_dtype,
+        transpose_gmm_weight=trans_gmm_weight, transpose_mm_weight=trans_mm_weight,
+    )  # fmt: skip
+    return GroupedMatmulAllToAllvOutput(y, mm_y)
 
 
-@signature_checked
+@operator(QUANTISED, workspace.send_then_compute)
 def allto_allv_quant_grouped_mat_mul(
     gmm_x: Array,
     gmm_weight: Array,
@@ -172,21 +144,10 @@ def allto_allv_quant_grouped_mat_mul(
 
     Source: aclnnAlltoAllvQuantGroupedMatMul.
     """
-    workspace.allto_allv_quant_grouped_mat_mul_get_workspace_size(**locals())
     gmm_y, mm_y, permuted = all_to_allv_grouped_matmul(
-        gmm_x,
-        gmm_weight,
-        send_counts,
-        recv_counts,
-        group,
-        mm_x=mm_x,
-        mm_weight=mm_weight,
-        gmm_x_scale=gmm_x_scale,
-        gmm_weight_scale=gmm_weight_scale,
-        mm_x_scale=mm_x_scale,
-        mm_weight_scale=mm_weight_scale,
-        out_dtype=y_dtype,
-        transpose_gmm_weight=trans_gmm_weight,
-        transpose_mm_weight=trans_mm_weight,
-    )
+        gmm_x, gmm_weight, send_counts, recv_counts, group, mm_x=mm_x, mm_weight=mm_weight,
+        gmm_x_scale=gmm_x_scale, gmm_weight_scale=gmm_weight_scale,
+        mm_x_scale=mm_x_scale, mm_weight_scale=mm_weight_scale, out_dtype=y_dtype,
+        transpose_gmm_weight=trans_gmm_weight, transpose_mm_weight=trans_mm_weight,
+    )  # fmt: skip
     return AllToAllvGroupedMatmulOutput(gmm_y, mm_y, permuted if permute_out_flag else None)

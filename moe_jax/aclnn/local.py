@@ -1,14 +1,16 @@
-"""MoeUpdateExpert, DistributeBarrier and MoeDistributeBufferReset, under the reference's names."""
+"""MoeUpdateExpert, DistributeBarrier and MoeDistributeBufferReset, under CANN's names."""
 
 from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from moe_jax import _compat, collectives
 from moe_jax.aclnn import workspace
-from moe_jax.aclnn.arguments import signature_checked
+from moe_jax.aclnn.calls import operator
 from moe_jax.aclnn.results import UpdateExpertOutput
+from moe_jax.aclnn.rules_small import BARRIER, BUFFER_RESET, UPDATE_EXPERT
 from moe_jax.errors import InvalidArgumentError
 from moe_jax.layer.placement import update_expert
 from moe_jax.recovery.barrier import barrier
@@ -17,7 +19,7 @@ from moe_jax.recovery.window import Window, buffer_reset
 Array = jax.Array
 
 
-@signature_checked
+@operator(UPDATE_EXPERT, workspace.update_expert)
 def moe_update_expert(
     expert_ids: Array,
     eplb_table: Array,
@@ -32,7 +34,9 @@ def moe_update_expert(
 ) -> UpdateExpertOutput:
     """Logical expert ids -> physical instances by a table, and pruning. Purely local.
 
-    The rank is ``local_rank_id``, or, where that is None and ``balance_mode`` is 0, the index along ``group_ep``.
+    The rank is ``local_rank_id``, or, where that is None and ``balance_mode`` is 0, the index along ``group_ep``. Only
+    ``balance_mode=0`` reads ``world_size``. A traced ``local_rank_id`` stays in the executor of a first phase, which
+    then runs in the program that is being traced.
 
     Returns:
       UpdateExpertOutput; its mask is None without ``pruning_threshold``.
@@ -43,7 +47,6 @@ def moe_update_expert(
 
     Source: aclnnMoeUpdateExpert.
     """
-    workspace.moe_update_expert_get_workspace_size(**locals())
     rank = local_rank_id
     if rank is None:
         rank = collectives.rank_along(_compat.bound_axes(group_ep, "group_ep")) if balance_mode == 0 else 0
@@ -60,7 +63,7 @@ def moe_update_expert(
     return UpdateExpertOutput(ids, mask)
 
 
-@signature_checked
+@operator(BARRIER, workspace.barrier)
 def distribute_barrier_v2(
     x_ref: Any, time_out: Any = None, elastic_info: Array | None = None, *, group: Any, world_size: int
 ) -> Any:
@@ -71,11 +74,10 @@ def distribute_barrier_v2(
 
     Source: aclnnDistributeBarrierV2.
     """
-    workspace.distribute_barrier_v2_get_workspace_size(**locals())
     return barrier(x_ref, group, rank_table=elastic_info, timeout_us=_microseconds(time_out))
 
 
-@signature_checked
+@operator(BUFFER_RESET, workspace.buffer_reset)
 def moe_distribute_buffer_reset(
     elastic_info: Array,
     window: Window,
@@ -92,12 +94,11 @@ def moe_distribute_buffer_reset(
 
     Source: aclnnMoeDistributeBufferReset, whose window is the communicator's; it waits for ever.
     """
-    workspace.moe_distribute_buffer_reset_get_workspace_size(**locals())
     return buffer_reset(window, elastic_info, group_ep, sync=bool(need_sync), timeout_us=_microseconds(time_out))
 
 
 def _microseconds(time_out: Any) -> int | None:
     """The number in an array [1], which the host must know."""
-    if isinstance(time_out, jax.core.Tracer):
+    if isinstance(time_out, Tracer):
         raise InvalidArgumentError("time_out is traced; it must be a value of the host, such as np.array([5000000])")
     return None if time_out is None else int(np.asarray(time_out).ravel()[0])

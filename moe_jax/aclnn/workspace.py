@@ -1,327 +1,160 @@
-"""The host-side first phase of every operator: ``<operator>_get_workspace_size``.
+"""The numbers of a call, and its workspace: the bytes per rank of the rows that it sends and receives.
 
-Each takes the operator's own keywords as arrays, NumPy arrays or ``jax.ShapeDtypeStruct`` s of one rank, checks them in
-the reference's order (null pointers, dtypes, everything else) and returns
-
-- the bytes of the operator's buffers on one rank (``buffer_bytes`` says what is counted), and
-- an executor, which runs the operator inside ``shard_map`` on arrays like those that were checked,
-
-or raises a ``MoEError`` whose ``status`` is the reference's code: 161001 (something is missing), 161002 (a dtype),
-561002 (a shape, a value, a relation). ``product`` says whose limits hold: "a2", "a3", "a5", or None for no product's,
-where only the impossible is refused. ``hccl_buffsize`` is the size in MB of a communicator's buffer there.
-A parameter without a value is None; group names are mesh axis names, or tuples of some. Where they are bound, as inside
-``shard_map``, their sizes must be those that the call says.
+Counted are the buffers of the exchange and what stands between it and the products: rows with their scales, the three
+integers that name each row's source, and the counts of both sides. The caller's arrays are not counted. The letters are
+those of ``rules_exchange`` and ``rules_grouped``.
 """
 
-from typing import Any
+import math
 
-from moe_jax.aclnn.arguments import signature_checked
-from moe_jax.aclnn.executor import Executor
-from moe_jax.aclnn.first_phase import first_phase
+import jax.numpy as jnp
+import numpy as np
 
-WorkspaceAndExecutor = tuple[int, Executor]
+from moe_jax.aclnn.rules import Call, dtype_name
+from moe_jax.hardware.ascend import Sizes
 
-
-@signature_checked
-def moe_distribute_dispatch_v4_get_workspace_size(
-    x: Any = None,
-    expert_ids: Any = None,
-    scales: Any = None,
-    x_active_mask: Any = None,
-    expert_scales: Any = None,
-    elastic_info: Any = None,
-    performance_info: Any = None,
-    *,
-    group_ep: Any = None,
-    ep_world_size: int | None = None,
-    moe_expert_num: int | None = None,
-    group_tp: Any = "",
-    tp_world_size: int = 0,
-    expert_shard_type: int = 0,
-    shared_expert_num: int = 1,
-    shared_expert_rank_num: int = 0,
-    quant_mode: int = 0,
-    global_bs: int = 0,
-    expert_token_nums_type: int = 1,
-    comm_alg: str | None = "",
-    zero_expert_num: int = 0,
-    copy_expert_num: int = 0,
-    const_expert_num: int = 0,
-    y_dtype: Any = None,
-    window: Any = None,
-    product: str | None = None,
-    hccl_buffsize: int = 200,
-) -> WorkspaceAndExecutor:
-    """First phase of ``moe_distribute_dispatch_v4``; ``y_dtype`` is that of quantised rows, None = the mode's own.
-
-    ``window`` is the state that the rows arrive in, where a program keeps one: see ``make_receive_window``.
-
-    >>> x, ids = jax.ShapeDtypeStruct((8, 512), "bfloat16"), jax.ShapeDtypeStruct((8, 4), "int32")
-    >>> sizes = dict(group_ep="ep", ep_world_size=8, moe_expert_num=32)
-    >>> num_bytes, executor = moe_distribute_dispatch_v4_get_workspace_size(x, ids, **sizes)
-    >>> num_bytes
-    298656
-    >>> moe_distribute_dispatch_v4_get_workspace_size(x, ids, **sizes, product="a3")
-    Traceback (most recent call last):
-    moe_jax.errors.ShapeError: x with shape (8, 512): 512 = H, the hidden size, must be in [1024, 8192] on a3; ...
-    """
-    return first_phase("moe_distribute_dispatch_v4", locals())
+_INT = 4
+_SOURCE = 3 * _INT  # rank, token and choice of a row
+_COMPUTE_FIRST = ("grouped_mat_mul_allto_allv", "quant_grouped_mat_mul_allto_allv")
 
 
-@signature_checked
-def moe_distribute_combine_v4_get_workspace_size(
-    expand_x: Any = None,
-    expert_ids: Any = None,
-    assist_info_for_combine: Any = None,
-    ep_send_counts: Any = None,
-    expert_scales: Any = None,
-    tp_send_counts: Any = None,
-    x_active_mask: Any = None,
-    activation_scale: Any = None,
-    weight_scale: Any = None,
-    group_list: Any = None,
-    expand_scales: Any = None,
-    shared_expert_x: Any = None,
-    elastic_info: Any = None,
-    ori_x: Any = None,
-    const_expert_alpha_1: Any = None,
-    const_expert_alpha_2: Any = None,
-    const_expert_v: Any = None,
-    performance_info: Any = None,
-    *,
-    group_ep: Any = None,
-    ep_world_size: int | None = None,
-    moe_expert_num: int | None = None,
-    group_tp: Any = "",
-    tp_world_size: int = 0,
-    expert_shard_type: int = 0,
-    shared_expert_num: int = 1,
-    shared_expert_rank_num: int = 0,
-    global_bs: int = 0,
-    out_dtype: int = 0,
-    comm_quant_mode: int = 0,
-    group_list_type: int = 0,
-    comm_alg: str | None = "",
-    zero_expert_num: int = 0,
-    copy_expert_num: int = 0,
-    const_expert_num: int = 0,
-    product: str | None = None,
-    hccl_buffsize: int = 200,
-) -> WorkspaceAndExecutor:
-    """First phase of ``moe_distribute_combine_v4``; three reserved arrays and two attributes have one legal value."""
-    return first_phase("moe_distribute_combine_v4", locals())
+def tokens(call: Call) -> int:
+    """B."""
+    return call.shape("expert_ids")[0]
 
 
-@signature_checked
-def moe_distribute_combine_add_rms_norm_v2_get_workspace_size(
-    expand_x: Any = None,
-    expert_ids: Any = None,
-    assist_info_for_combine: Any = None,
-    ep_send_counts: Any = None,
-    expert_scales: Any = None,
-    residual_x: Any = None,
-    gamma: Any = None,
-    tp_send_counts: Any = None,
-    x_active_mask: Any = None,
-    activation_scale: Any = None,
-    weight_scale: Any = None,
-    group_list: Any = None,
-    expand_scales: Any = None,
-    shared_expert_x: Any = None,
-    elastic_info: Any = None,
-    ori_x: Any = None,
-    const_expert_alpha_1: Any = None,
-    const_expert_alpha_2: Any = None,
-    const_expert_v: Any = None,
-    *,
-    group_ep: Any = None,
-    ep_world_size: int | None = None,
-    moe_expert_num: int | None = None,
-    group_tp: Any = "",
-    tp_world_size: int = 0,
-    expert_shard_type: int = 0,
-    shared_expert_num: int = 1,
-    shared_expert_rank_num: int = 0,
-    global_bs: int = 0,
-    out_dtype: int = 0,
-    comm_quant_mode: int = 0,
-    group_list_type: int = 0,
-    comm_alg: str | None = "",
-    norm_eps: float = 1e-6,
-    zero_expert_num: int = 0,
-    copy_expert_num: int = 0,
-    const_expert_num: int = 0,
-    product: str | None = None,
-    hccl_buffsize: int = 200,
-) -> WorkspaceAndExecutor:
-    """First phase of ``moe_distribute_combine_add_rms_norm_v2``."""
-    return first_phase("moe_distribute_combine_add_rms_norm_v2", locals())
+def hidden(call: Call) -> int:
+    """H. Packed e2m1 has two columns per byte."""
+    name = "x" if "x" in call.arrays else "expand_x"
+    return call.shape(name)[1] * (2 if call.dtype(name) == "uint8" else 1)
 
 
-@signature_checked
-def moe_update_expert_get_workspace_size(
-    expert_ids: Any = None,
-    eplb_table: Any = None,
-    expert_scales: Any = None,
-    pruning_threshold: Any = None,
-    active_mask: Any = None,
-    *,
-    world_size: int | None = None,
-    local_rank_id: Any = None,
-    balance_mode: int = 0,
-    group_ep: Any = "ep",
-    product: str | None = None,
-    hccl_buffsize: int = 200,
-) -> WorkspaceAndExecutor:
-    """First phase of ``moe_update_expert``; ``world_size`` is read with ``balance_mode=0`` only.
-
-    A traced ``local_rank_id`` stays in the executor, which then runs in the program that is being traced.
-    """
-    return first_phase("moe_update_expert", locals())
+def sizes(call: Call) -> Sizes:
+    """The numbers of an exchange whose relations have been checked."""
+    return Sizes(
+        tokens=tokens(call),
+        hidden=hidden(call),
+        top_k=call.shape("expert_ids")[1],
+        ep_world_size=call["ep_world_size"],
+        moe_expert_num=call["moe_expert_num"],
+        shared_expert_num=call["shared_expert_num"],
+        shared_expert_rank_num=call["shared_expert_rank_num"],
+        tp_world_size=call["tp_world_size"],
+        global_bs=call["global_bs"],
+    )
 
 
-@signature_checked
-def distribute_barrier_v2_get_workspace_size(
-    x_ref: Any = None,
-    time_out: Any = None,
-    elastic_info: Any = None,
-    *,
-    group: Any = None,
-    world_size: int | None = None,
-    product: str | None = None,
-    hccl_buffsize: int = 200,
-) -> WorkspaceAndExecutor:
-    """First phase of ``distribute_barrier_v2``; ``time_out`` is in microseconds."""
-    return first_phase("distribute_barrier_v2", locals())
+def counts(call: Call, name: str) -> np.ndarray:
+    """A count list of a fused operator as [1 or R, R * e] i64: a row for each rank that is known."""
+    return np.atleast_2d(np.asarray(call[name], np.int64))
 
 
-@signature_checked
-def moe_distribute_buffer_reset_get_workspace_size(
-    elastic_info: Any = None,
-    window: Any = None,
-    *,
-    group_ep: Any = None,
-    ep_world_size: int | None = None,
-    need_sync: int = 1,
-    time_out: Any = None,
-    product: str | None = None,
-    hccl_buffsize: int = 200,
-) -> WorkspaceAndExecutor:
-    """First phase of ``moe_distribute_buffer_reset``; ``window`` is the state to clear, which JAX holds as an array.
-
-    ``time_out`` is in microseconds, as that of ``distribute_barrier_v2``.
-    """
-    return first_phase("moe_distribute_buffer_reset", locals())
+def token_rows(call: Call) -> int:
+    """BSK, the most of any rank that is known."""
+    name = "recv_counts" if call.operator in _COMPUTE_FIRST else "send_counts"
+    return int(counts(call, name).sum(axis=1).max())
 
 
-@signature_checked
-def grouped_mat_mul_allto_allv_get_workspace_size(
-    gmm_x: Any = None,
-    gmm_weight: Any = None,
-    send_counts_tensor: Any = None,
-    recv_counts_tensor: Any = None,
-    mm_x: Any = None,
-    mm_weight: Any = None,
-    *,
-    group: Any = None,
-    ep_world_size: int | None = None,
-    send_counts: Any = None,
-    recv_counts: Any = None,
-    trans_gmm_weight: bool = False,
-    trans_mm_weight: bool = False,
-    product: str | None = None,
-    hccl_buffsize: int = 200,
-) -> WorkspaceAndExecutor:
-    """First phase of ``grouped_mat_mul_allto_allv``; count lists are this rank's, or tables with a row per rank."""
-    return first_phase("grouped_mat_mul_allto_allv", locals())
+def expert_rows(call: Call) -> int:
+    """A, the most of any rank that is known."""
+    name = "send_counts" if call.operator in _COMPUTE_FIRST else "recv_counts"
+    return int(counts(call, name).sum(axis=1).max())
 
 
-@signature_checked
-def allto_allv_grouped_mat_mul_get_workspace_size(
-    gmm_x: Any = None,
-    gmm_weight: Any = None,
-    send_counts_tensor: Any = None,
-    recv_counts_tensor: Any = None,
-    mm_x: Any = None,
-    mm_weight: Any = None,
-    *,
-    group: Any = None,
-    ep_world_size: int | None = None,
-    send_counts: Any = None,
-    recv_counts: Any = None,
-    trans_gmm_weight: bool = False,
-    trans_mm_weight: bool = False,
-    permute_out_flag: bool = False,
-    product: str | None = None,
-    hccl_buffsize: int = 200,
-) -> WorkspaceAndExecutor:
-    """First phase of ``allto_allv_grouped_mat_mul``; count lists are this rank's, or tables with a row per rank."""
-    return first_phase("allto_allv_grouped_mat_mul", locals())
+def columns(call: Call, name: str, flag: str) -> int:
+    """N1 or N2: the columns of a weight, whichever way it stands."""
+    return call.shape(name)[-2 if call[flag] else -1]
 
 
-@signature_checked
-def quant_grouped_mat_mul_allto_allv_get_workspace_size(
-    gmm_x: Any = None,
-    gmm_weight: Any = None,
-    gmm_x_scale: Any = None,
-    gmm_weight_scale: Any = None,
-    send_counts_tensor: Any = None,
-    recv_counts_tensor: Any = None,
-    mm_x: Any = None,
-    mm_weight: Any = None,
-    mm_x_scale: Any = None,
-    mm_weight_scale: Any = None,
-    comm_quant_scale: Any = None,
-    *,
-    gmm_x_quant_mode: int | None = None,
-    gmm_weight_quant_mode: int | None = None,
-    mm_x_quant_mode: int = 0,
-    mm_weight_quant_mode: int = 0,
-    comm_quant_mode: int = 0,
-    comm_quant_dtype: int = -1,
-    group_size: int = 0,
-    group: Any = None,
-    ep_world_size: int | None = None,
-    send_counts: Any = None,
-    recv_counts: Any = None,
-    trans_gmm_weight: bool = False,
-    trans_mm_weight: bool = False,
-    y_dtype: Any = "bfloat16",
-    product: str | None = None,
-    hccl_buffsize: int = 200,
-) -> WorkspaceAndExecutor:
-    """First phase of ``quant_grouped_mat_mul_allto_allv``; ``y_dtype`` is that of both results."""
-    return first_phase("quant_grouped_mat_mul_allto_allv", locals())
+def _size(width: int, dtype: str) -> int:
+    """Bytes of ``width`` values; e2m1 values share a byte in pairs."""
+    return width // 2 if dtype == "float4_e2m1fn" else width * jnp.dtype(dtype).itemsize
 
 
-@signature_checked
-def allto_allv_quant_grouped_mat_mul_get_workspace_size(
-    gmm_x: Any = None,
-    gmm_weight: Any = None,
-    gmm_x_scale: Any = None,
-    gmm_weight_scale: Any = None,
-    send_counts_tensor: Any = None,
-    recv_counts_tensor: Any = None,
-    mm_x: Any = None,
-    mm_weight: Any = None,
-    mm_x_scale: Any = None,
-    mm_weight_scale: Any = None,
-    *,
-    gmm_x_quant_mode: int | None = None,
-    gmm_weight_quant_mode: int | None = None,
-    mm_x_quant_mode: int = 0,
-    mm_weight_quant_mode: int = 0,
-    group_size: int = 0,
-    group: Any = None,
-    ep_world_size: int | None = None,
-    send_counts: Any = None,
-    recv_counts: Any = None,
-    trans_gmm_weight: bool = False,
-    trans_mm_weight: bool = False,
-    permute_out_flag: bool = False,
-    y_dtype: Any = "bfloat16",
-    product: str | None = None,
-    hccl_buffsize: int = 200,
-) -> WorkspaceAndExecutor:
-    """First phase of ``allto_allv_quant_grouped_mat_mul``; ``y_dtype`` is that of both results."""
-    return first_phase("allto_allv_quant_grouped_mat_mul", locals())
+def _exponents(width: int) -> int:
+    """Bytes of the exponents of blocks of 32, an even number of them."""
+    return 2 * -(-width // 64)
+
+
+def dispatch_row(call: Call) -> int:
+    """Bytes of one row on the wire of dispatch: its values, its scales, its source, its weight."""
+    mode, width = call["quant_mode"], hidden(call)
+    y_dtype = dtype_name("y_dtype", call["y_dtype"]) or "int8"  # the default of every mode has one byte per value
+    if mode == 0:
+        values = _size(call.shape("x")[1], call.dtype("x"))
+        scales = _size(call.shape("scales")[1], call.dtype("scales")) if call.given("scales") else 0
+    else:
+        values = width // 2 if y_dtype == "uint8" else _size(width, y_dtype)
+        scales = {1: 0, 2: 4, 3: 4 * -(-width // 128)}.get(mode, _exponents(width))
+    return values + scales + _SOURCE + (4 if call.given("expert_scales") else 0)
+
+
+def combine_row(call: Call) -> int:
+    """Bytes of one row on the wire of combine: its values, and its scales where they are quantised."""
+    mode, width, dtype = call["comm_quant_mode"], hidden(call), call.dtype("expand_x")
+    if mode == 0:
+        return _size(width, dtype)
+    return width + (_size(-(-width // 8), dtype) if mode == 2 else _exponents(width))
+
+
+def _pairs(call: Call) -> int:
+    """Pairs of this rank's tokens that may travel."""
+    n = sizes(call)
+    return n.tokens * (n.top_k + (n.shared_expert_num if n.shared_expert_rank_num else 0))
+
+
+def dispatch(call: Call) -> int:
+    """Rows sent, rows received by both tensor-parallel ranks, counts of both sides and per expert (i64)."""
+    n = sizes(call)
+    copies = max(n.tp_world_size, 1)
+    rows = _pairs(call) + n.capacity * copies
+    counts = n.ep_world_size * n.local_experts
+    return rows * dispatch_row(call) + (counts + counts * copies) * _INT + n.local_experts * 8
+
+
+def combine(call: Call) -> int:
+    """Rows sent back and received, the source of each row sent, and the counts."""
+    rows = call.shape("expand_x")[0]
+    counts = math.prod(call.shape("ep_send_counts"))
+    return (rows + _pairs(call)) * combine_row(call) + rows * _SOURCE + counts * _INT
+
+
+def add_rms_norm(call: Call) -> int:
+    """Combine's, and the sum before it is rounded: fp32."""
+    return combine(call) + call.shape("expert_ids")[0] * hidden(call) * 4
+
+
+def update_expert(call: Call) -> int:
+    """The ids; with pruning the mask and each token's sum of weights."""
+    tokens, top_k = call.shape("expert_ids")
+    pruning = tokens * (top_k + 4) if call.given("pruning_threshold") else 0
+    return tokens * top_k * jnp.dtype(call.dtype("expert_ids")).itemsize + pruning
+
+
+def barrier(call: Call) -> int:
+    """A flag sent to each rank, and one from each."""
+    return 2 * call["world_size"] * _INT
+
+
+def buffer_reset(call: Call) -> int:
+    """The cleared window, and a barrier's flags if the ranks wait for each other."""
+    window = _size(math.prod(call.shape("window")), call.dtype("window"))
+    return window + (2 * call["ep_world_size"] * _INT if call["need_sync"] else 0)
+
+
+def _count_lists(call: Call) -> int:
+    return 2 * call["ep_world_size"] * call.shape("gmm_weight")[0] * _INT
+
+
+def compute_then_send(call: Call) -> int:
+    """The product by expert, the same by destination, and the rows received."""
+    dtype = dtype_name("y_dtype", call.attributes.get("y_dtype")) or call.dtype("gmm_x")
+    row = _size(columns(call, "gmm_weight", "trans_gmm_weight"), dtype)
+    return (2 * expert_rows(call) + token_rows(call)) * row + _count_lists(call)
+
+
+def send_then_compute(call: Call) -> int:
+    """The rows sent, those received and the same by expert, each with its scales where it has some."""
+    width = call.shape("gmm_x")[1]
+    row = _size(width, call.dtype("gmm_x")) + (_exponents(width) if call.attributes.get("gmm_x_quant_mode") == 6 else 0)
+    return (token_rows(call) + 2 * expert_rows(call)) * row + _count_lists(call)

@@ -33,7 +33,9 @@ class Placement:
       num_logical_experts: E.
       num_ranks: R; P is a multiple of it.
 
-    >>> placement = Placement(physical_to_logical=np.array([0, 1, 2, 0], np.int32), num_logical_experts=3, num_ranks=2)
+    >>> import numpy as np, moe_jax as moe
+    >>> slots = np.array([0, 1, 2, 0], np.int32)
+    >>> placement = moe.Placement(physical_to_logical=slots, num_logical_experts=3, num_ranks=2)
     >>> placement.replica_counts
     array([2, 1, 1], dtype=int32)
     >>> placement.logical_to_physical
@@ -194,8 +196,10 @@ def expected_imbalance(load: np.ndarray, placement: Placement) -> np.ndarray:
     Returns:
       f64, a scalar array, or [X].
 
-    >>> placement = Placement(physical_to_logical=np.array([0, 1, 2, 0], np.int32), num_logical_experts=3, num_ranks=2)
-    >>> expected_imbalance(np.array([4, 1, 1]), placement)
+    >>> import numpy as np, moe_jax as moe
+    >>> slots = np.array([0, 1, 2, 0], np.int32)
+    >>> placement = moe.Placement(physical_to_logical=slots, num_logical_experts=3, num_ranks=2)
+    >>> moe.expected_imbalance(np.array([4, 1, 1]), placement)
     array(1.)
     """
     check_type("placement", placement, Placement, "make one with moe_jax.rebalance")

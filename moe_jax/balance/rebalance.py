@@ -66,7 +66,8 @@ def rebalance(
 
     Source: DeepSeek's Expert Parallelism Load Balancer (github.com/deepseek-ai/EPLB), whose problem this is.
 
-    >>> placement = rebalance(np.array([60, 20, 10, 10]), num_physical_experts=6, num_ranks=2)
+    >>> import numpy as np, moe_jax as moe
+    >>> placement = moe.rebalance(np.array([60, 20, 10, 10]), num_physical_experts=6, num_ranks=2)
     >>> placement.replica_counts
     array([2, 2, 1, 1], dtype=int32)
     """

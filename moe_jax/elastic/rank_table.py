@@ -48,7 +48,8 @@ def make_rank_table(num_ranks: int, alive: Any = None, *, num_shared_ranks: int 
       InvalidArgumentError: a number breaks a rule above, or fewer than S + 1 ranks are left.
       ShapeError, DtypeError: ``alive`` is not [W] bool.
 
-    >>> make_rank_table(4, np.array([True, False, True, True]), num_experts=8)
+    >>> import numpy as np, moe_jax as moe
+    >>> moe.make_rank_table(4, np.array([True, False, True, True]), num_experts=8)
     array([ 1,  3,  0,  6,  0, -1,  1,  2,  0,  2,  3, -1], dtype=int32)
 
     Source: elasticInfo of MoeDistributeDispatchV3 and DistributeBarrierV2.

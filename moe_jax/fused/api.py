@@ -113,10 +113,14 @@ def grouped_matmul_all_to_allv(
       MeshError: ``axis_name`` is not bound here; call this inside ``shard_map``.
       UnsupportedError: somebody differentiates in scaled operands.
 
+    >>> import jax, jax.numpy as jnp, moe_jax as moe
+    >>> from jax.sharding import PartitionSpec as P
+    >>> moe.emulate_devices(2)  # leave this out where there are accelerators
     >>> def shard(rows, weight):  # rank 0 keeps a row and sends two; rank 1 sends one
-    ...     return grouped_matmul_all_to_allv(rows, weight, [[1, 2], [1, 0]], [[1, 1], [2, 0]], "ep")[0]
+    ...     return moe.grouped_matmul_all_to_allv(rows, weight, [[1, 2], [1, 0]], [[1, 1], [2, 0]], "ep")[0]
+    >>> run = jax.jit(jax.shard_map(shard, mesh=moe.make_mesh(ep=2), in_specs=P("ep"), out_specs=P("ep")))
     >>> rows, weight = jnp.array([[1.0], [2], [3], [4], [0], [0]]), jnp.array([[[10.0]], [[100.0]]])
-    >>> shard_map(shard, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))(rows, weight).ravel()
+    >>> run(rows, weight).ravel()
     Array([ 10., 400.,  20.,  30.], dtype=float32)
 
     Source: aclnnGroupedMatMulAlltoAllv and aclnnQuantGroupedMatMulAlltoAllv, whose hif8 has no dtype in JAX.
@@ -196,10 +200,14 @@ def all_to_allv_grouped_matmul(
     Raises:
       MissingArgumentError, ShapeError, DtypeError, InvalidArgumentError, MeshError, UnsupportedError: likewise.
 
+    >>> import jax, jax.numpy as jnp, moe_jax as moe
+    >>> from jax.sharding import PartitionSpec as P
+    >>> moe.emulate_devices(2)  # leave this out where there are accelerators
     >>> def shard(rows, weight):  # the way back of the example there
-    ...     return all_to_allv_grouped_matmul(rows, weight, [[1, 1], [2, 0]], [[1, 2], [1, 0]], "ep")[0]
+    ...     return moe.all_to_allv_grouped_matmul(rows, weight, [[1, 1], [2, 0]], [[1, 2], [1, 0]], "ep")[0]
+    >>> run = jax.jit(jax.shard_map(shard, mesh=moe.make_mesh(ep=2), in_specs=P("ep"), out_specs=P("ep")))
     >>> rows, weight = jnp.array([[10.0], [400], [20], [30]]), jnp.array([[[0.1]], [[0.01]]])
-    >>> shard_map(shard, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))(rows, weight).ravel()
+    >>> run(rows, weight).ravel()
     Array([1., 2., 3., 4., 0., 0.], dtype=float32)
 
     Source: aclnnAlltoAllvGroupedMatMul and aclnnAlltoAllvQuantGroupedMatMul.

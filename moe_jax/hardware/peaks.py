@@ -48,6 +48,7 @@ PEAKS = {
 def peak_of(device_kind: str) -> Peak | None:
     """The peaks of a device; None if it is not listed, as no CPU is. The longest name that fits counts.
 
+    >>> from moe_jax.hardware import PEAKS, peak_of
     >>> peak_of("TPU v5 lite") == PEAKS["v5e"], peak_of("cpu")
     (True, None)
     """

@@ -149,7 +149,8 @@ def hlo_contract(fn: Callable, *args: Any, **kwargs: Any) -> Contract:
       InvalidArgumentError: ``fn`` cannot be called.
       UnsupportedError: the back end tells nothing about its programs.
 
-    >>> hlo_contract(jax.jit(lambda x: x @ x), jax.ShapeDtypeStruct((4, 4), "float32")).counts
+    >>> import jax, moe_jax as moe
+    >>> moe.hlo_contract(jax.jit(lambda x: x @ x), jax.ShapeDtypeStruct((4, 4), "float32")).counts
     {}
     """
     if not callable(fn):
@@ -180,7 +181,9 @@ def assert_hlo_contract(
       AssertionError: names every broken rule with what was found.
       InvalidArgumentError: a rule is not as above, or needs more than the text of a program.
 
-    >>> assert_hlo_contract(jnp.sin, x, collectives={"all-to-all": 0}, no_float_scatter=True).wire_bytes
+    >>> import jax.numpy as jnp, moe_jax as moe
+    >>> found = moe.assert_hlo_contract(jnp.sin, jnp.ones(8), collectives={"all-to-all": 0}, no_float_scatter=True)
+    >>> found.wire_bytes
     0
     """
     expected = dict(collectives or {})

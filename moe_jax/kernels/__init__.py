@@ -1,4 +1,8 @@
-"""Row kernels and the table of back ends that supply them."""
+"""Grouped products, and the table of back ends that supply them.
+
+``grouped_matmul`` is the operator with its gradients, ``table`` the one place where an implementation is chosen.
+``xla`` is the semantics; ``cpu``, ``gpu`` and ``tpu`` are faster, and must give the same.
+"""
 
 from moe_jax.kernels import cpu, gpu, tokamax, tpu, xla
 from moe_jax.kernels.grouped_matmul import FLOAT_DTYPES, grouped_matmul, grouped_matmuls, grouped_outer

@@ -5,35 +5,28 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax import _compat, collectives
-from moe_jax.config import ACTIVATIONS, RouterConfig, router_violations
+from moe_jax.config import ACTIVATIONS, RouterConfig
 from moe_jax.errors import (
     InvalidArgumentError,
-    MoEError,
-    UnsupportedError,
     check_choice,
     check_count,
     check_dtype,
     check_mask,
-    check_rank,
     check_shape,
     check_type,
-    raise_all,
-    suggest,
 )
-from moe_jax.layer.experts import is_gated, shared_ffn
-from moe_jax.layer.placement import BALANCES, update_expert
+from moe_jax.layer.experts import shared_ffn
+from moe_jax.layer.params import check_layer_plan, check_params, check_router
+from moe_jax.layer.placement import BALANCES, check_table, instances_of
 from moe_jax.layer.rounds import routed_sum
-from moe_jax.layer.router import route
+from moe_jax.layer.router import choose_experts
+from moe_jax.parameters import rows_of, weights_of
 from moe_jax.plan import Plan
 from moe_jax.types import LayerStats
 
 Array = jax.Array
 
-OPTIONAL_PARAMS = frozenset({"router_bias", "b_gate", "b_up", "b_down"})
-_CONSTANTS = ("const_alpha1", "const_alpha2", "const_v")
 
-
-@_compat.vary_as_operands("params")
 def moe_layer(
     params: dict[str, Array],
     x: Array,
@@ -68,7 +61,7 @@ def moe_layer(
       activation: "swiglu", "gelu" or "clamped_swiglu"; see ``experts.activate``.
       token_mask: [T] bool; false = padding: it goes nowhere, counts nowhere and its result is zero.
       table: [E_logical, F] i32, the instances of each logical expert, see ``update_expert``. Then the router scores
-        logical experts (E' = E_logical plus the special ones), and ``plan.num_experts`` counts instances.
+        logical experts (E' = E_logical plus the weightless ones), and ``plan.num_experts`` counts instances.
       balance: "rank" or "token", how the instances of an expert share its tokens; read with ``table`` only.
       rank_table: [4 + 2 * ep] i32, who is alive, see ``dispatch``: tokens of removed ranks get nothing from routed
         experts. Without ``table`` the router must not choose the experts that are gone; choices that do are dropped.
@@ -102,30 +95,64 @@ def moe_layer(
         params, plan, router, activation, num_experts=plan.num_local_experts, where="on each device", table=table
     )
     check_router(router, plan, None if table is None else table.shape[0])
+    if table is not None:
+        check_table(table)
+    return layer_of_shard(
+        params,
+        x,
+        token_mask,
+        table,
+        rank_table,
+        plan=plan,
+        router=router,
+        activation=activation,
+        balance=balance,
+        chunks=chunks,
+    )
 
+
+def layer_of_shard(
+    params: dict[str, Array],
+    x: Array,
+    token_mask: Array | None,
+    table: Array | None,
+    rank_table: Array | None,
+    *,
+    plan: Plan,
+    router: RouterConfig,
+    activation: str,
+    balance: str,
+    chunks: int,
+) -> tuple[Array, LayerStats]:
+    """``moe_layer`` of arguments that have been checked, there or by ``moe_on_mesh``. Arrays come first, options after.
+
+    Between collectives every value is typed as varying over all axes of the plan. Results leave as the tokens came:
+    over an axis of one device they vary only if an operand does, whatever the parameters do.
+    """
+    axes_of_tokens = _compat.union_of_varying_axes((x, token_mask, table, rank_table))
+    # 1. Operands. Parameters are typed as varying over axes of one device, for JAX would sum their gradients over it.
     x = _compat.as_varying(x, plan.token_axes)
-    params = _compat.as_varying_over_units(params, plan.token_axes)  # else JAX sums their gradients over one device
+    params = _compat.as_varying_over_units(params, plan.token_axes)
     if token_mask is not None:  # padding may hold anything; from here on it is zero
         x = jnp.where(token_mask[:, None], x, jnp.zeros((), x.dtype))
-    routing = route(
-        router_logits(params, x),
-        router,
-        top_k=plan.top_k,
-        bias=params.get("selection_bias"),
-        token_mask=token_mask,
-        axis_name=plan.token_axes,
-    )
-    expert_ids = routing.expert_ids if table is None else _instances(routing.expert_ids, table, balance, plan)
-    experts = {name: params[name] for name in params if name.startswith(("w_", "b_"))}
-    if "b_down" in experts:  # the results of the tp ranks are summed: one of them adds it
+    # 2. Every token chooses its experts, and a table says which instances of them compute.
+    logits, bias = router_logits(params, x), params.get("selection_bias")
+    routing = choose_experts(logits, router, plan.top_k, bias, token_mask, plan.token_axes)
+    expert_ids = routing.expert_ids if table is None else _instances_of(routing.expert_ids, table, balance, plan)
+    # 3. Tokens go to their experts and come back as weighted sums, in rounds.
+    experts = weights_of("experts", params)
+    if "b_down" in experts:  # the results of the tp ranks are summed, so only the first of them adds this bias
         experts["b_down"] = jnp.where(collectives.tp_rank(plan) == 0, experts["b_down"], 0.0)
-    constants = {name: params[name].astype(plan.dtype) if name in params else None for name in _CONSTANTS}
+    constants = {
+        row.name: params[row.name].astype(plan.dtype) if row.name in params else None for row in rows_of("constants")
+    }
     operands = _compat.as_varying((experts, constants, x, routing.combine_weights), plan.token_axes)
     total, num_dropped, num_rounds = routed_sum(
         expert_ids, *operands, plan, activation=activation, rank_table=rank_table, chunks=chunks
     )
+    # 4. The shared expert adds its part where the token is.
     if plan.num_shared_experts:
-        total = total + shared_ffn(params, x, activation=activation)
+        total = total + shared_ffn(weights_of("shared", params), x, activation=activation)
     if token_mask is not None:
         total = jnp.where(token_mask[:, None], total, 0.0)
     stats = LayerStats(
@@ -134,44 +161,16 @@ def moe_layer(
         load=routing.load,
         losses=routing.losses,
     )
-    return total.astype(plan.dtype), stats
+    return _compat.drop_unit_axes((total.astype(plan.dtype), stats), axes_of_tokens)
 
 
-def _instances(expert_ids: Array, table: Array, balance: str, plan: Plan) -> Array:
-    """Ids of logical experts, then special ones -> ids of instances, then special ones."""
+def _instances_of(expert_ids: Array, table: Array, balance: str, plan: Plan) -> Array:
+    """Ids of logical experts, followed by those of weightless ones -> ids of instances, followed likewise."""
     num_logical = table.shape[0]
-    ids, _ = update_expert(
-        jnp.where(expert_ids < num_logical, expert_ids, -1),
-        table,
-        rank=collectives.ep_rank(plan),
-        ep_size=plan.ep_size,
-        balance=balance,
-    )
-    return jnp.where(expert_ids < num_logical, ids, expert_ids - num_logical + plan.num_experts)
-
-
-def check_layer_plan(plan: Plan) -> None:
-    """Raises unless ``plan`` is one that the layer can serve."""
-    check_type("plan", plan, Plan, "build one with moe_jax.make_plan(...)")
-    if plan.dispatch_recipe is not None and plan.dispatch_recipe.needs_smooth:
-        raise UnsupportedError(f"plan.quant={plan.quant!r} needs scales, which the layer has not; use quant='int8'")
-    if plan.num_shared_ranks:
-        raise UnsupportedError(
-            f"plan.num_shared_ranks={plan.num_shared_ranks}: the layer computes shared experts beside the exchange; "
-            "make the plan with num_shared_ranks=0, or call dispatch and combine yourself"
-        )
-
-
-def check_router(router: RouterConfig, plan: Plan, num_logical_experts: int | None) -> None:
-    """Raises one error that lists every way in which ``router`` cannot choose among the ids of ``plan``."""
-    scored = _num_scored(plan, num_logical_experts)
-    experts = f"the {scored} experts that the router scores"
-    raise_all(router_violations(router, scored, experts, plan.top_k, "plan.top_k"), "router and plan")
-
-
-def _num_scored(plan: Plan, num_logical_experts: int | None) -> int:
-    """E': how many experts the router scores, special ones included; None: it scores instances."""
-    return plan.num_ids + (0 if num_logical_experts is None else num_logical_experts - plan.num_experts)
+    is_logical = expert_ids < num_logical
+    rank = collectives.ep_rank(plan)
+    ids = instances_of(jnp.where(is_logical, expert_ids, -1), table, rank, plan.ep_size, balance)
+    return jnp.where(is_logical, ids, expert_ids - num_logical + plan.num_experts)
 
 
 def check_chunks(chunks: int, plan: Plan) -> None:
@@ -191,84 +190,3 @@ def router_logits(params: dict[str, Array], x: Array) -> Array:
         )
         bias = params.get("router_bias")
         return logits if bias is None else logits + bias.astype(jnp.float32)
-
-
-def param_shapes(
-    plan: Plan,
-    router: RouterConfig,
-    activation: str,
-    *,
-    ffn: int,
-    shared_ffn: int,
-    num_experts: int | None = None,
-    num_logical_experts: int | None = None,
-) -> dict[str, tuple[int, ...]]:
-    """Shapes of everything that ``params`` may hold; ``num_experts`` of the expert weights, all by default.
-
-    ``num_logical_experts``: those that the router scores; None: it scores instances.
-    """
-    experts, hidden = plan.num_experts if num_experts is None else num_experts, plan.hidden
-    num_ids = _num_scored(plan, num_logical_experts)
-    shapes = {
-        "router": (hidden, num_ids),
-        "router_bias": (num_ids,),
-        "w_up": (experts, hidden, ffn),
-        "w_down": (experts, ffn, hidden),
-        "b_up": (experts, ffn),
-        "b_down": (experts, hidden),
-    }
-    if router.selection_bias:
-        shapes["selection_bias"] = (num_ids,)
-    if plan.num_const_experts:
-        shapes |= dict.fromkeys(_CONSTANTS, (plan.num_const_experts, hidden))
-    if plan.num_shared_experts:
-        shapes |= {"shared_up": (hidden, shared_ffn), "shared_down": (shared_ffn, hidden)}
-    if is_gated(activation):
-        ups = [name for name in shapes if name.endswith("_up")]
-        shapes |= {name.replace("_up", "_gate"): shapes[name] for name in ups}
-    return shapes
-
-
-def check_params(
-    params,
-    plan: Plan,
-    router: RouterConfig,
-    activation: str,
-    *,
-    num_experts: int,
-    where: str,
-    table: Array | None = None,
-) -> None:
-    """Raises one error that lists all that is wrong with ``params``, of which ``num_experts`` experts lie ``where``."""
-    check_type("params", params, dict, "pass a dict of arrays by name")
-    if table is not None:
-        check_rank("table", table, 2, "[E_logical, F]")
-    shapes = param_shapes(
-        plan,
-        router,
-        activation,
-        ffn=_width(params, "w"),
-        shared_ffn=_width(params, "shared"),
-        num_experts=num_experts,
-        num_logical_experts=None if table is None else table.shape[0],
-    )
-    found = [f"{name!r} is unknown here; {suggest(name, shapes)}" for name in params if name not in shapes]
-    for name, shape in shapes.items():
-        if name in params:
-            try:
-                check_shape(repr(name), params[name], shape, f"its extents {where}")
-                check_dtype(repr(name), params[name], (jnp.floating,))
-            except MoEError as error:
-                found.append(str(error))
-        elif name not in OPTIONAL_PARAMS:
-            found.append(f"{name!r} is missing; its shape {where} is {shape}")
-    raise_all(found, "params")
-
-
-def _width(params: dict[str, Array], kind: str) -> int | str:
-    """The width of the FFN as its first well-formed matrix has it; a letter, to be printed, where there is none."""
-    for name, axis in ((f"{kind}_up", -1), (f"{kind}_gate", -1), (f"{kind}_down", -2)):
-        shape = getattr(params.get(name), "shape", ())
-        if len(shape) > 1:
-            return shape[axis]
-    return "F"

@@ -2,39 +2,18 @@
 
 import functools
 import math
-import zlib
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from moe_jax import _compat
-from moe_jax.config import ACTIVATIONS, RouterConfig
-from moe_jax.errors import (
-    InvalidArgumentError,
-    MeshError,
-    check_array,
-    check_choice,
-    check_count,
-    check_dtype,
-    check_flag,
-    check_mask,
-    check_rank,
-    check_shape,
-    check_type,
-)
-from moe_jax.layer.layer import (
-    OPTIONAL_PARAMS,
-    check_chunks,
-    check_layer_plan,
-    check_params,
-    check_router,
-    moe_layer,
-    param_shapes,
-)
-from moe_jax.layer.placement import BALANCES
-from moe_jax.mesh import check_mesh
+from moe_jax.config import RouterConfig
+from moe_jax.errors import check_array, check_choice, check_dtype, check_mask, check_rank, check_shape
+from moe_jax.layer.layer import check_chunks, layer_of_shard
+from moe_jax.layer.params import abstract_params, check_params, check_width, draw, param_spec
+from moe_jax.layer.placement import BALANCES, check_table
 from moe_jax.plan import Plan
 from moe_jax.types import LayerStats
 
@@ -86,52 +65,51 @@ def moe_on_mesh(
       MeshError: the mesh is not the plan's.
       UnsupportedError: the plan puts shared experts on ranks of their own.
 
-    >>> init, apply = moe_on_mesh(mesh, plan, RouterConfig(), ffn=32)
-    >>> y, stats = jax.jit(apply)(init(jax.random.key(0)), x)
+    >>> import jax, jax.numpy as jnp, moe_jax as moe
+    >>> moe.emulate_devices(2)  # leave this out where there are accelerators
+    >>> mesh = moe.make_mesh(ep=2)
+    >>> plan = moe.make_plan(mesh, tokens_per_rank=4, hidden=8, num_experts=4, top_k=2, dtype="float32")
+    >>> init, apply = moe.moe_on_mesh(mesh, plan, moe.RouterConfig(), ffn=32)
+    >>> y, stats = jax.jit(apply)(init(jax.random.key(0)), jnp.ones((8, 8)))
     """
-    check_layer_plan(plan)
-    check_type("router", router, RouterConfig, "build one with moe_jax.RouterConfig(...)")
-    _check_plan_of(mesh, plan)
-    check_choice("activation", activation, ACTIVATIONS)
-    check_flag("use_bias", use_bias)
-    check_chunks(chunks, plan)
-    check_count("ffn", ffn)
-    _check_width(f"ffn={ffn}", ffn, plan)
-    ffn = int(ffn)
-    num_tokens = plan.tokens_per_rank * math.prod(mesh.shape.values())
-
-    if num_logical_experts is not None:
-        check_count("num_logical_experts", num_logical_experts)
-    check_router(router, plan, num_logical_experts)
-    shapes = param_shapes(
+    shapes = abstract_params(
+        mesh,
         plan,
         router,
-        activation,
         ffn=ffn,
-        shared_ffn=ffn * plan.num_shared_experts,
+        activation=activation,
+        use_bias=use_bias,
         num_logical_experts=num_logical_experts,
     )
-    chosen = {name: shape for name, shape in shapes.items() if use_bias or name not in OPTIONAL_PARAMS}
-    shardings = {name: NamedSharding(mesh, param_spec(name, plan)) for name in chosen}
-    draw = jax.jit(lambda key: _draw(key, chosen), out_shardings=shardings)  # compiled once, not at every call
+    check_chunks(chunks, plan)
+    num_tokens = plan.tokens_per_rank * math.prod(mesh.shape.values())
+    # Compiled once, and not at every call of ``init``.
+    drawn = jax.jit(
+        lambda key: draw(key, {name: of.shape for name, of in shapes.items()}),
+        out_shardings={name: of.sharding for name, of in shapes.items()},
+    )
 
     def init(key: Array) -> dict[str, Array]:
         _check_key(key)
-        return draw(key)
+        return drawn(key)
 
     @functools.partial(jax.jit, static_argnames="balance")
-    def layer(params, x, token_mask, tables, balance):
+    def layer(params, x, token_mask, table, rank_table, balance):
         """The layer as one program, where it is not part of a larger one."""
         specs = {name: _split(param_spec(name, plan), mesh) for name in params}
         tokens, everywhere = _split(PartitionSpec(plan.token_axes), mesh), PartitionSpec()
-        in_specs = (specs, tokens, None if token_mask is None else tokens, jax.tree.map(lambda _: everywhere, tables))
-        given = (params, x, token_mask, tables)
+        in_specs = (
+            specs,
+            tokens,
+            None if token_mask is None else tokens,
+            None if table is None else everywhere,
+            None if rank_table is None else everywhere,
+        )
+        given = (params, x, token_mask, table, rank_table)
         given = jax.tree.map(lambda array, spec: _compat.lay_out(array, mesh, spec), given, in_specs)
-
-        def shard(params, x, token_mask, tables):
-            options = {"activation": activation, "token_mask": token_mask, "balance": balance}
-            return moe_layer(params, x, plan, router, chunks=chunks, **options, **tables)
-
+        shard = functools.partial(
+            layer_of_shard, plan=plan, router=router, activation=activation, balance=balance, chunks=chunks
+        )
         mapped = _compat.shard_map(shard, mesh=mesh, in_specs=in_specs, out_specs=(tokens, everywhere))
         y, stats = mapped(*given)
         return _compat.name_unit_axes_as(y, x, mesh), stats
@@ -154,46 +132,15 @@ def moe_on_mesh(
         if rank_table is not None:
             check_array("rank_table", rank_table)
         check_params(params, plan, router, activation, num_experts=plan.num_experts, where="over the mesh", table=table)
-        _check_width(f"params: 'w_up' has shape {params['w_up'].shape}; its width", params["w_up"].shape[-1], plan)
-
-        return layer(params, x, token_mask, {"table": table, "rank_table": rank_table}, balance)
+        check_width(f"params: 'w_up' has shape {params['w_up'].shape}; its width", params["w_up"].shape[-1], plan)
+        if table is not None:
+            check_table(table)
+        return layer(params, x, token_mask, table, rank_table, balance=balance)
 
     return init, apply
 
 
-def param_spec(name: str, plan: Plan) -> PartitionSpec:
-    """How a parameter of the layer is laid over the mesh."""
-    experts, columns = plan.ep_axis, plan.tp_axis
-    return {
-        "w_gate": PartitionSpec(experts, None, columns),
-        "w_up": PartitionSpec(experts, None, columns),
-        "w_down": PartitionSpec(experts, columns, None),
-        "b_gate": PartitionSpec(experts, columns),
-        "b_up": PartitionSpec(experts, columns),
-        "b_down": PartitionSpec(experts, None),
-    }.get(name, PartitionSpec())
-
-
-def _check_plan_of(mesh: Mesh, plan: Plan) -> None:
-    check_mesh(mesh)
-    ep_size = math.prod(mesh.shape.get(axis, 0) for axis in plan.ep_axis)
-    if (ep_size, mesh.shape.get(plan.tp_axis), set(mesh.axis_names)) != (
-        plan.ep_size,
-        plan.tp_size,
-        set(plan.token_axes),
-    ):
-        raise MeshError(
-            f"mesh has axes {dict(mesh.shape)} and the plan was made for ep={plan.ep_size}, tp={plan.tp_size} over "
-            f"{plan.token_axes}; make the plan from this mesh"
-        )
-
-
-def _check_width(what: str, ffn: int, plan: Plan) -> None:
-    if ffn % plan.tp_size:
-        raise InvalidArgumentError(f"{what} must be divisible by tp={plan.tp_size}")
-
-
-def _split(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
+def _split(spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """``spec`` without the axes of size 1, which split nothing."""
     return _compat.only_axes(spec, {axis for axis, size in mesh.shape.items() if size > 1})
 
@@ -207,17 +154,3 @@ def _check_key(key: Array) -> None:
     else:  # a raw key
         check_dtype("key", key, ("uint32",), remedy)
         check_shape("key", key, jax.eval_shape(jax.random.PRNGKey, 0).shape, "one raw key", remedy)
-
-
-def _draw(key: Array, shapes: dict[str, tuple[int, ...]]) -> dict[str, Array]:
-    """Normal weights of variance 1 / fan-in, zero biases; each name has its own key, so none depends on another."""
-    params = {}
-    for name, shape in shapes.items():
-        if name.startswith("b_") or name.endswith("_bias"):
-            params[name] = jnp.zeros(shape, jnp.float32)
-        else:
-            own_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
-            draw = jax.random.normal(own_key, shape, jnp.float32)
-            fan_in = shape[-1] if name.startswith("const_") else shape[-2]
-            params[name] = draw / math.sqrt(fan_in)
-    return params

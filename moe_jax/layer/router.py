@@ -75,11 +75,24 @@ def route(
       ShapeError, DtypeError, InvalidArgumentError, MissingArgumentError: an argument breaks a rule above.
       MeshError: ``axis_name`` is not bound here.
 
-    >>> route(jnp.array([[0.0, 2.0, 1.0]]), RouterConfig(), top_k=2).expert_ids
+    >>> import jax.numpy as jnp, moe_jax as moe
+    >>> moe.route(jnp.array([[0.0, 2.0, 1.0]]), moe.RouterConfig(), top_k=2).expert_ids
     Array([[1, 2]], dtype=int32)
     """
     _check_route(logits, router, top_k, bias, token_mask)
     axes = () if axis_name is None else _compat.bound_axes(axis_name)
+    return choose_experts(logits, router, top_k, bias, token_mask, axes)
+
+
+def choose_experts(
+    logits: jax.Array,
+    router: RouterConfig,
+    top_k: int,
+    bias: jax.Array | None,
+    token_mask: jax.Array | None,
+    axes: tuple[str, ...],
+) -> Routing:
+    """``route`` of arguments that have been checked; ``axes``: the mesh axes over which the tokens are spread."""
     with jax.named_scope("route"):
         logits = logits.astype(jnp.float32)
         if token_mask is not None:  # padding may hold anything, and its gradient is zero

@@ -1,4 +1,8 @@
-"""Plans: everything static about one MoE layer on one mesh, checked once and resolved once."""
+"""Plans: everything static about one layer on one mesh, checked once and resolved once, before anything is traced.
+
+``make`` checks the arguments (``checks`` has the rules) and decides; ``plan`` is what was decided; ``cost`` is what it
+will move, multiply and touch, at the nominal ``rates`` of a platform.
+"""
 
 from moe_jax.plan.make import make_plan
 from moe_jax.plan.plan import Plan

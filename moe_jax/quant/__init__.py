@@ -1,7 +1,9 @@
-"""Wire quantisation: recipes that turn rows into values and scales, one message of bytes, and rows again.
+"""The quantised wire: recipes that turn rows into codes and scales, one message of bytes for each row, and rows again.
 
-Every recipe fixes its arithmetic to the bit, the same eagerly and compiled, so that all devices agree on every code.
-fp32 subnormals count as zero (many devices flush them), except inside microscaled blocks, which treat them exactly.
+``formats`` are the grids of numbers that codes stand for, ``schemes`` how the scale of a block follows from its
+numbers, ``base`` what all recipes share, ``message`` the bytes, ``gradient`` the straight-through rule. Every recipe
+fixes its arithmetic to the bit, the same eagerly and compiled, so that all devices agree on every code. fp32 subnormals
+count as zero (many devices flush them), except inside microscaled blocks, which treat them exactly.
 """
 
 from moe_jax.quant.base import QTensor, Recipe

@@ -25,9 +25,10 @@ def straight_through(recipe: Recipe, x: jax.Array, smooth: jax.Array | None = No
     Returns:
       x_hat [rows, H], like x.
 
+    >>> import jax, jax.numpy as jnp
     >>> from moe_jax import quant
     >>> int8, x = quant.recipe("int8", "float32"), jnp.array([[127.0, 3.4]])
-    >>> straight_through(int8, x), jax.grad(lambda x: straight_through(int8, x).sum())(x)
+    >>> quant.straight_through(int8, x), jax.grad(lambda x: quant.straight_through(int8, x).sum())(x)
     (Array([[127.,   3.]], dtype=float32), Array([[1., 1.]], dtype=float32))
     """
     check_type("recipe", recipe, Recipe, "get one from moe_jax.quant.recipe(name, dtype)")

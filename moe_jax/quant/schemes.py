@@ -229,7 +229,8 @@ def recipe(name: str, dtype: str) -> Recipe | None:
     Raises:
       InvalidArgumentError: the name or the dtype is unknown.
 
-    >>> recipe("int8", "bfloat16").row_bytes(7168)
+    >>> from moe_jax import quant
+    >>> quant.recipe("int8", "bfloat16").row_bytes(7168)
     7172
     """
     check_choice("name", name, NAMES)

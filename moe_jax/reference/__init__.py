@@ -1,9 +1,10 @@
-"""The definition of correct: NumPy float64, all ranks visible, plain loops. Slow on purpose, and free of JAX.
+"""The oracle: the definition of correct, in NumPy and float64, with all ranks visible and in plain loops.
 
-Everything faster in this library is tested against these functions, forward and backward.
+It is slow on purpose, and free of JAX. Everything faster in this library is tested against these functions, forward and
+backward.
 """
 
-from moe_jax.reference import family, quant
+from moe_jax.reference import quant
 from moe_jax.reference.exchange import (
     Dispatched,
     combine,
@@ -41,7 +42,6 @@ __all__ = [
     "dispatch_vjp",
     "expert_ffn",
     "expert_ffn_vjp",
-    "family",
     "grouped_matmul",
     "grouped_matmul_all_to_allv",
     "grouped_matmul_all_to_allv_vjp",

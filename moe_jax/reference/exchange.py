@@ -62,8 +62,10 @@ def dispatch(
       InvalidArgumentError: W does not divide E, or an id lies outside [-1, E).
       ShapeError: shapes disagree.
 
+    >>> import numpy as np
+    >>> from moe_jax import reference
     >>> x = np.array([[[[10], [11]]], [[[20], [21]]]])  # W = 2, P = 1, T = 2, H = 1
-    >>> d = dispatch(x, np.array([[[[0, 1], [1, -1]]], [[[1, 0], [0, 1]]]]), num_experts=2)
+    >>> d = reference.dispatch(x, np.array([[[[0, 1], [1, -1]]], [[[1, 0], [0, 1]]]]), num_experts=2)
     >>> [d.rows[w][0].ravel().tolist() for w in range(2)]
     [[10, 20, 21], [10, 11, 20, 21]]
     """
@@ -119,8 +121,10 @@ def combine(rows: Ranked, combine_weights: np.ndarray, dispatched: Dispatched) -
     Returns:
       y [W, P, T, H] f64.
 
-    >>> d = dispatch(np.ones((1, 1, 1, 1)), np.array([[[[1, 0]]]]), num_experts=2)
-    >>> combine([[np.array([[3.0], [5.0]])]], np.array([[[[10.0, 1.0]]]]), d).item()  # 10 * 5 + 1 * 3
+    >>> import numpy as np
+    >>> from moe_jax import reference
+    >>> d = reference.dispatch(np.ones((1, 1, 1, 1)), np.array([[[[1, 0]]]]), num_experts=2)
+    >>> reference.combine([[np.array([[3.0], [5.0]])]], np.array([[[[10.0, 1.0]]]]), d).item()  # 10 * 5 + 1 * 3
     53.0
     """
     combine_weights = np.asarray(combine_weights, np.float64)
@@ -193,8 +197,12 @@ def ragged_all_to_all(
     Raises:
       InvalidArgumentError: recv_sizes[j, i] != send_sizes[i, j], or a slice leaves its buffer or meets another one.
 
-    >>> out = ragged_all_to_all([np.array([1, 2]), np.array([3])], [np.zeros(2, int), np.zeros(2, int)],
-    ...                         [[0, 0], [0, 0]], [[0, 2], [1, 0]], [[0, 0], [1, 0]], [[0, 1], [2, 0]])
+    >>> import numpy as np
+    >>> from moe_jax import reference
+    >>> operand, output = [np.array([1, 2]), np.array([3])], [np.zeros(2, int), np.zeros(2, int)]
+    >>> starts, sent = [[0, 0], [0, 0]], [[0, 2], [1, 0]]
+    >>> lands, received = [[0, 0], [1, 0]], [[0, 1], [2, 0]]
+    >>> out = reference.ragged_all_to_all(operand, output, starts, sent, lands, received)
     >>> [o.tolist() for o in out]
     [[0, 3], [1, 2]]
     """

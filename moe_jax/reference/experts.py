@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from moe_jax import errors
+from moe_jax.parameters import rows_of
 from moe_jax.reference import elementwise as ew
 
 CLAMP = 7.0  # gpt-oss: the gate is limited from above, the up projection on both sides
@@ -36,7 +37,10 @@ def grouped_matmul(
     Raises:
       InvalidArgumentError: a group size is negative, or their sum exceeds M.
 
-    >>> grouped_matmul(np.array([[1.0], [2.0], [np.nan]]), np.array([[[10.0]], [[100.0]]]), [1, 1]).ravel().tolist()
+    >>> import numpy as np
+    >>> from moe_jax import reference
+    >>> lhs, rhs = np.array([[1.0], [2.0], [np.nan]]), np.array([[[10.0]], [[100.0]]])
+    >>> reference.grouped_matmul(lhs, rhs, [1, 1]).ravel().tolist()
     [10.0, 200.0, 0.0]
     """
     rhs = _oriented(rhs, transpose_rhs)
@@ -86,8 +90,10 @@ def expert_ffn(x: np.ndarray, weights: Mapping[str, np.ndarray], activation: str
       InvalidArgumentError: ``activation`` is unknown, or there are gate weights that it does not use.
       MissingArgumentError: a weight that it needs is absent.
 
-    >>> one = np.ones((1, 1))
-    >>> expert_ffn(np.array([[20.0]]), {"w_gate": one, "w_up": one, "w_down": one}, "clamped_swiglu").round(3).tolist()
+    >>> import numpy as np
+    >>> from moe_jax import reference
+    >>> weights = dict.fromkeys(("w_gate", "w_up", "w_down"), np.ones((1, 1)))
+    >>> reference.expert_ffn(np.array([[20.0]]), weights, "clamped_swiglu").round(3).tolist()
     [[56.0]]
     """
     weights = _checked(weights, activation)
@@ -141,9 +147,9 @@ def _group_slices(group_sizes: np.ndarray, num_rows: int) -> list[slice]:
 def _checked(weights: Mapping[str, np.ndarray], activation: str) -> dict[str, np.ndarray]:
     """``weights`` in float64, once they are known to be exactly what ``activation`` uses."""
     errors.check_choice("activation", activation, _GATED)
-    gate = {"w_gate"} if _GATED[activation] else set()
-    needed = gate | {"w_up", "w_down"}
-    known = needed | {name.replace("w_", "b_") for name in needed}
+    facts = {"gated"} if _GATED[activation] else set()
+    rows = [row for row in rows_of("experts") if row.needs <= facts]
+    known, needed = {row.role for row in rows}, {row.role for row in rows if not row.optional}
     if missing := sorted(needed - set(weights)):
         raise errors.MissingArgumentError(f"weights lacks {missing}; activation={activation!r} needs {sorted(needed)}")
     if unused := sorted(set(weights) - known):

@@ -51,8 +51,10 @@ def grouped_matmul_all_to_allv(
     Raises:
       InvalidArgumentError: the lists disagree.
 
+    >>> import numpy as np
+    >>> from moe_jax import reference
     >>> x, weight = np.array([[[1.0], [2.0]], [[3.0], [4.0]]]), np.array([[[[10.0]]], [[[100.0]]]])
-    >>> y, _ = grouped_matmul_all_to_allv(x, weight, [[1, 1], [2, 0]], [[1, 2], [1, 0]])
+    >>> y, _ = reference.grouped_matmul_all_to_allv(x, weight, [[1, 1], [2, 0]], [[1, 2], [1, 0]])
     >>> [rows.ravel().tolist() for rows in y]
     [[10.0, 300.0, 400.0], [20.0]]
     """
@@ -123,8 +125,10 @@ def all_to_allv_grouped_matmul(
     Raises:
       InvalidArgumentError: the lists disagree.
 
+    >>> import numpy as np
+    >>> from moe_jax import reference
     >>> x, weight = np.array([[[1.0], [2.0]], [[3.0], [4.0]]]), np.array([[[[10.0]]], [[[100.0]]]])
-    >>> y, _, permuted = all_to_allv_grouped_matmul(x, weight, [[1, 1], [2, 0]], [[1, 2], [1, 0]])
+    >>> y, _, permuted = reference.all_to_allv_grouped_matmul(x, weight, [[1, 1], [2, 0]], [[1, 2], [1, 0]])
     >>> [rows.ravel().tolist() for rows in y], permuted[0].ravel().tolist()
     ([[10.0, 30.0, 40.0], [200.0]], [1.0, 3.0, 4.0])
     """

@@ -12,15 +12,16 @@ from typing import Any
 import numpy as np
 
 from moe_jax import errors
+from moe_jax.parameters import rows_of, weights_of
 from moe_jax.reference import routing as routing_lib
 from moe_jax.reference.experts import expert_ffn, expert_ffn_vjp
 from moe_jax.reference.special import SpecialExperts, special_value
 
 Params = Mapping[str, np.ndarray]
 
-_ROUTED = ("w_gate", "w_up", "w_down", "b_gate", "b_up", "b_down")
-_SHARED = {"w_gate": "shared_gate", "w_up": "shared_up", "w_down": "shared_down"}
-_KNOWN = {"router", "router_bias", "selection_bias", *_ROUTED, *_SHARED.values()}
+# Constant experts come with ``special``.
+_KNOWN = {row.name: row for part in ("router", "experts", "shared") for row in rows_of(part)}
+_SHARED = {row.role: row.name for row in rows_of("shared")}
 
 
 def moe_layer(
@@ -61,7 +62,7 @@ def moe_layer(
     routing = routing_lib.route(logits, router, top_k=top_k, bias=bias, token_mask=token_mask)
     y = np.zeros(x.shape)
     for t in routing_lib.active_tokens(len(x), token_mask):
-        if shared := _shared_weights(params):
+        if shared := weights_of("shared", params):
             y[t] += expert_ffn(x[t : t + 1], shared, activation)[0]
         for e, weight in zip(routing.expert_ids[t], routing.combine_weights[t], strict=True):
             if special is not None and e >= special.num_experts:
@@ -134,9 +135,10 @@ def combine_weights_vjp(
 
 def _logits(params: Params, x: np.ndarray, token_mask: np.ndarray | None) -> np.ndarray:
     """x @ router + router_bias, [N, E]; zero for inactive tokens, whose x may hold anything."""
-    if unknown := sorted(set(params) - _KNOWN):
+    if unknown := sorted(set(params) - set(_KNOWN)):
         raise errors.InvalidArgumentError(f"params has unknown keys {unknown}; known: {', '.join(sorted(_KNOWN))}")
-    if missing := sorted({"router", "w_up", "w_down"} - set(params)):
+    needed = {name for name, row in _KNOWN.items() if not row.needs and not row.optional}
+    if missing := sorted(needed - set(params)):
         raise errors.MissingArgumentError(f"params lacks {missing}")
     weight = np.asarray(params["router"], np.float64)
     logits = np.zeros((len(x), weight.shape[1]))
@@ -154,11 +156,7 @@ def _selection_bias(params: Params, bias: np.ndarray | None) -> np.ndarray | Non
 
 
 def _routed_weights(params: Params, expert: int) -> dict[str, np.ndarray]:
-    return {name: params[name][expert] for name in _ROUTED if name in params}
-
-
-def _shared_weights(params: Params) -> dict[str, np.ndarray]:
-    return {name: params[key] for name, key in _SHARED.items() if key in params}
+    return {role: value[expert] for role, value in weights_of("experts", params).items()}
 
 
 # The three below add to ``ct_params`` in place and return their share of the token's ct_x [H].
@@ -174,7 +172,7 @@ def _router_vjp(params: Params, x: np.ndarray, ct_logits: np.ndarray, ct_params:
 def _shared_vjp(
     params: Params, x: np.ndarray, ct: np.ndarray, activation: str, ct_params: dict[str, np.ndarray]
 ) -> np.ndarray:
-    if not (shared := _shared_weights(params)):
+    if not (shared := weights_of("shared", params)):
         return np.zeros(x.shape)
     ct_x, cts = expert_ffn_vjp(ct[None], x[None], shared, activation)
     for name, value in cts.items():

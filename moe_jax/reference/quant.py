@@ -45,6 +45,8 @@ def quantize(name: str, x: np.ndarray, *, smooth: np.ndarray | float | None = No
       (values, scale): values [rows, H] i8 or u8, or [rows, H / 2] u8 for e2m1; scale [rows, S] f32, u8 ("mx_*") or
       like x ("int8_group8"); S = 0 for "int8_static".
 
+    >>> import numpy as np
+    >>> from moe_jax.reference.quant import quantize
     >>> quantize("int8", np.array([[127.0, -63.5, 2.5]], np.float32))
     (array([[127, -64,   2]], dtype=int8), array([[1.]], dtype=float32))
     """

@@ -77,10 +77,9 @@ def route(
       InvalidArgumentError: an option is unknown, or groups and top_k do not fit E.
       MissingArgumentError: ``router.selection_bias`` without ``bias``.
 
-    >>> from types import SimpleNamespace
-    >>> router = SimpleNamespace(score="softmax", topk_first=True, renormalize=False, scale=1.0, num_groups=1,
-    ...                          top_groups=1, selection_bias=False, group_score="auto")
-    >>> routing = route(np.array([[0.0, 2.0, 2.0]]), router, top_k=2)
+    >>> import numpy as np, moe_jax as moe
+    >>> router = moe.RouterConfig(score="softmax", topk_first=True, renormalize=False)
+    >>> routing = moe.reference.route(np.array([[0.0, 2.0, 2.0]]), router, top_k=2)
     >>> routing.expert_ids.tolist(), routing.combine_weights.tolist(), routing.load.tolist()
     ([[1, 2]], [[0.5, 0.5]], [0, 1, 1])
     """
@@ -148,7 +147,9 @@ def update_selection_bias(bias: np.ndarray, load: np.ndarray, *, rate: float) ->
     Returns:
       The new bias [E] f64.
 
-    >>> update_selection_bias(np.zeros(3), np.array([5, 3, 1]), rate=0.5).tolist()
+    >>> import numpy as np
+    >>> from moe_jax import reference
+    >>> reference.update_selection_bias(np.zeros(3), np.array([5, 3, 1]), rate=0.5).tolist()
     [-0.5, 0.0, 0.5]
     """
     load = np.asarray(load, np.float64)

@@ -31,7 +31,10 @@ def update_expert(
       (ids, mask): [T, K] of the dtype of ``expert_ids``, with -1 kept and -2 where there is no instance; and
       [T, K] bool, or None without ``pruning_threshold``.
 
-    >>> update_expert(np.array([[1], [1]]), np.array([[1, 4, 0], [2, 0, 3]]), rank=1, ep_size=2)[0].tolist()
+    >>> import numpy as np
+    >>> from moe_jax import reference
+    >>> table = np.array([[1, 4, 0], [2, 0, 3]])
+    >>> reference.update_expert(np.array([[1], [1]]), table, rank=1, ep_size=2)[0].tolist()
     [[3], [3]]
     """
     errors.check_choice("balance", balance, ("rank", "token"))

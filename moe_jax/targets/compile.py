@@ -63,7 +63,8 @@ def compile_for(target: str, fn: Callable | str, *abstract_args: Any) -> TargetR
     GPU programs are compiled without a card to try kernels on, so XLA takes its default tiles instead of tuned ones.
     The TPU compiler leaves kernels, collectives and some others unpriced, and its prices are estimates.
 
-    >>> report = compile_for("cpu:8", lambda a, b: a @ b, jnp.ones((64, 32)), jnp.ones((32, 16)))
+    >>> import jax.numpy as jnp, moe_jax as moe
+    >>> report = moe.compile_for("cpu:8", lambda a, b: a @ b, jnp.ones((64, 32)), jnp.ones((32, 16)))
     >>> report.flops == 2 * 64 * 32 * 16
     True
     """

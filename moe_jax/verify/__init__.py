@@ -1,4 +1,4 @@
-"""``python -m moe_jax verify``: laws and the float64 reference, on the devices that are there."""
+"""``python -m moe_jax verify``: the laws and the float64 oracle, on the devices that are there."""
 
 from moe_jax.verify.table import Check, run
 

@@ -11,7 +11,8 @@ from moe_jax.hardware.ascend.legal import QUANTITIES, Choices, Interval, Limits,
 from moe_jax.hardware.ascend.versions import VERSIONS, lacking, newest_of, with_versions
 
 PRODUCTS = {
-    product.name: dataclasses.replace(product, operators=with_versions(product.operators)) for product in (A2, A3, A5)
+    product.name: dataclasses.replace(product, operators=with_versions(product.operators, product.lacks))
+    for product in (A2, A3, A5)
 }
 
 __all__ = [

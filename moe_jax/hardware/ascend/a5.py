@@ -79,8 +79,6 @@ A5 = Product(
             dtypes={"expand_x": ("bfloat16",), "performance_info": None},
         ),
         "moe_update_expert": UPDATE_EXPERT,
-        # Section 13: V2, which the product's own extension serves; V1's document knows A3 alone.
-        "distribute_barrier": None,
         "distribute_barrier_v2": Limits(
             values={"world_size": Interval(2, 384)},
             dtypes={"x_ref": BARRIER_DTYPES + _FP8 + ("float4_e2m1fn", "int4")},
@@ -97,4 +95,6 @@ A5 = Product(
         "quant_grouped_mat_mul_allto_allv": _QUANTISED,
         "allto_allv_quant_grouped_mat_mul": _QUANTISED,
     },
+    # Section 13: it has V2, which its own extension serves; V1's document knows A3 alone.
+    lacks=("distribute_barrier",),
 )

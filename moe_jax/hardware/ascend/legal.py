@@ -1,17 +1,18 @@
-"""The vocabulary of the products' tables: what a quantity may be, and what one operator takes on one product."""
+"""The vocabulary of the tables: what a quantity may be, and what one operator takes on one product."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from moe_jax.hardware.ascend.buffers import Sizes
 
-NOTHING = MappingProxyType({})
+T = TypeVar("T")
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
-def _nothing():
+def _nothing() -> Any:
     return dataclasses.field(default_factory=lambda: NOTHING)
 
 
@@ -92,10 +93,17 @@ class Limits:
     buffer: Callable[[Sizes], int] | None = None
     variants: Mapping[str, "Limits"] = _nothing()
 
-    def but(self, *, values: Mapping[str, Legal | None] = NOTHING, dtypes=NOTHING, **others: Any) -> "Limits":
+    def but(
+        self,
+        *,
+        values: Mapping[str, Legal | None] = NOTHING,
+        dtypes: Mapping[str, tuple[str, ...] | None] = NOTHING,
+        **others: Any,
+    ) -> "Limits":
         """These limits with some replaced; None takes a limit away."""
-        values, dtypes = _merged(self.values, values), _merged(self.dtypes, dtypes)
-        return dataclasses.replace(self, values=values, dtypes=dtypes, **others)
+        return dataclasses.replace(
+            self, values=_merged(self.values, values), dtypes=_merged(self.dtypes, dtypes), **others
+        )
 
     def without(self, parameters: tuple[str, ...]) -> "Limits":
         """The limits of a version that does not have ``parameters``."""
@@ -114,7 +122,7 @@ class Limits:
         return self.variants.get(comm_alg, self) if isinstance(comm_alg, str) else self
 
 
-def _merged(old, new):
+def _merged(old: Mapping[str, T], new: Mapping[str, T | None]) -> dict[str, T]:
     return {name: legal for name, legal in {**old, **new}.items() if legal is not None}
 
 
@@ -126,11 +134,13 @@ class Product:
       name: its short form.
       title: as people call it.
       operators: its operators, by their names in snake_case.
+      lacks: earlier versions of its operators that it does not have.
     """
 
     name: str
     title: str
-    operators: Mapping[str, Limits | None]  # None: an earlier version that it does not have
+    operators: Mapping[str, Limits]
+    lacks: tuple[str, ...] = ()
 
 
 # Quantities that are no attribute, in words.

@@ -51,11 +51,13 @@ def lacking(operator: str) -> tuple[str, ...]:
     return VERSIONS[operator].without if operator in VERSIONS else ()
 
 
-def with_versions(operators: Mapping[str, Limits | None]) -> dict[str, Limits]:
+def with_versions(operators: Mapping[str, Limits], lacks: tuple[str, ...] = ()) -> dict[str, Limits]:
     """``operators``, and the earlier versions of each with the limits of the newest one, or with their own if given.
 
-    An operator whose limits are None is left out.
+    Versions that ``lacks`` names are left out.
     """
-    older = {name: operators.get(name, operators.get(version.newest)) for name, version in VERSIONS.items()}
-    found = {**operators, **older}.items()
-    return {name: limits.without(lacking(name)) for name, limits in found if limits is not None}
+    found = dict(operators)
+    for name, version in VERSIONS.items():
+        if version.newest in operators:
+            found.setdefault(name, operators[version.newest])
+    return {name: limits.without(lacking(name)) for name, limits in found.items() if name not in lacks}

@@ -16,8 +16,9 @@ from moe_jax.config import RouterConfig
 from moe_jax.kernels import grouped_matmul
 from moe_jax.layer.experts import activate, is_gated
 from moe_jax.layer.layer import router_logits
-from moe_jax.layer.on_mesh import param_spec
+from moe_jax.layer.params import param_spec
 from moe_jax.layer.router import route
+from moe_jax.parameters import weights_of
 from moe_jax.plan import Plan
 
 Array = jax.Array
@@ -46,8 +47,7 @@ def dense_limit(mesh: Mesh, plan: Plan, activation: str) -> tuple[Callable, Call
     """
 
     def own(params, rows):
-        experts = {name: value for name, value in params.items() if name.startswith("w_")}
-        return _compat.as_varying(experts, plan.token_axes), rows[0]
+        return _compat.as_varying(weights_of("experts", params), plan.token_axes), rows[0]
 
     def forward(params, rows):
         return batched_ffn(*own(params, rows), activation)[None]

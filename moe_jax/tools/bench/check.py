@@ -8,6 +8,7 @@ import numpy as np
 
 from moe_jax import reference
 from moe_jax.config import RouterConfig
+from moe_jax.parameters import weights_of
 from moe_jax.tools.bench.programs import LAYER, LIMIT, MINIMAL, ONE_HOT, Program, Setting
 
 SPOT_TOKENS = 4
@@ -68,7 +69,7 @@ def check_limit(setting: Setting, y: jax.Array) -> None:
     device = y.shape[0] - 1
     first = device % plan.ep_size * plan.num_local_experts
     for local in {0, plan.num_local_experts - 1}:
-        weights = {name: _wide(value[first + local]) for name, value in data.params.items() if name.startswith("w_")}
+        weights = {role: _wide(value[first + local]) for role, value in weights_of("experts", data.params).items()}
         row = _wide(data.rows[device, local, :1])
         expected = reference.expert_ffn(row, weights, setting.workload.activation)
         got = y[device, local, :1]

@@ -15,8 +15,9 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from moe_jax import _compat
 from moe_jax.errors import check_choice
-from moe_jax.layer.on_mesh import param_spec
+from moe_jax.layer.params import param_spec
 from moe_jax.mesh import make_mesh
+from moe_jax.parameters import weights_of
 from moe_jax.targets import TargetReport, compile_for
 from moe_jax.targets.target import find_target
 from moe_jax.tools.bench.baselines import minimal_layer
@@ -169,9 +170,11 @@ def build(devices: Sequence[_compat.Device], name: str, phase: str, what: str) -
     def placed(shape, dtype, spec):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
+    params = jax.eval_shape(init, jax.random.key(0))
+    narrow = weights_of("experts", params)
     params = {
-        name: placed(a.shape, DTYPE if name.startswith("w_") else a.dtype, param_spec(name, plan))
-        for name, a in jax.eval_shape(init, jax.random.key(0)).items()
+        name: placed(a.shape, DTYPE if name in narrow else a.dtype, param_spec(name, plan))
+        for name, a in params.items()
     }
     x = placed((plan.tokens_per_rank * mesh.size, plan.hidden), DTYPE, PartitionSpec(plan.token_axes))
     return (apply, (params, x)) if phase == PASSES[0] else (with_backward(apply), (params, x, x))

@@ -25,6 +25,7 @@ from moe_jax.errors import UnsupportedError
 from moe_jax.hardware import peak_of
 from moe_jax.kernels import backend_names, grouped_matmul, grouped_outer, resolve_backend
 from moe_jax.mesh import ensure_devices, make_mesh
+from moe_jax.parameters import weights_of
 from moe_jax.tools.bench.check import WrongResult, check_layer, check_limit, tolerance
 from moe_jax.tools.bench.programs import LAYER, LIMIT, PASSES, Program, compile_programs, make_setting
 from moe_jax.tools.bench.run import emit, open_lines
@@ -215,7 +216,7 @@ def _check(law: str, subject: str, deviations: list[float], limit: float) -> Row
 def _layer_times(mesh: Mesh, workload: Workload) -> Iterator[Row]:
     """The layer and the dense limit in bf16, once their results are right."""
     setting = make_setting(workload, mesh, "bfloat16", "none", ())
-    weights = sum(value.nbytes for name, value in setting.data.params.items() if name.startswith("w_"))
+    weights = sum(value.nbytes for value in weights_of("experts", setting.data.params).values())
     for program in itertools.chain.from_iterable(compile_programs(setting, phase) for phase in PASSES):
         forward = program.phase == PASSES[0]
         results = program.run()

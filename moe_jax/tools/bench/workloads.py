@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from moe_jax.config import Config
 from moe_jax.errors import ConfigError
-from moe_jax.layer.on_mesh import param_spec
+from moe_jax.layer.params import param_spec
 from moe_jax.plan import Plan
 
 CONFIG_TOKENS = 512  # tokens per device of a configuration that has no [train] section

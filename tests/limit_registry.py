@@ -1,17 +1,23 @@
-"""The names of all rules of an operator, so that a test can ask that each is exercised."""
+"""The operators of the facade, and the names of all rules of each, so that a test can ask that each is exercised."""
 
-from moe_jax.aclnn.limits import Operator
+from moe_jax import aclnn
+from moe_jax.aclnn.calls import FIRST_PHASE, Operator, operator_of
 from moe_jax.hardware.ascend import ANY, PRODUCTS, Limits
+
+OPERATORS = {
+    name: operator_of(getattr(aclnn, name)) for name in aclnn.__all__ if f"{name}{FIRST_PHASE}" in aclnn.__all__
+}
 
 
 def registered(operator: str, definition: Operator) -> set[tuple[str, str | None]]:
     """Every rule of ``operator`` as (name, product); tests ask that each is exercised."""
     found = {(f"null:{name}", None) for name in definition.needs}
-    found |= {(f"shape:{name}", None) for name in definition.shapes}
-    found |= {("group_length", None)} if definition.group else set()
+    found |= {(f"shape:{name}", None) for name in definition.rules.shapes}
+    found |= {("group_length", None)} if definition.rules.group else set()
     found |= {("kind", None), ("hccl_buffsize", None)}
-    for rule in definition.rules + definition.last_rules:
-        found |= {(rule.name, product) for product in rule.products or (None,)}
+    have = [None, *(name for name, product in PRODUCTS.items() if operator in product.operators)]
+    for rule in definition.rules.rules + definition.rules.last_rules:
+        found |= {(rule.name, product) for product in rule.products or (None,) if product in have}
     tables = {None: ANY[operator]}
     for name, product in PRODUCTS.items():
         if operator in product.operators:

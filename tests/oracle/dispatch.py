@@ -1,4 +1,4 @@
-"""Dispatch of the reference family, pair by pair."""
+"""CANN's dispatch, pair by pair."""
 
 import collections
 import dataclasses
@@ -6,8 +6,8 @@ import dataclasses
 import numpy as np
 
 from moe_jax import errors
-from moe_jax.reference.family.numerics import dispatch_recipe, quantize
-from moe_jax.reference.family.world import World, active_pairs, make_world, with_tp, without_tp
+from oracle.numerics import dispatch_recipe, quantize
+from oracle.world import World, active_pairs, make_world, with_tp, without_tp
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

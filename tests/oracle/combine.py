@@ -1,4 +1,4 @@
-"""Combine of the reference family, with and without residual and RMSNorm behind it, token by token."""
+"""CANN's combine, with and without a residual and RMSNorm behind it, token by token."""
 
 import dataclasses
 import math
@@ -6,9 +6,9 @@ import math
 import numpy as np
 
 from moe_jax import errors
-from moe_jax.reference.family.dispatch import DispatchResult
-from moe_jax.reference.family.numerics import COMBINE_RECIPES, dequantize, quantize
-from moe_jax.reference.family.world import World, active_pairs, make_world, with_tp, without_tp
+from oracle.dispatch import DispatchResult
+from oracle.numerics import COMBINE_RECIPES, dequantize, quantize
+from oracle.world import World, active_pairs, make_world, with_tp, without_tp
 
 _F32 = np.float32
 

@@ -1,0 +1,101 @@
+"""The one table of the layer's parameters: their names, axes and first values. Data only: the oracle reads it too.
+
+Whoever needs to know something about the parameters reads it here: how they are drawn and checked, how they lie on a
+mesh (``moe_jax.layer.params``), which of them an expert multiplies first (``moe_jax.layer.experts``), and what the
+oracle takes (``moe_jax.reference``). Nobody finds it out from the letters of a name.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+Value = TypeVar("Value")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """One row of the table.
+
+    Attributes:
+      name: the key in ``params``.
+      part: what it belongs to: "router", "experts" (the routed ones), "shared" or "constants".
+      dims: the names of its axes, outermost first:
+        "ids": E', what the router scores; "hidden": H; "experts": E, split over the expert-parallel axes; "ffn": F, the
+        width of a routed expert, split over tp; "shared_ffn": S, the width of the shared expert; "constants": Cc.
+      role: what one expert calls it, which is the same for routed and shared experts; "" where it is no expert's.
+      into: "hidden" where it takes tokens to the inner activation, "output" where it takes that to the result; "" where
+        it is no expert's.
+      fan_in: the axis that a product sums over. First values are normal, of variance 1 / its extent; "": zeros.
+      needs: the facts about a layer, all of which must hold for the layer to know this parameter: "gated" (the
+        activation multiplies two projections), "selection_bias" (the router has one), "shared" and "constants" (the
+        plan has such experts).
+      optional: whether a layer that knows the parameter also works without it.
+    """
+
+    name: str
+    part: str
+    dims: tuple[str, ...]
+    role: str = ""
+    into: str = ""
+    fan_in: str = ""
+    needs: frozenset[str] = frozenset()
+    optional: bool = False
+
+
+def _weight(name: str, role: str, into: str, part: str, dims: tuple[str, ...], *needs: str) -> Parameter:
+    """A matrix of an expert, which sums over the last axis but one."""
+    return Parameter(
+        name=name, part=part, dims=dims, role=role, into=into, fan_in=dims[-2], needs=frozenset(needs), optional=False
+    )
+
+
+def _bias(name: str, into: str, dims: tuple[str, ...], *needs: str) -> Parameter:
+    """What a routed expert adds to a projection, if the layer is given one."""
+    return Parameter(name=name, part="experts", dims=dims, role=name, into=into, needs=frozenset(needs), optional=True)
+
+
+def _constant(name: str) -> Parameter:
+    """A row of each constant expert."""
+    return Parameter(
+        name=name, part="constants", dims=("constants", "hidden"), fan_in="hidden", needs=frozenset({"constants"})
+    )
+
+
+TABLE = (
+    Parameter(name="router", part="router", dims=("hidden", "ids"), fan_in="hidden"),
+    Parameter(name="router_bias", part="router", dims=("ids",), optional=True),
+    Parameter(name="selection_bias", part="router", dims=("ids",), needs=frozenset({"selection_bias"})),
+    _weight("w_up", "w_up", "hidden", "experts", ("experts", "hidden", "ffn")),
+    _weight("w_gate", "w_gate", "hidden", "experts", ("experts", "hidden", "ffn"), "gated"),
+    _weight("w_down", "w_down", "output", "experts", ("experts", "ffn", "hidden")),
+    _bias("b_up", "hidden", ("experts", "ffn")),
+    _bias("b_gate", "hidden", ("experts", "ffn"), "gated"),
+    _bias("b_down", "output", ("experts", "hidden")),
+    _weight("shared_up", "w_up", "hidden", "shared", ("hidden", "shared_ffn"), "shared"),
+    _weight("shared_gate", "w_gate", "hidden", "shared", ("hidden", "shared_ffn"), "shared", "gated"),
+    _weight("shared_down", "w_down", "output", "shared", ("shared_ffn", "hidden"), "shared"),
+    _constant("const_alpha1"),
+    _constant("const_alpha2"),
+    _constant("const_v"),
+)
+BY_NAME = {row.name: row for row in TABLE}
+
+
+def rows_of(part: str) -> tuple[Parameter, ...]:
+    """The rows of one part of the layer."""
+    return tuple(row for row in TABLE if row.part == part)
+
+
+def weights_of(part: str, params: Mapping[str, Value]) -> dict[str, Value]:
+    """What ``params`` holds of one part of the layer, by role where the part is an expert's, else by name.
+
+    >>> weights_of("shared", {"router": 1, "w_up": 2, "shared_up": 3})
+    {'w_up': 3}
+    """
+    return {row.role or row.name: params[row.name] for row in rows_of(part) if row.name in params}
+
+
+def known_rows(facts: Iterable[str]) -> tuple[Parameter, ...]:
+    """The parameters of a layer of which all ``facts`` hold and no others; see ``Parameter.needs``."""
+    facts = frozenset(facts)
+    return tuple(row for row in TABLE if row.needs <= facts)
