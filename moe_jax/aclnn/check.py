@@ -169,14 +169,14 @@ def _check_shapes(call: Call, rules: Rules) -> None:
     for name, shape in rules.shapes.items():
         if not call.given(name):
             continue
-        words = shape if isinstance(shape, str) else shape(call)
+        alternatives = (shape if isinstance(shape, str) else shape(call)).split(" | ")
         found = call.shape(name)
         legal = [
             tuple(int(letter) if letter.isdigit() else extents.get(letter) for letter in one.split())
-            for one in words.split(" | ")
+            for one in alternatives
         ]
         marked(f"shape:{name}", None, check_shape, name, found, tuple(legal))
-        for letters in words.split(" | "):
+        for letters in alternatives:
             if len(letters.split()) == len(found):
                 extents = dict(zip(letters.split(), found, strict=True)) | extents
 
