@@ -14,7 +14,6 @@ from helpers import mesh_of, over_mesh, small_integers
 from jax.sharding import PartitionSpec
 
 import moe_jax as moe
-from moe_jax import _compat
 from moe_jax.recovery.window import buffer_reset
 
 T, K, H = 3, 2, 4
@@ -36,12 +35,7 @@ def make(ep=8, tp=1, transport="padded", *, local=2, shared=0, num_shared=0, zer
 
 def over(mesh, plan, function):
     """``function`` per shard over arrays [W, P, ...], jitted."""
-    spec = PartitionSpec(plan.ep_axis, plan.tp_axis)
-
-    def shard(*args):
-        return jax.tree.map(lambda a: a[None, None], function(*jax.tree.map(lambda a: a[0, 0], args)))
-
-    return jax.jit(_compat.shard_map(shard, mesh=mesh, in_specs=spec, out_specs=spec))
+    return jax.jit(over_mesh(mesh, function, (plan.ep_axis, plan.tp_axis)))
 
 
 # --- the oracle -------------------------------------------------------------------------------------------------------
@@ -337,13 +331,7 @@ def with_window(plan, with_weights, window, x, ids, mask, table, values, weights
 @functools.cache
 def window_program(ep, tp, transport, with_weights, **sizes):
     mesh, plan = make(ep, tp, transport, **sizes)
-    run = functools.partial(with_window, plan, with_weights)
-    spec = PartitionSpec(plan.ep_axis, plan.tp_axis)
-
-    def shard(*args):
-        return jax.tree.map(lambda a: a[None, None], run(*jax.tree.map(lambda a: a[0, 0], args)))
-
-    mapped = _compat.shard_map(shard, mesh=mesh, in_specs=spec, out_specs=spec)
+    mapped = over_mesh(mesh, functools.partial(with_window, plan, with_weights), (plan.ep_axis, plan.tp_axis))
     return mesh, plan, jax.jit(mapped, donate_argnums=0)
 
 

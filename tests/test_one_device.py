@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from derivative_laws import holds
 from helpers import PATTERNS, expert_ids, mesh_of, over_mesh
 from layer_cases import compare, make, make_params, steered_tokens, value_and_grads
-from test_derivatives import holds
 
 import moe_jax as moe
 from moe_jax import errors, reference

@@ -166,10 +166,10 @@ def _raise_kind(name: str, value: Any, kind: str) -> None:
 
 def _check_shapes(call: Call, rules: Rules) -> None:
     extents = {letter: extent(call) for letter, extent in rules.letters.items()}
-    for name, words in rules.shapes.items():
+    for name, shape in rules.shapes.items():
         if not call.given(name):
             continue
-        alternatives = (words if isinstance(words, str) else words(call)).split(" | ")
+        alternatives = (shape if isinstance(shape, str) else shape(call)).split(" | ")
         found = call.shape(name)
         legal = [
             tuple(int(letter) if letter.isdigit() else extents.get(letter) for letter in one.split())

@@ -81,6 +81,18 @@ def route(
     """
     _check_route(logits, router, top_k, bias, token_mask)
     axes = () if axis_name is None else _compat.bound_axes(axis_name)
+    return choose_experts(logits, router, top_k, bias, token_mask, axes)
+
+
+def choose_experts(
+    logits: jax.Array,
+    router: RouterConfig,
+    top_k: int,
+    bias: jax.Array | None,
+    token_mask: jax.Array | None,
+    axes: tuple[str, ...],
+) -> Routing:
+    """``route`` of arguments that have been checked; ``axes``: the mesh axes over which the tokens are spread."""
     with jax.named_scope("route"):
         logits = logits.astype(jnp.float32)
         if token_mask is not None:  # padding may hold anything, and its gradient is zero

@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from moe_jax.config import OVERFLOWS, TRANSPORTS
 from moe_jax.errors import InvalidArgumentError, MeshError, choice_violations, flag_violations, raise_all
-from moe_jax.kernels.table import describe_backend, resolve_all
+from moe_jax.kernels.table import describe_backend, registrations, resolve_all
 from moe_jax.mesh import mesh_violations
 from moe_jax.plan import checks
 from moe_jax.plan.cost import PHASES, balanced_rows, layer_costs
@@ -83,7 +83,9 @@ def make_plan(
       InvalidArgumentError: lists every rule that is broken.
       MeshError: the same, where the mesh has no "ep" or no "tp" axis, or is not a mesh.
 
-    >>> make_plan(make_mesh(ep=4), tokens_per_rank=16, hidden=8, num_experts=8, top_k=2).pair_capacity
+    >>> import moe_jax as moe
+    >>> moe.emulate_devices(4)  # leave this out where there are accelerators
+    >>> moe.make_plan(moe.make_mesh(ep=4), tokens_per_rank=16, hidden=8, num_experts=8, top_k=2).pair_capacity
     20
     """
     mesh_sizes, wrong_mesh = None, mesh_violations(mesh)
@@ -119,7 +121,7 @@ def make_plan(
 
     sizes = {name: int(value) for name, value in sizes.items()}
     dtype, platform, kind = str(jnp.dtype(dtype)), _platform(mesh), _device_kind(mesh)
-    kernels = resolve_all(platform, kind) if backend == "auto" else backend
+    names = resolve_all(platform, kind) if backend == "auto" else backend
     tokens, most = sizes["tokens_per_rank"], sizes["tokens_per_rank"] * sizes["top_k"]
     balanced = balanced_rows(tokens, sizes["top_k"], ep_size, sizes["num_shared_ranks"])
     pair_capacity = _pair_capacity(balanced, most, capacity_factor)
@@ -138,9 +140,10 @@ def make_plan(
         overflow=overflow,
         pair_capacity=pair_capacity,
         platform=platform,
-        backend=kernels,
-        backend_reason=describe_backend(kernels)
+        backend=names,
+        backend_reason=describe_backend(names)
         + ("; as asked" if backend != "auto" else f"; for {platform} devices of kind {kind!r}"),
+        kernels=registrations(names),
         poison=bool(poison),
         **sizes,
         **recipes,
