@@ -122,9 +122,9 @@ class Transport(abc.ABC):
     def traffic_bytes(self, plan: Plan, size: Any, backward: bool) -> int:
         """Bytes of rows that pass through the memory of a device, but for products."""
 
-    def sent_rows(self, plan: Plan, slots: int) -> int:
-        """Rows that one exchange hands over, of a round that has ``slots`` for them."""
-        return slots
+    def sent_rows(self, plan: Plan, capacity: int) -> int:
+        """Rows that the exchange of a round of ``capacity`` rows per pair of ranks hands over."""
+        return plan.ep_size * capacity
 
     def even_size(self, plan: Plan, size: Any) -> Any:
         """``size`` of a round under an even load, where the exchange follows the true counts."""
