@@ -1,16 +1,25 @@
 """Eight emulated devices for every test, and the same generated cases on every run. Real ones for ``-m gpu``."""
 
+import os
+
 import hypothesis
 import jax
 import pytest
 
 import moe_jax
 
+FEW_OPTIMIZATIONS = "JAX_DISABLE_MOST_OPTIMIZATIONS"  # JAX's own variable
+
 
 def pytest_configure(config):
     """Before any test module can query a device."""
     if config.option.markexpr != "gpu":
         moe_jax.emulate_devices(8)
+    if config.option.markexpr == "not slow and not compilers" and FEW_OPTIMIZATIONS not in os.environ:
+        # Most of the time of the default line is compilation, and a third of that is LLVM's optimization of programs
+        # that run once. The slow tests, and all of them with the newest JAX in CI, are compiled as users compile.
+        os.environ[FEW_OPTIMIZATIONS] = "1"  # for the processes that tests start
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_ignore_collect(collection_path, config):

@@ -11,31 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from aclnn_cases import groups, over_ranks, over_world
 from family_cases import Config, combine_arrays, data, dispatch_arrays, static_configs
-from jax.sharding import PartitionSpec
 
-import moe_jax as moe
-from moe_jax import _compat, aclnn
+from moe_jax import aclnn
 
 NORM = "moe_distribute_combine_add_rms_norm_v2"
-
-
-def groups(config):
-    names = {"group_ep": ("node", "ep") if config.nodes > 1 else "ep", "ep_world_size": config.world}
-    names |= {"group_tp": "tp"} if config.tp > 1 else {}
-    fullmesh = ("", "fullmesh", "fullmesh_v1", "fullmesh_v2", None)[(config.tokens + config.top_k) % 5]
-    return names | {"comm_alg": "hierarchy" if config.nodes > 1 else fullmesh}
 
 
 @functools.lru_cache(maxsize=4)
 def program(config):
     """Arrays over all ranks [W, P, ...] by name -> (dispatch's outputs, combine's)."""
-    nodes = {"nodes": config.nodes} if config.nodes > 1 else {}
-    mesh = moe.make_mesh(ep=config.world, tp=max(config.tp, 1), **nodes)
-    spec = PartitionSpec(("node", "ep") if nodes else "ep", "tp")
 
     def shard(drawn):
-        drawn = jax.tree.map(lambda a: a[0, 0], drawn)
         sent = aclnn.moe_distribute_dispatch_v4(
             drawn["x"], drawn["expert_ids"], **dispatch_arrays(config, drawn), **config.dispatch, **groups(config)
         )
@@ -56,22 +44,9 @@ def program(config):
             )
         else:
             out = aclnn.moe_distribute_combine_v4(*operands, **weights, **arrays, **common, **groups(config))
-        return jax.tree.map(lambda a: a[None, None], (sent, out))
+        return sent, out
 
-    return jax.jit(_compat.shard_map(shard, mesh=mesh, in_specs=spec, out_specs=spec))
-
-
-def over_ranks(config, drawn):
-    """[W, P, ...] of every array that is there."""
-    lead, arrays = (config.world, max(config.tp, 1)), {}
-    for name, array in drawn.items():
-        if array is None:
-            arrays[name] = None
-        elif name == "elastic_info":
-            arrays[name] = np.broadcast_to(array, (*lead, *array.shape))
-        else:
-            arrays[name] = array.reshape(*lead, *array.shape[len(config.lead) :])
-    return arrays
+    return over_world(config, shard)
 
 
 def compare(config, rng):
@@ -139,7 +114,7 @@ def test_chosen(index):
         compare(CHOSEN[index], rng)
 
 
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 6))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6))])
 def test_generated(seed):
     for config in static_configs(np.random.default_rng(seed), 2):
         rng = np.random.default_rng(seed)

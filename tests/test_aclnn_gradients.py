@@ -13,34 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from family_cases import DTYPES, QUANT, Config, combine_arrays, data, dispatch_arrays
+from aclnn_cases import FLOATS, SPECIAL, draw, groups, over_ranks, over_world
+from family_cases import DTYPES, QUANT, Config, combine_arrays, dispatch_arrays
+from fused_cases import hashable, lists
 from jax.sharding import PartitionSpec as P
-from test_aclnn import groups, over_ranks
-from test_fused import hashable, lists
 
 import moe_jax as moe
 from moe_jax import _compat, aclnn, reference
 from moe_jax.recovery.window import make_window
 
 H = 4
-SPECIAL = ("const_expert_alpha_1", "const_expert_alpha_2", "const_expert_v")
-FLOATS = ("expand_x", "expert_scales", "expand_scales", "shared_expert_x", "ori_x", *SPECIAL, "residual_x", "gamma")
 FED_THROUGH = ("assist_info_for_combine", "ep_recv_counts", "tp_recv_counts", "expand_scales")
 ABSENT = ("x_active_mask", "elastic_info", "tp_recv_counts", *FLOATS)  # None where a case has none
 NORM_EPS = 2.0  # keeps the norm of a row of zeros smooth
-
-
-def draw(rng, config):
-    """One draw of data, all of it whole numbers of at most 2 in size; weights of 1/2, 1 or 2, either sign."""
-    drawn = data(rng, config)
-    for name in ("x", *FLOATS):
-        if drawn.get(name) is not None:
-            dtype, size = drawn[name].dtype, drawn[name].shape
-            values = rng.integers(-2, 3, size)
-            if name in ("expert_scales", "gamma"):
-                values = rng.choice([-2, -1, -0.5, 0.5, 1, 2], size)
-            drawn[name] = values.astype(dtype)
-    return drawn
 
 
 def differences(function, arrays, name, step=1.0):
@@ -54,18 +39,6 @@ def differences(function, arrays, name, step=1.0):
                 moved[index] += sign * distance * step
                 slope[index] += sign * factor * function(arrays | {name: moved.astype(np.float32)}) / (12 * step)
     return slope
-
-
-def over_world(config, shard):
-    """``shard`` over dicts of arrays [W, P, ...]."""
-    nodes = {"nodes": config.nodes} if config.nodes > 1 else {}
-    mesh = moe.make_mesh(ep=config.world, tp=max(config.tp, 1), **nodes)
-    spec = P(("node", "ep") if nodes else "ep", "tp")
-
-    def local(*args):
-        return jax.tree.map(lambda a: a[None, None], shard(*jax.tree.map(lambda a: a[0, 0], args)))
-
-    return jax.jit(_compat.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec))
 
 
 def same(got, want, dtype, text):

@@ -10,18 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from aclnn_cases import RAN, WORLDS, agree, bits, both, draw, given, groups, over_ep, over_ranks, over_world, shape_of
 from family_cases import DTYPES, Config, combine_arrays, dispatch_arrays
-from jax.sharding import PartitionSpec as P
-from test_aclnn import groups, over_ranks
-from test_aclnn_gradients import draw, over_world
-from test_barrier import delayed
-from test_fused import hashable, lists
-from test_fused_quant import E2M1, INT8, codes, scales
+from fused_cases import E2M1, INT8, codes, hashable, lists, scales
+from helpers import delayed
 
 import moe_jax as moe
-from moe_jax import _compat, aclnn, errors, reference
-from moe_jax.aclnn.first_phase import Executor
-from moe_jax.hardware.ascend import VERSIONS, lacking
+from moe_jax import aclnn, errors, reference
 from moe_jax.recovery.window import Window
 
 H = 8
@@ -44,69 +39,7 @@ def test_order_of_the_outputs(output):
     assert output._fields == tuple(FIELDS[output].split())
 
 
-def shape_of(array):
-    return jax.ShapeDtypeStruct(array.shape, array.dtype)
-
-
-RAN = set()  # the versions whose executors were called
-
-
-def both(name, arrays, attributes):
-    """Both ways to run an operator; for use inside ``shard_map``.
-
-    The second is from shapes alone, and by the earliest version that has all that is given.
-    """
-    older = [version for version, one in VERSIONS.items() if one.newest == name]
-    given = {key for key, value in arrays.items() if value is not None}
-    given |= {key for key, value in attributes.items() if value}
-    version = next((version for version in older if not given & set(VERSIONS[version].without)), name)
-    known = {key: value for key, value in attributes.items() if key not in lacking(version)}
-    first = getattr(aclnn, f"{version}_get_workspace_size")
-    num_bytes, executor = first(**jax.tree.map(shape_of, arrays), **known)
-    assert isinstance(num_bytes, int) and num_bytes >= 0 and isinstance(executor, Executor)
-    assert executor.operator_name == version
-    RAN.add(version)
-    assert hash(executor) == hash(first(**jax.tree.map(shape_of, arrays), **known)[1])
-    return getattr(aclnn, name)(**arrays, **attributes), executor(**arrays)
-
-
-def bits(array):
-    array = np.asarray(array)
-    return array.view(np.uint8) if array.dtype.itemsize == 1 else array
-
-
-def agree(direct, executed):
-    """Both outputs have the same fields, the same of them None, and the same bits; the first of them, as NumPy."""
-    assert type(direct) is type(executed)
-    direct, executed = jax.tree.map(np.asarray, (direct, executed))
-    assert jax.tree.structure(direct) == jax.tree.structure(executed)
-    for one, other in zip(jax.tree.leaves(direct), jax.tree.leaves(executed), strict=True):
-        assert one.dtype == other.dtype
-        np.testing.assert_array_equal(bits(one), bits(other))
-    return direct
-
-
-def over_ep(ranks, shard):
-    """``shard`` over arrays [ranks, ...]."""
-
-    def local(*args):
-        return jax.tree.map(lambda a: a[None], shard(*jax.tree.map(lambda a: a[0], args)))
-
-    mesh = moe.make_mesh(ep=ranks)
-    return jax.jit(_compat.shard_map(local, mesh=mesh, in_specs=P("ep"), out_specs=P("ep")))
-
-
 # --- dispatch and combine ---------------------------------------------------------------------------------------------
-
-WORLDS = {
-    "shared": Config(world=4, shared_ranks=2, num_shared=2, local_experts=2, top_k=3, mask="pairs", num_copy=1,
-                     expand_scales=True),
-    "tp": Config(world=2, tp=2, local_experts=1, top_k=2, mask="pairs", expand_scales=True, norm=True),
-    "nodes": Config(world=4, nodes=2, local_experts=2, top_k=2, expand_scales=True, dtype="float16"),
-    "elastic": Config(world=4, elastic=True, shared_ranks=1, local_experts=2, top_k=2, num_zero=1, global_bs=24),
-    "codes": Config(world=4, local_experts=1, top_k=2, quant_mode=2, y_dtype="int8", smooth="experts", mask="tokens",
-                    comm_quant_mode=2),
-}  # fmt: skip
 
 
 VERSIONS_OF = {
@@ -122,10 +55,6 @@ def oracle_dispatch(config, drawn):
     return oracle.moe_distribute_dispatch(
         drawn["x"], drawn["expert_ids"], **dispatch_arrays(config, drawn), **config.dispatch
     )
-
-
-def given(arrays):
-    return {name: value for name, value in arrays.items() if value is not None}
 
 
 def dispatch_then_combine(config, drawn, timed=None):

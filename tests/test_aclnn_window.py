@@ -6,11 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from aclnn_cases import WORLDS, agree, bits, both, draw, given, groups, over_ep, over_ranks, over_world
 from family_cases import Config, dispatch_arrays
-from test_aclnn import groups, over_ranks
-from test_aclnn_gradients import draw, over_world
-from test_aclnn_run import WORLDS, agree, bits, both, given, over_ep
-from test_barrier import delayed
+from helpers import delayed
 
 import moe_jax as moe
 from moe_jax import _compat, aclnn, errors

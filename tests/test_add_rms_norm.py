@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import TRANSPORTS, expert_ids, mesh_of, over_mesh, small_integers
+from helpers import TRANSPORTS, expert_ids, mesh_of, over_mesh, small_integers
 
 import moe_jax as moe
 from moe_jax import reference

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import mesh_of
+from helpers import mesh_of
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 

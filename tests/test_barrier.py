@@ -1,15 +1,12 @@
 """The barrier: nobody passes before all have come, in the compiled program and on the host; and rank tables."""
 
-import functools
-import re
 import threading
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import over_mesh
+from helpers import behind, delayed, entry_graph, over_ep, over_mesh
 from jax.sharding import PartitionSpec as P
 from processes import run_processes
 
@@ -21,33 +18,6 @@ from moe_jax.recovery.barrier import BarrierTimeoutError, barrier
 
 W = 8
 FAR = 120_000_000  # microseconds, longer than any test
-
-
-@functools.cache
-def ep_mesh():
-    return moe_jax.make_mesh(ep=W)
-
-
-def over_ep(function, mesh=None):
-    """``function`` per shard over arrays [W, ...], whose leading entry is taken off and put back."""
-    mesh = mesh or ep_mesh()
-    spec = P(mesh.axis_names)
-
-    def shard(*args):
-        return jax.tree.map(lambda a: a[None], function(*jax.tree.map(lambda a: a[0], args)))
-
-    return _compat.shard_map(shard, mesh=mesh, in_specs=spec, out_specs=spec)
-
-
-def delayed(x, seconds):
-    """``x`` after so many seconds of sleep on the host."""
-
-    def sleep(seconds, _):
-        time.sleep(float(seconds))
-        return np.int32(0)
-
-    done = jax.pure_callback(sleep, jax.ShapeDtypeStruct((), jnp.int32), seconds, rendezvous.probe(x))
-    return rendezvous.hold(x, done)
 
 
 # --- what comes out --------------------------------------------------------------------------------------------------
@@ -131,33 +101,6 @@ def test_type_stays_what_it_was(timeout_us):
 
 
 # --- what the compiled program says -----------------------------------------------------------------------------------
-
-_DEFINITION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (?:\([^=]*\)|\S+) ([\w\-]+)\((.*)$")
-
-
-def entry_graph(function, *args):
-    """(root, name -> (op, operands)) of the entry computation of the optimised program."""
-    text = jax.jit(function).lower(*args).compile().as_text()
-    entry = text[text.index("\nENTRY") :]
-    nodes, root = {}, None
-    for line in entry.splitlines():
-        found = _DEFINITION.match(line)
-        if found:
-            is_root, name, op, rest = found.groups()
-            nodes[name] = op, re.findall(r"%([\w.\-]+)", rest.split(")")[0])
-            root = name if is_root else root
-    return root, nodes
-
-
-def behind(start, nodes):
-    """Every instruction that ``start`` depends on."""
-    seen, todo = set(), [start]
-    while todo:
-        for operand in nodes[todo.pop()][1]:
-            if operand in nodes and operand not in seen:
-                seen.add(operand)
-                todo.append(operand)
-    return seen
 
 
 def chained_all_reduces(function, *args):

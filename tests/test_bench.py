@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import mesh_of
+from helpers import mesh_of
 
 import moe_jax as moe
 from moe_jax import reference
@@ -245,21 +245,6 @@ def test_estimates_by_hand():
     assert [estimate.words(seconds) for seconds in (41.2, 150.0)] == ["about 41 s", "about 2 min"]
 
 
-def test_rows_are_printed_as_soon_as_a_pass_is_timed(config, monkeypatch, capsys):
-    """What the first pass gave stands there when the programs of the second are compiled."""
-    compile_programs, seen = measure.compile_programs, []
-
-    def watched(setting, phase):
-        seen.append(capsys.readouterr().out)
-        yield from compile_programs(setting, phase)
-
-    monkeypatch.setattr(measure, "compile_programs", watched)
-    assert main(["bench", str(config), "--repeats", "1", "--against", "minimal"]) == 0
-    before, between = seen
-    assert "about" in before and "config  32 tokens" in before and "of the dense limit" not in before
-    assert between.count("of the dense limit") == 1 and between.startswith("  forward\n")
-
-
 def test_minima_by_hand():
     """ep=2, balanced: half the 16 copies of a device leave. 16 hidden, 12 ffn; 16 rows arrive, 4 experts x 4."""
     setting = setting_of(2, 1, quant="int8")
@@ -278,10 +263,22 @@ def config(tmp_path):
     return path
 
 
-def test_the_command(config, tmp_path, capsys):
+def test_the_command(config, tmp_path, capsys, monkeypatch):
+    """Rows are printed as soon as a pass is timed: those of the first stand there when the second is compiled."""
+    compile_programs, seen = measure.compile_programs, []
+
+    def watched(setting, phase):
+        seen.append(capsys.readouterr())
+        yield from compile_programs(setting, phase)
+
+    monkeypatch.setattr(measure, "compile_programs", watched)
     out = tmp_path / "out.jsonl"
     assert main(["bench", str(config), "--repeats", "2", "--json", str(out)]) == 0
-    printed, progress = capsys.readouterr()
+    before, between = (captured.out for captured in seen)
+    assert "about" in before and "config  32 tokens" in before and "of the dense limit" not in before
+    assert between.count("of the dense limit") == 1 and between.startswith("  forward\n")
+    seen.append(capsys.readouterr())
+    printed, progress = ("".join(texts) for texts in zip(*seen, strict=True))
     header, record = map(json.loads, out.read_text().splitlines())
     assert f"; {estimate.words(header['estimated_seconds'])}\n" in printed.splitlines(keepends=True)[0]
     assert header["event"] == "bench" and header["repeats"] == 2 and header["mesh"] == {"ep": 2, "tp": 1}
@@ -364,7 +361,7 @@ def test_no_times_for_a_wrong_result(config, monkeypatch, capsys):
         return run
 
     monkeypatch.setattr(programs, "all_experts_layer", wrong_layer)
-    assert main(["bench", str(config), "--repeats", "1", "--json", "-"]) == 1
+    assert main(["bench", str(config), "--repeats", "1", "--against", "all experts", "--json", "-"]) == 1
     output, progress = capsys.readouterr()
     assert [json.loads(line)["event"] for line in output.splitlines()] == ["bench", "wrong"]
     assert "no times: all experts and the layer differ in y by 1.0e-02" in progress

@@ -11,8 +11,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from cases import mesh_of
-from test_targets import needs
+from helpers import mesh_of, needs
 
 import moe_jax as moe
 from moe_jax import reference

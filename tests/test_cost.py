@@ -174,6 +174,16 @@ def dot_flops(text):
     return total
 
 
+@pytest.mark.quick(
+    "padded-forward",
+    "padded-forward + backward",
+    "padded, tp, bf16, shared-forward + backward",
+    "padded, quantised-forward",
+    "padded, replicas, fp16, special, gelu-forward",
+    "allgather-forward",
+    "allgather, tp, bf16, shared-forward",
+    "allgather, quantised-forward",
+)
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("name", [name for name in CASES if "hierarchy" not in name])
 def test_flops_are_those_of_the_compiled_layer(name, phase):

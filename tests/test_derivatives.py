@@ -11,56 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import expert_ids, mesh_of, over_mesh
-from jax.sharding import PartitionSpec as P
+from derivative_laws import MODES, holds
+from helpers import expert_ids, mesh_of, over_mesh
 
 import moe_jax as moe
-from moe_jax import _compat, aclnn, derivatives, quant, reference
+from moe_jax import aclnn, derivatives, quant, reference
 
 T, H, K, EXPERTS = 4, 3, 2, 8
-MODES = ("grad.v", "jvp", "u.H.v by grad of grad", "u.H.v by jvp of grad", "u.H.v by jvp of jvp")
-
-
-def every_mode(loss, modes):
-    """(params, u, v) -> the derivatives along v, and along u and v, that ``modes`` names."""
-
-    def dot(a, b):
-        return sum(jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
-
-    def run(params, u, v):
-        grad = jax.grad(loss)
-        forward = functools.partial(jax.jvp, loss)
-        found = {
-            "grad.v": lambda: dot(grad(params), v),
-            "jvp": lambda: forward((params,), (v,))[1],
-            "u.H.v by grad of grad": lambda: dot(u, jax.grad(lambda params: dot(grad(params), v))(params)),
-            "u.H.v by jvp of grad": lambda: dot(u, jax.jvp(grad, (params,), (v,))[1]),
-            "u.H.v by jvp of jvp": lambda: jax.jvp(lambda params: forward((params,), (v,))[1], (params,), (u,))[1],
-        }
-        return {mode: found[mode]() for mode in modes}
-
-    return jax.jit(run)
-
-
-def differences(oracle, params, u, v, step=1.0):
-    """What ``every_mode`` finds; exact for an ``oracle`` that is a polynomial of degree 3 at most. float64."""
-
-    def at(a, b):
-        wide = jax.tree.map(lambda p, x, y: np.asarray(p, np.float64) + step * (a * x + b * y), params, u, v)
-        return oracle(wide)
-
-    first = (8 * (at(0, 1) - at(0, -1)) - (at(0, 2) - at(0, -2))) / (12 * step)
-    second = (at(1, 1) - at(1, -1) - at(-1, 1) + at(-1, -1)) / (4 * step**2)
-    return dict(zip(MODES, (first, first, second, second, second), strict=True))
-
-
-def holds(loss, oracle, params, rng, modes=MODES[:-1], *, step=1.0, tolerance=0.0):
-    """Equality of ``every_mode`` and ``differences`` at whole numbers, exact by default; neither derivative is zero."""
-    u, v = (jax.tree.map(lambda p: rng.integers(-2, 3, p.shape).astype(np.float32), params) for _ in range(2))
-    want, got = differences(oracle, params, u, v, step), every_mode(loss, modes)(params, u, v)
-    assert want["jvp"] and want["u.H.v by jvp of jvp"], "draw other numbers"
-    for mode in modes:
-        assert abs(float(got[mode]) - want[mode]) <= tolerance * abs(want[mode]), mode
 
 
 def small(rng, *shape):
@@ -172,11 +129,7 @@ def test_dispatch_and_combine(transport, ep, tp):
         return total
 
     if transport == "hierarchy":
-        spec = P(("node", "ep"), "tp")
-        run = _compat.shard_map(
-            lambda params, ids: shard(*jax.tree.map(lambda a: a[0, 0], (params, ids)))[None, None],
-            mesh=mesh, in_specs=spec, out_specs=spec,
-        )  # fmt: skip
+        run = over_mesh(mesh, shard, (("node", "ep"), "tp"))
     else:
         run = over_mesh(mesh, shard)
     holds(loss, oracle, params, rng)
@@ -230,10 +183,7 @@ def test_facade_with_weights_of_rows():
         )  # fmt: skip
         return jnp.sum(out.x_out.astype(jnp.float32) @ factor)
 
-    run = _compat.shard_map(
-        lambda a, ids: shard(*jax.tree.map(lambda a: a[0], (a, ids)))[None],
-        mesh=mesh, in_specs=P(("node", "ep")), out_specs=P(("node", "ep")),
-    )  # fmt: skip
+    run = over_mesh(mesh, shard, (("node", "ep"),))
 
     def oracle(a):
         return sum(a["weights"][i] * a["x"][i[:2]] ** 2 @ factor for i in np.ndindex(ids.shape))
@@ -375,8 +325,8 @@ ONE_DEVICE = {"ep": 1, "tp": 1, "capacity_factor": 0.3}  # which needs no room f
     "backend,options",
     [
         ("xla", {"transport": "padded"}),
-        ("auto", {"transport": "padded", "poison": True}),
         ("auto", {"poison": True} | ONE_DEVICE),
+        pytest.param("auto", {"transport": "padded", "poison": True}, marks=pytest.mark.slow),
         pytest.param("xla", {"transport": "allgather", "poison": True}, marks=pytest.mark.slow),
     ],
 )
@@ -435,6 +385,7 @@ def test_layer_of_16_bit_floats():
     assert error < 0.05  # a few roundings of 2^-9 each; without what the experts add it is about 1
 
 
+@pytest.mark.quick("float32")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_layer_of_more_rounds_says_what_to_do(dtype):
     plan, init, loss = layer("auto", dtype=dtype, capacity_factor=1.0)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FEW_WORLDS, MESHES, PATTERNS, TRANSPORTS, expert_ids, mesh_of, over_mesh, small_integers
+from helpers import FEW_WORLDS, MESHES, PATTERNS, TRANSPORTS, expert_ids, mesh_of, over_mesh, small_integers
 
 import moe_jax as moe
 from moe_jax import reference
@@ -85,6 +85,7 @@ def compare(plan, rng, pattern, mask_kind, ids=None):
     return sent
 
 
+@pytest.mark.quick("1-1-padded", "4-2-padded", "4-2-ragged", "4-2-allgather")
 @pytest.mark.parametrize("ep,tp,transport", FEW_WORLDS)
 def test_equals_oracle(ep, tp, transport):
     rng = np.random.default_rng([ep, tp])
@@ -100,6 +101,7 @@ SLOW_SHARED = [(2, 1, 1, 1), (4, 1, 2, 1), (8, 1, 4, 2), (8, 1, 6, 3)]
 SHARED += [pytest.param(*world, marks=pytest.mark.slow) for world in SLOW_SHARED]
 
 
+@pytest.mark.quick("4-2-2-2-padded", "4-2-2-2-allgather")
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("ep,tp,ranks,shared", SHARED)
 def test_shared_experts_on_their_own_ranks(ep, tp, ranks, shared, transport):
@@ -137,7 +139,7 @@ def test_transports_agree_to_the_bit():
 ODD_SIZES = [(1, 5, 8), (7, 8, 8), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((1, 1, 4), (3, 2, 12)))]
 
 
-@pytest.mark.quick("1-5-8-ragged", "1-5-8-allgather", "7-8-8-padded")
+@pytest.mark.quick("1-5-8-allgather", "7-8-8-padded")
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("tokens,top_k,experts", ODD_SIZES)
 def test_odd_sizes(transport, tokens, top_k, experts):

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import small_integers
+from fused_cases import CAPACITY, IN, OPS, OUT, ROWS, cut_to_fit, hashable, inner, lists, table
+from helpers import mesh_for, per_rank, small_integers
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
@@ -21,26 +22,8 @@ from moe_jax import _compat, errors, reference
 from moe_jax.fused import exchange
 
 H, N = 5, 3
-ROWS, CAPACITY = 16, 40  # rows of the input and of the result, per rank
 SMALL = 12  # a capacity that may be exceeded
-OUT, IN = "grouped_matmul_all_to_allv", "all_to_allv_grouped_matmul"
-OPS = [OUT, IN]
 PATTERNS = ["even", "uneven", "sparse", "giant", "to_one", "flood", "from_one", "nothing"]
-
-
-def mesh_for(num_ranks, axes="x"):
-    if axes == "x":
-        return _compat.auto_mesh(np.array(jax.devices()[:num_ranks]), ("x",))
-    return moe.make_mesh(ep=num_ranks // 2, tp=2)
-
-
-def per_rank(num_ranks, body, axes="x"):
-    """``body`` over arrays with a leading rank axis, which it does not see."""
-
-    def local(*args):
-        return jax.tree.map(lambda a: a[None], body(*jax.tree.map(lambda a: a[0], args)))
-
-    return _compat.shard_map(local, mesh=mesh_for(num_ranks, axes), in_specs=P(axes), out_specs=P(axes))
 
 
 def results(op, *args, **options):
@@ -60,46 +43,6 @@ def program(op, num_ranks, axes="x", counts=None, **options):
         return out, *pullback(cts)
 
     return jax.jit(per_rank(num_ranks, body, axes))
-
-
-def table(pattern, num_ranks, num_local, rng, rows=ROWS, capacity=CAPACITY):
-    """[R, R, e] rows from each rank to each, of which no rank sends more than it has or receives more than fit."""
-    shape = (num_ranks, num_ranks, num_local)
-    sizes = np.zeros(shape, np.int64)
-    if pattern == "even":
-        sizes[:] = rows // (num_ranks * num_local)
-    elif pattern == "uneven":
-        sizes[:] = rng.integers(0, 6, shape)
-    elif pattern == "sparse":
-        sizes[:] = rng.integers(1, 9, shape) * (rng.random(shape) < 0.3)
-    elif pattern == "giant":
-        sizes[0, -1, -1] = rows
-    elif pattern == "to_one":
-        sizes[:, 0] = rng.integers(0, 5, (num_ranks, num_local))
-    elif pattern == "flood":  # all that everybody has, to one expert
-        sizes[:, -1, -1] = rows
-    elif pattern == "from_one":
-        sizes[0] = rng.integers(0, 5, shape[1:])
-    return cut_to_fit(sizes, rows, capacity)
-
-
-def cut_to_fit(sizes, rows, capacity):
-    sent, came = np.zeros(len(sizes), int), np.zeros(len(sizes), int)
-    for a, b, e in np.ndindex(sizes.shape):
-        sizes[a, b, e] = min(sizes[a, b, e], rows - sent[a], capacity - came[b])
-        sent[a] += sizes[a, b, e]
-        came[b] += sizes[a, b, e]
-    return sizes
-
-
-def lists(sizes):
-    """The two count lists [R, R * e] of every rank."""
-    send, recv = sizes, sizes.transpose(1, 0, 2)
-    return tuple(np.ascontiguousarray(c).reshape(len(sizes), -1).astype(np.int32) for c in (send, recv))
-
-
-def hashable(counts):
-    return tuple(tuple(row) for row in counts.tolist())
 
 
 def poison(rows, counts):
@@ -142,7 +85,7 @@ def check(op, program_results, x, weight, cts, send, recv, **options):
 # --- values and gradients --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.quick("2-3-x-True-all_to_allv_grouped_matmul", "8-2-axes1-True-grouped_matmul_all_to_allv")
+@pytest.mark.quick("8-2-axes1-True-grouped_matmul_all_to_allv")
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(
     ("num_ranks", "num_local", "axes", "transpose"),
@@ -163,16 +106,17 @@ def test_patterns(op, num_ranks, num_local, axes, transpose):
         check(op, run(*args, *counts), *args, *counts, transpose_gmm_weight=transpose)
 
 
+@pytest.mark.quick("4-grouped_matmul_all_to_allv", "1-all_to_allv_grouped_matmul")
 @pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("chunks", [1, 4])
 @given(draw=st.data())
-def test_generated_counts(op, draw):
+def test_generated_counts(op, chunks, draw):
     """More rows than the result holds, too: the last ones by (source rank, expert) stay at home."""
     num_ranks, num_local = 4, 2
     entry = st.one_of(st.just(0), st.integers(0, 3), st.integers(0, ROWS))
     flat = draw.draw(st.lists(entry, min_size=num_ranks**2 * num_local, max_size=num_ranks**2 * num_local))
     sizes = cut_to_fit(np.array(flat, np.int64).reshape(num_ranks, num_ranks, num_local), ROWS, num_ranks * ROWS)
     args, counts = data(np.random.default_rng(0), op, sizes, SMALL), lists(sizes)
-    chunks = draw.draw(st.sampled_from([1, 4]))
     run = program(op, num_ranks, recv_capacity=SMALL, chunks=chunks)
     check(op, run(*args, *counts), *args, *counts, recv_capacity=SMALL)
 
@@ -255,6 +199,7 @@ def test_document_sample():
     )
 
 
+@pytest.mark.quick("False-grouped_matmul_all_to_allv", "True-all_to_allv_grouped_matmul")
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("transpose", [False, True])
 def test_dense_part(op, transpose):
@@ -324,11 +269,7 @@ def test_counts_are_data():
 # --- chunks ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.quick(
-    "False-4-grouped_matmul_all_to_allv",
-    "False-4-all_to_allv_grouped_matmul",
-    "True-2-grouped_matmul_all_to_allv",
-)
+@pytest.mark.quick("True-2-grouped_matmul_all_to_allv", "False-4-grouped_matmul_all_to_allv")
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(("static", "chunks"), [(False, 4), (True, 2)])
 def test_chunks_change_no_bit(op, static, chunks):
@@ -349,12 +290,6 @@ def test_chunks_change_no_bit(op, static, chunks):
     for mine, true in zip(whole[0], oracle(op, *args, *counts)[0], strict=True):
         for rank, rows in enumerate(true):
             np.testing.assert_allclose(mine[rank, : len(rows)], rows, rtol=1e-5, atol=1e-5)
-
-
-def inner(value):
-    """The jaxpr that a parameter of an equation holds, or None."""
-    value = getattr(value, "jaxpr", value)
-    return value if hasattr(value, "eqns") else None
 
 
 def contains(eqn, names):

@@ -9,30 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fused_cases import E2M1, E4M3, E5M2, E8M0, IN, INT8, OPS, OUT, PACKED, codes, hashable, inner, lists, scales, table
+from helpers import mesh_for, per_rank
 from jax import lax
 from jax.sharding import PartitionSpec as P
-from test_fused import IN, OPS, OUT, hashable, inner, lists, mesh_for, per_rank, table
 
 import moe_jax as moe
 from moe_jax import _compat, errors, quant, reference
 from moe_jax.fused import scaled
 
 N, ROWS, CAPACITY = 6, 16, 40
-E4M3, E5M2, E2M1, E8M0 = (getattr(jnp, n) for n in ("float8_e4m3fn", "float8_e5m2", "float4_e2m1fn", "float8_e8m0fnu"))
-INT8 = jnp.int8
-PACKED = "two e2m1 per byte"
 OUT_OF = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}  # relative error of one rounding
-
-
-def codes(rng, kind, shape):
-    """Finite numbers of a format, as NumPy arrays; ``shape`` counts numbers."""
-    if kind is INT8:
-        return rng.integers(-128, 128, shape).astype(np.int8)
-    if kind is PACKED:
-        return rng.integers(0, 256, (*shape[:-1], shape[-1] // 2)).astype(np.uint8)
-    if kind is E2M1:
-        return rng.integers(-6, 7, shape).astype(np.float32).astype(E2M1)
-    return (rng.standard_normal(shape) * 4).clip(-8, 8).astype(np.float32).astype(kind)
 
 
 def poisoned(x, counts):
@@ -41,15 +28,6 @@ def poisoned(x, counts):
     for rank, total in enumerate(counts.sum(axis=1)):
         x.view(np.uint8)[rank, total:] = 0xFF if x.dtype != E2M1 else 0xF
     return x
-
-
-def scales(rng, microscaled, num_ranks, shape, contracted, dtype=np.uint8):
-    """For numbers [num_ranks, *shape] that are contracted along axis ``contracted`` of ``shape``."""
-    if not microscaled:
-        return (2.0 ** rng.integers(-9, -5, (num_ranks, 1))).astype(np.float32)
-    shape = list(shape)
-    shape[contracted] = -(-shape[contracted] // 64)
-    return rng.integers(125, 130, (num_ranks, *shape, 2)).astype(np.uint8).view(dtype)
 
 
 def operands(rng, sizes, kinds, hidden, *, microscaled, transpose, scale_dtype=np.uint8):
@@ -126,8 +104,8 @@ def magnitudes(given, transpose):
     ("num_ranks", "num_local", "axes", "hidden", "transpose", "chunks"),
     [
         pytest.param(1, 2, "x", 7, False, 1, marks=pytest.mark.slow),
-        pytest.param(4, 2, "x", 5, True, 2, marks=pytest.mark.slow),
-        (8, 1, ("ep", "tp"), 9, False, 8),
+        (4, 2, "x", 5, True, 2),
+        pytest.param(8, 1, ("ep", "tp"), 9, False, 8, marks=pytest.mark.slow),
     ],
 )
 def test_int8_is_exact(op, num_ranks, num_local, axes, hidden, transpose, chunks):
@@ -141,6 +119,7 @@ def test_int8_is_exact(op, num_ranks, num_local, axes, hidden, transpose, chunks
     check(op, found, given, counts, jnp.float32, exact=True, transpose=transpose)
 
 
+@pytest.mark.quick("False-grouped_matmul_all_to_allv", "True-all_to_allv_grouped_matmul")
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("transpose", [False, True])
 def test_int8_sums_past_the_whole_numbers_of_float32(op, transpose):
@@ -213,6 +192,7 @@ def test_schemes(op, kinds, hidden, microscaled, transpose, dtype, scale_dtype):
     check(op, found, given, counts, dtype, transpose=transpose)
 
 
+@pytest.mark.quick("all_to_allv_grouped_matmul")
 @pytest.mark.parametrize("op", OPS)
 def test_chunks_static_counts_and_overflow(op):
     """The same bits for every number of chunks; more rows than the result holds stay at home, as without scales."""
@@ -260,6 +240,7 @@ def test_numbers_and_scales_of_a_recipe(op):
     np.testing.assert_array_equal(of_codes, floats)
 
 
+@pytest.mark.quick("grouped_matmul_all_to_allv")
 @pytest.mark.parametrize("op", OPS)
 def test_64_bit_mode(op):
     """Counts stay i32 and results what they are, with scales and without, where rows overflow."""

@@ -4,13 +4,13 @@ import collections
 import functools
 import re
 
+import grouped_matmul_contract as contract
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_grouped_matmul as contract
+from helpers import needs
 from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu
-from test_targets import needs
 
 import moe_jax as moe
 from moe_jax import reference

@@ -7,11 +7,11 @@ here, and their lowered programs are read for the native instruction.
 
 import functools
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grouped_matmul_contract import GROUPS, G, H, M, N, check, lowered_text, operands, program
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
@@ -22,58 +22,6 @@ from moe_jax.kernels import grouped_matmuls, xla
 
 BACKENDS = ("cpu", "xla", "gpu", "tpu", "auto")
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
-M, H, N, G = 37, 6, 5, 5  # no multiple of any tile
-
-GROUPS = {
-    "full": [10, 7, 8, 5, 7],
-    "empty_first": [0, 0, 12, 5, 20],
-    "empty_middle": [16, 0, 0, 16, 5],
-    "empty_last": [17, 15, 5, 0, 0],
-    "all_empty": [0, 0, 0, 0, 0],
-    "one_giant": [0, 0, 37, 0, 0],
-    "giant_last": [0, 0, 0, 0, 37],
-    "ones": [1, 1, 1, 1, 1],
-    "slack": [3, 16, 1, 0, 4],
-    "slack_after_empty": [0, 0, 0, 33, 0],
-}
-
-
-@functools.cache
-def program(backend, transpose_rhs):
-    """(lhs, rhs, group_sizes, ct) -> (out, d_lhs, d_rhs)."""
-
-    def run(lhs, rhs, group_sizes, ct):
-        def product(lhs, rhs):
-            return moe_jax.grouped_matmul(lhs, rhs, group_sizes, backend=backend, transpose_rhs=transpose_rhs)
-
-        out, pullback = jax.vjp(product, lhs, rhs)
-        return out, *pullback(ct)
-
-    return jax.jit(run)
-
-
-def operands(seed, group_sizes, dtype, transpose_rhs, shape=(M, H, N)):
-    """Integers in -4..4; rows past the groups are NaN in ``lhs`` and in the cotangent."""
-    num_rows, contracted, out_dim = shape
-    rng = np.random.default_rng(seed)
-    lhs, ct = (rng.integers(-4, 5, (num_rows, d)).astype(dtype) for d in (contracted, out_dim))
-    lhs[sum(group_sizes) :], ct[sum(group_sizes) :] = np.nan, np.nan
-    rhs = rng.integers(-4, 5, (len(group_sizes), contracted, out_dim)).astype(dtype)
-    rhs = rhs.swapaxes(1, 2) if transpose_rhs else rhs
-    return lhs, rhs, np.array(group_sizes, np.int32), ct
-
-
-def check(backend, lhs, rhs, group_sizes, ct, transpose_rhs):
-    results = program(backend, transpose_rhs)(lhs, rhs, group_sizes, ct)
-    expected = (
-        reference.grouped_matmul(lhs, rhs, group_sizes, transpose_rhs=transpose_rhs),
-        *reference.grouped_matmul_vjp(ct, lhs, rhs, group_sizes, transpose_rhs=transpose_rhs),
-    )
-    expected = [e.astype(lhs.dtype) for e in expected]
-    chex.assert_trees_all_equal_shapes_and_dtypes(list(results), expected)
-    total = int(np.sum(group_sizes))
-    for actual, wanted, stop in zip(results, expected, (total, total, None), strict=True):
-        np.testing.assert_array_equal(np.asarray(actual)[:stop], wanted[:stop])
 
 
 @pytest.mark.quick(
@@ -149,7 +97,9 @@ def test_what_a_product_is_added_to(backend):
             return moe_jax.grouped_matmul(lhs, rhs, group_sizes, backend=backend, add_to=start)
 
         out, pull = jax.vjp(summed, lhs, rhs, start)
-        outs, pull_all = jax.vjp(lambda lhs: grouped_matmuls(lhs, (rhs, 2 * rhs), group_sizes, backend=backend), lhs)
+        outs, pull_all = jax.vjp(
+            lambda lhs: grouped_matmuls(backend, lhs, (rhs, 2 * rhs), (None, None), group_sizes), lhs
+        )
         return out, *pull(ct), outs, *pull_all((ct, ct))
 
     for seed, group_sizes in enumerate(GROUPS.values()):
@@ -196,11 +146,6 @@ def test_replicated_weights_get_the_sum_of_all_ranks_gradients(backend):
 
 
 NATIVE = '"chlo.ragged_dot"('
-
-
-def lowered_text(backend, platform, dtype=jnp.float32):
-    case = operands(0, GROUPS["full"], dtype, False)
-    return program(backend, False).trace(*case).lower(lowering_platforms=(platform,)).as_text()
 
 
 @pytest.mark.parametrize(("backend", "platform"), [("cpu", "cpu"), ("xla", "tpu"), ("gpu", "rocm")])

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import small_integers
+from helpers import small_integers
 from jax.sharding import AbstractMesh
 
 import moe_jax as moe

@@ -13,17 +13,17 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import PATTERNS, expert_ids, small_integers
-from jax.sharding import PartitionSpec
+from helpers import PATTERNS, expert_ids, over_mesh, small_integers
 
 import moe_jax as moe
-from moe_jax import _compat, quant, reference
+from moe_jax import quant, reference
 from moe_jax.transports import HIERARCHY
 from moe_jax.transports.hierarchy import open_hierarchy
 
 MESHES = [(2, 2, 2), (4, 2, 1), (1, 4, 1)]  # nodes, ranks of each, tp
 MESHES += [pytest.param(mesh, marks=pytest.mark.slow) for mesh in ((2, 2, 1), (2, 4, 1))]
 T, K, H, BYTES = 5, 3, 4, 6
+AXES = (("node", "ep"), "tp")
 LOCAL = 2  # experts per rank
 
 
@@ -44,16 +44,6 @@ def make(nodes, per_node, tp, **options):
     plan = moe.make_plan(mesh, tokens_per_rank=T, hidden=H, top_k=K, transport="padded", **options)
     assert plan.pair_capacity == 2
     return mesh, plan
-
-
-def over_mesh(mesh, plan, function):
-    """``function`` per shard over arrays [W, P, ...]."""
-    spec = PartitionSpec(plan.ep_axis, plan.tp_axis)
-
-    def shard(*args):
-        return jax.tree.map(lambda a: a[None, None], function(*jax.tree.map(lambda a: a[0, 0], args)))
-
-    return _compat.shard_map(shard, mesh=mesh, in_specs=spec, out_specs=spec)
 
 
 def all_in_one(plan, capacity, x, message, destination, start, rows, weights, ct):
@@ -77,7 +67,7 @@ def all_in_one(plan, capacity, x, message, destination, start, rows, weights, ct
 @functools.cache
 def program(nodes, per_node, tp, capacity):
     mesh, plan = make(nodes, per_node, tp)
-    return jax.jit(over_mesh(mesh, plan, functools.partial(all_in_one, plan, capacity)))
+    return jax.jit(over_mesh(mesh, functools.partial(all_in_one, plan, capacity), AXES))
 
 
 class Case:
@@ -186,6 +176,7 @@ def test_a_window_of_everything(mesh):
         np.testing.assert_array_equal(got["group_sizes"], case.sent.group_sizes)
 
 
+@pytest.mark.quick("mesh0", "mesh2")
 @pytest.mark.parametrize("mesh", MESHES)
 def test_windows_cover_every_pair_once(mesh):
     """Windows of 2 rows per pair of ranks, each exact; a pair of another window is not there."""
@@ -212,7 +203,7 @@ def test_odd_sizes(copies, capacity):
         maps, sizes, _ = open_hierarchy(destination, 0, capacity, plan, num_rows=8 * capacity)
         return collect(scatter(x, maps, plan), None, maps, plan), sizes
 
-    y, sizes = jax.jit(over_mesh(mesh, plan, shard))(x, destination)
+    y, sizes = jax.jit(over_mesh(mesh, shard, AXES))(x, destination)
     kept = np.zeros((4, 2, T))
     for w, p, rank in np.ndindex(4, 2, 4):
         mine = [(destination[w, p, t, c], t) for t in range(T) for c in range(copies)]
@@ -235,7 +226,7 @@ def test_sources_in_another_order():
         rows = scatter(x, maps, plan)
         return rows, collect(rows, None, maps, plan)
 
-    rows, y = jax.jit(over_mesh(mesh, plan, shard))(x, ids)
+    rows, y = jax.jit(over_mesh(mesh, shard, AXES))(x, ids)
     for w, p in np.ndindex(4, 2):
         expected = []
         for expert, source in [(w * LOCAL + local, source) for local in range(LOCAL) for source in order]:
@@ -255,6 +246,7 @@ def int8_and_back(partials):
     return reference.quant.dequantize("int8_group8", values, scale).reshape(shape)
 
 
+@pytest.mark.quick("none-rounded-1-4", "int8_group8-int8_and_back-4-2")
 @pytest.mark.parametrize("nodes,per_node", [(1, 4), (4, 2)])
 @pytest.mark.parametrize("name,travel", [("none", rounded), ("int8_group8", int8_and_back)])
 def test_partial_sums_are_rounded_once_per_node(nodes, per_node, name, travel):
@@ -269,7 +261,7 @@ def test_partial_sums_are_rounded_once_per_node(nodes, per_node, name, travel):
         rows = jnp.repeat(table, sizes, axis=0, total_repeat_length=W * T * K).astype(jnp.bfloat16)
         return collect(rows, weights, maps, plan, recipe=quant.recipe(name, "bfloat16"))
 
-    got = jax.jit(over_mesh(mesh, plan, shard))(ids, weights, values.reshape(W, 1, LOCAL, H))
+    got = jax.jit(over_mesh(mesh, shard, AXES))(ids, weights, values.reshape(W, 1, LOCAL, H))
     terms = weights[..., None] * values[ids]  # integers below 2 ** 11: exact
     node = ids // (LOCAL * per_node)
     partials = np.stack([np.where((node == m)[..., None], terms, 0).sum(axis=3) for m in range(nodes)])
@@ -334,7 +326,7 @@ def test_a_token_crosses_once(capacity):
         return scatter(x, maps, plan)
 
     x, ids = np.zeros((4, 2, T, H), np.float32), np.zeros((4, 2, T, K), np.int32)
-    text = jax.jit(over_mesh(mesh, plan, shard)).lower(x, ids).compile().as_text()
+    text = jax.jit(over_mesh(mesh, shard, AXES)).lower(x, ids).compile().as_text()
     traffic = node_traffic(text, 2, 2)
     assert [entry for entry in traffic if entry[1] == "f"] == [("all-to-all", "f", min(T, 2 * capacity) * H)]
     assert [entry[:2] for entry in traffic if entry[1] != "f"] == [("all-to-all", "s")] * 2
@@ -353,7 +345,7 @@ def test_what_comes_back_crosses_once_too():
         return y, HIERARCHY.collect_adjoint(rows, weights, x, maps, plan, ordered=True)
 
     x, ids = np.zeros((4, 1, T, H), np.float32), np.zeros((4, 1, T, K), np.int32)
-    text = jax.jit(over_mesh(mesh, plan, shard)).lower(x, ids, np.zeros((4, 1, T, K), np.float32)).compile().as_text()
+    text = jax.jit(over_mesh(mesh, shard, AXES)).lower(x, ids, np.zeros((4, 1, T, K), np.float32)).compile().as_text()
     traffic = node_traffic(text, 2, 1)
     assert sorted(size for _, kind, size in traffic if kind == "f") == [4 * K] * 2 + [4 * H]  # weights, dots, sums
     assert [size for _, kind, size in traffic if kind == "u"] == [4 * (H + K) * 4]  # cotangents with weights, as bytes
@@ -363,7 +355,7 @@ def test_what_comes_back_crosses_once_too():
 def test_no_tokens_trace():
     """A plan for no tokens can be opened, as far as shapes go."""
     mesh, plan = make(2, 2, 1)
-    opened = over_mesh(mesh, plan, lambda ids: open_hierarchy(ids, 0, 1, plan, num_rows=4)[1:])
+    opened = over_mesh(mesh, lambda ids: open_hierarchy(ids, 0, 1, plan, num_rows=4)[1:], AXES)
     sizes, counts = jax.eval_shape(opened, jax.ShapeDtypeStruct((4, 1, 0, K), jnp.int32))
     assert sizes.shape == (4, 1, LOCAL) and counts.shape == (4, 1, 1, 4, LOCAL)
 
@@ -394,7 +386,7 @@ def test_public_operators(nodes, per_node, tp):
             rows = [jnp.where(written.reshape(-1, *[1] * (a.ndim - 1)), a, 0) for a in parts]
             return rows, sent.group_sizes, pull(ct)[0]
 
-        return jax.tree.map(np.asarray, jax.jit(over_mesh(mesh, plan, shard))(x, ids, weights, ct))
+        return jax.tree.map(np.asarray, jax.jit(over_mesh(mesh, shard, AXES))(x, ids, weights, ct))
 
     for got, want in zip(jax.tree.leaves(run("hierarchy")), jax.tree.leaves(run("padded")), strict=True):
         np.testing.assert_array_equal(got, want)

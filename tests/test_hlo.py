@@ -6,7 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from cases import TRANSPORTS, mesh_of
+from helpers import TRANSPORTS, mesh_of
 
 import moe_jax as moe
 
@@ -66,7 +66,7 @@ def test_forward_budget(ep, tp):
         assert counts["reduce-scatter", "float", "inline"] == 1
 
 
-@pytest.mark.quick("padded", "allgather")
+@pytest.mark.quick("padded")
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_gradient_scatters_no_floats(transport):
     counts, _ = instructions(layer_program(4, 2, transport, gradient=True)[0])
@@ -95,6 +95,7 @@ def test_one_window_needs_no_loop():
     assert counts["all-to-all", "float", "loop"] == 0
 
 
+@pytest.mark.quick("tpu-tpu-@tpu_custom_call-True", "cuda-gpu-xla.gpu.triton-True")
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize(
     "platform,backend,kernel", [("tpu", "tpu", "@tpu_custom_call"), ("cuda", "gpu", "xla.gpu.triton")]

@@ -1,8 +1,8 @@
 """What the compilers for TPU make of the experts: the true work, and nothing over whole operands beside it."""
 
 import pytest
-from test_targets import needs
-from test_tpu_kernels import WORKLOADS
+from grouped_matmul_contract import WORKLOADS
+from helpers import needs
 
 import moe_jax as moe
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import MOSTLY_PADDED, mesh_of
-from test_layer import BALANCE, EXPERTS, TOLERANCE, F, H, K, T, Z, assert_close, make_params, steered_tokens
+from helpers import MOSTLY_PADDED, mesh_of
+from layer_cases import BALANCE, EXPERTS, TOLERANCE, F, H, K, T, Z, assert_close, make_params, steered_tokens
 
 import moe_jax as moe
 from moe_jax import reference
@@ -137,22 +137,21 @@ def test_a_quantised_wire_loses_nothing_of_what_it_can_hold(transport):
     [{"combine_quant": "int8_group8"}, pytest.param({"backward_quant": "mx_e5m2"}, marks=pytest.mark.slow)],
 )
 def test_a_quantised_way_back_stays_within_its_error(options):
-    rng = np.random.default_rng(3)
+    rng, router = np.random.default_rng(3), moe.RouterConfig()
     params = logical_params(rng)
     x, mask = steered_tokens("random", rng, T * EP * TP, EP)
     ct = rng.normal(size=x.shape).astype(np.float32)
-    results = []
-    for chosen in ({}, options):
-        _, apply = make(mesh_of(EP, TP), num_experts=EXPERTS, num_logical_experts=None, transport="padded", **chosen)
-        results.append(value_and_grads(apply)(params, x, mask, ct, {}))
-    (_, (y, _)), (_, d_x) = results[0]
-    (_, (y_hat, _)), (_, d_x_hat) = results[1]
+    _, apply = make(mesh_of(EP, TP), num_experts=EXPERTS, num_logical_experts=None, transport="padded", **options)
+    (_, (y, _)), (_, d_x) = value_and_grads(apply)(params, x, mask, ct, {})
+    want_y, _ = reference.moe_layer(params, x, router, top_k=K, token_mask=mask)
+    _, want_d_x = reference.moe_layer_vjp(params, x, ct, router, ct_balance=BALANCE, ct_z=Z, top_k=K, token_mask=mask)
     bound = {"combine_quant": (1 / 127, 1 / 127), "backward_quant": (0, 0.25)}[next(iter(options))]
-    for got, want, relative in ((y_hat, y, bound[0]), (d_x_hat, d_x, bound[1])):
-        error = np.abs(np.asarray(got) - np.asarray(want)).max() / np.abs(want).max()
-        assert error <= relative + TOLERANCE
-    assert np.array_equal(y, y_hat) == ("combine_quant" not in options)
-    assert not np.array_equal(d_x, d_x_hat)  # rows that come back make the gradient of their weights
+    errors = []
+    for got, want, relative in ((y, want_y, bound[0]), (d_x, want_d_x, bound[1])):
+        errors.append(np.abs(np.asarray(got) - want).max() / np.abs(want).max())
+        assert errors[-1] <= relative + TOLERANCE
+    assert (errors[0] > TOLERANCE) == ("combine_quant" in options)
+    assert errors[1] > TOLERANCE  # rows that come back make the gradient of their weights
 
 
 def test_over_nodes():

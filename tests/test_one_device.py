@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import PATTERNS, expert_ids, mesh_of, over_mesh
-from test_derivatives import holds
-from test_layer import compare, make, make_params, steered_tokens, value_and_grads
+from derivative_laws import holds
+from helpers import PATTERNS, expert_ids, mesh_of, over_mesh
+from layer_cases import compare, make, make_params, steered_tokens, value_and_grads
 
 import moe_jax as moe
 from moe_jax import errors, reference
@@ -179,7 +179,9 @@ def test_a_rank_table_of_one_rank_changes_nothing_and_is_checked():
 def test_no_tokens():
     _, init, apply = make(1, 1, tokens_per_rank=0)
     x, ct = np.zeros((2, 0, 16), np.float32)
-    (_, (y, stats)), (d_params, d_x) = value_and_grads(apply)(init(jax.random.key(0)), x, np.zeros(0, bool), ct)
+    (_, (y, stats)), (d_params, d_x) = value_and_grads(apply)(
+        make_params(init, np.random.default_rng(0)), x, np.zeros(0, bool), ct
+    )
     assert y.shape == d_x.shape == (0, 16) and int(stats.num_rounds) == 1 and int(stats.load.sum()) == 0
     assert not any(np.asarray(value).any() for value in d_params.values())
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
-from cases import TRANSPORTS, mesh_of, over_mesh
-from test_layer import (
+from helpers import TRANSPORTS, mesh_of, over_mesh
+from layer_cases import (
     EXPERTS,
     F,
     H,
@@ -69,6 +69,7 @@ def run_patterns(ep, tp, transport, chunks, *, repeats=1, capacity_factor=1.0):
     assert max(seen) > 1 or plan.max_rounds == 1
 
 
+@pytest.mark.quick("4-2-padded-2-1.25")
 @pytest.mark.parametrize(
     "ep,tp,transport,chunks,capacity_factor",  # 1.25: further rounds, in loops; 8: all in the first
     [(4, 2, "padded", 2, 1.25), (8, 1, "ragged", 2, 8.0), (4, 2, "allgather", 4, 8.0)],
@@ -89,6 +90,7 @@ def test_equals_oracle_many(ep, tp, transport, chunks):
     run_patterns(ep, tp, transport, chunks, repeats=5)
 
 
+@pytest.mark.quick("2")
 @pytest.mark.parametrize("chunks", [2, 4])
 def test_drop_is_by_chunk(chunks):
     """Of each chunk a pair of ranks keeps the front of its list; the rest is counted and adds nothing."""
@@ -240,6 +242,7 @@ def work_of(nodes):
     return [n for n in exchanges if n not in loops], [n for n in products if n not in loops], sorted(loops)
 
 
+@pytest.mark.quick("padded-2-2", "ragged-1-1")
 @pytest.mark.parametrize(
     "transport,tp,moves",  # exchanges of a chunk each way: with tp 2 also an all-gather or a reduce-scatter
     [("padded", 1, 1), ("padded", 2, 2), ("ragged", 1, 1), ("allgather", 1, 1)],

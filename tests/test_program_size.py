@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import pytest
-from cases import TRANSPORTS, mesh_of
+from helpers import TRANSPORTS, mesh_of
 from jax.sharding import AbstractMesh
 
 import moe_jax as moe
@@ -77,7 +77,7 @@ def lowered(platform, **sizes):
         return operations(traced.lower(lowering_platforms=(platform,)).as_text())
 
 
-@pytest.mark.quick("padded", "allgather")
+@pytest.mark.quick("padded")
 @pytest.mark.parametrize("transport", [*TRANSPORTS, "hierarchy"])
 def test_lowered_program_grows_with_nothing(transport):
     """The same operations for 16 and 64 ranks, 64 and 1024 tokens, 64 and 512 experts."""

@@ -13,7 +13,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import mesh_of, small_integers
+from helpers import mesh_of, small_integers
 from jax.sharding import PartitionSpec as P
 
 import moe_jax as moe

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import mesh_for, per_rank
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
@@ -26,26 +27,9 @@ FLAT = "x"
 PAIRED = ("ep", "tp")
 
 
-def mesh_for(num_ranks, axes=FLAT):
-    if axes == PAIRED:
-        return moe_jax.make_mesh(ep=num_ranks // 2, tp=2)
-    return _compat.auto_mesh(np.array(jax.devices()[:num_ranks]), (axes,))
-
-
-def per_rank(axes, num_ranks, body, out_specs=None):
-    """``body`` over arrays with a leading rank axis, which it does not see."""
-
-    def local(*args):
-        results = body(*jax.tree.map(lambda a: a[0], args))
-        return jax.tree.map(lambda a: a[None], results)
-
-    out_specs = P(axes) if out_specs is None else out_specs
-    return _compat.shard_map(local, mesh=mesh_for(num_ranks, axes), in_specs=P(axes), out_specs=out_specs)
-
-
 @functools.cache
 def forward_program(num_ranks, axes=FLAT):
-    return jax.jit(per_rank(axes, num_ranks, functools.partial(moe_jax.ragged_all_to_all, axis_name=axes)))
+    return jax.jit(per_rank(num_ranks, functools.partial(moe_jax.ragged_all_to_all, axis_name=axes), axes))
 
 
 @functools.cache
@@ -57,7 +41,7 @@ def gradient_program(num_ranks, axes=FLAT):
         result, pullback = jax.vjp(exchange, operand, output)
         return result, *pullback(ct)
 
-    return jax.jit(per_rank(axes, num_ranks, body))
+    return jax.jit(per_rank(num_ranks, body, axes))
 
 
 def integers(rng, shape, dtype=np.float32):
@@ -136,7 +120,10 @@ def check_gradients(num_ranks, axes, slices, rng, num_in=NUM_IN, num_out=NUM_OUT
 # --- values and gradients --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("num_ranks", "axes"), [(2, FLAT), (4, FLAT), (8, FLAT), (8, PAIRED)])
+@pytest.mark.parametrize(
+    ("num_ranks", "axes"),
+    [(4, FLAT), (8, PAIRED), *(pytest.param(ranks, FLAT, marks=pytest.mark.slow) for ranks in (2, 8))],
+)
 @pytest.mark.parametrize("name", list(patterns(2)))
 def test_patterns(num_ranks, axes, name):
     sizes = cut_to_fit(patterns(num_ranks)[name], NUM_IN, NUM_OUT)
@@ -210,11 +197,12 @@ def test_fresh_output_gives_a_varying_result():
     rng = np.random.default_rng(0)
     sizes = cut_to_fit(rng.integers(0, 5, (4, 4)), NUM_IN, NUM_OUT)
     args = (integers(rng, (4, NUM_IN, 3)), *lay_out(rng, sizes, NUM_IN, NUM_OUT, overlapping=False))
-    result = jax.jit(per_rank(FLAT, 4, into_zeros))(*args)
+    result = jax.jit(per_rank(4, into_zeros))(*args)
     expected = reference.ragged_all_to_all(args[0], np.zeros((4, NUM_OUT, 3), np.float32), *args[1:])
     np.testing.assert_array_equal(result, np.stack(expected))
+    flat = [a.reshape(-1, *a.shape[2:]) for a in args]
     with pytest.raises(ValueError, match="out_specs"):
-        jax.eval_shape(per_rank(FLAT, 4, into_zeros, out_specs=P()), *args)
+        jax.eval_shape(_compat.shard_map(into_zeros, mesh=mesh_for(4), in_specs=P(FLAT), out_specs=P()), *flat)
 
 
 def test_everything_replicated_still_gives_a_varying_result():
@@ -321,7 +309,7 @@ def counted():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ragged.lax, "all_to_all", counting)
         body = functools.partial(moe_jax.ragged_all_to_all, axis_name=FLAT)
-        return jax.jit(per_rank(FLAT, COUNTED_RANKS, body)).lower(*args).compile(), wire
+        return jax.jit(per_rank(COUNTED_RANKS, body)).lower(*args).compile(), wire
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import small_integers
 from family_cases import DTYPES, elastic_info
-from jax.sharding import PartitionSpec as P
-from test_fused import lists
+from fused_cases import lists
+from helpers import over_ep, small_integers
 
 import moe_jax as moe
-from moe_jax import _compat, aclnn
+from moe_jax import aclnn
 from moe_jax.recovery.window import buffer_reset, make_window
 
 W, T, K, H, LOCAL = 4, 3, 2, 8, 2
@@ -27,13 +26,8 @@ TOLD_APART = 6  # values of each argument
 def traced_once(shard, *, nodes=1):
     """``shard`` over arrays [W, ...] as a program that may be traced a single time, its gradients included."""
     mesh = moe.make_mesh(ep=W, nodes=nodes)
-    spec = P(mesh.axis_names)
-
-    def local(*args):
-        return jax.tree.map(lambda a: a[None], shard(*jax.tree.map(lambda a: a[0], args)))
-
     chex.clear_trace_counter()  # it counts by name
-    mapped = _compat.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec)
+    mapped = over_ep(shard, mesh)
     return jax.jit(chex.assert_max_traces(lambda *args: mapped(*args), 1))
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import target_programs
-from cases import mesh_of
+from helpers import mesh_of, needs
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -31,14 +31,6 @@ from moe_jax.targets.target import find_target
 ALONE = ["v5e:1x1", "v5p:1x1x1", "v6e:1x1", "h100:1"]
 ELSEWHERE = ["v5e:2x4", "v5p:2x2x2", "v6e:2x4", "a100:8", "h100:8", "h200:8", "b200:8"]
 ROWS, WIDTH = 64, 128
-
-
-def needs(target):
-    """Skips where the target's compiler is not installed."""
-    try:
-        find_target(target).check_installed()
-    except UnsupportedError as error:
-        pytest.skip(str(error))
 
 
 def on_mesh(mesh, *shape, dtype="float32"):

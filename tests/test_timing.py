@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import behind, delayed, entry_graph, over_ep
 from jax.sharding import PartitionSpec as P
 from processes import run_processes
-from test_barrier import behind, delayed, entry_graph, over_ep
 
 import moe_jax
 from moe_jax import _compat, errors

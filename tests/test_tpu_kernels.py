@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grouped_matmul_contract import WORKLOADS
 from jax import lax
 
 import moe_jax
@@ -25,13 +26,6 @@ SIZES = {
     "first and last empty": [0, 150, 0, 190, 0],
     "one": [0, 0, 400, 0, 0],
     "none": [0, 0, 0, 0, 0],
-}
-# (rows M, hidden H, ffn F, groups G) on one device
-WORKLOADS = {
-    "A": (4096, 1024, 1024, 4),
-    "B": (16384, 2048, 768, 16),
-    "C": (8192, 7168, 2048, 8),
-    "64 experts": (16384, 2048, 768, 64),
 }
 
 
@@ -232,10 +226,10 @@ def test_what_fp32_operands_are_multiplied_in():
 def test_the_gradient_of_rows_through_several_matrices_is_accumulated_by_the_kernel():
     """Three products of rows back for three matrices; the kernels of the second and third take the sum so far."""
     lhs, sizes = jnp.ones((40, 6)), jnp.array([20, 15], jnp.int32)
-    matrices = [jnp.ones((2, 6, width)) for width in (3, 3, 5)]
+    matrices = tuple(jnp.ones((2, 6, width)) for width in (3, 3, 5))
 
     def pull(lhs, *cts):
-        return jax.vjp(lambda lhs: grouped_matmuls(lhs, matrices, sizes, backend="tpu"), lhs)[1](cts)[0]
+        return jax.vjp(lambda lhs: grouped_matmuls("tpu", lhs, matrices, (None,) * 3, sizes), lhs)[1](cts)[0]
 
     def kernels(jaxpr):
         for eqn in jaxpr.eqns:

@@ -1,7 +1,7 @@
 """Transports: one contract for all of them, and how another one joins.
 
-The contract is public (``moe_jax.verify.transport_contract``): integers, so that every sum is exact, against the float64
-oracle and loops over pairs, with NaN in all that nobody may read, on 2 nodes of 2 ranks with 2 tensor-parallel ranks.
+The contract is public (``moe_jax.verify.transport_contract``): integers, so that every sum is exact, against the
+float64 oracle and loops over pairs, with NaN in all that nobody may read, on 2 nodes of 2 ranks with 2 tp ranks each.
 """
 
 import dataclasses

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import MOSTLY_PADDED, TRANSPORTS, mesh_of, over_mesh, small_integers
+from helpers import MOSTLY_PADDED, TRANSPORTS, mesh_of, over_mesh, small_integers
 
 import moe_jax as moe
 from moe_jax import reference

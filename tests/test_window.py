@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import over_ep
 from jax.sharding import PartitionSpec as P
 
 import moe_jax
@@ -21,17 +22,6 @@ from moe_jax.recovery.window import (
 
 W, R, V = 8, 3, 5
 FAR = 120_000_000  # microseconds, longer than any test
-
-
-def over_ep(function, nodes=1):
-    """``function`` per shard over arrays [W, ...], whose leading entry is taken off and put back."""
-    mesh = moe_jax.make_mesh(ep=W, nodes=nodes)
-    spec = P(("node", "ep") if nodes > 1 else "ep")
-
-    def shard(*args):
-        return jax.tree.map(lambda a: a[None], function(*jax.tree.map(lambda a: a[0], args)))
-
-    return _compat.shard_map(shard, mesh=mesh, in_specs=spec, out_specs=spec)
 
 
 def everywhere(value):
@@ -84,7 +74,7 @@ def test_reset_waits_only_when_asked():
     windows, mask = full_windows(np.random.default_rng(1)), everywhere(np.ones(W, np.int32))
     for sync in (True, False):
         reset = functools.partial(buffer_reset, axis_name=("node", "ep"), sync=sync)
-        text = jax.jit(over_ep(reset, nodes=2)).lower(windows, mask).compile().as_text()
+        text = jax.jit(over_ep(reset, moe_jax.make_mesh(ep=W, nodes=2))).lower(windows, mask).compile().as_text()
         assert ("all-reduce(" in text) == sync
 
 
@@ -105,7 +95,7 @@ def test_reset_reuses_donated_memory(dtype):
 @pytest.mark.parametrize("nodes,axes", [(1, "ep"), (2, ("node", "ep"))])
 def test_fresh_sources(nodes, axes):
     steps = np.array([4, 4, 5, 4, 0, 4, 5, -4], np.int32)[:, None]
-    got = jax.jit(over_ep(lambda step: fresh_sources(step, axes), nodes))(steps)
+    got = jax.jit(over_ep(lambda step: fresh_sources(step, axes), moe_jax.make_mesh(ep=W, nodes=nodes)))(steps)
     for me in range(W):
         assert got[me].tolist() == [bool(steps[peer, 0] == steps[me, 0]) for peer in range(W)]
 
@@ -126,7 +116,7 @@ def probe_links(pattern, servers, per_server, axes="ep", nodes=1):
         return window, receivable_info_collect(window, everyone, **links)
 
     everyone = pattern
-    return jax.jit(over_ep(shard, nodes))
+    return jax.jit(over_ep(shard, moe_jax.make_mesh(ep=W, nodes=nodes)))
 
 
 def expected_matrices(hears, tested, healthy):

@@ -78,7 +78,7 @@ def moe_distribute_combine_v4(
     given = locals()
     total, active, waited = _total(given)
     x_out = jnp.where(active[:, None], total.astype(expand_x.dtype), jnp.zeros((), expand_x.dtype))
-    return CombineOutput(x_out) if performance_info is None else TimedCombineOutput(x_out, waited)
+    return CombineOutput(x_out) if waited is None else TimedCombineOutput(x_out, waited)
 
 
 @operator(ADD_RMS_NORM, workspace.add_rms_norm)
@@ -208,7 +208,7 @@ def _handle(
     written = (row < jnp.sum(lanes))[:, None]
     rows = jnp.where(written, given["expand_x"][: world.num_rows], 0)  # a caller may have allocated more
     rows = jnp.where(fits[:, None] | ~written, rows, jnp.nan)
-    if plan.transport != "hierarchy" or given["expand_scales"] is None:
+    if not transport.takes_row_weights or given["expand_scales"] is None:
         return handle, rows, None
     # Routed rows have the weights that came with them, and rows of shared experts, whose k is K or more, have weight 1.
     weights = jnp.where(triples[:, 2] < plan.top_k, given["expand_scales"][:capacity], 1.0)

@@ -107,7 +107,7 @@ class Chunks(Exchange):
             exclusive_cumsum(self.sizes[:, me]),
             axes,
             chunk=self.chunk,
-            all_to_all=find_transport("padded", plan.backend),
+            all_to_all=find_transport("padded", plan.kernels),
         )
         return moved, ()
 
@@ -131,7 +131,7 @@ class Slices(Exchange):
         me = lax.axis_index(axes)
         send, come = self.sizes[me], self.sizes[:, me]
         first = jnp.cumsum(self.sizes, axis=0) - self.sizes  # [source, destination] inbox slot
-        exchange = find_transport("ragged", plan.backend) or portable_ragged_all_to_all
+        exchange = find_transport("ragged", plan.kernels) or portable_ragged_all_to_all
         slots = _slots(rows, num_slots, into, plan)
         return exchange(rows, slots, exclusive_cumsum(send), send, first[me], come, axis_name=axes), ()
 
@@ -188,7 +188,7 @@ def exchange_blocks(rows: Array, axes: tuple[str, ...], plan) -> Array:
     if num_ranks == 1:
         return rows
     blocks = rows.reshape(num_ranks, rows.shape[0] // num_ranks, rows.shape[1])
-    custom = find_transport("padded", plan.backend)
+    custom = find_transport("padded", plan.kernels)
     moved = custom(blocks, axes) if custom else swap_blocks(axes, blocks)
     return moved.reshape(rows.shape)
 

@@ -100,10 +100,16 @@ class Transport(abc.ABC):
         quantised with factors of its expert and can be received into a window, and it comes back for itself, so that
         the sum over the choices of a token is made at the token. False: a token travels once for several experts, and
         the rows of a token are summed on their way back.
+      takes_row_weights: whether ``collect`` also takes weights [M] that stand beside the rows.
     """
 
     name: ClassVar[str]
     pairwise: ClassVar[bool] = False
+    takes_row_weights: ClassVar[bool] = False
+
+    def remark(self, plan: Plan) -> str:
+        """What ``describe`` says to somebody who asked for this transport on such a mesh; "" for nothing."""
+        return ""
 
     # What it costs: whole numbers of bytes per device, from sizes alone. Read by ``plan.cost`` and ``Plan.workspace``.
 
