@@ -208,7 +208,7 @@ def _handle(
     written = (row < jnp.sum(lanes))[:, None]
     rows = jnp.where(written, given["expand_x"][: world.num_rows], 0)  # a caller may have allocated more
     rows = jnp.where(fits[:, None] | ~written, rows, jnp.nan)
-    if plan.transport != "hierarchy" or given["expand_scales"] is None:
+    if not transport.takes_row_weights or given["expand_scales"] is None:
         return handle, rows, None
     # Routed rows have the weights that came with them, and rows of shared experts, whose k is K or more, have weight 1.
     weights = jnp.where(triples[:, 2] < plan.top_k, given["expand_scales"][:capacity], 1.0)

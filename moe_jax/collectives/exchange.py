@@ -14,7 +14,7 @@ those that have nothing to say.
 import abc
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,13 @@ Array = jax.Array
 
 
 class Exchange(abc.ABC):
-    """What moves the rows of one round."""
+    """What moves the rows of one round.
+
+    Attributes:
+      in_blocks: whether a rank has as many slots for each other one, rather than its rows end to end.
+    """
+
+    in_blocks: ClassVar[bool]
 
     @abc.abstractmethod
     def move(
@@ -65,6 +71,8 @@ class Exchange(abc.ABC):
 class Blocks(Exchange):
     """S = A = R * C, C slots for each of the R ranks."""
 
+    in_blocks = True
+
     def move(self, rows, num_slots, axes, plan, *, into=None):
         return exchange_blocks(rows, axes, plan), ()  # every slot is written, whatever ``into`` held
 
@@ -86,6 +94,8 @@ class Chunks(Exchange):
 
     sizes: Array
     chunk: int
+
+    in_blocks = False
 
     def move(self, rows, num_slots, axes, plan, *, into=None):
         me = lax.axis_index(axes)
@@ -115,6 +125,8 @@ class Slices(Exchange):
 
     sizes: Array
 
+    in_blocks = False
+
     def move(self, rows, num_slots, axes, plan, *, into=None):
         me = lax.axis_index(axes)
         send, come = self.sizes[me], self.sizes[:, me]
@@ -130,6 +142,8 @@ class Slices(Exchange):
 @pytree()
 class TimedBlocks(Exchange):
     """``Blocks``, one peer after the other; the note is [R] i32, the microseconds that this rank waited for each."""
+
+    in_blocks = True
 
     def move(self, rows, num_slots, axes, plan, *, into=None):
         num_ranks = group_size(axes)
@@ -154,6 +168,8 @@ class Receiving(Exchange):
 
     exchange: Exchange
     slots: Array
+
+    in_blocks = False  # whichever it is, its slots are laid out by now
 
     def move(self, rows, num_slots, axes, plan, *, into=None):
         moved, _ = self.exchange.move(rows, num_slots, axes, plan, into=self.slots)
