@@ -188,7 +188,8 @@ def _check_values(call: Call, rules: Rules, product: str | None) -> None:
         why = f": {limits.why[name]}" if name in limits.why else ""
         with marked(f"absent:{name}{variant}", product):
             raise InvalidArgumentError(
-                f"{name} was given, with shape {came}; {call.operator} takes none{on(call.product)}{alg}{why}; pass None"
+                f"{name} was given, with shape {came}; {call.operator} takes none{on(call.product)}{alg}{why}; "
+                "pass None"
             )
     for name, legal in limits.values.items():
         with marked(name if base.values.get(name) == legal else f"{name}@{call['comm_alg']}", product):
