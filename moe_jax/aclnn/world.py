@@ -121,14 +121,13 @@ def open_exchange(
     fresh: Array | None = None,
     timed: bool = False,
 ) -> Exchange:
-    """What one call ships. With two tp ranks, own rows come before the peer's."""
+    """The bookkeeping of one call; with two tp ranks, own rows come before the peer's."""
     plan = world.plan
     given = {"token_mask": mask, "rank_table": elastic_info, "recv_counts": recv_counts, "fresh": fresh, "timed": timed}
     exchange = prepare(expert_ids, plan, **given)
     if plan.tp_size == 1:
         return exchange
-    # Elsewhere rows stand by tp rank, then by logical rank. Here the lane of this tp rank comes first.
-    order = exchange.source_order
+    order = exchange.source_order  # by tp rank, then by logical rank; the lane of this tp rank comes first here
     lanes = jnp.arange(plan.tp_size * plan.ep_size, dtype=jnp.int32) if order is None else order
     lanes = jnp.roll(lanes.reshape(plan.tp_size, plan.ep_size), -collectives.tp_rank(plan), axis=0)
     return exchange._replace(source_order=lanes.ravel())
