@@ -37,7 +37,7 @@ _HALVES = ("float16", "bfloat16")
 
 
 def _operator(values, dtypes, *, hierarchy, absent, required):
-    """The limits of an exchange operator: its own ones beside those that both have. The last three are of "hierarchy"."""
+    """The limits of an exchange operator: its own beside those that both have; the last three hold with "hierarchy"."""
     base = _FULLMESH.but(values=values, dtypes={"performance_info": ("int64",), **dtypes})  # [2.2]
     with_hierarchy = base.but(
         values={**_HIERARCHY, **hierarchy},
