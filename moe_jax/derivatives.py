@@ -1,11 +1,14 @@
 """Functions whose backward pass is written by hand, for every mode and order of differentiation.
 
 ``jax.custom_vjp`` refuses forward mode, and wants cotangents that vary over exactly the mesh axes of their operands. A
-``custom_gradient`` is defined in the same way, and from its backward pass follows the rest:
+``custom_gradient`` is defined in the same way, by a forward pass and a backward pass. The rest follows from the
+backward pass:
 
-- forward mode: the map from cotangents to cotangents, transposed, maps tangents to tangents;
-- higher orders: the backward pass is differentiated like any other function, so it must consist of functions that have
-  derivatives. Bits and loops of unknown length have none; ``first_order_only`` says so where they are needed.
+- Forward mode. The backward pass is a linear map from the cotangents of the result to those of the operands. Its
+  transpose maps the tangents of the operands to those of the result.
+- Higher orders. The backward pass is differentiated like any other function, so it must consist of functions that have
+  derivatives. Functions of bits and loops of unknown length have none; ``first_order_only`` says so where they are
+  needed.
 
 ``take_rows`` is the one gather by an index in which -1 means "none".
 """
@@ -29,14 +32,14 @@ Array = jax.Array
 
 
 class custom_gradient:
-    """A function with a backward pass of its own: ``jax.custom_vjp`` but for what stands above.
+    """A function with a backward pass of its own, like ``jax.custom_vjp`` but for what stands above.
 
-    Operands with a derivative become varying over every mesh axis that any operand varies over, so that JAX itself sums
-    the cotangents of those that are replicated.
+    Every operand that has a derivative is first typed as varying over all mesh axes over which any operand varies. The
+    transpose of that step is a sum over the ranks, so JAX itself sums the cotangents of operands that are replicated.
 
     Args:
       function: (*static, *operands) -> any pytree.
-      num_static: leading arguments that are hashable and no arrays.
+      num_static: how many of the first arguments are static: hashable values that hold no arrays.
 
     >>> import jax, jax.numpy as jnp
     >>> from moe_jax.derivatives import custom_gradient
@@ -67,9 +70,10 @@ class custom_gradient:
 
         Args:
           forward: (*static, *operands) -> (result, residuals).
-          backward: (*static, residuals, cotangent) -> cotangents of the operands, None for those without.
-          frozen: the parts of the result through which no cotangent may come.
-          refusal: what is said if one does.
+          backward: (*static, residuals, cotangent of the result) -> the cotangents of the operands, None for an operand
+            that has none.
+          frozen: takes the result and returns those parts of it through which no cotangent may come.
+          refusal: the text of the UnsupportedError that is raised if a cotangent comes through such a part.
         """
         self._forward, self._backward = forward, backward
         self._frozen, self._refusal = frozen, refusal
@@ -83,9 +87,11 @@ class custom_gradient:
     def _differentiate(self, *args: Any) -> tuple[Any, Any]:
         """The rule of ``jax.custom_jvp``: (*static, primals, tangents) -> (result, its tangent)."""
         *static, primals, tangents = args
+        # 1. The result, and what the backward pass needs.
         out, residuals = self._forward(*static, *primals)
         operands, smooth_out = _Smooth(primals), _Smooth(out)
         leaves = jax.tree.leaves(out)
+        # 2. The backward pass as a map over flat lists of those leaves that have a derivative.
         frozen = {id(leaf) for leaf in jax.tree.leaves(self._frozen(out))}
         pull = _pull(
             functools.partial(self._backward, *static),
@@ -95,6 +101,7 @@ class custom_gradient:
             smooth_out.select([id(leaf) in frozen for leaf in leaves]),
             self._refusal,
         )
+        # 3. Its transpose takes the tangents of the operands to those of the result; other leaves have none.
         moving = [
             ad.zeros_like_aval(of) if isinstance(tangent, SymbolicZero) else tangent
             for tangent, of in zip(operands.select(jax.tree.leaves(tangents)), operands.types, strict=True)
@@ -119,13 +126,14 @@ def first_order_only(function: Callable, reason: str) -> Callable:
 
 
 def differentiated_as(plain: Callable, function: Callable, *operands: Any) -> Any:
-    """``function(*operands)`` with the derivatives of ``plain(*operands)``, which computes the same in another way."""
+    """``function(*operands)`` with the derivatives of ``plain``, a function that computes the same in another way."""
 
     @custom_gradient
     def call(*operands):
         return function(*operands)
 
     def backward(operands, ct):
+        # d_operands = ct @ (d plain / d operands), for those operands that have a derivative.
         leaves, tree = jax.tree.flatten(operands)
         smooth = _Smooth(operands)
 
@@ -163,7 +171,8 @@ def _take(num_rows: int, rows: Array, index: Array) -> Array:
 
 
 def _take_backward(num_rows, index, ct):
-    """JAX's own rule would send the cotangent of index -1 to row 0."""
+    """Adds each cotangent to the row that was taken; JAX's own rule would send the cotangent of index -1 to row 0."""
+    # d_rows[n] = the sum of ct[i] over all i with index[i] = n    # [N, ...] from [*index.shape, ...]
     target = jnp.where(index < 0, num_rows, index)
     rows = jnp.zeros_like(ct, shape=(num_rows, *ct.shape[index.ndim :]))
     return rows.at[target].add(ct, mode="drop"), None
@@ -172,7 +181,7 @@ def _take_backward(num_rows, index, ct):
 _take.defvjp(lambda num_rows, rows, index: (_take(num_rows, rows, index), index), _take_backward)
 
 
-# The linear map from tangents to tangents, which is known by its transpose.
+# The linear map from tangents to tangents. It is known by its transpose: the backward pass.
 
 
 def _is_smooth(leaf: Any) -> bool:
@@ -180,7 +189,7 @@ def _is_smooth(leaf: Any) -> bool:
 
 
 class _Smooth:
-    """Which leaves of a tree have a derivative."""
+    """Which leaves of a tree have a derivative: those of floats."""
 
     def __init__(self, tree: Any):
         leaves, self.tree = jax.tree.flatten(tree)
@@ -192,28 +201,36 @@ class _Smooth:
         return [leaf for leaf, smooth in zip(leaves, self.mask, strict=True) if smooth]
 
     def merge(self, values: list, others: list) -> list:
-        """The inverse: ``values`` where there is a derivative, else what ``others`` has."""
+        """The inverse of ``select``: ``values`` for the leaves that have a derivative, ``others`` for the rest."""
         of_smooth = iter(values)
         return [next(of_smooth) if smooth else other for smooth, other in zip(self.mask, others, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Pull:
-    """A backward pass over flat lists. Static: it holds no array."""
+    """A backward pass over flat lists of arrays. It is static: it holds no array itself.
 
-    call: Callable  # (residuals, cotangents of the result) -> cotangents of the operands
+    Attributes:
+      call: (residuals, cotangents of the result) -> cotangents of the operands.
+      num_residuals: how many residuals there are.
+      operand_types, out_types: the types of the operands and of the parts of the result that have a derivative.
+      frozen: for each of these parts of the result, whether no cotangent may come through it.
+      refusal: what is said if one does.
+    """
+
+    call: Callable
     num_residuals: int
     operand_types: list
     out_types: list
-    frozen: list  # of bools: the parts of the result through which no cotangent may come
+    frozen: list[bool]
     refusal: str
 
     def split(self, values):
-        """Operands of the primitive -> (residuals, the rest)."""
+        """The operands of the primitive -> (the residuals, the tangents behind them)."""
         return list(values[: self.num_residuals]), list(values[self.num_residuals :])
 
     def apply(self, *values):
-        """(residuals, tangents of the operands) -> tangents of the result."""
+        """(residuals, tangents of the operands) -> tangents of the result: the transpose of ``call``."""
         residuals, tangents = self.split(values)
         zeros = [ad.zeros_like_aval(of) for of in self.out_types]
         return jax.vjp(lambda cts: self.call(residuals, cts), zeros)[1](tangents)[0]
@@ -259,7 +276,11 @@ def _transpose_linear(cts, *values, pull):
 
 
 def _differentiate_linear(primals, tangents, *, pull):
-    """Linear in the tangents that it maps; what moves with the residuals is found from the map itself."""
+    """The derivative of the linear map y = L(r) t, which depends on the residuals r and maps the tangents t.
+
+    dy = L(r) dt + (d L(r) t / d r) dr. The first term is the map itself; the second is found by differentiating the
+    backward pass in its residuals.
+    """
     out = _linear_p.bind(*primals, pull=pull)
     residuals, _ = pull.split(primals)
     by_residual, mapped = pull.split(tangents)
@@ -278,7 +299,8 @@ def _differentiate_linear(primals, tangents, *, pull):
 
 
 def _batch_linear(values, axes, *, pull):
-    """A batch of residuals and tangents: the backward pass under ``jax.vmap``."""
+    """Maps a batch of residuals and tangents: a linear map whose backward pass is the one here under ``jax.vmap``."""
+    # 1. The batch comes first in every operand that has one; tangents without one are repeated.
     size = next(value.shape[axis] for value, axis in zip(values, axes, strict=True) if axis is not None)
     values = [v if axis is None else jnp.moveaxis(v, axis, 0) for v, axis in zip(values, axes, strict=True)]
     residual_axes, tangent_axes = pull.split([None if axis is None else 0 for axis in axes])
@@ -287,6 +309,7 @@ def _batch_linear(values, axes, *, pull):
         jnp.broadcast_to(t, (size, *t.shape)) if axis is None else t
         for t, axis in zip(tangents, tangent_axes, strict=True)
     ]
+    # 2. The backward pass of the batch.
     batched = _Pull(
         jax.vmap(pull.call, in_axes=(residual_axes, 0), axis_size=size),
         pull.num_residuals,

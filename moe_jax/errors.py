@@ -19,7 +19,8 @@ class MoEError(Exception):
 
     Attributes:
       status: the code of the CANN operators for such a mistake.
-      rule, product: of a call of ``moe_jax.aclnn``, the name of the rule that it breaks, and the product whose rule that is.
+      rule: the name of the rule that a call of ``moe_jax.aclnn`` breaks; None elsewhere.
+      product: the Ascend product that has this rule; None where it holds everywhere.
     """
 
     status: int = 561002

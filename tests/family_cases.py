@@ -1,4 +1,4 @@
-"""Generated cases for the operators of the CANN facade and their oracle: static configurations, and data for each of them.
+"""Generated cases for the operators of the CANN facade and their oracle: static configurations, and data for each.
 
 Shapes depend on the configuration alone, so that a program compiled once serves many draws of data. Arrays over all
 ranks start with [W], or with [W, 2] for two tp ranks, as in ``oracle``.

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import moe_jax as moe
 from moe_jax.kernels import table
-from moe_jax.layer.experts import activate, grouped_product, project_in, project_out
+from moe_jax.layer.experts import activate, project_in, project_out
 from moe_jax.layer.params import param_spec
 from moe_jax.parameters import rows_of
 
@@ -40,12 +40,12 @@ def layer(devices, gradient, backend="auto"):
 def experts(devices, rows, hidden, ffn, groups, dtype="bfloat16"):
     """SwiGLU experts of grouped rows on one device, by what a plan takes for it: the result, and all gradients."""
     device = devices[0]
-    backend = table.resolve_all(device.platform, device.device_kind)
+    kernels = table.registrations(table.resolve_all(device.platform, device.device_kind))
 
     def train(weights, x, group_sizes, ct):
         def forward(weights, x):
-            product = functools.partial(grouped_product, group_sizes=group_sizes, backend=backend)
-            return project_out(weights, activate(*project_in(weights, x, product), "swiglu"), product)
+            hidden = activate(*project_in(weights, x, group_sizes, kernels), "swiglu")
+            return project_out(weights, hidden, group_sizes, kernels)
 
         out, pull = jax.vjp(forward, weights, x)
         return out, pull(ct)

@@ -1,6 +1,7 @@
 """The architecture as a test: who may import whom, who may call a collective, what an import may touch."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,12 @@ def test_one_package_calls_collectives(path):
             base = node.func.value
             is_lax = getattr(base, "id", getattr(base, "attr", None)) == "lax"
             assert not (is_lax and node.func.attr in COLLECTIVES), f"{path.name}:{node.lineno} calls {node.func.attr}"
+
+
+def test_the_architecture_page_has_the_same_order():
+    page = (ROOT.parent / "docs" / "architecture.md").read_text().split("## The folders")[1].split("\n## ")[0]
+    lines = [set(re.findall(r"`(\w+)/?`", row.split("|")[1])) for row in page.splitlines() if row.startswith("| `")]
+    assert lines == [names for names in LAYERS if not names & {"__init__", "__main__"}]
 
 
 def test_import_touches_no_device_and_no_extra():

@@ -1,5 +1,7 @@
 """The back-end table: who serves what, and that an explicit choice is an order."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -231,6 +233,69 @@ def test_a_layer_mixes_what_back_ends_bring(capacity):
     )
     sent = jax.jit(send)(jnp.ones((16, 8)), jnp.zeros((16, 2), jnp.int32))
     assert calls and (sent[:32] == 1).all()  # rank 0 got every pair
+
+
+PLANS = [  # one for each way in which a plan asks what serves it
+    {"transport": "padded"},
+    {"transport": "padded", "backend": "xla"},
+    {"transport": "ragged"},
+    {"transport": "hierarchy", "backend": "tokamax+cpu"},
+]
+
+
+def program_of(mesh, plan):
+    """The text of the layer's program, values and gradients, as ``plan`` makes it now."""
+    _, apply = moe_jax.moe_on_mesh(mesh, plan, moe_jax.RouterConfig(), ffn=4)
+    params = moe_jax.abstract_params(mesh, plan, moe_jax.RouterConfig(), ffn=4)
+    x = jax.ShapeDtypeStruct((plan.tokens_per_rank * mesh.size, plan.hidden), jnp.float32)
+    gradient = jax.grad(lambda params, x: apply(params, x)[0].sum(), argnums=(0, 1))
+    return jax.jit(gradient).lower(params, x).as_text()
+
+
+@pytest.mark.parametrize("options", PLANS, ids=lambda options: "-".join(options.values()))
+def test_a_plan_is_the_same_program_whatever_is_registered_later(options, monkeypatch):
+    """Neither what "auto" would choose now nor another owner of a name that it used changes a plan that is made."""
+    monkeypatch.setattr(table, "find_spec", lambda package: package)  # nobody runs the kernels of tokamax here
+
+    def other_matmul(lhs, rhs, group_sizes, *, transpose_rhs):
+        return 2 * xla.grouped_matmul(lhs, rhs, group_sizes, transpose_rhs=transpose_rhs)
+
+    def other_outer(lhs, rhs, group_sizes, *, dtype):
+        return 2 * xla.grouped_outer(lhs, rhs, group_sizes, dtype=dtype)
+
+    def move_ragged(operand, output, *integers, axis_name):
+        return output + 1
+
+    everything = {
+        "kernels": {"grouped_matmul": other_matmul, "grouped_outer": other_outer},
+        "transports": {"padded": lambda blocks, axes: -blocks, "ragged": move_ragged},
+    }
+    mesh = moe_jax.make_mesh(ep=2, nodes=2) if options["transport"] == "hierarchy" else moe_jax.make_mesh(ep=4)
+    if "tokamax" in options.get("backend", ""):
+        moe_jax.register_backend(moe_jax.Backend(name="tokamax", requires="tokamax"), replace=True)  # brings nothing
+
+    def make():
+        sizes = {"tokens_per_rank": 4, "hidden": 8, "num_experts": 8, "top_k": 2, "dtype": "float32"}
+        return moe_jax.make_plan(mesh, **sizes, **options)
+
+    plan = make()
+    program = program_of(mesh, plan)
+    assert program_of(mesh, plan) == program  # the text depends on nothing else
+    for name in ("cpu", "xla", "tokamax", "newest"):
+        moe_jax.register_backend(moe_jax.Backend(name=name, platforms=("cpu",), **everything), replace=True)
+    assert program_of(mesh, plan) == program
+    assert program_of(mesh, make()) != program and make() != plan
+
+
+def test_a_plan_from_elsewhere_says_what_is_not_registered_here():
+    mesh = moe_jax.make_mesh(ep=1)
+    plan = moe_jax.make_plan(mesh, tokens_per_rank=4, hidden=8, num_experts=8, top_k=2, dtype="float32")
+    assert plan.kernels == ("cpu#1",)
+    elsewhere = dataclasses.replace(plan, kernels=("cpu#77",))
+    with pytest.raises(
+        errors.InvalidArgumentError, match="'cpu#77', which is not registered in this process; register"
+    ):
+        program_of(mesh, elsewhere)
 
 
 def test_nobody_reads_results_past_the_last_group():

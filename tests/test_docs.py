@@ -1,6 +1,5 @@
 """What the documents say holds: Python blocks run, commands parse, and every link, file and name is there."""
 
-import ast
 import importlib
 import re
 import shlex
@@ -20,7 +19,7 @@ DOCUMENTS = [
     ROOT / "CHANGELOG.md",
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
-# A comment above a block says what it needs: "<!-- compilers -->", or "<!-- sketch -->" if its names are made up.
+# "<!-- sketch -->" above a block says that it cannot run here: it needs a compiler, or its names are made up.
 BLOCK = re.compile(
     r"(?:<!-- (?P<mark>[a-z]+) -->\n)?^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^(?P=indent)```$",
     re.MULTILINE | re.DOTALL,
@@ -40,43 +39,21 @@ def prose(path: Path) -> str:
     return BLOCK.sub("", path.read_text())
 
 
-def programs(mark: str | None) -> list[Path]:
-    """The documents that have Python blocks of this mark."""
-    return [path for path in DOCUMENTS if any(block["mark"] == mark for block in blocks(path, "python"))]
+def programs() -> list[Path]:
+    """The documents that have Python blocks."""
+    return [path for path in DOCUMENTS if blocks(path, "python")]
 
 
-@pytest.fixture
-def back_ends(monkeypatch):
-    """What a block registers is gone after the test."""
-    monkeypatch.setattr(table, "_TABLE", dict(table._TABLE))
-
-
-def run(path: Path, marks: tuple[str | None, ...]):
-    """Runs the blocks one after the other, as somebody who pastes them into one session."""
+@pytest.mark.parametrize("path", programs(), ids=name_of)
+def test_python_blocks_run(path, monkeypatch):
+    """One after the other, as somebody pastes them into one session."""
+    monkeypatch.setattr(table, "_TABLE", dict(table._TABLE))  # what a block registers is gone after the test
     names = {"__name__": "__main__"}
     for block in blocks(path, "python"):
-        if block["mark"] in marks:
-            line = path.read_text()[: block.start("text")].count("\n")
-            exec(compile("\n" * line + textwrap.dedent(block["text"]), name_of(path), "exec"), names)
-
-
-@pytest.mark.parametrize("path", programs(None), ids=name_of)
-def test_python_blocks_run(path, back_ends):
-    run(path, (None,))
-
-
-@pytest.mark.compilers
-@pytest.mark.parametrize("path", programs("compilers"), ids=name_of)
-def test_python_blocks_run_with_compilers(path, back_ends, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    run(path, (None, "compilers"))
-
-
-@pytest.mark.parametrize("path", programs("sketch"), ids=name_of)
-def test_sketches_parse(path):
-    for block in blocks(path, "python"):
-        ast.parse(textwrap.dedent(block["text"]))
+        line = path.read_text()[: block.start("text")].count("\n")  # so that an error names the line of the document
+        code = compile("\n" * line + textwrap.dedent(block["text"]), name_of(path), "exec")
+        if block["mark"] != "sketch":
+            exec(code, names)
 
 
 def commands(path: Path) -> list[list[str]]:
@@ -135,14 +112,10 @@ def test_files_and_names_are_there(path):
             assert exists(f"moe_jax.{match[1]}"), f"{name_of(path)} names {code}"
 
 
-def test_the_architecture_page_names_every_folder():
-    page = prose(ROOT / "docs" / "architecture.md").split("## The folders")[1].split("\n## ")[0]
-    cells = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
-    named = {name.strip("/") for cell in cells for name in re.findall(r"`([\w/]+)`", cell)}
-    there = {
-        path.stem for path in (ROOT / "moe_jax").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
-    }
-    assert named == there - {"__init__", "__main__"}
+def test_hooks_have_the_pinned_versions():
+    pinned = dict(re.findall(r'"(ruff)==([\d.]+)"', (ROOT / "pyproject.toml").read_text()))
+    hooks = re.findall(r'"(ruff)==([\d.]+)"', (ROOT / ".pre-commit-config.yaml").read_text())
+    assert hooks and all(pinned[name] == version for name, version in hooks)
 
 
 def test_the_operators_page_names_every_public_name():

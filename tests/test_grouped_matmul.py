@@ -97,7 +97,9 @@ def test_what_a_product_is_added_to(backend):
             return moe_jax.grouped_matmul(lhs, rhs, group_sizes, backend=backend, add_to=start)
 
         out, pull = jax.vjp(summed, lhs, rhs, start)
-        outs, pull_all = jax.vjp(lambda lhs: grouped_matmuls(lhs, (rhs, 2 * rhs), group_sizes, backend=backend), lhs)
+        outs, pull_all = jax.vjp(
+            lambda lhs: grouped_matmuls(backend, lhs, (rhs, 2 * rhs), (None, None), group_sizes), lhs
+        )
         return out, *pull(ct), outs, *pull_all((ct, ct))
 
     for seed, group_sizes in enumerate(GROUPS.values()):

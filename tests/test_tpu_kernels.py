@@ -227,10 +227,10 @@ def test_what_fp32_operands_are_multiplied_in():
 def test_the_gradient_of_rows_through_several_matrices_is_accumulated_by_the_kernel():
     """Three products of rows back for three matrices; the kernels of the second and third take the sum so far."""
     lhs, sizes = jnp.ones((40, 6)), jnp.array([20, 15], jnp.int32)
-    matrices = [jnp.ones((2, 6, width)) for width in (3, 3, 5)]
+    matrices = tuple(jnp.ones((2, 6, width)) for width in (3, 3, 5))
 
     def pull(lhs, *cts):
-        return jax.vjp(lambda lhs: grouped_matmuls(lhs, matrices, sizes, backend="tpu"), lhs)[1](cts)[0]
+        return jax.vjp(lambda lhs: grouped_matmuls("tpu", lhs, matrices, (None,) * 3, sizes), lhs)[1](cts)[0]
 
     def kernels(jaxpr):
         for eqn in jaxpr.eqns:

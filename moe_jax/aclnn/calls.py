@@ -39,12 +39,14 @@ class Operator:
 
     Attributes:
       name: its name, in snake_case.
+      function: what runs once a call has been checked.
       parameters: those of its newest version, which has all of them.
       rules: how its calls are checked.
       num_bytes: the bytes of workspace of a legal call.
     """
 
     name: str
+    function: Callable[..., Any]
     parameters: Mapping[str, inspect.Parameter]
     rules: Rules
     num_bytes: Callable[[Call], int]
@@ -81,50 +83,46 @@ class Operator:
 
 
 def operator(rules: Rules, num_bytes: Callable[[Call], int]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Makes an operator of the function below: its calls must keep to ``rules``, and ``num_bytes`` is their workspace."""
+    """Makes an operator of a function: its calls must keep to ``rules``, and ``num_bytes`` is their workspace."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         parameters = inspect.signature(function).parameters
-        checked = _checked(function, Operator(function.__name__, parameters, rules, num_bytes), parameters)
-        return functools.wraps(function)(checked)
+        definition = Operator(function.__name__, function, parameters, rules, num_bytes)
+        return functools.wraps(function)(_checked(definition, parameters))
 
     return decorate
 
 
 def version(name: str, newest: Callable[..., R]) -> Callable[..., R]:
     """The earlier version ``name`` of the operator ``newest``, which lacks some of its parameters."""
-    whole, lacks = inspect.signature(newest), lacking(name)
+    whole, lacks, new = inspect.signature(newest), lacking(name), operator_of(newest)
     signature = whole.replace(parameters=[one for one in whole.parameters.values() if one.name not in lacks])
-    new = operator_of(newest)
     old = dataclasses.replace(new, name=name, rules=new.rules.without(lacks))
-    checked = _checked(inspect.unwrap(newest, stop=lambda f: f is not newest), old, signature.parameters)
     cann = "aclnn" + "".join(part.capitalize() for part in name.split("_"))
     listed = ", ".join(f"``{one}``" for one in lacks)
     text = f"``{new.name}`` without {listed}, otherwise the same.\n\n    Source: {cann}.\n    "
-    return named(checked, name, signature, text)
+    return named(_checked(old, signature.parameters), name, signature, text)
 
 
-def operator_of(function: Callable) -> Operator:
+def operator_of(function: Callable[..., Any]) -> Operator:
     """The parameters and rules of a function that is an operator."""
     return vars(function)["operator"]
 
 
-def _checked(
-    function: Callable[..., R], rules: Operator, parameters: Mapping[str, inspect.Parameter]
-) -> Callable[..., R]:
-    """``function``, each call of which is bound to ``parameters`` and checked first."""
+def _checked(definition: Operator, parameters: Mapping[str, inspect.Parameter]) -> Callable[..., Any]:
+    """A function that binds each call to ``parameters``, checks it, and makes it."""
 
-    def checked(*args: Any, **kwargs: Any) -> R:
-        given = bind(rules.name, parameters, args, kwargs)
-        rules.call(given)
-        return function(**given)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        given = bind(definition.name, parameters, args, kwargs)
+        definition.call(given)
+        return definition.function(**given)
 
-    vars(checked)["operator"] = rules
+    vars(checked)["operator"] = definition
     return checked
 
 
 def named(function: Callable[..., R], name: str, signature: inspect.Signature, text: str) -> Callable[..., R]:
-    """``function`` as a public function of this package with a name, a signature and a docstring."""
+    """``function`` as a public function of this package: with a name, a signature and a docstring."""
     function.__name__ = function.__qualname__ = name
     function.__module__ = "moe_jax.aclnn"
     function.__doc__ = text

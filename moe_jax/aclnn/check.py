@@ -166,17 +166,17 @@ def _raise_kind(name: str, value: Any, kind: str) -> None:
 
 def _check_shapes(call: Call, rules: Rules) -> None:
     extents = {letter: extent(call) for letter, extent in rules.letters.items()}
-    for name, words in rules.shapes.items():
+    for name, shape in rules.shapes.items():
         if not call.given(name):
             continue
-        words = words if isinstance(words, str) else words(call)
+        alternatives = (shape if isinstance(shape, str) else shape(call)).split(" | ")
         found = call.shape(name)
         legal = [
             tuple(int(letter) if letter.isdigit() else extents.get(letter) for letter in one.split())
-            for one in words.split(" | ")
+            for one in alternatives
         ]
         marked(f"shape:{name}", None, check_shape, name, found, tuple(legal))
-        for letters in words.split(" | "):
+        for letters in alternatives:
             if len(letters.split()) == len(found):
                 extents = dict(zip(letters.split(), found, strict=True)) | extents
 

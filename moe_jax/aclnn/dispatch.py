@@ -53,12 +53,14 @@ def moe_distribute_dispatch_v4(
 ) -> DispatchOutput | TimedDispatchOutput | WindowDispatchOutput:
     """Sends a copy of each active token to each of its experts. Call it per shard, inside ``shard_map``.
 
-    Parameters are CANN's, and ``y_dtype`` is the dtype of quantised rows (None: the mode's own). A group name is a mesh axis name, or a tuple of them (for "hierarchy": the axis of
-    nodes, then that of the ranks of a node), and the axis index is the rank. ``scales`` are the same on all ranks. Of
-    ``performance_info`` nothing is changed in place: given it, the result has it as a further field. So it is with
-    ``window``, which CANN keeps in the communicator: what ``make_receive_window`` returned, or the last
-    dispatch or buffer reset; donate it. Pairs for a rank whose window is at another step are not sent; combine makes
-    NaN of what waits for them, unless ``elastic_info`` has removed one of the two ranks.
+    Parameters are CANN's, and ``y_dtype`` is the dtype of quantised rows (None: the mode's own). A group name is a mesh
+    axis name, or a tuple of them (for "hierarchy": the axis of nodes, then that of the ranks of a node), and the index
+    along that axis is the rank. ``scales`` are the same on all ranks.
+
+    Nothing is changed in place. Given ``performance_info``, the result has its new value as a further field. So it is
+    with ``window``, the receive window that CANN keeps in the communicator: pass what ``make_receive_window`` or the
+    last dispatch or buffer reset returned, and donate it. Pairs for a rank whose window is at another step are not
+    sent; combine makes NaN of what waits for them, unless ``elastic_info`` has removed one of the two ranks.
 
     Returns:
       DispatchOutput. expand_x, where it is not quantised, and expand_scales are differentiable; where it is, the rows

@@ -1,7 +1,8 @@
 """The host-side first phase of every operator, made from the operator's own signature.
 
-``<operator>_get_workspace_size`` takes the keywords of its operator, as arrays, NumPy arrays or ``jax.ShapeDtypeStruct`` s
-of one rank; it checks them in CANN's order (null pointers, dtypes, everything else) and returns
+``<operator>_get_workspace_size`` takes the keywords of its operator, as arrays, NumPy arrays or
+``jax.ShapeDtypeStruct`` s of one rank; it checks them in CANN's order (null pointers, dtypes, everything else) and
+returns
 
 - the bytes of the operator's buffers on one rank (``workspace`` says what is counted), and
 - an executor, which runs the operator inside ``shard_map`` on arrays like those that were checked,
@@ -130,10 +131,12 @@ def first_phase_of(function: Callable[..., Any]) -> Callable[..., tuple[int, Exe
         arrays = tuple((key, call.shape(key), call.dtype(key)) for key in call.arrays if call.given(key))
         return int(operator.num_bytes(call)), Executor(operator.name, attributes, arrays)
 
+    names = ", ".join(f"``{one}``" for one in lacking(operator.name))
+    older = f"\n\n    Those are the arguments of ``{newest}`` without {names}." if names else ""
     text = f"""The first phase of ``{operator.name}``: a call is checked on the host, without running it.
 
-    The arguments are the operator's own, arrays or their shapes. {_listed(operator.name, newest)}``product`` says whose
-    limits hold, and ``hccl_buffsize`` is the size of a communicator's buffer in MB.
+    The arguments are the operator's own, arrays or their shapes. ``product`` says whose limits hold, and
+    ``hccl_buffsize`` is the size of a communicator's buffer in MB.{older}
 
     Returns:
       The bytes of workspace on one rank, and the executor.
@@ -142,12 +145,6 @@ def first_phase_of(function: Callable[..., Any]) -> Callable[..., tuple[int, Exe
       MoEError: its ``status`` is CANN's code, and its text names the parameter, the value and the rule.
     """
     return named(first_phase, name, signature, text)
-
-
-def _listed(operator: str, newest: str) -> str:
-    """A sentence about an earlier version of an operator."""
-    names = ", ".join(f"``{name}``" for name in lacking(operator))
-    return f"They are those of ``{newest}`` without\n    {names}.\n    " if names else ""
 
 
 def _optional(parameter: inspect.Parameter, arrays: tuple[str, ...]) -> inspect.Parameter:

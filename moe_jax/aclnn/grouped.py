@@ -36,19 +36,11 @@ def grouped_mat_mul_allto_allv(
 
     Source: aclnnGroupedMatMulAlltoAllv.
     """
-    return GroupedMatmulAllToAllvOutput(
-        *grouped_matmul_all_to_allv(
-            gmm_x,
-            gmm_weight,
-            send_counts,
-            recv_counts,
-            group,
-            mm_x=mm_x,
-            mm_weight=mm_weight,
-            transpose_gmm_weight=trans_gmm_weight,
-            transpose_mm_weight=trans_mm_weight,
-        )
-    )
+    y, mm_y = grouped_matmul_all_to_allv(
+        gmm_x, gmm_weight, send_counts, recv_counts, group, mm_x=mm_x, mm_weight=mm_weight,
+        transpose_gmm_weight=trans_gmm_weight, transpose_mm_weight=trans_mm_weight,
+    )  # fmt: skip
+    return GroupedMatmulAllToAllvOutput(y, mm_y)
 
 
 @operator(GROUPED, workspace.send_then_compute)
@@ -73,16 +65,9 @@ def allto_allv_grouped_mat_mul(
     Source: aclnnAlltoAllvGroupedMatMul.
     """
     gmm_y, mm_y, permuted = all_to_allv_grouped_matmul(
-        gmm_x,
-        gmm_weight,
-        send_counts,
-        recv_counts,
-        group,
-        mm_x=mm_x,
-        mm_weight=mm_weight,
-        transpose_gmm_weight=trans_gmm_weight,
-        transpose_mm_weight=trans_mm_weight,
-    )
+        gmm_x, gmm_weight, send_counts, recv_counts, group, mm_x=mm_x, mm_weight=mm_weight,
+        transpose_gmm_weight=trans_gmm_weight, transpose_mm_weight=trans_mm_weight,
+    )  # fmt: skip
     return AllToAllvGroupedMatmulOutput(gmm_y, mm_y, permuted if permute_out_flag else None)
 
 
@@ -119,24 +104,13 @@ def quant_grouped_mat_mul_allto_allv(
 
     Source: aclnnQuantGroupedMatMulAlltoAllv.
     """
-    return GroupedMatmulAllToAllvOutput(
-        *grouped_matmul_all_to_allv(
-            gmm_x,
-            gmm_weight,
-            send_counts,
-            recv_counts,
-            group,
-            mm_x=mm_x,
-            mm_weight=mm_weight,
-            gmm_x_scale=gmm_x_scale,
-            gmm_weight_scale=gmm_weight_scale,
-            mm_x_scale=mm_x_scale,
-            mm_weight_scale=mm_weight_scale,
-            out_dtype=y_dtype,
-            transpose_gmm_weight=trans_gmm_weight,
-            transpose_mm_weight=trans_mm_weight,
-        )
-    )
+    y, mm_y = grouped_matmul_all_to_allv(
+        gmm_x, gmm_weight, send_counts, recv_counts, group, mm_x=mm_x, mm_weight=mm_weight,
+        gmm_x_scale=gmm_x_scale, gmm_weight_scale=gmm_weight_scale,
+        mm_x_scale=mm_x_scale, mm_weight_scale=mm_weight_scale, out_dtype=y_dtype,
+        transpose_gmm_weight=trans_gmm_weight, transpose_mm_weight=trans_mm_weight,
+    )  # fmt: skip
+    return GroupedMatmulAllToAllvOutput(y, mm_y)
 
 
 @operator(QUANTISED, workspace.send_then_compute)
@@ -171,19 +145,9 @@ def allto_allv_quant_grouped_mat_mul(
     Source: aclnnAlltoAllvQuantGroupedMatMul.
     """
     gmm_y, mm_y, permuted = all_to_allv_grouped_matmul(
-        gmm_x,
-        gmm_weight,
-        send_counts,
-        recv_counts,
-        group,
-        mm_x=mm_x,
-        mm_weight=mm_weight,
-        gmm_x_scale=gmm_x_scale,
-        gmm_weight_scale=gmm_weight_scale,
-        mm_x_scale=mm_x_scale,
-        mm_weight_scale=mm_weight_scale,
-        out_dtype=y_dtype,
-        transpose_gmm_weight=trans_gmm_weight,
-        transpose_mm_weight=trans_mm_weight,
-    )
+        gmm_x, gmm_weight, send_counts, recv_counts, group, mm_x=mm_x, mm_weight=mm_weight,
+        gmm_x_scale=gmm_x_scale, gmm_weight_scale=gmm_weight_scale,
+        mm_x_scale=mm_x_scale, mm_weight_scale=mm_weight_scale, out_dtype=y_dtype,
+        transpose_gmm_weight=trans_gmm_weight, transpose_mm_weight=trans_mm_weight,
+    )  # fmt: skip
     return AllToAllvGroupedMatmulOutput(gmm_y, mm_y, permuted if permute_out_flag else None)

@@ -1,17 +1,16 @@
-"""What a first phase checks: the kinds of rules, and the order in which an operator's rules are asked.
+"""What a first phase checks: one call, and the kinds of rules that it must keep to.
 
-Null pointers come first, then dtypes, then everything else, as section 1.1 of the reference sheet says. The values that a
-product takes are tables in ``moe_jax.hardware.ascend``. Relations between arguments are the rules of this package: rows of
-data in ``rules_exchange``, ``rules_grouped`` and ``rules_small``, each of one of the kinds below. Every error carries
-``status``, CANN's code, ``rule``, the name of the rule, and ``product``: the product that has this rule, or None where
-the rule holds everywhere.
+The values that a product takes are tables in ``moe_jax.hardware.ascend``. Relations between arguments are rules: rows
+of data in ``rules_exchange``, ``rules_grouped`` and ``rules_small``, each of one of the kinds below. ``check`` asks
+them in CANN's order. Every error carries ``status``, CANN's code, ``rule``, the name of the rule, and ``product``: the
+product that has this rule, or None where the rule holds everywhere.
 """
 
 import dataclasses
 import enum
 import math
 from collections.abc import Callable, Iterator, Mapping
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import jax
@@ -98,6 +97,7 @@ class State(enum.Enum):
 
 GIVEN, MISSING, NONZERO = State
 When = Mapping[str, Any]  # by argument: a State, a value, or a tuple of values; "x.dtype" is the dtype of the array x
+Number = Callable[[Call], int]
 
 
 def holds(call: Call, when: When) -> bool:
@@ -117,11 +117,12 @@ def holds(call: Call, when: When) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A relation between arguments. ``check`` raises where it is broken.
+    """A relation between arguments of no kind below: ``check`` raises where it is broken.
 
     Attributes:
       name: what the error's ``rule`` says.
-      section: of the reference sheet.
+      section: of the CANN sheet.
+      check: raises a MoEError where the rule is broken.
       stage: NULL, DTYPE or REST: when it is asked.
       products: those that have the rule; None: it holds everywhere.
       about: a parameter; versions of the operator without it have no such rule.
@@ -130,6 +131,7 @@ class Rule:
 
     name: str
     section: str
+    check: Callable[[Call], None]
     _: dataclasses.KW_ONLY
     stage: str = REST
     products: tuple[str, ...] | None = None
@@ -143,126 +145,97 @@ class Rule:
         if self.products is None or call.product in self.products:
             marked(self.name, call.product if self.products else None, self.check, call)
 
-    def check(self, call: Call) -> None:
-        """Raises if the rule is broken."""
-        raise NotImplementedError
+
+def refuses(
+    name: str,
+    section: str,
+    when: When | Callable[[Call], Any],
+    text: str,
+    error: type[MoEError] = InvalidArgumentError,
+    *,
+    status: int | None = None,
+    words: Mapping[str, Callable[[Call], Any]] = MappingProxyType({}),
+    **others: Any,
+) -> Rule:
+    """A call for which ``when`` holds gets ``error`` with ``text``, whose further words are ``words``."""
+
+    def check(call: Call) -> None:
+        if when(call) if callable(when) else holds(call, when):
+            found = {word: value(call) for word, value in words.items()}
+            raise make_error(error, call.worded(text, **found), status)
+
+    return Rule(name, section, check, **others)
 
 
-@dataclasses.dataclass(frozen=True)
-class Refuses(Rule):
-    """No call may fulfil all conditions of ``when``; one that does gets ``error`` with ``text``."""
-
-    when: When
-    text: str
-    _: dataclasses.KW_ONLY
-    error: type[MoEError] = InvalidArgumentError
-    status: int | None = None
-
-    def check(self, call: Call) -> None:
-        """Raises if all conditions hold."""
-        if holds(call, self.when):
-            raise make_error(self.error, call.worded(self.text), self.status)
-
-
-def requires(name: str, section: str, array: str, when: When, text: str, **others: Any) -> Refuses:
+def requires(name: str, section: str, array: str, when: When, text: str, **others: Any) -> Rule:
     """The array ``array`` must be passed where ``when`` holds."""
-    return Refuses(name, section, {array: MISSING, **when}, text, **others)
+    return refuses(name, section, {array: MISSING, **when}, text, **others)
 
 
-def forbids(name: str, section: str, array: str, when: When, text: str, **others: Any) -> Refuses:
+def forbids(name: str, section: str, array: str, when: When, text: str, **others: Any) -> Rule:
     """The array ``array`` must not be passed where ``when`` holds."""
-    return Refuses(name, section, {array: GIVEN, **when}, text, **others)
+    return refuses(name, section, {array: GIVEN, **when}, text, **others)
 
 
-@dataclasses.dataclass(frozen=True)
-class SameDtype(Rule):
-    """Each of ``arrays`` has the dtype of ``like``."""
+def at_least(
+    name: str,
+    section: str,
+    found: Number,
+    needed: Number,
+    text: str,
+    *,
+    when: When = MappingProxyType({}),
+    more_words: Mapping[str, Callable[[Call], Any]] = MappingProxyType({}),
+    **others: Any,
+) -> Rule:
+    """``found`` must be at least ``needed`` where ``when`` holds; both stand in ``text`` by these names."""
+    words = {"found": found, "needed": needed, **more_words}
 
-    arrays: tuple[str, ...]
-    like: str
-    _: dataclasses.KW_ONLY
-    stage: str = DTYPE
+    def less(call: Call) -> bool:
+        return holds(call, when) and found(call) < needed(call)
 
-    def check(self, call: Call) -> None:
-        """Raises DtypeError for the first array of another dtype."""
-        for name in filter(call.given, self.arrays):
-            if call.dtype(name) != call.dtype(self.like):
-                raise DtypeError(
-                    f"{name} has dtype {call.dtype(name)}; it must be {call.dtype(self.like)}, as {self.like}; "
-                    "cast it first"
-                )
-
-
-@dataclasses.dataclass(frozen=True)
-class OneOfDtypes(Rule):
-    """Each of ``arrays`` has one of the dtypes that ``legal`` finds; ``text`` says why."""
-
-    arrays: tuple[str, ...]
-    legal: Callable[[Call], tuple[str, ...]]
-    text: str
-    _: dataclasses.KW_ONLY
-    stage: str = DTYPE
-
-    def check(self, call: Call) -> None:
-        """Raises DtypeError for the first array of another dtype."""
-        for name in filter(call.given, self.arrays):
-            legal = self.legal(call)
-            if call.dtype(name) not in legal:
-                reason = call.worded(self.text)
-                raise DtypeError(f"{name} has dtype {call.dtype(name)}; {reason} it must be {' or '.join(legal)}")
+    return refuses(name, section, less, text, words=words, **others)
 
 
-@dataclasses.dataclass(frozen=True)
-class AtLeast(Rule):
-    """``found`` is at least ``needed`` where ``when`` holds; both stand in ``text`` by these names."""
+def one_of_dtypes(
+    name: str, section: str, arrays: tuple[str, ...], legal: Callable[[Call], tuple[str, ...]], text: str, **others: Any
+) -> Rule:
+    """Each of ``arrays`` must have one of the dtypes ``legal``, which stand in ``text`` by this name."""
 
-    found: Callable[[Call], int]
-    needed: Callable[[Call], int]
-    text: str
-    _: dataclasses.KW_ONLY
-    when: When = dataclasses.field(default_factory=dict)
-    error: type[MoEError] = ShapeError
+    def check(call: Call) -> None:
+        for array in filter(call.given, arrays):
+            if call.dtype(array) not in legal(call):
+                reason = call.worded(text, legal=" or ".join(legal(call)))
+                raise DtypeError(f"{array} has dtype {call.dtype(array)}; {reason}")
 
-    def check(self, call: Call) -> None:
-        """Raises if there is less."""
-        if holds(call, self.when) and (found := self.found(call)) < (needed := self.needed(call)):
-            raise self.error(call.worded(self.text, found=found, needed=needed))
+    return Rule(name, section, check, stage=DTYPE, **others)
 
 
-@dataclasses.dataclass(frozen=True)
-class Check(Rule):
-    """A relation of no other kind: ``function`` raises where it is broken."""
-
-    function: Callable[[Call], None]
-
-    def check(self, call: Call) -> None:
-        """Raises if the rule is broken."""
-        self.function(call)
+def same_dtype(name: str, section: str, arrays: tuple[str, ...], like: str) -> Rule:
+    """Each of ``arrays`` must have the dtype of ``like``."""
+    return one_of_dtypes(
+        name, section, arrays, lambda call: (call.dtype(like),), f"it must be {{legal}}, as {like}; cast it first"
+    )
 
 
-@dataclasses.dataclass(frozen=True)
-class GroupSize(Rule):
-    """The attribute ``size`` is the number of ranks of ``group``, where that is bound: while a program is traced."""
+def group_size(section: str, group: str, size: str, used: Callable[[Call], bool] = lambda call: True) -> Rule:
+    """``size`` must be the number of ranks of ``group``, where that is bound: while a program is traced."""
 
-    group: str
-    size: str
-    used: Callable[[Call], bool] = lambda call: True
-
-    def check(self, call: Call) -> None:
-        """Raises MeshError if the mesh has another size."""
-        group, size = call[self.group], call[self.size]
-        axes = group if isinstance(group, tuple) else (group,)
+    def check(call: Call) -> None:
+        axes = call[group] if isinstance(call[group], tuple) else (call[group],)
         bound = [_compat.bound_axis_size(axis) if isinstance(axis, str) else None for axis in axes]
         sizes = [one for one in bound if one is not None]
-        if len(sizes) == len(bound) and math.prod(sizes) != size and self.used(call):
+        if len(sizes) == len(bound) and math.prod(sizes) != call[size] and used(call):
             raise MeshError(
-                f"{self.size}={size}, but {self.group}={group!r} has {math.prod(sizes)} ranks here; pass the size of "
+                f"{size}={call[size]}, but {group}={call[group]!r} has {math.prod(sizes)} ranks here; pass the size of "
                 "the mesh axis"
             )
 
+    return Rule(f"group_size:{group}", section, check)
 
-# Shapes are words such as "B K": a letter that was met before has the extent that it had there, a letter that is new may
-# have any, a number is itself. " | " stands between alternatives.
+
+# A shape is words such as "B K". A letter that an earlier array had stands for the same extent, a new letter allows any
+# extent, and a number stands for itself. " | " stands between alternatives.
 Shape = str | Callable[[Call], str]
 Quantity = tuple[str, int] | Callable[[Call], tuple[str, int] | None]
 

@@ -1,11 +1,12 @@
 """What dispatch, combine, and combine with add and RMSNorm ask of their arguments.
 
 B tokens per rank, H hidden, K choices, W ranks, S of them for Ns shared experts, E routed experts, L per rank, T the
-tensor-parallel size. Numbers in quotes are sections of the reference sheet.
+tensor-parallel size. A rule begins with its name and the section of the CANN sheet that it is from.
 """
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from moe_jax.aclnn.rules import (
     BAD_PARAMETER,
@@ -14,20 +15,19 @@ from moe_jax.aclnn.rules import (
     NONZERO,
     NULL,
     NULL_POINTER,
-    AtLeast,
     Call,
-    Check,
-    GroupSize,
-    OneOfDtypes,
-    Refuses,
     Rule,
     Rules,
-    SameDtype,
+    at_least,
     check_shape,
     dtype_name,
     forbids,
+    group_size,
     on,
+    one_of_dtypes,
+    refuses,
     requires,
+    same_dtype,
     shown,
 )
 from moe_jax.aclnn.workspace import dispatch_row, hidden, sizes, tokens
@@ -42,11 +42,13 @@ _KINDS = ("moe_expert_num", "zero_expert_num", "copy_expert_num", "const_expert_
 
 
 def _experts(call: Call) -> str:
+    """What the number of experts per rank follows from, in words."""
     names = ("moe_expert_num", "ep_world_size", "shared_expert_rank_num")
     return ", ".join(f"{name}={call[name]}" for name in names)
 
 
 def _num_ids(call: Call) -> int:
+    """How many expert ids there are, routed and weightless."""
     return sum(call[name] for name in _KINDS)
 
 
@@ -83,22 +85,6 @@ def _global_bs(call: Call) -> None:
         )
 
 
-def _groups_differ(call: Call) -> None:
-    if call["group_tp"] and call["group_tp"] == call["group_ep"]:
-        raise InvalidArgumentError(
-            f"group_tp={call['group_tp']!r} must differ from group_ep; the two exchanges run over different axes"
-        )
-
-
-def _one_expert_with_tp(call: Call) -> None:
-    """On every product with two tp ranks its own table says so."""
-    if call.product is None and call["tp_world_size"] == 2 and sizes(call).local_experts != 1:
-        raise ShapeError(
-            f"{_experts(call)}: {sizes(call).local_experts} experts per rank must be 1 with tp_world_size=2, since own "
-            "rows stand before the peer's and not expert by expert; moe_jax.dispatch takes more"
-        )
-
-
 def _buffer_rules(operator: str) -> tuple[Rule, ...]:
     """One rule for each product and comm_alg that has a formula of its own: HCCL_BUFFSIZE holds what it says."""
     rules = []
@@ -121,40 +107,49 @@ def _buffer_rule(product: str, alg: str, num_bytes: Callable[[Sizes], int], base
                 f"{needed} MB; set HCCL_BUFFSIZE and hccl_buffsize to {needed}"
             )
 
-    return Check(f"buffer@{alg}" if alg else "buffer", "8", check, products=(product,))
+    return Rule(f"buffer@{alg}" if alg else "buffer", "8", check, products=(product,))
 
 
 _RELATIONS = (
-    AtLeast(
+    at_least(
         "shared_below_world", "2.2",
         lambda call: call["ep_world_size"] - 1, lambda call: call["shared_expert_rank_num"],
         "shared_expert_rank_num={needed} must be below ep_world_size={ep_world_size}, since routed experts need ranks "
         "too; at most {found}",
-        error=InvalidArgumentError,
     ),
-    Check("shared_split", "2.2", _shared_split),
-    Check("experts_split", "2.2", _experts_split),
-    AtLeast(
+    Rule("shared_split", "2.2", _shared_split),
+    Rule("experts_split", "2.2", _experts_split),
+    at_least(
         "ids_total", "1", lambda call: _MAX_IDS, _num_ids,
         " + ".join(f"{name}={{{name}}}" for name in _KINDS)
         + " = {needed} ids must be at most {found}, since ids are int32",
-        error=InvalidArgumentError,
     ),
-    AtLeast(
+    at_least(
         "top_k_of_ids", "2.2", _num_ids, lambda call: call.shape("expert_ids")[1],
         "expert_ids has shape {expert_ids.shape}: K = {needed} choices per token, but there are only {found} ids "
         "(moe + zero + copy + const experts); K is at most {found}",
+        error=ShapeError,
     ),
-    Check("global_bs_relation", "2.2", _global_bs),
-    GroupSize("group_size:group_ep", "2.2", "group_ep", "ep_world_size"),
-    GroupSize("group_size:group_tp", "2.2", "group_tp", "tp_world_size", lambda call: call["tp_world_size"] > 0),
-    Check("groups_differ", "2.2, 15", _groups_differ, depends_on="tp_world_size"),
-    Refuses(
+    Rule("global_bs_relation", "2.2", _global_bs),
+    group_size("2.2", "group_ep", "ep_world_size"),
+    group_size("2.2", "group_tp", "tp_world_size", lambda call: call["tp_world_size"] > 0),
+    refuses(
+        "groups_differ", "2.2, 15", lambda call: call["group_tp"] and call["group_tp"] == call["group_ep"],
+        "group_tp={group_tp!r} must differ from group_ep; the two exchanges run over different axes",
+        depends_on="tp_world_size",
+    ),
+    refuses(
         "groups_differ", "2.2, 15", {"tp_world_size": 2, "group_tp": ("", ())},
         "group_tp='' must name a mesh axis with tp_world_size=2; pass it",
         depends_on="tp_world_size",
     ),
-    Check("local_experts_with_tp", "2.2, 2.9", _one_expert_with_tp),
+    refuses(  # without a product: every product with two tp ranks has it in its own table
+        "local_experts_with_tp", "2.2, 2.9",
+        lambda call: call.product is None and call["tp_world_size"] == 2 and sizes(call).local_experts != 1,
+        "{experts}: {local} experts per rank must be 1 with tp_world_size=2, since own rows stand before the peer's "
+        "and not expert by expert; moe_jax.dispatch takes more",
+        ShapeError, words={"experts": _experts, "local": lambda call: sizes(call).local_experts},
+    ),
 )  # fmt: skip
 _PERFORMANCE_BY_RANK = forbids(
     "performance_info_by_rank", "7", "performance_info", {"comm_alg": "hierarchy"},
@@ -202,10 +197,9 @@ def _scales_given(call: Call) -> None:
         raise MissingArgumentError(f"scales is None, but x of dtype {call.dtype('x')} travels with its own; pass them")
 
 
-def _unquantised_dtype(call: Call) -> None:
-    wanted = dtype_name("y_dtype", call["y_dtype"])
-    if call["quant_mode"] == 0 and wanted not in (None, call.dtype("x")):
-        raise DtypeError(f"y_dtype={wanted!r} must be that of x, {call.dtype('x')}, with quant_mode=0; leave it out")
+def _wanted_dtype(call: Call) -> str | None:
+    """The dtype of the rows that y_dtype asks for; this refuses what is no dtype, whatever quant_mode is."""
+    return dtype_name("y_dtype", call["y_dtype"])
 
 
 def _dtypes_of_scales(call: Call) -> tuple[str, ...]:
@@ -227,22 +221,9 @@ def _scales_shape(call: Call) -> None:
     check_shape("scales", shape, legal if call["quant_mode"] != 1 else ((1,), (width,), *legal))
 
 
-def _even_width(call: Call) -> None:
-    if call.dtype("x") == "float4_e2m1fn" and hidden(call) % 2:
-        raise ShapeError(f"x has shape {call.shape('x')}: H = {hidden(call)} must be even: two values share a byte")
-
-
 def window_shape(call: Call) -> tuple[int, int]:
     """[W * B * K, bytes of a row]: each rank may send this one all choices of all its tokens."""
     return call["ep_world_size"] * max(1, math.prod(call.shape("expert_ids"))), dispatch_row(call)
-
-
-def _window_shape(call: Call) -> None:
-    if call.given("window") and call.shape("window") != window_shape(call):
-        raise ShapeError(
-            f"window has shape {call.shape('window')}; it must be {window_shape(call)} for this call; make it with "
-            "moe_jax.aclnn.make_receive_window and the same arguments"
-        )
 
 
 _SCALES_UNUSED = "scales was given, but quant_mode={quant_mode} takes none for x of dtype {x.dtype}; pass None"
@@ -255,21 +236,32 @@ DISPATCH = Rules(
     shapes={"x": "B H", "expert_ids": "B K", "expert_scales": "B K", **_SHAPES},
     quantities={**_QUANTITIES, "hidden": lambda call: (shown(call, "x"), hidden(call))},
     rules=(
-        Check("scales_given", "3.2", _scales_given, stage=NULL, depends_on="quant_mode"),
-        Check("unquantised_dtype", "3.2", _unquantised_dtype, stage=DTYPE),
-        OneOfDtypes("scales_dtype", "3.2", ("scales",), _dtypes_of_scales, "with x of dtype {x.dtype}"),
+        Rule("scales_given", "3.2", _scales_given, stage=NULL, depends_on="quant_mode"),
+        refuses(
+            "unquantised_dtype", "3.2",
+            lambda call: _wanted_dtype(call) not in (None, call.dtype("x")) and call["quant_mode"] == 0,
+            "y_dtype={wanted!r} must be that of x, {x.dtype}, with quant_mode=0; leave it out",
+            DtypeError, words={"wanted": _wanted_dtype}, stage=DTYPE,
+        ),
+        one_of_dtypes(
+            "scales_dtype", "3.2", ("scales",), _dtypes_of_scales, "with x of dtype {x.dtype} it must be {legal}"
+        ),
         *_RELATIONS,
         _PERFORMANCE_BY_RANK,
     ),
     last_rules=(
         forbids("scales_unused", "3.2, 2.10", "scales", {"quant_mode": (4, 5)}, _SCALES_UNUSED),
         forbids("scales_unused", "3.2, 2.10", "scales", {"quant_mode": 0, "x.dtype": _NO_CODES}, _SCALES_UNUSED),
-        Refuses(
+        refuses(
             "quantised_input", "3.2", {"quant_mode": NONZERO, "x.dtype": _CODES},
             "quant_mode={quant_mode} must be 0 for x of dtype {x.dtype}, which is quantised already",
         ),
-        Check("scales_shape", "3.1, 3.2", _scales_shape),
-        Check("even_width", "3.2", _even_width),
+        Rule("scales_shape", "3.1, 3.2", _scales_shape),
+        refuses(
+            "even_width", "3.2", lambda call: call.dtype("x") == "float4_e2m1fn" and hidden(call) % 2,
+            "x has shape {x.shape}: H = {hidden} must be even: two values share a byte",
+            ShapeError, words={"hidden": hidden},
+        ),
         forbids(
             "window_by_rank", "12.1", "window", {"comm_alg": "hierarchy"},
             "window was given, but comm_alg='hierarchy' has no exchange between pairs of ranks; pass None, or another "
@@ -281,7 +273,12 @@ DISPATCH = Rules(
             "window and performance_info were given; a timed exchange writes no window, so pass one",
             error=UnsupportedError, about="performance_info",
         ),
-        Check("window_shape", "12.1", _window_shape),
+        refuses(
+            "window_shape", "12.1", lambda call: call.given("window") and call.shape("window") != window_shape(call),
+            "window has shape {window.shape}; it must be {needed} for this call; make it with "
+            "moe_jax.aclnn.make_receive_window and the same arguments",
+            ShapeError, words={"needed": window_shape},
+        ),
         *_buffer_rules("moe_distribute_dispatch_v4"),
     ),
 )  # fmt: skip
@@ -293,13 +290,9 @@ _ALPHAS = ("const_expert_alpha_1", "const_expert_alpha_2")
 _CONST = (*_ALPHAS, "const_expert_v")
 
 
-def _assist_size(call: Call) -> None:
-    shape, rows = call.shape("assist_info_for_combine"), call.shape("expand_x")[0] // max(call["tp_world_size"], 1)
-    if math.prod(shape) < 3 * rows:
-        raise ShapeError(
-            f"assist_info_for_combine has shape {shape}; it must have at least {3 * rows} elements, three for each of "
-            f"{rows} rows; pass dispatch's"
-        )
+def _rows_of_lane(call: Call) -> int:
+    """The rows of one of the tp ranks."""
+    return call.shape("expand_x")[0] // max(call["tp_world_size"], 1)
 
 
 def _send_counts_size(call: Call) -> None:
@@ -318,29 +311,16 @@ def _tp_counts_size(call: Call) -> None:
         check_shape("tp_send_counts", call.shape("tp_send_counts"), ((2,),))
 
 
-def _empty_weights(call: Call) -> None:
-    if 0 in call.shape("expert_scales"):
-        raise ShapeError(
-            f"expert_scales has shape {call.shape('expert_scales')}; an empty one, a sum without weights, is not taken"
-            f"{on(call.product)}; pass ones of shape {call.shape('expert_ids')}"
-        )
-
-
 def _weights(call: Call) -> str:
     """[B, K], or any empty shape: a plain sum."""
     shape = call.shape("expert_scales")
     return f"B K | {' '.join(map(str, shape))}" if 0 in shape else "B K"
 
 
-def _shared_x_shape(call: Call) -> None:
-    if not call.given("shared_expert_x"):
-        return
-    shape, num_tokens = call.shape("shared_expert_x"), tokens(call)
-    if len(shape) not in (2, 3) or math.prod(shape[:-1]) != num_tokens or shape[-1] != hidden(call):
-        raise ShapeError(
-            f"shared_expert_x has shape {shape}; it must be {(num_tokens, hidden(call))}, or (a, b, {hidden(call)}), "
-            f"a * b = {num_tokens}"
-        )
+def _is_tokens_by_hidden(call: Call) -> bool:
+    """Whether shared_expert_x is [B, H], or [a, b, H] with a * b = B."""
+    shape = call.shape("shared_expert_x")
+    return len(shape) in (2, 3) and math.prod(shape[:-1]) == tokens(call) and shape[-1] == hidden(call)
 
 
 def _const_shapes(call: Call) -> None:
@@ -355,10 +335,9 @@ def _const_shapes(call: Call) -> None:
         )
 
 
-def _norm_eps(call: Call) -> None:
-    eps = call["norm_eps"]
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not (0 <= eps < math.inf):
-        raise InvalidArgumentError(f"norm_eps={eps!r} must be a number of at least 0, such as 1e-6")
+def _is_small_number(value: Any) -> bool:
+    """Whether ``value`` may be added to a mean of squares: no less than 0, and finite."""
+    return not isinstance(value, bool) and isinstance(value, (int, float)) and 0 <= value < math.inf
 
 
 _COMBINE_SHAPES = {
@@ -377,32 +356,49 @@ _COMBINE_FIRST = (
         "tp_send_counts is None, but tp_world_size=2 needs it; pass dispatch's",
         error=MissingArgumentError, stage=NULL, depends_on="tp_world_size",
     ),
-    SameDtype("same_dtype", "9.1", ("shared_expert_x", "ori_x", *_CONST, "residual_x", "gamma"), "expand_x"),
+    same_dtype("same_dtype", "9.1", ("shared_expert_x", "ori_x", *_CONST, "residual_x", "gamma"), "expand_x"),
     *_RELATIONS,
 )  # fmt: skip
 _COMBINE_LAST = (
-    AtLeast(
+    at_least(
         "rows", "2.3", lambda call: call.shape("expand_x")[0],
         lambda call: sizes(call).capacity * max(call["tp_world_size"], 1),
         "expand_x has shape {expand_x.shape}: {found} rows must be at least {needed}, the capacity A of these sizes "
         "(times tp_world_size); pass the rows as dispatch laid them out",
+        error=ShapeError,
     ),
-    Check("assist_size", "2.2", _assist_size),
-    Check("send_counts_size", "2.2", _send_counts_size),
-    Check("tp_counts_size", "9.1", _tp_counts_size),
-    AtLeast(
+    at_least(
+        "assist_size", "2.2",
+        lambda call: math.prod(call.shape("assist_info_for_combine")), lambda call: 3 * _rows_of_lane(call),
+        "assist_info_for_combine has shape {assist_info_for_combine.shape}; it must have at least {needed} elements, "
+        "three for each of {rows} rows; pass dispatch's",
+        error=ShapeError, more_words={"rows": _rows_of_lane},
+    ),
+    Rule("send_counts_size", "2.2", _send_counts_size),
+    Rule("tp_counts_size", "9.1", _tp_counts_size),
+    at_least(
         "expand_scales_size", "9.1", lambda call: call.shape("expand_scales")[0], lambda call: sizes(call).capacity,
         "expand_scales has shape {expand_scales.shape}; hierarchy weights each row, so it must have at least {needed} "
         "elements; pass dispatch's",
-        when={"expand_scales": GIVEN, "comm_alg": "hierarchy"},
+        error=ShapeError, when={"expand_scales": GIVEN, "comm_alg": "hierarchy"},
     ),
-    Check("empty_weights", "9.1", _empty_weights, products=("a2", "a3")),
+    refuses(
+        "empty_weights", "9.1", lambda call: 0 in call.shape("expert_scales"),
+        "expert_scales has shape {expert_scales.shape}; an empty one, a sum without weights, is not taken{on}; pass "
+        "ones of shape {expert_ids.shape}",
+        ShapeError, products=("a2", "a3"),
+    ),
     forbids(
         "shared_x_without_ranks", "9.1, 9.5", "shared_expert_x", {"shared_expert_rank_num": NONZERO},
         "shared_expert_x was given with shared_expert_rank_num={shared_expert_rank_num}; it must be 0, since shared "
         "experts run either here or on ranks of their own; pass None",
     ),
-    Check("shared_x_shape", "9.1", _shared_x_shape),
+    refuses(
+        "shared_x_shape", "9.1", lambda call: call.given("shared_expert_x") and not _is_tokens_by_hidden(call),
+        "shared_expert_x has shape {shared_expert_x.shape}; it must be ({tokens}, {hidden}), or (a, b, {hidden}), "
+        "a * b = {tokens}",
+        ShapeError, words={"tokens": tokens, "hidden": hidden},
+    ),
     *(
         requires(
             "special_inputs", "5, 9.5", "ori_x", {number: NONZERO},
@@ -417,8 +413,8 @@ _COMBINE_LAST = (
         )
         for name in _CONST
     ),
-    Check("const_shapes", "5", _const_shapes, about="const_expert_v"),
-    Refuses(
+    Rule("const_shapes", "5", _const_shapes, about="const_expert_v"),
+    refuses(
         "quantised_wire_without_tp", "9.5", {"comm_quant_mode": NONZERO, "tp_world_size": 2},
         "comm_quant_mode={comm_quant_mode} must be 0 with tp_world_size=2, where rows are added on the way",
     ),
@@ -432,6 +428,10 @@ COMBINE = Rules(
     rules=(*_COMBINE_FIRST, _PERFORMANCE_BY_RANK),
     last_rules=(*_COMBINE_LAST, *_buffer_rules("moe_distribute_combine_v4")),
 )
+_NORM_EPS = refuses(
+    "norm_eps", "10", lambda call: not _is_small_number(call["norm_eps"]),
+    "norm_eps={norm_eps!r} must be a number of at least 0, such as 1e-6",
+)  # fmt: skip
 _NORM_SHAPES = {"residual_x": "B 1 H", "gamma": "H", "x_active_mask": "B | B K", "elastic_info": "4+2W"}
 ADD_RMS_NORM = Rules(
     group="group_ep",
@@ -441,7 +441,7 @@ ADD_RMS_NORM = Rules(
     rules=_COMBINE_FIRST,
     last_rules=(
         *_COMBINE_LAST,
-        Check("norm_eps", "10", _norm_eps),
+        _NORM_EPS,
         *_buffer_rules("moe_distribute_combine_add_rms_norm_v2"),
     ),
     missing_product=BAD_PARAMETER,

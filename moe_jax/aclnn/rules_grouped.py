@@ -2,8 +2,8 @@
 
 A rows on the experts' side, BSK on the tokens' side, e local experts, R ranks, H1 to N1 the experts' product, H2 to N2
 the product beside it. Count lists have index peer * e + local expert; one flat list, or a table [R, R * e] with a row
-for each rank. Numbers in quotes are sections of the reference sheet. JAX has no hif8, so mode 1 of the quantised
-siblings, one scale per tensor, is for int8 and fp8 and no product.
+for each rank. A rule begins with its name and the section of the CANN sheet that it is from. JAX has no hif8, so
+mode 1 of the quantised siblings, one scale per tensor, is for int8 and fp8 and no product.
 """
 
 from collections.abc import Callable
@@ -19,18 +19,16 @@ from moe_jax.aclnn.rules import (
     NULL,
     NULL_POINTER,
     Call,
-    Check,
-    GroupSize,
-    OneOfDtypes,
     Quantity,
-    Refuses,
     Rule,
     Rules,
-    SameDtype,
     check_shape,
     forbids,
+    group_size,
     make_error,
-    on,
+    one_of_dtypes,
+    refuses,
+    same_dtype,
     shown,
 )
 from moe_jax.aclnn.workspace import columns, counts, token_rows
@@ -82,13 +80,8 @@ def _counts_sign(call: Call) -> None:
             raise InvalidArgumentError(f"{name} holds {low}; counts are at least 0")
 
 
-def _counts_sum(call: Call) -> None:
-    """A flat list describes every row of gmm_x; in a table the fullest rank's does."""
-    total, rows = int(counts(call, "send_counts").sum(axis=1).max()), call.shape("gmm_x")[0]
-    if total != rows:
-        raise ShapeError(
-            f"send_counts add up to {total}, but gmm_x has {rows} rows (shape {call.shape('gmm_x')}); they must agree"
-        )
+def _rows_sent(call: Call) -> int:
+    return int(counts(call, "send_counts").sum(axis=1).max())
 
 
 def _tables_agree(call: Call) -> None:
@@ -169,8 +162,8 @@ def _grouped(own_dtypes: tuple[Rule, ...], last: tuple[Rule, ...]) -> Rules:
         },
         quantities=_QUANTITIES,
         rules=(
-            Check("mm_pair", "14.4", _mm_pair, stage=NULL),
-            GroupSize("group_size:group", "14.1", "group", "ep_world_size"),
+            Rule("mm_pair", "14.4", _mm_pair, stage=NULL),
+            group_size("14.1", "group", "ep_world_size"),
             *(
                 forbids(
                     "count_tensors", "14.1", name, {},
@@ -180,21 +173,25 @@ def _grouped(own_dtypes: tuple[Rule, ...], last: tuple[Rule, ...]) -> Rules:
                 for name in ("send_counts_tensor", "recv_counts_tensor")
             ),
             *own_dtypes,
-            Check("counts_given", "14.4", _counts_given, stage=DTYPE),
-            Refuses(
+            Rule("counts_given", "14.4", _counts_given, stage=DTYPE),
+            refuses(
                 "transpose_without_mm", "14.4", {"trans_mm_weight": NONZERO, "mm_weight": MISSING},
                 "trans_mm_weight=True must be False without mm_x and mm_weight",
             ),
-            Check("counts_length", "14.4", _counts_length),
-            Check("counts_sign", "14.4", _counts_sign),
-            Check("counts_sum", "14.4", _counts_sum),
-            Check("tables_agree", "14.1", _tables_agree),
+            Rule("counts_length", "14.4", _counts_length),
+            Rule("counts_sign", "14.4", _counts_sign),
+            refuses(  # a flat list describes every row of gmm_x; in a table the fullest rank's list does
+                "counts_sum", "14.4", lambda call: _rows_sent(call) != call.shape("gmm_x")[0],
+                "send_counts add up to {total}, but gmm_x has {rows} rows (shape {gmm_x.shape}); they must agree",
+                ShapeError, words={"total": _rows_sent, "rows": lambda call: call.shape("gmm_x")[0]},
+            ),
+            Rule("tables_agree", "14.1", _tables_agree),
             *last,
         ),
     )  # fmt: skip
 
 
-GROUPED = _grouped((SameDtype("same_dtype", "14.4", ("gmm_weight", "mm_x", "mm_weight"), "gmm_x"),), ())
+GROUPED = _grouped((same_dtype("same_dtype", "14.4", ("gmm_weight", "mm_x", "mm_weight"), "gmm_x"),), ())
 
 
 # The quantised siblings: data of one byte or less, and scales beside it.
@@ -208,14 +205,6 @@ def _alike(call: Call) -> tuple[str, ...]:
     """fp8 in any mix, or one dtype throughout."""
     dtype = call.dtype("gmm_x")
     return _FP8 if dtype in _FP8 else (dtype,)
-
-
-def _per_tensor_data(call: Call) -> None:
-    if call["gmm_x_quant_mode"] == 1:
-        raise DtypeError(
-            f"gmm_x has dtype {call.dtype('gmm_x')}; with gmm_x_quant_mode=1 it must be hif8{on(call.product)}, "
-            "which JAX does not have; take gmm_x_quant_mode=6, or product=None"
-        )
 
 
 def _quant_modes(call: Call) -> None:
@@ -259,24 +248,30 @@ def _even_width(call: Call) -> None:
 
 QUANTISED = _grouped(
     (
-        OneOfDtypes(
-            "quantised_dtypes", "14.6", ("gmm_weight", "mm_x", "mm_weight"), _alike, "beside gmm_x of {gmm_x.dtype}"
+        one_of_dtypes(
+            "quantised_dtypes", "14.6", ("gmm_weight", "mm_x", "mm_weight"), _alike,
+            "beside gmm_x of {gmm_x.dtype} it must be {legal}",
         ),
-        OneOfDtypes(
+        one_of_dtypes(
             "mode_dtypes", "14.6", ("gmm_x",),
             lambda call: ("int8", *_FP8) if call["gmm_x_quant_mode"] == 1 else (*_FP8, "float4_e2m1fn"),
-            "with gmm_x_quant_mode={gmm_x_quant_mode}", depends_on="gmm_x_quant_mode",
+            "with gmm_x_quant_mode={gmm_x_quant_mode} it must be {legal}", depends_on="gmm_x_quant_mode",
         ),
-        OneOfDtypes(
+        one_of_dtypes(
             "scale_dtypes", "14.6", _SCALES,
             lambda call: ("float32",) if call["gmm_x_quant_mode"] == 1 else _E8M0,
-            "with gmm_x_quant_mode={gmm_x_quant_mode}", depends_on="gmm_x_quant_mode",
+            "with gmm_x_quant_mode={gmm_x_quant_mode} it must be {legal}", depends_on="gmm_x_quant_mode",
         ),
-        Check("per_tensor_data", "14.6", _per_tensor_data, stage=DTYPE, products=("a5",)),
+        refuses(
+            "per_tensor_data", "14.6", {"gmm_x_quant_mode": 1},
+            "gmm_x has dtype {gmm_x.dtype}; with gmm_x_quant_mode=1 it must be hif8{on}, which JAX does not have; take "
+            "gmm_x_quant_mode=6, or product=None",
+            DtypeError, stage=DTYPE, products=("a5",),
+        ),
     ),
     (
-        Check("quant_modes", "14.6", _quant_modes),
-        Check("even_width", "14.6", _even_width),
-        Check("scale_shapes", "14.6", _scale_shapes),
+        Rule("quant_modes", "14.6", _quant_modes),
+        Rule("even_width", "14.6", _even_width),
+        Rule("scale_shapes", "14.6", _scale_shapes),
     ),
 )  # fmt: skip

@@ -1,6 +1,6 @@
 """What the small operators ask of their arguments: update expert, the barriers, and the reset of a buffer.
 
-Numbers in quotes are sections of the reference sheet.
+A rule begins with its name and the section of the CANN sheet that it is from.
 """
 
 import jax
@@ -14,14 +14,15 @@ from moe_jax.aclnn.rules import (
     DTYPE,
     GIVEN,
     REST,
-    AtLeast,
     Call,
-    Check,
-    GroupSize,
+    Rule,
     Rules,
+    at_least,
     check_shape,
     forbids,
+    group_size,
     make_error,
+    refuses,
     requires,
     shown,
 )
@@ -36,13 +37,6 @@ def _reads_ranks(call: Call) -> bool:
 
 def _is_whole(call: Call) -> bool:
     return isinstance(call["world_size"], (int, np.integer)) and not isinstance(call["world_size"], bool)
-
-
-def _world_size_given(call: Call) -> None:
-    if _reads_ranks(call) and not _is_whole(call):
-        raise InvalidArgumentError(
-            f"world_size={call['world_size']!r} must be a whole number: balance_mode=0 spreads instances over ranks"
-        )
 
 
 def _rank_in_world(call: Call) -> None:
@@ -78,12 +72,14 @@ UPDATE_EXPERT = Rules(
         "ranks": lambda call: ("world_size", call["world_size"]) if _reads_ranks(call) and _is_whole(call) else None,
     },
     rules=(
-        Check("world_size_given", "11", _world_size_given),
-        GroupSize(
-            "group_size:group_ep", "11", "group_ep", "world_size",
-            lambda call: _reads_ranks(call) and call["local_rank_id"] is None,
+        refuses(
+            "world_size_given", "11", lambda call: _reads_ranks(call) and not _is_whole(call),
+            "world_size={world_size!r} must be a whole number: balance_mode=0 spreads instances over ranks",
         ),
-        Check("rank_in_world", "11", _rank_in_world),
+        group_size(
+            "11", "group_ep", "world_size", lambda call: _reads_ranks(call) and call["local_rank_id"] is None,
+        ),
+        Rule("rank_in_world", "11", _rank_in_world),
         *(
             requires(
                 "pruning_pair", "11", missing, {given: GIVEN},
@@ -96,17 +92,20 @@ UPDATE_EXPERT = Rules(
             "active_mask was given, with shape {active_mask.shape}, but no pruning; pass expert_scales and "
             "pruning_threshold too, or give the mask to dispatch",
         ),
-        AtLeast(
-            "top_k_of_experts", "11", lambda call: call.shape("eplb_table")[0], lambda call: call.shape("expert_ids")[1],
+        at_least(
+            "top_k_of_experts", "11",
+            lambda call: call.shape("eplb_table")[0], lambda call: call.shape("expert_ids")[1],
             "expert_ids has shape {expert_ids.shape}: K = {needed} choices per token, but eplb_table has {found} "
             "experts; K is at most {found}",
+            error=ShapeError,
         ),
     ),
     last_rules=(
-        AtLeast(  # F <= W + 1: an expert has one instance per rank at most
+        at_least(  # F <= W + 1: an expert has one instance per rank at most
             "columns_by_rank", "11", lambda call: call["world_size"] + 1, lambda call: call.shape("eplb_table")[1],
-            "eplb_table has shape {eplb_table.shape}: its {needed} columns must be at most {found} = world_size + 1{on}",
-            when={"balance_mode": 0}, products=("a3", "a5"),
+            "eplb_table has shape {eplb_table.shape}: its {needed} columns must be at most {found} = world_size + 1"
+            "{on}",
+            error=ShapeError, when={"balance_mode": 0}, products=("a3", "a5"),
         ),
     ),
 )  # fmt: skip
@@ -119,7 +118,7 @@ BARRIER = Rules(
     long_group=(REST, BAD_VALUE),
     letters={"4+2W": lambda call: 4 + 2 * call["world_size"]},
     shapes={"time_out": "1", "elastic_info": "4+2W"},
-    rules=(GroupSize("group_size:group", "13", "group", "world_size"),),
+    rules=(group_size("13", "group", "world_size"),),
 )
 
 
@@ -138,11 +137,11 @@ BUFFER_RESET = Rules(
     more_arrays=("time_out",),
     shapes={"time_out": "1"},
     rules=(
-        Check("mask_shape", "12.1", _mask_shape, stage=DTYPE),
+        Rule("mask_shape", "12.1", _mask_shape, stage=DTYPE),
         forbids(
             "time_out_of_a_wait", "12.1", "time_out", {"need_sync": 0},
             "time_out was given, but need_sync=0 waits for nobody; pass None, or need_sync=1",
         ),
-        GroupSize("group_size:group_ep", "12.1", "group_ep", "ep_world_size"),
+        group_size("12.1", "group_ep", "ep_world_size"),
     ),
 )  # fmt: skip

@@ -1,8 +1,8 @@
 """The numbers of a call, and its workspace: the bytes per rank of the rows that it sends and receives.
 
 Counted are the buffers of the exchange and what stands between it and the products: rows with their scales, the three
-integers that name each row's source, and the counts of both sides. Not counted are the caller's arrays. Letters are those
-of ``rules_exchange`` and ``rules_grouped``.
+integers that name each row's source, and the counts of both sides. The caller's arrays are not counted. The letters are
+those of ``rules_exchange`` and ``rules_grouped``.
 """
 
 import math

@@ -108,7 +108,7 @@ def exchange_blocks(rows: Array, plan) -> Array:
     if plan.ep_size == 1:
         return rows
     blocks = rows.reshape(plan.ep_size, rows.shape[0] // plan.ep_size, rows.shape[1])
-    custom = find_transport("padded", plan.backend)
+    custom = find_transport("padded", plan.kernels)
     moved = custom(blocks, plan.ep_axis) if custom else swap_blocks(blocks, plan.ep_axis)
     return moved.reshape(rows.shape)
 
@@ -143,9 +143,9 @@ def exchange_compact(rows: Array, sizes: Array, num_out: int, plan, *, output: A
             arrival_starts[:, me],
             plan.ep_axis,
             chunk=plan.pair_capacity,
-            all_to_all=find_transport("padded", plan.backend),
+            all_to_all=find_transport("padded", plan.kernels),
         )
-    custom = find_transport("ragged", plan.backend)
+    custom = find_transport("ragged", plan.kernels)
     return (custom or portable_ragged_all_to_all)(
         rows, output, exclusive_cumsum(send), send, arrival_starts[me], recv, axis_name=plan.ep_axis
     )

@@ -46,7 +46,7 @@ def exchange_inside_compact(rows: Array, sizes: Array, num_out: int, plan, *, ch
     arrival_starts = exclusive_cumsum(sizes[:, me])
     output = unwritten(num_out, rows, plan)
     starts = exclusive_cumsum(sizes[me])
-    custom = find_transport("padded", plan.backend)
+    custom = find_transport("padded", plan.kernels)
     return chunked_all_to_all(
         rows, output, sizes, starts, arrival_starts, _inside(plan), chunk=chunk, all_to_all=custom
     )
@@ -72,6 +72,6 @@ def _inside(plan) -> tuple[str, ...]:
 
 def _exchange(rows, num_blocks, axes, plan):
     blocks = rows.reshape(num_blocks, rows.shape[0] // num_blocks, rows.shape[1])
-    custom = find_transport("padded", plan.backend)
+    custom = find_transport("padded", plan.kernels)
     moved = custom(blocks, axes) if custom else swap_blocks(blocks, axes)
     return moved.reshape(rows.shape)

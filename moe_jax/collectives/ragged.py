@@ -67,11 +67,15 @@ def ragged_all_to_all(
       MissingArgumentError, InvalidArgumentError: an array is None; ``axis_name`` is no name or tuple of names.
       MeshError: ``axis_name`` is not bound here.
 
+    >>> import jax, jax.numpy as jnp, moe_jax as moe
+    >>> from jax.sharding import PartitionSpec as P
+    >>> moe.emulate_devices(2)  # leave this out where there are accelerators
     >>> sizes = jnp.array([1, 2, 1, 2], jnp.int32)  # of 2 ranks: each sends 1 row to rank 0 and 2 to rank 1
     >>> starts, lands = jnp.array([0, 1, 0, 1], jnp.int32), jnp.array([0, 0, 1, 2], jnp.int32)
-    >>> send = lambda rows, *ints: ragged_all_to_all(rows, jnp.zeros(4), *ints, axis_name="ep")
-    >>> shard_map(send, mesh=mesh, in_specs=P("ep"), out_specs=P(("ep", "tp")))(
-    ...     jnp.arange(6.0), starts, sizes, lands, jnp.array([1, 1, 2, 2], jnp.int32))
+    >>> received = jnp.array([1, 1, 2, 2], jnp.int32)
+    >>> send = lambda rows, *ints: moe.ragged_all_to_all(rows, jnp.zeros(4), *ints, axis_name="ep")
+    >>> run = jax.jit(jax.shard_map(send, mesh=moe.make_mesh(ep=2), in_specs=P("ep"), out_specs=P("ep")))
+    >>> run(jnp.arange(6.0), starts, sizes, lands, received)
     Array([0., 3., 0., 0., 1., 2., 4., 5.], dtype=float32)
 
     Source: the calling convention of jax.lax.ragged_all_to_all; L. G. Valiant, A Scheme for Fast Parallel

@@ -26,13 +26,21 @@ Array = jax.Array
 
 
 class Counts(NamedTuple):
-    """What this rank sends and receives; R ranks, e local experts."""
+    """What this rank sends and receives; R ranks, e local experts.
 
-    send: Array  # [R, e] i32
-    recv: Array  # [R, e] i32
-    recv_capacity: int  # rows of the result
-    may_overflow: bool  # whether more rows than that can come
-    tables: tuple[np.ndarray, np.ndarray] | None  # [R, R, e] of all ranks, send and recv; None where traced
+    Attributes:
+      send: [R, e] i32, how many rows go to or belong to each expert of each peer.
+      recv: [R, e] i32, the same of the rows that come.
+      recv_capacity: rows of the result.
+      may_overflow: whether more rows than that can come.
+      tables: [R, R, e] i64, the counts of all ranks, those of sends and those of receives; None where they are traced.
+    """
+
+    send: Array
+    recv: Array
+    recv_capacity: int
+    may_overflow: bool
+    tables: tuple[np.ndarray, np.ndarray] | None
 
 
 def read_counts(
@@ -60,6 +68,7 @@ def read_counts(
     if recv_capacity is not None:
         check_count("recv_capacity", recv_capacity, 0)
         recv_capacity = int(recv_capacity)
+    # 1. Both lists are there, and both are of one kind.
     named = {"send_counts": send_counts, "recv_counts": recv_counts}
     for name, counts in named.items():
         if counts is None:
@@ -70,6 +79,8 @@ def read_counts(
         raise InvalidArgumentError(
             f"{known} is known while tracing and {other} is a traced array; pass both as lists or both as i32 arrays"
         )
+    # 2. Static lists are known of all ranks. They are checked, the result is as long as the fullest rank needs, and
+    #    this rank takes its own rows of the tables.
     if static[0]:
         send, recv = (_read_table(name, counts, num_ranks, num_local) for name, counts in named.items())
         _check_tables(send, recv, num_rows, recv_capacity)
@@ -82,6 +93,8 @@ def read_counts(
             may_overflow=False,
             tables=(send, recv),
         )
+    # 3. Traced lists are known of this rank alone, and nobody can check more than their form. Every rank could send all
+    #    of its rows here, so without a capacity the result has room for that.
     for name, counts in named.items():
         check_shape(name, counts, (num_ranks * num_local,), f"[R * e] for R = {num_ranks}, e = {num_local}")
         check_dtype(name, counts, ("int32",), "cast it with .astype(jnp.int32)")
@@ -100,16 +113,18 @@ def most_rows_per_chunk(table: np.ndarray, chunks: int) -> int:
     """The most rows that any rank exchanges in any chunk.
 
     Args:
-      table: [R, R, e], what each rank exchanges with each.
-      chunks: how many groups of consecutive ring shifts the peers are cut into.
+      table: [R, R, e], what each rank exchanges with each expert of each peer.
+      chunks: how many groups the peers are cut into, by their distance along the ring.
     """
+    # 1. [rank, shift]: the rows that a rank exchanges with the peer that is so many steps ahead of it along the ring.
     ranks = np.arange(len(table))
-    by_shift = table.sum(axis=2)[ranks[:, None], (ranks[:, None] + ranks) % len(table)]  # [rank, shift]
+    by_shift = table.sum(axis=2)[ranks[:, None], (ranks[:, None] + ranks) % len(table)]
+    # 2. A chunk is a stretch of consecutive shifts.
     return int(by_shift.reshape(len(table), chunks, -1).sum(axis=2).max())
 
 
 def _read_table(name: str, counts: Any, num_ranks: int, num_local: int) -> np.ndarray:
-    """A static list as [R, R, e] i64."""
+    """A static list as [R, R, e] i64: entry (rank, peer, expert), the same for every rank if the list is flat."""
     if isinstance(counts, np.ndarray):
         if counts.dtype.kind not in "iu":
             raise DtypeError(f"{name} has dtype {counts.dtype}; counts are whole numbers: pass an integer array")

@@ -1,4 +1,4 @@
-"""The product that stands beside the exchange, and has nothing to do with it."""
+"""The dense product ``mm_x @ mm_weight`` that stands beside the exchange and is independent of it."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def dense(
     grouped_dtype: jnp.dtype,
     out_dtype: jnp.dtype,
 ) -> Array | None:
-    """The product; None where there is nothing to multiply.
+    """``x @ weight``, [BS, N2]; None if neither was given.
 
     Args:
       x, weight, x_scale, weight_scale, transpose: what the caller gave as ``mm_x`` and so on.

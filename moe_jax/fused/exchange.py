@@ -1,19 +1,20 @@
-"""The two directions of the fused pair, chunk by chunk, and their adjoints, which are each other.
+"""The two directions of the fused pair, chunk by chunk, and their adjoints: each is the adjoint of the other.
 
-Every (rank, local expert) pair has two sides. The *expert side* is where the expert lives: rows stand by
-(local expert, peer), and are multiplied there. The *token side* is the other end: rows stand by (peer, expert of that
-peer). ``compute_then_send`` goes from the expert side to the token side, ``send_then_compute`` the other way, and the
-adjoint of either is the other one with transposed weights.
+The rows that one rank exchanges with one expert of another rank form a *block*. A block has two sides. On the *expert
+side*, which is the rank that has the expert, rows stand by (local expert, peer), and are multiplied. On the *token
+side*, which is the other end, they stand by (peer, expert of that peer). ``compute_then_send`` takes rows from the
+expert side to the token side, ``send_then_compute`` takes them the other way. The adjoint of either is the other one
+with transposed weights.
 
-A chunk is a group of peers: the ranks whose distance from here along the ring lies in one stretch. In every chunk each
-rank sends to R / chunks ranks and receives from as many. Each has buffers of its own, so that in the compiled program
-no product depends on the transfer of another chunk, nor a transfer on the product of a later one. All products, however
-many chunks there are, have operands of the same extent: back ends choose tiles by extent, and equal tiles give equal
-bits.
+The argument ``chunks`` cuts the exchange into groups of peers: the peers of a chunk are the ranks whose distances from
+here along the ring lie in one stretch. So in every chunk each rank sends to R / chunks ranks and receives from as many.
+Every chunk has buffers of its own. In the compiled program no product therefore depends on the transfer of another
+chunk, nor a transfer on the product of a later chunk. All products have operands of the same extent, however many
+chunks there are: back ends choose tiles by extent, and equal tiles give equal bits.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -31,38 +32,63 @@ Array = jax.Array
 
 
 class Extents(NamedTuple):
-    """What is static about an exchange; hashable."""
+    """What is static about an exchange; hashable.
+
+    Attributes:
+      axes: the mesh axes along which ranks exchange.
+      num_ranks: R, how many ranks that are.
+      backend: the back end of the grouped product.
+      transpose: whether the weights are stored transposed.
+      chunks: how many groups the peers are cut into.
+      token_rows: rows of the token side's buffer.
+      expert_rows: rows of the expert side's buffer.
+      wire_rows: the most rows of the expert side that any chunk moves; the extent of the buffers of a chunk.
+    """
 
     axes: tuple[str, ...]
     num_ranks: int
     backend: str
-    transpose: bool  # whether the weights are stored transposed
+    transpose: bool
     chunks: int
-    token_rows: int  # rows of the token side's buffer
-    expert_rows: int  # rows of the expert side's buffer
-    wire_rows: int  # most rows of the expert side that one chunk moves
+    token_rows: int
+    expert_rows: int
+    wire_rows: int
 
 
 class Route(NamedTuple):
-    """Which rows travel, from where to where; integers only. R ranks, e local experts."""
+    """Which rows travel, from where to where; integers only. R ranks, e local experts.
 
-    group_sizes: Array  # [e] rows of each expert in the expert side's buffer
-    expert_starts: Array  # [R, e] first row of each block in that buffer
-    expert_sizes: Array  # [R, e] rows of each block that travel
-    token_starts: Array  # [R] first row of each peer in the token side's buffer
-    token_sizes: Array  # [R] rows of each peer that travel
-    remote_token_starts: Array  # [R] where each peer's token side keeps its rows from or for this rank
-    remote_wire_starts: Array  # [R] where each peer's wire buffer of the chunk does
+    Attributes:
+      group_sizes: [e] rows of each expert in the expert side's buffer.
+      expert_starts: [R, e] the first row of each block in the expert side's buffer.
+      expert_sizes: [R, e] how many rows of each block travel.
+      token_starts: [R] the first row of each peer in the token side's buffer.
+      token_sizes: [R] how many rows of each peer travel.
+      remote_token_starts: [R] where the rows that peer p exchanges with this rank begin in the token side's buffer of
+        p.
+      remote_wire_starts: [R] where these rows begin in the wire buffer of p, in the chunk that moves them.
+    """
+
+    group_sizes: Array
+    expert_starts: Array
+    expert_sizes: Array
+    token_starts: Array
+    token_sizes: Array
+    remote_token_starts: Array
+    remote_wire_starts: Array
 
 
 def make_route(
     extents: Extents, expert_counts: Array, token_counts: Array, *, token_limit: bool, expert_limit: bool
 ) -> Route:
-    """The route for counts [R, e] of both sides.
+    """The route for the counts of both sides, [R, e] each.
 
-    ``token_limit`` and ``expert_limit`` say that more rows may come to that side than its buffer holds. Then those that
-    come last, by (source rank, expert), stay at home.
+    ``token_limit`` and ``expert_limit`` say that more rows may come to that side than its buffer holds. Then the rows
+    that come last, by (source rank, expert), are not sent.
     """
+    # 1. How many rows of each block travel. Where a side has a limit, that side cuts its own list off at the end of its
+    #    buffer, and tells every peer how many rows it takes from that peer; the peer keeps the first so many of its
+    #    list.
     token_sizes, expert_sizes = token_counts, expert_counts
     if token_limit:
         token_sizes = clip_to_window(token_counts.ravel(), 0, extents.token_rows)[1].reshape(token_counts.shape)
@@ -70,12 +96,15 @@ def make_route(
     if expert_limit:
         expert_sizes = clip_to_window(expert_counts.ravel(), 0, extents.expert_rows)[1].reshape(expert_counts.shape)
         token_sizes = _keep_first(token_counts, _swap(extents, _sum(expert_sizes, axis=1)))
-    held = expert_sizes if expert_limit else expert_counts  # a result is compact, an input lies as it was given
+    # 2. The blocks in the expert side's buffer: a result has only rows that travel, an input lies as it was given.
+    held = expert_sizes if expert_limit else expert_counts
+    # 3. Where the rows of each peer begin in the wire buffer of its chunk: behind those of the chunk's earlier peers.
     wire_starts = jnp.zeros_like(expert_sizes[:, 0])
     expert_side, _ = _chunk_of_peers(extents)
     for chunk in range(extents.chunks):
         mine = expert_side == chunk
         wire_starts = jnp.where(mine, _wire_starts(jnp.where(mine[:, None], expert_sizes, 0))[:, 0], wire_starts)
+    # 4. Both ends of a transfer must be known here, so every rank tells each peer where that peer's rows begin.
     token_starts = exclusive_cumsum(_sum(token_counts, axis=1))
     return Route(
         group_sizes=_sum(held, axis=0),
@@ -88,14 +117,15 @@ def make_route(
     )
 
 
-# Not JAX's own transposes: the weights' gradient is one product over all rows, whatever the chunks.
+# These functions have gradients of their own, since JAX's would sum the gradient of the weights chunk by chunk. Here it
+# is one product over all rows, whatever the number of chunks.
 
 
 @functools.partial(custom_gradient, num_static=1)
 def compute_then_send(extents: Extents, rows: Array, weight: Array, route: Route, addend: Array | None) -> Array:
-    """[expert_rows, H] times [e, H, N], plus the addend [expert_rows, N] -> [token_rows, N].
+    """The rows [expert_rows, H] times the weights [e, H, N], plus the addend [expert_rows, N], sent: [token_rows, N].
 
-    Rows where nothing arrives are zero.
+    A row of the result at which nothing arrives is zero. Without an addend (None) nothing is added.
     """
     return _compute_then_send(extents, rows, weight, route, addend)
 
@@ -107,9 +137,11 @@ def _compute_forward(extents, rows, weight, route, addend):
 
 def _compute_backward(extents, residuals, ct):
     rows, weight, route, has_addend = residuals
-    # arrived = ct at the rows of the product         # [expert_rows, N]
-    # d_rows = arrived @ weight^T                     # [expert_rows, H]
-    # d_weight[l] = rows[l]^T @ arrived[l]            # [e, H, N]
+    # With S for the send, out = S(rows @ weight + addend). S^T is the send the other way, so
+    # arrived = S^T(ct)                               # [expert_rows, N] from [token_rows, N]
+    # d_rows = arrived @ weight^T                     # [expert_rows, H] = [expert_rows, N] @ [e, H, N]
+    # d_weight[l] = rows[l]^T @ arrived[l]            # [e, H, N] = [expert_rows, H], [expert_rows, N], by expert
+    # d_addend = arrived                              # [expert_rows, N]
     d_rows, arrived = send_then_compute(_transposed(extents), ct, weight, route)
     d_weight = _weight_gradient(extents, rows, arrived, weight, route)
     return d_rows, d_weight, None, None if has_addend is None else arrived
@@ -120,7 +152,11 @@ compute_then_send.defvjp(_compute_forward, _compute_backward)
 
 @functools.partial(custom_gradient, num_static=1)
 def send_then_compute(extents: Extents, rows: Array, weight: Array, route: Route) -> tuple[Array, Array]:
-    """[token_rows, H] -> the product [expert_rows, N] and its left side [expert_rows, H]; zero past what arrives."""
+    """Sends the rows [token_rows, H] to their experts and multiplies them there.
+
+    Returns the product [expert_rows, N] and its left operand, the rows as they arrived [expert_rows, H]. Both are zero
+    in the rows past what arrives.
+    """
     return _send_then_compute(extents, rows, weight, route)
 
 
@@ -132,8 +168,9 @@ def _send_forward(extents, rows, weight, route):
 def _send_backward(extents, residuals, cts):
     permuted, weight, route = residuals
     ct_product, ct_permuted = cts
-    # d_rows = (ct_product @ weight^T + ct_permuted) at the rows it came from
-    # d_weight[l] = permuted[l]^T @ ct_product[l]    # [e, H, N]
+    # With S for the send, permuted = S(rows) and product = permuted @ weight, so
+    # d_rows = S^T(ct_product @ weight^T + ct_permuted)    # [token_rows, H] from [expert_rows, N], [expert_rows, H]
+    # d_weight[l] = permuted[l]^T @ ct_product[l]          # [e, H, N] = [expert_rows, H], [expert_rows, N], by expert
     d_rows = compute_then_send(_transposed(extents), ct_product, weight, route, ct_permuted)
     return d_rows, _weight_gradient(extents, permuted, ct_product, weight, route), None
 
@@ -141,13 +178,14 @@ def _send_backward(extents, residuals, cts):
 send_then_compute.defvjp(_send_forward, _send_backward)
 
 
-# Products of another kind: rows in any form of which zeros mean nothing, weights in any pytree. No derivative.
+# Products of another kind have no derivative. Their rows may have any form in which a row of zeros stands for nothing,
+# and their weights may be any pytree.
 
 Multiply = Callable[[Extents, Array, Any, Array], Array]  # (extents, rows, weight, group_sizes) -> [rows, N]
 
 
 def compute_then_send_by(multiply: Multiply, extents: Extents, rows: Array, weight: Any, route: Route) -> Array:
-    """As ``compute_then_send`` with the caller's product, in the dtype of which rows travel."""
+    """As ``compute_then_send`` with the caller's product; rows travel in the dtype of that product."""
     return _compute_then_send(extents, rows, weight, route, multiply=multiply)
 
 
@@ -236,20 +274,31 @@ def _send_then_compute(
 
 
 class _Chunk(NamedTuple):
-    peers: Array  # [R, 1] bool, whose blocks of the expert side this chunk moves
-    sizes: Array  # [R, e] of the expert side's blocks, zero for other peers
-    starts: Array  # [R, e] in the wire buffer: by (peer, expert), end to end
-    product: Array  # [R, e] in the product's operand: by (expert, peer)
-    group_sizes: Array  # [e] rows of the product's operand
-    token_sizes: Array  # [R] of the token side, zero for other peers
+    """The part of a route that belongs to one chunk. R ranks, e local experts.
+
+    Attributes:
+      peers: [R, 1] bool, the peers whose blocks this chunk moves on the expert side.
+      sizes: [R, e] how many rows each block of the expert side has, zero for other peers.
+      starts: [R, e] where each block begins in the wire buffer: by (peer, expert), end to end.
+      product: [R, e] where each block begins in the operand of the product: by (expert, peer).
+      group_sizes: [e] how many rows each expert has in the operand of the product.
+      token_sizes: [R] how many rows the token side exchanges with each peer, zero for other peers.
+    """
+
+    peers: Array
+    sizes: Array
+    starts: Array
+    product: Array
+    group_sizes: Array
+    token_sizes: Array
 
 
-def _chunks(extents: Extents, route: Route):
+def _chunks(extents: Extents, route: Route) -> Iterator[_Chunk]:
     expert_side, token_side = _chunk_of_peers(extents)
     for index in range(extents.chunks):
         peers = (expert_side == index)[:, None]
         sizes = jnp.where(peers, route.expert_sizes, 0)
-        alone = extents.chunks == 1  # then the expert side's buffer is the product's operand as it stands
+        alone = extents.chunks == 1  # then the expert side's buffer itself is the operand of the product
         yield _Chunk(
             peers=peers,
             sizes=sizes,
@@ -261,17 +310,22 @@ def _chunks(extents: Extents, route: Route):
 
 
 def _chunk_of_peers(extents: Extents) -> tuple[Array, Array]:
-    """[R] the chunk in which this rank's expert side exchanges with each peer, and the same for its token side."""
+    """[R] the chunk in which this rank's expert side exchanges with each peer, and [R] likewise for its token side.
+
+    Chunk c of an expert side has the peers that are c * R / chunks or more steps ahead of it along the ring. The token
+    side counts the steps from the peer to itself, so that both ends of every transfer find the same chunk.
+    """
     me, ranks = lax.axis_index(extents.axes), jnp.arange(extents.num_ranks, dtype=jnp.int32)
     per_chunk = extents.num_ranks // extents.chunks
     return (ranks - me) % extents.num_ranks // per_chunk, (me - ranks) % extents.num_ranks // per_chunk
 
 
 def _sum(sizes: Array, axis: int) -> Array:
-    return jnp.sum(sizes, axis=axis, dtype=jnp.int32)  # without, it is i64 under jax_enable_x64
+    return jnp.sum(sizes, axis=axis, dtype=jnp.int32)  # without the dtype it is i64 under jax_enable_x64
 
 
 def _swap(extents: Extents, entries: Array) -> Array:
+    """Entry j of every rank goes to rank j: [R, ...] of this rank's words -> [R, ...] of the peers' words to it."""
     return swap_with_peers(_compat.as_varying(entries, extents.axes), extents.axes)
 
 
@@ -281,15 +335,17 @@ def _keep_first(sizes: Array, totals: Array) -> Array:
 
 
 def _wire_starts(sizes: Array) -> Array:
+    """[R, e] where each block begins if blocks stand by (peer, expert), end to end."""
     return exclusive_cumsum(sizes.ravel()).reshape(sizes.shape)
 
 
 def _expert_major_starts(sizes: Array) -> Array:
+    """[R, e] where each block begins if blocks stand by (expert, peer), end to end."""
     return exclusive_cumsum(sizes.T.ravel()).reshape(sizes.T.shape).T
 
 
 def _to_product(extents: Extents, rows: Array, chunk: _Chunk, route: Route) -> Array:
-    """The chunk's rows of the expert side's buffer, packed as the product's operand."""
+    """The rows of the expert side's buffer that belong to a chunk, packed as the operand of its product."""
     if extents.chunks == 1:
         return rows
     index = map_blocks(chunk.product, route.expert_starts, chunk.sizes, extents.expert_rows)
@@ -297,7 +353,7 @@ def _to_product(extents: Extents, rows: Array, chunk: _Chunk, route: Route) -> A
 
 
 def _assemble(parts: list[Array], starts: Array, extents: Extents, route: Route) -> Array:
-    """The expert side's buffer, from blocks that start at ``starts`` [R, e] in the parts laid end to end."""
+    """The expert side's buffer, from blocks that begin at ``starts`` [R, e] in the ``parts`` laid end to end."""
     index = map_blocks(route.expert_starts, starts, route.expert_sizes, extents.expert_rows)
     return take_rows(jnp.concatenate(parts), index, absent=0)
 

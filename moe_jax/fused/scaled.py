@@ -25,19 +25,32 @@ _EXACT_COLUMNS = 1024  # a sum of as many products of two int8 numbers is at mos
 
 
 class Weights(NamedTuple):
-    """Matrices that are ready to be multiplied."""
+    """Matrices that are ready to be multiplied.
 
-    values: Array  # [e, N, H] with their scales in them if microscaled; or as stored; fp32 or bf16
-    scale: Array | None  # [1] f32, what the products have yet to be multiplied by
+    Attributes:
+      values: fp32 or bf16. Microscaled matrices are [e, N, H], and their scales are multiplied in. Others have the
+        layout in which they are stored.
+      scale: [1] f32, what the products have yet to be multiplied by; None of microscaled matrices.
+    """
+
+    values: Array
+    scale: Array | None
 
 
 class Scaled(NamedTuple):
-    """The grouped part with scales, as the exchange takes it."""
+    """The grouped part with scales, in the form that the exchange takes.
 
-    rows: Array  # [rows, bytes] u8: numbers and scales
+    Attributes:
+      rows: [rows, bytes] u8, the numbers and the scales of each row side by side.
+      weight: the matrices.
+      multiply: (extents, rows, weight, group_sizes) -> the product of such rows.
+      unpack: such rows -> their numbers, in the dtype in which the caller gave them.
+    """
+
+    rows: Array
     weight: Weights
     multiply: Callable[[Extents, Array, Weights, Array], Array]
-    unpack: Callable[[Array], Array]  # such rows -> their numbers, in the dtype in which they came
+    unpack: Callable[[Array], Array]
 
 
 def scaled_operands(operands: Operands, *, transpose: bool, out_dtype: jnp.dtype) -> Scaled:
@@ -83,7 +96,7 @@ def _refuse(primals, tangents):
 
 
 def _values_and_scales(x, x_scale):
-    """What travels: [rows, V] numbers, e2m1 as bytes, and [rows, S] scales, E8M0 as bytes."""
+    """What travels: the numbers [rows, V], those of e2m1 as bytes, and the scales [rows, S], those of E8M0 as bytes."""
     values = _as_bytes(x)
     if x_scale.ndim == 3:
         scale = _e8m0_bytes(x_scale).reshape(x.shape[0], 2 * x_scale.shape[1])
@@ -111,7 +124,8 @@ def _prepare(scheme: Scheme, weight, weight_scale, transpose, out_dtype) -> Weig
     scale = scale.reshape(flat, 2 * scale.shape[2])
     values = _dequantize(scheme.weight_format, stored.reshape(flat, width), scale)
     values = values.reshape(num_experts, num_columns, scheme.hidden)
-    # The kernels round to the dtype of their operands, so bf16 ones, which take half the memory, serve bf16 results.
+    # The kernels round a product to the dtype of its operands. So bf16 operands, which take half the memory, are enough
+    # where the result is bf16.
     return Weights(values=values.astype(jnp.bfloat16 if out_dtype == jnp.bfloat16 else jnp.float32), scale=None)
 
 
@@ -126,7 +140,16 @@ def _multiply_groups(scheme, parts, transposed, out_dtype, extents, rows, weight
 
 
 def _multiply(scheme, values, scale, weight, dot, axis, out_dtype):
-    """values [rows, V], scale [rows, S] and ``weight``, contracted along ``axis`` of its values by ``dot``."""
+    """The product of rows and weights in ``out_dtype``.
+
+    Args:
+      scheme: how both are scaled.
+      values, scale: [rows, V] and [rows, S], the numbers of the rows and their scales.
+      weight: the matrices.
+      dot: multiplies rows [rows, H] with matrices like ``weight.values``.
+      axis: the contracted axis of ``weight.values``.
+      out_dtype: of the result.
+    """
     if scheme.microscaled:
         lhs = _dequantize(scheme.x_format, values, scale).astype(weight.values.dtype)
         return dot(lhs, weight.values).astype(out_dtype)
@@ -139,7 +162,7 @@ def _multiply(scheme, values, scale, weight, dot, axis, out_dtype):
 
 
 def _whole_numbers(lhs, rhs, dot, axis):
-    """A product of whole numbers, exact until it becomes fp32."""
+    """A product of whole numbers, exact until it becomes fp32: sums over few columns are exact, and add up as int32."""
     starts = range(0, lhs.shape[1], _EXACT_COLUMNS)
     stops = [min(start + _EXACT_COLUMNS, lhs.shape[1]) for start in starts]
     parts = [

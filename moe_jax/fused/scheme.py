@@ -1,4 +1,7 @@
-"""Which kinds of scaled numbers the fused pair multiplies, and how they must be laid out. Static facts only."""
+"""Which kinds of scaled numbers the fused pair multiplies, and how they must be laid out.
+
+All of it is read off shapes and dtypes, so it is known before the program is traced.
+"""
 
 from typing import Any, NamedTuple
 
@@ -38,16 +41,29 @@ _LONGEST_INT8 = 2**17 - 1  # columns whose products, each up to 2^14, surely sum
 
 
 class Scheme(NamedTuple):
-    """How a pair of operands is scaled; hashable. Which of both is stored how: ``FORMATS``."""
+    """How a pair of operands is scaled; hashable.
 
-    microscaled: bool  # a power of two per 32 numbers along the contracted axis; or one fp32 scale for a whole operand
+    Attributes:
+      microscaled: whether 32 numbers along the contracted axis share a power of two; if not, one fp32 scale serves a
+        whole operand.
+      x_format, weight_format: the number formats of rows and weights, as ``FORMATS`` names them.
+      hidden: how many numbers a row has.
+    """
+
+    microscaled: bool
     x_format: str
     weight_format: str
-    hidden: int  # numbers per row
+    hidden: int
 
 
 class Operands(NamedTuple):
-    """A pair of operands whose scales were given and fit; see ``read_operands``."""
+    """A pair of operands whose scales were given and fit.
+
+    Attributes:
+      scheme: how they are scaled.
+      x, weight: the numbers, stored as ``FORMATS`` says.
+      x_scale, weight_scale: their scales, fp32 or bytes of E8M0.
+    """
 
     scheme: Scheme
     x: Array

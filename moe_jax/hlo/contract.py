@@ -1,7 +1,8 @@
-"""What a compiled program contains: its collectives with their bytes, scatters, memory. Read off the optimised HLO.
+"""What a compiled program contains, read off the optimised HLO: its collectives with their bytes, scatters, memory.
 
-For tests of one's own step: ``assert_hlo_contract`` fails when an exchange, a scatter or a buffer too many crept in.
-All figures are per device and per execution of an instruction: one that stands in a loop counts once, and is marked.
+It is for tests of your own training step: ``assert_hlo_contract`` fails when an exchange, a scatter or a buffer too
+many crept into the program. All figures are per device and per execution of an instruction: an instruction that stands
+in a loop counts once, and is marked.
 """
 
 import collections
@@ -293,10 +294,11 @@ def _collective(program: Program, instruction: Instruction) -> Collective | None
 
 
 def _group_size(attributes: str, num_devices: int) -> int:
-    """Devices that take part together.
+    """How many devices take part in a collective together.
 
-    {{0,1},{2,3}} and [2,2]<=[4] are two groups of two, {} is one of all. JAX 0.12 writes mesh['ep'=4,'tp'=2] {'ep'}:
-    two groups of four; a part of an axis has its size behind it, as in {'ep':(1)2}.
+    Two groups of two devices are written {{0,1},{2,3}} or [2,2]<=[4], and one group of all devices is {}. JAX 0.12
+    writes mesh['ep'=4,'tp'=2] {'ep'} for two groups of four. If only a part of an axis takes part, the size of that
+    part stands behind the axis, as in {'ep':(1)2}.
     """
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
     if listed:

@@ -1,7 +1,8 @@
 """What one call of a compiled program costs, from the text of its HLO: products, memory traffic, kernels, cycles.
 
-All figures are per device. A loop counts by its trip count; where the compiler does not know one, a turn of that loop
-is kept apart, in a ``Work`` of its own. Of a conditional's branches the one of most products counts.
+All figures are per device. A loop counts by its trip count. Where the compiler does not know the trip count, one turn
+of the loop is kept apart, in a ``Work`` of its own. Of the branches of a conditional, the one with the most products
+counts.
 """
 
 import collections
@@ -23,7 +24,7 @@ _ANNOTATIONS = (
     "GatherScatterIndicesBitpacked",
 )  # fmt: skip
 _NO_TRAFFIC = (*ALIASES, "constant", "partition-id", "replica-id", "after-all", "iota")
-# Words of an operation's path that JAX itself puts there, and wraps around others; what is left are named scopes.
+# The path of an operation has words that JAX itself puts there or wraps around other words. The rest are named scopes.
 _STRUCTURE = re.compile(
     r"pjit|while|body|cond|closed_call|call_exported|shard_map|checkpoint|remat\w*|branch_\d+_fun|core_call|scan|"
     r"custom_\w+_call\w*|.*->.*|platform_index|switch|jit\(.*\)|pallas_call|run_state|fori_loop|eval_jaxpr"
@@ -87,7 +88,7 @@ class Work:
 
 
 def declare_flops(flops: int) -> contextlib.AbstractContextManager:
-    """Around the call of a kernel: what it multiplies, for ``flops_of`` to find in the compiled program."""
+    """A context around the call of a kernel: notes what the kernel multiplies, so that ``flops_of`` finds it."""
     return set_xla_metadata(**{_FLOPS: str(flops)})
 
 
@@ -175,7 +176,7 @@ def _largest_first(counter: collections.Counter) -> tuple[tuple[str, int], ...]:
 
 
 def flops_of(program: Program, instruction: Instruction) -> int | None:
-    """Two for each multiplication of one product, or what a kernel declares; None for everything else."""
+    """Two for each multiplication of a product, or what a kernel declares; None if an instruction is neither."""
     if instruction.op == "dot":
         return _dot_flops(program, instruction, instruction.attribute("lhs_contracting_dims"))
     if instruction.op == "convolution":
@@ -236,7 +237,7 @@ def _windows(instruction: Instruction, dimensions: int) -> list[tuple[int, int, 
 
 
 def _places(size: int, window: int, out: int, stride: int, before: int, lhs_dilate: int, rhs_dilate: int) -> int:
-    """How many (result, window element) pairs meet an element of the operand, not padding or a gap of a dilation."""
+    """How many (result, window element) pairs read an element of the operand, not padding or a gap of a dilation."""
     if (stride, before, lhs_dilate) == (1, 0, 1) and window * rhs_dilate - rhs_dilate + out <= size:
         return window * out
     last = (size - 1) * lhs_dilate
@@ -248,10 +249,10 @@ def _places(size: int, window: int, out: int, stride: int, before: int, lhs_dila
 
 
 class _Traffic:
-    """Bytes that an instruction reads from memory and writes to it.
+    """The bytes that an instruction reads from memory and writes to it.
 
-    What an operation only looks into counts by what it takes out: the rows of a gather, a slice; what it changes in
-    place, by what it changes.
+    Of an array that an operation only looks into, such as the operand of a gather or a slice, the bytes that it takes
+    out count. Of an array that it changes in place, the bytes that it changes count.
     """
 
     def __init__(self, program: Program, has_fast_memory: bool):
@@ -361,7 +362,7 @@ def _kernels(program: Program, executions: list[Execution]) -> Iterator[Kernel]:
 
 
 def kernel_name(instruction: Instruction) -> str:
-    """The name that whoever wrote a kernel gave it: one of Pallas stands in the path, a compiler's in its own."""
+    """The name that a kernel got from its author. Pallas puts it into the path, a compiler into the instruction."""
     name = _plain_name(instruction)
     path = re.search(r'\bop_name="([^"]*)"', instruction.attributes)
     words = path[1].split("/") if path else []

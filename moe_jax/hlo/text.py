@@ -1,6 +1,7 @@
-"""The text of an optimised HLO module, taken apart: instructions by computation, their types, what they call, when.
+"""The text of an optimised HLO module, taken apart: its instructions by computation, their types, what they call.
 
-XLA prints one instruction a line, ``%name = type op(operands), attributes``, in computations of which one is the entry.
+XLA prints one instruction a line, ``%name = type op(operands), attributes``, in computations, one of which is the
+entry.
 """
 
 import dataclasses
@@ -23,13 +24,13 @@ class Instruction:
     """One line of a computation.
 
     Attributes:
-      name, type, op: of the result, its type, and what makes it.
-      inside: what stands between the parentheses; ``operands`` are the names there.
-      attributes: what follows the parentheses.
-      computation: the one that it stands in.
-      is_root: whether its result is that of the computation.
-      in_loop: it stands in the body or the condition of a while loop.
-      is_fused: its result never reaches memory.
+      name, type, op: the name of the result, its type, and the operation that makes it.
+      inside: the text between the parentheses; ``operands`` are the names in it.
+      attributes: the text behind the parentheses.
+      computation: the name of the computation that it stands in.
+      is_root: whether its result is the result of that computation.
+      in_loop: whether it stands in the body or the condition of a while loop.
+      is_fused: whether its result stays in registers and never reaches memory.
     """
 
     name: str
@@ -48,7 +49,7 @@ class Instruction:
 
     @property
     def is_held(self) -> bool:
-        """Whether the result has memory of its own. The memory of a start is its done's."""
+        """Whether the result has memory of its own. What a start makes belongs to its done."""
         return not self.is_fused and self.op not in ALIASES and not self.op.endswith("-start")
 
     def attribute(self, name: str) -> str:
@@ -57,7 +58,7 @@ class Instruction:
         return (found[1] or found[2] or "") if found else ""
 
     def callees(self) -> Iterator[tuple[str, bool, bool]]:
-        """(computation, whether it is a loop's, whether its results stay in registers)."""
+        """The computations it calls: (name, whether a loop calls it, whether its results stay in registers)."""
         for key, names in _CALLEES.findall(self.attributes):
             fused = self.op == "fusion" or (key == "to_apply" and self.op != "call")
             for name in _NAME.findall(names):
@@ -69,10 +70,10 @@ class Execution:
     """An instruction at one place of the call tree, and how often the program gets there.
 
     Attributes:
-      instruction: the one.
-      times: the product of the trip counts around it. A loop whose length the compiler does not know counts one turn.
-      is_uncounted: whether it stands inside such a loop.
-      is_fused: its result never reaches memory, here.
+      instruction: which one.
+      times: the product of the trip counts of the loops around it. A loop of unknown length counts as one turn.
+      is_uncounted: whether it stands inside such a loop of unknown length.
+      is_fused: whether its result never reaches memory when it is executed at this place.
     """
 
     instruction: Instruction
@@ -100,7 +101,10 @@ class Program:
                 self.computations[current][instruction.name] = instruction
 
     def instructions(self) -> Iterator[Instruction]:
-        """All that can be reached from the entry; a computation that several call, once, as outside loops if any is."""
+        """All instructions that can be reached from the entry.
+
+        Those of a computation with several callers come once. They count as outside loops if any of the callers is.
+        """
         seen, waiting = set(), [(False, False, self.entry)]
         while waiting:
             waiting.sort(reverse=True)
@@ -114,11 +118,11 @@ class Program:
                     waiting.append((in_loop or loops, fused or fuses, callee))
 
     def type_of(self, instruction: Instruction, operand: str) -> str:
-        """The type of what an instruction takes."""
+        """The type of one of the operands of an instruction."""
         return self.computations[instruction.computation][operand].type
 
     def result_type(self, instruction: Instruction) -> str:
-        """The type of what an instruction makes; an asynchronous start also names its operands and a context."""
+        """The type of what an instruction makes, without the operands and the context that a start has in its type."""
         if not instruction.op.endswith("-start") or instruction.op == "all-reduce-start":
             return instruction.type
         kind = instruction.type
@@ -127,7 +131,7 @@ class Program:
         return re.sub(r"[su]32\[\](\{[^{}]*\})?", "", kind)
 
     def handed_over(self, instruction: Instruction) -> list[str] | None:
-        """The types of what a collective takes from its device; None for everything that is no collective."""
+        """The types of the arrays that a device hands over to a collective; None for other instructions."""
         op = instruction.op.removesuffix("-start")
         if op not in COLLECTIVES:
             return None
@@ -136,9 +140,10 @@ class Program:
         return [self.type_of(instruction, name) for name in names]
 
     def executions(self, weigh: Callable[[Instruction], int], computation: str = "") -> Iterator[Execution]:
-        """Everything that one call executes, loops by their trip counts.
+        """Everything that one call of ``computation`` (the entry if that is empty) executes.
 
-        Of the branches of a conditional only the one of most ``weigh`` in all is taken: one of them runs.
+        Loops count by their trip counts. Only one branch of a conditional runs, and here it is the heaviest: the one
+        whose instructions have the largest sum of ``weigh``.
         """
         weighed = functools.cache(lambda name: sum(e.times * weigh(e.instruction) for e in walk(name, 1, False, False)))
 
@@ -160,20 +165,24 @@ class Program:
         return walk(computation or self.entry, 1, False, False)
 
     def trip_count(self, loop: Instruction) -> int | None:
-        """How often the body of a while loop runs, where that is a constant: by XLA's own word, or by the counter.
+        """How often the body of a while loop runs; None if that is not a constant.
 
-        A counter is an element of the loop's tuple that starts at a constant, to which the body adds a constant, and
-        which the condition compares with a constant. (The TPU compiler leaves its word out of the text.)
+        XLA writes the number into the text if it knows it, but the TPU compiler does not. There it is found from the
+        counter of the loop. A counter is an element of the tuple that the loop carries: it starts at a constant, the
+        body adds a constant to it, and the condition asks whether it is less than a constant.
         """
+        # 1. What XLA says itself.
         said = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if said:
             return int(said[1])
         body, condition = (self.computations.get(loop.attribute(key).lstrip("%"), {}) for key in ("body", "condition"))
+        # 2. The condition must be ``counter < bound``, and the body must make the tuple of the next turn.
         test, result = _root(condition), _root(body)
         if test is None or test.op != "compare" or result is None or result.op != "tuple":
             return None
         if test.attribute("direction") != "LT" or len(test.operands) != 2:
             return None
+        # 3. The counter is element ``index`` of the tuple: its first value, its bound, and what the body adds to it.
         index = _element(condition, test.operands[0])
         first = self._initial(loop, index)
         bound = _constant(condition, test.operands[1])
@@ -182,12 +191,13 @@ class Program:
             unchanged = element is not None and _element(body, result.operands[element]) == element
             bound = self._initial(loop, element) if unchanged else None
         step = self._step(body, result, index)
+        # 4. ceil((bound - first) / step) turns.
         if first is None or bound is None or step is None or step <= 0:
             return None
         return max(0, -(-(bound - first) // step))
 
     def _initial(self, loop: Instruction, index: int | None) -> int | None:
-        """The integer that element ``index`` of a loop's tuple starts with."""
+        """The constant that element ``index`` of the tuple of a loop starts with; None if it is none."""
         around = self.computations[loop.computation]
         start = around.get(loop.operands[0])
         if index is None or start is None or start.op != "tuple":
@@ -195,6 +205,7 @@ class Program:
         return _constant(around, start.operands[index])
 
     def _step(self, body: dict[str, Instruction], result: Instruction, index: int | None) -> int | None:
+        """The constant that the body of a loop adds to element ``index`` of its tuple; None if it does not."""
         added = None if index is None else body.get(result.operands[index])
         if added is None or added.op != "add" or len(added.operands) != 2:
             return None
@@ -223,7 +234,7 @@ def _constant(computation: dict[str, Instruction], name: str) -> int | None:
 
 
 def _element(computation: dict[str, Instruction], name: str) -> int | None:
-    """Which element of the computation's parameter, a tuple, this is; None if it is none."""
+    """Which element of the tuple that the computation takes stands behind ``name``; None if none does."""
     found = _through_copies(computation, name)
     if found is None or found.op != "get-tuple-element" or computation[found.operands[0]].op != "parameter":
         return None
@@ -231,7 +242,7 @@ def _element(computation: dict[str, Instruction], name: str) -> int | None:
 
 
 def _parse(line: str, computation: str) -> Instruction:
-    """``%name = type op(operands), attributes``."""
+    """The instruction on a line ``%name = type op(operands), attributes`` of ``computation``."""
     name, rest = line.split(" = ", 1)
     end = closing(rest) + 1 if rest.startswith("(") else rest.index(" ")
     kind, rest = rest[:end], rest[end:].lstrip()
@@ -260,7 +271,11 @@ def closing(text: str) -> int:
 
 
 def num_bytes(kind: str, *, without_space: bool = False) -> int:
-    """Bytes of all arrays of a type; ``without_space`` leaves out those that its layout puts in a memory space S(n)."""
+    """The bytes of all arrays in a type.
+
+    ``without_space`` leaves out arrays whose layout puts them into a memory space S(n) of their own, such as fast
+    memory.
+    """
     return sum(
         _bits(dtype) * math.prod(extents(shape)) // 8
         for dtype, shape, layout in _ARRAY.findall(kind)
@@ -276,7 +291,7 @@ def _bits(dtype: str) -> int:
 
 
 def extents(shape: str) -> list[int]:
-    """Of "8,<=4": [8, 4]."""
+    """The extents in a text such as "8,<=4": [8, 4]."""
     return [int(extent.lstrip("<=")) for extent in shape.split(",") if extent]
 
 

@@ -17,20 +17,21 @@ from jax import lax
 from moe_jax._compat import as_varying, union_of_varying_axes
 from moe_jax.kernels.table import Backend
 
-_MAX_TILE = 512  # a group that is somewhat fuller or emptier than others then costs little more or less
+_MAX_TILE = 512  # with tiles no larger, a group that is a little fuller than others costs little more
 
 
 class _Tiles(NamedTuple):
-    """Rows of a large tile and of a small one."""
+    """How many rows a large tile has, and how many a small one."""
 
     large: int
     small: int
 
 
 def _tiles(num_rows: int, num_groups: int, dtype) -> _Tiles:
-    """Large tiles that an even load fills, in a buffer which that load fills to four fifths, as a plan makes it.
+    """Tile sizes such that an even load consists of whole large tiles.
 
-    XLA packs 16-bit weights anew for every tile, so that the smallest tiles are not worth their while.
+    A plan makes buffers that an even load fills to four fifths, so that is how many rows are expected. XLA packs 16-bit
+    weights anew for every tile, which makes the smallest tiles a waste; so small tiles have twice the rows there.
     """
     least = min(num_rows, 32 if jnp.dtype(dtype).itemsize == 2 else 16)
     even = max(1, 4 * num_rows // (5 * num_groups))
@@ -40,9 +41,15 @@ def _tiles(num_rows: int, num_groups: int, dtype) -> _Tiles:
 
 
 class _Steps(NamedTuple):
-    """Where each group's tiles lie: [G] i32 each. The products of one buffer have them in common, so XLA makes one."""
+    """Where the tiles of each group lie. The products of one buffer share this table, so XLA computes it once.
 
-    order: jax.Array  # groups that have rows, in ascending order, before anything
+    Attributes:
+      order: [G] i32, the groups that have rows, in ascending order; what follows them is not read.
+      start, stop: [G] i32, the first row of each group, and the one behind its last.
+      num_large, num_small: [G] i32, how many tiles of either size each group has.
+    """
+
+    order: jax.Array
     start: jax.Array
     stop: jax.Array
     num_large: jax.Array
@@ -50,16 +57,15 @@ class _Steps(NamedTuple):
 
 
 def _steps(group_sizes: jax.Array, num_rows: int, tiles: _Tiles) -> _Steps:
-    """A large tile is at least half full and ends inside the buffer; small ones take what follows the large ones."""
+    """A large tile is at least half full and ends inside the buffer; small ones take the rows behind the large ones."""
+    # 1. The groups that have rows: the i-th of them is the first group up to which i + 1 groups have some.
     groups = jnp.arange(len(group_sizes), dtype=jnp.int32)
-    present = jnp.cumsum(group_sizes > 0, dtype=jnp.int32)  # up to each group
+    present = jnp.cumsum(group_sizes > 0, dtype=jnp.int32)
     order = jnp.sum(present <= groups[:, None], axis=1, dtype=jnp.int32)
     stop = jnp.cumsum(group_sizes, dtype=jnp.int32)
     start = stop - group_sizes
-    large, small = (
-        np.int32(tiles.large),
-        np.int32(tiles.small),
-    )  # lax.div wants like dtypes, also where integers are wide
+    # 2. Large tiles, a last one that is half full included; then small ones for the rest.
+    large, small = np.int32(tiles.large), np.int32(tiles.small)  # lax.div wants one dtype, also where integers are wide
     num_large = jnp.minimum(lax.div(group_sizes + large // 2, large), lax.div(num_rows - start, large))
     rest = jnp.maximum(group_sizes - num_large * large, 0)
     return _Steps(order, start, stop, num_large, lax.div(rest + small - 1, small))
@@ -80,10 +86,11 @@ def _for_each_group(group_sizes: jax.Array, steps: _Steps, body: Callable, init:
 
 
 def _for_each_tile(group, steps: _Steps, num_rows: int, tiles: _Tiles, large_tile, small_tile, init: Any) -> Any:
-    """Folds ``body(first, mine [tile, 1], carry)`` over the tiles of a group, whose rows ``mine`` marks.
+    """Folds ``large_tile`` and ``small_tile`` over the tiles of a group, both called as ``(first, mine, carry)``.
 
-    A large tile begins with its own rows, so that what follows them is of later groups. A small one may be shifted back
-    into the buffer, so that earlier rows precede its own.
+    ``first`` is the first row of the tile, and ``mine`` [tile, 1] marks those rows of it that this call is for. A large
+    tile begins with rows of its group; rows of later groups may follow them. A small tile that would reach past the end
+    of the buffer is shifted back, so that rows which an earlier tile has done precede its own.
     """
     _, start, stop, num_large, num_small = (_entry(table, group) for table in steps)
 
@@ -122,7 +129,7 @@ def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, tr
             return lax.dot_general(rows, weight, contract, preferred_element_type=jnp.float32).astype(out.dtype)
 
         def large_tile(first, mine, out):
-            del mine  # Rows of later groups are written again by those.
+            del mine  # what is written here to rows of later groups, their own tiles write again
             return put(out, product(first, tiles.large), first)
 
         def small_tile(first, mine, out):

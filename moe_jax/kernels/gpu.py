@@ -1,7 +1,7 @@
-"""Back ends for GPUs: kernels of our own in Pallas Triton for all, JAX's Mosaic kernels for Hopper and Blackwell.
+"""Back ends for GPUs: Triton kernels of our own for all of NVIDIA's, and JAX's Mosaic kernels for the latest of them.
 
-Each of them runs on CPUs as well, where the Triton kernels are interpreted: the same numbers, slowly. On AMD's GPUs
-XLA's products run, since nobody has looked at our tiles there.
+Each back end runs on CPUs as well, where the Triton kernels are interpreted: slowly, with the same results. On AMD's
+GPUs XLA's products run instead, since nobody has measured our tiles there.
 """
 
 import functools
@@ -64,12 +64,12 @@ def grouped_outer(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, dty
 
 
 def _precision() -> str | None:
-    """What products of fp32 rows may lose: nothing, unless JAX is told so."""
+    """The precision of products of fp32 rows: None, which stands for full fp32, unless JAX was told another one."""
     return _compat.config_value("jax_default_matmul_precision")
 
 
 def _call(kernel: str, *operands: jax.Array, **static: Any) -> jax.Array:
-    """Imported when it is called, since it brings Pallas, which takes a second."""
+    """Calls ``kernel``, "module.function". Its module is imported only now: it brings Pallas, which takes a second."""
     module, function = kernel.split(".")
     return getattr(importlib.import_module(f"moe_jax.kernels.{module}"), function)(*operands, **static)
 

@@ -1,11 +1,12 @@
 """The public grouped matrix product: checks, gradients, and the call through the back-end table."""
 
 import functools
-from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from moe_jax import _compat
 from moe_jax.derivatives import custom_gradient
 from moe_jax.errors import ShapeError, check_dtype, check_flag, check_rank, check_shape
 from moe_jax.kernels.table import call_kernel, check_backend
@@ -74,25 +75,15 @@ def grouped_matmul(
     return _grouped_matmul(backend, bool(transpose_rhs), *operands)
 
 
-def grouped_matmuls(
-    lhs: jax.Array, matrices: Sequence[jax.Array], group_sizes: jax.Array, *, backend: str
-) -> tuple[jax.Array, ...]:
-    """``grouped_matmul`` of the same rows with each of several [G, H, N], which may differ in N.
-
-    The gradient of the rows is a sum of as many products: each is added to what the one before it left, where a back
-    end can do that, so that no pass over the rows remains for the additions.
-
-    ``lhs`` [M, H], ``group_sizes`` and ``backend`` are as for ``grouped_matmul``, and so are the results.
-    """
-    return _grouped_matmuls(backend, lhs, tuple(matrices), group_sizes)
-
-
-def grouped_outer(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, backend: str, dtype: str) -> jax.Array:
+def grouped_outer(
+    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, backend: str | tuple[str, ...], dtype: Any
+) -> jax.Array:
     """The gradient of ``grouped_matmul`` in its matrices: ``out[g] = lhs[rows of g]^T @ rhs[rows of g]``.
 
     Args:
       lhs, rhs: [M, H] and [M, N].
-      group_sizes, backend: as for ``grouped_matmul``.
+      group_sizes: as for ``grouped_matmul``.
+      backend: as for ``grouped_matmul``, or the registrations of a plan.
       dtype: of the result.
 
     Returns:
@@ -107,7 +98,7 @@ def _grouped_matmul(backend, transpose_rhs, lhs, rhs, group_sizes, add_to=None):
 
 
 def _forward(backend, transpose_rhs, lhs, rhs, group_sizes, add_to=None):
-    added = None if add_to is None else ()  # no array: the backward pass only asks whether there was one
+    added = None if add_to is None else ()  # the backward pass only asks whether there was one, so no array is kept
     return _grouped_matmul(backend, transpose_rhs, lhs, rhs, group_sizes, add_to), (lhs, rhs, group_sizes, added)
 
 
@@ -118,6 +109,7 @@ def _backward(backend, transpose_rhs, residuals, ct):
     # d_rhs[g] = lhs[g]^T @ ct[g]        # [G, H, N], or [G, N, H] if transpose_rhs
     left, right = (ct, lhs) if transpose_rhs else (lhs, ct)
     d_rhs = grouped_outer(left, right, group_sizes, backend=backend, dtype=rhs.dtype)
+    # d_add_to = ct                      # [M, N]
     return d_lhs, d_rhs, None, None if added is None else ct
 
 
@@ -125,26 +117,65 @@ _grouped_matmul.defvjp(_forward, _backward)
 
 
 @functools.partial(custom_gradient, num_static=1)
-def _grouped_matmuls(backend, lhs, matrices, group_sizes):
-    return tuple(_grouped_matmul(backend, False, lhs, rhs, group_sizes) for rhs in matrices)
+def grouped_matmuls(
+    backend: str | tuple[str, ...],
+    lhs: jax.Array,
+    matrices: tuple[jax.Array, ...],
+    biases: tuple[jax.Array | None, ...],
+    group_sizes: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """``grouped_matmul`` of the same rows with each of several matrices, plus the bias of each row's group.
+
+    Nothing is checked here. Rows at or past ``sum(group_sizes)`` influence nothing, forward or backward.
+
+    Args:
+      backend: the registrations of a plan, or a name as for ``grouped_matmul``.
+      lhs: [M, H].
+      matrices: [G, H, N] each, which may differ in N, in the dtype of ``lhs``.
+      biases: [G, N] in that dtype, or None, for each of the matrices.
+      group_sizes: [G] i32.
+
+    Returns:
+      [M, N] for each of the matrices.
+    """
+    products = []
+    for rhs, bias in zip(matrices, biases, strict=True):
+        product = call_kernel("grouped_matmul", backend, lhs, rhs, group_sizes, transpose_rhs=False)
+        if bias is not None:
+            # A bias is a grouped product with ones, too: a kernel that accumulates adds it in the same pass over rows.
+            operands = (_ones(lhs), bias[:, None, :], group_sizes)
+            product = call_kernel("grouped_matmul", backend, *operands, add_to=product, transpose_rhs=False)
+        products.append(product)
+    return tuple(products)
 
 
-def _matmuls_forward(backend, lhs, matrices, group_sizes):
-    return _grouped_matmuls(backend, lhs, matrices, group_sizes), (lhs, matrices, group_sizes)
+def _ones(rows: jax.Array) -> jax.Array:
+    """[M, 1] ones that vary over mesh axes as ``rows`` [M, ...] does."""
+    return _compat.as_varying(jnp.ones((rows.shape[0], 1), rows.dtype), _compat.varying_axes(rows))
+
+
+def _matmuls_forward(backend, lhs, matrices, biases, group_sizes):
+    return grouped_matmuls(backend, lhs, matrices, biases, group_sizes), (lhs, matrices, biases, group_sizes)
 
 
 def _matmuls_backward(backend, residuals, cts):
-    lhs, matrices, group_sizes = residuals
+    lhs, matrices, biases, group_sizes = residuals
     # d_lhs = sum_i ct_i @ rhs_i^T       # [M, H] = [M, N_i] @ [G, N_i, H]
+    # Each product is added to what the one before it left, so that no pass over the rows remains for the additions.
     d_lhs = None
     for ct, rhs in zip(cts, matrices, strict=True):
         d_lhs = _grouped_matmul(backend, True, ct, rhs, group_sizes, d_lhs)
-    # d_rhs_i[g] = lhs[g]^T @ ct_i[g]    # [G, H, N_i]
-    outer = functools.partial(grouped_outer, backend=backend, dtype=lhs.dtype)
-    return d_lhs, tuple(outer(lhs, ct, group_sizes) for ct in cts), None
+    # d_rhs_i[g] = lhs[g]^T @ ct_i[g]    # [G, H, N_i] = [H, M] @ [M, N_i], over the rows of g
+    outer = functools.partial(grouped_outer, group_sizes=group_sizes, backend=backend, dtype=lhs.dtype)
+    d_matrices = tuple(outer(lhs, ct) for ct in cts)
+    # d_bias_i[g] = 1^T @ ct_i[g]        # [G, N_i]; this sum reads no row past the last one, as a plain sum would
+    d_biases = tuple(
+        None if bias is None else outer(_ones(lhs), ct)[:, 0] for bias, ct in zip(biases, cts, strict=True)
+    )
+    return d_lhs, d_matrices, d_biases, None
 
 
-_grouped_matmuls.defvjp(_matmuls_forward, _matmuls_backward)
+grouped_matmuls.defvjp(_matmuls_forward, _matmuls_backward)
 
 
 @functools.partial(custom_gradient, num_static=2)

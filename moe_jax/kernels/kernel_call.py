@@ -1,9 +1,9 @@
-"""A Pallas kernel as an operation of a program: compiled on the platform it was written for, interpreted elsewhere.
+"""A Pallas kernel as an operation of a program: compiled for the platform it was written for, interpreted elsewhere.
 
-Which platform that is shows when the program is lowered. Until then there is one operation without an inside, so that
-a program may hold kernels of any platform, and tracing neither imports Pallas nor pays for kernels that nobody runs.
-Inside, operands have no varying axes: a kernel is a function of one device, and the interpreter's loops want all that
-they carry to vary alike.
+Which platform a program is for is known only when it is lowered. Until then a kernel is one primitive whose inside is
+not traced. So a program may hold kernels of any platform, and tracing neither imports Pallas nor pays for kernels that
+nobody runs. The kernel itself is a function of one device: inside it no operand is typed as varying over a mesh axis,
+since the interpreter's loops want all that they carry to vary alike.
 """
 
 from collections.abc import Callable
@@ -29,10 +29,10 @@ def kernel_call(
     Args:
       call: (*operands, interpret: bool) -> an array.
       shape, dtype: of the result.
-      platforms: for which the kernel compiles, as JAX names them when it lowers: "tpu", "cuda", "rocm".
-      others: (platform, function of the operands) where something else does the work.
+      platforms: the platforms that the kernel compiles for, as JAX names them when it lowers: "tpu", "cuda", "rocm".
+      others: pairs of a platform and a function of the operands, which does the work there instead of the kernel.
 
-    No derivative, no batching: put it inside ``custom_gradient`` and ``sequential_vmap``.
+    The operation has no derivative and cannot be batched: call it inside ``custom_gradient`` and ``sequential_vmap``.
     """
     axes = union_of_varying_axes(operands)
     (out_type,) = jax.make_jaxpr(lambda: as_varying(jnp.zeros(shape, dtype), axes))().out_avals
@@ -40,7 +40,7 @@ def kernel_call(
 
 
 def result_type(shape: tuple[int, ...], dtype, like: jax.Array) -> jax.ShapeDtypeStruct:
-    """``out_shape`` of a ``pallas_call`` on operands such as ``like``; inside ``shard_map`` JAX wants its axes too."""
+    """The ``out_shape`` of a ``pallas_call`` whose operands vary over the mesh axes that ``like`` varies over."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
 
 

@@ -1,15 +1,16 @@
 """Grouped products by the Mosaic kernels that JAX brings for Hopper and Blackwell, where they fit; else by Triton.
 
-They fit 16-bit rows whose extents their tiles divide, and groups large enough: these kernels go through as many tiles
-as there could be, ceil(M / tile) + G - 1, and multiply all of them, so that rows past the sum cost as much as others.
-They are taken where the G - 1 are at most an eighth.
+These kernels fit 16-bit rows whose extents are multiples of their tiles, in groups that are large enough. They go
+through as many tiles as there could be, ceil(M / tile) + G - 1, and multiply all of them, so that rows past the sum of
+the groups cost as much as others. They are taken where the G - 1 additional tiles are at most an eighth of all.
 
-What they want and what they leave undone was read in their source. They cannot be interpreted, so the test of these
-calls has functions in their place that leave as much undone. They were compiled for these GPUs, and never run.
+What the kernels ask of their operands, and what they leave undone, was read in their source. They cannot be
+interpreted, so the test of these calls puts functions in their place that leave the same things undone. The kernels
+were compiled for these GPUs, and never run.
 
-Gradients of weights are Triton's. JAX's kernel for them on Hopper multiplies rows that are not in a group by zero, so
-that both operands would have to be zeroed past the sum before: 92 MB written for 16384 rows of 2048 and of 768, which
-takes about as long as it would save, and a NaN in one group would still reach the next.
+Gradients of weights are left to Triton. JAX's kernel for them on Hopper multiplies rows that are not in a group by
+zero, so both operands would have to be zeroed past the sum before. That would write 92 MB for 16384 rows of 2048 and of
+768 columns, which takes about as long as it would save, and a NaN in one group would still reach the next group.
 """
 
 import importlib
@@ -24,9 +25,9 @@ from moe_jax.hardware import GPUS
 from moe_jax.hlo.cost import declare_flops
 from moe_jax.kernels import triton
 
-_STEPS = 64  # of the contracted axis at a time: 128 bytes, a swizzled row of shared memory
-_STAGES = 4  # steps in shared memory at once, at most 32 KiB each
-_MOST_GROUPS = 128  # their search for the group of a tile is unrolled
+_STEPS = 64  # columns of the contracted axis that are taken at a time: 128 bytes, a swizzled row of shared memory
+_STAGES = 4  # how many such steps are in shared memory at once, at most 32 KiB each
+_MOST_GROUPS = 128  # more are refused: the kernels unroll their search for the group of a tile
 
 
 def hopper_matmul(
@@ -39,7 +40,7 @@ def hopper_matmul(
     precision: str | None,
     interpret: bool = False,
 ) -> jax.Array:
-    """As ``triton.grouped_matmul``, to which it leaves additions, which it makes in place."""
+    """As ``triton.grouped_matmul``, to which additions are left, since Triton's kernel makes them in place."""
     (num_rows, contracted), num_groups = lhs.shape, rhs.shape[0]
     columns = rhs.shape[1 if transpose_rhs else 2]
     tile, width = _row_tile(num_rows, num_groups, (128, 64)), _divisor(columns, (128, 64))
@@ -73,9 +74,9 @@ def blackwell_matmul(
     precision: str | None,
     interpret: bool = False,
 ) -> jax.Array:
-    """As ``triton.grouped_matmul``, to which it leaves additions, and transposed matrices, which it cannot read."""
+    """As ``triton.grouped_matmul``, which does additions and transposed matrices: this kernel has neither."""
     (num_rows, contracted), num_groups, columns = lhs.shape, rhs.shape[0], rhs.shape[2]
-    tile = 256  # of two cores together; JAX's code for one alone cannot be traced
+    tile = 256  # the rows of two cores together; JAX's code for one core alone cannot be traced
     fits = num_rows % tile == columns % tile == contracted % _STEPS == 0 and _row_tile(num_rows, num_groups, (tile,))
     if (
         interpret
@@ -109,7 +110,7 @@ def _are_narrow(*operands: jax.Array) -> bool:
 
 
 def _row_tile(num_rows: int, num_groups: int, sizes: tuple[int, ...]) -> int | None:
-    """The first of ``sizes`` of which G - 1 more are at most an eighth of the rows."""
+    """The first of ``sizes`` for which G - 1 more tiles have at most an eighth of the rows; None if there is none."""
     return next((t for t in sizes if 8 * t * (num_groups - 1) <= num_rows >= t and num_groups <= _MOST_GROUPS), None)
 
 
@@ -118,10 +119,10 @@ def _divisor(extent: int, sizes: tuple[int, ...]) -> int | None:
 
 
 def find_kernel(module: str, function: str, core_count: int) -> Callable:
-    """JAX's function, in which ``jax`` is a stand-in that knows two things better.
+    """JAX's function, in which the name ``jax`` stands for a ``_JaxOfTarget``. Two things are wrong without it.
 
-    It asks the first device of this process how many cores it has, while the program may be meant for another; and its
-    result says nothing of mesh axes, as it must inside a ``shard_map`` that checks them.
+    The function asks the first device of this process how many cores it has, but the program may be meant for another
+    device. And its result is typed without mesh axes, which a ``shard_map`` that checks them refuses.
     """
     found = getattr(importlib.import_module(f"jax.experimental.pallas.ops.gpu.{module}"), function)
     names = {**found.__globals__, "jax": _JaxOfTarget(core_count)}
@@ -131,7 +132,7 @@ def find_kernel(module: str, function: str, core_count: int) -> Callable:
 
 
 class _JaxOfTarget:
-    """The module ``jax``, but for its devices and ``ShapeDtypeStruct``."""
+    """The module ``jax``, except that its devices have the cores of the target, and its results name no mesh axes."""
 
     def __init__(self, core_count: int):
         self._core_count = getattr(jax.devices()[0], "core_count", None) or core_count

@@ -1,4 +1,9 @@
-"""The back-end table: the one place where an implementation is chosen, and the only mutable state of the package."""
+"""The back-end table: the one place where an implementation is chosen, and the only mutable state of the package.
+
+A name means whoever is registered under it now. A plan does not keep names: it keeps registrations ("cpu#1": the first
+back end that was registered as "cpu"), of which none is ever changed or removed. So a plan means the same program
+whatever is registered after it was made.
+"""
 
 import dataclasses
 import functools
@@ -6,6 +11,7 @@ from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from types import MappingProxyType
+from typing import Any
 
 import jax
 
@@ -24,7 +30,8 @@ TRANSPORTS = ("padded", "ragged")
 PLATFORMS = ("cpu", "gpu", "tpu")
 AND = "+"  # joins the names of back ends that share the work
 
-_TABLE: dict[str, "Backend"] = {}
+_TABLE: dict[str, "Backend"] = {}  # by name: the latest of that name, in the order in which they were registered
+_REGISTERED: dict[str, "Backend"] = {}  # by registration: all that ever were, which only grows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,6 +129,8 @@ def _check_words(what: str, given, known: tuple[str, ...], kind) -> None:
 def register_backend(backend: Backend, *, replace: bool = False) -> None:
     """Adds ``backend`` to the table. Among those that serve a platform, "auto" takes the one registered last.
 
+    Plans that were made before keep the back ends that they were made with.
+
     Raises:
       InvalidArgumentError: not a Backend, or the name is taken and ``replace`` is false.
     """
@@ -131,11 +140,20 @@ def register_backend(backend: Backend, *, replace: bool = False) -> None:
         raise InvalidArgumentError(f"name={backend.name!r} is registered already; pass replace=True to take its place")
     _TABLE.pop(backend.name, None)
     _TABLE[backend.name] = backend
+    if not any(known is backend for known in _REGISTERED.values()):
+        number = 1 + sum(known.name == backend.name for known in _REGISTERED.values())
+        _REGISTERED[f"{backend.name}#{number}"] = backend
 
 
 def backend_names() -> list[str]:
     """Names of all registered back ends, in order of registration."""
     return list(_TABLE)
+
+
+def registrations(name: str) -> tuple[str, ...]:
+    """What the back ends of ``name``, which may be several joined by "+", are now: one registration for each."""
+    by_identity = {id(backend): registration for registration, backend in _REGISTERED.items()}
+    return tuple(by_identity[id(_TABLE[part])] for part in name.split(AND))
 
 
 def backend_violations(name) -> list[str]:
@@ -172,21 +190,40 @@ def resolve_backend(
     check_choice("kernel", kernel, KERNELS + TRANSPORTS)
     check_backend(name)
     if name != "auto":
-        for backend in (_TABLE[part] for part in name.split(AND)):
-            if backend.requires and find_spec(backend.requires) is None:
-                package = backend.requires
-                raise UnsupportedError(
-                    f"backend={backend.name!r} needs {package}, which is not installed; run: pip install {package}"
-                )
-            if backend.has(kernel):
-                return backend
-        raise UnsupportedError(f"backend={name!r} has no {kernel!r}; choose 'auto' or another back end")
+        return _first_with(kernel, name)
     platform = jax.default_backend() if platform is None else platform
     check_choice("platform", platform, PLATFORMS)
     for backend in reversed(_TABLE.values()):
         if backend.has(kernel) and backend.serves(platform, device_kind):
             return backend
     return _TABLE["xla"]
+
+
+def _first_with(kernel: str, chosen: str | tuple[str, ...]) -> Backend:
+    """The first of the back ends that has ``kernel``; ``chosen``: a name that is not "auto", or registrations."""
+    backends = _backends_of(chosen)
+    for backend in backends:
+        if backend.requires and find_spec(backend.requires) is None:
+            package = backend.requires
+            raise UnsupportedError(
+                f"backend={backend.name!r} needs {package}, which is not installed; run: pip install {package}"
+            )
+        if backend.has(kernel):
+            return backend
+    name = AND.join(backend.name for backend in backends)
+    raise UnsupportedError(f"backend={name!r} has no {kernel!r}; choose 'auto' or another back end")
+
+
+def _backends_of(chosen: str | tuple[str, ...]) -> list[Backend]:
+    if isinstance(chosen, str):
+        return [_TABLE[part] for part in chosen.split(AND)]
+    for registration in chosen:
+        if registration not in _REGISTERED:
+            raise InvalidArgumentError(
+                f"the plan uses the back end {registration!r}, which is not registered in this process; register it "
+                "here as where the plan was made, or make the plan here"
+            )
+    return [_REGISTERED[registration] for registration in chosen]
 
 
 def resolve_all(platform: str, device_kind: str | None) -> str:
@@ -209,29 +246,45 @@ def describe_backend(name: str) -> str:
     return "; ".join(f"{words} by {b.name}" + (f" ({b.about})" if b.about else "") for b, words in served)
 
 
-def find_transport(transport: str, backend: str) -> Callable | None:
-    """What back end ``backend`` brings along for ``transport``; None where the portable collectives serve."""
+def find_transport(transport: str, backend: str | tuple[str, ...]) -> Callable | None:
+    """What ``backend`` brings along for ``transport``; None where the portable collectives serve.
+
+    ``backend``: the registrations of a plan, ``plan.kernels``; or a name, "auto" included, as it is understood now.
+    """
     if backend == "auto":
         return resolve_backend(transport).transports.get(transport)
-    found = (_TABLE[part].transports.get(transport) for part in backend.split(AND))
+    found = (chosen.transports.get(transport) for chosen in _backends_of(backend))
     return next(filter(None, found), None)
 
 
-def call_kernel(kernel: str, backend: str, *operands: jax.Array, add_to: jax.Array | None = None, **static):
-    """Runs ``kernel`` on the named back end; "auto" is decided by the platform that the program is lowered for.
+def call_kernel(
+    kernel: str,
+    backend: str | tuple[str, ...],
+    *operands: jax.Array,
+    add_to: jax.Array | None = None,
+    **static: Any,
+) -> jax.Array:
+    """Runs ``kernel`` on a back end.
 
-    ``add_to``: see ``Backend``; for "grouped_matmul" alone.
+    Args:
+      kernel: its name.
+      backend: the registrations of a plan, ``plan.kernels``; or a name, which means what it means now. "auto" is
+        decided by the platform that the program is lowered for.
+      operands, static: what ``Backend`` says of that kernel.
+      add_to: for "grouped_matmul" alone, see ``Backend``.
     """
+    if backend == "auto":
+        # Every branch is traced, and only the one of the platform is lowered.
+        cpu, gpu, tpu = (_branch(kernel, resolve_backend(kernel, platform=p).name, static) for p in PLATFORMS)
+        other = _branch(kernel, "xla", static)
+        return jax.lax.platform_dependent(add_to, *operands, cpu=cpu, cuda=gpu, rocm=gpu, tpu=tpu, default=other)
+    chosen = _first_with(kernel, backend)
+    function = functools.partial(chosen.kernels[kernel], *operands, **static)
+    if add_to is None:
+        return function()
+    return function(add_to=add_to) if chosen.accumulates else function() + add_to
 
-    def run(chosen: Backend, add_to, *operands):
-        function = functools.partial(chosen.kernels[kernel], *operands, **static)
-        if add_to is None:
-            return function()
-        return function(add_to=add_to) if chosen.accumulates else function() + add_to
 
-    if backend != "auto":
-        return run(resolve_backend(kernel, backend), add_to, *operands)
-    # Every branch is traced, and that of the platform alone is lowered.
-    cpu, gpu, tpu = (functools.partial(run, resolve_backend(kernel, platform=p)) for p in PLATFORMS)
-    other = functools.partial(run, _TABLE["xla"])
-    return jax.lax.platform_dependent(add_to, *operands, cpu=cpu, cuda=gpu, rocm=gpu, tpu=tpu, default=other)
+def _branch(kernel: str, name: str, static: dict[str, Any]) -> Callable[..., jax.Array]:
+    """What "auto" does where back end ``name`` serves, as a function of arrays alone."""
+    return lambda add_to, *operands: call_kernel(kernel, name, *operands, add_to=add_to, **static)

@@ -1,4 +1,4 @@
-"""Grouped products by tokamax, for those who name it: it chooses among its kernels by the devices of the process."""
+"""Grouped products by tokamax, for users who name it: it chooses among its kernels by the devices of the process."""
 
 import functools
 import importlib
@@ -36,7 +36,7 @@ def grouped_outer(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, dty
 
 
 BACKEND = Backend(
-    name="tokamax",  # no platform: it takes XLA's product without a word where it does not know the device
+    name="tokamax",  # no platform, so "auto" never takes it: on a device that it does not know, it falls back to XLA
     kernels={"grouped_matmul": grouped_matmul, "grouped_outer": grouped_outer},
     about="tokamax.ragged_dot_general",
     requires="tokamax",

@@ -1,6 +1,7 @@
 """Grouped products for TPUs: Pallas kernels that multiply the rows of each group and no others.
 
-Here is what XLA computes around them: which tile of rows is visited for which group, and how large tiles are.
+This file has what XLA computes around the kernels: how large tiles are, and which tile of rows is visited for which
+group. The kernels themselves are in ``tpu_kernels``.
 """
 
 import functools
@@ -17,8 +18,8 @@ from moe_jax import _compat
 from moe_jax.kernels.kernel_call import kernel_call
 from moe_jax.kernels.table import Backend
 
-_BLOCK_BYTES = 28 << 20  # for the blocks of a kernel in fast memory, each twice, and the sums
-_MOST_WEIGHTS, _MOST_SUMS = 2 << 20, 1 << 20  # elements in a block: Mosaic writes out every register of them
+_BLOCK_BYTES = 28 << 20  # of fast memory for the sums and for the blocks of a kernel, each of which is there twice
+_MOST_WEIGHTS, _MOST_SUMS = 2 << 20, 1 << 20  # elements of a block; Mosaic spells out every register, so more take long
 _LANES = 128
 _EXACT = ("high", "highest", "bfloat16_3x", "tensorfloat32", "float32")  # default_matmul_precision beyond one pass
 
@@ -27,10 +28,10 @@ class Tiles(NamedTuple):
     """Extents of the blocks that a kernel works on.
 
     Attributes:
-      rows: of a tile, a multiple of ``step``.
-      step: rows that are multiplied at once.
-      contracted: columns of lhs.
-      columns: of the result.
+      rows: how many rows a tile has, a multiple of ``step``.
+      step: how many rows are multiplied at once.
+      contracted: how much of the contracted axis a block has.
+      columns: how many columns of the result a block has.
     """
 
     rows: int
@@ -43,10 +44,11 @@ class Visits(NamedTuple):
     """Which tile of rows is visited for which group, group after group, tile after tile. All are i32.
 
     Attributes:
-      bounds: [G + 1] first row of each group; behind them their sum.
+      bounds: [G + 1] the first row of each group, and behind them the number of all rows that are in groups.
       groups: [V] the group of each visit.
-      row_tiles: [V] and its tile.
-      num_visits: [] visits that there are, at least 1.
+      row_tiles: [V] the tile of rows of each visit.
+      num_visits: a scalar, how many visits there are, at least 1; entries of ``groups`` and ``row_tiles`` from there on
+        are not read.
     """
 
     bounds: jax.Array
@@ -56,9 +58,10 @@ class Visits(NamedTuple):
 
 
 def plan_visits(group_sizes: jax.Array, num_rows: int, tile_rows: int, *, every_group: bool) -> Visits:
-    """``every_group``: whether a group without rows is visited too, once.
+    """The visits of tiles of ``tile_rows`` rows.
 
-    Tables are sums of what stands before, by comparing all with all: few and short steps on a TPU.
+    A group without rows is visited once if ``every_group`` is set, and never otherwise. The tables are running sums
+    that compare all entries with all others, which takes a TPU few and short steps.
     """
     num_groups, num_tiles = group_sizes.shape[0], -(-num_rows // tile_rows)
     group = jnp.arange(num_groups, dtype=jnp.int32)
@@ -92,15 +95,16 @@ def row_tiles(num_rows: int, num_groups: int) -> tuple[int, int]:
 
 
 def _widths(extent: int) -> list[int]:
-    """Block widths that leave the least of the last block empty: whole lanes, or the extent itself."""
+    """The block widths to choose from: multiples of the lanes that cut the lanes of the extent into equal parts."""
     lanes = -(-extent // _LANES)
     return [min(n * _LANES, extent) for n in range(1, lanes + 1) if lanes % n == 0]
 
 
 def _best(contracted: int, columns: int, cores: int, size_of: Callable, traffic_of: Callable) -> tuple[int, int]:
-    """The widths (of the contraction, of the columns) that move the least among those that fit.
+    """The block widths (along the contraction, along the columns) that move the least data among those that fit.
 
-    Cores share the tiles of columns, so there are as many for each if the columns can be cut so; else many.
+    Cores share the tiles of columns. So only widths are taken that give each core as many tiles as the others, if there
+    are such widths; if not, the narrowest width is taken, which gives the cores many tiles to share.
     """
     widths = _widths(columns)
     shared = [n for n in widths if -(-columns // n) % cores == 0] or widths[:1]
@@ -110,10 +114,10 @@ def _best(contracted: int, columns: int, cores: int, size_of: Callable, traffic_
 
 
 def matmul_tiles(num_rows: int, num_groups: int, contracted: int, columns: int, itemsize: int, cores: int) -> Tiles:
-    """Tiles of a product of rows [M, H] with [G, H, N].
+    """The tiles of a product of rows [M, H] with matrices [G, H, N].
 
-    With the contraction in one block, a group's weights are fetched once for each tile of columns; otherwise at every
-    visit. Rows are fetched for each tile of columns.
+    If one block holds the whole contraction, the weights of a group are fetched once for each tile of columns; if not,
+    they are fetched at every visit. Rows are fetched once for each tile of columns.
     """
     rows, step = row_tiles(num_rows, num_groups)
     visits = -(-num_rows // rows) + num_groups - 1
@@ -132,7 +136,10 @@ def matmul_tiles(num_rows: int, num_groups: int, contracted: int, columns: int, 
 
 
 def outer_tiles(num_rows: int, num_groups: int, contracted: int, columns: int, itemsize: int, cores: int) -> Tiles:
-    """Tiles of the sums of products of rows [M, H] and [M, N], each fetched for every tile of the other's columns."""
+    """The tiles of the sums of products of rows [M, H] and rows [M, N].
+
+    Rows of either operand are fetched once for each tile of the other operand's columns.
+    """
     rows, step = row_tiles(num_rows, num_groups)
 
     def size(k, n):
@@ -147,10 +154,11 @@ def outer_tiles(num_rows: int, num_groups: int, contracted: int, columns: int, i
 
 
 def multiplied_rows(num_rows: int, num_groups: int, tiles: Tiles) -> int:
-    """Rows that the matrix unit is given for ``num_rows``, on average over where groups begin and end.
+    """How many rows the matrix unit multiplies for ``num_rows`` rows, on average over where groups begin and end.
 
-    A group starts in mid-tile, at a multiple of 16, 7.5 rows early; it ends with a step rounded up to a quarter of a
-    whole one; and where it crosses from its first tile to the next, half of the time 16 rows are taken for none.
+    A group that begins inside a tile is multiplied from the multiple of 16 before its first row, which is 7.5 rows
+    early on average. Its last step is rounded up to a quarter of a whole step. And where a group goes on from its first
+    tile to the next, 16 rows are multiplied in vain half of the time.
     """
     crossing = min(num_groups, -(-num_rows // tiles.rows))
     return num_rows + num_groups * (8 + tiles.step // 8) + crossing * 8
@@ -189,8 +197,8 @@ def grouped_matmul(
 ) -> jax.Array:
     """lhs [M, H], rhs [G, H, N] ([G, N, H] if ``transpose_rhs``), group_sizes [G] -> [M, N], plus ``add_to`` [M, N].
 
-    ``cores``: of a device. TPUs have no fp16: such operands are widened to fp32 before the kernel, and the fp32 result
-    is rounded after it.
+    ``cores``: how many cores a device has. TPUs have no fp16: such operands are widened to fp32 before the kernel, and
+    its fp32 result is rounded.
     """
     columns = rhs.shape[1 if transpose_rhs else 2]
     if not (lhs.size and columns):

@@ -1,9 +1,9 @@
 """The Pallas kernels of the TPU back end: a grid over tiles of columns, visits of row tiles, tiles of the contraction.
 
-Rows lie group after group, so a tile of rows can belong to several groups. A *visit* is one tile for one group: its
-body multiplies the group's rows in that tile, in steps that start at any multiple of 16, and no others but for what
-the last step rounds up. What else lies in a step may be garbage, NaN included: it is masked where results are stored,
-and before a sum over rows.
+Rows lie group after group, so a tile of rows can belong to several groups. A *visit* is one tile for one group: the
+body of the kernel multiplies the rows of that group which lie in that tile. It takes them in steps that start at any
+multiple of 16. No other rows are multiplied, except for those by which the first and the last step are longer than the
+group. Such rows may hold garbage, NaN included: they are masked where results are stored, and before a sum over rows.
 """
 
 import functools
@@ -18,9 +18,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from moe_jax.kernels.kernel_call import result_type
 
-PACKED_ROWS = 16  # of 16-bit numbers in a register: steps start at multiples of it
-SIZES = 4  # of a step, in equal parts of a whole one
-_VMEM_BYTES = 64 << 20  # that a kernel may ask for, of 128 MiB
+PACKED_ROWS = 16  # rows of 16-bit numbers that share a register: steps start at multiples of it
+SIZES = 4  # a step may be one to four quarters of a whole step
+_VMEM_BYTES = 64 << 20  # what a kernel may ask for, of the 128 MiB that there are
 
 
 def multiply_rows(
@@ -106,7 +106,7 @@ def _rows_kernel(
 
 
 def sum_outer(lhs, rhs, visits, *, tiles, out_dtype, cost, precision, interpret) -> jax.Array:
-    """lhs [M, H], rhs [M, N] -> [G, H, N] in ``out_dtype``; ``visits`` has one for each group at least."""
+    """lhs [M, H], rhs [M, N] -> [G, H, N] in ``out_dtype``; ``visits`` has at least one visit of every group."""
     num_groups, contracted, columns = visits.bounds.shape[0] - 1, lhs.shape[1], rhs.shape[1]
 
     def block(width, place):
@@ -156,7 +156,7 @@ def _params(*semantics: Literal["parallel", "arbitrary"]) -> pltpu.CompilerParam
 
 
 def _select(mask, chosen, other):
-    """``where`` in fp32, since not every TPU selects among 16-bit numbers; in the dtype of ``chosen``."""
+    """``jnp.where`` in the dtype of ``chosen``, by way of fp32, since not every TPU selects among 16-bit numbers."""
     wide = [part.astype(jnp.float32) if isinstance(part, jax.Array) else jnp.float32(part) for part in (chosen, other)]
     return jnp.where(mask, *wide).astype(chosen.dtype)
 
@@ -171,12 +171,12 @@ def _rows_of_group(bounds, groups, row_tiles, visit, tiles):
 def _for_rows(low, high, tiles, multiply: Callable) -> None:
     """Calls ``multiply(where, mine [size, 1])`` for slices that cover the rows [low, high) of a tile, each row once.
 
-    Steps follow each other from ``low`` on, rounded down to where steps may start; the last one has the smallest of
-    four sizes that will do. Where it would reach past the tile it is shifted back, over rows that the step before it
-    has taken; ``mine`` leaves them out.
-
-    lax.div, not //: floor division asks Pallas for the device that is here, which need not be a TPU.
+    1. The first step starts at ``low``, rounded down to where steps may start. The others follow without gaps.
+    2. The last step has the smallest of four sizes that suffices.
+    3. If it would reach past the tile, it is shifted back over rows that an earlier step has taken.
+    4. ``mine`` marks the rows of a step that are in [low, high) and that no earlier step has taken.
     """
+    # lax.div, not //: for a floor division Pallas asks which device is here, and that need not be a TPU.
     start = lax.div(low, PACKED_ROWS) * PACKED_ROWS
     part = tiles.step // SIZES
 

@@ -1,11 +1,12 @@
 """Grouped products as Pallas Triton kernels, for NVIDIA's GPUs from Ampere on.
 
-A program makes one tile of the result. The tiles of a group begin at its first row, so a group of s rows has
-ceil(s / tile) of them, and there are at most ceil(M / tile) + G - 1: that many programs start for each block of
-columns. Each finds its tile in ``group_sizes`` itself; where there is no tile left, it does nothing. What lies outside
-a group or an array is masked when it is loaded, so it is never multiplied, and no operand is padded or copied.
+A program of the kernel makes one tile of the result. The tiles of a group begin at its first row, so a group of s rows
+has ceil(s / tile) of them, and there are at most ceil(M / tile) + G - 1 in all: that many programs start for each block
+of columns. Each program finds its tile in ``group_sizes`` itself; where there is no tile left for it, it does nothing.
+What lies outside a group or an array is masked when it is loaded, so that it is never multiplied, and no operand has to
+be padded or copied.
 
-Sums are fp32, and so are the products of fp32 operands, unless a precision is asked for.
+Sums are fp32, and so are the products of fp32 operands, unless another precision is asked for.
 
 JAX 0.12 warns that Pallas will do without Triton some day.
 """
@@ -26,18 +27,19 @@ from moe_jax.hlo.cost import declare_flops
 from moe_jax.kernels.kernel_call import result_type
 
 _LEAST = 16  # rows, columns and steps of the smallest tile that tensor cores multiply
-_STRIPE = 8  # row tiles that meet one block of columns one after the other, so that both stay in the L2 cache
+_STRIPE = 8  # so many row tiles meet a block of columns before the next block, and all of them stay in the L2 cache
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiles:
-    """How a product is cut; all are powers of two, which Triton wants.
+    """How a product is cut. All sizes are powers of two, as Triton wants them.
 
     Attributes:
-      rows, columns: of a tile of the result.
-      steps: of the contracted axis at a time.
-      stages: steps that are in shared memory at once. The largest tiles take 3 * 64 * (128 + 128) * 2 bytes = 96 KiB of
-        it. A block may have 163 KiB on an A100, 227 on an H100 or a B200, and 99 on a consumer's Ampere or Ada.
+      rows, columns: the extents of a tile of the result.
+      steps: how much of the contracted axis is taken at a time.
+      stages: how many such steps are in shared memory at once. The largest tiles take 3 * 64 * (128 + 128) * 2 bytes =
+        96 KiB of it. A block may have 163 KiB on an A100, 227 on an H100 or a B200, and 99 on a consumer's Ampere or
+        Ada.
     """
 
     rows: int
@@ -47,12 +49,12 @@ class Tiles:
 
     @property
     def warps(self) -> int:
-        """Of 32 threads each. Four would keep 128 sums each of the largest tile, and have few registers left."""
+        """How many warps of 32 threads make a tile. Of four, a thread would keep 128 sums of the largest: too many."""
         return 8 if self.rows * self.columns > 64 * 128 else 4
 
 
 def tiles_of_matmul(num_rows: int, num_groups: int, contracted: int, columns: int, itemsize: int) -> Tiles:
-    """Of ``grouped_matmul``, where the rows are in groups."""
+    """The tiles of ``grouped_matmul``, where the rows of the result are in groups."""
     tile, steps = _largest(itemsize)
     return Tiles(
         rows=_part_of_group(num_rows, num_groups, tile),
@@ -62,7 +64,7 @@ def tiles_of_matmul(num_rows: int, num_groups: int, contracted: int, columns: in
 
 
 def tiles_of_outer(num_rows: int, num_groups: int, height: int, width: int, itemsize: int) -> Tiles:
-    """Of ``grouped_outer``, where the contracted axis is in groups."""
+    """The tiles of ``grouped_outer``, where the contracted axis is in groups."""
     tile, steps = _largest(itemsize)
     return Tiles(
         rows=_at_most(tile, height), columns=_at_most(tile, width), steps=_part_of_group(num_rows, num_groups, steps)
@@ -70,18 +72,18 @@ def tiles_of_outer(num_rows: int, num_groups: int, height: int, width: int, item
 
 
 def _largest(itemsize: int) -> tuple[int, int]:
-    """The sides of a tile and the steps at a time. Products of fp32 keep their operands in registers, so it is less."""
+    """The largest side of a tile, and the largest step. They are smaller for fp32, whose operands fill registers."""
     return (128, 64) if itemsize == 2 else (64, 16)
 
 
 def _part_of_group(num_rows: int, num_groups: int, most: int) -> int:
-    """A quarter of a group's rows, or less: its last tile is half empty on average, which then costs an eighth."""
+    """At most a quarter of a group's rows: its last tile is half empty on average, which then costs an eighth."""
     quarter = num_rows // (4 * num_groups)
     return min(max(1 << quarter.bit_length() >> 1, _LEAST), most)
 
 
 def _at_most(most: int, extent: int) -> int:
-    """What covers the extent, up to ``most``."""
+    """The smallest power of two that covers the extent, but at least ``_LEAST`` and at most ``most``."""
     return min(max(1 << (extent - 1).bit_length(), _LEAST), most)
 
 
@@ -91,7 +93,7 @@ def max_tiles(num_rows: int, num_groups: int, tile: int) -> int:
 
 
 def num_multiplied(num_rows: int, num_groups: int, tile: int) -> int:
-    """Rows that are multiplied if all are in groups, each of whose last tiles is half empty."""
+    """How many rows are multiplied if all rows are in groups, and the last tile of each group is half empty."""
     return min(num_rows + num_groups * tile // 2, max_tiles(num_rows, num_groups, tile) * tile)
 
 
@@ -204,7 +206,7 @@ def grouped_outer(
 
 
 def _kernel(kernel: Callable, name: str, out: Any, grid: int, tiles: Tiles, interpret: bool, **more: Any) -> Callable:
-    """Operands, whole in memory -> ``out``; each program of ``kernel`` reads and writes what it wants of them."""
+    """The call of a kernel whose operands lie in memory as a whole: each program reads and writes parts of them."""
     params = plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages)
     return pl.pallas_call(
         kernel, out_shape=out, grid=(grid,), compiler_params=params, name=name, interpret=interpret, **more
@@ -212,7 +214,11 @@ def _kernel(kernel: Callable, name: str, out: Any, grid: int, tiles: Tiles, inte
 
 
 def _swizzled(number: jax.Array, row_tiles: int, column_tiles: int) -> tuple[jax.Array, jax.Array]:
-    """The (row tile, column tile) of a program: down a stripe of rows, then its next columns, then the next stripe."""
+    """The (row tile, column tile) of a program.
+
+    Programs go down a stripe of ``_STRIPE`` row tiles, then down its next column of tiles, and after the last column to
+    the next stripe.
+    """
     stripe = _i32(_STRIPE * column_tiles)
     first = lax.div(number, stripe) * _STRIPE
     height = jnp.minimum(row_tiles - first, _STRIPE)
@@ -245,7 +251,7 @@ def _ceil_div(numbers: jax.Array, by: int) -> jax.Array:
 
 
 def _i32(number: int) -> np.int32:
-    """As a constant of a kernel: JAX would take a plain number for 64 bits where it is told to have them."""
+    """A constant of a kernel. JAX would give a plain number 64 bits where it is told to have integers so wide."""
     return np.int32(number)
 
 
@@ -263,13 +269,13 @@ def _arange(length: int) -> jax.Array:
 
 
 def _block(number: jax.Array, size: int, extent: int) -> tuple[Any, jax.Array | None]:
-    """Where block ``number`` lies along an axis, and which part of it is inside; None: every block is, wholly."""
+    """Where block ``number`` lies along an axis, and which of its places are inside; None if all of every block are."""
     inside = None if extent % size == 0 else number * size + _arange(size) < extent
     return pl.ds(number * size, size), inside
 
 
 def _load(at, rows: jax.Array | None, columns: jax.Array | None) -> jax.Array:
-    """A block of an array; zeros where a mask is false, and nothing is read there."""
+    """A block of an array. Where a mask is false nothing is read, and the block holds zeros."""
     mask = _mask(rows, columns)
     return plgpu.load(at) if mask is None else plgpu.load(at, mask=mask, other=0)
 
@@ -285,7 +291,7 @@ def _mask(rows: jax.Array | None, columns: jax.Array | None) -> jax.Array | None
 
 
 def _dot(left: jax.Array, right: jax.Array, contracted: tuple[int, int], precision: str | None) -> jax.Array:
-    """Contracts one axis of each, into fp32."""
+    """Contracts axis ``contracted[0]`` of ``left`` with axis ``contracted[1]`` of ``right``; the result is fp32."""
     exactness = lax.Precision.HIGHEST if precision is None else precision
     if left.dtype != jnp.float32:
         exactness = lax.Precision.DEFAULT  # fp32 holds the product of two 16-bit factors

@@ -16,14 +16,14 @@ OUTER = lax.RaggedDotDimensionNumbers(
 
 
 def zero_past_groups(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """``rows`` with everything past ``sum(group_sizes)`` zeroed: a select, so NaN there is gone too."""
+    """``rows`` with zeros in the rows past ``sum(group_sizes)``. It is a select, so that NaN there is gone too."""
     written = jnp.arange(rows.shape[0]) < jnp.sum(group_sizes)
     return jnp.where(written[:, None], rows, jnp.zeros((), rows.dtype))
 
 
 @sequential_vmap
 def _inner_product(lhs, rhs, group_sizes):
-    """JAX batches few forms of a ragged product, so a batch is a loop over its members."""
+    """A ragged product. A batch is a loop over its members, since JAX can batch few forms of such products."""
     return lax.ragged_dot(lhs, rhs, group_sizes, preferred_element_type=jnp.float32)
 
 
@@ -33,12 +33,12 @@ def _outer_product(lhs, rhs, group_sizes):
 
 
 def masked_matmul(product: Callable, lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """``product(lhs, rhs, group_sizes)``, fp32 [M, N], in the dtype of ``lhs``, where NaN past the sum might spread."""
+    """``product(lhs, rhs, group_sizes)``, fp32 [M, N], cast to the dtype of ``lhs``; no NaN past the sum can spread."""
     return product(zero_past_groups(lhs, group_sizes), rhs, group_sizes).astype(lhs.dtype)
 
 
 def masked_outer(product: Callable, lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, dtype) -> jax.Array:
-    """``product(lhs, rhs, group_sizes)``, fp32 [G, H, N], in ``dtype``; rows past the sum must not count."""
+    """``product(lhs, rhs, group_sizes)``, fp32 [G, H, N], cast to ``dtype``; rows past the sum add nothing to it."""
     summed = product(zero_past_groups(lhs, group_sizes), zero_past_groups(rhs, group_sizes), group_sizes)
     empty = (group_sizes == 0)[:, None, None]  # some kernels leave an empty group's product unwritten
     return jnp.where(empty, jnp.zeros((), dtype), summed.astype(dtype))

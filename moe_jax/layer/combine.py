@@ -54,11 +54,16 @@ def combine(
     Raises:
       ShapeError, DtypeError, InvalidArgumentError, MissingArgumentError, MeshError: as for ``dispatch``.
 
-    >>> everywhere = P(("ep", "tp"))
+    >>> import jax, jax.numpy as jnp, moe_jax as moe
+    >>> from jax.sharding import PartitionSpec as P
+    >>> moe.emulate_devices(2)  # leave this out where there are accelerators
+    >>> mesh = moe.make_mesh(ep=2)
+    >>> plan = moe.make_plan(mesh, tokens_per_rank=4, hidden=8, num_experts=4, top_k=2, dtype="float32")
     >>> def there_and_back(x, ids):
-    ...     sent = dispatch(x, ids, plan)
-    ...     return combine(sent.x, jnp.full(ids.shape, 0.5), sent.handle)
-    >>> run = shard_map(there_and_back, mesh=mesh, in_specs=everywhere, out_specs=everywhere)
+    ...     sent = moe.dispatch(x, ids, plan)
+    ...     return moe.combine(sent.x, jnp.full(ids.shape, 0.5), sent.handle)
+    >>> run = jax.jit(jax.shard_map(there_and_back, mesh=mesh, in_specs=P("ep"), out_specs=P("ep")))
+    >>> x = jnp.arange(64.0).reshape(8, 8)
     >>> y = run(x, jnp.zeros((8, 2), jnp.int32))
     >>> bool((y == x).all())
     True

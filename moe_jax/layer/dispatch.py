@@ -84,9 +84,14 @@ def dispatch(
       UnsupportedError: the transport cannot serve it.
       MeshError: not called inside ``shard_map`` over the plan's axes.
 
-    >>> everywhere = P(("ep", "tp"))  # x is [8, 8] over 2 x 1 devices: 4 tokens each, both choices of each expert 0
-    >>> count = lambda x, ids: dispatch(x, ids, plan).group_sizes
-    >>> shard_map(count, mesh=mesh, in_specs=everywhere, out_specs=everywhere)(x, jnp.zeros((8, 2), jnp.int32))
+    >>> import jax, jax.numpy as jnp, moe_jax as moe
+    >>> from jax.sharding import PartitionSpec as P
+    >>> moe.emulate_devices(2)  # leave this out where there are accelerators
+    >>> mesh = moe.make_mesh(ep=2)
+    >>> plan = moe.make_plan(mesh, tokens_per_rank=4, hidden=8, num_experts=4, top_k=2, dtype="float32")
+    >>> count = lambda x, ids: moe.dispatch(x, ids, plan).group_sizes
+    >>> run = jax.jit(jax.shard_map(count, mesh=mesh, in_specs=P("ep"), out_specs=P("ep")))
+    >>> run(jnp.ones((8, 8)), jnp.zeros((8, 2), jnp.int32))  # 4 tokens on each rank; both choices of each are expert 0
     Array([16,  0,  0,  0], dtype=int32)
 
     Source: MoeDistributeDispatchV4, row order of its expandX.

@@ -1,18 +1,17 @@
 """Feed-forward experts: many at once over grouped rows, and one for every token."""
 
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax import _compat
-from moe_jax.kernels import grouped_matmul, grouped_matmuls
+from moe_jax.kernels import grouped_matmuls
 from moe_jax.parameters import rows_of
 
 Array = jax.Array
 
-_LIMIT, _ALPHA = 7.0, 1.702  # of the clamped SwiGLU (gpt-oss)
+_LIMIT, _ALPHA = 7.0, 1.702  # where the clamped SwiGLU of gpt-oss clips, and the factor in its sigmoid
 
 
 def is_gated(activation: str) -> bool:
@@ -29,32 +28,12 @@ def activate(gate: Array | None, up: Array, activation: str) -> Array:
     wide = up.astype(jnp.float32)
     if activation == "gelu":
         return (0.5 * wide * (1.0 + _compat.erf(wide / math.sqrt(2.0)))).astype(up.dtype)
+    assert gate is not None  # every other activation has one
     gate = gate.astype(jnp.float32)
     if activation == "swiglu":
         return (gate * jax.nn.sigmoid(gate) * wide).astype(up.dtype)
     gate, wide = jnp.minimum(gate, _LIMIT), jnp.clip(wide, -_LIMIT, _LIMIT)
     return (gate * jax.nn.sigmoid(_ALPHA * gate) * (wide + 1.0)).astype(up.dtype)
-
-
-Biases = tuple[Array | None, ...]
-
-
-def grouped_product(
-    inputs: Array, weights: tuple[Array, ...], biases: Biases, *, group_sizes: Array, backend: str
-) -> tuple[Array, ...]:
-    """Rows [M, I] in consecutive groups through each weight [L, I, O], and bias [L, O], of their group -> [M, O] each.
-
-    Rows past ``sum(group_sizes)`` influence nothing, forward or backward.
-    """
-    products = list(grouped_matmuls(inputs, weights, group_sizes, backend=backend))
-    for place, bias in enumerate(biases):
-        if bias is not None:
-            # A bias is a grouped product too: its gradient sums the rows of a group and reads none past the sum.
-            ones = _compat.as_varying(jnp.ones((inputs.shape[0], 1), inputs.dtype), _compat.varying_axes(inputs))
-            products[place] = grouped_matmul(
-                ones, bias[:, None, :], group_sizes, backend=backend, add_to=products[place]
-            )
-    return tuple(products)
 
 
 def split_by_projection(experts: dict[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -66,25 +45,40 @@ def split_by_projection(experts: dict[str, Array]) -> tuple[dict[str, Array], di
     return inner, outer
 
 
-def project_in(weights: dict[str, Array], rows: Array, product: Callable) -> tuple[Array | None, Array]:
-    """(gate, up): rows through w_gate and w_up, with b_gate and b_up where there are any; gate None without w_gate.
+def project_in(
+    experts: dict[str, Array], rows: Array, group_sizes: Array, kernels: tuple[str, ...]
+) -> tuple[Array | None, Array]:
+    """(gate, up), [M, F] each: rows through w_gate and w_up of their experts, plus b_gate and b_up where there are any.
 
-    ``product``: (rows, weights, biases or None) -> rows for each weight, each through the weight of its expert.
+    Args:
+      experts: w_gate (if gated) and w_up [L, H, F], optional b_gate and b_up [L, F], of any float dtype.
+      rows: [M, H], those of the first expert first. Rows at or past ``sum(group_sizes)`` influence nothing, forward or
+        backward.
+      group_sizes: [L] i32, rows of each expert.
+      kernels: those of the plan.
+
+    Returns:
+      Both in the dtype of ``rows``; gate is None without w_gate.
     """
-    gated = "w_gate" in weights
-    projected = _through(weights, rows, ("gate", "up") if gated else ("up",), product)
+    gated = "w_gate" in experts
+    weights = _cast(experts, ("w_gate", "w_up") if gated else ("w_up",), rows)
+    biases = _cast(experts, ("b_gate", "b_up") if gated else ("b_up",), rows)
+    projected = grouped_matmuls(kernels, rows, weights, biases, group_sizes)
     return projected if gated else (None, *projected)
 
 
-def project_out(weights: dict[str, Array], hidden: Array, product: Callable) -> Array:
-    """Hidden activations through w_down, with b_down if there is one; ``product`` as for ``project_in``."""
-    return _through(weights, hidden, ("down",), product)[0]
+def project_out(experts: dict[str, Array], hidden: Array, group_sizes: Array, kernels: tuple[str, ...]) -> Array:
+    """[M, F] -> [M, H]: inner activations through w_down of their experts, plus b_down if there is one.
+
+    ``experts``: w_down [L, F, H] and optional b_down [L, H]; the other arguments are those of ``project_in``.
+    """
+    weights, biases = _cast(experts, ("w_down",), hidden), _cast(experts, ("b_down",), hidden)
+    return grouped_matmuls(kernels, hidden, weights, biases, group_sizes)[0]
 
 
-def _through(weights: dict[str, Array], rows: Array, names: tuple[str, ...], product: Callable) -> tuple[Array, ...]:
-    of_rows = tuple(weights[f"w_{name}"].astype(rows.dtype) for name in names)
-    biases = tuple(weights.get(f"b_{name}") for name in names)
-    return product(rows, of_rows, tuple(bias if bias is None else bias.astype(rows.dtype) for bias in biases))
+def _cast(experts: dict[str, Array], names: tuple[str, ...], like: Array) -> tuple[Array | None, ...]:
+    """The parameters of these names in the dtype of ``like``; None for what is not there."""
+    return tuple(experts[name].astype(like.dtype) if name in experts else None for name in names)
 
 
 def shared_ffn(weights: dict[str, Array], x: Array, *, activation: str) -> Array:

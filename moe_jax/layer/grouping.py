@@ -14,7 +14,7 @@ from jax import lax
 
 from moe_jax import _compat
 from moe_jax.derivatives import custom_gradient
-from moe_jax.layer.experts import activate, grouped_product, project_in, project_out, split_by_projection
+from moe_jax.layer.experts import activate, project_in, project_out, split_by_projection
 from moe_jax.plan import Plan
 from moe_jax.transports import RowOrder, pick
 
@@ -52,10 +52,9 @@ def _expert_slots(plan, activation, experts, arrived, order, group_sizes):
 
 def _forward(plan, activation, experts, arrived, order, group_sizes):
     with jax.named_scope("experts"):
-        product = _product(group_sizes, plan)
         rows = _rows(arrived, order, plan)
-        inner = project_in(experts, rows, product)
-        made = project_out(experts, activate(*inner, activation), product)
+        inner = project_in(experts, rows, group_sizes, plan.kernels)
+        made = project_out(experts, activate(*inner, activation), group_sizes, plan.kernels)
         return _slots(made, order, plan), (experts, rows, inner, order, group_sizes)
 
 
@@ -64,12 +63,11 @@ def _backward(plan, activation, residuals, ct):
     experts, rows, inner, order, group_sizes = residuals
     of_inner, of_out = split_by_projection(experts)
     with jax.named_scope("experts"):
-        product = _product(group_sizes, plan)
         hidden, pull_hidden = jax.vjp(lambda inner: activate(*inner, activation), inner)
-        pull_out = jax.vjp(lambda *operands: project_out(*operands, product), of_out, hidden)[1]
+        pull_out = jax.vjp(lambda *operands: project_out(*operands, group_sizes, plan.kernels), of_out, hidden)[1]
         d_of_out, d_hidden = pull_out(_rows(ct, order, plan))
         (d_inner,) = pull_hidden(d_hidden)
-        pull_in = jax.vjp(lambda *operands: project_in(*operands, product), of_inner, rows)[1]
+        pull_in = jax.vjp(lambda *operands: project_in(*operands, group_sizes, plan.kernels), of_inner, rows)[1]
         d_of_inner, d_rows = pull_in(d_inner)
         return {**d_of_out, **d_of_inner}, _slots(d_rows, order, plan), None, None
 
@@ -114,7 +112,7 @@ def add_overflow_gradients(
         (grads, ct), (experts, arrived) = carry, read
         rows = _rows(arrived, order, plan)
         with jax.named_scope("experts"):
-            inner = project_in(experts, rows, _product(group_sizes, plan))
+            inner = project_in(experts, rows, group_sizes, plan.kernels)
         residuals = experts, rows, inner, order, group_sizes
         more, d_arrived, *_ = _backward(plan, activation, residuals, ct)
         return jax.tree.map(jnp.add, grads, more), d_arrived
@@ -131,10 +129,6 @@ def _if_any(group_sizes: Array, run: Callable, init: Any, read: Any) -> Any:
         init, read = _compat.as_varying((init, read), _compat.union_of_varying_axes((init, read, group_sizes)))
         turns = jnp.any(group_sizes > 0).astype(jnp.int32)
         return lax.fori_loop(0, turns, lambda turn, carry: run(carry, _compat.late(turn, read)), init)
-
-
-def _product(group_sizes: Array, plan: Plan) -> Callable:
-    return functools.partial(grouped_product, group_sizes=group_sizes, backend=plan.backend)
 
 
 def _rows(slots: Array, order: RowOrder | None, plan: Plan) -> Array:

@@ -17,9 +17,9 @@ from moe_jax.errors import (
 )
 from moe_jax.layer.experts import shared_ffn
 from moe_jax.layer.params import check_layer_plan, check_params, check_router
-from moe_jax.layer.placement import BALANCES, update_expert
+from moe_jax.layer.placement import BALANCES, check_table, instances_of
 from moe_jax.layer.rounds import routed_sum
-from moe_jax.layer.router import route
+from moe_jax.layer.router import choose_experts
 from moe_jax.parameters import rows_of, weights_of
 from moe_jax.plan import Plan
 from moe_jax.types import LayerStats
@@ -27,7 +27,6 @@ from moe_jax.types import LayerStats
 Array = jax.Array
 
 
-@_compat.vary_as_operands("params")
 def moe_layer(
     params: dict[str, Array],
     x: Array,
@@ -62,7 +61,7 @@ def moe_layer(
       activation: "swiglu", "gelu" or "clamped_swiglu"; see ``experts.activate``.
       token_mask: [T] bool; false = padding: it goes nowhere, counts nowhere and its result is zero.
       table: [E_logical, F] i32, the instances of each logical expert, see ``update_expert``. Then the router scores
-        logical experts (E' = E_logical plus the special ones), and ``plan.num_experts`` counts instances.
+        logical experts (E' = E_logical plus the weightless ones), and ``plan.num_experts`` counts instances.
       balance: "rank" or "token", how the instances of an expert share its tokens; read with ``table`` only.
       rank_table: [4 + 2 * ep] i32, who is alive, see ``dispatch``: tokens of removed ranks get nothing from routed
         experts. Without ``table`` the router must not choose the experts that are gone; choices that do are dropped.
@@ -96,30 +95,62 @@ def moe_layer(
         params, plan, router, activation, num_experts=plan.num_local_experts, where="on each device", table=table
     )
     check_router(router, plan, None if table is None else table.shape[0])
+    if table is not None:
+        check_table(table)
+    return layer_of_shard(
+        params,
+        x,
+        token_mask,
+        table,
+        rank_table,
+        plan=plan,
+        router=router,
+        activation=activation,
+        balance=balance,
+        chunks=chunks,
+    )
 
+
+def layer_of_shard(
+    params: dict[str, Array],
+    x: Array,
+    token_mask: Array | None,
+    table: Array | None,
+    rank_table: Array | None,
+    *,
+    plan: Plan,
+    router: RouterConfig,
+    activation: str,
+    balance: str,
+    chunks: int,
+) -> tuple[Array, LayerStats]:
+    """``moe_layer`` of arguments that have been checked, there or by ``moe_on_mesh``. Arrays come first, options after.
+
+    Between collectives every value is typed as varying over all axes of the plan. Results leave as the tokens came:
+    over an axis of one device they vary only if an operand does, whatever the parameters do.
+    """
+    axes_of_tokens = _compat.union_of_varying_axes((x, token_mask, table, rank_table))
+    # 1. Operands. Parameters are typed as varying over axes of one device, for JAX would sum their gradients over it.
     x = _compat.as_varying(x, plan.token_axes)
-    params = _compat.as_varying_over_units(params, plan.token_axes)  # else JAX sums their gradients over one device
+    params = _compat.as_varying_over_units(params, plan.token_axes)
     if token_mask is not None:  # padding may hold anything; from here on it is zero
         x = jnp.where(token_mask[:, None], x, jnp.zeros((), x.dtype))
-    routing = route(
-        router_logits(params, x),
-        router,
-        top_k=plan.top_k,
-        bias=params.get("selection_bias"),
-        token_mask=token_mask,
-        axis_name=plan.token_axes,
-    )
-    expert_ids = routing.expert_ids if table is None else _instances(routing.expert_ids, table, balance, plan)
+    # 2. Every token chooses its experts, and a table says which instances of them compute.
+    logits, bias = router_logits(params, x), params.get("selection_bias")
+    routing = choose_experts(logits, router, plan.top_k, bias, token_mask, plan.token_axes)
+    expert_ids = routing.expert_ids if table is None else _instances_of(routing.expert_ids, table, balance, plan)
+    # 3. Tokens go to their experts and come back as weighted sums, in rounds.
     experts = weights_of("experts", params)
-    if "b_down" in experts:  # the results of the tp ranks are summed: one of them adds it
+    if "b_down" in experts:  # the results of the tp ranks are summed, so only the first of them adds this bias
         experts["b_down"] = jnp.where(collectives.tp_rank(plan) == 0, experts["b_down"], 0.0)
     constants = {
         row.name: params[row.name].astype(plan.dtype) if row.name in params else None for row in rows_of("constants")
     }
-    operands = _compat.as_varying((experts, constants, x, routing.combine_weights), plan.token_axes)
+    experts, constants, weights = _compat.as_varying((experts, constants, routing.combine_weights), plan.token_axes)
     total, num_dropped, num_rounds = routed_sum(
-        expert_ids, *operands, plan, activation=activation, rank_table=rank_table, chunks=chunks
+        expert_ids, experts, constants, x, weights, plan, activation=activation, rank_table=rank_table, chunks=chunks
     )
+    # 4. The shared expert adds its part where the token is.
     if plan.num_shared_experts:
         total = total + shared_ffn(weights_of("shared", params), x, activation=activation)
     if token_mask is not None:
@@ -130,20 +161,16 @@ def moe_layer(
         load=routing.load,
         losses=routing.losses,
     )
-    return total.astype(plan.dtype), stats
+    return _compat.drop_unit_axes((total.astype(plan.dtype), stats), axes_of_tokens)
 
 
-def _instances(expert_ids: Array, table: Array, balance: str, plan: Plan) -> Array:
-    """Ids of logical experts, then special ones -> ids of instances, then special ones."""
+def _instances_of(expert_ids: Array, table: Array, balance: str, plan: Plan) -> Array:
+    """Ids of logical experts, followed by those of weightless ones -> ids of instances, followed likewise."""
     num_logical = table.shape[0]
-    ids, _ = update_expert(
-        jnp.where(expert_ids < num_logical, expert_ids, -1),
-        table,
-        rank=collectives.ep_rank(plan),
-        ep_size=plan.ep_size,
-        balance=balance,
-    )
-    return jnp.where(expert_ids < num_logical, ids, expert_ids - num_logical + plan.num_experts)
+    is_logical = expert_ids < num_logical
+    rank = collectives.ep_rank(plan)
+    ids = instances_of(jnp.where(is_logical, expert_ids, -1), table, rank, plan.ep_size, balance)
+    return jnp.where(is_logical, ids, expert_ids - num_logical + plan.num_experts)
 
 
 def check_chunks(chunks: int, plan: Plan) -> None:

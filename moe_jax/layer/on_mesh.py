@@ -11,9 +11,9 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from moe_jax import _compat
 from moe_jax.config import RouterConfig
 from moe_jax.errors import check_array, check_choice, check_dtype, check_mask, check_rank, check_shape
-from moe_jax.layer.layer import check_chunks, moe_layer
+from moe_jax.layer.layer import check_chunks, layer_of_shard
 from moe_jax.layer.params import abstract_params, check_params, check_width, draw, param_spec
-from moe_jax.layer.placement import BALANCES
+from moe_jax.layer.placement import BALANCES, check_table
 from moe_jax.plan import Plan
 from moe_jax.types import LayerStats
 
@@ -65,8 +65,12 @@ def moe_on_mesh(
       MeshError: the mesh is not the plan's.
       UnsupportedError: the plan puts shared experts on ranks of their own.
 
-    >>> init, apply = moe_on_mesh(mesh, plan, RouterConfig(), ffn=32)
-    >>> y, stats = jax.jit(apply)(init(jax.random.key(0)), x)
+    >>> import jax, jax.numpy as jnp, moe_jax as moe
+    >>> moe.emulate_devices(2)  # leave this out where there are accelerators
+    >>> mesh = moe.make_mesh(ep=2)
+    >>> plan = moe.make_plan(mesh, tokens_per_rank=4, hidden=8, num_experts=4, top_k=2, dtype="float32")
+    >>> init, apply = moe.moe_on_mesh(mesh, plan, moe.RouterConfig(), ffn=32)
+    >>> y, stats = jax.jit(apply)(init(jax.random.key(0)), jnp.ones((8, 8)))
     """
     shapes = abstract_params(
         mesh,
@@ -90,18 +94,22 @@ def moe_on_mesh(
         return drawn(key)
 
     @functools.partial(jax.jit, static_argnames="balance")
-    def layer(params, x, token_mask, tables, balance):
+    def layer(params, x, token_mask, table, rank_table, balance):
         """The layer as one program, where it is not part of a larger one."""
         specs = {name: _split(param_spec(name, plan), mesh) for name in params}
         tokens, everywhere = _split(PartitionSpec(plan.token_axes), mesh), PartitionSpec()
-        in_specs = (specs, tokens, None if token_mask is None else tokens, jax.tree.map(lambda _: everywhere, tables))
-        given = (params, x, token_mask, tables)
+        in_specs = (
+            specs,
+            tokens,
+            None if token_mask is None else tokens,
+            None if table is None else everywhere,
+            None if rank_table is None else everywhere,
+        )
+        given = (params, x, token_mask, table, rank_table)
         given = jax.tree.map(lambda array, spec: _compat.lay_out(array, mesh, spec), given, in_specs)
-
-        def shard(params, x, token_mask, tables):
-            options = {"activation": activation, "token_mask": token_mask, "balance": balance}
-            return moe_layer(params, x, plan, router, chunks=chunks, **options, **tables)
-
+        shard = functools.partial(
+            layer_of_shard, plan=plan, router=router, activation=activation, balance=balance, chunks=chunks
+        )
         mapped = _compat.shard_map(shard, mesh=mesh, in_specs=in_specs, out_specs=(tokens, everywhere))
         y, stats = mapped(*given)
         return _compat.name_unit_axes_as(y, x, mesh), stats
@@ -125,13 +133,14 @@ def moe_on_mesh(
             check_array("rank_table", rank_table)
         check_params(params, plan, router, activation, num_experts=plan.num_experts, where="over the mesh", table=table)
         check_width(f"params: 'w_up' has shape {params['w_up'].shape}; its width", params["w_up"].shape[-1], plan)
-
-        return layer(params, x, token_mask, {"table": table, "rank_table": rank_table}, balance)
+        if table is not None:
+            check_table(table)
+        return layer(params, x, token_mask, table, rank_table, balance=balance)
 
     return init, apply
 
 
-def _split(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
+def _split(spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """``spec`` without the axes of size 1, which split nothing."""
     return _compat.only_axes(spec, {axis for axis, size in mesh.shape.items() if size > 1})
 

@@ -47,9 +47,11 @@ def param_specs(
     Raises:
       InvalidArgumentError, MissingArgumentError, UnsupportedError: as ``moe_on_mesh``.
 
+    >>> from jax.sharding import PartitionSpec as P
     >>> import moe_jax as moe
+    >>> moe.emulate_devices(2)  # leave this out where there are accelerators
     >>> plan = moe.make_plan(moe.make_mesh(ep=2), tokens_per_rank=4, hidden=8, num_experts=4, top_k=2)
-    >>> moe.param_specs(plan, moe.RouterConfig())["w_down"] == jax.sharding.PartitionSpec("ep", "tp", None)
+    >>> moe.param_specs(plan, moe.RouterConfig())["w_down"] == P("ep", "tp", None)
     True
     """
     check_layer_plan(plan)
@@ -71,13 +73,14 @@ def abstract_params(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """The parameters of ``moe_on_mesh`` without their values: shapes, dtypes and shardings, by name.
 
-    They are what ``init`` of ``moe_on_mesh`` would return, as ``jax.ShapeDtypeStruct``: to restore a checkpoint into, or
-    to lower and compile a program for devices that are not here. The arguments are those of ``moe_on_mesh``.
+    They are what ``init`` of ``moe_on_mesh`` would return, as ``jax.ShapeDtypeStruct``: to restore a checkpoint into,
+    or to lower and compile a program for devices that are not here. The arguments are those of ``moe_on_mesh``.
 
     Raises:
       InvalidArgumentError, MissingArgumentError, MeshError, UnsupportedError: as ``moe_on_mesh``.
 
     >>> import moe_jax as moe
+    >>> moe.emulate_devices(2)  # leave this out where there are accelerators
     >>> mesh = moe.make_mesh(ep=2)
     >>> plan = moe.make_plan(mesh, tokens_per_rank=4, hidden=8, num_experts=4, top_k=2)
     >>> moe.abstract_params(mesh, plan, moe.RouterConfig(), ffn=32)["w_down"].shape

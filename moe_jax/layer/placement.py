@@ -77,26 +77,30 @@ def update_expert(
 
     Source: moe_update_expert; where its document and the kernel differ, this is the kernel.
     """
-    _check_ids_and_table(expert_ids, table)
+    _check_ids(expert_ids)
+    check_table(table)
     check_choice("balance", balance, BALANCES)
     if balance == "rank":
         _check_rank(rank, ep_size)
     _check_pruning(expert_ids, combine_weights, pruning_threshold, token_mask)
     with jax.named_scope("update_expert"):
-        ids = _instances(expert_ids, table, rank, ep_size, balance)
+        ids = instances_of(expert_ids, table, rank, ep_size, balance)
         if combine_weights is None:
             return ids, None
         return ids, _kept(combine_weights, pruning_threshold, token_mask)
 
 
-def _instances(expert_ids, table, rank, ep_size, balance):
-    table = jnp.asarray(table)  # NumPy's cannot be indexed by what is traced
+def instances_of(
+    expert_ids: jax.Array, table: jax.Array, rank: int | jax.Array, ep_size: int, balance: str
+) -> jax.Array:
+    """The ids of ``update_expert``, of arguments that have been checked."""
+    table = jnp.asarray(table)  # a NumPy array cannot be indexed by a traced one
     num_experts, width = table.shape
     known = (expert_ids >= 0) & (expert_ids < num_experts)
     expert = jnp.where(known, expert_ids, 0).astype(jnp.int32)
     num_instances = table[expert, 0]
     known &= (num_instances >= 1) & (num_instances < width)
-    num_instances = jnp.maximum(num_instances, 1)  # a row that is not to be read must not divide by zero either
+    num_instances = jnp.maximum(num_instances, 1)  # rows that are not read must not divide by zero either
     if balance == "rank":
         ranks_per_instance = (ep_size - 1) // num_instances + 1  # ceil(ep_size / n), and no sum that could overflow
         place = jnp.asarray(rank, jnp.int32) // ranks_per_instance
@@ -117,7 +121,7 @@ def _kept(combine_weights, pruning_threshold, token_mask):
     return kept if token_mask is None else kept & token_mask[:, None]
 
 
-def _check_ids_and_table(expert_ids, table):
+def _check_ids(expert_ids):
     check_rank("expert_ids", expert_ids, 2, "[T, K]")
     check_dtype("expert_ids", expert_ids, ("int32", "int64"), "cast it with .astype(jnp.int32)")
     if jax.dtypes.canonicalize_dtype(expert_ids.dtype) != expert_ids.dtype:
@@ -127,6 +131,10 @@ def _check_ids_and_table(expert_ids, table):
         )
     if expert_ids.shape[1] < 1:
         raise ShapeError(f"expert_ids has shape {expert_ids.shape}; expected [T, K] with K of at least 1")
+
+
+def check_table(table: jax.Array) -> None:
+    """Raises unless ``table`` can be one of instances: [E, F] i32 with at least an expert and an instance."""
     check_rank("table", table, 2, "[E, F]")
     check_dtype("table", table, ("int32",), "cast it with .astype(jnp.int32)")
     if table.shape[0] < 1 or table.shape[1] < 2:

@@ -5,12 +5,17 @@ Counted is the program of ``moe_on_mesh`` with fp32 parameters and no biases, in
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
 
+from moe_jax.config import ACTIVATIONS
+from moe_jax.errors import InvalidArgumentError, UnsupportedError, check_choice, check_count
 from moe_jax.plan.rates import RATES
 from moe_jax.quant import recipe
+
+if TYPE_CHECKING:
+    from moe_jax.plan.plan import Plan
 
 PHASES = ("forward", "forward + backward")
 _WIDE = 4  # bytes of an integer, a weight, a term of a sum, a number in a parameter
@@ -69,7 +74,25 @@ def row_bytes(name: str, hidden: int, dtype: str) -> int:
     return hidden * jnp.dtype(dtype).itemsize if chosen is None else chosen.row_bytes(hidden)
 
 
-def layer_costs(plan, platform: str, *, ffn: int, activation: str, num_replicas: int) -> dict[str, Cost]:
+def plan_costs(plan: "Plan", ffn: int, *, activation: str, num_replicas: int, platform: str | None) -> dict[str, Cost]:
+    """``Plan.cost``: checks the arguments, and takes the plan's own platform where none is given."""
+    check_count("ffn", ffn, low=0)
+    if ffn % plan.tp_size:
+        raise InvalidArgumentError(f"ffn={ffn} must be divisible by tp={plan.tp_size}")
+    check_choice("activation", activation, ACTIVATIONS)
+    check_count("num_replicas", num_replicas)
+    if platform is None:
+        platform = plan.backend if plan.backend in RATES else plan.platform
+    check_choice("platform", platform, RATES)
+    if plan.num_shared_ranks:
+        raise UnsupportedError(
+            f"num_shared_ranks={plan.num_shared_ranks}: the layer computes shared experts beside the exchange, and "
+            "its cost is that of a plan with num_shared_ranks=0"
+        )
+    return layer_costs(plan, platform, ffn=ffn, activation=activation, num_replicas=num_replicas)
+
+
+def layer_costs(plan: "Plan", platform: str, *, ffn: int, activation: str, num_replicas: int) -> dict[str, Cost]:
     """The costs by phase; ``ffn`` 0 leaves out everything that has the width of an FFN. See ``Plan.cost``."""
     rates = RATES[platform]
     size = _Size.of(plan, rates.widened)

@@ -3,13 +3,10 @@
 import dataclasses
 import math
 
-import jax.numpy as jnp
-
 from moe_jax import _compat
-from moe_jax.config import ACTIVATIONS
-from moe_jax.errors import InvalidArgumentError, UnsupportedError, check_choice, check_count
-from moe_jax.plan.cost import Cost, balanced_rows, layer_costs, row_bytes
-from moe_jax.plan.rates import RATES
+from moe_jax.plan.cost import Cost, plan_costs
+from moe_jax.plan.describe import describe
+from moe_jax.plan.workspace import workspace
 from moe_jax.quant import Recipe, recipe
 from moe_jax.types import DispatchHandle
 
@@ -47,6 +44,8 @@ class Plan:
       backend: the back end of the kernels, by name; where several share the work, joined by "+": the first that has a
         kernel serves it. Never "auto".
       backend_reason: which of them serves what, and why, in words.
+      kernels: what the names in ``backend`` meant when the plan was made, such as ("cpu#1",): the registrations that
+        kernels and exchanges are looked up by, so that nothing that is registered later changes the plan's program.
       poison: whether slots that nobody may read are filled with NaN.
     """
 
@@ -76,6 +75,7 @@ class Plan:
     platform: str
     backend: str
     backend_reason: str
+    kernels: tuple[str, ...]
     poison: bool
 
     @property
@@ -183,39 +183,14 @@ class Plan:
         Raises:
           InvalidArgumentError: ``call`` is neither.
 
+        >>> import moe_jax as moe
+        >>> moe.emulate_devices(2)  # leave this out where there are accelerators
+        >>> sizes = {"tokens_per_rank": 4, "hidden": 8, "num_experts": 4, "top_k": 2, "dtype": "float32"}
+        >>> plan = moe.make_plan(moe.make_mesh(ep=2), **sizes)
         >>> plan.workspace()["rows"], plan.workspace("dispatch")["rows"]
         (512, 512)
         """
-        check_choice("call", call, ("layer", "dispatch"))
-        capacity = self.pair_capacity if call == "layer" else self.dispatch_capacity
-        compact = self.transport == "ragged" or capacity > self.pair_capacity  # rows lie end to end
-        row = self.hidden * jnp.dtype(self.dtype).itemsize
-        out, back = (row_bytes(name, self.hidden, self.dtype) for name in (self.quant, self.combine_quant))
-        rows, slots = self.num_rows(capacity), self.ep_size * capacity
-        tokens = self.tp_size * self.ep_size * self.tokens_per_rank
-        arrival = self.tp_size * slots
-        if call == "layer" and not self.exchanges:
-            buffers = {"send": 0, "arrival": 0, "return": self.num_pairs * row}
-            integers = 2 * rows + self.num_pairs
-        elif self.transport == "allgather":
-            buffers = {"arrival": tokens * out, "return": tokens * self.hidden * 4}
-            integers = 2 * tokens * self.top_k + rows
-        elif self.transport == "hierarchy":
-            crossing = self.num_nodes * min(self.tokens_per_rank, self.ep_size // self.num_nodes * capacity)
-            sent = min(slots, crossing * self.num_copies) if compact else slots
-            buffers = {
-                "crossing": 2 * crossing * out,
-                "send": sent * out,
-                "arrival": arrival * out,
-                "return": sent * row + crossing * (4 * self.hidden + back),
-            }
-            integers = crossing * (1 + self.num_copies) + self.tokens_per_rank * self.num_nodes + sent + arrival + rows
-        else:
-            sent = min(slots, self.num_pairs) if compact else slots
-            buffers = {"send": sent * out, "arrival": arrival * out, "return": self.num_pairs * back}
-            integers = sent + 3 * self.num_pairs + arrival + rows
-        counts = (self.tp_size + 1) * self.num_experts
-        return {**buffers, "rows": rows * row, "integers": 4 * (integers + counts)}
+        return workspace(self, call)
 
     def cost(
         self, ffn: int, *, activation: str = "swiglu", num_replicas: int = 1, platform: str | None = None
@@ -234,75 +209,23 @@ class Plan:
           InvalidArgumentError: an argument is not as above.
           UnsupportedError: the plan puts shared experts on ranks of their own, which the layer does not serve.
 
+        >>> import moe_jax as moe
+        >>> moe.emulate_devices(2)  # leave this out where there are accelerators
+        >>> sizes = {"tokens_per_rank": 4, "hidden": 8, "num_experts": 4, "top_k": 2, "dtype": "float32"}
+        >>> plan = moe.make_plan(moe.make_mesh(ep=2), **sizes)
         >>> plan.cost(64)["forward"].flops
         24832
         """
-        check_count("ffn", ffn, low=0)
-        if ffn % self.tp_size:
-            raise InvalidArgumentError(f"ffn={ffn} must be divisible by tp={self.tp_size}")
-        check_choice("activation", activation, ACTIVATIONS)
-        check_count("num_replicas", num_replicas)
-        if platform is None:
-            platform = self.backend if self.backend in RATES else self.platform
-        check_choice("platform", platform, RATES)
-        if self.num_shared_ranks:
-            raise UnsupportedError(
-                f"num_shared_ranks={self.num_shared_ranks}: the layer computes shared experts beside the exchange, and "
-                "its cost is that of a plan with num_shared_ranks=0"
-            )
-        return layer_costs(self, platform, ffn=ffn, activation=activation, num_replicas=num_replicas)
+        return plan_costs(self, ffn, activation=activation, num_replicas=num_replicas, platform=platform)
 
     def describe(self, *, ffn: int | None = None, activation: str = "swiglu") -> str:
         """The plan in words: sizes, choices with their reasons, bytes and costs per device.
 
         ``ffn``, ``activation``: as for ``cost``; None: of the costs only what they do not decide.
         """
-        balanced = balanced_rows(self.tokens_per_rank, self.top_k, self.ep_size, self.num_shared_ranks)
-        slack = f", {self.pair_capacity / balanced:.2f} x the balanced load" if balanced else ""
-        lines = [
-            f"mesh       ep={self.ep_size} over {'*'.join(self.ep_axis)}, tp={self.tp_size} over {self.tp_axis}"
-            + (f", replicated over {'*'.join(self.dp_axis)}" if self.dp_axis else ""),
-            f"tokens     {self.tokens_per_rank} per device x {self.hidden} {self.dtype}, top {self.top_k} of "
-            f"{self.num_ids} experts, {self.num_experts} routed ({self.num_local_experts} per rank), "
-            f"{self.num_zero_experts} zero, {self.num_copy_experts} copy, {self.num_const_experts} constant; "
-            f"{self.num_shared_experts} shared"
-            + (f" on {self.num_shared_ranks} ranks of their own" if self.num_shared_ranks else ""),
-            f"transport  {self.transport}: {self.transport_reason}",
-            f"capacity   {self.pair_capacity} rows per pair of ranks and round{slack}; "
-            f"{self.num_rows(self.pair_capacity)} rows per device in a round of the layer, "
-            f"{self.num_rows(self.dispatch_capacity)} in a call of dispatch alone"
-            + (", the worst skew" if self.overflow == "dropless" else ""),
-            f"wire       out {self.quant}, back {self.combine_quant}, cotangents {self.backward_quant}",
-            f"overflow   {self.overflow}, "
-            + (f"at most {self.max_rounds} rounds" if self.overflow == "dropless" else "counting what does not fit"),
-            f"backend    {self.backend}: {self.backend_reason}",
-            f"workspace  of a round of the layer: {_bytes(self.workspace())}",
-            f"           of a call of dispatch alone, and combine: {_bytes(self.workspace('dispatch'))}",
-        ]
-        if ffn is not None or not self.num_shared_ranks:
-            costs = self.cost(ffn or 0, activation=activation)
-            lines += [f"cost       {phase}: {_words(cost, whole=bool(ffn))}" for phase, cost in costs.items()]
-        return "\n".join(lines)
+        return describe(self, ffn=ffn, activation=activation)
 
 
 _compat.exportable(
     DispatchHandle, to_json=lambda aux: _compat.fields_of(aux[0]), from_json=lambda fields: (Plan(**fields),)
 )
-
-
-def _bytes(sizes: dict[str, int]) -> str:
-    return ", ".join(f"{name} {size:,} B" for name, size in sizes.items())
-
-
-def _words(cost: Cost, *, whole: bool) -> str:
-    """``whole``: whether the experts' products are in it."""
-    even = "" if cost.even_wire_bytes == cost.wire_bytes else f" at most, {cost.even_wire_bytes:,} B under an even load"
-    words = f"{cost.wire_bytes:,} B leave the device{even}; "
-    if not whole:
-        return words + f"{cost.traffic_bytes:,} B read and written but for products of experts"
-    resource, seconds = cost.bound
-    return words + (
-        f"{cost.flops:,} flops; {cost.traffic_bytes:,} B read and written; {1e3 * seconds:.3g} ms bound by {resource} "
-        f"(compute {1e3 * cost.compute_seconds:.3g}, memory {1e3 * cost.memory_seconds:.3g}, wire "
-        f"{1e3 * cost.wire_seconds:.3g}, at nominal rates of {cost.platform})"
-    )

@@ -1,4 +1,4 @@
-"""What all recipes share: rows to values and scales, to one message of bytes per row, and back."""
+"""What all recipes share: they turn rows into values and scales, these into one message of bytes per row, and back."""
 
 import dataclasses
 
@@ -21,8 +21,8 @@ from moe_jax.quant.formats import Format
 from moe_jax.quant.message import Part, join, split
 
 TINY = 2.0**-126  # the smallest normal fp32 number
-FLOOR = 2.0**-110  # above largest * TINY of every format: what may be lost because subnormals count as zero
-_FP32_SLACK = 2.0**-21  # a handful of fp32 roundings, relative
+FLOOR = 2.0**-110  # more than largest * TINY of every format: what is lost where subnormals count as zero
+_FP32_SLACK = 2.0**-21  # the relative error of a handful of fp32 roundings
 
 
 @_compat.exportable
@@ -45,10 +45,10 @@ class Recipe:
     """How rows [rows, H] of one dtype travel. Static and hashable; get one by name from ``recipe``.
 
     Attributes:
-      name: the one of ``recipe``.
-      dtype: of the rows, "float32", "bfloat16" or "float16".
+      name: the name by which ``recipe`` returns it.
+      dtype: the dtype of the rows, "float32", "bfloat16" or "float16".
       format: the grid of numbers that codes stand for.
-      block: columns per scale; None: the whole row.
+      block: how many columns share a scale; None: the whole row does.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Recipe:
         return sum(part.num_bytes for part in self._parts(hidden))
 
     def quantize(self, x: jax.Array, *, smooth: jax.Array | None = None) -> QTensor:
-        """Rounds ``y = fp32(x) * smooth``; the class says how.
+        """Rounds ``y = fp32(x) * smooth`` as the docstring of the class says.
 
         Args:
           x: [rows, H] of ``dtype``.
@@ -107,10 +107,11 @@ class Recipe:
             return flush(from_blocks(blocks, decoded.shape[1]))
 
     def error_bound(self, q: QTensor) -> jax.Array:
-        """An upper bound of ``|fp32(x) * smooth - dequantize(q)|`` by element, [rows, H] f32; inf where nothing holds.
+        """An upper bound of ``|fp32(x) * smooth - dequantize(q)|`` for each element, [rows, H] f32.
 
-        ``scale * max(roundoff * |value|, half_step)``, more where values saturated, plus a few fp32 roundings and
-        2^-110 (numbers that count as zero; holds for |smooth| up to 2^15). "int8_static" cannot tell a 0 from a NaN.
+        The bound is ``scale * max(roundoff * |value|, half_step)``, and more where the value saturated. A few fp32
+        roundings are added, and 2^-110 for numbers that count as zero, which is enough for |smooth| up to 2^15. Where
+        ``dequantize(q)`` is not finite there is no bound: inf. "int8_static" cannot tell a 0 from a NaN.
         """
         decoded = self.format.decode(q.values)
         size = jnp.abs(to_blocks(decoded, self.block))
@@ -155,7 +156,7 @@ class Recipe:
         return y if smooth is None else flush(y * flush(smooth))
 
     def _scale(self, y):
-        """y [rows, G, block] f32 -> the numbers to encode, alike, and the scales as they travel."""
+        """y [rows, G, block] f32 -> (the numbers to encode [rows, G, block], the scales as they travel)."""
         raise NotImplementedError
 
     def _block_scale(self, scale, hidden):

@@ -17,8 +17,8 @@ class Format:
     """A grid of numbers. ``encode`` rounds to the nearest one, ties to the even code, and saturates.
 
     Attributes:
-      dtype: of the stored values.
-      largest: finite magnitude; int8 has -128 too, which only saturation reaches.
+      dtype: the dtype of the stored values.
+      largest: the largest finite magnitude. int8 has -128 too, which only saturation reaches.
       largest_exponent: floor(log2(largest)).
       roundoff: half the spacing of the grid, relative to the number; 0 for integers.
       half_step: half the spacing of the grid around zero.
@@ -65,7 +65,7 @@ class Float8(Format):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Float4(Format):
-    """e2m1, two per byte: the even column in the low nibble. Integer logic, so no 4-bit type is needed below."""
+    """e2m1, two numbers per byte, the even column in the low half. Integer logic, so that no 4-bit type is needed."""
 
     columns_per_value = 2
 

@@ -1,4 +1,4 @@
-"""The derivative of quantisation: rounding has slope zero almost everywhere, so a useful one has to be chosen."""
+"""The derivative of quantisation. Rounding has slope zero almost everywhere, so a useful one has to be chosen."""
 
 import functools
 
@@ -14,7 +14,8 @@ def straight_through(recipe: Recipe, x: jax.Array, smooth: jax.Array | None = No
     """``x`` as the receiver sees it, with the derivative of the identity.
 
     ``x_hat = dequantize(quantize(x, smooth)) / smooth``, rounded to ``x.dtype``; columns with smooth = 0 give 0. The
-    cotangent passes to ``x`` unchanged, saturated values included. ``smooth`` gets zero: it cancels but for rounding.
+    cotangent of ``x`` is that of ``x_hat``, also where values saturated. The cotangent of ``smooth`` is zero, because
+    ``smooth`` cancels out of ``x_hat`` but for rounding.
 
     Args:
       recipe: what ``moe_jax.quant.recipe`` returned.
@@ -45,4 +46,5 @@ def _straight_through(recipe, x, smooth):
 
 @_straight_through.defjvp
 def _straight_through_jvp(recipe, primals, tangents):
+    # d_x_hat = d_x    # [rows, H] = [rows, H]; d_smooth adds nothing
     return _straight_through(recipe, *primals), tangents[0]

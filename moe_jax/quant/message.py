@@ -1,4 +1,4 @@
-"""One message per row: arrays of any dtypes side by side, as bytes, so that they travel in one collective."""
+"""One message for each row: arrays of any dtypes side by side as bytes, so that they travel in one collective."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,28 +11,33 @@ Array = jax.Array
 
 
 class Part(NamedTuple):
-    """What one array of a message holds per row."""
+    """What one array contributes to each row of a message.
+
+    Attributes:
+      width: how many numbers.
+      dtype: of these numbers.
+    """
 
     width: int
     dtype: str
 
     @property
     def num_bytes(self) -> int:
-        """Per row."""
+        """How many bytes it takes in a row."""
         return -(-self.width // 2) if _is_nibble(self.dtype) else self.width * jnp.dtype(self.dtype).itemsize
 
 
-_ALONE = Part(-1, "")  # of a message that is its only part
+_ALONE = Part(-1, "")  # marks the only array of a message, which travels as it is
 
 
 def join(arrays: Sequence[Array]) -> tuple[Array, tuple[Part, ...]]:
-    """Arrays [..., n_i] -> (one message [..., bytes] u8, what it holds). The bits travel, whatever they mean."""
+    """Arrays [..., n_i] -> (one message [..., bytes] u8, what each contributes to it). No bit changes on the way."""
     parts = tuple(Part(array.shape[-1], str(array.dtype)) for array in arrays)
     return jnp.concatenate([_to_bytes(array) for array in arrays], axis=-1), parts
 
 
 def split(message: Array, parts: Sequence[Part]) -> list[Array]:
-    """The inverse of ``join``."""
+    """The arrays of a message: the inverse of ``join``."""
     arrays, start = [], 0
     for part in parts:
         arrays.append(_from_bytes(message[..., start : start + part.num_bytes], part.dtype, part.width))
@@ -41,7 +46,7 @@ def split(message: Array, parts: Sequence[Part]) -> list[Array]:
 
 
 def join_some(arrays: Sequence[Array | None]) -> tuple[Array, tuple[Part | None, ...]]:
-    """As ``join``, of those that are not None; one alone stays as it is, in its own dtype."""
+    """As ``join``, of those arrays that are not None; if there is only one, it is the message, in its own dtype."""
     present = [array for array in arrays if array is not None]
     message, parts = join(present) if len(present) > 1 else (present[0], [None])
     parts = iter(parts)
@@ -61,7 +66,7 @@ def _is_nibble(dtype) -> bool:
 
 
 def _to_bytes(array: Array) -> Array:
-    if _is_nibble(array.dtype):  # two to a byte, the even column low
+    if _is_nibble(array.dtype):  # two numbers share a byte, the even column in the low half
         codes = lax.bitcast_convert_type(array, jnp.uint4).astype(jnp.uint8)
         codes = jnp.concatenate([codes, codes[..., : codes.shape[-1] % 2]], axis=-1)
         return codes[..., ::2] | codes[..., 1::2] << 4

@@ -52,7 +52,12 @@ def barrier(
       InvalidArgumentError, MissingArgumentError, ShapeError, DtypeError: an argument is not as above.
       MeshError: ``axis_name`` is not bound here.
 
-    >>> shard_map(lambda x: barrier(x, "ep"), mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))(jnp.arange(4))
+    >>> import jax, jax.numpy as jnp, moe_jax as moe
+    >>> from jax.sharding import PartitionSpec as P
+    >>> moe.emulate_devices(2)  # leave this out where there are accelerators
+    >>> wait = lambda x: moe.barrier(x, "ep")
+    >>> run = jax.jit(jax.shard_map(wait, mesh=moe.make_mesh(ep=2), in_specs=P("ep"), out_specs=P("ep")))
+    >>> run(jnp.arange(4))
     Array([0, 1, 2, 3], dtype=int32)
 
     Source: DistributeBarrierV2 (xRef, elasticInfo, timeOut).

@@ -62,6 +62,8 @@ def make_window(num_rows: int, width: int, dtype: Any, num_ranks: int) -> Window
     Raises:
       InvalidArgumentError: a size is not a whole number of at least 1 (``num_rows``: 0).
 
+    >>> import jax.numpy as jnp
+    >>> from moe_jax.recovery.window import make_window
     >>> make_window(4, 2, jnp.bfloat16, num_ranks=2).counts
     Array([0, 0], dtype=int32)
     """

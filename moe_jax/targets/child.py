@@ -1,4 +1,4 @@
-"""The process that compiles: reads a job, lowers or calls the builder, compiles, and writes down what came of it."""
+"""The process that compiles: it reads a job, makes the program, compiles it, and writes down what came of it."""
 
 import importlib
 import json
@@ -23,7 +23,7 @@ from moe_jax.targets.target import Target, find_target
 
 
 def main(folder: Path) -> None:
-    """Does the job in ``folder/job``, and leaves ``result.json`` there, and ``program.hlo`` if all went well."""
+    """Does the job in ``folder/job``. It leaves ``result.json`` in the folder, and ``program.hlo`` if all went well."""
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     job = pickle.loads((folder / "job").read_bytes())
     try:
@@ -34,7 +34,7 @@ def main(folder: Path) -> None:
 
 
 def _leave_with_parent() -> None:
-    """The other end of standard input closes when the parent ends, however it ends."""
+    """Ends this process with its parent: however the parent ends, the other end of standard input closes then."""
     sys.stdin.buffer.read()
     os._exit(1)
 
@@ -84,7 +84,7 @@ def _lower_exported(job: dict[str, Any], devices: list[_compat.Device]) -> jax.s
     """Lays the exported program out over the target's devices: device i of the caller's mesh is device i here."""
     exported = job["exported"]
     avals = exported.in_avals
-    # An argument that nothing reads is none of the program's, as in a call of jit: the program gets zeros instead.
+    # As in a call of jit, an argument that nothing reads is not an argument of the program, which gets zeros instead.
     read = [
         place
         for place, aval in enumerate(avals)

@@ -107,7 +107,7 @@ def _job_of_function(target: Target, fn: Callable, args: tuple) -> dict[str, Any
     jitted = _compat.jitted(fn)
     traced = jitted.trace(*args)  # mistakes in fn show here, as they are
     donated = tuple(place for place, info in enumerate(jax.tree.leaves(traced.args_info)) if info.donated)
-    # The other process has the same JAX, so any custom call will do, however new.
+    # The other process has the same JAX, so it knows every custom call that this one knows, however new.
     checks = [export.DisabledSafetyCheck.custom_call("ALL")]
     try:
         exported = export.export(jitted, platforms=[target.lowering_platform], disabled_checks=checks)(*args)
@@ -118,7 +118,7 @@ def _job_of_function(target: Target, fn: Callable, args: tuple) -> dict[str, Any
             f"target={target.name!r} has {target.num_devices} devices and fn is over a mesh of {exported.nr_devices}; "
             "make the mesh as large as the target, or name another target"
         )
-    # Over flat arguments and results, since the other process need not know the caller's containers.
+    # Arguments and results become flat tuples, since the other process need not know the classes of the caller's trees.
     flat_in = jax.tree.structure(((0,) * len(exported.in_avals), {}))
     flat_out = jax.tree.structure((0,) * len(exported.out_avals))
     exported = dataclasses.replace(exported, in_tree=flat_in, out_tree=flat_out, _get_vjp=None)
@@ -137,7 +137,7 @@ def _run(target: Target, folder: Path) -> dict[str, Any]:
     environment = {**target.environment(), "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     command = [sys.executable, "-P", "-m", "moe_jax.targets.child", str(folder)]
     with open(folder / "log", "wb") as log:
-        # In a session of its own, so that Ctrl-C comes here alone, and all of its processes can be ended from here.
+        # The child has a session of its own. So Ctrl-C reaches this process alone, which can end all of the child's.
         child = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
         )

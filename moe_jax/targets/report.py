@@ -1,4 +1,4 @@
-"""What ``compile_for`` reports of a program."""
+"""What ``compile_for`` reports about a program."""
 
 import dataclasses
 from typing import Any
@@ -18,8 +18,10 @@ class TargetReport(Contract):
     estimates; it makes none for kernels, collectives and some others, which ``work.unpriced`` counts.
 
     Attributes:
-      target, platform, device_kind: as it was asked for, "cpu", "gpu" or "tpu", and as the compiler calls it.
-      num_devices: that the program runs on.
+      target: the name of the target, as it was asked for.
+      platform: "cpu", "gpu" or "tpu".
+      device_kind: what the compiler calls the devices.
+      num_devices: how many devices the program runs on.
       work: what surely runs, loops by their trip count: a ``moe_jax.hlo.cost.Work`` with ``flops``,
         ``bytes_accessed``, ``collective_bytes``, ``cycles``, ``gathers``, ``scatters``.
       loop_work: the same of one turn of each loop whose trip count is not known when the program is compiled.

@@ -28,10 +28,10 @@ class Target:
     """One target.
 
     Attributes:
-      name: as the user writes it.
+      name: its name, as the user writes it.
       platform: "cpu", "gpu" or "tpu".
-      num_devices: that it has.
-      topology: what describes them to the compiler, arguments of jax.experimental.topologies.get_topology_desc.
+      num_devices: how many devices it has.
+      topology: the arguments of jax.experimental.topologies.get_topology_desc, which describe them to the compiler.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Target:
         theirs["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # the compiler shall run
         theirs["JAX_NUM_CPU_DEVICES"] = str(self.num_devices if self.platform == "cpu" else 1)
         if self.platform == "tpu":
-            theirs["TPU_SKIP_MDS_QUERY"] = "1"  # no look-up of the machine's metadata
+            theirs["TPU_SKIP_MDS_QUERY"] = "1"  # this machine has no metadata to look up
             theirs["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # else a lock file keeps a second process out
         if self.platform == "gpu":
             theirs["CUDA_VISIBLE_DEVICES"] = "-1"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from moe_jax.config import DTYPES, Config, MeshConfig, ModelConfig, load_config, override, parse_mesh
-from moe_jax.errors import ConfigError, InvalidArgumentError, MoEError
+from moe_jax.errors import ConfigError, InvalidArgumentError, MoEError, check_count
 
 if TYPE_CHECKING:  # a command imports only what it needs, so that bad input is told at once
     from jax.sharding import AbstractMesh
@@ -63,6 +63,7 @@ def _make_parser() -> argparse.ArgumentParser:
     _add_verify(commands)
     _add_plan(commands)
     _add_bench(commands)
+    _add_eplb(commands)
     return parser
 
 
@@ -130,6 +131,22 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(command=functools.partial(_bench, parser))
 
 
+def _add_eplb(commands: argparse._SubParsersAction) -> None:
+    text = "place experts on ranks by their loads, with replicas of the hot ones; say what it gains; needs no devices"
+    parser = commands.add_parser("eplb", help=text, description=text, allow_abbrev=False)
+    loads = "JSON list of loads, one per expert, or one such list per layer; or metrics.jsonl of a training run"
+    parser.add_argument("loads", metavar="LOADS", help=loads)
+    parser.add_argument("--ranks", type=int, required=True, metavar="R", help="expert-parallel ranks")
+    parser.add_argument("--redundant", type=int, default=0, metavar="N", help="slots more than experts (default: 0)")
+    parser.add_argument("--groups", type=int, default=1, metavar="G", help="groups of experts to keep on a node each")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes of the ranks")
+    parser.add_argument("--steps", type=int, metavar="N", help="of metrics.jsonl, the last N steps (default: all)")
+    out = "for placement.json, tables.json (what update_expert reads) and load.png (default: eplb)"
+    parser.add_argument("--out", default="eplb", metavar="DIR", help=out)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(command=_eplb)
+
+
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",")]
 
@@ -177,6 +194,24 @@ def _plan(arguments: argparse.Namespace) -> int:
     else:
         print(plan.describe(**experts))
     return 0
+
+
+def _eplb(arguments: argparse.Namespace) -> int:
+    check_count("--redundant", arguments.redundant, 0)
+    if arguments.steps is not None:
+        check_count("--steps", arguments.steps)
+    from moe_jax.tools import eplb
+
+    return eplb.run(
+        arguments.loads,
+        ranks=arguments.ranks,
+        redundant=arguments.redundant,
+        groups=arguments.groups,
+        nodes=arguments.nodes,
+        steps=arguments.steps,
+        out=arguments.out,
+        json_lines=arguments.json,
+    )
 
 
 def _bench(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:

@@ -35,8 +35,8 @@ def moe_update_expert(
     """Logical expert ids -> physical instances by a table, and pruning. Purely local.
 
     The rank is ``local_rank_id``, or, where that is None and ``balance_mode`` is 0, the index along ``group_ep``. Only
-    ``balance_mode=0`` reads ``world_size``. A traced ``local_rank_id`` stays in the executor of a first phase, which then
-    runs in the program that is being traced.
+    ``balance_mode=0`` reads ``world_size``. A traced ``local_rank_id`` stays in the executor of a first phase, which
+    then runs in the program that is being traced.
 
     Returns:
       UpdateExpertOutput; its mask is None without ``pruning_threshold``.

@@ -1,0 +1,151 @@
+"""`python -m moe_jax eplb`: from measured loads to a placement of experts, what it gains, and a picture of it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import moe_jax as moe
+from moe_jax.errors import DataError
+from moe_jax.tools.train.atomic import atomic_write
+from moe_jax.tools.train.extras import REMEDY, find
+
+
+def run(
+    path: str,
+    *,
+    ranks: int,
+    redundant: int,
+    groups: int,
+    nodes: int,
+    steps: int | None,
+    out: str,
+    json_lines: bool,
+) -> int:
+    """Places experts for the loads in a file, says what that gains, and writes ``placement.json`` and ``load.png``.
+
+    Args:
+      path: a JSON list of loads, [E] or [layers, E], or the ``metrics.jsonl`` of a training run.
+      ranks, redundant, groups, nodes: as for ``moe_jax.rebalance``; P = E + redundant.
+      steps: of metrics, how many of the last steps to sum up; None for all.
+      out: the folder to write into, which is made if it is not there.
+      json_lines: print one JSON object instead of sentences.
+
+    Raises:
+      DataError: the file holds no loads, or the folder cannot be written.
+      InvalidArgumentError: the sizes do not fit each other.
+    """
+    load, source = read_loads(Path(path), steps)
+    layers = np.atleast_2d(load)
+    num_experts = layers.shape[1]
+    num_slots = num_experts + redundant
+    placement = moe.rebalance(
+        layers, num_physical_experts=num_slots, num_ranks=ranks, num_groups=groups, num_nodes=nodes
+    )
+    before, after = rank_loads(layers, in_order(num_experts, ranks)), rank_loads(layers, placement)
+    imbalance = [loads.max(1) * ranks / np.maximum(loads.sum(1), 1e-300) for loads in (before, after)]
+    folder = Path(out)
+    written = _write(folder, placement, before, after)
+    if json_lines:
+        values = {"layers": len(layers), "experts": num_experts, "ranks": ranks, "redundant": redundant}
+        values |= {"before": imbalance[0].tolist(), "after": imbalance[1].tolist(), "files": written}
+        print(json.dumps({"event": "eplb", **values}))
+        return 0
+    print(f"{source}: {len(layers)} layers, {num_experts} experts; {ranks} ranks, {redundant} redundant slots")
+    print("load of the fullest rank over the mean   all layers   worst layer")
+    for name, values in (("  experts in order", imbalance[0]), ("  placed", imbalance[1])):
+        print(f"{name:<38} {values.mean():>12.3f} {values.max():>13.3f}")
+    gain = imbalance[0].mean() / imbalance[1].mean()
+    print(f"A step that waits for the fullest rank of each layer gets {gain:.2f} times as fast.")
+    layer, expert = np.unravel_index(placement.replica_counts.argmax(), placement.replica_counts.shape)
+    if redundant:
+        print(f"most replicas: {placement.replica_counts.max()}, of expert {expert} in layer {layer}")
+    print(f"wrote {', '.join(written)}" + ("" if find("matplotlib") else f"; matplotlib, for a picture: {REMEDY}"))
+    return 0
+
+
+def in_order(num_experts: int, ranks: int) -> list[np.ndarray]:
+    """The experts of each rank where they lie in order, as evenly many as possible."""
+    return np.array_split(np.arange(num_experts), ranks)
+
+
+def rank_loads(load: np.ndarray, where: "moe.Placement | list[np.ndarray]") -> np.ndarray:
+    """[layers, R] load of each rank."""
+    if not isinstance(where, moe.Placement):
+        return np.stack([load[:, experts].sum(1) for experts in where], axis=1)
+    share = np.take_along_axis(load / where.replica_counts, where.physical_to_logical, 1)
+    return share.reshape(len(load), where.num_ranks, -1).sum(-1)
+
+
+def read_loads(path: Path, steps: int | None = None) -> tuple[np.ndarray, str]:
+    """The loads in a file, [E] or [layers, E], and what they are, in words.
+
+    Raises:
+      DataError: the file cannot be read, or holds something else.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise DataError(f"{path}: cannot be read ({reason}); pass loads as JSON, or a run's metrics.jsonl") from None
+    try:
+        if path.suffix == ".jsonl":
+            records = [json.loads(line) for line in text.splitlines() if line.strip()]
+            loads = [record["load"] for record in records if isinstance(record, dict) and "load" in record]
+            if not loads:
+                raise DataError(f"{path}: no line has a load; pass the metrics.jsonl of a training run")
+            loads = loads[-steps:] if steps else loads
+            return _as_loads(path, np.array(loads).sum(0)), f"{path}, sum of {len(loads)} steps"
+        if steps is not None:
+            raise DataError(f"{path}: --steps is for metrics.jsonl; a JSON file holds one set of loads")
+        return _as_loads(path, np.array(json.loads(text))), str(path)
+    except (ValueError, TypeError) as error:
+        if isinstance(error, moe.MoEError):
+            raise
+        raise DataError(f"{path}: holds no loads ({error}); expected lists of numbers, all of one length") from None
+
+
+def _as_loads(path: Path, load: np.ndarray) -> np.ndarray:
+    if load.ndim not in (1, 2) or not np.issubdtype(load.dtype, np.number):
+        raise DataError(f"{path}: holds no list of loads, nor a list of such lists for several layers")
+    return load
+
+
+def _write(folder: Path, placement: "moe.Placement", before: np.ndarray, after: np.ndarray) -> list[str]:
+    """Writes the placement with its tables, and the picture where matplotlib is installed; returns the paths."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        values = json.loads(placement.to_json())
+        with atomic_write(folder / "placement.json") as file:
+            file.write(json.dumps(values).encode() + b"\n")
+        with atomic_write(folder / "tables.json") as file:
+            file.write(json.dumps(placement.table().tolist()).encode() + b"\n")
+        written = [str(folder / "placement.json"), str(folder / "tables.json")]
+        if find("matplotlib") is not None:
+            figure = _draw(before, after)
+            with atomic_write(folder / "load.png") as file:
+                figure.savefig(file, format="png", dpi=110)
+            written.append(str(folder / "load.png"))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written ({error.strerror}); pass another --out") from None
+    return written
+
+
+def _draw(before: np.ndarray, after: np.ndarray) -> Any:
+    """Load per rank over the mean, layers above each other: before and after, with one scale of colours."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 2.5 + 0.08 * len(before)), layout="constrained")
+    FigureCanvasAgg(figure)
+    relative = [loads / np.maximum(loads.mean(1, keepdims=True), 1e-300) for loads in (before, after)]
+    largest, images = max(part.max() for part in relative), []
+    for axes, part, title in zip(figure.subplots(1, 2, sharey=True), relative, ("in order", "placed"), strict=True):
+        image = axes.imshow(part, aspect="auto", vmin=0, vmax=largest, cmap="magma", interpolation="nearest")
+        axes.set(title=f"{title}: fullest rank {part.max():.2f} x mean", xlabel="rank", ylabel="layer")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.get_major_locator().set_params(integer=True)
+        images.append(image)
+    figure.colorbar(images[-1], ax=figure.axes, label="load / mean load")
+    return figure
