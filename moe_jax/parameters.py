@@ -89,6 +89,7 @@ def rows_of(part: str) -> tuple[Parameter, ...]:
 def weights_of(part: str, params: Mapping[str, Value]) -> dict[str, Value]:
     """What ``params`` holds of one part of the layer, by role where the part is an expert's, else by name.
 
+    >>> from moe_jax.parameters import weights_of
     >>> weights_of("shared", {"router": 1, "w_up": 2, "shared_up": 3})
     {'w_up': 3}
     """

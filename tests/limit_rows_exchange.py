@@ -1,6 +1,6 @@
 """What dispatch and the combines refuse, one row per rule.
 
-A row is (rule, section of the reference sheet, operators, product, legal changes, illegal changes, words, code).
+A row is (rule, section of the CANN sheet, operators, product, legal changes, illegal changes, words, code).
 Changes apply to a call of ``limit_calls``: capital letters are its sizes, from which all shapes follow, other names are
 parameters. The last legal and the first illegal numbers are copied from the sheet by hand.
 """

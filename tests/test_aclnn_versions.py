@@ -67,6 +67,21 @@ def test_arguments_are_those_of_the_document_in_its_order(name):
         assert [p.name for p in parameters if p.kind is p.KEYWORD_ONLY] == [*attributes, *own, *last]
 
 
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_first_phase_takes_what_its_operator_takes_and_nothing_is_required(operator):
+    """It has two more parameters, ``product`` and ``hccl_buffsize``; what the operator cannot do without may be None."""
+    empty = inspect.Parameter.empty
+    own = inspect.signature(getattr(aclnn, operator)).parameters
+    first = inspect.signature(getattr(aclnn, f"{operator}_get_workspace_size")).parameters
+    assert list(first) == [*own, "product", "hccl_buffsize"]
+    for name, parameter in own.items():
+        assert first[name].default == (None if parameter.default is empty else parameter.default)
+        assert first[name].kind is parameter.kind
+    with pytest.raises(errors.MissingArgumentError, match="is None, but") as caught:
+        getattr(aclnn, f"{operator}_get_workspace_size")()
+    assert caught.value.status == 161001
+
+
 @pytest.mark.parametrize("name", VERSIONS)
 def test_help_shows_the_version(name):
     newest = inspect.signature(getattr(aclnn, VERSIONS[name].newest)).parameters

@@ -1,9 +1,15 @@
-"""The reference operators under their own names, parameters, outputs and error codes: for those who come from CANN.
+"""CANN's operators under their own names, parameters, outputs and error codes: for those who come from there.
 
-Each operator is called per shard, inside ``shard_map``: a group name is the name of a mesh axis, and the axis index is
-the rank. Beside each stands ``<operator>_get_workspace_size``, a host-side call that checks the arguments, for a
-product's limits too, and returns (bytes of workspace, executor). All are thin: the work is that of
-``moe_jax.dispatch``, ``moe_jax.combine`` and their companions, which are what a new program should use.
+Each operator is called per shard, inside ``shard_map``: a group name is the name of a mesh axis, and the index along
+that axis is the rank. Beside each stands ``<operator>_get_workspace_size``, a host-side call that checks the arguments,
+for a product's limits too, and returns the bytes of workspace and an executor. The operators are thin: the work is that
+of ``moe_jax.dispatch``, ``moe_jax.combine`` and their companions, which are what a new program should use.
+
+The way of a call through the files: ``calls`` binds its arguments to names, ``check`` asks the rules (``rules`` has
+their kinds; ``rules_exchange``, ``rules_grouped`` and ``rules_small`` have the rows), and ``dispatch``, ``combine``,
+``grouped`` or ``small`` runs it, the first two by way of ``world``. ``results`` says what comes back. ``first_phase``
+makes the host-side calls from the operators' signatures, ``workspace`` counts their bytes, and ``versions`` has the
+earlier versions.
 """
 
 from moe_jax.aclnn.combine import moe_distribute_combine_add_rms_norm_v2, moe_distribute_combine_v4
@@ -16,7 +22,6 @@ from moe_jax.aclnn.grouped import (
     grouped_mat_mul_allto_allv,
     quant_grouped_mat_mul_allto_allv,
 )
-from moe_jax.aclnn.local import distribute_barrier_v2, moe_distribute_buffer_reset, moe_update_expert
 from moe_jax.aclnn.receive_window import make_receive_window
 from moe_jax.aclnn.results import (
     AddRmsNormOutput,
@@ -29,6 +34,7 @@ from moe_jax.aclnn.results import (
     UpdateExpertOutput,
     WindowDispatchOutput,
 )
+from moe_jax.aclnn.small import distribute_barrier_v2, moe_distribute_buffer_reset, moe_update_expert
 from moe_jax.aclnn.versions import (
     distribute_barrier,
     moe_distribute_combine_add_rms_norm,

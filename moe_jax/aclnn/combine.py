@@ -77,7 +77,7 @@ def moe_distribute_combine_v4(
     given = locals()
     total, active, waited = _total(given)
     x_out = jnp.where(active[:, None], total.astype(expand_x.dtype), jnp.zeros((), expand_x.dtype))
-    return CombineOutput(x_out) if performance_info is None else TimedCombineOutput(x_out, waited)
+    return CombineOutput(x_out) if waited is None else TimedCombineOutput(x_out, waited)
 
 
 @operator(ADD_RMS_NORM, workspace.add_rms_norm)

@@ -75,6 +75,7 @@ def dequantize(
         quant=worlds.dispatch_recipe(quant_mode, y_dtype),
     )
     plan, recipe = world.plan, world.plan.dispatch_recipe
+    assert recipe is not None, "quant_mode is 1 to 5 here"
     check_shape(
         "sent.expand_x", sent.expand_x, (world.num_rows, *recipe.values_shape(plan.hidden)), "that of this dispatch"
     )

@@ -1,6 +1,6 @@
-"""What the operators return, under the reference's names.
+"""What the operators return, under CANN's names.
 
-Values and layouts are the reference's; shapes are those of the rank that needs most, the same everywhere, and what the
+Values and layouts are CANN's; shapes are those of the rank that needs most, the same everywhere, and what the
 reference leaves unwritten is zero.
 """
 

@@ -121,7 +121,7 @@ class Rule:
 
     Attributes:
       name: what the error's ``rule`` says.
-      section: of the reference sheet.
+      section: of the CANN sheet.
       check: raises a MoEError where the rule is broken.
       stage: NULL, DTYPE or REST: when it is asked.
       products: those that have the rule; None: it holds everywhere.

@@ -1,7 +1,7 @@
 """What dispatch, combine, and combine with add and RMSNorm ask of their arguments.
 
 B tokens per rank, H hidden, K choices, W ranks, S of them for Ns shared experts, E routed experts, L per rank, T the
-tensor-parallel size. A rule begins with its name and the section of the reference sheet that it is from.
+tensor-parallel size. A rule begins with its name and the section of the CANN sheet that it is from.
 """
 
 import math

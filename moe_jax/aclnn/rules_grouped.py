@@ -2,7 +2,7 @@
 
 A rows on the experts' side, BSK on the tokens' side, e local experts, R ranks, H1 to N1 the experts' product, H2 to N2
 the product beside it. Count lists have index peer * e + local expert; one flat list, or a table [R, R * e] with a row
-for each rank. A rule begins with its name and the section of the reference sheet that it is from. JAX has no hif8, so
+for each rank. A rule begins with its name and the section of the CANN sheet that it is from. JAX has no hif8, so
 mode 1 of the quantised siblings, one scale per tensor, is for int8 and fp8 and no product.
 """
 

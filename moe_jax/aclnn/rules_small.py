@@ -1,6 +1,6 @@
 """What the small operators ask of their arguments: update expert, the barriers, and the reset of a buffer.
 
-A rule begins with its name and the section of the reference sheet that it is from.
+A rule begins with its name and the section of the CANN sheet that it is from.
 """
 
 import jax

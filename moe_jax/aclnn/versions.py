@@ -7,7 +7,7 @@ second, V4 with V4 or the second. On a3, V3 and the second combine with RMSNorm 
 from moe_jax.aclnn.calls import version
 from moe_jax.aclnn.combine import moe_distribute_combine_add_rms_norm_v2, moe_distribute_combine_v4
 from moe_jax.aclnn.dispatch import moe_distribute_dispatch_v4
-from moe_jax.aclnn.local import distribute_barrier_v2
+from moe_jax.aclnn.small import distribute_barrier_v2
 
 moe_distribute_dispatch_v2 = version("moe_distribute_dispatch_v2", moe_distribute_dispatch_v4)
 moe_distribute_dispatch_v3 = version("moe_distribute_dispatch_v3", moe_distribute_dispatch_v4)

@@ -1,4 +1,4 @@
-"""From the reference's parameters to the library's: plans, masks, windows and the counts that are passed on."""
+"""From CANN's parameters to the library's: plans, masks, windows and the counts that are passed on."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from moe_jax import _compat, collectives
-from moe_jax.elastic.rank_table import RankTable
 from moe_jax.layout import searchsorted
 from moe_jax.plan import Plan, make_plan
 from moe_jax.transports.manifest import Exchange, prepare, read_table, source_order
@@ -17,7 +16,7 @@ from moe_jax.transports.manifest import Exchange, prepare, read_table, source_or
 Array = jax.Array
 
 _FP8 = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
-# The reference's algorithms differ in how rows move, and so do the transports; fullmesh ones give the same bits.
+# CANN's algorithms differ in how rows move, and so do the transports; those of the fullmesh kind give the same bits.
 _TRANSPORTS = {
     "": "padded",
     "fullmesh": "padded",
@@ -43,10 +42,15 @@ def dispatch_recipe(quant_mode: int, y_dtype: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """One call's static facts. A rows are enough for any rank; with two tp ranks the peer's rows follow."""
+    """What one call fixes before it runs.
+
+    Attributes:
+      plan: of the exchange.
+      capacity: A, enough rows for any rank; with two tp ranks the rows of the peer follow.
+    """
 
     plan: Plan
-    capacity: int  # A
+    capacity: int
 
     @property
     def num_rows(self) -> int:
@@ -57,12 +61,12 @@ class World:
 def make_world(
     given: Mapping[str, Any], *, tokens: int, hidden: int, top_k: int, dtype: str, quant: str = "none"
 ) -> World:
-    """The plan of one call, and its row capacity. Group names are bound mesh axes; the axis index is the rank.
+    """The plan of one call, and its capacity. Group names are bound mesh axes, whose index is the rank.
 
     Args:
-      given: the operator's parameters by name. Dispatch and combine name the attributes of their exchange alike, and
-        they are read here; ``comm_quant_mode`` is combine's alone.
-      tokens, hidden, top_k, dtype: of what travels.
+      given: the arguments of the operator by name. Dispatch and combine name the attributes of their exchange alike,
+        and those are read here; ``comm_quant_mode`` is combine's alone.
+      tokens, hidden, top_k, dtype: of the rows that travel.
       quant: the recipe of dispatched rows.
 
     Raises:
@@ -93,7 +97,7 @@ def make_world(
 
 
 def as_pair_mask(x_active_mask: Array | None, expert_ids: Array) -> Array | None:
-    """The mask of ``dispatch``: of a mask by tokens only the number of trues n counts; tokens 0 .. n - 1 are active."""
+    """The mask that ``dispatch`` takes. A mask [B] counts by its number n of trues: tokens 0 to n - 1 are active."""
     if x_active_mask is None or x_active_mask.ndim == 2:
         return x_active_mask
     return jnp.arange(expert_ids.shape[0]) < jnp.sum(x_active_mask)
@@ -117,67 +121,85 @@ def open_exchange(
     fresh: Array | None = None,
     timed: bool = False,
 ) -> Exchange:
-    """The bookkeeping of one call; with two tp ranks, own rows come before the peer's."""
+    """What one call ships. With two tp ranks, own rows come before the peer's."""
     plan = world.plan
     given = {"token_mask": mask, "rank_table": elastic_info, "recv_counts": recv_counts, "fresh": fresh, "timed": timed}
     exchange = prepare(expert_ids, plan, **given)
     if plan.tp_size == 1:
         return exchange
-    order = exchange.source_order  # by tp rank, then by logical rank; the lane of this tp rank comes first here
+    # Elsewhere rows stand by tp rank, then by logical rank. Here the lane of this tp rank comes first.
+    order = exchange.source_order
     lanes = jnp.arange(plan.tp_size * plan.ep_size, dtype=jnp.int32) if order is None else order
     lanes = jnp.roll(lanes.reshape(plan.tp_size, plan.ep_size), -collectives.tp_rank(plan), axis=0)
     return exchange._replace(source_order=lanes.ravel())
 
 
 class Ledger:
-    """The reference's counts, from and to those by (tp rank, source, expert); all traced."""
+    """CANN's running sums of received rows, made from counts by (tp rank, source, expert) and turned back into them.
+
+    CANN numbers the ranks that take part, W' of W, by their logical rank, and its vector has W' entries for each
+    expert: entry e is about expert e // W' and logical source e % W'. Without ``elastic_info`` all W ranks take part.
+
+    Attributes:
+      plan: of the call.
+      num_sources: W', i32.
+      order: [W] i32, the ranks by logical rank; those that were removed come last.
+      num_slots: the experts of this rank, i32: L, 1 for a shared expert, 0 on a rank that was removed.
+    """
 
     def __init__(self, plan: Plan, elastic_info: Array | None):
+        me = collectives.ep_rank(plan)
         self.plan = plan
-        table = None if elastic_info is None else read_table(elastic_info, plan)
-        self.num_sources, self.order, self.num_slots = self._sizes(table)
-
-    def _sizes(self, table: RankTable | None) -> tuple[Array, Array, Array]:
-        """W', the sources [W] by logical rank, and the slots of this rank: L, 1 for a shared expert, 0 if removed."""
-        plan, me = self.plan, collectives.ep_rank(self.plan)
-        if table is None:
-            slots = jnp.where(me < plan.num_shared_ranks, 1, plan.num_local_experts)
-            return jnp.int32(plan.ep_size), jnp.arange(plan.ep_size, dtype=jnp.int32), slots
+        if elastic_info is None:
+            self.num_sources, self.order = jnp.int32(plan.ep_size), jnp.arange(plan.ep_size, dtype=jnp.int32)
+            self.num_slots = jnp.where(me < plan.num_shared_ranks, 1, plan.num_local_experts)
+            return
+        table = read_table(elastic_info, plan)
         mine = table.logical[me]
+        self.num_sources, self.order = table.world_size, source_order(table, plan)[: plan.ep_size]
         slots = jnp.where(mine < table.num_shared_ranks, 1, plan.num_local_experts)
-        return table.world_size, source_order(table, plan)[: plan.ep_size], jnp.where(mine < 0, 0, slots)
+        self.num_slots = jnp.where(mine < 0, 0, slots)
 
     def running_sums(self, recv_counts: Array) -> Array:
-        """[P, W, L] -> [P, L * W]: entry l * W' + s is the rows of experts and logical sources up to (l, s), own first.
-
-        Past the entries that the reference writes: zero.
-        """
-        sums = [jnp.cumsum(lane[self.order].T.ravel()).reshape(-1, self.plan.ep_size) for lane in recv_counts]
+        """[P, W, L] -> [P, L * W], the lane of this tp rank first; entries that CANN does not write are zero."""
+        plan = self.plan
+        # 1. By expert, then by logical source: [L, W] sums over all rows that come no later. Removed ranks sent
+        #    nothing, so the sums of one expert end with that of its last source.
+        sums = [jnp.cumsum(lane[self.order].T.ravel()).reshape(-1, plan.ep_size) for lane in recv_counts]
+        # 2. Entry e is that of expert e // W' and source e % W'. Past the last expert there are none.
         expert, source = self._entries()
-        written = expert < self.num_slots
-        flat = [jnp.where(written, lane[jnp.minimum(expert, lane.shape[0] - 1), source], 0) for lane in sums]
-        return jnp.roll(jnp.stack(flat).astype(jnp.int32), -collectives.tp_rank(self.plan), axis=0)
+        last = plan.num_local_experts - 1
+        flat = [jnp.where(expert < self.num_slots, lane[jnp.minimum(expert, last), source], 0) for lane in sums]
+        # 3. Lanes stand by tp rank, and CANN's begin with the own one.
+        return jnp.roll(jnp.stack(flat).astype(jnp.int32), -collectives.tp_rank(plan), axis=0)
 
     def counts(self, running_sums: Array) -> Array:
-        """The inverse: [P, L * W], own first -> [P, W, L]."""
+        """The inverse: [P, L * W], the lane of this tp rank first -> [P, W, L]."""
         plan = self.plan
-        expert, _ = self._entries()
-        written = expert < self.num_slots
+        # 1. Lanes by tp rank again.
         lanes = jnp.roll(running_sums, collectives.tp_rank(plan), axis=0)
-        sizes = jnp.where(written, jnp.diff(lanes, axis=1, prepend=0), 0)
-        index = jnp.arange(plan.num_local_experts)[:, None] * self.num_sources + jnp.arange(plan.ep_size)
-        known = jnp.arange(plan.ep_size) < self.num_sources
-        by_logical = jnp.where(known, jnp.take(sizes, index, axis=1, mode="clip"), 0)  # [P, L, W]
+        # 2. An entry less the one before it is a count. Entries past the last expert are none.
+        expert, _ = self._entries()
+        sizes = jnp.where(expert < self.num_slots, jnp.diff(lanes, axis=1, prepend=0), 0)
+        # 3. The count of expert l and logical source s is entry l * W' + s; sources from W' on sent nothing.
+        source = jnp.arange(plan.ep_size)
+        index = jnp.arange(plan.num_local_experts)[:, None] * self.num_sources + source
+        by_logical = jnp.where(source < self.num_sources, jnp.take(sizes, index, axis=1, mode="clip"), 0)  # [P, L, W]
+        # 4. Sources by rank: argsort inverts the permutation ``order``.
         return by_logical.transpose(0, 2, 1)[:, jnp.argsort(self.order)].astype(jnp.int32)
 
     def source_of_row(self, own_sums: Array, num_rows: int) -> Array:
-        """[num_rows] logical source of every own row, by the running sums [L * W]; past the last row anything."""
+        """[num_rows] i32: the logical source of every own row, by its running sums [L * W]; past the last row anything.
+
+        Row j belongs to the first entry whose sum exceeds j. Entries past the last expert count as endless, so that
+        the search, which needs an ascending vector, never passes them.
+        """
         expert, _ = self._entries()
         sums = jnp.where(expert < self.num_slots, own_sums, jnp.iinfo(jnp.int32).max)
         entry = searchsorted(sums, jnp.arange(num_rows, dtype=jnp.int32), side="right")
         return entry % self.num_sources
 
     def _entries(self) -> tuple[Array, Array]:
-        """The (expert, logical source) of each entry of a vector of running sums."""
+        """The (expert, logical source) that each entry of a vector of running sums is about."""
         entry = jnp.arange(self.plan.num_local_experts * self.plan.ep_size, dtype=jnp.int32)
         return entry // self.num_sources, entry % self.num_sources

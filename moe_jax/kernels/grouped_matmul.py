@@ -98,7 +98,7 @@ def _grouped_matmul(backend, transpose_rhs, lhs, rhs, group_sizes, add_to=None):
 
 
 def _forward(backend, transpose_rhs, lhs, rhs, group_sizes, add_to=None):
-    added = None if add_to is None else ()  # no array: the backward pass only asks whether there was one
+    added = None if add_to is None else ()  # the backward pass only asks whether there was one, so no array is kept
     return _grouped_matmul(backend, transpose_rhs, lhs, rhs, group_sizes, add_to), (lhs, rhs, group_sizes, added)
 
 
@@ -109,6 +109,7 @@ def _backward(backend, transpose_rhs, residuals, ct):
     # d_rhs[g] = lhs[g]^T @ ct[g]        # [G, H, N], or [G, N, H] if transpose_rhs
     left, right = (ct, lhs) if transpose_rhs else (lhs, ct)
     d_rhs = grouped_outer(left, right, group_sizes, backend=backend, dtype=rhs.dtype)
+    # d_add_to = ct                      # [M, N]
     return d_lhs, d_rhs, None, None if added is None else ct
 
 

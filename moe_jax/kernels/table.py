@@ -129,6 +129,8 @@ def _check_words(what: str, given, known: tuple[str, ...], kind) -> None:
 def register_backend(backend: Backend, *, replace: bool = False) -> None:
     """Adds ``backend`` to the table. Among those that serve a platform, "auto" takes the one registered last.
 
+    Plans that were made before keep the back ends that they were made with.
+
     Raises:
       InvalidArgumentError: not a Backend, or the name is taken and ``replace`` is false.
     """

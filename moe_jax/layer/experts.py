@@ -11,7 +11,7 @@ from moe_jax.parameters import rows_of
 
 Array = jax.Array
 
-_LIMIT, _ALPHA = 7.0, 1.702  # of the clamped SwiGLU (gpt-oss)
+_LIMIT, _ALPHA = 7.0, 1.702  # where the clamped SwiGLU of gpt-oss clips, and the factor in its sigmoid
 
 
 def is_gated(activation: str) -> bool:
@@ -28,6 +28,7 @@ def activate(gate: Array | None, up: Array, activation: str) -> Array:
     wide = up.astype(jnp.float32)
     if activation == "gelu":
         return (0.5 * wide * (1.0 + _compat.erf(wide / math.sqrt(2.0)))).astype(up.dtype)
+    assert gate is not None  # every other activation has one
     gate = gate.astype(jnp.float32)
     if activation == "swiglu":
         return (gate * jax.nn.sigmoid(gate) * wide).astype(up.dtype)

@@ -146,9 +146,9 @@ def layer_of_shard(
     constants = {
         row.name: params[row.name].astype(plan.dtype) if row.name in params else None for row in rows_of("constants")
     }
-    operands = _compat.as_varying((experts, constants, x, routing.combine_weights), plan.token_axes)
+    experts, constants, weights = _compat.as_varying((experts, constants, routing.combine_weights), plan.token_axes)
     total, num_dropped, num_rounds = routed_sum(
-        expert_ids, *operands, plan, activation=activation, rank_table=rank_table, chunks=chunks
+        expert_ids, experts, constants, x, weights, plan, activation=activation, rank_table=rank_table, chunks=chunks
     )
     # 4. The shared expert adds its part where the token is.
     if plan.num_shared_experts:

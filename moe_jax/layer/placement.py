@@ -94,13 +94,13 @@ def instances_of(
     expert_ids: jax.Array, table: jax.Array, rank: int | jax.Array, ep_size: int, balance: str
 ) -> jax.Array:
     """The ids of ``update_expert``, of arguments that have been checked."""
-    table = jnp.asarray(table)  # NumPy's cannot be indexed by what is traced
+    table = jnp.asarray(table)  # a NumPy array cannot be indexed by a traced one
     num_experts, width = table.shape
     known = (expert_ids >= 0) & (expert_ids < num_experts)
     expert = jnp.where(known, expert_ids, 0).astype(jnp.int32)
     num_instances = table[expert, 0]
     known &= (num_instances >= 1) & (num_instances < width)
-    num_instances = jnp.maximum(num_instances, 1)  # a row that is not to be read must not divide by zero either
+    num_instances = jnp.maximum(num_instances, 1)  # rows that are not read must not divide by zero either
     if balance == "rank":
         ranks_per_instance = (ep_size - 1) // num_instances + 1  # ceil(ep_size / n), and no sum that could overflow
         place = jnp.asarray(rank, jnp.int32) // ranks_per_instance

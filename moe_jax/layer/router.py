@@ -162,7 +162,9 @@ def _check_route(logits, router, top_k, bias, token_mask):
         check_mask("token_mask", token_mask, logits.shape[:1], "[T]")
 
 
-def _choose(logits, scores, bias, router, top_k):
+def _choose(
+    logits: jax.Array, scores: jax.Array, bias: jax.Array | None, router: RouterConfig, top_k: int
+) -> jax.Array:
     """The expert ids [T, K] of every token, best first."""
     selection = logits if router.topk_first else scores
     if bias is not None:
@@ -185,7 +187,7 @@ def _choose(logits, scores, bias, router, top_k):
     return jnp.take_along_axis(kept, picks // size, axis=1) * size + picks % size
 
 
-def _group_keys(keys, selection, router):
+def _group_keys(keys: Sequence[jax.Array], selection: jax.Array, router: RouterConfig) -> list[jax.Array]:
     """What groups are compared by: keys [T, G], most important first.
 
     ``keys`` and ``selection`` [T, G, E / G] are those of their experts; the last key is the logits where scores count.
@@ -198,7 +200,7 @@ def _group_keys(keys, selection, router):
     total = _comparable(jnp.sum(jnp.take_along_axis(selection, best, axis=-1), axis=-1))
     if router.topk_first:
         return [total]
-    logits = jnp.moveaxis(keys[-1], -1, 0)  # those of the best, those of the second
+    logits = jnp.moveaxis(keys[-1], -1, 0)  # [2, T, G]: the logits of the best experts, and of the second best
     log_sum = jnp.logaddexp(*_log_scores(logits, router.score))
     if router.score == "sigmoid":  # their sum saturates at 2: compare the distance from there as well
         log_sum -= jnp.logaddexp(*_log_scores(-logits, router.score))
@@ -223,12 +225,12 @@ def _best(keys: Sequence[jax.Array], count: int) -> jax.Array:
 
     def pick(left, _):
         leading = left
-        for key in keys:  # those with the greatest key among those that were equal in all keys before
+        for key in keys:  # keep those whose key is greatest, out of those that were equal in every key before
             leading &= key == jnp.max(key, axis=-1, keepdims=True, where=leading, initial=-jnp.inf)
-        chosen = jnp.min(positions, axis=-1, keepdims=True, where=leading, initial=key.shape[-1])
+        chosen = jnp.min(positions, axis=-1, keepdims=True, where=leading, initial=positions.shape[-1])
         return left & (positions != chosen), chosen[..., 0]
 
-    everything = keys[0] == keys[0]  # of the varying type that the scan needs
+    everything = keys[0] == keys[0]  # true, and typed as varying over the axes that the scan's carry varies over
     _, chosen = lax.scan(pick, everything, None, length=count, unroll=min(count, 8))
     return jnp.moveaxis(chosen, 0, -1)
 
@@ -238,7 +240,8 @@ def _scores(logits: jax.Array, score: str) -> jax.Array:
         return _shares(logits, score)
     if score == "sigmoid":
         return _sigmoid(logits)
-    # softplus would vanish at twice the logit that its root vanishes at, and the root has no slope at 0.
+    # Far below zero softplus(x) is exp(x), and its root exp(x / 2). softplus itself vanishes at half the logit at which
+    # exp(x / 2) does, and from there on its root would be 0, where it has no slope.
     small = logits < _SMALL
     root = jnp.sqrt(jax.nn.softplus(jnp.where(small, 0.0, logits)))
     return jnp.where(small, jnp.exp(0.5 * jnp.where(small, logits, 0.0)), root)
@@ -251,20 +254,21 @@ def _sigmoid(x: jax.Array) -> jax.Array:
 
 @_sigmoid.defjvp
 def _sigmoid_jvp(primals, tangents):
-    # d_sigmoid(x) = sigmoid(x) * sigmoid(-x): JAX's own sigmoid(x) * (1 - sigmoid(x)) is 0 from 17 on.
+    # d_sigmoid(x) = sigmoid(x) * sigmoid(-x)    # [T, E]
+    # JAX's own rule, sigmoid(x) * (1 - sigmoid(x)), is 0 from x = 17 on, where 1 - sigmoid(x) rounds to 0.
     (x,), (tangent,) = primals, tangents
     return _sigmoid(x), tangent * _sigmoid(x) * _sigmoid(-x)
 
 
 def _shares(logits: jax.Array, score: str) -> jax.Array:
     """Scores divided by their sum on the last axis, also where all vanish in fp32; equal where all logits are -inf."""
-    excluded = logits == -jnp.inf  # kept out of the derivative, which would be NaN
+    excluded = logits == -jnp.inf  # their derivative would be NaN, so they are kept out of it
     logs = jnp.where(excluded, -jnp.inf, _log_scores(jnp.where(excluded, 0.0, logits), score))
     return jax.nn.softmax(jnp.where(jnp.all(excluded, axis=-1, keepdims=True), 0.0, logs), axis=-1)
 
 
 def _log_scores(logits: jax.Array, score: str) -> jax.Array:
-    """The logarithm of ``_scores``; of softmax without its constant."""
+    """The logarithm of ``_scores``; for softmax up to a term that is the same for all experts of a token."""
     if score == "softmax":
         return logits
     if score == "sigmoid":
@@ -275,7 +279,10 @@ def _log_scores(logits: jax.Array, score: str) -> jax.Array:
 
 @custom_gradient
 def _take_columns(table: jax.Array, columns: jax.Array) -> jax.Array:
-    """table [T, E], columns [T, K] distinct in a row -> [T, K]; it compares instead of gathering or scattering."""
+    """table [T, E], columns [T, K] distinct in a row -> [T, K].
+
+    It compares every column with every choice: K is small, and neither it nor its gradient gathers or scatters.
+    """
     chosen = columns == jnp.arange(table.shape[1], dtype=columns.dtype)[:, None, None]  # [E, T, K]
     return jnp.sum(jnp.where(chosen, table.T[..., None], 0.0), axis=0)
 
@@ -297,14 +304,21 @@ def _take_backward(residuals, ct):
 _take_columns.defvjp(_take_forward, _take_backward)
 
 
-def _losses(logits, scores, expert_ids, active, router, axes):
-    """Losses and load over the active tokens of all ranks along ``axes``."""
+def _losses(
+    logits: jax.Array,
+    scores: jax.Array,
+    expert_ids: jax.Array,
+    active: jax.Array,
+    router: RouterConfig,
+    axes: tuple[str, ...],
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    """Losses and load, [E] i32, over the active tokens of all ranks along ``axes``."""
     num_experts, top_k = logits.shape[1], expert_ids.shape[1]
     shares = scores if router.score == "softmax" else _shares(logits, router.score)
     load = count_each(expert_ids, num_experts)
     num_active = jnp.sum(active, dtype=jnp.int32)
     share_sum = jnp.sum(jnp.where(active[:, None], shares, 0.0), axis=0)
-    normalised = active & jnp.any(logits != -jnp.inf, axis=-1)  # the logarithm of an empty sum is no number
+    normalised = active & jnp.any(logits != -jnp.inf, axis=-1)  # else the sum is empty and has no logarithm
     log_sums = jax.nn.logsumexp(jnp.where(normalised[:, None], logits, 0.0), axis=-1)
     z_sum = jnp.sum(jnp.where(normalised, jnp.square(log_sums), 0.0))
     if axes:

@@ -1,7 +1,8 @@
 """Plans: everything static about one layer on one mesh, checked once and resolved once, before anything is traced.
 
-``make`` checks the arguments (``checks`` has the rules) and decides; ``plan`` is what was decided; ``cost`` is what it
-will move, multiply and touch, at the nominal ``rates`` of a platform.
+``make`` checks the arguments (``checks`` has the rules) and decides; ``plan`` is what was decided, and nothing changes
+it. ``cost``, ``workspace`` and ``describe`` are functions of a plan: what it will move, multiply and touch, at the
+nominal ``rates`` of a platform; what its buffers take; and all that in words.
 """
 
 from moe_jax.plan.make import make_plan

@@ -2,6 +2,8 @@
 
 import math
 import numbers
+from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -10,38 +12,40 @@ from moe_jax.errors import UnsupportedError, choice_violations, count_violations
 from moe_jax.hardware.ascend import ANY, PRODUCTS
 from moe_jax.kernels import FLOAT_DTYPES, resolve_backend, table
 
+_WEIGHTLESS = ("num_zero_experts", "num_copy_experts", "num_const_experts")
 _AT_LEAST_ONE = ("hidden", "num_experts", "top_k")  # other sizes may be 0
 
 
-def whole_sizes(sizes: dict[str, object]) -> dict[str, int]:
+def whole_sizes(sizes: Mapping[str, Any]) -> dict[str, int]:
     """Those of the sizes that are legal by themselves, as Python's own numbers: the ones that rules can compare."""
     return {name: int(value) for name, value in sizes.items() if not count_violations(name, value, _least(name))}
 
 
 def _least(name: str) -> int:
+    """The smallest value that the size ``name`` may have."""
     return int(name in _AT_LEAST_ONE)
 
 
-def size_violations(mesh_sizes: tuple[int, int] | None, sizes: dict[str, object]) -> list[str]:
+def size_violations(mesh_sizes: tuple[int, int] | None, sizes: Mapping[str, Any]) -> list[str]:
     """Broken rules of and between the sizes, by the names of the arguments.
 
     A rule between several sizes is checked as soon as each of them is legal by itself.
 
     Args:
       mesh_sizes: (ep, tp); None where the mesh is not one.
-      sizes: all arguments that are sizes.
+      sizes: all arguments of ``make_plan`` that are sizes.
     """
     found = [text for name in sizes for text in count_violations(name, sizes[name], _least(name))]
     number = whole_sizes(sizes)
     tokens, experts, top_k = (number.get(name) for name in ("tokens_per_rank", "num_experts", "top_k"))
     shared, shared_ranks = number.get("num_shared_experts"), number.get("num_shared_ranks")
-    special = [number.get(f"num_{kind}_experts") for kind in ("zero", "copy", "const")]
-    if None not in (shared, shared_ranks) and shared_ranks and (not shared or shared_ranks % shared):
+    weightless = [number[name] for name in _WEIGHTLESS if name in number]
+    if shared is not None and shared_ranks and (not shared or shared_ranks % shared):
         found.append(
             f"num_shared_ranks={shared_ranks} must be a multiple of num_shared_experts={shared}, which must not be 0"
         )
-    if None not in (experts, *special):
-        num_ids = experts + sum(special)
+    if experts is not None and len(weightless) == len(_WEIGHTLESS):
+        num_ids = experts + sum(weightless)
         if top_k is not None and top_k > num_ids:
             counted = f"num_experts={experts}" if num_ids == experts else f"the {num_ids} experts of all kinds"
             found.append(f"top_k={top_k} exceeds {counted}; lower top_k")
@@ -60,12 +64,15 @@ def size_violations(mesh_sizes: tuple[int, int] | None, sizes: dict[str, object]
             fitting = (experts // holders + 1) * holders
             ranks = f"ep={ep_size}" if not shared_ranks else f"the {holders} ranks that hold routed experts"
             found.append(f"num_experts={experts} is not divisible by {ranks}; use {fitting} experts or another ep")
-    if None not in (tokens, top_k, shared) and tp_size * ep_size * tokens * (top_k + shared) >= 2**31:
+    if tokens is None or top_k is None or shared is None:
+        return found
+    if tp_size * ep_size * tokens * (top_k + shared) >= 2**31:
         found.append(f"tokens_per_rank={tokens}: ep * tp * T * K must stay below 2**31; use more devices")
     return found
 
 
-def dtype_violations(dtype) -> list[str]:
+def dtype_violations(dtype: Any) -> list[str]:
+    """Nothing if rows may have this dtype."""
     try:
         word = str(jnp.dtype(dtype))
     except (TypeError, ValueError):  # no dtype at all
@@ -73,7 +80,8 @@ def dtype_violations(dtype) -> list[str]:
     return [] if word in FLOAT_DTYPES else choice_violations("dtype", dtype, FLOAT_DTYPES)
 
 
-def backend_violations(backend) -> list[str]:
+def backend_violations(backend: Any) -> list[str]:
+    """Nothing if the back end is known, is installed and has every kernel."""
     unknown = table.backend_violations(backend)
     if unknown:
         return unknown
@@ -86,7 +94,7 @@ def backend_violations(backend) -> list[str]:
     return found
 
 
-def recipe_violations(hidden, names: dict[str, object]) -> list[str]:
+def recipe_violations(hidden: Any, names: Mapping[str, Any]) -> list[str]:
     """Recipes that do not exist, need a scale that only the caller of dispatch has, or cannot store the width."""
     found = []
     for argument, name in names.items():
@@ -95,6 +103,7 @@ def recipe_violations(hidden, names: dict[str, object]) -> list[str]:
         if unknown or name == "none":
             continue
         chosen = quant.recipe(name, "float32")
+        assert chosen is not None  # only "none" has no recipe
         if argument != "quant" and chosen.needs_smooth:
             found.append(f"{argument}={name!r} multiplies by a scale that only dispatch is given; take another recipe")
         if not count_violations("hidden", hidden) and hidden % chosen.format.columns_per_value:
@@ -107,10 +116,17 @@ _COMBINE_MODES = {"none": 0, "int8_group8": 2, "mx_e5m2": 3, "mx_e4m3": 4}
 _OUTPUTS = {"int8": "int8", "e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2", "e2m1": "float4_e2m1fn"}
 
 
-def product_violations(product, mesh_sizes: tuple[int, int] | None, dtype, transport, recipes, sizes) -> list[str]:
-    """What the operators of a product's family do not take; limits and sources stand in ``moe_jax.hardware.ascend``.
+def product_violations(
+    product: Any,
+    mesh_sizes: tuple[int, int] | None,
+    dtype: Any,
+    transport: Any,
+    recipes: Mapping[str, Any],
+    sizes: Mapping[str, Any],
+) -> list[str]:
+    """What CANN's operators do not take on the hardware ``product``; limits stand in ``moe_jax.hardware.ascend``.
 
-    Left out is what is no size, recipe or dtype at all, which other rules name.
+    A value that is no size, recipe or dtype at all is left out here: other rules name it.
     """
     if product is None:
         return []
@@ -142,7 +158,7 @@ def product_violations(product, mesh_sizes: tuple[int, int] | None, dtype, trans
         values["comm_quant_mode"] = (f"combine_quant={back!r}", _COMBINE_MODES.get(back, -1))
     for operator in ("moe_distribute_dispatch_v4", "moe_distribute_combine_v4"):
         limits = PRODUCTS[product].operators[operator].under("hierarchy" if transport == "hierarchy" else "")
-        for quantity, legal in (ANY[operator].values | limits.values).items():
+        for quantity, legal in {**ANY[operator].values, **limits.values}.items():
             what, value = values.get(quantity, ("", None))
             if value is not None and not legal.allows(value):
                 found.append(f"{what} is not legal on product={product!r}: {quantity} must be {legal}")
@@ -171,8 +187,8 @@ _QUANTITIES = {
 }
 
 
-def _quant_mode(name) -> int:
-    """The quant_mode of dispatch that a recipe is; -1 for none of them."""
+def _quant_mode(name: str) -> int:
+    """The quant_mode of CANN's dispatch that a recipe is; -1 where it is none of them."""
     if name in _QUANT_MODES:
         return _QUANT_MODES[name]
     if name == "int8_group8":
@@ -180,11 +196,13 @@ def _quant_mode(name) -> int:
     return 3 if name.endswith("group128") else 5 if name.startswith("mx_clip") else 4
 
 
-def capacity_violations(capacity_factor) -> list[str]:
+def capacity_violations(capacity_factor: Any) -> list[str]:
+    """Nothing if the factor is None, or a number by which a capacity can be multiplied."""
     if capacity_factor is None:
         return []
     if isinstance(capacity_factor, bool) or not isinstance(capacity_factor, numbers.Real):
         return [f"capacity_factor={capacity_factor!r} must be a number, or None for the plan's own choice"]
-    if not 0 < capacity_factor < math.inf:
+    factor: Any = capacity_factor
+    if not 0 < factor < math.inf:
         return [f"capacity_factor={capacity_factor!r} must be positive and finite; 1.0 is a perfectly balanced load"]
     return []

@@ -92,7 +92,7 @@ def plan_costs(plan: "Plan", ffn: int, *, activation: str, num_replicas: int, pl
     return layer_costs(plan, platform, ffn=ffn, activation=activation, num_replicas=num_replicas)
 
 
-def layer_costs(plan, platform: str, *, ffn: int, activation: str, num_replicas: int) -> dict[str, Cost]:
+def layer_costs(plan: "Plan", platform: str, *, ffn: int, activation: str, num_replicas: int) -> dict[str, Cost]:
     """The costs by phase; ``ffn`` 0 leaves out everything that has the width of an FFN. See ``Plan.cost``."""
     rates = RATES[platform]
     size = _Size.of(plan, rates.widened)

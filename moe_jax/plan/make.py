@@ -88,11 +88,12 @@ def make_plan(
     >>> moe.make_plan(moe.make_mesh(ep=4), tokens_per_rank=16, hidden=8, num_experts=8, top_k=2).pair_capacity
     20
     """
-    mesh_sizes, wrong_mesh = None, mesh_violations(mesh)
-    if not wrong_mesh:
-        shape = mesh.shape
-        ep_axis = tuple(name for name in ("node", "ep") if name in shape)
-        mesh_sizes = ep_size, tp_size = math.prod(shape[name] for name in ep_axis), shape["tp"]
+    # 1. Everything that is wrong is found before anything is said.
+    wrong_mesh = mesh_violations(mesh)
+    shape = {} if wrong_mesh else dict(mesh.shape)
+    ep_axis = tuple(name for name in ("node", "ep") if name in shape)
+    ep_size, tp_size = math.prod(shape[name] for name in ep_axis), shape.get("tp", 1)
+    mesh_sizes = None if wrong_mesh else (ep_size, tp_size)
     sizes = {
         "tokens_per_rank": tokens_per_rank,
         "hidden": hidden,
@@ -119,6 +120,7 @@ def make_plan(
     ]
     raise_all(violations, "make_plan", MeshError if wrong_mesh else InvalidArgumentError)
 
+    # 2. Every default is resolved. NumPy's numbers become Python's, which hash and print alike.
     sizes = {name: int(value) for name, value in sizes.items()}
     dtype, platform, kind = str(jnp.dtype(dtype)), _platform(mesh), _device_kind(mesh)
     names = resolve_all(platform, kind) if backend == "auto" else backend
@@ -145,9 +147,12 @@ def make_plan(
         + ("; as asked" if backend != "auto" else f"; for {platform} devices of kind {kind!r}"),
         kernels=registrations(names),
         poison=bool(poison),
+        quant=quant,
+        combine_quant=combine_quant,
+        backward_quant=backward_quant,
         **sizes,
-        **recipes,
     )
+    # 3. A transport is chosen last, for it is the plan itself that says what each of them costs.
     if transport != "auto":
         return plan
     if not plan.exchanges:
@@ -171,7 +176,7 @@ def _with_least_time(plan: Plan, platform: str) -> Plan:
     reason = f"least time to move rows, {PHASES[1]}, at nominal rates of {platform} ({words})"
     if "ragged" in costs:
         reason += f"; {RATES[platform].ragged_source}"
-    return dataclasses.replace(plan, transport=min(seconds, key=seconds.get), transport_reason=reason)
+    return dataclasses.replace(plan, transport=min(seconds, key=lambda name: seconds[name]), transport_reason=reason)
 
 
 def _as_asked(transport: str, num_nodes: int) -> str:
@@ -180,11 +185,13 @@ def _as_asked(transport: str, num_nodes: int) -> str:
     return "as asked"
 
 
-def _platform(mesh) -> str:
+def _platform(mesh: Mesh | AbstractMesh) -> str:
+    """That of the mesh's devices; where it has none, JAX's own."""
     return mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
 
 
-def _device_kind(mesh) -> str:
+def _device_kind(mesh: Mesh | AbstractMesh) -> str:
+    """What JAX calls the devices of the mesh; where it has none, those that are here."""
     return (mesh.devices.flat[0] if isinstance(mesh, Mesh) else jax.devices()[0]).device_kind
 
 

@@ -1,4 +1,4 @@
-"""Atlas A2 (910B). Sections in brackets are those of the reference sheet; the documents' own era wins over later."""
+"""Atlas A2 (910B). Sections in brackets are those of the CANN sheet; the documents' own era wins over later."""
 
 from moe_jax.hardware.ascend import buffers
 from moe_jax.hardware.ascend.legal import Choices, Interval, Limits, Product

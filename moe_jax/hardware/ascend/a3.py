@@ -1,4 +1,4 @@
-"""Atlas A3 (910_93). Sections in brackets are those of the reference sheet; the documents' own era wins over later.
+"""Atlas A3 (910_93). Sections in brackets are those of the CANN sheet; the documents' own era wins over later.
 
 The document calls expertScales of dispatch unsupported, but its own sample passes them, so they are taken [2.2, 2.11].
 """

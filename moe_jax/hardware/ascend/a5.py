@@ -1,4 +1,4 @@
-"""Ascend 950 (A5). Sections in brackets are those of the reference sheet. No hif8: JAX has no such dtype.
+"""Ascend 950 (A5). Sections in brackets are those of the CANN sheet. No hif8: JAX has no such dtype.
 
 Its newest sources are all there is of this product; where a document has a table for "all products", that one holds.
 """

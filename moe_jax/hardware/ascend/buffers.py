@@ -1,6 +1,6 @@
 """Sizes that follow from a call's numbers: rows that a rank may receive, and what HCCL_BUFFSIZE must hold.
 
-Source: sections 2.3 and 8 of the reference sheet. Every formula here is the document's where it has one.
+Source: sections 2.3 and 8 of the CANN sheet. Every formula here is the document's where it has one.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ MB = 1024 * 1024
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """The numbers of one exchange call, with the names that the reference gives them.
+    """The numbers of one exchange call, with the names that CANN gives them.
 
     Attributes:
       tokens: B, of this rank.
@@ -21,7 +21,7 @@ class Sizes:
       shared_expert_num: Ns.
       shared_expert_rank_num: S.
       tp_world_size: T.
-      global_bs: as the reference has it; 0: that of `tokens`.
+      global_bs: as CANN has it; 0: that of `tokens`.
       x_bytes: sizeof(dtype of x).
     """
 

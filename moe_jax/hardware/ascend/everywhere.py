@@ -1,6 +1,6 @@
 """What holds whatever the product: the values that have a meaning at all, and the dtypes that JAX can use for them.
 
-Sections in brackets are those of the reference sheet. Relations between arguments are the rules of ``moe_jax.aclnn``.
+Sections in brackets are those of the CANN sheet. Relations between arguments are the rules of ``moe_jax.aclnn``.
 """
 
 from moe_jax.hardware.ascend.legal import Choices, Interval, Limits

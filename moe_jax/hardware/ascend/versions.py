@@ -1,6 +1,6 @@
 """Earlier versions of operators as data: each is the newest one without the parameters that came later.
 
-Sections 2.1 and 10 of the reference sheet. The first versions of dispatch and combine, whose ``expandIdx`` has another
+Sections 2.1 and 10 of the CANN sheet. The first versions of dispatch and combine, whose ``expandIdx`` has another
 layout, are not among them.
 """
 
