@@ -1,5 +1,6 @@
 """MoeDistributeCombine and MoeDistributeCombineAddRmsNorm, under CANN's names."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -12,8 +13,8 @@ from moe_jax.aclnn.calls import operator
 from moe_jax.aclnn.results import AddRmsNormOutput, CombineOutput, TimedCombineOutput
 from moe_jax.aclnn.rules_exchange import ADD_RMS_NORM, COMBINE
 from moe_jax.layer.combine import combine_sum, normalize
-from moe_jax.plan import Plan
-from moe_jax.transports.manifest import Exchange, open_window
+from moe_jax.transports import Stopwatch, transport_of
+from moe_jax.transports.manifest import open_round
 from moe_jax.types import DispatchHandle
 
 Array = jax.Array
@@ -187,15 +188,11 @@ def _handle(
     num_counts = plan.tp_size * plan.num_local_experts * plan.ep_size
     sums = given["ep_send_counts"][:num_counts].reshape(plan.tp_size, -1)  # scratch of A2's hierarchy may follow
     recv_counts = ledger.counts(sums)
-    exchange = worlds.open_exchange(world, given["expert_ids"], mask, given["elastic_info"], recv_counts=recv_counts)
-    handle = open_window(
-        exchange,
-        0,
-        plan.max_pair_rows,
-        plan,
-        compact=None if given["performance_info"] is None else False,
-        num_rows=world.num_rows,
-    )
+    manifest = worlds.make_manifest(world, given["expert_ids"], mask, given["elastic_info"], recv_counts=recv_counts)
+    transport = transport_of(plan)
+    opener = transport if given["performance_info"] is None else Stopwatch(transport)
+    handle = open_round(opener, manifest, 0, plan.max_pair_rows, plan, num_rows=world.num_rows)
+    handle = dataclasses.replace(handle, maps=transport.plain(handle.maps))
     lanes = jnp.sum(recv_counts, axis=(1, 2), dtype=jnp.int32)
     row = jnp.arange(world.num_rows)
     triples = given["assist_info_for_combine"].ravel()[: 3 * capacity].reshape(capacity, 3)
@@ -203,7 +200,7 @@ def _handle(
     for column, end in ((1, plan.tokens_per_rank), (2, plan.num_copies)):
         fits &= (triples[:, column] >= 0) & (triples[:, column] < end)
     if given["performance_info"] is None:  # a collective in front of the timed exchange would wait for its slow ranks
-        fits &= _agree(recv_counts, exchange, handle, plan)
+        fits &= transport.counts_agree(recv_counts, manifest, handle.recv_counts, plan)
     fits = jnp.pad(fits, (0, world.num_rows - capacity), constant_values=True)
     fits |= row >= lanes[collectives.tp_rank(plan)]
     if plan.tp_size > 1:
@@ -217,11 +214,3 @@ def _handle(
     weights = jnp.where(triples[:, 2] < plan.top_k, given["expand_scales"][:capacity], 1.0)
     weights = jnp.where(row[:capacity] < lanes[collectives.tp_rank(plan)], weights, 0.0)
     return handle, rows, jnp.pad(weights, (0, world.num_rows - capacity))
-
-
-def _agree(recv_counts: Array, exchange: Exchange, handle: DispatchHandle, plan: Plan) -> Array:
-    """Whether the counts that were passed on are those of the rows that the other ranks wait for."""
-    if exchange.sizes is None:  # the route exchanged them itself
-        return jnp.all(recv_counts == handle.recv_counts)
-    lane = collectives.tp_rank(plan)
-    return jnp.all(jnp.sum(recv_counts[lane], axis=-1) == exchange.sizes[lane][:, collectives.ep_rank(plan)])

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from moe_jax.config import OVERFLOWS, TRANSPORTS
+from moe_jax.config import OVERFLOWS
 from moe_jax.errors import InvalidArgumentError, MeshError, choice_violations, flag_violations, raise_all
 from moe_jax.kernels.table import describe_backend, registrations, resolve_all
 from moe_jax.mesh import mesh_violations
@@ -15,6 +15,7 @@ from moe_jax.plan import checks
 from moe_jax.plan.cost import PHASES, balanced_rows, layer_costs
 from moe_jax.plan.plan import Plan
 from moe_jax.plan.rates import RATES
+from moe_jax.plan.transport_table import transport_names
 
 
 def make_plan(
@@ -110,7 +111,7 @@ def make_plan(
         *wrong_mesh,
         *checks.size_violations(mesh_sizes, sizes),
         *checks.dtype_violations(dtype),
-        *choice_violations("transport", transport, TRANSPORTS),
+        *choice_violations("transport", transport, ("auto", *transport_names())),
         *choice_violations("overflow", overflow, OVERFLOWS),
         *checks.backend_violations(backend),
         *checks.capacity_violations(capacity_factor),
