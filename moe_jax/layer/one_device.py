@@ -68,7 +68,7 @@ def local_sum(
     special = special_terms(expert_ids, plan, x=needed, **constants)
     with jax.named_scope("permute"):
         rows = _spread(plan, as_delivered(x, plan.dispatch_recipe).astype(plan.dtype), places)
-    made = expert_slots(experts, rows, None, group_sizes, plan, activation=activation)
+    made = expert_slots(plan, activation, experts, rows, None, group_sizes)
     with jax.named_scope("combine_sum"):
         total = _weighted_sum(plan, as_delivered(made, plan.combine_recipe), weights, special, places)
     return total, jnp.sum(pairs.counts - group_sizes, dtype=jnp.int32)
