@@ -9,7 +9,7 @@ has no row, until the sum over k.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -121,7 +121,8 @@ def _spread(plan, x, places):
 def _spread_backward(plan, places, ct):
     # d_x[t] = sum_k ct[row of (t, k)]    # [T, H], in fp32 over ascending k
     collected = _collect(plan, as_delivered(ct, plan.backward_recipe), places)
-    return sum(_present(collected, places)).astype(plan.dtype), None
+    total: Any = sum(_present(collected, places))
+    return total.astype(plan.dtype), None
 
 
 _spread.defvjp(lambda plan, x, places: (_spread(plan, x, places), places), _spread_backward)

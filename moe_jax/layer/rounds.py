@@ -71,7 +71,7 @@ def routed_sum(
         total = _routed_sum(part, activation, experts, x_here, weights_here, terms, manifest, num_rounds)
         found.append((total, manifest.stats.num_dropped[0], num_rounds))
     totals, dropped, rounds = zip(*found, strict=True)
-    return jnp.concatenate(totals), sum(dropped), functools.reduce(jnp.maximum, rounds)
+    return jnp.concatenate(totals), functools.reduce(jnp.add, dropped), functools.reduce(jnp.maximum, rounds)
 
 
 def _round(
@@ -138,8 +138,10 @@ def _overflow_rounds(plan, activation, collected, num_rounds, *operands):
     def overflow(collected, num_rounds, manifest, experts, x, weights):
         def turn(state):
             index, collected = state
-            late = _compat.late(index, (experts, x))
-            return index + 1, _round(overflow_slots, plan, activation, index, *late, weights, manifest, collected)
+            late_experts, late_x = _compat.late(index, (experts, x))
+            return index + 1, _round(
+                overflow_slots, plan, activation, index, late_experts, late_x, weights, manifest, collected
+            )
 
         return lax.while_loop(lambda state: state[0] < num_rounds, turn, (jnp.ones_like(num_rounds), collected))[1]
 
@@ -169,9 +171,11 @@ def _routed_backward(plan, activation, residuals, ct):
     def overflow(grads, num_rounds, manifest, pull_finish, *operands):
         def turn(state):
             index, grads = state
-            late_ct, *late = _compat.late(index, operands)
-            d_collected = pull_finish(late_ct)[0]
-            return index + 1, _add_overflow_round(plan, activation, index, grads, d_collected, *late, manifest)
+            ct, experts, x, weights = _compat.late(index, operands)
+            d_collected = pull_finish(ct)[0]
+            return index + 1, _add_overflow_round(
+                plan, activation, index, grads, d_collected, experts, x, weights, manifest
+            )
 
         return lax.while_loop(lambda state: state[0] < num_rounds, turn, (jnp.ones_like(num_rounds), grads))[1]
 

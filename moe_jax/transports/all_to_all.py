@@ -139,7 +139,8 @@ class AllToAll(Transport):
             inbox = collectives.gather_tp(inbox, plan)
         with jax.named_scope("permute"):
             rows = take_rows(inbox, maps.row_inbox, poison=plan.poison) if ordered else inbox
-            return Delivery(*split_some(rows, parts), note)
+            token_rows, pair_rows = split_some(rows, parts)
+            return Delivery(token_rows, pair_rows, note)
 
     def inbox_order(self, maps):
         return InboxOrder(maps.row_inbox, maps.inbox_row)
@@ -148,16 +149,21 @@ class AllToAll(Transport):
 
     def collect(self, rows, weights, scalars, maps, plan, *, ordered, recipe):
         del weights  # ``finish`` applies them
-        slots = [rows, scalars]
+        assert rows is not None  # scalars never come alone: the cotangents of weights stay at the tokens
+        row_slots, scalar_slots = rows, scalars
         with jax.named_scope("unpermute"):
             # Slots that no row came in hold garbage on every tp rank. That is harmless: the reduce-scatter below adds
             # slot i of one tp rank to slot i of the others, so garbage is only added to garbage, and no pair points
             # at it.
             if ordered:
-                slots = [x if x is None else take_rows(x, maps.inbox_row, poison=plan.poison) for x in slots]
+                row_slots = take_rows(row_slots, maps.inbox_row, poison=plan.poison)
+            if ordered and scalar_slots is not None:
+                scalar_slots = take_rows(scalar_slots, maps.inbox_row, poison=plan.poison)
         with jax.named_scope("exchange"):
-            slots = [x if x is None else collectives.reduce_scatter_tp(x, plan) for x in slots]
-            message, parts = join_some([as_sent(slots[0], recipe), slots[1]])
+            row_slots = collectives.reduce_scatter_tp(row_slots, plan)
+            if scalar_slots is not None:
+                scalar_slots = collectives.reduce_scatter_tp(scalar_slots, plan)
+            message, parts = join_some([as_sent(row_slots, recipe), scalar_slots])
             returned, note = maps.exchange.back().move(message, maps.outbox_pair.shape[0], plan.ep_axis, plan)
         with jax.named_scope("unpack"):
             returned = take_rows(returned, maps.pair_outbox.T, poison=plan.poison)

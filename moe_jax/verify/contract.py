@@ -1,6 +1,7 @@
 """What every transport must do, as laws that an author of a new one can run."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +90,7 @@ def _round_trip(plan: Plan, x, ids, weights, mask, ct) -> tuple:
     handles = [open_round(transport, manifest, start, plan.pair_capacity, plan) for start in starts]
 
     def there_and_back(x, weights):
-        collected = None
+        collected: Any = None
         for handle in handles:
             rows = send_rows(transport, x, handle, ordered=False).rows
             order = transport.inbox_order(handle.maps)
