@@ -285,7 +285,8 @@ def register_transport(transport: Transport, *, replace: bool = False) -> None:
     Raises:
       InvalidArgumentError: not a Transport, or the name is taken and ``replace`` is false.
 
-    >>> register_transport(moe_jax.transports.all_to_all.PADDED, replace=True)
+    >>> from moe_jax.transports import PADDED, register_transport
+    >>> register_transport(PADDED, replace=True)
     """
     check_type("transport", transport, Transport, "derive a class from moe_jax.transports.Transport and pass an object")
     check_flag("replace", replace)
