@@ -38,8 +38,8 @@ def pytree(static: tuple[str, ...] = (), *, plain: bool = True) -> Callable[[_co
 
 
 @pytree()
-class SpecialTerms:
-    """What zero, copy and constant experts add, before it is weighted; fp32. Made and read by ``special``.
+class WeightlessTerms:
+    """What zero, copy and constant experts add, before it is weighted; fp32. Made by ``moe_jax.layer.weightless``.
 
     Attributes:
       expert_ids: [T, K] i32.

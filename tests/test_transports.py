@@ -56,7 +56,7 @@ class RingBlocks(Exchange):
 class Ring(AllToAll):
     name = "ring"
 
-    def exchange(self, sizes, capacity, plan):
+    def exchange(self, manifest, start, capacity, plan):
         return RingBlocks()
 
 

@@ -3,7 +3,6 @@
 ``manifest`` says which pairs travel, and where to. ``base`` is the protocol of a transport; ``all_to_all``,
 ``all_gather`` and ``hierarchy`` are those that there are, and ``stopwatch`` wraps one. ``send`` and ``collect`` are the
 differentiable ways out and back, whatever the transport is, and ``linear`` the maps that their derivatives are made of.
-``weightless`` is what needs no way: zero, copy and constant experts.
 """
 
 from moe_jax.plan.transport_table import transport_names, transport_of

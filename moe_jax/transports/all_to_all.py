@@ -6,7 +6,7 @@ is no longer than ``plan.pair_capacity``, as in the layer, and else chunks of th
 
 import abc
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,8 +73,8 @@ class AllToAll(Transport):
     pairwise = True
 
     @abc.abstractmethod
-    def exchange(self, sizes: Array, capacity: int, plan: Plan) -> Exchange:
-        """What moves the rows of a round of ``capacity``, with [W, W] i32 rows from each rank to each."""
+    def exchange(self, manifest: Any, start: Array | int, capacity: int, plan: Plan) -> Exchange:
+        """What moves the rows of a round; the arguments are those of ``open``."""
 
     # Before a round.
 
@@ -89,8 +89,7 @@ class AllToAll(Transport):
         return jnp.max(manifest.known.sizes)  # all ranks know all of them
 
     def open(self, manifest, start, capacity, plan, *, num_rows):
-        sizes = lax.dynamic_index_in_dim(manifest.known.sizes, collectives.tp_rank(plan), keepdims=False)
-        exchange = self.exchange(jnp.clip(sizes - start, 0, capacity), capacity, plan)
+        exchange = self.exchange(manifest, start, capacity, plan)
         return self._open(manifest, start, capacity, plan, num_rows, exchange)
 
     def open_blocks(self, manifest, start, capacity, plan, *, num_rows) -> Opened:
@@ -262,8 +261,10 @@ class Padded(AllToAll):
 
     name = "padded"
 
-    def exchange(self, sizes, capacity, plan):
-        return Blocks() if capacity <= plan.pair_capacity else Chunks(sizes=sizes, chunk=plan.pair_capacity)
+    def exchange(self, manifest, start, capacity, plan):
+        if capacity <= plan.pair_capacity:
+            return Blocks()
+        return Chunks(sizes=_round_sizes(manifest, start, capacity, plan), chunk=plan.pair_capacity)
 
     def sent_rows(self, plan, capacity):
         slots = plan.ep_size * capacity
@@ -275,8 +276,8 @@ class Ragged(AllToAll):
 
     name = "ragged"
 
-    def exchange(self, sizes, capacity, plan):
-        return Slices(sizes=sizes)
+    def exchange(self, manifest, start, capacity, plan):
+        return Slices(sizes=_round_sizes(manifest, start, capacity, plan))
 
     def sent_rows(self, plan, capacity):
         return min(plan.ep_size * capacity, plan.num_pairs)
@@ -292,6 +293,12 @@ class Ragged(AllToAll):
 
 
 PADDED, RAGGED = Padded(), Ragged()
+
+
+def _round_sizes(manifest: Any, start: Array | int, capacity: int, plan) -> Array:
+    """[W, W] i32, rows from each rank to each in a round, of the ranks with this rank's tp rank."""
+    lists = lax.dynamic_index_in_dim(manifest.known.sizes, collectives.tp_rank(plan), keepdims=False)
+    return jnp.clip(lists - start, 0, capacity)
 
 
 def _place_of(pair: Array, plan) -> Array:

@@ -94,7 +94,7 @@ class Hierarchy(Transport):
             message, parts = join_some([tokens, None if pairs is None else by_token(pairs)])
             leaving = take_rows(message, maps.crossing_token, poison=plan.poison)
         with jax.named_scope("exchange"):
-            crossed = collectives.exchange_blocks(leaving, _across(plan), plan)
+            crossed = _cross(leaving, plan)
             node_tokens, node_pairs = split_some(crossed, parts)
         # 2. Inside: a copy of it for each of its experts on this node.
         with jax.named_scope("pack"):
@@ -148,7 +148,7 @@ class Hierarchy(Transport):
         elif weights is not None:
             with jax.named_scope("exchange"):
                 leaving = take_rows(weights, maps.crossing_token, poison=plan.poison)
-                node_weights = collectives.exchange_blocks(leaving, _across(plan), plan)
+                node_weights = _cross(leaving, plan)
         # 3. Across: one partial sum of each token from each node, rounded to ``plan.dtype``.
         message = flat = None
         with jax.named_scope("partial_sum"):
@@ -160,7 +160,7 @@ class Hierarchy(Transport):
                 flat = lax.collapse(take_rows(node_scalars, maps.pair_outbox, absent=0), 1)
         with jax.named_scope("exchange"):
             packed, parts = join_some([message, flat])
-            returned, returned_scalars = split_some(collectives.exchange_blocks(packed, _across(plan), plan), parts)
+            returned, returned_scalars = split_some(_cross(packed, plan), parts)
         # 4. At the tokens: the sum over the nodes.
         with jax.named_scope("combine_sum"):
             total = pair_scalars = None
@@ -261,6 +261,11 @@ def _pass_home(plan, size, message: int) -> int:
 
 
 HIERARCHY = Hierarchy()
+
+
+def _cross(rows: Array, plan) -> Array:
+    """[N * B, F]: block m of B slots goes to node m; block n of the result came from node n."""
+    return Blocks().move(rows, len(rows), _across(plan), plan)[0]
 
 
 def _across(plan) -> tuple[str, ...]:

@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.errors import InvalidArgumentError, MissingArgumentError, check_array, check_dtype, check_rank, check_shape
-from moe_jax.types import SpecialTerms
+from moe_jax.types import WeightlessTerms
 
 Array = jax.Array
 
 
-def special_terms(
+def weightless_terms(
     expert_ids: Array,
     plan,
     *,
@@ -30,8 +30,8 @@ def special_terms(
     const_alpha1: Array | None,
     const_alpha2: Array | None,
     const_v: Array | None,
-) -> SpecialTerms | None:
-    """Checks the arguments and computes what ``special_term`` reads; None where the plan has no such expert.
+) -> WeightlessTerms | None:
+    """Checks the arguments and computes what ``weightless_term`` reads; None where the plan has no such expert.
 
     Args:
       expert_ids: [T, K] i32, -1 for pairs that do not count.
@@ -53,13 +53,13 @@ def special_terms(
     check_dtype("x", x, (plan.dtype,), "the plan's dtype")
     wide = x.astype(jnp.float32)
     if not plan.num_const_experts:
-        return SpecialTerms(expert_ids=expert_ids, x=wide, gate_x=None, gate_v=None, v=None)
+        return WeightlessTerms(expert_ids=expert_ids, x=wide, gate_x=None, gate_v=None, v=None)
     _check_constants(plan, **constants)
     gate_x, gate_v = _gates(wide, const_alpha1.astype(jnp.float32), const_alpha2.astype(jnp.float32))
-    return SpecialTerms(expert_ids=expert_ids, x=wide, gate_x=gate_x, gate_v=gate_v, v=const_v.astype(jnp.float32))
+    return WeightlessTerms(expert_ids=expert_ids, x=wide, gate_x=gate_x, gate_v=gate_v, v=const_v.astype(jnp.float32))
 
 
-def special_term(terms: SpecialTerms, k: int, plan) -> Array:
+def weightless_term(terms: WeightlessTerms, k: int, plan) -> Array:
     """What the k-th choice of each token adds before weighting, fp32 [T, H]; zero where it is a routed expert."""
     first_copy = plan.num_experts + plan.num_zero_experts
     first_const = first_copy + plan.num_copy_experts
