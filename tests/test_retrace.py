@@ -165,6 +165,7 @@ def test_receive_window_of_the_last_step():
     assert stale[0] == stale[-1] == 0 and min(stale[1:-1]) > 0
 
 
+@pytest.mark.quick("all_to_allv_grouped_matmul")
 @pytest.mark.parametrize("name", ["grouped_matmul_all_to_allv", "all_to_allv_grouped_matmul"])
 def test_counts_of_the_grouped_pair(name):
     def shard(x, weight, send, recv):

@@ -15,9 +15,11 @@ def workspace(plan: "Plan", call: str) -> dict[str, int]:
     """``Plan.workspace``, which says what is counted."""
     check_choice("call", call, ("layer", "dispatch"))
     capacity = plan.pair_capacity if call == "layer" else plan.dispatch_capacity
-    row, rows = plan.hidden * jnp.dtype(plan.dtype).itemsize, plan.num_rows(capacity)
+    row = plan.hidden * jnp.dtype(plan.dtype).itemsize
+    rows = plan.num_rows(capacity)
     if call == "layer" and not plan.exchanges:
-        buffers, integers = {"send": 0, "arrival": 0, "return": plan.num_pairs * row}, 2 * rows + plan.num_pairs
+        buffers = {"send": 0, "arrival": 0, "return": plan.num_pairs * row}
+        integers = 2 * rows + plan.num_pairs
     else:
         buffers, integers = transport_of(plan).buffers(plan, capacity)
     counts = (plan.tp_size + 1) * plan.num_experts
