@@ -33,7 +33,8 @@ Class = TypeVar("Class", bound=type)
 def exportable(cls: Class, *, to_json: Callable | None = None, from_json: Callable | None = None) -> Class:
     """Lets ``jax.export`` write and read programs that take or return ``cls``, a pytree or a NamedTuple.
 
-    ``to_json``, ``from_json``: of what is static in its instances, the auxiliary data; without them there is none.
+    ``to_json`` and ``from_json`` turn what is static in an instance (its auxiliary data) into plain values of JSON and
+    back; without them an instance has nothing static.
     """
     name = f"moe_jax.{cls.__name__}"
     if hasattr(cls, "_fields"):
@@ -86,16 +87,17 @@ def auto_mesh(devices: Any, axis_names: Sequence[str]) -> Mesh:
 
 
 def lay_out(x: jax.Array, mesh: Any, spec: PartitionSpec) -> jax.Array:
-    """``x`` as ``shard_map`` wants it for ``spec``: laid out so along the Explicit axes of ``mesh``.
+    """``x`` as ``shard_map`` wants it for ``spec``: laid out by ``spec`` along the Explicit axes of ``mesh``.
 
-    JAX moves nothing by itself along Explicit axes, and is not to be told about the Auto ones, along which it does.
+    Along Explicit axes JAX moves no data by itself, so it has to be told. Along Auto axes it does, and refuses to be
+    told.
     """
     explicit = explicit_axes(mesh)
     return jax.sharding.reshard(x, NamedSharding(mesh, only_axes(spec, explicit))) if explicit else x
 
 
 def name_unit_axes_as(y: jax.Array, x: jax.Array, mesh: Any) -> jax.Array:
-    """``y`` with the layout of ``x`` in its type, if theirs differ in nothing but which axes of size 1 they name."""
+    """``y`` with the layout of ``x`` in its type, if the two layouts differ only in axes of size 1 that they name."""
     if not explicit_axes(mesh):
         return y
     split = {axis for axis, size in mesh.shape.items() if size > 1}
@@ -117,7 +119,7 @@ def only_axes(spec: PartitionSpec, kept: Any) -> PartitionSpec:
 
 
 def mesh_of_exported(exported: Any) -> AbstractMesh | None:
-    """The mesh that an exported program's arguments are laid out over; None if none is."""
+    """The mesh over which the arguments of an exported program are laid out; None if none is spread over a mesh."""
     for sharding in exported._in_named_shardings:  # the public in_shardings_hlo has lost the names
         if sharding is not None and sharding.mesh.size > 1:
             mesh = sharding.mesh
@@ -131,9 +133,9 @@ def varying_axes(x: Any) -> frozenset[str]:
 
 
 def as_varying(tree: Any, axes: Any) -> Any:
-    """Types every leaf as varying over ``axes`` too; the transpose of this step is the psum that sums replicas.
+    """Types every leaf as varying over ``axes`` too. The transpose of this step is the psum that sums over replicas.
 
-    Along axes of size 1 there is but one replica, and no collective.
+    Along an axis of size 1 there is only one replica, so there is no collective either way.
     """
 
     def widen(leaf):
@@ -144,7 +146,7 @@ def as_varying(tree: Any, axes: Any) -> Any:
 
 
 def as_varying_over_units(tree: Any, axes: Any) -> Any:
-    """Types every leaf as varying over those of ``axes`` that have size 1. Nothing of it is left in the program."""
+    """Types every leaf as varying over those of ``axes`` that have size 1. The compiled program has no trace of it."""
 
     def widen(leaf):
         missing = frozenset(a for a in axes if a not in varying_axes(leaf) and lax.axis_size(a) == 1)
@@ -154,22 +156,24 @@ def as_varying_over_units(tree: Any, axes: Any) -> Any:
 
 
 def as_varying_alike(tree: Any, axes: Any) -> Any:
-    """Types every leaf as varying over ``axes`` and wherever another leaf does.
+    """Types every leaf as varying over ``axes`` and over all axes over which any other leaf varies.
 
-    Operands of one function with a gradient rule of its own need this: the rule makes cotangents that vary alike.
+    The operands of a function with a gradient rule of its own need this, since all cotangents that the rule makes vary
+    over the same axes.
     """
     return as_varying(tree, sorted({*axes, *union_of_varying_axes(tree)}))
 
 
 def vary_as_operands(*but: str) -> Callable[[Callable], Callable]:
-    """For functions that communicate: their results vary over an axis of size 1 only if an operand does.
+    """A decorator for functions that communicate: a result varies over an axis of size 1 only if an operand does.
 
-    Between collectives everything is typed as varying over all axes of the plan. What leaves a function is as its
-    operands were, so that specs may name an axis along which nothing can differ or leave it out, and a result has the
-    type that the carry of a loop, or a cotangent, has. Over axes of more devices results vary as they must.
+    Between its collectives such a function types everything as varying over all axes of the plan. What leaves the
+    function has the types of its operands again. So the specs of a ``shard_map`` may name an axis along which nothing
+    can differ, or leave it out, and a result has the type that the carry of a loop, or a cotangent, has. Over axes of
+    more than one device results vary as they must.
 
     Args:
-      but: arguments that do not count: results of ``combine`` lie as tokens do, wherever experts are.
+      but: names of arguments that do not count. (Results of ``combine`` vary as tokens do, wherever its rows are.)
     """
 
     def decorate(function):
@@ -177,7 +181,7 @@ def vary_as_operands(*but: str) -> Callable[[Callable], Callable]:
 
         @functools.wraps(function)
         def run(*args, **options):
-            result = function(*args, **options)  # first, as it says what is wrong with its arguments
+            result = function(*args, **options)  # comes first, since it tells what is wrong with its arguments
             given = signature.bind(*args, **options).arguments
             leaves = jax.tree.leaves([value for name, value in given.items() if name not in but])
             arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
@@ -189,9 +193,10 @@ def vary_as_operands(*but: str) -> Callable[[Callable], Callable]:
 
 
 def drop_unit_axes(tree: Any, kept: Any = ()) -> Any:
-    """Types no leaf as varying over a mesh axis of size 1, along which nothing can differ, unless it is among ``kept``.
+    """Types no leaf as varying over a mesh axis of size 1, unless that axis is among ``kept``.
 
-    The identity: nothing of it is left in the compiled program, where a collective over one device would stay.
+    Nothing can differ along such an axis, so this is the identity. Unlike a collective over one device it leaves no
+    trace in the compiled program.
     """
 
     def narrow(leaf):
@@ -201,7 +206,8 @@ def drop_unit_axes(tree: Any, kept: Any = ()) -> Any:
     return jax.tree.map(narrow, tree)
 
 
-# JAX itself goes from varying to invariant by collectives alone, and its way back has one for a transpose.
+# JAX itself goes from varying to invariant only by collectives, and the transpose of its step back is a collective too.
+# This primitive does both for axes of size 1 without one.
 _retype_unit_axes_p = Primitive("retype_unit_axes")
 mlir.register_lowering(_retype_unit_axes_p, lambda context, x, axes, varying: [x])
 batching.defvectorized(_retype_unit_axes_p)
@@ -220,7 +226,7 @@ def _retyped(x, *, axes, varying):
 
 
 def on_one_device(aval: Any) -> Any:
-    """The type of an array of which each device has its own, as a function of one device is traced with it."""
+    """The type that an array of this type has in a function of one device: it varies over no mesh axis."""
     mesh = aval.sharding.mesh if aval.sharding.mesh.empty else jax.sharding.get_abstract_mesh()
     return aval.update(manual_axis_type=ManualAxisType(), sharding=aval.sharding.update(mesh=mesh))
 
@@ -229,8 +235,8 @@ def on_one_device(aval: Any) -> Any:
 def lowering_for(platform: str | None) -> Iterator[None]:
     """Around the lowering of a kernel that is the same for every GPU.
 
-    JAX 0.12 does without a GPU only if it is told of a kind, while a program may well be lowered here for GPUs
-    elsewhere.
+    A program may be lowered here for GPUs that are elsewhere. JAX 0.12 then has to be told the kind of those GPUs,
+    although the kernel is the same for all kinds.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if platform != "cuda" or not hasattr(mesh, "abstract_device"):
@@ -245,7 +251,7 @@ def lowering_for(platform: str | None) -> Iterator[None]:
 
 
 def union_of_varying_axes(tree: Any) -> tuple[str, ...]:
-    """Every axis over which some leaf of ``tree`` varies, in a fixed order."""
+    """All mesh axes over which some leaf of ``tree`` varies, in a fixed order."""
     return tuple(sorted(frozenset().union(*(varying_axes(leaf) for leaf in jax.tree.leaves(tree)))))
 
 
@@ -263,7 +269,7 @@ def group_size(axes: tuple[str, ...]) -> int:
 
 
 def bound_axes(axis_name: Any, argument: str = "axis_name") -> tuple[str, ...]:
-    """The mesh axes that an argument names, as a tuple; raises where they cannot serve here."""
+    """The mesh axes that an argument names, as a tuple; raises unless they are names of axes that are bound here."""
     axes = (axis_name,) if isinstance(axis_name, str) else axis_name
     named = isinstance(axes, (tuple, list)) and all(isinstance(axis, str) for axis in axes)
     if not named or not axes or len(set(axes)) < len(axes):
@@ -275,7 +281,10 @@ def bound_axes(axis_name: Any, argument: str = "axis_name") -> tuple[str, ...]:
 
 
 def late(turn: jax.Array, tree: Any) -> Any:
-    """``tree`` as depending on the turn of a loop: XLA must do nothing with it ahead of a loop that seldom turns."""
+    """``tree``, made to depend on the turn of a loop, so that XLA computes nothing from it ahead of the loop.
+
+    Loops over rounds that overflow seldom turn at all, and then such work would be wasted.
+    """
     return lax.optimization_barrier((turn, tree))[1]
 
 

@@ -149,11 +149,20 @@ def differentiated_as(plain: Callable, function: Callable, *operands: Any) -> An
     return call(*operands)
 
 
-def take_rows(rows: Array, index: Array, *, absent: float | None = None) -> Array:
-    """``rows[index]`` along the first axis; where index is -1: ``absent``, or if that is None, anything.
+def take_rows(rows: Array, index: Array, *, absent: float | None = None, poison: bool = False) -> Array:
+    """``rows[index]`` along the first axis: the one gather by an index in which -1 means "none".
 
-    Rows that are not there have no derivative.
+    Args:
+      rows: [N, ...].
+      index: any shape, i32.
+      absent: what stands where the index is -1; None: anything, which nobody may read.
+      poison: with ``absent=None``, NaN (of integers the largest) stands there, to prove that nobody reads it.
+
+    Returns:
+      [*index.shape, ...]. Rows that are not there have no derivative.
     """
+    if absent is None and poison:
+        absent = poison_of(rows.dtype)
     if not rows.shape[0]:
         absent = 0 if absent is None else absent
         picked = jnp.full_like(rows, absent, shape=(*index.shape, *rows.shape[1:]))
@@ -163,6 +172,11 @@ def take_rows(rows: Array, index: Array, *, absent: float | None = None) -> Arra
         return picked
     there = (index >= 0).reshape(*index.shape, *(1,) * (picked.ndim - index.ndim))
     return jnp.where(there, picked, jnp.asarray(absent, picked.dtype))
+
+
+def poison_of(dtype) -> float | int:
+    """What stands where nobody may read under ``poison``: NaN, or the largest integer."""
+    return jnp.nan if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).max
 
 
 @functools.partial(custom_gradient, num_static=1)

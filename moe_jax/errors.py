@@ -1,8 +1,8 @@
 """The exception family: every mistake a person can make is one of these, and also the matching builtin.
 
-Each class carries ``status``, the code that the reference operators return for the same mistake:
-161001 (a required input is missing), 161002 (dtype), 561002 (shape, value, or a relation between arguments).
-Texts follow one form: argument, value that came, rule that it broke, what to do.
+Each class carries ``status``, the code that CANN's operators return for the same mistake: 161001 (a required input is
+missing), 161002 (dtype), 561002 (shape, value, or a relation between arguments). All texts have one form: the argument,
+the value that came, the rule that it broke, and what to do.
 """
 
 from collections.abc import Iterable, Sequence
@@ -49,7 +49,7 @@ class MissingArgumentError(MoEError, TypeError):
 
 
 class UnexpectedArgumentError(MoEError, TypeError):
-    """An argument that a function does not take, or not in this way."""
+    """An argument was given that the function does not take, or does not take in this way."""
 
 
 class MeshError(MoEError, ValueError):
@@ -65,7 +65,7 @@ class UnsupportedError(MoEError, NotImplementedError):
 
 
 class CompilationError(MoEError, RuntimeError):
-    """A compiler refuses a program, or ends without one."""
+    """A compiler refuses a program, or ends without a result."""
 
 
 class ConfigError(MoEError, ValueError):
@@ -90,25 +90,26 @@ def raise_all(violations: Sequence[str], what: str, error: type[MoEError] = Inva
 
 
 def suggest(word: Any, known: Iterable[str]) -> str:
-    """A clause naming the legal words, the nearest one first: for texts about unknown names."""
+    """The end of a sentence about an unknown name: the nearest legal word, and all legal words."""
     known = sorted(known)
     near = get_close_matches(str(word), known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{hint}known: {', '.join(known)}"
 
 
-# Static arguments. The ``..._violations`` list what is wrong, for errors that report several things at once.
+# Checks of static arguments. The functions ``..._violations`` list what is wrong, so that one error can report several
+# mistakes at once.
 
 
 def count_violations(name: str, value: Any, low: int = 1) -> list[str]:
-    """Nothing if ``value`` is a whole number, Python's or NumPy's, of at least ``low``. A bool is none."""
+    """Empty if ``value`` is a whole number of at least ``low``, Python's or NumPy's; a bool is not a number here."""
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= low:
         return []
     return [f"{name}={_show(value)} must be a whole number of at least {low}"]
 
 
 def choice_violations(name: str, value: Any, choices: Iterable[str]) -> list[str]:
-    """Nothing if ``value`` is one of the words ``choices``."""
+    """Empty if ``value`` is one of the words ``choices``."""
     choices = list(choices)
     if isinstance(value, str) and value in choices:
         return []
@@ -116,7 +117,7 @@ def choice_violations(name: str, value: Any, choices: Iterable[str]) -> list[str
 
 
 def flag_violations(name: str, value: Any) -> list[str]:
-    """Nothing if ``value`` is True or False."""
+    """Empty if ``value`` is True or False."""
     return [] if isinstance(value, (bool, np.bool_)) else [f"{name}={_show(value)} must be True or False"]
 
 
@@ -142,7 +143,7 @@ def check_type(name: str, value: Any, kind: type, remedy: str) -> None:
         raise error(f"{name} is {_describe(value)}, not a {kind.__name__}; {remedy}")
 
 
-# Arrays.
+# Checks of arrays.
 
 
 def check_array(name: str, array: Any, remedy: str = "pass a jax or numpy array") -> None:
@@ -185,13 +186,13 @@ def _clause(remedy: str) -> str:
 
 
 def _describe(value: Any) -> str:
-    """None, or what ``value`` is an instance of."""
+    """The class of ``value`` with its article, or None."""
     name = type(value).__name__
     return "None" if value is None else f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 
 def _show(value: Any) -> str:
-    """``value`` as it is written, on one line and not for long."""
+    """The ``repr`` of ``value`` on one line, cut off after 80 characters."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else text[:77] + "..."
 

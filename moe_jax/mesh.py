@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, Mesh
 from moe_jax import _compat
 from moe_jax.errors import DeviceInitError, InvalidArgumentError, MeshError, check_count
 
-# By JAX plug-in, the files of which one is there on a machine that has the accelerator.
+# For each of JAX's plug-ins: patterns of device files. A machine that has the accelerator has a file of at least one.
 _DEVICE_FILES = {
     "jax-cuda": ("/dev/nvidia*", "/dev/dxg", "/dev/nvhost*"),  # Linux, WSL, Jetson
     "jax-rocm": ("/dev/kfd",),
@@ -23,10 +23,10 @@ _DEVICE_FILES = {
 def emulate_devices(num_devices: int) -> None:
     """Makes the CPU appear as ``num_devices`` devices; call it before the first device query.
 
-    Calling it again never takes devices away: the largest number that was asked for counts.
+    A second call never takes devices away: JAX shows the largest number that was asked for.
 
     Args:
-      num_devices: how many CPU devices JAX shall show, at least 1.
+      num_devices: how many CPU devices JAX shows, at least 1.
 
     Raises:
       DeviceInitError: JAX has already initialised its devices and shows fewer.
@@ -48,7 +48,7 @@ def emulate_devices(num_devices: int) -> None:
 
 
 def ensure_devices(num_devices: int) -> None:
-    """Emulates CPU devices where this machine has no accelerator; raises MeshError if there are too few in the end."""
+    """Emulates CPU devices on a machine without an accelerator; raises MeshError if there are too few even so."""
     check_count("num_devices", num_devices)
     if not _compat.backends_are_initialized() and not has_accelerator():
         emulate_devices(num_devices)
@@ -57,7 +57,7 @@ def ensure_devices(num_devices: int) -> None:
 
 
 def has_accelerator() -> bool:
-    """Whether JAX runs, or would start, something else than the CPU; asking does not start it."""
+    """Whether JAX runs on something else than the CPU, or would if it started. Asking does not start it."""
     if _compat.backends_are_initialized():
         return jax.default_backend() != "cpu"
     platforms = _compat.config_value("jax_platforms")
@@ -66,7 +66,7 @@ def has_accelerator() -> bool:
     from importlib.metadata import distributions  # slow to import, and only the command line asks
 
     names = [(dist.name or "").lower().replace("_", "-") for dist in distributions()]
-    # A plug-in alone is no accelerator: compile_for takes their compilers to machines that have none.
+    # A plug-in alone does not make an accelerator: for compile_for, compilers are installed on machines that have none.
     return any(
         name.startswith(plugin) and any(glob.glob(device) for device in devices)
         for plugin, devices in _DEVICE_FILES.items()
@@ -128,7 +128,7 @@ def check_mesh(mesh: Mesh | AbstractMesh) -> None:
 
 
 def mesh_violations(mesh: Mesh | AbstractMesh) -> list[str]:
-    """Nothing if ``mesh`` is a mesh with axes "ep" and "tp", none of them empty; else the rule that it breaks."""
+    """Empty if ``mesh`` is a mesh with axes "ep" and "tp" of which neither is empty; else the rule that it breaks."""
     remedy = "build the mesh with moe_jax.make_mesh(ep=..., tp=...)"
     if not isinstance(mesh, (Mesh, AbstractMesh)):
         return [f"mesh={mesh!r} is not a jax.sharding.Mesh; {remedy}"]

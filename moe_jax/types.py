@@ -18,77 +18,26 @@ Array = jax.Array
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
-def _pytree(static: tuple[str, ...] = ()) -> Callable[[_compat.Class], _compat.Class]:
+def pytree(static: tuple[str, ...] = (), *, plain: bool = True) -> Callable[[_compat.Class], _compat.Class]:
     """A frozen, keyword-only dataclass that is a pytree; ``static`` names its compile-time fields.
 
-    Without any it can be part of what ``jax.export`` writes; with some, the module of the static values sees to that.
+    It can be part of what ``jax.export`` writes, if the static fields are plain values; the module of other static
+    values sees to that.
+
+    Args:
+      plain: whether the static fields are plain values, such as numbers.
     """
 
     def decorate(cls: _compat.Class) -> _compat.Class:
         cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
         data = [field.name for field in dataclasses.fields(cls) if field.name not in static]
         cls = jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=list(static))
-        return cls if static else _compat.exportable(cls)
+        return _compat.exportable(cls) if plain else cls
 
     return decorate
 
 
-@_pytree()
-class ExchangeMaps:
-    """How rows move when each rank sends rows to each: maps of one window; -1 marks "none".
-
-    Attributes:
-      send_pair: [S] i32, flat pair token * C + c in each send slot.
-      pair_slot: [T, C] i32, send slot of each pair.
-      row_slot: [M] i32, arrival slot of each row.
-      slot_row: [P * A] i32, row of each arrival slot.
-      sizes: [W, W] i32, rows from each rank to each; [0, 0] where blocks of equal size travel.
-    """
-
-    send_pair: Array
-    pair_slot: Array
-    row_slot: Array
-    slot_row: Array
-    sizes: Array
-
-
-@_pytree()
-class GatherMaps:
-    """How rows are picked when every rank sees every token: maps of one window; -1 marks "none".
-
-    Attributes:
-      row_pair: [M] i32, pair of each row, as source * T * C + pair.
-      pair_row: [P * W, T, C] i32, row of each pair of each source.
-    """
-
-    row_pair: Array
-    pair_row: Array
-
-
-@_pytree()
-class HierarchyMaps:
-    """How rows move when a token crosses to each node once: maps of one window; -1 marks "none".
-
-    Attributes:
-      slot_token: [N * B] i32, token in each crossing slot.
-      token_slot: [T, N] i32, crossing slot of each token for each node.
-      inner_pair: [S] i32, guest slot * C + c in each inner slot; S = R * D for blocks, at most that otherwise.
-      pair_inner: [N * B, C] i32, inner slot of each copy of the token in each guest slot.
-      row_slot: [M] i32, arrival slot of each row.
-      slot_row: [P * R * D] i32, row of each arrival slot.
-      sizes: [R, R] i32, rows from each rank of this node to each; [0, 0] where blocks of equal size travel.
-    """
-
-    slot_token: Array
-    token_slot: Array
-    inner_pair: Array
-    pair_inner: Array
-    row_slot: Array
-    slot_row: Array
-    sizes: Array
-
-
-@_pytree()
+@pytree()
 class SpecialTerms:
     """What zero, copy and constant experts add, before it is weighted; fp32. Made and read by ``special``.
 
@@ -107,17 +56,17 @@ class SpecialTerms:
     v: Array | None
 
 
-@_pytree(static=("plan",))
+@pytree(static=("plan",), plain=False)
 class DispatchHandle:
     """Where every row came from and goes back to: integers only, so no gradient flows through it.
 
     Attributes:
       plan: the static Plan that made it.
       expert_ids: [T, K] i32, the choices that count; -1 for masked ones and ids out of range.
-      group_sizes: [L] i32, rows per local expert in this window.
-      send_counts: [W, L] i32, pairs of this rank by destination, over all windows.
-      recv_counts: [P, W, L] i32, pairs for this rank by source, over all windows.
-      maps: where each row lies, by the way it travelled.
+      group_sizes: [L] i32, rows per local expert in this round.
+      send_counts: [W, L] i32, pairs of this rank by destination, over all rounds.
+      recv_counts: [P, W, L] i32, pairs for this rank by source, over all rounds.
+      maps: where each row lies: a pytree of the transport's own, see ``moe_jax.transports``.
     """
 
     plan: Any
@@ -125,23 +74,10 @@ class DispatchHandle:
     group_sizes: Array
     send_counts: Array
     recv_counts: Array
-    maps: ExchangeMaps | GatherMaps | HierarchyMaps
+    maps: Any
 
 
-@_pytree()
-class Arrival:
-    """What an exchange left here, before it is ordered.
-
-    Attributes:
-      data: [A, V] arrival slots, as wide as a message.
-      microseconds: [W] i32, how long this rank waited for each source; None where nobody looked.
-    """
-
-    data: Array
-    microseconds: Array | None
-
-
-@_pytree()
+@pytree()
 class DispatchStats:
     """What a dispatch did with this device's pairs.
 
@@ -156,7 +92,7 @@ class DispatchStats:
     num_stale: Array
 
 
-@_pytree()
+@pytree()
 class Dispatched:
     """Rows for this rank's experts, expert by expert; rows past ``sum(group_sizes)`` may hold anything.
 
@@ -186,7 +122,7 @@ class Dispatched:
     performance_info: Array | None = None
 
 
-@_pytree()
+@pytree()
 class Routing:
     """A router's choice for every token.
 
@@ -203,7 +139,7 @@ class Routing:
     load: Array
 
 
-@_pytree()
+@pytree()
 class LayerStats:
     """What one MoE layer did, summed over the whole mesh and the same on every device.
 

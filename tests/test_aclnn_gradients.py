@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 import moe_jax as moe
 from moe_jax import _compat, aclnn, reference
+from moe_jax.recovery.window import make_window
 
 H = 4
 FED_THROUGH = ("assist_info_for_combine", "ep_recv_counts", "tp_recv_counts", "expand_scales")
@@ -580,7 +581,7 @@ def test_barriers_pass_cotangents():
 def test_what_a_reset_clears_has_no_cotangent():
     def shard(rows, ct):
         def run(rows):
-            window = dataclasses.replace(moe.window.make_window(2, 3, jnp.float32, 4), data=rows)
+            window = dataclasses.replace(make_window(2, 3, jnp.float32, 4), data=rows)
             mask = jnp.array([1, 0, 1, 1], jnp.int32)
             return aclnn.moe_distribute_buffer_reset(mask, window, group_ep="ep", ep_world_size=4).data
 

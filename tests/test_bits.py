@@ -64,11 +64,11 @@ def every_bit_pattern(rng, dtype, shape):
 
 
 def swap(axes):
-    return functools.partial(swap_blocks, axes=axes)
+    return functools.partial(swap_blocks, axes)
 
 
 def gather(axes, tiled=False):
-    return functools.partial(gather_rows, axes=axes, tiled=tiled)
+    return functools.partial(gather_rows, axes, tiled)
 
 
 @pytest.mark.quick("8-1-('tp', 'ep')", "4-2-('tp', 'ep')", "2-4-('ep',)")
@@ -151,9 +151,8 @@ def test_nobody_fills_what_an_exchange_overwrites(poison):
     mesh = mesh_of(4, 2)
     sizes = {"tokens_per_rank": 8, "hidden": H, "num_experts": 8, "top_k": 2, "dtype": "bfloat16"}
     plan = moe.make_plan(mesh, **sizes, transport="ragged", backend="xla", poison=poison)
-    exchange = over_mesh(
-        mesh, lambda rows: collectives.exchange_compact(rows, jnp.full((4, 4), 2, jnp.int32), 12, plan)
-    )
+    slices = collectives.Slices(sizes=jnp.full((4, 4), 2, jnp.int32))
+    exchange = over_mesh(mesh, lambda rows: slices.move(rows, 12, plan.ep_axis, plan)[0])
     rows = jax.ShapeDtypeStruct((4, 2, 8, H), "bfloat16")
     text = jax.jit(exchange).trace(rows).lower(lowering_platforms=("tpu",)).as_text()
     assert ("AllocateBuffer" in text) != poison

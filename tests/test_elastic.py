@@ -406,7 +406,7 @@ def test_windows_from_step_to_step(ep, tp, transport, with_weights, sizes):
     # The late rank's window is that of another step: it still talks to itself.
     moved = np.array(window.step)
     moved[late] -= 1
-    window = on_device(mesh, plan, moe.window.Window(data=window.data, counts=window.counts, step=moved))
+    window = on_device(mesh, plan, moe.Window(data=window.data, counts=window.counts, step=moved))
     steps[late] -= 1
     window, rows_of, held = one_step(window, everybody, steps)
     assert held.any() and not any(source != late for _, _, source, _, _ in rows_of[late])
@@ -460,7 +460,7 @@ def test_a_donated_window_is_written_in_place(transport):
     table = np.zeros(20, np.int32)
     steps = np.zeros((8, 1), int)
     arrays, rows_of, held = draw_step(np.random.default_rng(2), plan, table, steps)
-    dirty = on_device(mesh, plan, moe.window.Window(data=dirty, counts=windows.counts + 77, step=windows.step))
+    dirty = on_device(mesh, plan, moe.Window(data=dirty, counts=windows.counts + 77, step=windows.step))
     memory = run.lower(dirty, *on_device(mesh, plan, arrays)).compile().memory_analysis()
     per_rank = (windows.data.nbytes + windows.step.nbytes) // 8
     assert memory.alias_size_in_bytes >= per_rank

@@ -18,7 +18,7 @@ import moe_jax as moe
 from moe_jax import reference
 from moe_jax.hlo import text as hlo
 from moe_jax.layer import grouping
-from moe_jax.transports import RowOrder
+from moe_jax.transports import InboxOrder
 
 L, H, F = 5, 6, 4
 M, A = 23, 29  # rows, and slots that they may lie in where they have an order
@@ -103,8 +103,8 @@ def place(rng, sizes, num_rows, ordered):
     if not ordered:
         return np.arange(used), num_rows, None
     slots = rng.permutation(A)[:used]
-    order = RowOrder(row_slot=np.full(num_rows, -1, np.int32), slot_row=np.full(A, -1, np.int32))
-    order.row_slot[:used], order.slot_row[slots] = slots, np.arange(used)
+    order = InboxOrder(row_inbox=np.full(num_rows, -1, np.int32), inbox_row=np.full(A, -1, np.int32))
+    order.row_inbox[:used], order.inbox_row[slots] = slots, np.arange(used)
     return slots, A, order
 
 
@@ -209,8 +209,8 @@ def shapes_of(dtype="float32", *, biases=True):
     experts = {name: jax.ShapeDtypeStruct(value.shape, dtype) for name, value in experts.items()}
     arrived = jax.ShapeDtypeStruct((A, H), dtype)
     integers = (jax.ShapeDtypeStruct((extent,), "int32") for extent in (M, A, L))
-    row_slot, slot_row, group_sizes = integers
-    return experts, arrived, RowOrder(row_slot, slot_row), group_sizes, arrived
+    row_inbox, inbox_row, group_sizes = integers
+    return experts, arrived, InboxOrder(row_inbox, inbox_row), group_sizes, arrived
 
 
 def test_backward_pass_keeps_rows_and_inputs_of_the_activation():

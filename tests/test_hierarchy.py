@@ -17,22 +17,21 @@ from helpers import PATTERNS, expert_ids, over_mesh, small_integers
 
 import moe_jax as moe
 from moe_jax import quant, reference
-from moe_jax.transports import hierarchy as route
-from moe_jax.transports import hierarchy_maps, linear
+from moe_jax.transports import HIERARCHY
+from moe_jax.transports.hierarchy import open_hierarchy
 
 MESHES = [(2, 2, 2), (4, 2, 1), (1, 4, 1)]  # nodes, ranks of each, tp
 MESHES += [pytest.param(mesh, marks=pytest.mark.slow) for mesh in ((2, 2, 1), (2, 4, 1))]
 T, K, H, BYTES = 5, 3, 4, 6
-AXES = (("node", "ep"), "tp")
 LOCAL = 2  # experts per rank
 
 
 def scatter(x, maps, plan):
-    return route.scatter(x, None, maps, plan)[0]
+    return HIERARCHY.send(x, None, maps, plan, ordered=True).tokens
 
 
 def collect(rows, weights, maps, plan, recipe=None):
-    return route.collect(rows, weights, maps, plan, recipe=recipe)[0]
+    return HIERARCHY.collect(rows, weights, None, maps, plan, ordered=True, recipe=recipe).rows
 
 
 def make(nodes, per_node, tp, **options):
@@ -49,10 +48,8 @@ def make(nodes, per_node, tp, **options):
 def all_in_one(plan, capacity, x, message, destination, start, rows, weights, ct):
     """Everything that the module gives for one window. Per shard."""
     num_rows = plan.num_rows(capacity)
-    maps, group_sizes, recv_counts = hierarchy_maps.open_hierarchy(
-        destination, start, capacity, plan, num_rows=num_rows
-    )
-    d_rows, d_weights = route.collect_adjoint(rows, weights, ct, plan, linear.moves(maps, plan))
+    maps, group_sizes, recv_counts = open_hierarchy(destination, start, capacity, plan, num_rows=num_rows)
+    d_rows, d_weights = HIERARCHY.collect_adjoint(rows, weights, ct, maps, plan, ordered=True)
     return {
         "rows": scatter(x, maps, plan),
         "messages": scatter(message, maps, plan),
@@ -62,14 +59,14 @@ def all_in_one(plan, capacity, x, message, destination, start, rows, weights, ct
         "sum": collect(rows, None, maps, plan),
         "d_rows": d_rows,
         "d_weights": d_weights,
-        "slot_token": maps.slot_token,
+        "crossing_token": maps.crossing_token,
     }
 
 
 @functools.cache
 def program(nodes, per_node, tp, capacity):
     mesh, plan = make(nodes, per_node, tp)
-    return jax.jit(over_mesh(mesh, functools.partial(all_in_one, plan, capacity), AXES))
+    return jax.jit(over_mesh(mesh, functools.partial(all_in_one, plan, capacity), (plan.ep_axis, "tp")))
 
 
 class Case:
@@ -159,7 +156,7 @@ def check_window(case, start, capacity):
     np.testing.assert_array_equal(got["y"], y)
     np.testing.assert_array_equal(got["sum"], plain)
     np.testing.assert_array_equal(got["d_weights"], d_weights)
-    slots = got["slot_token"].reshape(W, P, case.num_nodes, -1)
+    slots = got["crossing_token"].reshape(W, P, case.num_nodes, -1)
     for (w, p, node), tokens in crossings.items():  # a slot for every (token, node), and no other
         assert [t for t in slots[w, p, node] if t >= 0] == sorted(tokens)
     return rows, got
@@ -190,7 +187,7 @@ def test_windows_cover_every_pair_once(mesh):
             seen += got["group_sizes"][:, 0].sum()
         assert seen == (case.ids >= 0).sum()
         _, beyond = run(case, start + 2, 2)
-        assert not beyond["group_sizes"].any() and not beyond["y"].any() and (beyond["slot_token"] < 0).all()
+        assert not beyond["group_sizes"].any() and not beyond["y"].any() and (beyond["crossing_token"] < 0).all()
 
 
 @pytest.mark.quick("4-3")
@@ -203,10 +200,10 @@ def test_odd_sizes(copies, capacity):
     x = small_integers(rng, (4, 2, T, H))
 
     def shard(x, destination):
-        maps, sizes, _ = hierarchy_maps.open_hierarchy(destination, 0, capacity, plan, num_rows=8 * capacity)
+        maps, sizes, _ = open_hierarchy(destination, 0, capacity, plan, num_rows=8 * capacity)
         return collect(scatter(x, maps, plan), None, maps, plan), sizes
 
-    y, sizes = jax.jit(over_mesh(mesh, shard, AXES))(x, destination)
+    y, sizes = jax.jit(over_mesh(mesh, shard, (plan.ep_axis, "tp")))(x, destination)
     kept = np.zeros((4, 2, T))
     for w, p, rank in np.ndindex(4, 2, 4):
         mine = [(destination[w, p, t, c], t) for t in range(T) for c in range(copies)]
@@ -225,13 +222,11 @@ def test_sources_in_another_order():
 
     def shard(x, ids):
         num_rows = plan.num_rows(T * K)
-        maps, _, _ = hierarchy_maps.open_hierarchy(
-            ids, 0, T * K, plan, num_rows=num_rows, source_order=jnp.array(order)
-        )
+        maps, _, _ = open_hierarchy(ids, 0, T * K, plan, num_rows=num_rows, source_order=jnp.array(order))
         rows = scatter(x, maps, plan)
         return rows, collect(rows, None, maps, plan)
 
-    rows, y = jax.jit(over_mesh(mesh, shard, AXES))(x, ids)
+    rows, y = jax.jit(over_mesh(mesh, shard, (plan.ep_axis, "tp")))(x, ids)
     for w, p in np.ndindex(4, 2):
         expected = []
         for expert, source in [(w * LOCAL + local, source) for local in range(LOCAL) for source in order]:
@@ -262,11 +257,11 @@ def test_partial_sums_are_rounded_once_per_node(nodes, per_node, name, travel):
     weights = rng.integers(1, 9, (W, 1, T, K)).astype(np.float32)
 
     def shard(ids, weights, table):
-        maps, sizes, _ = hierarchy_maps.open_hierarchy(ids, 0, T * K, plan, num_rows=W * T * K)
+        maps, sizes, _ = open_hierarchy(ids, 0, T * K, plan, num_rows=W * T * K)
         rows = jnp.repeat(table, sizes, axis=0, total_repeat_length=W * T * K).astype(jnp.bfloat16)
         return collect(rows, weights, maps, plan, recipe=quant.recipe(name, "bfloat16"))
 
-    got = jax.jit(over_mesh(mesh, shard, AXES))(ids, weights, values.reshape(W, 1, LOCAL, H))
+    got = jax.jit(over_mesh(mesh, shard, (plan.ep_axis, "tp")))(ids, weights, values.reshape(W, 1, LOCAL, H))
     terms = weights[..., None] * values[ids]  # integers below 2 ** 11: exact
     node = ids // (LOCAL * per_node)
     partials = np.stack([np.where((node == m)[..., None], terms, 0).sum(axis=3) for m in range(nodes)])
@@ -328,11 +323,11 @@ def test_a_token_crosses_once(capacity):
     mesh, plan = make(2, 2, 2)
 
     def shard(x, ids):
-        maps, _, _ = hierarchy_maps.open_hierarchy(ids, 0, capacity, plan, num_rows=8 * capacity)
+        maps, _, _ = open_hierarchy(ids, 0, capacity, plan, num_rows=8 * capacity)
         return scatter(x, maps, plan)
 
     x, ids = np.zeros((4, 2, T, H), np.float32), np.zeros((4, 2, T, K), np.int32)
-    text = jax.jit(over_mesh(mesh, shard, AXES)).lower(x, ids).compile().as_text()
+    text = jax.jit(over_mesh(mesh, shard, (plan.ep_axis, "tp"))).lower(x, ids).compile().as_text()
     traffic = node_traffic(text, 2, 2)
     assert [entry for entry in traffic if entry[1] == "f"] == [("all-to-all", "f", min(T, 2 * capacity) * H)]
     assert [entry[:2] for entry in traffic if entry[1] != "f"] == [("all-to-all", "s")] * 2
@@ -345,13 +340,18 @@ def test_what_comes_back_crosses_once_too():
     mesh, plan = make(2, 2, 1)
 
     def shard(x, ids, weights):
-        maps, _, _ = hierarchy_maps.open_hierarchy(ids, 0, 2, plan, num_rows=8)
+        maps, _, _ = open_hierarchy(ids, 0, 2, plan, num_rows=8)
         rows = jnp.tile(x, (2, 1))[:8]
         y = collect(rows, weights, maps, plan)
-        return y, route.collect_adjoint(rows, weights, x, plan, linear.moves(maps, plan))
+        return y, HIERARCHY.collect_adjoint(rows, weights, x, maps, plan, ordered=True)
 
     x, ids = np.zeros((4, 1, T, H), np.float32), np.zeros((4, 1, T, K), np.int32)
-    text = jax.jit(over_mesh(mesh, shard, AXES)).lower(x, ids, np.zeros((4, 1, T, K), np.float32)).compile().as_text()
+    text = (
+        jax.jit(over_mesh(mesh, shard, (plan.ep_axis, "tp")))
+        .lower(x, ids, np.zeros((4, 1, T, K), np.float32))
+        .compile()
+        .as_text()
+    )
     traffic = node_traffic(text, 2, 1)
     assert sorted(size for _, kind, size in traffic if kind == "f") == [4 * K] * 2 + [4 * H]  # weights, dots, sums
     assert [size for _, kind, size in traffic if kind == "u"] == [4 * (H + K) * 4]  # cotangents with weights, as bytes
@@ -361,7 +361,7 @@ def test_what_comes_back_crosses_once_too():
 def test_no_tokens_trace():
     """A plan for no tokens can be opened, as far as shapes go."""
     mesh, plan = make(2, 2, 1)
-    opened = over_mesh(mesh, lambda ids: hierarchy_maps.open_hierarchy(ids, 0, 1, plan, num_rows=4)[1:], AXES)
+    opened = over_mesh(mesh, lambda ids: open_hierarchy(ids, 0, 1, plan, num_rows=4)[1:], AXES)
     sizes, counts = jax.eval_shape(opened, jax.ShapeDtypeStruct((4, 1, 0, K), jnp.int32))
     assert sizes.shape == (4, 1, LOCAL) and counts.shape == (4, 1, 1, 4, LOCAL)
 
@@ -392,7 +392,7 @@ def test_public_operators(nodes, per_node, tp):
             rows = [jnp.where(written.reshape(-1, *[1] * (a.ndim - 1)), a, 0) for a in parts]
             return rows, sent.group_sizes, pull(ct)[0]
 
-        return jax.tree.map(np.asarray, jax.jit(over_mesh(mesh, shard, AXES))(x, ids, weights, ct))
+        return jax.tree.map(np.asarray, jax.jit(over_mesh(mesh, shard, (plan.ep_axis, "tp")))(x, ids, weights, ct))
 
     for got, want in zip(jax.tree.leaves(run("hierarchy")), jax.tree.leaves(run("padded")), strict=True):
         np.testing.assert_array_equal(got, want)

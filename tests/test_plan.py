@@ -123,17 +123,17 @@ def test_workspace_of_dispatch_is_what_a_call_makes(transport, overflow):
     given = ((tokens * 16, hidden), jnp.float32), ((tokens * 16, top_k), jnp.int32)
     place = NamedSharding(mesh, everywhere)  # JAX asks for it where axes are Explicit, the default of newer JAX
     sent = jax.eval_shape(run, *(jax.ShapeDtypeStruct(*shape, sharding=place) for shape in given))
-    sizes, extents = plan.workspace("dispatch"), {name: a.shape[0] // 16 for name, a in vars(sent.handle.maps).items()}
+    maps = {name: array for name, array in vars(sent.handle.maps).items() if name != "exchange"}
+    sizes, extents = plan.workspace("dispatch"), {name: array.shape[0] // 16 for name, array in maps.items()}
     assert sizes["rows"] == sent.x.shape[0] // 16 * hidden * 4
     assert (sizes == plan.workspace()) == (overflow == "drop")
     if transport == "allgather":
         assert sizes["arrival"] == extents["pair_row"] * tokens * hidden * 4
         return
-    assert sizes["arrival"] == extents["slot_row"] * hidden * 4
-    sending = extents["inner_pair" if transport == "hierarchy" else "send_pair"]
-    assert sizes["send"] == sending * hidden * 4
+    assert sizes["arrival"] == extents["inbox_row"] * hidden * 4
+    assert sizes["send"] == extents["outbox_pair"] * hidden * 4
     if transport == "hierarchy":
-        assert sizes["crossing"] == 2 * extents["slot_token"] * hidden * 4
+        assert sizes["crossing"] == 2 * extents["crossing_token"] * hidden * 4
 
 
 def test_a_plan_says_what_both_calls_take():

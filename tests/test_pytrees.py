@@ -19,8 +19,12 @@ from jax.sharding import PartitionSpec as P
 import moe_jax as moe
 from moe_jax import config, types
 from moe_jax.aclnn import results
+from moe_jax.collectives import exchange
 from moe_jax.hlo import contract
 from moe_jax.kernels.xla import grouped_matmul as xla_grouped_matmul
+from moe_jax.transports.all_gather import GatherMaps
+from moe_jax.transports.all_to_all import PairMaps
+from moe_jax.transports.hierarchy import HierarchyMaps
 
 T, H, E, K, W = 4, 8, 8, 2, 4
 SIZES = {"tokens_per_rank": T, "hidden": H, "num_experts": E, "top_k": K, "dtype": "float32"}
@@ -45,16 +49,21 @@ def filled(cls):
     for number, name in enumerate(getattr(cls, "_fields", None) or [field.name for field in dataclasses.fields(cls)]):
         values[name] = np.arange(3, dtype=np.int32) + 10 * number
     if cls is types.DispatchHandle:
-        values |= {"plan": plan(), "maps": filled(types.HierarchyMaps)}
+        values |= {"plan": plan(), "maps": filled(HierarchyMaps)}
     if cls is types.Dispatched:
         values |= {"handle": filled(types.DispatchHandle), "stats": filled(types.DispatchStats), "scales": None}
         values |= {"window": filled(moe.Window)}
+    if cls is exchange.Chunks:
+        values |= {"chunk": 3}
+    if "exchange" in values:
+        values |= {"exchange": filled(exchange.Slices)}
     if "losses" in values:
         values["losses"] = {"balance": values["losses"], "z": values["losses"] + 1}
     return cls(**values)
 
 
-PYTREES = [*classes_of(types, own_dataclass(types)), moe.Window, moe.quant.QTensor]
+PYTREES = [*classes_of(types, own_dataclass(types)), moe.Window, moe.quant.QTensor, PairMaps, GatherMaps, HierarchyMaps]
+PYTREES += classes_of(exchange, own_dataclass(exchange))
 PYTREES += classes_of(results, lambda found: hasattr(found, "_fields"))
 STATIC = [plan(), plan(transport="hierarchy", quant="int8"), moe.RouterConfig(score="sigmoid", scale=2.5)]
 STATIC += [moe.quant.recipe(name, "bfloat16") for name in moe.quant.NAMES if name != "none"]

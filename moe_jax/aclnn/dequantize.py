@@ -1,4 +1,4 @@
-"""From the codes of a quantised dispatch to rows that have a gradient. CANN has no such operator."""
+"""Makes rows that have a gradient of the codes of a quantised dispatch. CANN has no such operator."""
 
 from typing import Any
 
@@ -11,8 +11,8 @@ from moe_jax.aclnn.calls import operator_of, signature_checked
 from moe_jax.aclnn.dispatch import moe_distribute_dispatch_v4
 from moe_jax.aclnn.results import DispatchOutput, TimedDispatchOutput, WindowDispatchOutput
 from moe_jax.errors import InvalidArgumentError, check_shape
-from moe_jax.transports import Sent, carry_rows, dequantized
-from moe_jax.transports.manifest import open_window
+from moe_jax.transports import Sent, carry_rows, dequantized, transport_of
+from moe_jax.transports.manifest import open_round
 
 Array = jax.Array
 
@@ -42,10 +42,11 @@ def dequantize(
     const_expert_num: int = 0,
     y_dtype: Any = None,
 ) -> Array:
-    """The rows that ``expand_x`` and ``dynamic_scales`` of a quantised dispatch stand for. Per shard, as the dispatch.
+    """The rows that ``expand_x`` and ``dynamic_scales`` of a quantised dispatch stand for. Call it per shard.
 
-    About the tokens, times their smoothing factors if any; zero where no row was written. The rows come from ``sent``;
-    the gradient goes to ``x`` and ``scales`` as if nothing had been rounded, like that of ``moe_jax.dequantize``.
+    They are about the tokens, times their smoothing factors if any, and zero where no row was written. The rows come
+    from ``sent``; the gradient goes to ``x`` and ``scales`` as if nothing had been rounded, as it does from
+    ``moe_jax.dequantize``.
 
     Args:
       sent: what ``moe_distribute_dispatch_v4`` returned.
@@ -85,9 +86,9 @@ def dequantize(
         return jnp.zeros_like(x, shape=(world.num_rows, plan.hidden))
     recv_counts = worlds.Ledger(plan, table).counts(sent.ep_recv_counts.reshape(plan.tp_size, -1))
     mask = worlds.as_pair_mask(mask, expert_ids)
-    exchange = worlds.open_exchange(world, expert_ids, mask, table, recv_counts=recv_counts)
-    handle = open_window(exchange, 0, plan.max_pair_rows, plan, num_rows=world.num_rows)
-    carrier = carry_rows(x, handle, world.num_rows, smooth=scales)
+    manifest = worlds.make_manifest(world, expert_ids, mask, table, recv_counts=recv_counts)
+    handle = open_round(transport_of(plan), manifest, 0, plan.max_pair_rows, plan, num_rows=world.num_rows)
+    carrier = carry_rows(transport_of(plan), x, handle, world.num_rows, smooth=scales)
     scale = sent.dynamic_scales
     if scale is None:  # a static scale does not travel
         scale = jnp.zeros_like(carrier, shape=(world.num_rows, 0), dtype=recipe.scale_dtype)

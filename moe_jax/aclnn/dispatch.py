@@ -1,5 +1,6 @@
 """MoeDistributeDispatch, under CANN's names."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -15,8 +16,8 @@ from moe_jax.collectives.rendezvous import keep_where
 from moe_jax.derivatives import differentiated_as
 from moe_jax.kernels import FLOAT_DTYPES
 from moe_jax.recovery.window import Window, check_window, fresh_sources, received
-from moe_jax.transports import Sent, send_as_is, send_rows
-from moe_jax.transports.manifest import open_window
+from moe_jax.transports import Sent, Stopwatch, send_as_is, send_rows, transport_of
+from moe_jax.transports.manifest import open_round
 from moe_jax.types import DispatchHandle
 
 Array = jax.Array
@@ -89,29 +90,33 @@ def moe_distribute_dispatch_v4(
     mask = worlds.as_pair_mask(mask, expert_ids)
     if not plan.num_pairs:
         return _empty(world, x, scales, weights, quant_mode, performance_info, window)
-    buffer, fresh = (None, None) if window is None else (window.data, fresh_sources(window.step, plan.ep_axis))
-    exchange = worlds.open_exchange(world, expert_ids, mask, table, fresh=fresh, timed=timed)
-    compact = False if timed else None
-    handle = open_window(exchange, 0, plan.max_pair_rows, plan, compact=compact, num_rows=world.num_rows)
+    fresh = None if window is None else fresh_sources(window.step, plan.ep_axis)
+    manifest = worlds.make_manifest(world, expert_ids, mask, table, fresh=fresh, timed=timed)
+    transport = transport_of(plan)
+    opener = Stopwatch(transport) if timed else transport
+    handle = open_round(opener, manifest, 0, plan.max_pair_rows, plan, num_rows=world.num_rows)
     ledger = worlds.Ledger(plan, table)
     sums = ledger.running_sums(handle.recv_counts)
     tags = _tags(handle, ledger, table)
+    out = handle
+    if window is not None:
+        out = dataclasses.replace(handle, maps=transport.receiving(handle.maps, window.data))
     if passes_through:
-        sent = _pass_through(x, scales, weights, tags, handle, buffer, timed)
+        sent = _pass_through(transport, x, scales, weights, tags, out)
     else:
-        sent = send_rows(x, handle, smooth=scales, weights=weights, tags=tags, buffer=buffer, timed=timed)
+        sent = send_rows(transport, x, out, smooth=scales, weights=weights, tags=tags)
     result = _written(sent, handle, sums, world, expert_token_nums_type, ledger)
     if window is not None:
-        window = received(window, sent.arrival.data, handle, plan.max_pair_rows)
-        return WindowDispatchOutput(*result, window=window, num_stale=exchange.stats.num_stale)
+        window = received(window, sent.note, handle, plan.max_pair_rows)
+        return WindowDispatchOutput(*result, window=window, num_stale=manifest.stats.num_stale)
     if not timed:
         return result
-    waited = exchange.microseconds + sent.arrival.microseconds
+    waited = manifest.known.waited + sent.note
     return TimedDispatchOutput(*result, performance_info=performance_info + waited.astype(performance_info.dtype))
 
 
 def _tags(handle: DispatchHandle, ledger: worlds.Ledger, table: Array | None) -> Array:
-    """[B, K + shared, 3] i32: logical source rank, token and k of every pair."""
+    """The logical source rank, the token and the k of every pair, [B, K + shared experts, 3] i32."""
     plan = handle.plan
     me = collectives.ep_rank(plan)
     logical = me if table is None else jnp.argsort(ledger.order)[me].astype(jnp.int32)
@@ -121,12 +126,12 @@ def _tags(handle: DispatchHandle, ledger: worlds.Ledger, table: Array | None) ->
     return jnp.stack(_compat.as_varying((rank, token, copy), plan.exchange_axes), axis=-1)
 
 
-def _pass_through(x, scales, weights, tags, handle, buffer, timed) -> Sent:
+def _pass_through(transport, x, scales, weights, tags, handle) -> Sent:
     """Rows that are quantised already, of any dtype, with their scales."""
     tokens = (x,) if scales is None else (x, scales.reshape(scales.shape[0], -1))
-    moved, weights, tags, arrival = send_as_is(tokens, handle, weights=weights, tags=tags, buffer=buffer, timed=timed)
+    moved, weights, tags, note = send_as_is(transport, tokens, handle, weights=weights, tags=tags)
     row_scales = moved[1].reshape(-1, *scales.shape[1:]) if scales is not None else None
-    return Sent(moved[0], moved[0], row_scales, weights, tags, arrival)
+    return Sent(moved[0], moved[0], row_scales, weights, tags, note)
 
 
 def _written(sent: Sent, handle, sums, world, nums_type, ledger) -> DispatchOutput:
@@ -171,14 +176,14 @@ def _written(sent: Sent, handle, sums, world, nums_type, ledger) -> DispatchOutp
 
 
 def _zero(dtype) -> Array:
-    """Zero; of exponents, which have none, the byte 0."""
+    """Zero in a dtype. E8M0, the dtype of exponents, has no zero, and gets the byte 0."""
     if dtype.name == "float8_e8m0fnu":
         return jax.lax.bitcast_convert_type(jnp.zeros((), jnp.uint8), dtype)
     return jnp.zeros((), dtype)
 
 
 def _empty(world, x, scales, weights, quant_mode, performance_info, window):
-    """No rank has a token: zeros of the shapes of the outputs."""
+    """What is returned where no rank has a token: zeros in the shapes of the outputs."""
     plan, recipe = world.plan, world.plan.dispatch_recipe
 
     def zeros(shape, dtype):

@@ -11,7 +11,8 @@ from jax.sharding import AbstractMesh
 from moe_jax import _compat, collectives
 from moe_jax.layout import searchsorted
 from moe_jax.plan import Plan, make_plan
-from moe_jax.transports.manifest import Exchange, prepare, read_table, source_order
+from moe_jax.transports import Stopwatch, transport_of
+from moe_jax.transports.manifest import Manifest, count_pairs, read_table, source_order
 
 Array = jax.Array
 
@@ -111,7 +112,7 @@ def active_tokens(mask: Array | None, tokens: int, plan: Plan, elastic_info: Arr
     return active & (read_table(elastic_info, plan).logical[collectives.ep_rank(plan)] >= 0)
 
 
-def open_exchange(
+def make_manifest(
     world: World,
     expert_ids: Array,
     mask: Array | None,
@@ -120,18 +121,21 @@ def open_exchange(
     recv_counts: Array | None = None,
     fresh: Array | None = None,
     timed: bool = False,
-) -> Exchange:
+) -> Manifest:
     """What one call ships. With two tp ranks, own rows come before the peer's."""
     plan = world.plan
-    given = {"token_mask": mask, "rank_table": elastic_info, "recv_counts": recv_counts, "fresh": fresh, "timed": timed}
-    exchange = prepare(expert_ids, plan, **given)
+    transport = transport_of(plan)
+    counter = Stopwatch(transport) if timed else transport
+    manifest = count_pairs(counter, expert_ids, plan, token_mask=mask, rank_table=elastic_info, fresh=fresh)
+    if recv_counts is not None:
+        manifest = manifest._replace(known=transport.with_counts(manifest.known, recv_counts))
     if plan.tp_size == 1:
-        return exchange
+        return manifest
     # Elsewhere rows stand by tp rank, then by logical rank. Here the lane of this tp rank comes first.
-    order = exchange.source_order
+    order = manifest.source_order
     lanes = jnp.arange(plan.tp_size * plan.ep_size, dtype=jnp.int32) if order is None else order
     lanes = jnp.roll(lanes.reshape(plan.tp_size, plan.ep_size), -collectives.tp_rank(plan), axis=0)
-    return exchange._replace(source_order=lanes.ravel())
+    return manifest._replace(source_order=lanes.ravel())
 
 
 class Ledger:

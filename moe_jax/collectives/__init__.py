@@ -1,15 +1,22 @@
 """The only caller of collectives."""
 
-from moe_jax.collectives.bits import poison_of
+from moe_jax.collectives.exchange import (
+    Blocks,
+    Chunks,
+    Exchange,
+    Receiving,
+    Slices,
+    TimedBlocks,
+    exchange_blocks,
+    group_size,
+)
 from moe_jax.collectives.group import (
     check_axes,
     ep_rank,
-    exchange_blocks,
-    exchange_blocks_timed,
-    exchange_compact,
     exchange_counts,
     exchange_counts_timed,
     gather_counts,
+    gather_sizes,
     gather_tokens,
     gather_tp,
     max_over_ranks,
@@ -19,24 +26,30 @@ from moe_jax.collectives.group import (
     reduce_scatter_tp,
     sum_over,
     sum_over_tokens,
+    swap_with_peers,
     tp_rank,
 )
 from moe_jax.collectives.ragged import ragged_all_to_all, ragged_exchange
 
 __all__ = [
+    "Blocks",
+    "Chunks",
+    "Exchange",
+    "Receiving",
+    "Slices",
+    "TimedBlocks",
     "check_axes",
     "ep_rank",
     "exchange_blocks",
-    "exchange_blocks_timed",
-    "exchange_compact",
     "exchange_counts",
     "exchange_counts_timed",
     "gather_counts",
+    "gather_sizes",
     "gather_tokens",
     "gather_tp",
+    "group_size",
     "max_over_ranks",
     "max_over_replicas",
-    "poison_of",
     "ragged_all_to_all",
     "ragged_exchange",
     "rank_along",
@@ -44,5 +57,6 @@ __all__ = [
     "reduce_scatter_tp",
     "sum_over",
     "sum_over_tokens",
+    "swap_with_peers",
     "tp_rank",
 ]

@@ -12,36 +12,32 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax import _compat
-from moe_jax.derivatives import custom_gradient
+from moe_jax.derivatives import custom_gradient, poison_of
 
 Array = jax.Array
 
 
-def swap_blocks(blocks: Array, axes: tuple[str, ...]) -> Array:
-    """[W, ...]: block j goes to rank j along ``axes``; block i of the result came from rank i."""
-    return _swap(axes, blocks)
-
-
 @functools.partial(custom_gradient, num_static=1)
-def _swap(axes, blocks):
-    return _moved(lambda rows: lax.all_to_all(rows, axes, 0, 0), blocks)
+def swap_blocks(axes: tuple[str, ...], blocks: Array) -> Array:
+    """[W, ...]: block j goes to rank j along ``axes``; block i of the result came from rank i."""
+    swap = functools.partial(lax.all_to_all, axis_name=axes, split_axis=0, concat_axis=0)
+    return lax.platform_dependent(blocks, cpu=_as_integers(swap), default=swap) if _is_widened(blocks) else swap(blocks)
 
 
-_swap.defvjp(lambda axes, blocks: (_swap(axes, blocks), None), lambda axes, _, ct: (_swap(axes, ct),))
-
-
-def gather_rows(rows: Array, axes: str | tuple[str, ...], tiled: bool) -> Array:
-    """[A, ...] of each rank along ``axes`` -> [W, A, ...], or [W * A, ...] if ``tiled``, in rank order."""
-    return _gather(axes, tiled, rows)
+# d_blocks[j] = ct[j], sent back by the rank that block j went to    # [W, ...]: the exchange is its own adjoint
+swap_blocks.defvjp(lambda axes, blocks: (swap_blocks(axes, blocks), None), lambda axes, _, ct: (swap_blocks(axes, ct),))
 
 
 @functools.partial(custom_gradient, num_static=2)
-def _gather(axes, tiled, rows):
-    return _moved(lambda rows: lax.all_gather(rows, axes, tiled=tiled), rows)
+def gather_rows(axes: str | tuple[str, ...], tiled: bool, rows: Array) -> Array:
+    """[A, ...] of each rank along ``axes`` -> [W, A, ...], or [W * A, ...] if ``tiled``, in rank order."""
+    gather = functools.partial(lax.all_gather, axis_name=axes, tiled=tiled)
+    return lax.platform_dependent(rows, cpu=_as_integers(gather), default=gather) if _is_widened(rows) else gather(rows)
 
 
-_gather.defvjp(
-    lambda axes, tiled, rows: (_gather(axes, tiled, rows), None),
+# d_rows = sum over all ranks of their ct for this rank's rows    # [A, ...] from [W, A, ...]
+gather_rows.defvjp(
+    lambda axes, tiled, rows: (gather_rows(axes, tiled, rows), None),
     lambda axes, tiled, _, ct: (lax.psum_scatter(ct, axes, tiled=tiled),),
 )
 
@@ -56,16 +52,15 @@ def unwritten(num_rows: int, like: Array, plan) -> Array:
     return _compat.as_varying(rows, _compat.varying_axes(like))
 
 
-def poison_of(dtype) -> float | int:
-    """What stands where nobody may read under ``plan.poison``: NaN, or the largest integer."""
-    return jnp.nan if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).max
+def _is_widened(rows: Array) -> bool:
+    """Whether XLA:CPU would move these as fp32."""
+    return jnp.issubdtype(rows.dtype, jnp.floating) and rows.dtype.itemsize == 2
 
 
-def _moved(move: Callable, rows: Array) -> Array:
-    """``move(rows)``, which changes no bit; the platform that the program is lowered for decides how."""
+def _as_integers(move: Callable) -> Callable:
+    """``move``, which changes no bit, applied to the bits of 16-bit floats."""
 
-    def as_integers(rows):
+    def moved(rows):
         return lax.bitcast_convert_type(move(lax.bitcast_convert_type(rows, jnp.uint16)), rows.dtype)
 
-    narrow = jnp.issubdtype(rows.dtype, jnp.floating) and rows.dtype.itemsize == 2
-    return lax.platform_dependent(rows, cpu=as_integers, default=move) if narrow else move(rows)
+    return moved

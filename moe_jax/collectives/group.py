@@ -1,4 +1,4 @@
-"""The collectives of a plan: every exchange between devices goes through here or through ``ragged``."""
+"""The collectives of a plan: what its ranks gather, sum and tell each other."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,12 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax import _compat
-from moe_jax.collectives.bits import gather_rows, swap_blocks, unwritten
-from moe_jax.collectives.ragged import chunked_all_to_all, portable_ragged_all_to_all
+from moe_jax.collectives.bits import gather_rows
 from moe_jax.collectives.stopwatch import timed_all_to_all
 from moe_jax.errors import MeshError
-from moe_jax.kernels.table import find_transport
-from moe_jax.layout import exclusive_cumsum
 
 Array = jax.Array
 
@@ -103,57 +100,19 @@ def exchange_counts_timed(send_counts: Array, plan) -> tuple[Array, Array]:
     return lax.all_gather(received, plan.tp_axis) if plan.tp_size > 1 else received[None], microseconds
 
 
-def exchange_blocks(rows: Array, plan) -> Array:
-    """[W * C, H]: block j of C slots goes to rank j; block i of the result came from rank i."""
-    if plan.ep_size == 1:
-        return rows
-    blocks = rows.reshape(plan.ep_size, rows.shape[0] // plan.ep_size, rows.shape[1])
-    custom = find_transport("padded", plan.kernels)
-    moved = custom(blocks, plan.ep_axis) if custom else swap_blocks(blocks, plan.ep_axis)
-    return moved.reshape(rows.shape)
+def swap_with_peers(entries: Array, axes: tuple[str, ...]) -> Array:
+    """[R, ...] one entry for each rank along ``axes`` -> [R, ...] one entry from each rank."""
+    return lax.all_to_all(entries, axes, 0, 0, tiled=True)
 
 
-def exchange_blocks_timed(rows: Array, plan) -> tuple[Array, Array]:
-    """As ``exchange_blocks``, one peer after the other; and [W] i32 microseconds that this rank waited for each."""
-    blocks = rows.reshape(plan.ep_size, rows.shape[0] // plan.ep_size, rows.shape[1])
-    moved, microseconds = timed_all_to_all(blocks, plan.ep_axis)
-    return moved.reshape(rows.shape), microseconds
-
-
-def exchange_compact(rows: Array, sizes: Array, num_out: int, plan, *, output: Array | None = None) -> Array:
-    """Rows laid end to end by destination -> rows end to end by source.
-
-    Args:
-      rows: [S, H], those for rank 0 first.
-      sizes: [W, W] rows from each rank to each.
-      num_out: extent of the result, static.
-      output: [num_out, H] what rows past those that came hold; None: anything.
-    """
-    me = ep_rank(plan)
-    send, recv = sizes[me], sizes[:, me]
-    arrival_starts = jnp.cumsum(sizes, axis=0) - sizes  # [source, destination]
-    output = unwritten(num_out, rows, plan) if output is None else output
-    output = _compat.as_varying(output, _compat.varying_axes(rows))
-    if plan.transport == "padded":
-        return chunked_all_to_all(
-            rows,
-            output,
-            sizes,
-            exclusive_cumsum(send),
-            arrival_starts[:, me],
-            plan.ep_axis,
-            chunk=plan.pair_capacity,
-            all_to_all=find_transport("padded", plan.kernels),
-        )
-    custom = find_transport("ragged", plan.kernels)
-    return (custom or portable_ragged_all_to_all)(
-        rows, output, exclusive_cumsum(send), send, arrival_starts[me], recv, axis_name=plan.ep_axis
-    )
+def gather_sizes(sizes: Array, axes: tuple[str, ...]) -> Array:
+    """[R] rows for each rank along ``axes`` -> [R, R] rows from each to each."""
+    return lax.all_gather(sizes, axes)
 
 
 def gather_tp(rows: Array, plan) -> Array:
     """[A, ...] of each tp rank -> [P * A, ...] of all, in rank order."""
-    return gather_rows(rows, plan.tp_axis, True) if plan.tp_size > 1 else rows
+    return gather_rows(plan.tp_axis, True, rows) if plan.tp_size > 1 else rows
 
 
 def reduce_scatter_tp(rows: Array, plan) -> Array:
@@ -163,7 +122,7 @@ def reduce_scatter_tp(rows: Array, plan) -> Array:
 
 def gather_tokens(x: Array, plan) -> Array:
     """[T, ...] of each device -> [P * W, T, ...] of all, tp rank first."""
-    return gather_rows(x, _token_axes(plan), False) if plan.exchanges else x[None]
+    return gather_rows(_token_axes(plan), False, x) if plan.exchanges else x[None]
 
 
 def reduce_scatter_tokens(x: Array, plan) -> Array:

@@ -1,4 +1,4 @@
-"""Rank tables: which ranks are left after some were removed, as data, so that removing one never recompiles."""
+"""Rank tables say which ranks are left after some were removed. They are data, so removing a rank never recompiles."""
 
 from typing import Any, NamedTuple
 
@@ -19,21 +19,30 @@ _NUM_HEADER = 4  # flag, number of ranks, number of shared ranks, number of expe
 
 
 class RankTable(NamedTuple):
-    """A rank table, read; all i32 and traced. Ranks count from 0, -1 = none."""
+    """What a rank table says. All entries are i32 and traced; ranks count from 0, and -1 means none.
 
-    world_size: jax.Array  # scalar, W': ranks left
-    num_shared_ranks: jax.Array  # scalar, S'
-    num_experts: jax.Array  # scalar, E'
-    logical: jax.Array  # [W], place of each rank among those left; -1 = removed
-    physical: jax.Array  # [W], rank at each place; -1 from W' on
+    Attributes:
+      world_size: a scalar, W': how many ranks are left.
+      num_shared_ranks: a scalar, S': how many of them hold shared experts.
+      num_experts: a scalar, E': how many routed experts are left.
+      logical: [W], the place of each rank among those that are left; -1 = removed.
+      physical: [W], the rank at each place; -1 from place W' on.
+    """
+
+    world_size: jax.Array
+    num_shared_ranks: jax.Array
+    num_experts: jax.Array
+    logical: jax.Array
+    physical: jax.Array
 
 
 def make_rank_table(num_ranks: int, alive: Any = None, *, num_shared_ranks: int = 0, num_experts: int) -> np.ndarray:
     """The table of the ranks that are left, on the host.
 
-    Survivors close up in order: logical ranks 0 .. W'-1. The number of experts per rank L = E / (W - S) stays, and so
-    does the number of shared ranks S: W' = W - removed, S' = S, E' = E - L * removed. As the first S logical ranks hold
-    the shared experts, a rank behind a removed shared one takes its place.
+    The ranks that are left keep their order and become the logical ranks 0 .. W'-1. The number of experts per rank,
+    L = E / (W - S), stays the same, and so does the number of shared ranks: W' = W - removed, S' = S,
+    E' = E - L * removed. The first S logical ranks hold the shared experts; so if a shared rank was removed, a rank
+    behind it takes its place.
 
     Args:
       num_ranks: W.

@@ -22,7 +22,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax import _compat, collectives
-from moe_jax.collectives.peers import swap_with_peers
 from moe_jax.derivatives import custom_gradient, take_rows
 from moe_jax.kernels import grouped_outer
 from moe_jax.kernels.table import call_kernel
@@ -326,7 +325,7 @@ def _sum(sizes: Array, axis: int) -> Array:
 
 def _swap(extents: Extents, entries: Array) -> Array:
     """Entry j of every rank goes to rank j: [R, ...] of this rank's words -> [R, ...] of the peers' words to it."""
-    return swap_with_peers(_compat.as_varying(entries, extents.axes), extents.axes)
+    return collectives.swap_with_peers(_compat.as_varying(entries, extents.axes), extents.axes)
 
 
 def _keep_first(sizes: Array, totals: Array) -> Array:

@@ -1,7 +1,8 @@
-"""NVIDIA GPUs, as XLA's compiler wants to know them (a GpuTargetConfigProto).
+"""NVIDIA GPUs as XLA's compiler wants them described, in a GpuTargetConfigProto.
 
-The figures are those of the files that openxla/xla keeps in ``xla/backends/gpu/target_config/specs``, each named with
-its commit below. Rates of single instructions, which those files list too, are left out: XLA compiles without them.
+The figures are those of files that openxla/xla keeps in ``xla/backends/gpu/target_config/specs``; each file is named
+with its commit below. Rates of single instructions, which those files list too, are left out: XLA compiles without
+them.
 """
 
 import dataclasses

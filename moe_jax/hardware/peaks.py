@@ -1,4 +1,4 @@
-"""What a device reaches at most, by the name that JAX gives it: figures to divide a measurement by."""
+"""What a device reaches at most, by the name that JAX gives it. A measurement divided by it is a share of the peak."""
 
 import dataclasses
 
@@ -7,12 +7,12 @@ from moe_jax.hardware.gpu import GPUS
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Peak:
-    """One kind of device.
+    """The peaks of one kind of device.
 
     Attributes:
-      kinds: how ``jax.Device.device_kind`` begins.
-      flops16: products of bf16 numbers, per second, dense.
-      flops32: products of fp32 numbers, per second; on TPUs six passes of bf16 products.
+      kinds: what ``jax.Device.device_kind`` of such a device begins with.
+      flops16: flops per second in dense products of bf16 numbers.
+      flops32: flops per second in products of fp32 numbers, which on TPUs are six passes of bf16 products.
       memory: bytes per second to and from the main memory.
       source: where the figures come from.
     """
@@ -46,7 +46,7 @@ PEAKS = {
 
 
 def peak_of(device_kind: str) -> Peak | None:
-    """The peaks of a device; None if it is not listed, as no CPU is. The longest name that fits counts.
+    """The peaks of a device; None for a device that is not listed, such as a CPU. The longest name that fits counts.
 
     >>> from moe_jax.hardware import PEAKS, peak_of
     >>> peak_of("TPU v5 lite") == PEAKS["v5e"], peak_of("cpu")

@@ -1,5 +1,6 @@
 """Combine: expert rows back at their tokens, weighted and summed; alone, or with residual and RMSNorm."""
 
+import dataclasses
 import numbers
 
 import jax
@@ -7,9 +8,11 @@ import jax.numpy as jnp
 
 from moe_jax import _compat, collectives
 from moe_jax.errors import InvalidArgumentError, check_dtype, check_rank, check_shape, check_type
-from moe_jax.transports import collect_rows, collect_rows_timed, copy_weights, finish
-from moe_jax.transports.weightless import special_terms
-from moe_jax.types import DispatchHandle, ExchangeMaps, GatherMaps
+from moe_jax.plan import Plan
+from moe_jax.transports import collect_rows, transport_of
+from moe_jax.transports.base import Transport, copy_weights
+from moe_jax.transports.weightless import special_term, special_terms
+from moe_jax.types import DispatchHandle, SpecialTerms
 
 Array = jax.Array
 
@@ -156,28 +159,49 @@ def combine_sum(
     given = (rows, combine_weights, handle, shared_x, row_weights, terms)
     given = _compat.as_varying_alike(given, plan.exchange_axes)  # ``dispatch`` types without axes of size 1
     rows, combine_weights, handle, shared_x, row_weights, terms = given
-    maps = handle.maps
+    transport = transport_of(plan)
     # The weight of a pair that contributes nothing may be anything, NaN included.
     weights = copy_weights(combine_weights, plan)
-    travelled = maps.pair_slot >= 0 if isinstance(maps, ExchangeMaps) else jnp.zeros_like(weights, dtype=bool)
+    travelled = transport.present(handle.maps, plan)
     contributes = jnp.pad(handle.expert_ids >= plan.num_experts, ((0, 0), (0, plan.num_copies - plan.top_k)))
     contributes |= travelled
-    if performance_info is None:
-        collected = collect_rows(rows, weights if row_weights is None else row_weights, handle)
-    else:
-        collected, microseconds = collect_rows_timed(rows, weights, handle)
-        performance_info = performance_info + microseconds.astype(performance_info.dtype)
-    total = finish(collected, jnp.where(contributes, weights, 0.0), travelled, terms, plan)
+    timed = handle
+    if performance_info is not None:
+        timed = dataclasses.replace(handle, maps=transport.timed(handle.maps))
+    collected, note = collect_rows(transport, rows, weights if row_weights is None else row_weights, timed)
+    if performance_info is not None:
+        performance_info = performance_info + note.astype(performance_info.dtype)
+    total = finish(transport, collected, jnp.where(contributes, weights, 0.0), travelled, terms, plan)
     return total if shared_x is None else total + shared_x.astype(jnp.float32), performance_info
+
+
+def finish(
+    transport: Transport, collected: Array, weights: Array, travelled: Array, terms: SpecialTerms | None, plan: Plan
+) -> Array:
+    """The weighted sum over k, ascending, of the rows that were collected and of what weightless experts add.
+
+    Args:
+      transport: of the plan.
+      collected: what ``collect_rows`` gave, of all rounds together.
+      weights: [T, C] f32.
+      travelled: [T, C] bool, the pairs that were collected in some round; others hold anything.
+      terms: of ``special_terms``.
+      plan: static.
+
+    Returns:
+      [T, H] fp32.
+    """
+    with jax.named_scope("combine_sum"):
+        added = None if terms is None else [special_term(terms, k, plan) for k in range(plan.top_k)]
+        return transport.finish(collected, weights, travelled, added)
 
 
 def _check(rows, combine_weights, handle, shared_x, performance_info):
     check_type("handle", handle, DispatchHandle, "pass the .handle that dispatch returned")
-    plan, maps = handle.plan, handle.maps
+    plan, transport = handle.plan, transport_of(handle.plan)
     collectives.check_axes(plan)
     check_rank("rows", rows, 2, "[M, H]")
-    num_rows = (maps.row_pair if isinstance(maps, GatherMaps) else maps.row_slot).shape[0]
-    check_shape("rows", rows, (num_rows, plan.hidden), "[M, H], the extent that dispatch gave")
+    check_shape("rows", rows, (transport.num_rows(handle.maps), plan.hidden), "[M, H], the extent that dispatch gave")
     check_dtype("rows", rows, (plan.dtype,), "the plan's dtype")
     check_shape("combine_weights", combine_weights, (plan.tokens_per_rank, plan.top_k), "[T, K]")
     check_dtype("combine_weights", combine_weights, ("float32",), "cast it with .astype(jnp.float32)")
@@ -188,7 +212,7 @@ def _check(rows, combine_weights, handle, shared_x, performance_info):
         return
     check_shape("performance_info", performance_info, (plan.ep_size,), "[W], one per rank")
     check_dtype("performance_info", performance_info, ("int32", "int64"), "microseconds are whole numbers")
-    if plan.num_pairs and not (isinstance(maps, ExchangeMaps) and not maps.sizes.size):
+    if plan.num_pairs and transport.timed(handle.maps) is None:
         raise InvalidArgumentError(
             "performance_info was given to combine, but not to the dispatch that made the handle; give it to both"
         )

@@ -22,8 +22,8 @@ from moe_jax.errors import (
 from moe_jax.plan import Plan
 from moe_jax.quant.message import Part
 from moe_jax.recovery.window import Window, fresh_sources, make_window, received
-from moe_jax.transports import Sent, dequantized, send_rows
-from moe_jax.transports.manifest import open_window, prepare, read_table
+from moe_jax.transports import Sent, Stopwatch, dequantized, send_rows, transport_of
+from moe_jax.transports.manifest import count_pairs, open_round, read_table
 from moe_jax.types import Dispatched
 
 Array = jax.Array
@@ -98,22 +98,46 @@ def dispatch(
     """
     _check_dispatch(x, expert_ids, plan, token_mask)
     _check_options(plan, combine_weights, smooth_scales, rank_table, window, performance_info)
-    arrays = {
-        "combine_weights": combine_weights,
-        "smooth_scales": smooth_scales,
-        "token_mask": token_mask,
-        "rank_table": rank_table,
-        "window": window,
-        "performance_info": performance_info,
-    }
-    arrays = {name: value for name, value in arrays.items() if value is not None}
-    x, expert_ids, arrays = _compat.as_varying_alike((x, expert_ids, arrays), plan.exchange_axes)
-    if not plan.num_pairs:
-        # No device has a token. XLA rejects a program that communicates and has none but empty inputs: say it outright.
-        shapes = jax.eval_shape(functools.partial(_dispatch, plan=plan), x, expert_ids, **arrays)
-        zeros = _compat.as_varying(jax.tree.map(jnp.zeros_like, shapes), plan.exchange_axes)
-        return _kept(zeros, window, performance_info)
-    return _dispatch(x, expert_ids, plan=plan, **arrays)
+    arrays = (x, expert_ids, combine_weights, smooth_scales, token_mask, rank_table, window, performance_info)
+    arrays = _compat.as_varying_alike(arrays, plan.exchange_axes)
+    if plan.num_pairs:
+        return _dispatch(plan, *arrays)
+    # No device has a token. XLA rejects a program that communicates and has none but empty inputs: say it outright.
+    shapes = jax.eval_shape(functools.partial(_dispatch, plan), *arrays)
+    zeros = _compat.as_varying(jax.tree.map(jnp.zeros_like, shapes), plan.exchange_axes)
+    return dataclasses.replace(zeros, window=window, performance_info=performance_info)
+
+
+def _dispatch(plan, x, expert_ids, combine_weights, smooth_scales, token_mask, rank_table, window, performance_info):
+    transport, fresh = transport_of(plan), None
+    counter = transport if performance_info is None else Stopwatch(transport)
+    # 1. Which pairs travel, and where their rows will lie.
+    if window is not None:
+        fresh = fresh_sources(window.step, plan.ep_axis)
+    manifest = count_pairs(counter, expert_ids, plan, token_mask=token_mask, rank_table=rank_table, fresh=fresh)
+    handle = open_round(counter, manifest, 0, plan.dispatch_capacity, plan)
+    # 2. The rows.
+    out = handle
+    if window is not None:
+        out = dataclasses.replace(handle, maps=transport.receiving(handle.maps, window.data))
+    sent = send_rows(transport, x, out, smooth=smooth_scales, weights=combine_weights)
+    # 3. What is kept from step to step.
+    if window is not None:
+        window = received(window, sent.note, handle, plan.dispatch_capacity)
+    if performance_info is not None:
+        waited = manifest.known.waited + sent.note
+        performance_info = performance_info + waited.astype(performance_info.dtype)
+    return Dispatched(
+        x=sent.rows if sent.values is None else sent.values,
+        scales=sent.scale,
+        group_sizes=handle.group_sizes,
+        handle=dataclasses.replace(handle, maps=transport.plain(handle.maps)),
+        stats=manifest.stats,
+        row_weights=sent.weights,
+        gradient=None if sent.values is None else sent.rows,
+        window=window,
+        performance_info=performance_info,
+    )
 
 
 def dequantize(dispatched: Dispatched) -> Array:
@@ -146,47 +170,6 @@ def _message_part(plan: Plan, with_weights: bool) -> Part:
     return Part(rows.num_bytes + 4, "uint8") if with_weights else rows
 
 
-def _dispatch(
-    x: Array,
-    expert_ids: Array,
-    *,
-    plan: Plan,
-    combine_weights: Array | None = None,
-    smooth_scales: Array | None = None,
-    token_mask: Array | None = None,
-    rank_table: Array | None = None,
-    window: Window | None = None,
-    performance_info: Array | None = None,
-) -> Dispatched:
-    timed = performance_info is not None
-    fresh = None if window is None else fresh_sources(window.step, plan.ep_axis)
-    exchange = prepare(expert_ids, plan, token_mask=token_mask, rank_table=rank_table, fresh=fresh, timed=timed)
-    handle = open_window(exchange, 0, plan.dispatch_capacity, plan, compact=False if timed else None)
-    buffer = None if window is None else window.data
-    sent = send_rows(x, handle, smooth=smooth_scales, weights=combine_weights, buffer=buffer, timed=timed)
-    result = Dispatched(
-        x=sent.rows if sent.values is None else sent.values,
-        scales=sent.scale,
-        group_sizes=handle.group_sizes,
-        handle=handle,
-        stats=exchange.stats,
-        row_weights=sent.weights,
-        gradient=None if sent.values is None else sent.rows,
-    )
-    if sent.arrival is None:
-        return _kept(result, window, performance_info)
-    if window is not None:
-        window = received(window, sent.arrival.data, handle, plan.dispatch_capacity)
-    if timed:
-        waited = exchange.microseconds + sent.arrival.microseconds
-        performance_info = performance_info + waited.astype(performance_info.dtype)
-    return _kept(result, window, performance_info)
-
-
-def _kept(result: Dispatched, window: Window | None, performance_info: Array | None) -> Dispatched:
-    return dataclasses.replace(result, window=window, performance_info=performance_info)
-
-
 def _check_dispatch(x, expert_ids, plan, token_mask):
     check_type("plan", plan, Plan, "build one with moe_jax.make_plan(...)")
     collectives.check_axes(plan)
@@ -209,9 +192,8 @@ def _check_options(plan, combine_weights, smooth_scales, rank_table, window, per
     _check_smooth(plan, smooth_scales)
     if rank_table is not None:
         read_table(rank_table, plan)  # raises
-    exchanging = plan.transport in ("padded", "ragged")
     for name, value in (("window", window), ("performance_info", performance_info)):
-        if value is not None and not exchanging:
+        if value is not None and not transport_of(plan).pairwise:
             raise UnsupportedError(f"{name}: transport={plan.transport!r} has no exchange between pairs of ranks")
     if performance_info is not None:
         check_shape("performance_info", performance_info, (plan.ep_size,), "[W], one per source rank")

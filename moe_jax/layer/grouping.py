@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax import _compat
-from moe_jax.derivatives import custom_gradient
+from moe_jax.derivatives import custom_gradient, take_rows
 from moe_jax.layer.experts import activate, project_in, project_out, split_by_projection
 from moe_jax.plan import Plan
-from moe_jax.transports import RowOrder, pick
+from moe_jax.transports import InboxOrder
 
 Array = jax.Array
 
@@ -24,7 +24,7 @@ Array = jax.Array
 def expert_slots(
     experts: dict[str, Array],
     arrived: Array,
-    order: RowOrder | None,
+    order: InboxOrder | None,
     group_sizes: Array,
     plan: Plan,
     *,
@@ -78,7 +78,7 @@ _expert_slots.defvjp(_forward, _backward)
 def overflow_slots(
     experts: dict[str, Array],
     arrived: Array,
-    order: RowOrder | None,
+    order: InboxOrder | None,
     group_sizes: Array,
     plan: Plan,
     *,
@@ -97,7 +97,7 @@ def add_overflow_gradients(
     experts: dict[str, Array],
     arrived: Array,
     ct: Array,
-    order: RowOrder | None,
+    order: InboxOrder | None,
     group_sizes: Array,
     plan: Plan,
     *,
@@ -131,11 +131,11 @@ def _if_any(group_sizes: Array, run: Callable, init: Any, read: Any) -> Any:
         return lax.fori_loop(0, turns, lambda turn, carry: run(carry, _compat.late(turn, read)), init)
 
 
-def _rows(slots: Array, order: RowOrder | None, plan: Plan) -> Array:
+def _rows(slots: Array, order: InboxOrder | None, plan: Plan) -> Array:
     """[A, H] -> [M, H]; anything past the last row."""
-    return slots if order is None else pick(slots, order.row_slot, plan)
+    return slots if order is None else take_rows(slots, order.row_inbox, poison=plan.poison)
 
 
-def _slots(rows: Array, order: RowOrder | None, plan: Plan) -> Array:
+def _slots(rows: Array, order: InboxOrder | None, plan: Plan) -> Array:
     """[M, H] -> [A, H]; anything in slots that no row came in."""
-    return rows if order is None else pick(rows, order.slot_row, plan)
+    return rows if order is None else take_rows(rows, order.inbox_row, poison=plan.poison)

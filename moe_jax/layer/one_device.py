@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import layout
-from moe_jax.derivatives import custom_gradient
+from moe_jax.derivatives import custom_gradient, take_rows
 from moe_jax.layer.grouping import expert_slots
 from moe_jax.plan import Plan
-from moe_jax.transports import as_delivered, pick, rows_if, token_of
+from moe_jax.transports.base import as_delivered, rows_if, token_of
 from moe_jax.transports.weightless import special_term, special_terms
 
 Array = jax.Array
@@ -55,8 +55,6 @@ def local_sum(
     Returns:
       ([T, H] fp32, i32 pairs that were dropped). Differentiable in every float array, in both modes, to any order.
     """
-    if not plan.num_pairs:
-        return jnp.zeros_like(weights, shape=(0, plan.hidden)), jnp.zeros_like(expert_ids, shape=())
     with jax.named_scope("layout"):
         is_routed = (expert_ids >= 0) & (expert_ids < plan.num_experts)
         pairs = layout.sort_pairs(jnp.where(is_routed, expert_ids, -1).ravel(), plan.num_experts)
@@ -118,7 +116,7 @@ _weighted_sum.defvjp(lambda plan, *operands: (_weighted_sum(plan, *operands), op
 @functools.partial(custom_gradient, num_static=1)
 def _spread(plan, x, places):
     """Tokens [T, H] at the rows of all their pairs, [M, H]."""
-    return pick(x, token_of(places.row_pair, plan), plan)
+    return take_rows(x, token_of(places.row_pair, plan.top_k), poison=plan.poison)
 
 
 def _spread_backward(plan, places, ct):
@@ -133,7 +131,7 @@ _spread.defvjp(lambda plan, x, places: (_spread(plan, x, places), places), _spre
 @functools.partial(custom_gradient, num_static=1)
 def _collect(plan, rows, places):
     """Rows [M, H] at their pairs, K times [T, H]; anything at a pair that has none."""
-    return tuple(pick(rows, places.pair_row[:, k], plan) for k in range(plan.top_k))
+    return tuple(take_rows(rows, places.pair_row[:, k], poison=plan.poison) for k in range(plan.top_k))
 
 
 def _collect_backward(plan, places, cts):
@@ -146,13 +144,13 @@ _collect.defvjp(lambda plan, rows, places: (_collect(plan, rows, places), places
 @functools.partial(custom_gradient, num_static=1)
 def _rows_of_pairs(plan, pairs, places):
     """What belongs to pairs [T, K, ...] at their rows, [M, ...]."""
-    return pick(jax.lax.collapse(pairs, 0, 2), places.row_pair, plan)
+    return take_rows(jax.lax.collapse(pairs, 0, 2), places.row_pair, poison=plan.poison)
 
 
 @functools.partial(custom_gradient, num_static=1)
 def _pairs_of_rows(plan, rows, places):
     """The adjoint: what belongs to rows [M, ...] at their pairs, [T, K, ...], zeros where there is none."""
-    return pick(rows, places.pair_row, plan, absent=0)
+    return take_rows(rows, places.pair_row, absent=0)
 
 
 _rows_of_pairs.defvjp(

@@ -15,11 +15,12 @@ from jax import lax
 
 from moe_jax import _compat
 from moe_jax.derivatives import custom_gradient, first_order_only
+from moe_jax.layer.combine import finish
 from moe_jax.layer.grouping import add_overflow_gradients, expert_slots, overflow_slots
 from moe_jax.layer.one_device import local_sum
 from moe_jax.plan import Plan
-from moe_jax.transports import arrival_order, collect_rows, dequantized, finish, send_rows, together
-from moe_jax.transports.manifest import Exchange, count_rounds, open_window, prepare, read_table
+from moe_jax.transports import collect_rows, dequantized, send_rows, transport_of
+from moe_jax.transports.manifest import Manifest, count_pairs, count_rounds, open_round, read_table
 from moe_jax.transports.weightless import special_terms
 from moe_jax.types import DispatchHandle
 
@@ -50,57 +51,66 @@ def routed_sum(
     Returns:
       ([T, H] fp32, i32 pairs of this device that were dropped, i32 rounds of the part that took most).
     """
+    if not plan.num_pairs:  # no device has a token: nothing moves
+        return jnp.zeros_like(weights, shape=(0, plan.hidden)), jnp.zeros((), jnp.int32), jnp.ones((), jnp.int32)
     tokens = plan.tokens_per_rank // chunks
     part = dataclasses.replace(plan, tokens_per_rank=tokens, pair_capacity=-(-plan.pair_capacity // chunks))
     if rank_table is not None and not plan.exchanges:
         read_table(rank_table, plan)  # raises
     found = []
-    for start in range(0, max(1, plan.tokens_per_rank), max(1, tokens)):
+    for start in range(0, plan.tokens_per_rank, tokens):
         ids_here, x_here, weights_here = (a[start : start + tokens] for a in (expert_ids, x, weights))
         if not plan.exchanges:
             operands = (ids_here, experts, constants, x_here, weights_here)
             found.append((*local_sum(*operands, part, activation=activation), jnp.ones((), jnp.int32)))
             continue
-        exchange = prepare(ids_here, part, rank_table=rank_table)
-        num_rounds = count_rounds(exchange, part)
-        exchange = _compat.as_varying(exchange, plan.token_axes)
+        transport = transport_of(part)
+        manifest = count_pairs(transport, ids_here, part, rank_table=rank_table)
+        num_rounds = count_rounds(transport, manifest, part)
+        manifest = _compat.as_varying(manifest, plan.token_axes)
         needed = x_here if plan.num_copy_experts + plan.num_const_experts else None
-        special = special_terms(exchange.expert_ids, part, x=needed, **constants)
+        special = special_terms(manifest.expert_ids, part, x=needed, **constants)
         special = _compat.as_varying(special, plan.token_axes)
-        total = _routed_sum(part, activation, experts, x_here, weights_here, special, exchange, num_rounds)
-        found.append((total, exchange.stats.num_dropped[0], num_rounds))
+        total = _routed_sum(part, activation, experts, x_here, weights_here, special, manifest, num_rounds)
+        found.append((total, manifest.stats.num_dropped[0], num_rounds))
     totals, dropped, rounds = zip(*found, strict=True)
     return jnp.concatenate(totals), sum(dropped), functools.reduce(jnp.maximum, rounds)
 
 
-def _open(plan: Plan, activation: str, index: Array | int, exchange: Exchange) -> tuple[DispatchHandle, dict[str, Any]]:
+def _open(plan: Plan, activation: str, index: Array | int, manifest: Manifest) -> tuple[DispatchHandle, dict[str, Any]]:
     """The pairs of round ``index``, and what the functions of ``expert_slots`` need to know of them."""
-    handle = open_window(exchange, index * plan.pair_capacity, plan.pair_capacity, plan)
-    slots = {"order": arrival_order(handle), "group_sizes": handle.group_sizes}
+    transport = transport_of(plan)
+    handle = open_round(transport, manifest, index * plan.pair_capacity, plan.pair_capacity, plan)
+    slots = {"order": transport.inbox_order(handle.maps), "group_sizes": handle.group_sizes}
     return handle, slots | {"plan": plan, "activation": activation}
 
 
-def _arrived(x: Array, handle: DispatchHandle, slots: dict[str, Any]) -> Array:
-    return dequantized(send_rows(x, handle, order=slots["order"]), handle.plan)
+def _arrived(x: Array, handle: DispatchHandle) -> Array:
+    """Token rows [T, H] in the inbox slots of a round, as the experts see them."""
+    return dequantized(send_rows(transport_of(handle.plan), x, handle, ordered=False), handle.plan)
+
+
+def _returned(made: Array, weights: Array, handle: DispatchHandle) -> Array:
+    """What the experts made, in the inbox slots of a round, back at the tokens."""
+    return collect_rows(transport_of(handle.plan), made, weights, handle, ordered=False)[0]
 
 
 def _round(
-    through: Callable, plan: Plan, activation: str, index, experts, x, weights, exchange: Exchange, earlier=None
+    through: Callable, plan: Plan, activation: str, index, experts, x, weights, manifest: Manifest, earlier=None
 ) -> Array:
     """Round ``index``: its pairs to the experts, ``through`` them and back, to what ``earlier`` rounds collected."""
-    handle, slots = _open(plan, activation, index, exchange)
-    made = through(experts, _arrived(x, handle, slots), **slots)
-    collected = collect_rows(made, weights, handle, order=slots["order"])
-    return collected if earlier is None else together(earlier, collected, handle)
+    handle, slots = _open(plan, activation, index, manifest)
+    collected = _returned(through(experts, _arrived(x, handle), **slots), weights, handle)
+    return collected if earlier is None else transport_of(plan).together(earlier, collected, handle.maps)
 
 
-def _add_overflow_round(plan: Plan, activation: str, index, grads, ct, experts, x, weights, exchange: Exchange):
+def _add_overflow_round(plan: Plan, activation: str, index, grads, ct, experts, x, weights, manifest: Manifest):
     """``grads`` of experts, x and weights, and what an overflow round adds to them: that round again, and backward."""
     d_experts, d_x, d_weights = grads
-    handle, slots = _open(plan, activation, index, exchange)
-    arrived, pull_arrived = jax.vjp(lambda x: _arrived(x, handle, slots), x)
+    handle, slots = _open(plan, activation, index, manifest)
+    arrived, pull_arrived = jax.vjp(lambda x: _arrived(x, handle), x)
     made = overflow_slots(experts, arrived, **slots)  # read where sums are made at the experts, else left out
-    pull_made = jax.vjp(lambda *operands: collect_rows(*operands, handle, order=slots["order"]), made, weights)[1]
+    pull_made = jax.vjp(lambda made, weights: _returned(made, weights, handle), made, weights)[1]
     d_made, more_weights = pull_made(ct)
     d_experts, d_arrived = add_overflow_gradients(d_experts, experts, arrived, d_made, **slots)
     (more_x,) = pull_arrived(d_arrived)
@@ -118,50 +128,50 @@ def _loop(overflow: Callable, plan: Plan) -> Callable:
 
 
 @functools.partial(custom_gradient, num_static=2)
-def _routed_sum(plan, activation, experts, x, weights, special, exchange, num_rounds):
+def _routed_sum(plan, activation, experts, x, weights, special, manifest, num_rounds):
     """[T, H] fp32. The first round is inline and keeps its residuals; the others are a loop that keeps none."""
-    return _routed_forward(plan, activation, experts, x, weights, special, exchange, num_rounds)[0]
+    return _routed_forward(plan, activation, experts, x, weights, special, manifest, num_rounds)[0]
 
 
-def _routed_forward(plan, activation, experts, x, weights, special, exchange, num_rounds):
-    first = functools.partial(_round, expert_slots, plan, activation, 0, exchange=exchange)
+def _routed_forward(plan, activation, experts, x, weights, special, manifest, num_rounds):
+    first = functools.partial(_round, expert_slots, plan, activation, 0, manifest=manifest)
     collected, pull_first = jax.vjp(first, experts, x, weights)
 
-    def overflow(collected, num_rounds, exchange, experts, x, weights):
+    def overflow(collected, num_rounds, manifest, experts, x, weights):
         def turn(state):
             index, collected = state
             late = _compat.late(index, (experts, x))
-            return index + 1, _round(overflow_slots, plan, activation, index, *late, weights, exchange, collected)
+            return index + 1, _round(overflow_slots, plan, activation, index, *late, weights, manifest, collected)
 
         return lax.while_loop(lambda state: state[0] < num_rounds, turn, (jnp.ones_like(num_rounds), collected))[1]
 
     if plan.max_rounds > 1:
-        collected = _loop(overflow, plan)(collected, num_rounds, exchange, experts, x, weights)
-    total = finish(collected, weights, exchange.travels, special, plan)
-    return total, (pull_first, collected, experts, x, weights, special, exchange, num_rounds)
+        collected = _loop(overflow, plan)(collected, num_rounds, manifest, experts, x, weights)
+    total = finish(transport_of(plan), collected, weights, manifest.travels, special, plan)
+    return total, (pull_first, collected, experts, x, weights, special, manifest, num_rounds)
 
 
 def _routed_backward(plan, activation, residuals, ct):
-    pull_first, collected, experts, x, weights, special, exchange, num_rounds = residuals
+    pull_first, collected, experts, x, weights, special, manifest, num_rounds = residuals
 
     def finished(collected, weights, special):
-        return finish(collected, weights, exchange.travels, special, plan)
+        return finish(transport_of(plan), collected, weights, manifest.travels, special, plan)
 
     pull_finish = jax.vjp(finished, collected, weights, special)[1]
     d_collected, d_weights, d_special = pull_finish(ct)
     grads = pull_first(d_collected)
 
-    def overflow(grads, num_rounds, exchange, pull_finish, *operands):
+    def overflow(grads, num_rounds, manifest, pull_finish, *operands):
         def turn(state):
             index, grads = state
             late_ct, *late = _compat.late(index, operands)
             d_collected = pull_finish(late_ct)[0]
-            return index + 1, _add_overflow_round(plan, activation, index, grads, d_collected, *late, exchange)
+            return index + 1, _add_overflow_round(plan, activation, index, grads, d_collected, *late, manifest)
 
         return lax.while_loop(lambda state: state[0] < num_rounds, turn, (jnp.ones_like(num_rounds), grads))[1]
 
     if plan.max_rounds > 1:
-        grads = _loop(overflow, plan)(grads, num_rounds, exchange, pull_finish, ct, experts, x, weights)
+        grads = _loop(overflow, plan)(grads, num_rounds, manifest, pull_finish, ct, experts, x, weights)
     d_experts, d_x, d_sent_weights = grads
     return d_experts, d_x, d_weights + d_sent_weights, d_special, None, None
 

@@ -1,6 +1,7 @@
 """What one call of the layer costs one device: bytes on the wire, flops, memory traffic, and the time they bound.
 
-Counted is the program of ``moe_on_mesh`` with fp32 parameters and no biases, in a round under an even load.
+Counted is the program of ``moe_on_mesh`` with fp32 parameters and no biases, in a round under an even load. What rows
+cost, their transport knows.
 """
 
 import dataclasses
@@ -12,13 +13,14 @@ import jax.numpy as jnp
 from moe_jax.config import ACTIVATIONS
 from moe_jax.errors import InvalidArgumentError, UnsupportedError, check_choice, check_count
 from moe_jax.plan.rates import RATES
+from moe_jax.plan.transport_table import transport_of
 from moe_jax.quant import recipe
 
 if TYPE_CHECKING:
     from moe_jax.plan.plan import Plan
 
 PHASES = ("forward", "forward + backward")
-_WIDE = 4  # bytes of an integer, a weight, a term of a sum, a number in a parameter
+WIDE = 4  # bytes of an integer, a weight, a term of a sum, a number in a parameter
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,9 +97,9 @@ def plan_costs(plan: "Plan", ffn: int, *, activation: str, num_replicas: int, pl
 def layer_costs(plan: "Plan", platform: str, *, ffn: int, activation: str, num_replicas: int) -> dict[str, Cost]:
     """The costs by phase; ``ffn`` 0 leaves out everything that has the width of an FFN. See ``Plan.cost``."""
     rates = RATES[platform]
-    size = _Size.of(plan, rates.widened)
-    even = size._replace(sent=min(size.sent, plan.num_pairs), returned=min(size.returned, plan.num_pairs))
-    even = even if plan.transport == "ragged" else size
+    size = Size.of(plan, rates.widened)
+    transport = transport_of(plan)
+    even = transport.even_size(plan, size)
     routed = _Ffn(size.multiplied, plan.num_local_experts, ffn // plan.tp_size, activation)
     shared = _Ffn(plan.tokens_per_rank, 1, ffn * plan.num_shared_experts, activation)
     costs = {}
@@ -107,11 +109,12 @@ def layer_costs(plan: "Plan", platform: str, *, ffn: int, activation: str, num_r
         sums = _sum_wire(plan, size, routed, shared, num_replicas, backward)
         router = passes * 2 * plan.tokens_per_rank * plan.hidden * plan.num_ids
         flops = passes * sum(2 * f.projections * f.rows * plan.hidden * f.width for f in (routed, shared))
-        traffic = _row_traffic(plan, size, backward) + passes * _router_traffic(plan)
+        of_rows = transport.traffic_bytes if plan.exchanges else _local_traffic
+        traffic = of_rows(plan, size, backward) + passes * _router_traffic(plan)
         traffic += sum(_ffn_traffic(f, plan.hidden, size.itemsize, backward) for f in (routed, shared))
-        traffic += int(rates.ragged_passes * _ragged_ends(plan, size, backward))
-        rows, even_rows = (_row_wire(plan, s, backward) for s in (size, even))
-        share = rates.ragged_wire if plan.transport == "ragged" else 1.0
+        traffic += int(transport.passes_at_ends(rates) * _ends(plan, size, backward))
+        rows, even_rows = (transport.wire_bytes(plan, s, backward) for s in (size, even))
+        share = transport.wire_share(rates)
         costs[phase] = Cost(
             wire_bytes=sums + rows,
             even_wire_bytes=sums + even_rows,
@@ -139,26 +142,43 @@ class _Ffn(NamedTuple):
         return 2 if self.activation == "gelu" else 3
 
 
-class _Size(NamedTuple):
-    """Of one round on one device: bytes of a row in each of its forms, and rows of each buffer."""
+class Size(NamedTuple):
+    """Extents of one round on one device, from which every transport finds its costs.
+
+    Attributes:
+      itemsize: bytes of a number of a row.
+      row: bytes of a row in ``plan.dtype``.
+      out: bytes of a row on its way to the experts.
+      back: bytes of a row on its way back.
+      ct: bytes of a cotangent of a row, both ways.
+      wide: bytes of a row in fp32.
+      sum_item: bytes of a number of ``plan.dtype`` in a sum over ranks.
+      slots: rows for which the ep ranks have room, W * capacity.
+      sent: rows that an exchange hands over on the way out.
+      returned: rows that it hands over on the way back.
+      crossing: tokens that go to the nodes.
+      everyone: tokens of all ranks.
+      arrived: M.
+      multiplied: rows of all experts under an even load.
+    """
 
     itemsize: int
     row: int
-    out: int  # on its way to the experts
+    out: int
     back: int
-    ct: int  # of a cotangent, both ways
-    wide: int  # in fp32
-    sum_item: int  # bytes of a number of ``plan.dtype`` in a sum over ranks
-    slots: int  # what the ep ranks send, W * capacity
-    sent: int  # what an exchange hands over on the way out
-    returned: int  # and on the way back
-    crossing: int  # what goes to the nodes
-    everyone: int  # tokens of all ranks
-    arrived: int  # M
+    ct: int
+    wide: int
+    sum_item: int
+    slots: int
+    sent: int
+    returned: int
+    crossing: int
+    everyone: int
+    arrived: int
     multiplied: int
 
     @classmethod
-    def of(cls, plan, widened: tuple[str, ...]) -> "_Size":
+    def of(cls, plan, widened: tuple[str, ...]) -> "Size":
         itemsize, slots = jnp.dtype(plan.dtype).itemsize, plan.ep_size * plan.pair_capacity
         messages = (
             row_bytes(name, plan.hidden, plan.dtype) for name in (plan.quant, plan.combine_quant, plan.backward_quant)
@@ -170,10 +190,10 @@ class _Size(NamedTuple):
             itemsize,
             plan.hidden * itemsize,
             *messages,
-            wide=plan.hidden * _WIDE,
-            sum_item=_WIDE if plan.dtype in widened else itemsize,
+            wide=plan.hidden * WIDE,
+            sum_item=WIDE if plan.dtype in widened else itemsize,
             slots=slots,
-            sent=min(slots, plan.num_pairs) if plan.transport == "ragged" else slots,
+            sent=transport_of(plan).sent_rows(plan, plan.pair_capacity),
             returned=slots,
             crossing=plan.num_nodes * per_node,
             everyone=everyone,
@@ -185,113 +205,47 @@ class _Size(NamedTuple):
 # The wire.
 
 
-def _leaves(op: str, group: int, handed: int) -> int:
+def leaves(op: str, group: int, handed: int) -> int:
     """Bytes that leave a device of a group when each hands over so many."""
     factor = {"all-gather": group, "all-reduce": 2}.get(op, 1)
     return factor * handed * (group - 1) // group
 
 
-def _row_wire(plan, size: _Size, backward: bool) -> int:
-    """Rows, and what says where they go and how much they weigh."""
-    world, nodes, pairs = plan.ep_size * plan.tp_size, plan.num_nodes, plan.num_pairs * _WIDE
-    counts = plan.num_experts * _WIDE
-    total = _there(plan, size, size.out) + _home(plan, size, size.back)
-    if plan.transport == "allgather":
-        total += 2 * _leaves("all-gather", world, pairs)  # destinations, weights
-    entries = plan.num_copies * _WIDE  # of a token
-    if plan.transport == "hierarchy":
-        total += _leaves("all-to-all", plan.ep_size, counts) + _leaves("all-gather", plan.tp_size, counts)
-        total += 2 * _leaves("all-to-all", nodes, size.crossing * entries)  # destinations, weights
-    if not plan.sums_at_experts:
-        total += _leaves("all-gather", world, counts)
-    elif plan.max_rounds > 1:
-        total += _leaves("all-reduce", world, _WIDE)
-    if not backward:
-        return total
-    total += _there(plan, size, size.ct, weighted=True) + _home(plan, size, size.ct)
-    if plan.transport == "allgather":
-        total += _leaves("reduce-scatter", world, world * pairs)  # gradients of the weights
-    if plan.transport == "hierarchy":
-        total += _leaves("reduce-scatter", plan.tp_size, size.arrived * _WIDE)
-        total += _leaves("all-to-all", plan.ep_size // nodes, size.slots * _WIDE)
-        total += _leaves("all-to-all", nodes, size.crossing * entries)
-    return total
+def rounds_bytes(plan) -> int:
+    """Of the number of rounds, where the ranks do not know it from the counts that they exchange."""
+    return leaves("all-reduce", plan.ep_size * plan.tp_size, WIDE) if plan.max_rounds > 1 else 0
 
 
-def _there(plan, size: _Size, message: int, weighted: bool = False) -> int:
-    """Messages to the experts; ``weighted``: on a hierarchy they have the weights with them."""
-    if plan.transport == "allgather":
-        return _leaves("all-gather", plan.ep_size * plan.tp_size, plan.tokens_per_rank * message)
-    total, ranks = 0, plan.ep_size
-    if plan.transport == "hierarchy":
-        ranks //= plan.num_nodes
-        entries = plan.num_copies * _WIDE if weighted else 0
-        total += _leaves("all-to-all", plan.num_nodes, size.crossing * (message + entries))
-        message += _WIDE if weighted else 0
-    total += _leaves("all-to-all", ranks, size.sent * message)
-    return total + _leaves("all-gather", plan.tp_size, size.slots * message)
-
-
-def _home(plan, size: _Size, message: int) -> int:
-    """Rows from the experts."""
-    if plan.transport == "allgather":
-        return _leaves("reduce-scatter", plan.ep_size * plan.tp_size, size.everyone * size.wide)
-    total = _leaves("reduce-scatter", plan.tp_size, size.arrived * plan.hidden * size.sum_item)
-    if plan.transport == "hierarchy":
-        total += _leaves("all-to-all", plan.ep_size // plan.num_nodes, size.slots * size.row)
-        return total + _leaves("all-to-all", plan.num_nodes, size.crossing * message)
-    return total + _leaves("all-to-all", plan.ep_size, size.returned * message)
-
-
-def _sum_wire(plan, size: _Size, routed: _Ffn, shared: _Ffn, num_replicas: int, backward: bool) -> int:
+def _sum_wire(plan, size: Size, routed: _Ffn, shared: _Ffn, num_replicas: int, backward: bool) -> int:
     """What is summed over all devices: load and two counts; shares and a loss; gradients of replicated parameters.
 
     XLA makes one all-reduce of all that have a dtype and a group in common.
     """
     devices = plan.ep_size * plan.tp_size * num_replicas
-    total = _leaves("all-reduce", num_replicas, _WIDE) + _leaves("all-reduce", devices, (plan.num_ids + 2) * _WIDE)
-    floats = (plan.num_ids + 1) * _WIDE
+    total = leaves("all-reduce", num_replicas, WIDE) + leaves("all-reduce", devices, (plan.num_ids + 2) * WIDE)
+    floats = (plan.num_ids + 1) * WIDE
     if not backward:
-        return total + _leaves("all-reduce", devices, floats)
-    floats += plan.hidden * plan.num_ids * _WIDE
+        return total + leaves("all-reduce", devices, floats)
+    floats += plan.hidden * plan.num_ids * WIDE
     narrow = plan.hidden * (3 * plan.num_const_experts + shared.projections * shared.width) * size.sum_item
-    sums = (floats + narrow,) if size.sum_item == _WIDE else (floats, narrow)
-    of_replicas = routed.projections * routed.experts * plan.hidden * routed.width * _WIDE
-    total += sum(_leaves("all-reduce", devices, handed) for handed in sums)
-    return total + _leaves("all-reduce", num_replicas, of_replicas)
+    sums = (floats + narrow,) if size.sum_item == WIDE else (floats, narrow)
+    of_replicas = routed.projections * routed.experts * plan.hidden * routed.width * WIDE
+    total += sum(leaves("all-reduce", devices, handed) for handed in sums)
+    return total + leaves("all-reduce", num_replicas, of_replicas)
 
 
 # Memory traffic.
 
 
-def _row_traffic(plan, size: _Size, backward: bool) -> int:
-    """Passes over rows but for products."""
-    if not plan.exchanges:
-        return _local_traffic(plan, size, backward)
-    gathers, pairs = plan.transport == "allgather", plan.num_pairs
-    tokens, everyone = plan.tokens_per_rank, size.everyone * plan.num_copies
-    total = _pass_out(plan, size, tokens, size.out) + _pass_home(plan, size, size.back)
-    if not backward:
-        return total
-    if gathers:  # of every choice of every token, <row, cotangent>
-        total += tokens * (size.wide + size.row) + 2 * size.arrived * size.row + everyone * (size.row + size.wide)
-        return total + _pass_out(plan, size, tokens, size.ct) + _pass_home(plan, size, size.ct)
-    if plan.transport == "hierarchy":  # the same for every row that arrived
-        total += tokens * (size.wide + size.row) + 4 * size.arrived * size.row
-        return total + _pass_out(plan, size, tokens, size.ct) + _pass_home(plan, size, size.ct)
-    total += 2 * (pairs * size.row + tokens * size.wide)  # cotangents of pairs and of weights
-    return total + _pass_out(plan, size, pairs, size.ct) + _pass_home(plan, size, size.ct)
-
-
-def _local_traffic(plan, size: _Size, backward: bool) -> int:
+def _local_traffic(plan, size: Size, backward: bool) -> int:
     """Of a device that exchanges nothing: a gather each way, of rows as recipes leave them; the sum at the tokens."""
     tokens, pairs = plan.tokens_per_rank, plan.num_pairs
 
     def there(rows, message):
-        return 2 * _recoded(size, message, rows) + 2 * size.arrived * size.row
+        return 2 * recoded(size, message, rows) + 2 * size.arrived * size.row
 
     def home(message):
-        return 2 * _recoded(size, message, size.arrived) + 3 * pairs * size.row + tokens * size.wide
+        return 2 * recoded(size, message, size.arrived) + 3 * pairs * size.row + tokens * size.wide
 
     total = there(tokens, size.out) + home(size.back)
     if backward:  # beside the same of cotangents: those of pairs and of weights
@@ -299,56 +253,29 @@ def _local_traffic(plan, size: _Size, backward: bool) -> int:
     return total
 
 
-def _ragged_ends(plan, size: _Size, backward: bool) -> int:
-    """Bytes of a pass over the rows at both ends of every ragged exchange."""
+def _ends(plan, size: Size, backward: bool) -> int:
+    """Bytes of a pass over the rows at both ends of every exchange between ranks."""
     messages = size.out + size.back + 2 * size.ct * backward
-    return 2 * (size.sent + size.slots) * messages if plan.transport == "ragged" and plan.ep_size > 1 else 0
+    return 2 * (size.sent + size.slots) * messages if plan.ep_size > 1 else 0
 
 
-def _recoded(size: _Size, message: int, rows: int) -> int:
-    """Rows into or out of a message that is no row."""
-    return rows * (size.row + message) if message != size.row else 0
-
-
-def _pass_out(plan, size: _Size, rows: int, message: int) -> int:
-    """``rows`` as messages to the experts, and in their order there."""
-    coded, world = _recoded(size, message, rows) + _recoded(size, message, size.arrived), plan.ep_size * plan.tp_size
-    if plan.transport == "allgather":
-        moved = (plan.tokens_per_rank + size.everyone) * message if world > 1 else 0
-        return coded + moved + 2 * size.arrived * message
-    packed = 2 * size.sent * message
-    if plan.transport == "hierarchy":
-        packed += 4 * size.crossing * message
-    moved = (size.sent + size.slots) * message if plan.ep_size > 1 else 0
-    gathered = (size.slots + size.arrived) * message if plan.tp_size > 1 else 0
-    return coded + packed + moved + gathered + 2 * size.arrived * size.row
-
-
-def _pass_home(plan, size: _Size, message: int) -> int:
-    """Rows of products as messages to the tokens, and summed."""
-    tokens = plan.tokens_per_rank
-    if plan.transport == "allgather":
-        sums = size.everyone * (plan.num_copies * size.row + size.wide)
-        moved = (size.everyone + tokens) * size.wide if plan.ep_size * plan.tp_size > 1 else 0
-        return 2 * _recoded(size, message, size.arrived) + sums + moved
-    unplaced = 2 * size.arrived * size.row
+def unplaced_bytes(plan, size: Size) -> int:
+    """Rows of products put into the slots that they came in, and added over tp."""
     widened = 2 * size.wide if size.sum_item > size.itemsize else 0  # rows are cast for the sum, and cast back
     added = (size.arrived + size.slots) * (size.row + widened) if plan.tp_size > 1 else 0
-    if plan.transport == "hierarchy":
-        inside = 2 * size.slots * size.row if plan.ep_size > plan.num_nodes else 0
-        sums = size.crossing * (plan.num_copies * size.row + size.wide + 3 * message)
-        return unplaced + added + inside + sums + tokens * (plan.num_nodes * message + size.wide)
-    moved = (size.slots + size.sent) * message if plan.ep_size > 1 else 0
-    coded = _recoded(size, message, size.slots) + _recoded(size, message, plan.num_pairs)
-    unpacked = plan.num_pairs * (2 * message + size.row) + tokens * size.wide
-    return unplaced + added + moved + coded + unpacked
+    return 2 * size.arrived * size.row + added
+
+
+def recoded(size: Size, message: int, rows: int) -> int:
+    """Rows into or out of a message that is no row."""
+    return rows * (size.row + message) if message != size.row else 0
 
 
 def _ffn_traffic(ffn: _Ffn, hidden: int, itemsize: int, backward: bool) -> int:
     """Each product reads two matrices and writes one; so do its two gradients. 16-bit weights are cast copies."""
     row, inner, count = hidden * itemsize, ffn.width * itemsize, ffn.projections
     weights = count * ffn.experts * hidden * ffn.width
-    casts = weights * (_WIDE + itemsize) if itemsize != _WIDE else 0
+    casts = weights * (WIDE + itemsize) if itemsize != WIDE else 0
     total = casts + weights * itemsize + ffn.rows * count * (row + 2 * inner)
     if not backward or not ffn.width:
         return total * bool(ffn.width)
@@ -358,4 +285,4 @@ def _ffn_traffic(ffn: _Ffn, hidden: int, itemsize: int, backward: bool) -> int:
 
 def _router_traffic(plan) -> int:
     tokens, hidden, ids = plan.tokens_per_rank, plan.hidden, plan.num_ids
-    return (tokens * hidden + hidden * ids + tokens * ids) * _WIDE
+    return (tokens * hidden + hidden * ids + tokens * ids) * WIDE

@@ -6,6 +6,7 @@ import math
 from moe_jax import _compat
 from moe_jax.plan.cost import Cost, plan_costs
 from moe_jax.plan.describe import describe
+from moe_jax.plan.transport_table import transport_of
 from moe_jax.plan.workspace import workspace
 from moe_jax.quant import Recipe, recipe
 from moe_jax.types import DispatchHandle
@@ -148,7 +149,7 @@ class Plan:
     @property
     def sums_at_experts(self) -> bool:
         """Whether a token's rows are summed where they were made, rather than at the token."""
-        return self.transport in ("allgather", "hierarchy")
+        return not transport_of(self).pairwise
 
     def num_rows(self, capacity: int) -> int:
         """M, rows that a device can receive when every pair of ranks moves at most ``capacity``."""

@@ -1,4 +1,4 @@
-"""The recipes: how the scale of a block follows from its numbers, and which names they go by."""
+"""The recipes: how the scale of a block follows from the numbers in it, and the names of the recipes."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,16 +13,17 @@ from moe_jax.errors import check_choice, check_count
 from moe_jax.quant.base import FLOOR, TINY, Recipe, from_blocks, to_blocks
 from moe_jax.quant.formats import E2M1, E4M3, E5M2, INT8
 
-_LEAST_AMAX = np.float32(1e-4)  # of a block of ``MicroscaledClip``
+_LEAST_AMAX = np.float32(1e-4)  # the scale of a block of ``MicroscaledClip`` is made for at least this magnitude
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Static(Recipe):
-    """``q = saturate(rint(y))`` with ``y = fp32(x) * smooth``: the caller's scale alone, and none travels.
+    """``q = saturate(rint(y))`` with ``y = fp32(x) * smooth``: the caller chooses the scale, and none travels.
 
-    Ties to even; NaN gives 0. Error: half a unit of y inside [-127, 127], unbounded outside (values saturate). The
-    receiver divides by the scale it knows: ``dequantize`` returns about y.
+    Ties go to the even code; NaN becomes 0. ``dequantize`` returns about y, and the receiver divides by the scale,
+    which it knows. The error of y is at most half a unit inside [-127, 127]; outside values saturate, and it has no
+    bound.
     """
 
     needs_smooth = True
@@ -46,9 +47,10 @@ class Static(Recipe):
 class PerToken(Recipe):
     """``m = largest / amax|y|``, ``q = round(y * m)``, ``scale = 1 / m``: one scale per row, each step in fp32.
 
-    The scale is the reciprocal of m, not amax / largest. Ties to even. A row of zeros, or one whose scale would be
-    subnormal, gives zeros with scale 0; a row with NaN or inf dequantises to NaN throughout. Error: scale / 2 for int8;
-    for fp8 the format's relative roundoff (1/16 for e4m3, 1/8 for e5m2), at least scale * half_step.
+    The scale is the reciprocal of m, not amax / largest. Ties go to the even code. A row of zeros, or one whose scale
+    would be subnormal, becomes zeros with scale 0. A row with NaN or inf comes back as NaN in every column. The error
+    is at most scale / 2 for int8. For fp8 it is the relative roundoff of the format (1/16 for e4m3, 1/8 for e5m2) times
+    the number, or scale * half_step if that is more.
     """
 
     def _scale(self, y):
@@ -63,7 +65,7 @@ class PerToken(Recipe):
 class PerGroup(Recipe):
     """``m_g = largest / amax_g``, ``q = round(y * m_g)``, ``scale_g = amax_g * fp32(1 / largest)`` by column groups.
 
-    The last group may be short. Rounding, zeros, NaN and error: as ``PerToken``, by group.
+    The last group may be short. Rounding, zeros, NaN and the error are those of ``PerToken``, group by group.
     """
 
     def _scale(self, y):
@@ -77,11 +79,12 @@ class PerGroup(Recipe):
 class Microscaled(Recipe):
     """OCP microscaling: blocks of 32 columns share a power of two, ``q = round(x * 2^(127-s))``, s a byte (E8M0).
 
-    ``s = max(e - largest_exponent, 0)`` with e the largest biased fp32 exponent of the block: the *floor* rule, so a
-    value can exceed the format's largest one and saturates. The product is exact. A block of zeros and subnormals gives
-    zeros and s = 0; a block with NaN or inf gives s = 255, which dequantises to NaN. Scale bytes are padded with 0 to
-    an even number. Ties to even. Error: the format's relative roundoff, at least 2^(s-127) * half_step; for saturated
-    values up to 2^(s-127) * (2^(largest_exponent + 1) - largest).
+    ``s = max(e - largest_exponent, 0)``, where e is the largest biased fp32 exponent of the block. This is the *floor*
+    rule: a number may exceed the largest one of the format, and then it saturates. The product is exact, and ties go to
+    the even code. A block of zeros and subnormals becomes zeros with s = 0. A block with NaN or inf gets s = 255, and
+    comes back as NaN. The bytes of the scales are padded with 0 to an even number. The error is the relative roundoff
+    of the format times the number, or 2^(s-127) * half_step if that is more; for numbers that saturate it is at most
+    2^(s-127) * (2^(largest_exponent + 1) - largest).
     """
 
     scale_dtype = "uint8"
@@ -92,7 +95,7 @@ class Microscaled(Recipe):
         return (blocks + blocks % 2,)
 
     def _smoothed(self, x, smooth):
-        if x.dtype == jnp.bfloat16:  # by bits: a float conversion may flush subnormals
+        if x.dtype == jnp.bfloat16:  # widened by its bits, since a conversion of floats may flush subnormals
             bits = lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32) << 16
             return lax.bitcast_convert_type(bits, jnp.float32)
         return x.astype(jnp.float32)  # a subnormal fp16 number is a normal fp32 one
@@ -113,7 +116,7 @@ class Microscaled(Recipe):
         return z, jnp.pad(s, ((0, 0), (0, s.shape[1] % 2)))
 
     def _factor(self, scale):
-        """2^(s-127), 2^-126 for s = 0."""
+        """2^(s-127), but 2^-126 for s = 0, since 2^-127 is subnormal."""
         s = scale.astype(jnp.int32)
         return jnp.where(s == 255, jnp.nan, _power_of_two(jnp.clip(s, 1, 254) - 127))
 
@@ -129,9 +132,10 @@ class Microscaled(Recipe):
 class MicroscaledClip(Microscaled):
     """``Microscaled`` with a scale that leaves room: ``2^(s-127)`` is the power of two at or above amax / largest.
 
-    ``v = max(amax, 1e-4) * fp32(1 / largest)`` in fp32; s is the biased exponent of v, plus 1 if v is no power of two.
-    Blocks of zeros therefore have the scale of 1e-4; a block with NaN or inf has s = 255. Nothing saturates by more
-    than a rounding. Error: the format's relative roundoff, at least 2^(s-127) * half_step.
+    ``v = max(amax, 1e-4) * fp32(1 / largest)`` in fp32; s is the biased exponent of v, plus 1 if v is not a power of
+    two. So a block of zeros has the scale that one with amax = 1e-4 has. A block with NaN or inf has s = 255. Nothing
+    saturates by more than a rounding. The error is the relative roundoff of the format times the number, or
+    2^(s-127) * half_step if that is more.
     """
 
     def _scale(self, y):
@@ -151,10 +155,11 @@ class MicroscaledClip(Microscaled):
 class RoundedScale(Recipe):
     """``s = amax * fp32(1/127)``, ``q = rint(fp16(x / s))`` by groups of columns; what travels is ``dtype(s)``.
 
-    The division is by the unrounded s; its quotient becomes fp16 before it becomes an integer (both ties to even). The
-    receiver's value is ``dtype(q * fp32(dtype(s)))``. A group of zeros, or one whose s is subnormal in fp32, gives
-    zeros; one with NaN or inf dequantises to NaN. In fp16, values near the largest one may come back as inf. Error:
-    scale * (1/2 + 1/32) plus the roundings of scale and value to the rows' dtype, each up to |value| * roundoff(dtype).
+    The division is by s before it is rounded to ``dtype``. The quotient is rounded to fp16 and then to an integer, both
+    with ties to even. The receiver gets ``dtype(q * fp32(dtype(s)))``. A group of zeros, or one whose s is subnormal in
+    fp32, becomes zeros. A group with NaN or inf comes back as NaN. In fp16, numbers near the largest one may come back
+    as inf. The error is at most scale * (1/2 + 1/32), plus the roundings of scale and value to the dtype of the rows,
+    each of which is at most |value| * roundoff(dtype).
     """
 
     takes_smooth = False
@@ -183,7 +188,7 @@ class RoundedScale(Recipe):
         )
         roundoff = float(jnp.finfo(self.dtype).eps) / 2
         floor = 2.0**-25 if self.dtype == "float16" else FLOOR  # half of the smallest fp16 number
-        unrounded = scale * (1 + 2 * roundoff) + floor  # at most that
+        unrounded = scale * (1 + 2 * roundoff) + floor  # the scale before it was rounded is at most this
         bound = unrounded * (0.5 + 2.0**-5 + 2.0**-14) + size * (unrounded - scale) + size * scale * roundoff + floor
         return jnp.where(jnp.isfinite(self.dequantize(q)), from_blocks(bound, q.values.shape[1]), jnp.inf)
 
@@ -248,9 +253,10 @@ def named_recipe(name: str, dtype: str) -> Recipe:
 
 
 def _amax(y):
-    """max |y| of every block, [rows, G, 1]; NaN where there is one.
+    """max |y| of every block, [rows, G, 1]; NaN for a block that has one.
 
-    Taken on the bits, which order non-negative floats and put NaN above all: a compiled float maximum may drop NaN.
+    The maximum is taken over the bits as integers. They order non-negative floats and put NaN above all others, while a
+    compiled maximum of floats may drop NaN.
     """
     magnitude = lax.bitcast_convert_type(y, jnp.int32) & 0x7FFFFFFF
     return lax.bitcast_convert_type(jnp.max(magnitude, axis=-1, keepdims=True), jnp.float32)
@@ -273,5 +279,5 @@ def _exponent_and_mantissa(x):
 
 
 def _power_of_two(exponent):
-    """2^exponent for i32 in [-126, 127], by bits: exact on every device."""
+    """2^exponent for i32 in [-126, 127]. It is made of bits, so that it is exact on every device."""
     return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)

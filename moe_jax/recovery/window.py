@@ -14,7 +14,6 @@ import numpy as np
 
 from moe_jax import _compat, collectives
 from moe_jax.collectives import rendezvous
-from moe_jax.collectives.peers import swap_with_peers
 from moe_jax.errors import (
     InvalidArgumentError,
     ShapeError,
@@ -26,12 +25,12 @@ from moe_jax.errors import (
     check_type,
 )
 from moe_jax.recovery.barrier import wait_for_ranks
-from moe_jax.types import DispatchHandle, _pytree
+from moe_jax.types import DispatchHandle, pytree
 
 Array = jax.Array
 
 
-@_pytree()
+@pytree()
 class Window:
     """What one rank received. Donate it (``jit(..., donate_argnums)``), and every step writes into the same memory.
 
@@ -179,7 +178,7 @@ def receivable_test(
     me = jax.lax.axis_index(axes)
     status = _compat.as_varying(jnp.where(addressed, me + 1, 0), axes)
     rows = _compat.as_varying(jnp.where(addressed[:, None, None], pattern, jnp.zeros_like(pattern)), axes)
-    status, rows = swap_with_peers(status, axes), swap_with_peers(rows, axes)
+    status, rows = collectives.swap_with_peers(status, axes), collectives.swap_with_peers(rows, axes)
     arrived = hears & (status > 0)
     old = window.data.reshape(rows.shape)
     return Window(

@@ -24,13 +24,17 @@ from moe_jax.reference.fused import (
 from moe_jax.reference.layer import combine_weights_vjp, moe_layer, moe_layer_vjp
 from moe_jax.reference.rms_norm import add_rms_norm, add_rms_norm_vjp
 from moe_jax.reference.routing import Routing, route, route_vjp, update_selection_bias
-from moe_jax.reference.special import SpecialExperts, special_sum, special_value
 from moe_jax.reference.update_expert import update_expert
+from moe_jax.reference.weightless import WeightlessExperts, weightless_sum, weightless_value
+
+# The names that these three had before.
+SpecialExperts, special_sum, special_value = WeightlessExperts, weightless_sum, weightless_value
 
 __all__ = [
     "Dispatched",
     "Routing",
     "SpecialExperts",
+    "WeightlessExperts",
     "add_rms_norm",
     "add_rms_norm_vjp",
     "all_to_allv_grouped_matmul",
@@ -57,4 +61,6 @@ __all__ = [
     "special_value",
     "update_expert",
     "update_selection_bias",
+    "weightless_sum",
+    "weightless_value",
 ]

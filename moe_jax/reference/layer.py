@@ -15,7 +15,7 @@ from moe_jax import errors
 from moe_jax.parameters import rows_of, weights_of
 from moe_jax.reference import routing as routing_lib
 from moe_jax.reference.experts import expert_ffn, expert_ffn_vjp
-from moe_jax.reference.special import SpecialExperts, special_value
+from moe_jax.reference.weightless import WeightlessExperts, weightless_value
 
 Params = Mapping[str, np.ndarray]
 
@@ -33,7 +33,7 @@ def moe_layer(
     activation: str = "swiglu",
     bias: np.ndarray | None = None,
     token_mask: np.ndarray | None = None,
-    special: SpecialExperts | None = None,
+    special: WeightlessExperts | None = None,
 ) -> tuple[np.ndarray, routing_lib.Routing]:
     """y_t = shared(x_t) + sum over k ascending of weight_tk * expert_{id_tk}(x_t).
 
@@ -47,7 +47,8 @@ def moe_layer(
       activation: see ``expert_ffn``; routed and shared experts have the same one.
       bias: [E], the router's selection bias, for those who do not keep it in ``params["selection_bias"]``.
       token_mask: [N] bool, False = inactive; None = all active.
-      special: zero, copy and constant experts; the router then has an output for each. (No vjp is written for them.)
+      special: the weightless experts, that is zero, copy and constant ones; the router then has an output for each. (No
+        vjp is written for them.)
 
     Returns:
       y [N, H] f64 and the ``Routing``.
@@ -66,7 +67,7 @@ def moe_layer(
             y[t] += expert_ffn(x[t : t + 1], shared, activation)[0]
         for e, weight in zip(routing.expert_ids[t], routing.combine_weights[t], strict=True):
             if special is not None and e >= special.num_experts:
-                y[t] += weight * special_value(x[t], e, special)
+                y[t] += weight * weightless_value(x[t], e, special)
             else:
                 y[t] += weight * expert_ffn(x[t : t + 1], _routed_weights(params, e), activation)[0]
     return y, routing

@@ -1,26 +1,32 @@
-"""How rows move between tokens and experts: one module per route, and the differentiable ways there and back."""
+"""How rows travel between tokens and experts: the protocol, a file for each transport, and the ways out and back."""
 
-from moe_jax.transports.collect import collect_rows, collect_rows_timed, finish, together
-from moe_jax.transports.picking import as_delivered, copy_weights, pick, rows_if, token_of
-from moe_jax.transports.routes import RowOrder, arrival_order
-from moe_jax.transports.send import Sent, carry_rows, dequantized, send_as_is, send_rows, smooth_rows
+from moe_jax.plan.transport_table import transport_names, transport_of
+from moe_jax.transports.all_gather import ALL_GATHER
+from moe_jax.transports.all_to_all import PADDED, RAGGED
+from moe_jax.transports.base import InboxOrder, Transport, register_transport
+from moe_jax.transports.collect import collect_rows
+from moe_jax.transports.hierarchy import HIERARCHY
+from moe_jax.transports.send import Sent, carry_rows, dequantized, send_as_is, send_rows
+from moe_jax.transports.stopwatch import Stopwatch
 
 __all__ = [
-    "RowOrder",
+    "ALL_GATHER",
+    "HIERARCHY",
+    "PADDED",
+    "RAGGED",
+    "InboxOrder",
     "Sent",
-    "arrival_order",
-    "as_delivered",
+    "Stopwatch",
+    "Transport",
     "carry_rows",
     "collect_rows",
-    "collect_rows_timed",
-    "copy_weights",
     "dequantized",
-    "finish",
-    "pick",
-    "rows_if",
+    "register_transport",
     "send_as_is",
     "send_rows",
-    "smooth_rows",
-    "together",
-    "token_of",
+    "transport_names",
+    "transport_of",
 ]
+
+for _transport in (PADDED, RAGGED, ALL_GATHER, HIERARCHY):
+    register_transport(_transport)

@@ -1,85 +1,156 @@
-"""The route of "allgather": every rank sees every token; each token's sum is made where its experts are."""
+"""The transport "allgather": every rank sees every token; each token's sum is made where its experts are."""
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax import collectives
-from moe_jax.derivatives import differentiated_as
+from moe_jax import collectives, layout
+from moe_jax.derivatives import differentiated_as, take_rows
+from moe_jax.plan.cost import WIDE, leaves, recoded, rounds_bytes, row_bytes
 from moe_jax.quant.message import join_some, split_some
-from moe_jax.transports.picking import Moves, as_delivered, as_received, as_sent, by_token, pick, token_of
-from moe_jax.types import GatherMaps
+from moe_jax.transports.base import (
+    Delivery,
+    Opened,
+    Return,
+    Transport,
+    as_delivered,
+    as_received,
+    as_sent,
+    by_token,
+    partial_sums,
+    token_of,
+)
+from moe_jax.types import pytree
 
 Array = jax.Array
 
 
-def scatter(
-    tokens: Array | None, pairs: Array | None, maps: GatherMaps, plan
-) -> tuple[Array | None, Array | None, None]:
-    """As ``exchange.scatter``: tokens [T, F] -> [M, F], pairs [C, T, G] -> [M, G]."""
-    with jax.named_scope("exchange"):
-        message, parts = join_some([tokens, None if pairs is None else by_token(pairs)])
-        everyone = jax.lax.collapse(collectives.gather_tokens(message, plan), 0, 2)
-        all_tokens, all_pairs = split_some(everyone, parts)
-    with jax.named_scope("permute"):
-        if tokens is not None:
-            all_tokens = pick(all_tokens, token_of(maps.row_pair, plan), plan)
-        if pairs is not None:
-            all_pairs = pick(all_pairs.reshape(-1, pairs.shape[2]), maps.row_pair, plan)
-        return all_tokens, all_pairs, None
+@pytree()
+class GatherMaps:
+    """How rows are picked when every rank sees every token: maps of one round; -1 marks "none".
 
-
-def collect(
-    rows: Array, weights: Array | None, maps: GatherMaps, plan, *, recipe=None, scalars: Array | None = None
-) -> tuple[Array, Array | None]:
-    """Rows [M, H] -> fp32 weighted sums [T, H], of rows as a ``recipe`` leaves them; scalars [M, G] -> [C, T, G]."""
-    with jax.named_scope("partial_sum"):
-        everyone = None if weights is None else collectives.gather_tokens(weights, plan)
-        partial = _partial_sums(as_received(as_sent(rows, recipe), recipe, rows.shape[1]), everyone, maps, plan)
-    with jax.named_scope("exchange"):
-        total = collectives.reduce_scatter_tokens(partial, plan)
-        if scalars is None:
-            return total, None
-        summed = collectives.reduce_scatter_tokens(pick(scalars, maps.pair_row, plan, absent=0), plan)
-        return total, jnp.swapaxes(summed, 0, 1)
-
-
-def together(collected: Array, more: Array, maps: GatherMaps) -> Array:
-    """Sums of other windows and of this one."""
-    del maps
-    return collected + more
-
-
-def total(collected: Array, maps: GatherMaps) -> Array:
-    """As ``exchange.total``: the sums themselves."""
-    del maps
-    return collected
-
-
-def collect_adjoint(rows: Array, weights: Array, ct: Array, plan, moves: Moves) -> tuple[Array, Array]:
-    """Cotangents of rows and weights from that of the sums, ct [T, H] fp32.
-
-    ``d_row(t, k) = w[t, k] * ct[t]`` and ``d_w[t, k] = <ct[t], row(t, k)>``.
+    Attributes:
+      row_pair: [M] i32, the pair of each row, as source * T * C + pair.
+      pair_row: [P * W, T, C] i32, the row of each pair of each source.
     """
-    maps, rows = moves.maps, as_delivered(rows, plan.combine_recipe)
-    with jax.named_scope("exchange"):
-        everyone = _everyone(ct.astype(plan.dtype), plan, moves.recipe)  # rounded as rows are when they travel
-        flat = jax.lax.collapse(everyone, 0, 2)
-        everyone = everyone.astype(jnp.float32)
-        all_weights = collectives.gather_tokens(weights, plan).ravel()
-    with jax.named_scope("permute"):
-        scale = pick(all_weights, maps.row_pair, plan, absent=0)
-        d_rows = pick(flat, token_of(maps.row_pair, plan), plan)
-        d_rows = (scale[:, None] * d_rows.astype(jnp.float32)).astype(plan.dtype)
-        dots = [
-            jnp.sum(pick(rows, maps.pair_row[..., k], plan, absent=0).astype(jnp.float32) * everyone, axis=-1)
-            for k in range(plan.num_copies)
-        ]
-    with jax.named_scope("exchange"):
-        return d_rows, collectives.reduce_scatter_tokens(jnp.stack(dots, axis=-1), plan)
+
+    row_pair: Array
+    pair_row: Array
 
 
-def _everyone(ct: Array, plan, recipe) -> Array:
-    """[T, H] of each device -> [P * W, T, H] of all, as a recipe leaves them."""
+class AllGather(Transport):
+    """Rows are picked in order straight from the tokens: there are no inbox slots, and ``ordered`` changes nothing."""
+
+    name = "allgather"
+
+    def count(self, destination, pairs, plan):
+        """[P, W, T * C] the destinations of all ranks' pairs."""
+        everyone = collectives.gather_tokens(destination, plan)
+        return pairs, everyone.reshape(plan.tp_size, plan.ep_size, plan.num_pairs)
+
+    def open(self, manifest, start, capacity, plan, *, num_rows):
+        me, num_local = collectives.ep_rank(plan), plan.num_local_experts
+        order = manifest.source_order
+        picked = layout.gather_maps(
+            manifest.known, me, num_local, start, capacity, num_rows=num_rows, source_order=order
+        )
+        pair_row = picked.pair_row.reshape(plan.tp_size * plan.ep_size, plan.tokens_per_rank, plan.num_copies)
+        maps = GatherMaps(row_pair=picked.row_pair, pair_row=pair_row)
+        return Opened(maps, picked.group_sizes, picked.recv_counts)
+
+    def num_rows(self, maps):
+        return maps.row_pair.shape[0]
+
+    def send(self, tokens, pairs, maps, plan, *, ordered):
+        with jax.named_scope("exchange"):
+            message, parts = join_some([tokens, None if pairs is None else by_token(pairs)])
+            everyone = jax.lax.collapse(collectives.gather_tokens(message, plan), 0, 2)
+            all_tokens, all_pairs = split_some(everyone, parts)
+        with jax.named_scope("permute"):
+            if tokens is not None:
+                all_tokens = take_rows(all_tokens, token_of(maps.row_pair, plan.num_copies), poison=plan.poison)
+            if pairs is not None:
+                all_pairs = take_rows(all_pairs.reshape(-1, pairs.shape[2]), maps.row_pair, poison=plan.poison)
+            return Delivery(all_tokens, all_pairs, ())
+
+    def collect(self, rows, weights, scalars, maps, plan, *, ordered, recipe):
+        with jax.named_scope("partial_sum"):
+            everyone = None if weights is None else collectives.gather_tokens(weights, plan)
+            rows = as_received(as_sent(rows, recipe), recipe, rows.shape[1])
+            partial = partial_sums(rows, maps.pair_row, everyone)
+        with jax.named_scope("exchange"):
+            total = collectives.reduce_scatter_tokens(partial, plan)
+            if scalars is None:
+                return Return(total, None, ())
+            summed = collectives.reduce_scatter_tokens(take_rows(scalars, maps.pair_row, absent=0), plan)
+            return Return(total, jnp.swapaxes(summed, 0, 1), ())
+
+    def collect_adjoint(self, rows, weights, ct, maps, plan, *, ordered):
+        # d_row(t, c) = w[t, c] * ct[t]        # [M, H] from ct [T, H] fp32
+        # d_w[t, c] = <ct[t], row(t, c)>       # [T, C], each rank's share summed over the ranks
+        rows = as_delivered(rows, plan.combine_recipe)
+        with jax.named_scope("exchange"):
+            everyone = _everyone(ct.astype(plan.dtype), plan)  # rounded as rows are when they travel
+            flat = jax.lax.collapse(everyone, 0, 2)
+            everyone = everyone.astype(jnp.float32)
+            all_weights = collectives.gather_tokens(weights, plan).ravel()
+        with jax.named_scope("permute"):
+            scale = take_rows(all_weights, maps.row_pair, absent=0)
+            d_rows = take_rows(flat, token_of(maps.row_pair, plan.num_copies), poison=plan.poison)
+            d_rows = (scale[:, None] * d_rows.astype(jnp.float32)).astype(plan.dtype)
+            dots = [
+                jnp.sum(take_rows(rows, maps.pair_row[..., c], absent=0).astype(jnp.float32) * everyone, axis=-1)
+                for c in range(plan.num_copies)
+            ]
+        with jax.named_scope("exchange"):
+            return d_rows, collectives.reduce_scatter_tokens(jnp.stack(dots, axis=-1), plan)
+
+    # What it costs.
+
+    def buffers(self, plan, capacity):
+        tokens = plan.tp_size * plan.ep_size * plan.tokens_per_rank
+        out = row_bytes(plan.quant, plan.hidden, plan.dtype)
+        buffers = {"arrival": tokens * out, "return": tokens * plan.hidden * WIDE}
+        return buffers, 2 * tokens * plan.top_k + plan.num_rows(capacity)
+
+    def wire_bytes(self, plan, size, backward):
+        world, pairs = plan.ep_size * plan.tp_size, plan.num_pairs * WIDE
+        total = 2 * leaves("all-gather", world, pairs)  # destinations, weights
+        total += rounds_bytes(plan)
+        for there in (size.out, size.ct)[: 1 + backward]:
+            total += leaves("all-gather", world, plan.tokens_per_rank * there)
+            total += leaves("reduce-scatter", world, size.everyone * size.wide)
+        return total + backward * leaves("reduce-scatter", world, world * pairs)  # gradients of the weights
+
+    def traffic_bytes(self, plan, size, backward):
+        tokens, everyone = plan.tokens_per_rank, size.everyone * plan.num_copies
+        total = _pass_out(plan, size, size.out) + _pass_home(plan, size, size.back)
+        if not backward:
+            return total
+        # Of every choice of every token, <row, cotangent>.
+        total += tokens * (size.wide + size.row) + 2 * size.arrived * size.row + everyone * (size.row + size.wide)
+        return total + _pass_out(plan, size, size.ct) + _pass_home(plan, size, size.ct)
+
+
+def _pass_out(plan, size, message: int) -> int:
+    """Tokens as messages to all ranks, and rows picked out of them."""
+    coded = recoded(size, message, plan.tokens_per_rank) + recoded(size, message, size.arrived)
+    moved = (plan.tokens_per_rank + size.everyone) * message if plan.ep_size * plan.tp_size > 1 else 0
+    return coded + moved + 2 * size.arrived * message
+
+
+def _pass_home(plan, size, message: int) -> int:
+    """Rows of products summed for all tokens, and the sums of the ranks added."""
+    sums = size.everyone * (plan.num_copies * size.row + size.wide)
+    moved = (size.everyone + plan.tokens_per_rank) * size.wide if plan.ep_size * plan.tp_size > 1 else 0
+    return 2 * recoded(size, message, size.arrived) + sums + moved
+
+
+ALL_GATHER = AllGather()
+
+
+def _everyone(ct: Array, plan) -> Array:
+    """[T, H] of each device -> [P * W, T, H] of all, as the recipe of cotangents leaves them."""
+    recipe = plan.backward_recipe
 
     def encoded(ct):
         everyone = collectives.gather_tokens(as_sent(ct, recipe), plan)
@@ -89,15 +160,3 @@ def _everyone(ct: Array, plan, recipe) -> Array:
     if recipe is None:
         return collectives.gather_tokens(ct, plan)
     return differentiated_as(lambda ct: collectives.gather_tokens(ct.astype(jnp.float32), plan), encoded, ct)
-
-
-def _partial_sums(rows: Array, weights: Array | None, maps: GatherMaps, plan) -> Array:
-    """This rank's share of every token's sum, fp32 [P * W, T, H], one k after the other."""
-    total = jnp.zeros((*maps.pair_row.shape[:2], rows.shape[1]), jnp.float32)
-    for k in range(plan.num_copies):
-        here = maps.pair_row[..., k]
-        term = pick(rows, here, plan, absent=0).astype(jnp.float32)
-        if weights is not None:  # of other pairs the weight may be anything, NaN included
-            term = jnp.where(here >= 0, weights[..., k], 0.0)[..., None] * term
-        total = total + term
-    return total

@@ -1,143 +1,326 @@
-"""The route of "padded" and "ragged": every rank sends each rank its rows; sums are made at the tokens."""
+"""The transports "padded" and "ragged": every rank sends each rank its rows, and sums are made at the tokens.
+
+They differ in how the exchange moves rows that lie end to end in the outbox. "padded" sends equal blocks where a round
+is no longer than ``plan.pair_capacity``, as in the layer, and else chunks of that length; "ragged" sends slices.
+"""
+
+import abc
+import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from moe_jax import collectives
+from moe_jax import _compat, collectives, layout
+from moe_jax.collectives.exchange import Blocks, Chunks, Exchange, Receiving, Slices
+from moe_jax.derivatives import custom_gradient, take_rows
+from moe_jax.plan import Plan
+from moe_jax.plan.cost import WIDE, leaves, recoded, row_bytes, unplaced_bytes
 from moe_jax.quant.message import join_some, split_some
-from moe_jax.transports.picking import (
-    Moves,
+from moe_jax.transports import linear
+from moe_jax.transports.base import (
+    Delivery,
+    InboxOrder,
+    Opened,
+    Return,
+    Transport,
     as_received,
     as_sent,
     only_present,
-    pick,
-    place_of,
-    sum_over_pairs,
+    rows_if,
     token_of,
 )
-from moe_jax.types import Arrival, ExchangeMaps
+from moe_jax.types import pytree
 
 Array = jax.Array
 
 
-def scatter(
-    tokens: Array | None,
-    pairs: Array | None,
-    maps: ExchangeMaps,
-    plan,
-    *,
-    ordered: bool = True,
-    buffer: Array | None = None,
-    timed: bool = False,
-) -> tuple[Array | None, Array | None, Arrival | None]:
-    """What every pair of the window carries, at its row, in one message: row(t, c) = tokens[t], pairs[c, t].
+@pytree()
+class PairMaps:
+    """How rows move when each rank sends rows to each: maps of one round; -1 marks "none".
 
-    Args:
-      tokens: [T, F] of any dtype, or None.
-      pairs: [C, T, G] of any dtype, or None; not both.
-      maps, plan: of the window.
-      ordered: False leaves everything in its arrival slot: M is then P * A.
-      buffer: the arrival buffer to write into, as wide as the message; None makes one.
-      timed: measure how long this rank waits for each source. Slots must be equal blocks.
-
-    Returns:
-      ([M, F], [M, G], what arrived here if ``buffer`` or ``timed``).
+    Attributes:
+      outbox_pair: [S] i32, the pair in each outbox slot.
+      pair_outbox: [T, C] i32, the outbox slot of each pair.
+      row_inbox: [M] i32, the inbox slot of each row.
+      inbox_row: [P * A] i32, the row of each inbox slot.
+      exchange: what moves outbox slots to inbox slots.
     """
-    with jax.named_scope("pack"):
-        packed_tokens = None if tokens is None else pick(tokens, token_of(maps.send_pair, plan), plan)
-        packed_pairs = None
-        if pairs is not None:
-            packed_pairs = pick(jax.lax.collapse(pairs, 0, 2), place_of(maps.send_pair, plan), plan)
-        message, parts = join_some([packed_tokens, packed_pairs])
-    with jax.named_scope("exchange"):
-        microseconds = None
-        if timed:
-            arrived, microseconds = collectives.exchange_blocks_timed(message, plan)
-        elif maps.sizes.size:
-            num_slots = maps.slot_row.shape[0] // plan.tp_size
-            arrived = collectives.exchange_compact(message, maps.sizes, num_slots, plan, output=buffer)
-        else:
-            arrived = collectives.exchange_blocks(message, plan)
-        everything = collectives.gather_tp(arrived, plan)
-    with jax.named_scope("permute"):
-        rows = split_some(pick(everything, maps.row_slot, plan) if ordered else everything, parts)
-    return *rows, None if buffer is None and not timed else Arrival(data=arrived, microseconds=microseconds)
+
+    outbox_pair: Array
+    pair_outbox: Array
+    row_inbox: Array
+    inbox_row: Array
+    exchange: Exchange
 
 
-def collect(
-    rows: Array,
-    weights: Array | None,
-    maps: ExchangeMaps,
-    plan,
-    *,
-    ordered: bool = True,
-    recipe=None,
-    scalars: Array | None = None,
-) -> tuple[Array, Array | None]:
-    """Rows [M, H] at their pairs: [C, T, H], and scalars [M, G] -> [C, T, G].
+class Counted(NamedTuple):
+    """What the ranks told each other.
 
-    Of pairs outside the window, which are not ``present``, rows may be anything, and scalars are zero. tp > 1: the tp
-    ranks' rows are partial sums, and are added. fp32 with a ``recipe``, else in the dtype of the rows. ``ordered``: as
-    for ``scatter``.
+    Attributes:
+      recv_counts: [P, W, L] i32, pairs for this rank by source.
+      sizes: [P, W, W] i32, lengths of the lists from each rank to each, for each tp rank.
     """
-    del weights  # they are applied at the tokens
-    message, parts = _home_message(rows, scalars, maps, plan, recipe, ordered)
-    with jax.named_scope("exchange"):
-        if maps.sizes.size:
-            packed = collectives.exchange_compact(message, maps.sizes.T, maps.send_pair.shape[0], plan)
-        else:
-            packed = collectives.exchange_blocks(message, plan)
-    with jax.named_scope("unpack"):
-        collected, pair_scalars = split_some(pick(packed, maps.pair_slot.T, plan), parts)
-        if scalars is not None:
-            pair_scalars = only_present(pair_scalars, present(maps))
-        return _decoded(collected, rows, recipe), pair_scalars
+
+    recv_counts: Array
+    sizes: Array
 
 
-def collect_timed(rows: Array, maps: ExchangeMaps, plan, *, recipe=None) -> tuple[Array, Array]:
-    """As ``collect`` in equal blocks, one peer after the other; and [W] i32 microseconds waited for each."""
-    message, _ = _home_message(rows, None, maps, plan, recipe, ordered=True)
-    with jax.named_scope("exchange"):
-        packed, microseconds = collectives.exchange_blocks_timed(message, plan)
-    with jax.named_scope("unpack"):
-        return _decoded(pick(packed, maps.pair_slot.T, plan), rows, recipe), microseconds
+class AllToAll(Transport):
+    """What both have in common: all but ``exchange`` and how many rows it hands over."""
+
+    pairwise = True
+
+    @abc.abstractmethod
+    def exchange(self, sizes: Array, capacity: int, plan: Plan) -> Exchange:
+        """What moves the rows of a round of ``capacity``, with [W, W] i32 rows from each rank to each."""
+
+    # Before a round.
+
+    def count(self, destination, pairs, plan):
+        counts = collectives.gather_counts(pairs.counts.reshape(plan.ep_size, plan.num_local_experts), plan)
+        sizes = jnp.sum(counts, axis=-1, dtype=jnp.int32)
+        counts = _compat.as_varying(counts, plan.exchange_axes)
+        mine = lax.dynamic_index_in_dim(counts, collectives.ep_rank(plan), axis=2, keepdims=False)
+        return pairs, Counted(recv_counts=mine, sizes=sizes)
+
+    def longest_list(self, manifest, plan):
+        return jnp.max(manifest.known.sizes)  # all ranks know all of them
+
+    def open(self, manifest, start, capacity, plan, *, num_rows):
+        sizes = lax.dynamic_index_in_dim(manifest.known.sizes, collectives.tp_rank(plan), keepdims=False)
+        exchange = self.exchange(jnp.clip(sizes - start, 0, capacity), capacity, plan)
+        return self._open(manifest, start, capacity, plan, num_rows, exchange)
+
+    def open_blocks(self, manifest, start, capacity, plan, *, num_rows) -> Opened:
+        return self._open(manifest, start, capacity, plan, num_rows, Blocks())
+
+    def _open(self, manifest, start, capacity, plan, num_rows, exchange):
+        compact = not exchange.in_blocks
+        # 1. The sender's side: pairs sorted by destination fill the outbox, rank by rank.
+        send = layout.send_maps(manifest.pairs, plan.ep_size, start, capacity, compact=compact)
+        # 2. The receiver's side: the inbox holds the same lists by source; rows stand by expert, then source.
+        counts = manifest.known.recv_counts
+        order = manifest.source_order
+        receive = layout.receive_maps(counts, start, capacity, compact=compact, num_rows=num_rows, source_order=order)
+        maps = PairMaps(
+            outbox_pair=send.slot_pair,
+            pair_outbox=send.pair_slot.reshape(plan.tokens_per_rank, plan.num_copies),
+            row_inbox=receive.row_slot,
+            inbox_row=receive.slot_row,
+            exchange=exchange,
+        )
+        return Opened(maps, receive.group_sizes, counts)
+
+    def num_rows(self, maps):
+        return maps.row_inbox.shape[0]
+
+    def with_counts(self, known, recv_counts):
+        return known._replace(recv_counts=recv_counts)
+
+    def counts_agree(self, recv_counts, manifest, opened_counts, plan):
+        lane = collectives.tp_rank(plan)
+        mine = manifest.known.sizes[lane][:, collectives.ep_rank(plan)]
+        return jnp.all(jnp.sum(recv_counts[lane], axis=-1) == mine)
+
+    # Out.
+
+    def send(self, tokens, pairs, maps, plan, *, ordered):
+        with jax.named_scope("pack"):
+            if tokens is not None:
+                tokens = take_rows(tokens, token_of(maps.outbox_pair, plan.num_copies), poison=plan.poison)
+            if pairs is not None:
+                place = _place_of(maps.outbox_pair, plan)
+                pairs = take_rows(lax.collapse(pairs, 0, 2), place, poison=plan.poison)
+            outbox, parts = join_some([tokens, pairs])
+        with jax.named_scope("exchange"):
+            num_slots = maps.inbox_row.shape[0] // plan.tp_size
+            inbox, note = maps.exchange.move(outbox, num_slots, plan.ep_axis, plan)
+            inbox = collectives.gather_tp(inbox, plan)
+        with jax.named_scope("permute"):
+            rows = take_rows(inbox, maps.row_inbox, poison=plan.poison) if ordered else inbox
+            return Delivery(*split_some(rows, parts), note)
+
+    def inbox_order(self, maps):
+        return InboxOrder(maps.row_inbox, maps.inbox_row)
+
+    # Back. A pair that is not present in the round gets a row that may hold anything, and scalars of zero.
+
+    def collect(self, rows, weights, scalars, maps, plan, *, ordered, recipe):
+        del weights  # ``finish`` applies them
+        slots = [rows, scalars]
+        with jax.named_scope("unpermute"):
+            # Slots that no row came in hold garbage on every tp rank. That is harmless: the reduce-scatter below adds
+            # slot i of one tp rank to slot i of the others, so garbage is only added to garbage, and no pair points
+            # at it.
+            if ordered:
+                slots = [x if x is None else take_rows(x, maps.inbox_row, poison=plan.poison) for x in slots]
+        with jax.named_scope("exchange"):
+            slots = [x if x is None else collectives.reduce_scatter_tp(x, plan) for x in slots]
+            message, parts = join_some([as_sent(slots[0], recipe), slots[1]])
+            returned, note = maps.exchange.back().move(message, maps.outbox_pair.shape[0], plan.ep_axis, plan)
+        with jax.named_scope("unpack"):
+            returned = take_rows(returned, maps.pair_outbox.T, poison=plan.poison)
+            collected, pair_scalars = split_some(returned, parts)
+            if scalars is not None:
+                pair_scalars = only_present(pair_scalars, self.present(maps, plan))
+            if recipe is not None:
+                values = as_received(lax.collapse(collected, 0, 2), recipe, rows.shape[1])
+                collected = values.reshape(*collected.shape[:2], rows.shape[1])
+            return Return(collected, pair_scalars, note)
+
+    def collect_adjoint(self, rows, weights, ct, maps, plan, *, ordered):
+        # d_row(t, c) = ct[c, t], sent as tokens are    # [M, H] from [C, T, H]; weights are not read: d_weights = 0
+        ct = ct.astype(plan.dtype)
+        d_rows, _ = linear.send(self, plan, ordered, plan.backward_recipe, None, ct, None, maps)
+        return d_rows.astype(plan.dtype), jnp.zeros_like(weights)
+
+    def present(self, maps, plan):
+        return maps.pair_outbox >= 0
+
+    def together(self, earlier, collected, maps):
+        """Each pair comes back in one round."""
+        return jnp.where((maps.pair_outbox >= 0).T[..., None], collected, earlier)
+
+    def total(self, collected, maps):
+        present = maps.pair_outbox >= 0
+        total = jnp.zeros_like(collected[0], jnp.float32)
+        for c in range(collected.shape[0]):
+            total = total + rows_if(present[:, c], collected[c])
+        return total
+
+    def finish(self, collected, weights, travelled, added):
+        if added is None:
+            return _weighted_sum(collected, weights, travelled)
+        total = jnp.zeros_like(collected[0], jnp.float32)
+        for c, rows in enumerate(lax.split(collected, [1] * collected.shape[0], axis=0)):
+            term = rows_if(travelled[:, c], rows[0])
+            # At most one of the two terms is not zero.
+            total = total + weights[:, c, None] * (term + added[c] if c < len(added) else term)
+        return total
+
+    # At the edge of ``dispatch``.
+
+    def receiving(self, maps, slots):
+        return dataclasses.replace(maps, exchange=Receiving(exchange=maps.exchange, slots=slots))
+
+    def timed(self, maps):
+        exchange = maps.exchange.timed()
+        return None if exchange is None else dataclasses.replace(maps, exchange=exchange)
+
+    def plain(self, maps):
+        return dataclasses.replace(maps, exchange=maps.exchange.plain())
+
+    # What it costs.
+
+    def buffers(self, plan, capacity):
+        slots = plan.ep_size * capacity
+        sent = self.sent_rows(plan, capacity)
+        arrival = plan.tp_size * slots
+        out, back = (row_bytes(name, plan.hidden, plan.dtype) for name in (plan.quant, plan.combine_quant))
+        buffers = {"send": sent * out, "arrival": arrival * out, "return": plan.num_pairs * back}
+        return buffers, sent + 3 * plan.num_pairs + arrival + plan.num_rows(capacity)
+
+    def wire_bytes(self, plan, size, backward):
+        world = plan.ep_size * plan.tp_size
+        total = leaves("all-gather", world, plan.num_experts * WIDE)  # counts
+        for there, home in ((size.out, size.back), (size.ct, size.ct))[: 1 + backward]:
+            total += leaves("all-to-all", plan.ep_size, size.sent * there)
+            total += leaves("all-gather", plan.tp_size, size.slots * there)
+            total += leaves("reduce-scatter", plan.tp_size, size.arrived * plan.hidden * size.sum_item)
+            total += leaves("all-to-all", plan.ep_size, size.returned * home)
+        return total
+
+    def traffic_bytes(self, plan, size, backward):
+        tokens, pairs = plan.tokens_per_rank, plan.num_pairs
+        total = _pass_out(plan, size, tokens, size.out) + _pass_home(plan, size, size.back)
+        if not backward:
+            return total
+        total += 2 * (pairs * size.row + tokens * size.wide)  # cotangents of pairs and of weights
+        return total + _pass_out(plan, size, pairs, size.ct) + _pass_home(plan, size, size.ct)
 
 
-def present(maps: ExchangeMaps) -> Array:
-    """[T, C] bool, the pairs of the window."""
-    return maps.pair_slot >= 0
+def _pass_out(plan, size, rows: int, message: int) -> int:
+    """``rows`` as messages to the experts, and in their order there."""
+    coded = recoded(size, message, rows) + recoded(size, message, size.arrived)
+    moved = (size.sent + size.slots) * message if plan.ep_size > 1 else 0
+    gathered = (size.slots + size.arrived) * message if plan.tp_size > 1 else 0
+    return coded + 2 * size.sent * message + moved + gathered + 2 * size.arrived * size.row
 
 
-def together(collected: Array, more: Array, maps: ExchangeMaps) -> Array:
-    """What was ``collected`` in other windows, and what came ``more`` in this one: each pair comes back in one."""
-    return jnp.where(present(maps).T[..., None], more, collected)
+def _pass_home(plan, size, message: int) -> int:
+    """Rows of products as messages to the tokens, and summed."""
+    moved = (size.slots + size.sent) * message if plan.ep_size > 1 else 0
+    coded = recoded(size, message, size.slots) + recoded(size, message, plan.num_pairs)
+    unpacked = plan.num_pairs * (2 * message + size.row) + plan.tokens_per_rank * size.wide
+    return unplaced_bytes(plan, size) + moved + coded + unpacked
 
 
-def total(collected: Array, maps: ExchangeMaps) -> Array:
-    """What was collected in this window, summed over the copies of each token: [T, H] fp32."""
-    return sum_over_pairs(collected, present(maps))
+class Padded(AllToAll):
+    """Equal blocks where a round is short, chunks of its capacity where it is longer."""
+
+    name = "padded"
+
+    def exchange(self, sizes, capacity, plan):
+        return Blocks() if capacity <= plan.pair_capacity else Chunks(sizes=sizes, chunk=plan.pair_capacity)
+
+    def sent_rows(self, plan, capacity):
+        slots = plan.ep_size * capacity
+        return slots if capacity <= plan.pair_capacity else min(slots, plan.num_pairs)
 
 
-def _home_message(rows, scalars, maps, plan, recipe, ordered):
-    """What every arrival slot sends back."""
-    slots = [rows, scalars]
-    with jax.named_scope("unpermute"):
-        # Slots of the tp ranks are summed, so an unread one may be anything: it only meets its like.
-        if ordered:
-            slots = [None if part is None else pick(part, maps.slot_row, plan) for part in slots]
-    with jax.named_scope("exchange"):
-        slots = [None if part is None else collectives.reduce_scatter_tp(part, plan) for part in slots]
-        return join_some([as_sent(slots[0], recipe), slots[1]])
+class Ragged(AllToAll):
+    """Slices of true length in one exchange."""
+
+    name = "ragged"
+
+    def exchange(self, sizes, capacity, plan):
+        return Slices(sizes=sizes)
+
+    def sent_rows(self, plan, capacity):
+        return min(plan.ep_size * capacity, plan.num_pairs)
+
+    def even_size(self, plan, size):
+        return size._replace(sent=min(size.sent, plan.num_pairs), returned=min(size.returned, plan.num_pairs))
+
+    def passes_at_ends(self, rates):
+        return rates.ragged_passes
+
+    def wire_share(self, rates):
+        return rates.ragged_wire
 
 
-def _decoded(collected, rows, recipe):
-    if recipe is None:
-        return collected
-    values = as_received(jax.lax.collapse(collected, 0, 2), recipe, rows.shape[1])
-    return values.reshape(*collected.shape[:2], rows.shape[1])
+PADDED, RAGGED = Padded(), Ragged()
 
 
-def collect_adjoint(rows: Array, weights: Array, ct: Array, plan, moves: Moves) -> tuple[Array, Array]:
-    """Cotangents of rows and weights from that of what was collected, [C, T, H]: as scatter, with pairs for tokens."""
-    del rows
-    return moves.send(None, ct.astype(plan.dtype), None)[0].astype(plan.dtype), jnp.zeros_like(weights)
+def _place_of(pair: Array, plan) -> Array:
+    """Where each pair lies in [C * T], -1 for none."""
+    return jnp.where(pair < 0, -1, pair % plan.num_copies * plan.tokens_per_rank + pair // plan.num_copies)
+
+
+@custom_gradient
+def _weighted_sum(rows: Array, weights: Array, travelled: Array) -> Array:
+    """``sum_c weights[t, c] * rows[c, t]`` of those that travelled, c ascending. [C, T, H], [T, C] -> [T, H] fp32."""
+    total = jnp.zeros_like(rows[0], jnp.float32)
+    for c in range(rows.shape[0]):
+        # Rows are masked, not terms: a compiler that makes one operation of product and sum, which rounds once, must do
+        # so in every program of the layer, or values would depend on how many rounds there are.
+        total = total + weights[:, c, None] * rows_if(travelled[:, c], rows[c])
+    return total
+
+
+def _weighted_sum_backward(operands, ct):
+    # d_rows[c, t] = weights[t, c] * ct[t]      # [C, T, H], where (t, c) travelled
+    # d_weights[t, c] = <rows[c, t], ct[t]>     # [T, C], where (t, c) travelled
+    # JAX's own rule would pad and add a cotangent of all the rows for each c.
+    rows, weights, travelled = operands
+    # One product for each c: of one over [C, T, H] the TPU compiler would write the weights down in that shape first.
+    kept = jnp.where(travelled, weights, 0.0)
+    d_rows = jnp.stack([(kept[:, c, None] * ct).astype(rows.dtype) for c in range(rows.shape[0])])
+    # Rows are masked before the product: after it, the derivative in ct would still read those that are not there.
+    dots = [jnp.sum(rows_if(travelled[:, c], rows[c]) * ct, axis=-1) for c in range(rows.shape[0])]
+    return d_rows, jnp.stack(dots, axis=-1), None
+
+
+_weighted_sum.defvjp(lambda *operands: (_weighted_sum(*operands), operands), _weighted_sum_backward)

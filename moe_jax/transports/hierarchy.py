@@ -1,169 +1,409 @@
-"""The route of "hierarchy": tokens cross to each node once, partial sums come home from each node once.
+"""The transport "hierarchy": a token crosses to each node once, and so does what comes back of it.
 
-``moe_jax.transports.hierarchy_maps`` has the maps and says what the slots are.
+Out: rank i of a node sends a token once to rank i of every node that one of its experts lives on, and that rank sends
+copies on to the experts' ranks inside its node. Back: the same rank weights and adds the rows of all choices of a token
+on its node, and one partial sum per token and node goes back. W = N * R ranks, R on each of N nodes, numbered node by
+node; rows have the order of every other transport: (local expert, tp rank, source rank, token, choice).
+
+Addresses: a *node outbox* slot is a row of the buffer that goes to other nodes (B for each), a *node inbox* slot a row
+of the one that comes from them; slot b of the block from node n is there what slot b of the block for this node is to
+its sender. An *outbox* slot is a row of the buffer that goes to the ranks of this node (D for each where blocks are of
+equal size), an *inbox* slot a row of what comes from them, a *row* one of the experts' input.
+
+Extents hold the worst skew of a round of ``capacity`` rows per pair of ranks, repeated destinations included:
+B = min(T, R * capacity) and D = N * min(capacity, T * C). With the rounds of the layer, blocks inside the node are as
+long as those of the padded transport, W * capacity rows in all. A round longer than ``plan.pair_capacity``, such as
+that of a dropless ``dispatch``, travels inside the node end to end, in chunks that follow the true counts; its inbox
+still has R * D = W * T * C rows, a P-th of the M rows that the caller asks for.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_jax import _compat, collectives
-from moe_jax.collectives import nodes
+from moe_jax import _compat, collectives, layout
+from moe_jax.collectives.exchange import Blocks, Chunks, Exchange
 from moe_jax.derivatives import take_rows
+from moe_jax.plan.cost import WIDE, leaves, recoded, rounds_bytes, row_bytes, unplaced_bytes
 from moe_jax.quant.message import join_some, split_some
-from moe_jax.transports.picking import Moves, as_received, as_sent, by_token, pick
-from moe_jax.types import HierarchyMaps
+from moe_jax.transports import linear
+from moe_jax.transports.base import (
+    Delivery,
+    InboxOrder,
+    Opened,
+    Return,
+    Transport,
+    as_received,
+    as_sent,
+    by_token,
+    partial_sums,
+    token_of,
+)
+from moe_jax.types import pytree
 
 Array = jax.Array
 
 
-def scatter(
-    tokens: Array | None, pairs: Array | None, maps: HierarchyMaps, plan, *, ordered: bool = True
-) -> tuple[Array | None, Array | None, None]:
-    """As ``exchange.scatter``: tokens [T, F] -> [M, F], pairs [C, T, G] -> [M, G]; one message on each leg."""
-    with jax.named_scope("pack"):
-        flat = None if pairs is None else by_token(pairs)
-        message, parts = join_some([tokens, flat])
-        leaving = pick(message, maps.slot_token, plan)
-    with jax.named_scope("exchange"):
-        guests, guest_pairs = split_some(nodes.exchange_nodes(leaving, plan), parts)
-    with jax.named_scope("pack"):
-        if tokens is not None:
-            guest = jnp.where(maps.inner_pair < 0, -1, maps.inner_pair // maps.pair_inner.shape[1])
-            guests = pick(guests, guest, plan)
-        if pairs is not None:
-            guest_pairs = pick(guest_pairs.reshape(-1, pairs.shape[2]), maps.inner_pair, plan)
-        packed, parts = join_some([guests, guest_pairs])
-    with jax.named_scope("exchange"):
-        if maps.sizes.size:
-            num_out = maps.slot_row.shape[0] // plan.tp_size
-            arrived = nodes.exchange_inside_compact(packed, maps.sizes, num_out, plan, chunk=_chunk(plan))
-        else:
-            arrived = nodes.exchange_inside(packed, plan)
-        arrived = collectives.gather_tp(arrived, plan)
-    with jax.named_scope("permute"):
-        return *split_some(pick(arrived, maps.row_slot, plan) if ordered else arrived, parts), None
+@pytree()
+class HierarchyMaps:
+    """How rows move when a token crosses to each node once: maps of one round; -1 marks "none".
+
+    Attributes:
+      crossing_token: [N * B] i32, the token in each node outbox slot.
+      token_crossing: [T, N] i32, the node outbox slot of each token for each node.
+      outbox_pair: [S] i32, node inbox slot * C + c in each outbox slot; S = R * D for blocks, at most that otherwise.
+      pair_outbox: [N * B, C] i32, the outbox slot of each choice of the token in each node inbox slot.
+      row_inbox: [M] i32, the inbox slot of each row.
+      inbox_row: [P * R * D] i32, the row of each inbox slot.
+      exchange: what moves outbox slots to inbox slots, between the ranks of this node.
+    """
+
+    crossing_token: Array
+    token_crossing: Array
+    outbox_pair: Array
+    pair_outbox: Array
+    row_inbox: Array
+    inbox_row: Array
+    exchange: Exchange
 
 
-def collect(
-    rows: Array | None,
-    weights: Array | None,
-    maps: HierarchyMaps,
+class Hierarchy(Transport):
+    """Two legs: between the ranks of equal index on all nodes, and between the ranks of one node."""
+
+    name = "hierarchy"
+    takes_row_weights = True
+
+    def remark(self, plan):
+        alone = "the mesh spans one node, so nothing crosses to another: padded does the same with less"
+        return alone if plan.num_nodes == 1 else ""
+
+    def count(self, destination, pairs, plan):
+        """[T, C] the destinations of this rank's pairs: ``open`` exchanges what it needs of them."""
+        return pairs, destination.reshape(plan.tokens_per_rank, plan.num_copies)
+
+    def open(self, manifest, start, capacity, plan, *, num_rows):
+        order = manifest.source_order
+        return open_hierarchy(manifest.known, start, capacity, plan, num_rows=num_rows, source_order=order)
+
+    def num_rows(self, maps):
+        return maps.row_inbox.shape[0]
+
+    def send(self, tokens, pairs, maps, plan, *, ordered):
+        # 1. Across: one message of each token for each node.
+        with jax.named_scope("pack"):
+            message, parts = join_some([tokens, None if pairs is None else by_token(pairs)])
+            leaving = take_rows(message, maps.crossing_token, poison=plan.poison)
+        with jax.named_scope("exchange"):
+            crossed = collectives.exchange_blocks(leaving, _across(plan), plan)
+            node_tokens, node_pairs = split_some(crossed, parts)
+        # 2. Inside: a copy of it for each of its experts on this node.
+        with jax.named_scope("pack"):
+            if tokens is not None:
+                crossing = token_of(maps.outbox_pair, maps.pair_outbox.shape[1])
+                node_tokens = take_rows(node_tokens, crossing, poison=plan.poison)
+            if pairs is not None:
+                node_pairs = take_rows(node_pairs.reshape(-1, pairs.shape[2]), maps.outbox_pair, poison=plan.poison)
+            outbox, parts = join_some([node_tokens, node_pairs])
+        with jax.named_scope("exchange"):
+            num_slots = maps.inbox_row.shape[0] // plan.tp_size
+            inbox, note = maps.exchange.move(outbox, num_slots, _inside(plan), plan)
+            inbox = collectives.gather_tp(inbox, plan)
+        # 3. In the order of the experts.
+        with jax.named_scope("permute"):
+            rows = take_rows(inbox, maps.row_inbox, poison=plan.poison) if ordered else inbox
+            return Delivery(*split_some(rows, parts), note)
+
+    def inbox_order(self, maps):
+        return InboxOrder(maps.row_inbox, maps.inbox_row)
+
+    def collect(self, rows, weights, scalars, maps, plan, *, ordered, recipe):
+        """``y[t] = sum over nodes of round(sum over the choices c on that node of w[t, c] * row(t, c))``, fp32 [T, F].
+
+        Products and both sums in fp32, choices and nodes ascending; ``round`` is to ``plan.dtype``, the dtype in which
+        partial sums travel, and with a recipe what that leaves of it. With tp > 1 the rows of the tp ranks are partial
+        sums, and are added first, in their own dtype. Scalars [M, G] -> [C, T, G], added over tp alone. Weights of
+        shape [M] stand beside the rows and are added over tp too: of each row one tp rank holds the weight, the others
+        zero. They go without scalars, and with rows that are in order. Rows may be None where there are scalars.
+
+        Source: the layered combine kernels of MoeDistributeCombine, without their fp16 special case.
+        """
+        beside_rows = weights is not None and weights.ndim == 1
+        # 1. Inside: rows, and what stands beside them, back in the outbox slots that they left, summed over tp.
+        slots = [rows, weights[:, None] if beside_rows else scalars]
+        with jax.named_scope("unpermute"):
+            # Slots that no row came in hold garbage on every tp rank. That is harmless: the reduce-scatter below adds
+            # slot i of one tp rank to slot i of the others, so garbage is only added to garbage, and no pair points
+            # at it.
+            if ordered:
+                slots = [x if x is None else take_rows(x, maps.inbox_row, poison=plan.poison) for x in slots]
+        with jax.named_scope("exchange"):
+            slots = [x if x is None else collectives.reduce_scatter_tp(x, plan) for x in slots]
+            message, held = join_some(slots)
+            returned, note = maps.exchange.back().move(message, maps.outbox_pair.shape[0], _inside(plan), plan)
+            node_rows, node_scalars = split_some(returned, held)
+        # 2. The weights of the pairs, where their rows are.
+        node_weights = None
+        if beside_rows:
+            node_weights = take_rows(node_scalars[:, 0], maps.pair_outbox, absent=0)
+        elif weights is not None:
+            with jax.named_scope("exchange"):
+                leaving = take_rows(weights, maps.crossing_token, poison=plan.poison)
+                node_weights = collectives.exchange_blocks(leaving, _across(plan), plan)
+        # 3. Across: one partial sum of each token from each node, rounded to ``plan.dtype``.
+        message = flat = None
+        with jax.named_scope("partial_sum"):
+            if rows is not None:
+                partial = partial_sums(node_rows, maps.pair_outbox, node_weights).astype(plan.dtype)
+                # The barrier keeps XLA from dropping the narrow type where nothing is exchanged.
+                message = as_sent(lax.optimization_barrier(partial), recipe)
+            if scalars is not None:
+                flat = lax.collapse(take_rows(node_scalars, maps.pair_outbox, absent=0), 1)
+        with jax.named_scope("exchange"):
+            packed, parts = join_some([message, flat])
+            returned, returned_scalars = split_some(collectives.exchange_blocks(packed, _across(plan), plan), parts)
+        # 4. At the tokens: the sum over the nodes.
+        with jax.named_scope("combine_sum"):
+            total = pair_scalars = None
+            if rows is not None:
+                values = as_received(returned, recipe, rows.shape[1])
+                total = partial_sums(values, maps.token_crossing, None)
+            if scalars is not None:
+                summed = partial_sums(returned_scalars, maps.token_crossing, None)
+                pair_scalars = jnp.swapaxes(summed.reshape(len(summed), -1, scalars.shape[1]), 0, 1)
+            return Return(total, pair_scalars, note)
+
+    def collect_adjoint(self, rows, weights, ct, maps, plan, *, ordered):
+        # d_row(t, c) = w[t, c] * ct[t]     # [M, H] on every tp rank, from ct [T, H] fp32
+        # d_w[t, c] = <ct[t], row(t, c)>    # [T, C], or [M] for weights beside the rows; the row summed over tp
+        # The cotangent crosses to each node once, as a row in ``plan.dtype``; products and sums are fp32.
+        beside_rows, recipe = weights.ndim == 1, plan.backward_recipe
+        scalars = None if beside_rows else weights.T[..., None]
+        row_ct, row_weight = linear.send(self, plan, ordered, recipe, ct.astype(plan.dtype), None, scalars, maps)
+        row_ct = row_ct.astype(jnp.float32)
+        with jax.named_scope("dot"):
+            dots = jnp.sum(rows.astype(jnp.float32) * row_ct, axis=-1, keepdims=True)
+        if not beside_rows:
+            _, d_weights = linear.collect(self, plan, ordered, recipe, None, dots, maps)
+            return (row_weight * row_ct).astype(rows.dtype), d_weights[..., 0].T
+        both = jnp.concatenate([dots, weights[:, None]], axis=1)
+        if plan.tp_size > 1:  # rows and weights are sums over tp, whose ranks may order rows differently, but not slots
+            slots = collectives.sum_over(take_rows(both, maps.inbox_row, absent=0), plan.tp_axis)
+            both = take_rows(_compat.as_varying(slots, plan.exchange_axes), maps.row_inbox, absent=0)
+        d_weights = jnp.where(maps.row_inbox >= 0, both[:, 0], 0.0)
+        return (both[:, 1:] * row_ct).astype(rows.dtype), d_weights
+
+    # What it costs.
+
+    def buffers(self, plan, capacity):
+        slots, rows = plan.ep_size * capacity, plan.num_rows(capacity)
+        crossing = plan.num_nodes * min(plan.tokens_per_rank, plan.ep_size // plan.num_nodes * capacity)
+        sent = min(slots, crossing * plan.num_copies) if capacity > plan.pair_capacity else slots
+        row = plan.hidden * jnp.dtype(plan.dtype).itemsize
+        out, back = (row_bytes(name, plan.hidden, plan.dtype) for name in (plan.quant, plan.combine_quant))
+        arrival = plan.tp_size * slots
+        buffers = {
+            "crossing": 2 * crossing * out,
+            "send": sent * out,
+            "arrival": arrival * out,
+            "return": sent * row + crossing * (WIDE * plan.hidden + back),
+        }
+        return buffers, crossing * (1 + plan.num_copies) + plan.tokens_per_rank * plan.num_nodes + sent + arrival + rows
+
+    def wire_bytes(self, plan, size, backward):
+        nodes, inside, tp = plan.num_nodes, plan.ep_size // plan.num_nodes, plan.tp_size
+        counts, entries = plan.num_experts * WIDE, plan.num_copies * WIDE  # entries: of a token
+        total = leaves("all-to-all", plan.ep_size, counts) + leaves("all-gather", tp, counts)
+        total += 2 * leaves("all-to-all", nodes, size.crossing * entries)  # destinations, weights
+        total += rounds_bytes(plan)
+
+        def there(message, beside_token, beside_row):
+            bytes_inside = message + beside_row
+            found = leaves("all-to-all", nodes, size.crossing * (message + beside_token))
+            found += leaves("all-to-all", inside, size.sent * bytes_inside)
+            return found + leaves("all-gather", tp, size.slots * bytes_inside)
+
+        def home(message):
+            found = leaves("reduce-scatter", tp, size.arrived * plan.hidden * size.sum_item)
+            found += leaves("all-to-all", inside, size.slots * size.row)
+            return found + leaves("all-to-all", nodes, size.crossing * message)
+
+        total += there(size.out, 0, 0) + home(size.back)
+        if not backward:
+            return total
+        total += there(size.ct, entries, WIDE) + home(size.ct)  # cotangents have the weights with them
+        total += leaves("reduce-scatter", tp, size.arrived * WIDE)  # and those of weights go back by themselves
+        total += leaves("all-to-all", inside, size.slots * WIDE)
+        return total + leaves("all-to-all", nodes, size.crossing * entries)
+
+    def traffic_bytes(self, plan, size, backward):
+        total = _pass_out(plan, size, size.out) + _pass_home(plan, size, size.back)
+        if not backward:
+            return total
+        # Of every row that arrived, <row, cotangent>.
+        total += plan.tokens_per_rank * (size.wide + size.row) + 4 * size.arrived * size.row
+        return total + _pass_out(plan, size, size.ct) + _pass_home(plan, size, size.ct)
+
+
+def _pass_out(plan, size, message: int) -> int:
+    """Tokens as messages to the nodes, inside them to the experts, and in their order there."""
+    coded = recoded(size, message, plan.tokens_per_rank) + recoded(size, message, size.arrived)
+    packed = 2 * size.sent * message + 4 * size.crossing * message
+    moved = (size.sent + size.slots) * message if plan.ep_size > 1 else 0
+    gathered = (size.slots + size.arrived) * message if plan.tp_size > 1 else 0
+    return coded + packed + moved + gathered + 2 * size.arrived * size.row
+
+
+def _pass_home(plan, size, message: int) -> int:
+    """Rows of products inside their node, summed there, and the sums of the nodes added."""
+    inside = 2 * size.slots * size.row if plan.ep_size > plan.num_nodes else 0
+    sums = size.crossing * (plan.num_copies * size.row + size.wide + 3 * message)
+    return unplaced_bytes(plan, size) + inside + sums + plan.tokens_per_rank * (plan.num_nodes * message + size.wide)
+
+
+HIERARCHY = Hierarchy()
+
+
+def _across(plan) -> tuple[str, ...]:
+    """The axes between ranks of equal index on all nodes; none where the mesh has no axis of nodes."""
+    return plan.ep_axis[:-1]
+
+
+def _inside(plan) -> tuple[str, ...]:
+    """The axis between the ranks of one node."""
+    return plan.ep_axis[-1:]
+
+
+# The maps. Integers only.
+
+
+def open_hierarchy(
+    destination: Array,
+    start: Array | int,
+    capacity: int,
     plan,
     *,
-    ordered: bool = True,
-    recipe=None,
-    scalars: Array | None = None,
-) -> tuple[Array, Array | None]:
-    """``y[t] = sum over nodes of round(sum over the copies c on that node of w[t, c] * row(t, c))``, fp32 [T, F].
+    num_rows: int,
+    source_order: Array | None = None,
+) -> Opened:
+    """The maps of the pairs at places [start, start + capacity) of every list; see ``layout`` for lists and rounds.
 
-    Products and both sums in fp32, copies and nodes ascending; ``round`` is to ``plan.dtype``, the dtype in which
-    partial sums travel, and with a recipe what that leaves of it. With tp > 1 the rows of the tp ranks are partial
-    sums, and are added first, in their own dtype. Scalars [M, G] -> [C, T, G], added over tp alone. Weights of shape
-    [M] stand beside the rows and are added over tp too: of each row one tp rank holds the weight, the others zero.
-    They go without scalars, and with rows that are in order. Rows may be None where there are scalars.
+    Two exchanges of integers: counts between all ranks, destinations between nodes; a third one inside the node, of
+    R numbers, where rows travel end to end.
 
-    Source: the layered combine kernels of MoeDistributeCombine, without their fp16 special case.
+    Args:
+      destination: [T, C] i32 flat expert slot, rank * L + local expert, of every copy of every token, or -1.
+      start: first place, may be traced.
+      capacity: places, static.
+      plan: names the axes and sizes.
+      num_rows: M, static row capacity, at least the rows that may come: P * W * capacity always are enough.
+      source_order: as for ``layout.receive_maps``.
+
     """
-    if weights is not None and weights.ndim == 1:
-        home, home_weights = _gather_back([rows, weights[:, None]], maps, plan, ordered)
-        guest_weights, weights = pick(home_weights[:, 0], maps.pair_inner, plan, absent=0), None
+    destination = _compat.as_varying(destination, plan.exchange_axes)
+    (tokens, copies), num_local = destination.shape, plan.num_local_experts
+    num_nodes = collectives.group_size(_across(plan))
+    per_node = plan.ep_size // num_nodes
+    compact = capacity > plan.pair_capacity
+    # 1. The pairs of this round, and the tokens that must cross to each node for them.
+    with jax.named_scope("layout"):
+        pairs = layout.sort_pairs(destination.ravel(), plan.ep_size * num_local)
+        chosen = layout.send_maps(pairs, plan.ep_size, start, capacity, compact=True)
+        chosen = jnp.where(chosen.pair_slot.reshape(destination.shape) >= 0, destination, -1)
+        node = jnp.where(chosen >= 0, chosen // (per_node * num_local), -1)
+        crossing_token, token_crossing = _crossing_maps(node, num_nodes, min(tokens, per_node * capacity))
+        leaving = _destinations_by_node(chosen, node, crossing_token, num_nodes, per_node * num_local)
+    # 2. Counts between all ranks; and with each token that crosses, where its copies go on that node.
+    with jax.named_scope("exchange_counts"):
+        recv_counts = collectives.exchange_counts(pairs.counts.reshape(plan.ep_size, num_local), plan)
+        crossed = collectives.swap_with_peers(leaving, _across(plan)) if _across(plan) else leaving
+    # 3. The outbox of the leg inside the node, filled like that of any all-to-all; the counts say what arrives.
+    with jax.named_scope("layout"):
+        block = num_nodes * min(capacity, tokens * copies)
+        inner_pairs = layout.sort_pairs(crossed.ravel(), per_node * num_local)
+        inner = layout.send_maps(inner_pairs, per_node, 0, block, compact=compact)
+        _, arriving = layout.clip_to_window(recv_counts, start, capacity)
+        row_inbox, inbox_row = _receive_maps(arriving, num_nodes, block, num_rows, source_order, compact=compact)
+    exchange = Blocks()
+    if compact:
+        sizes = collectives.gather_sizes(inner.sizes, _inside(plan))
+        exchange = Chunks(sizes=sizes, chunk=num_nodes * plan.pair_capacity)
+    maps = HierarchyMaps(
+        crossing_token=crossing_token,
+        token_crossing=token_crossing,
+        outbox_pair=inner.slot_pair,
+        pair_outbox=inner.pair_slot.reshape(-1, copies),
+        row_inbox=row_inbox,
+        inbox_row=inbox_row,
+        exchange=exchange,
+    )
+    return Opened(maps, jnp.sum(arriving, axis=(0, 1), dtype=jnp.int32), recv_counts)
+
+
+def _crossing_maps(node: Array, num_nodes: int, block: int) -> tuple[Array, Array]:
+    """Slots of tokens that cross, by node and token: ([N * B] token of each slot, [T, N] slot of each token).
+
+    Args:
+      node: [T, C] of each copy, or -1.
+      num_nodes: N.
+      block: B, at least the tokens that any node gets.
+    """
+    tokens, length = node.shape[0], num_nodes * block
+    every_node = jnp.arange(num_nodes, dtype=jnp.int32)
+    wanted = jnp.zeros((tokens, num_nodes), bool)
+    for c in range(node.shape[1]):
+        wanted |= node[:, c, None] == every_node
+    place = jnp.cumsum(wanted, axis=0, dtype=jnp.int32) - 1
+    token_slot = jnp.where(wanted, every_node * block + place, -1)
+    token = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32)[:, None], token_slot.shape)
+    target = jnp.where(wanted, token_slot, length)
+    return jnp.full(length, -1, jnp.int32).at[target].set(token, mode="drop"), token_slot
+
+
+def _destinations_by_node(
+    chosen: Array, node: Array, crossing_token: Array, num_nodes: int, slots_per_node: int
+) -> Array:
+    """[N, B, C] for each node outbox slot, the place of each copy among the expert slots of that node, or -1."""
+    if not chosen.shape[0]:
+        return jnp.zeros_like(chosen, shape=(num_nodes, 0, chosen.shape[1]))
+    token = crossing_token.reshape(num_nodes, -1)
+    target = jnp.arange(num_nodes, dtype=jnp.int32)[:, None, None]
+    there = take_rows(node, token, absent=-1) == target
+    return jnp.where(there, take_rows(chosen, token) - target * slots_per_node, -1)
+
+
+def _receive_maps(
+    sizes: Array, num_nodes: int, block: int, num_rows: int, source_order: Array | None, *, compact: bool
+) -> tuple[Array, Array]:
+    """Where arrivals become rows: (row_inbox [M], inbox_row [P * R * D]).
+
+    What rank i of this node passes on stands by (local expert, source node), and is one block for each of them: the
+    pairs of source (n, i) for that expert, in order. Counts alone say where a block lies on both sides.
+
+    Args:
+      sizes: [P, W, L] of the blocks, by source and local expert.
+      num_nodes, block, num_rows: N, D and M.
+      source_order: [P * W] as for ``layout.receive_maps``.
+      compact: True: what comes from the ranks of the node lies end to end; False: each has D slots.
+    """
+    num_tp, num_ranks, num_local = sizes.shape
+    per_node = num_ranks // num_nodes
+
+    def by_slot(blocks):
+        """[P, W, L] -> [P, R, L * N]: the blocks that each rank of the node passes on, in order."""
+        split = blocks.reshape(num_tp, num_nodes, per_node, num_local)
+        return split.transpose(0, 2, 3, 1).reshape(num_tp, per_node, num_local * num_nodes)
+
+    lists = by_slot(sizes)
+    if compact:
+        from_rank = jnp.sum(lists, axis=-1, dtype=jnp.int32)
+        bases = layout.exclusive_cumsum(from_rank)
     else:
-        home, home_scalars = _gather_back([rows, scalars], maps, plan, ordered)
-        guest_weights = None
-    with jax.named_scope("exchange"):
-        if weights is not None:
-            guest_weights = nodes.exchange_nodes(pick(weights, maps.slot_token, plan), plan)
-    with jax.named_scope("partial_sum"):
-        message = None if rows is None else as_sent(_partial_sums(home, guest_weights, maps, plan), recipe)
-        flat = None
-        if scalars is not None:
-            flat = lax.collapse(pick(home_scalars, maps.pair_inner, plan, absent=0), 1)
-    with jax.named_scope("exchange"):
-        packed, parts = join_some([message, flat])
-        returned, returned_scalars = split_some(nodes.exchange_nodes(packed, plan), parts)
-    with jax.named_scope("combine_sum"):
-        total = None if rows is None else _sum_over_nodes(as_received(returned, recipe, rows.shape[1]), maps)
-        if scalars is None:
-            return total, None
-        summed = _sum_over_nodes(returned_scalars, maps)
-        return total, jnp.swapaxes(summed.reshape(len(summed), -1, scalars.shape[1]), 0, 1)
-
-
-def together(collected: Array, more: Array, maps: HierarchyMaps) -> Array:
-    """Sums of other windows and of this one."""
-    del maps
-    return collected + more
-
-
-def total(collected: Array, maps: HierarchyMaps) -> Array:
-    """As ``exchange.total``: the sums themselves."""
-    del maps
-    return collected
-
-
-def _partial_sums(home: Array, guest_weights: Array | None, maps: HierarchyMaps, plan) -> Array:
-    """Inner slots [S, F] -> what each crossing slot [N * B, F] brings home, rounded to ``plan.dtype``."""
-    partial = jnp.zeros((maps.pair_inner.shape[0], home.shape[1]), jnp.float32)
-    for c in range(maps.pair_inner.shape[1]):
-        here = maps.pair_inner[:, c]
-        term = pick(home, here, plan, absent=0).astype(jnp.float32)
-        if guest_weights is not None:
-            term = jnp.where(here >= 0, guest_weights[:, c], 0.0)[:, None] * term
-        partial = partial + term
-    # The barrier keeps XLA from dropping the narrow type where nothing is exchanged.
-    return lax.optimization_barrier(partial.astype(plan.dtype))
-
-
-def collect_adjoint(rows: Array, weights: Array, ct: Array, plan, moves: Moves) -> tuple[Array, Array]:
-    """Cotangents of rows and weights from that of the sums, ct [T, F] fp32; roundings count as identity.
-
-    ``d_row(t, c) = w[t, c] * ct[t]`` on every tp rank, and ``d_w[t, c] = <ct[t], row(t, c)>``, with the row summed over
-    tp. The cotangent crosses to each node once, as a row in ``plan.dtype``; products and sums are fp32.
-    """
-    of_rows = weights.ndim == 1
-    row_ct, row_weight = moves.send(ct.astype(plan.dtype), None, None if of_rows else weights.T[..., None])
-    row_ct = row_ct.astype(jnp.float32)
-    with jax.named_scope("dot"):
-        dots = jnp.sum(rows.astype(jnp.float32) * row_ct, axis=-1, keepdims=True)
-    if of_rows:
-        maps, both = moves.maps, jnp.concatenate([dots, weights[:, None]], axis=1)
-        if plan.tp_size > 1:  # rows and weights are sums over tp, whose ranks may order rows differently, but not slots
-            slots = collectives.sum_over(pick(both, maps.slot_row, plan, absent=0), plan.tp_axis)
-            both = pick(_compat.as_varying(slots, plan.exchange_axes), maps.row_slot, plan, absent=0)
-        d_weights = jnp.where(maps.row_slot >= 0, both[:, 0], 0.0)
-        return (both[:, 1:] * row_ct).astype(rows.dtype), d_weights
-    _, d_weights = moves.collect(None, dots)
-    return (row_weight * row_ct).astype(rows.dtype), d_weights[..., 0].T
-
-
-def _gather_back(parts: list[Array | None], maps: HierarchyMaps, plan, ordered: bool) -> list[Array | None]:
-    """Expert rows, each [M, .] -> inner slots, each [S, .], summed over tp; one message."""
-    slots = parts
-    with jax.named_scope("unpermute"):
-        # Slots of the tp ranks are summed, so an unread one may be anything: it only meets its like.
-        if ordered:
-            slots = [None if part is None else pick(part, maps.slot_row, plan) for part in parts]
-    with jax.named_scope("exchange"):
-        slots = [None if part is None else collectives.reduce_scatter_tp(part, plan) for part in slots]
-        message, held = join_some(slots)
-        if maps.sizes.size:
-            num_out = maps.inner_pair.shape[0]
-            message = nodes.exchange_inside_compact(message, maps.sizes.T, num_out, plan, chunk=_chunk(plan))
-        else:
-            message = nodes.exchange_inside(message, plan)
-        return split_some(message, held)
-
-
-def _chunk(plan) -> int:
-    """Rows per pair of ranks of a node and step: what a window of the layer holds."""
-    return nodes.num_nodes(plan) * plan.pair_capacity
-
-
-def _sum_over_nodes(returned: Array, maps: HierarchyMaps) -> Array:
-    """Crossing slots [N * B, G] as they came back -> fp32 sums over the nodes, one after the other. [T, G]."""
-    total = jnp.float32(0.0)
-    for node in range(maps.token_slot.shape[1]):
-        slot = maps.token_slot[:, node]
-        total = total + take_rows(returned, slot, absent=0).astype(jnp.float32)
-    return total
+        bases = jnp.broadcast_to(jnp.arange(per_node, dtype=jnp.int32) * block, (num_tp, per_node))
+    bases = bases + jnp.arange(num_tp, dtype=jnp.int32)[:, None] * (per_node * block)
+    starts = (bases[..., None] + layout.exclusive_cumsum(lists)).reshape(num_tp, per_node, num_local, num_nodes)
+    slot_start = starts.transpose(0, 3, 1, 2).reshape(sizes.shape)
+    row_start = layout.row_starts(sizes, source_order)
+    return (
+        layout.map_blocks(row_start, slot_start, sizes, num_rows),
+        layout.map_blocks(slot_start, row_start, sizes, num_tp * per_node * block),
+    )

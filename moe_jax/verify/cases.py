@@ -1,4 +1,4 @@
-"""What the checks share: generated data, deviations, and functions over a mesh."""
+"""What the checks share: data made from a seed, deviations, and functions over a mesh."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""The laws of the exchange: dispatch and combine on one transport, and the ragged all-to-all, against the reference."""
+"""The laws of an exchange: dispatch and combine on one transport, and the ragged all-to-all, against the oracle."""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def ragged_deviations(mesh: Mesh) -> list[float]:
 
 
 class Exchange:
-    """dispatch and combine on one transport, on integers, compared with the reference."""
+    """Dispatch and combine on one transport, on small integers, compared with the float64 oracle."""
 
     def __init__(self, mesh: Mesh, transport: str, backend: str):
         self.ranks, self.peers = mesh.size // mesh.shape["tp"], mesh.shape["tp"]

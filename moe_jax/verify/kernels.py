@@ -15,13 +15,13 @@ from moe_jax.verify.cases import deviation, integers
 def grouped_matmul_deviations(
     backend: str, dtype: str = "float32", extents: tuple[int, int, int] = (20, 8, 6)
 ) -> list[float]:
-    """Of the product and both gradients, for 4 groups of rows, from the exact result rounded once to ``dtype``.
+    """The deviations of a product in 4 groups of rows, and of both gradients, from the exact result rounded once.
 
     Args:
       backend: its name in the table, or "auto".
-      dtype: of rows and matrices.
-      extents: M rows, H columns of them, N of the result. Sums of H or M products of small integers must be exact in
-        fp32, which they are below a million.
+      dtype: the dtype of rows and matrices, to which the exact result is rounded.
+      extents: (M, H, N) for M rows of H columns, and N columns of the result. Sums of H or M products of small integers
+        must be exact in fp32, which they are if H and M are below a million.
 
     Returns:
       The largest deviation for each way in which M rows fall into groups: some empty, all empty, one with everything,
@@ -50,7 +50,7 @@ def _product_and_gradients(backend, lhs, rhs, ct, sizes):
 
 
 def recipe_deviations(name: str) -> list[float]:
-    """Of codes, scales and dequantised rows under one recipe, for rows of every dtype, magnitudes mixed; bit by bit."""
+    """How many of a recipe's codes, scales and dequantised rows differ from the oracle in a bit, for every dtype."""
     rng, found = np.random.default_rng(5), []
     for dtype in ("float32", "bfloat16", "float16"):
         chosen = named_recipe(name, dtype)

@@ -1,4 +1,4 @@
-"""The laws of the whole layer on one transport, against the reference."""
+"""The laws of the whole layer on one transport, against the float64 oracle."""
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,10 @@ from moe_jax.verify.cases import PATTERNS, TOP_K, deviation, expert_ids, make_ca
 
 
 class Layer:
-    """The whole layer on one transport, random data, compared with the reference.
+    """The whole layer on one transport, on random data, compared with the float64 oracle.
 
-    ``options`` are those of ``make_plan``; parameters and tokens are rounded to the plan's dtype before either side
-    sees them, but for the router and the losses, which are fp32 always.
+    ``options`` are those of ``make_plan``. Parameters and tokens are rounded to the plan's dtype before either side
+    sees them, except for the router, which is always fp32.
     """
 
     def __init__(self, mesh: Mesh, transport: str, backend: str, *, ffn: int = 8, **options):
@@ -91,5 +91,5 @@ class Layer:
 
 
 def _wide(tree):
-    """As the reference computes; NumPy alone does not widen bf16."""
+    """All arrays in float64, as the oracle computes; NumPy by itself does not widen bf16."""
     return jax.tree.map(lambda array: np.asarray(array, np.float64), tree)

@@ -1,7 +1,7 @@
-"""Checks this installation on the devices that are there: laws, and the float64 reference.
+"""Checks this installation on the devices that are there, by laws and against the float64 oracle.
 
-Every case is generated from a fixed seed. Data are small integers where a result must be exact (limit 0); unwritten
-rows and slots are poisoned with NaN, so one that leaks makes its check fail.
+Every case is made from a fixed seed. Data are small integers where a result must be exact, so that the limit is 0.
+Rows and slots that nobody writes are poisoned with NaN, so that a check fails if one of them is read.
 """
 
 import dataclasses
@@ -34,8 +34,8 @@ class Check:
     Attributes:
       law: what was checked.
       subject: the transport or back end that was checked.
-      cases: how many were.
-      worst: largest deviation; 0 where results must be equal.
+      cases: how many cases were checked.
+      worst: the largest deviation.
       limit: the largest deviation that passes.
       seconds: how long it took.
     """

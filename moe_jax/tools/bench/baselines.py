@@ -83,7 +83,9 @@ def minimal_layer(mesh: Mesh, plan: Plan, activation: str) -> Callable:
         # 2. Exchange. An expert of -1 marks a slot that no row came in.
         blocks = jnp.zeros((plan.ep_size * capacity, hidden), x.dtype).at[slot].set(x[order // plan.top_k], mode="drop")
         marks = jnp.full((len(blocks), 1), -1).at[slot, 0].set(expert[order] % local, mode="drop")
-        arrived, marks = (collectives.gather_tp(collectives.exchange_blocks(a, plan), plan) for a in (blocks, marks))
+        arrived, marks = (
+            collectives.gather_tp(collectives.exchange_blocks(a, plan.ep_axis, plan), plan) for a in (blocks, marks)
+        )
         # 3. Rows by expert, through it, and back.
         marks = jnp.where(marks < 0, local, marks).reshape(-1)
         by_expert = jnp.argsort(marks, stable=True)
@@ -98,7 +100,7 @@ def minimal_layer(mesh: Mesh, plan: Plan, activation: str) -> Callable:
         there = jnp.arange(len(made)) < sizes.sum()
         made = jnp.where(there[:, None], made, jnp.zeros((), made.dtype))[jnp.argsort(by_expert)]
         # 4. Exchange back, and the weighted sum.
-        returned = collectives.exchange_blocks(collectives.reduce_scatter_tp(made, plan), plan)
+        returned = collectives.exchange_blocks(collectives.reduce_scatter_tp(made, plan), plan.ep_axis, plan)
         weights = jnp.where(fits, routing.combine_weights.reshape(-1)[order], 0.0)[:, None]
         terms = weights * returned[jnp.where(fits, slot, 0)].astype(jnp.float32)
         y = jnp.zeros((len(x), hidden), jnp.float32).at[order // plan.top_k].add(terms)
@@ -122,11 +124,11 @@ def one_hot_layer(mesh: Mesh, plan: Plan, activation: str) -> Callable:
     def shard(params, x):
         dispatched, combined = _one_hot(params, x, plan, capacity)
         sent = jnp.einsum("tec,th->ech", dispatched, x)  # [E, C, H], experts of rank 0 first
-        arrived = collectives.gather_tp(collectives.exchange_blocks(sent.reshape(-1, hidden), plan), plan)
+        arrived = collectives.gather_tp(collectives.exchange_blocks(sent.reshape(-1, hidden), plan.ep_axis, plan), plan)
         rows = arrived.reshape(-1, local, capacity, hidden).swapaxes(0, 1).reshape(local, -1, hidden)
         rows = batched_ffn(params, rows, activation)
         rows = rows.reshape(local, -1, capacity, hidden).swapaxes(0, 1).reshape(-1, hidden)
-        returned = collectives.exchange_blocks(collectives.reduce_scatter_tp(rows, plan), plan)
+        returned = collectives.exchange_blocks(collectives.reduce_scatter_tp(rows, plan), plan.ep_axis, plan)
         y = jnp.einsum("tec,ech->th", combined, returned.reshape(sent.shape), preferred_element_type=jnp.float32)
         wanted = x.shape[0] * plan.top_k
         dropped = wanted - jnp.sum(dispatched, dtype=jnp.float32).astype(jnp.int32)

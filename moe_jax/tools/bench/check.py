@@ -1,4 +1,4 @@
-"""No time for a wrong result: all programs of a workload have to agree before they are timed."""
+"""All programs of a workload have to agree before they are timed: there is no time for a wrong result."""
 
 from typing import Any
 
@@ -13,8 +13,9 @@ from moe_jax.tools.bench.programs import LAYER, LIMIT, MINIMAL, ONE_HOT, Program
 
 SPOT_TOKENS = 4
 
-# Largest deviation, relative to the largest entry of an array. fp32: sums of some thousand terms in another order.
-# bf16: 2^-8 per rounding, a handful of them in a row. Quantised rows: a unit of the format, there and back.
+# The largest deviation that passes, relative to the largest entry of an array. In fp32, sums of some thousand terms are
+# taken in another order. In bf16, a handful of roundings of 2^-8 each follow each other. Quantised rows are off by a
+# unit of the format on the way there, and by another on the way back.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 4e-2}
 WIRE_TOLERANCES = {"int8": 4e-2, "e4m3": 2e-1, "e5m2": 4e-1, "e2m1": 8e-1}
 
@@ -30,7 +31,7 @@ def tolerance(dtype: str, quant: str) -> float:
 
 
 def check_layer(setting: Setting, results: Any) -> None:
-    """Compares the layer's forward pass with the float64 reference on a few tokens, and its routes with the workload's.
+    """Compares the layer's forward pass with the float64 oracle on a few tokens, and its routes with the workload's.
 
     Args:
       setting: the layer's.
@@ -52,13 +53,15 @@ def check_layer(setting: Setting, results: Any) -> None:
     params = {name: _experts(value, used) for name, value in data.params.items() if name != "router"}
     params["router"] = np.asarray(data.params["router"], np.float64)[:, used]
     options = {"top_k": plan.top_k, "activation": setting.workload.activation}
-    # Weights are a softmax over the chosen, so leaving out experts that none of these tokens chose changes nothing.
+    # Weights are a softmax over the chosen experts, so experts that none of these tokens chose may be left out.
     expected, _ = reference.moe_layer(params, _wide(data.x[spots]), RouterConfig(), **options)
     _compare("the layer", "the float64 reference", "y", y[spots], expected, tolerance(plan.dtype, plan.quant))
 
 
 def check_limit(setting: Setting, y: jax.Array) -> None:
-    """Compares one row of each of two experts of the dense limit with the reference; with tp they are partial sums.
+    """Compares one row of each of two experts of the dense limit with the oracle.
+
+    With tp > 1 rows are partial sums, and nothing is compared.
 
     Raises:
       WrongResult: they differ.
@@ -80,7 +83,7 @@ def check_agreement(setting: Setting, program: Program, layer: Any, results: Any
     """Compares a contender's results with the layer's; all gradients too where both have them.
 
     Returns:
-      None, or why they were not compared: a layer of fixed room dropped copies, so it computes something else.
+      None, or why they were not compared: a layer of fixed capacity dropped pairs, so it computes something else.
 
     Raises:
       WrongResult: they differ.
@@ -102,7 +105,7 @@ def check_agreement(setting: Setting, program: Program, layer: Any, results: Any
 
 
 def data_size(setting: Setting) -> int:
-    """Copies over the whole mesh."""
+    """How many pairs the whole mesh has."""
     return setting.data.ids.size
 
 

@@ -1,4 +1,4 @@
-"""How long a bench will take: from flops and the pace of these devices, and from what compiling usually takes."""
+"""How long a benchmark will take, from its flops, the pace of these devices, and what compiling usually takes."""
 
 from collections.abc import Sequence
 
@@ -11,14 +11,14 @@ from moe_jax.tools.bench.programs import ALL_EXPERTS, LAYER, LIMIT, ONE_HOT, RAG
 from moe_jax.tools.bench.timing import SLOW, SLOW_SECONDS, seconds_of
 from moe_jax.tools.bench.workloads import Workload
 
-_SIZE = 512  # of the product that gives the pace
-_COMPILE_SECONDS = {LIMIT: 1.0}  # of a forward pass; a layer's is:
-_COMPILE_LAYER_SECONDS = 6.0
-_LAYER_WORK = 1.5  # times the dense limit, for what is beside the products
+_SIZE = 512  # rows and columns of the product that gives the pace
+_COMPILE_SECONDS = {LIMIT: 1.0}  # what it takes to compile a forward pass
+_COMPILE_LAYER_SECONDS = 6.0  # the same for every kind of layer
+_LAYER_WORK = 1.5  # the time of a layer in those of the dense limit, for what a layer does beside its products
 
 
 def pace_of(mesh: Mesh) -> float:
-    """Flops that all devices of the mesh together do in a second."""
+    """How many flops all devices of the mesh together do in a second."""
     blocks = jnp.ones((mesh.size, _SIZE, _SIZE), jnp.float32)
     blocks = jax.device_put(blocks, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
     product = jax.jit(lambda a: a @ a)
@@ -29,7 +29,7 @@ def pace_of(mesh: Mesh) -> float:
 def estimate_seconds(
     workload: Workload, num_devices: int, contenders: Sequence[str], *, repeats: int, max_seconds: float, pace: float
 ) -> float:
-    """Of one workload: all programs compiled, run once for checks, and timed, but for those that take too long."""
+    """Seconds to compile all programs of a workload, run them once for checks, and time those that are fast enough."""
     products = 2 if workload.activation == "gelu" else 3
     tokens, total = workload.tokens * num_devices, 0.0
     limit = 2.0 * products * tokens * workload.top_k * workload.hidden * workload.ffn / pace
@@ -45,18 +45,18 @@ def estimate_seconds(
 
 
 def _work(name: str, workload: Workload) -> float:
-    """Flops of a contender, in those of the dense limit."""
+    """The flops of a contender, in units of those of the dense limit."""
     if name == LIMIT:
         return 1.0
     if name == ALL_EXPERTS:
         return workload.num_experts / workload.top_k
-    if name == RAGGED_DOT:  # as XLA does it on a CPU: rows of the worst case, through every expert of a device
+    if name == RAGGED_DOT:  # on a CPU XLA multiplies the rows of the worst case with every expert of a device
         return float(workload.num_experts)
-    if name == ONE_HOT:  # its experts, and products with [T, E, C] both ways
+    if name == ONE_HOT:  # the products of its experts, and those with [T, E, C] on the way there and back
         return CAPACITY_FACTOR * (1 + 2 * workload.tokens / (3 * workload.ffn))
     return _LAYER_WORK
 
 
 def words(seconds: float) -> str:
-    """Of an estimate: "about 40 s" or "about 3 min"."""
+    """An estimate in words: "about 40 s" or "about 3 min"."""
     return f"about {seconds:.0f} s" if seconds < 100 else f"about {seconds / 60:.0f} min"

@@ -1,4 +1,4 @@
-"""One workload: compiled, checked, timed, and put beside its theoretical minimum."""
+"""Compiles, checks and times one workload, and puts what it needs beside the theoretical minimum."""
 
 import math
 from collections.abc import Callable
@@ -26,10 +26,10 @@ def measure(
 
     Args:
       setting: what to run.
-      repeats: rounds of timing.
+      repeats: how many rounds of timing there are.
       max_seconds: contenders that need longer for a run, by their flops and the pace of the dense limit, are left out.
-      progress: takes a few words.
-      finished: takes what there is so far and the pass that has just been added.
+      progress: is called with a few words about what is under way.
+      finished: is called with the record so far, and with the pass that has just been added to it.
 
     Returns:
       The workload's sizes, and ``pass_record`` of each pass.
@@ -103,7 +103,7 @@ def _first_runs(setting, programs, max_seconds, notes, progress) -> tuple[dict[s
 
 
 def _why_once(program: Program, seconds: float, layer_seconds: float, setting: Setting) -> str | None:
-    """Why one run, of so many seconds, is enough; None: it is not."""
+    """Why one run, which took ``seconds``, is enough; None if it is not."""
     if seconds > max(SLOW * layer_seconds, SLOW_SECONDS):
         return f"slower than {SLOW:.0f} layers"
     free, needed = free_bytes(), _needed_bytes(program, setting.mesh.size)
@@ -113,7 +113,7 @@ def _why_once(program: Program, seconds: float, layer_seconds: float, setting: S
 
 
 def _why_never(program: Program, limit: Program, limit_seconds: float, max_seconds: float, devices: int) -> str | None:
-    """Why ``program`` cannot be run here; None: it can."""
+    """Why ``program`` cannot be run here; None if it can."""
     if program.contract.flops and limit.contract.flops:
         needed = limit_seconds * program.contract.flops / limit.contract.flops
         if needed > max_seconds:

@@ -1,4 +1,4 @@
-"""Memory of the host: kept between runs, as accelerators keep theirs, and given back before it runs out."""
+"""Memory of the host is kept between runs, as accelerators keep theirs, and given back before it runs out."""
 
 import ctypes
 import sys
@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import jax
 
-HEAVY = 0.25  # of the free memory; contenders that need more are run once
-_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # of mallopt, malloc.h
+HEAVY = 0.25  # contenders that need more than this part of the free memory are run once
+_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # parameters of mallopt, from malloc.h
 
 
 def keep_freed_memory() -> bool:
@@ -29,7 +29,7 @@ def give_back_freed_memory() -> None:
 
 
 def free_bytes() -> int | None:
-    """Memory that emulated devices can still take; None: unknown, or the devices have their own."""
+    """How much memory emulated devices can still take; None: it is unknown, or the devices have memory of their own."""
     if jax.default_backend() != "cpu":
         return None
     try:
@@ -41,5 +41,5 @@ def free_bytes() -> int | None:
 
 
 def _c_function(name: str) -> Callable | None:
-    """None where there is no GNU C library."""
+    """A function of the GNU C library; None where there is no such library."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None

@@ -1,4 +1,4 @@
-"""Everything that is timed for a workload, compiled."""
+"""Compiles everything that is timed for a workload."""
 
 import dataclasses
 import math
@@ -26,33 +26,52 @@ PASSES = ("forward", "forward + backward")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """One compiled program; ``run`` gives its results once they are there."""
+    """One compiled program.
+
+    Attributes:
+      name: the layer, the dense limit, or a contender.
+      phase: one of PASSES.
+      compiled: the program.
+      arguments: what it is called with.
+      contract: what it contains.
+      compile_seconds: how long it took to compile.
+    """
 
     name: str
-    phase: str  # of PASSES
+    phase: str
     compiled: Callable
     arguments: tuple[Any, ...]
     contract: Contract
     compile_seconds: float
 
     def run(self) -> Any:
+        """Calls the program and returns its results once they are there."""
         return jax.block_until_ready(self.compiled(*self.arguments))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A workload on a mesh, ready to be compiled."""
+    """A workload on a mesh, ready to be compiled.
+
+    Attributes:
+      workload: its sizes and routes.
+      mesh: where it runs.
+      plan: the plan of its layer.
+      data: parameters and tokens.
+      apply: the function of its layer.
+      contenders: what the layer is compared with, names in CONTENDERS.
+    """
 
     workload: Workload
     mesh: Mesh
     plan: Plan
     data: Data
-    apply: Callable  # of the layer
-    contenders: tuple[str, ...] = BASELINES  # what the layer is compared with, of CONTENDERS
+    apply: Callable
+    contenders: tuple[str, ...] = BASELINES
 
     @property
     def limit_flops(self) -> float:
-        """Of the dense limit's forward pass on one device; a multiplication and an addition are two."""
+        """The flops of the dense limit's forward pass on one device; a multiplication and an addition count as two."""
         rows, products = math.prod(self.data.rows.shape[1:3]), 3 if is_gated(self.workload.activation) else 2
         return 2.0 * products * rows * self.plan.hidden * self.workload.ffn / self.plan.tp_size
 
@@ -85,7 +104,7 @@ def make_setting(
 
 
 def compile_programs(setting: Setting, phase: str) -> Iterator[Program]:
-    """The limit, the layer and all contenders, of one of PASSES."""
+    """The dense limit, the layer and all contenders, for one of PASSES."""
     data, backward = setting.data, phase == PASSES[1]
     limit = dense_limit(setting.mesh, setting.plan, setting.workload.activation)[PASSES.index(phase)]
     yield _compile(LIMIT, phase, limit, (data.params, data.rows, data.ct_rows)[: 2 + backward])
@@ -136,7 +155,7 @@ def _apply_of(name: str, setting: Setting) -> Callable:
 
 
 def _worst_case_layer(setting: Setting) -> Callable:
-    """The layer on ``lax.ragged_dot``, rows unquantised, one window that holds everything at any skew."""
+    """The layer on ``lax.ragged_dot``, with unquantised rows, in one round that holds everything at any skew."""
     arguments = _plan_arguments(setting.workload, setting.plan.dtype)
     changed = {"backend": "xla", "capacity_factor": float(setting.plan.ep_size), "transport": setting.plan.transport}
     plan = make_plan(setting.mesh, **{**arguments, **changed, "overflow": "dropless"})

@@ -1,4 +1,7 @@
-"""A measured workload in words: quotients, and bytes beside their minima. No absolute times but those of compiling."""
+"""A measured workload in words: quotients of times, and bytes beside their minima.
+
+Absolute times would say little about another machine; only those of compiling are told.
+"""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Times of several programs in one process, taken in turn so that what else the machine does hits all of them alike."""
+"""Times of several programs in one process. They run in turn, so that what else the machine does hits all alike."""
 
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -8,12 +8,12 @@ import numpy as np
 
 Key = TypeVar("Key", bound=Hashable)
 
-SLOW = 20.0  # times the layer; baselines slower than that and than SLOW_SECONDS are run once
+SLOW = 20.0  # contenders that are this many times slower than the layer, and slower than SLOW_SECONDS, are run once
 SLOW_SECONDS = 1.0
 
 
 def seconds_of(run: Callable[[], object]) -> float:
-    """How long ``run`` takes; it waits for its results itself."""
+    """How long ``run`` takes; ``run`` itself waits for its results."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
@@ -22,7 +22,8 @@ def seconds_of(run: Callable[[], object]) -> float:
 def interleave(runs: Mapping[Key, Callable[[], object]], repeats: int) -> dict[Key, list[float]]:
     """Seconds of each run in each of ``repeats`` rounds; a round runs everything in turn.
 
-    Each turn runs twice and the second run counts: the first pays for the caches and pages that the one before left.
+    Each turn runs twice, and the second run counts: the first one pays for the caches and pages that the program before
+    it left behind.
     """
     seconds: dict[Key, list[float]] = {key: [] for key in runs}
     for _ in range(repeats):
@@ -33,7 +34,7 @@ def interleave(runs: Mapping[Key, Callable[[], object]], repeats: int) -> dict[K
 
 
 def quotient(above: list[float], below: list[float]) -> dict[str, float]:
-    """The median of the rounds' quotients and its quartiles; where a side has fewer rounds, that of the medians."""
+    """The median and the quartiles of the quotients of all rounds; if the rounds differ in number, of the medians."""
     if len(above) == len(below):
         values = np.asarray(above) / np.asarray(below)
     elif len(above) == 1:

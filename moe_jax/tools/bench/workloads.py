@@ -1,6 +1,6 @@
-"""The workloads: sizes, and data whose routes are exactly those that the workload's name promises.
+"""The workloads: sizes, and data whose routes are exactly those that the name of the workload promises.
 
-Routing is steered through x: a token carries a bump for each expert that it wants, and the router reads it off.
+Routes are steered through x: a token carries a bump for each expert that it wants, and the router reads the bumps off.
 """
 
 import dataclasses
@@ -19,23 +19,33 @@ from moe_jax.plan import Plan
 
 CONFIG_TOKENS = 512  # tokens per device of a configuration that has no [train] section
 ZIPF = 1.2
-_NOISE, _CUT = 0.3, 2.5  # entries of x: normal, cut off at 2.5 sigma = 0.75
-_BUMP = 3.0  # of the first choice, 2.5 of the last: well above 0.75 + 0.75
+_NOISE, _CUT = 0.3, 2.5  # entries of x are normal with this sigma, and cut off at 2.5 sigma = 0.75
+_BUMP = 3.0  # the bump of the first choice; that of the last is 2.5, well above 0.75 + 0.75
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workload:
-    """One layer and the routes of its tokens."""
+    """One layer and the routes of its tokens.
+
+    Attributes:
+      name: what the tables call it.
+      tokens: tokens per device.
+      hidden, ffn: the widths of a token and of an expert.
+      num_experts, top_k: routed experts, and how many of them a token goes to.
+      pattern: how routes are spread: "balanced", "zipf" or "one rank"; see ``expert_ids``.
+      activation: of the experts.
+      options: more arguments of ``make_plan``, as pairs of a name and a value.
+    """
 
     name: str
-    tokens: int  # per device
+    tokens: int
     hidden: int
     ffn: int
     num_experts: int
     top_k: int
-    pattern: str = "balanced"  # or "zipf", "one rank"
+    pattern: str = "balanced"
     activation: str = "swiglu"
-    options: tuple[tuple[str, Any], ...] = ()  # of make_plan, by name
+    options: tuple[tuple[str, Any], ...] = ()
 
 
 def _workload(
@@ -119,7 +129,7 @@ def expert_ids(workload: Workload, num_tokens: int, ep_size: int) -> np.ndarray:
 
 
 def rows_that_leave(ids: np.ndarray, plan: Plan) -> float:
-    """Token copies that a device sends to another expert-parallel rank, the mean over devices."""
+    """How many pairs a device sends to another expert-parallel rank, on average over the devices."""
     homes = np.arange(len(ids)) // plan.tokens_per_rank  # the device, tp innermost
     ranks = homes // plan.tp_size % plan.ep_size
     leaving = ids // (plan.num_experts // plan.ep_size) != ranks[:, None]
@@ -128,13 +138,22 @@ def rows_that_leave(ids: np.ndarray, plan: Plan) -> float:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
-    """What all programs of a workload are run on."""
+    """What all programs of a workload are run on.
 
-    ids: np.ndarray  # [N, K] the routes
+    Attributes:
+      ids: [N, K], the routes.
+      params: the parameters of the layer.
+      x: [N, H], the tokens.
+      ct: [N, H], the cotangent of y.
+      rows: [D, L, R, H], what the dense limit multiplies: R rows of each expert.
+      ct_rows: [D, L, R, H], the cotangent of their products.
+    """
+
+    ids: np.ndarray
     params: dict[str, jax.Array]
-    x: jax.Array  # [N, H]
-    ct: jax.Array  # [N, H] cotangent of y
-    rows: jax.Array  # [D, L, R, H] what the dense limit multiplies, R rows of each expert
+    x: jax.Array
+    ct: jax.Array
+    rows: jax.Array
     ct_rows: jax.Array
 
 

@@ -1,0 +1,204 @@
+"""The exchanges that rows travel by: what moves, between the ranks along some axes, from outbox slots to inbox slots.
+
+An exchange is a pytree of integers, opened for one round: a transport keeps it in its maps and asks nothing about it.
+All of them move rows [S, F] to slots [A, F], and return a *note* beside them: what the exchange has to say, ``()`` for
+those that have nothing to say.
+
+- ``Blocks``: every rank has as many slots for each other one. One all_to_all.
+- ``Chunks``: rows lie end to end. As many all_to_alls of chunks as the longest list needs.
+- ``Slices``: rows lie end to end. One ragged_all_to_all.
+- ``TimedBlocks``: blocks, one peer after the other; its note is how long this rank waited for each.
+- ``Receiving``: another exchange, into slots that were there before; its note is all the slots.
+"""
+
+import abc
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moe_jax import _compat
+from moe_jax.collectives.bits import swap_blocks, unwritten
+from moe_jax.collectives.ragged import chunked_all_to_all, portable_ragged_all_to_all
+from moe_jax.collectives.stopwatch import timed_all_to_all
+from moe_jax.kernels.table import find_transport
+from moe_jax.layout import exclusive_cumsum
+from moe_jax.types import pytree
+
+Array = jax.Array
+
+
+class Exchange(abc.ABC):
+    """What moves the rows of one round.
+
+    Attributes:
+      in_blocks: whether a rank has as many slots for each other one, rather than its rows end to end.
+    """
+
+    in_blocks: ClassVar[bool]
+
+    @abc.abstractmethod
+    def move(
+        self, rows: Array, num_slots: int, axes: tuple[str, ...], plan, *, into: Array | None = None
+    ) -> tuple[Array, Any]:
+        """[S, F] rows for the ranks along ``axes``, those for rank 0 first -> ([A, F] by source, the note).
+
+        Args:
+          rows: [S, F].
+          num_slots: A, static.
+          axes: mesh axes, outermost first.
+          plan: its back end may bring an exchange of its own.
+          into: [A, F] what slots that no row comes to hold; None: anything.
+        """
+
+    @abc.abstractmethod
+    def back(self) -> "Exchange":
+        """The exchange that takes the rows back where they came from."""
+
+    def plain(self) -> "Exchange":
+        """The same without a note."""
+        return self
+
+    def timed(self) -> "Exchange | None":
+        """The same with a stopwatch; None where rows do not lie in blocks."""
+        return None
+
+
+@pytree()
+class Blocks(Exchange):
+    """S = A = R * C, C slots for each of the R ranks."""
+
+    in_blocks = True
+
+    def move(self, rows, num_slots, axes, plan, *, into=None):
+        return exchange_blocks(rows, axes, plan), ()  # every slot is written, whatever ``into`` held
+
+    def back(self):
+        return self
+
+    def timed(self):
+        return TimedBlocks()
+
+
+@pytree(static=("chunk",))
+class Chunks(Exchange):
+    """Rows end to end, some of each list at a time.
+
+    Attributes:
+      sizes: [R, R] i32, rows from each rank to each, the same everywhere.
+      chunk: static, rows of each list that one all_to_all moves; how many there are follows the largest of ``sizes``.
+    """
+
+    sizes: Array
+    chunk: int
+
+    in_blocks = False
+
+    def move(self, rows, num_slots, axes, plan, *, into=None):
+        me = lax.axis_index(axes)
+        moved = chunked_all_to_all(
+            rows,
+            _slots(rows, num_slots, into, plan),
+            self.sizes,
+            exclusive_cumsum(self.sizes[me]),
+            exclusive_cumsum(self.sizes[:, me]),
+            axes,
+            chunk=self.chunk,
+            all_to_all=find_transport("padded", plan.kernels),
+        )
+        return moved, ()
+
+    def back(self):
+        return dataclasses.replace(self, sizes=self.sizes.T)
+
+
+@pytree()
+class Slices(Exchange):
+    """Rows end to end, in one ragged exchange.
+
+    Attributes:
+      sizes: as for ``Chunks``.
+    """
+
+    sizes: Array
+
+    in_blocks = False
+
+    def move(self, rows, num_slots, axes, plan, *, into=None):
+        me = lax.axis_index(axes)
+        send, come = self.sizes[me], self.sizes[:, me]
+        first = jnp.cumsum(self.sizes, axis=0) - self.sizes  # [source, destination] inbox slot
+        exchange = find_transport("ragged", plan.kernels) or portable_ragged_all_to_all
+        slots = _slots(rows, num_slots, into, plan)
+        return exchange(rows, slots, exclusive_cumsum(send), send, first[me], come, axis_name=axes), ()
+
+    def back(self):
+        return dataclasses.replace(self, sizes=self.sizes.T)
+
+
+@pytree()
+class TimedBlocks(Exchange):
+    """``Blocks``, one peer after the other; the note is [R] i32, the microseconds that this rank waited for each."""
+
+    in_blocks = True
+
+    def move(self, rows, num_slots, axes, plan, *, into=None):
+        num_ranks = group_size(axes)
+        moved, waited = timed_all_to_all(rows.reshape(num_ranks, -1, rows.shape[1]), axes)
+        return moved.reshape(rows.shape), waited
+
+    def back(self):
+        return self
+
+    def plain(self):
+        return Blocks()
+
+
+@pytree()
+class Receiving(Exchange):
+    """Another exchange, whose rows come into slots that were there before; the note is all the slots.
+
+    Attributes:
+      exchange: the other one.
+      slots: [A, F].
+    """
+
+    exchange: Exchange
+    slots: Array
+
+    in_blocks = False  # whichever it is, its slots are laid out by now
+
+    def move(self, rows, num_slots, axes, plan, *, into=None):
+        moved, _ = self.exchange.move(rows, num_slots, axes, plan, into=self.slots)
+        return moved, moved
+
+    def back(self):
+        return self.exchange.back()
+
+    def plain(self):
+        return self.exchange
+
+
+def exchange_blocks(rows: Array, axes: tuple[str, ...], plan) -> Array:
+    """[R * C, F]: block j of C slots goes to rank j along ``axes``; block i of the result came from rank i."""
+    num_ranks = group_size(axes)
+    if num_ranks == 1:
+        return rows
+    blocks = rows.reshape(num_ranks, rows.shape[0] // num_ranks, rows.shape[1])
+    custom = find_transport("padded", plan.kernels)
+    moved = custom(blocks, axes) if custom else swap_blocks(axes, blocks)
+    return moved.reshape(rows.shape)
+
+
+def group_size(axes: tuple[str, ...]) -> int:
+    """Ranks along mesh axes that are bound here."""
+    return math.prod(lax.axis_size(axis) for axis in axes)
+
+
+def _slots(rows: Array, num_slots: int, into: Array | None, plan) -> Array:
+    """[A, F] ``into``, or slots that nobody may read before somebody writes them."""
+    slots = unwritten(num_slots, rows, plan) if into is None else into
+    return _compat.as_varying(slots, _compat.varying_axes(rows))

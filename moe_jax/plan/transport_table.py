@@ -1,0 +1,38 @@
+"""The table of transports: which object knows how the rows of a plan travel.
+
+It stands below the transports, since a plan asks its transport what it costs, and the transports ask the plan for its
+sizes. ``moe_jax.transports`` fills it in when the package is imported.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+_TABLE: dict[str, Any] = {}  # in the order in which "auto" compares them
+
+
+def add_transport(transport: Any) -> None:
+    """Enters a ``moe_jax.transports.Transport`` under its name, in place of another one of that name."""
+    _TABLE[transport.name] = transport
+
+
+def transport_of(plan: Any) -> Any:
+    """The ``moe_jax.transports.Transport`` of a plan."""
+    return _TABLE[plan.transport]
+
+
+def transport_names() -> tuple[str, ...]:
+    """The names of all transports, those that came with the package first."""
+    return tuple(_TABLE)
+
+
+@contextlib.contextmanager
+def entered(transport: Any) -> Iterator[None]:
+    """Enters a transport for as long as the context lasts."""
+    before = dict(_TABLE)
+    add_transport(transport)
+    try:
+        yield
+    finally:
+        _TABLE.clear()
+        _TABLE.update(before)

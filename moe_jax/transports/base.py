@@ -1,0 +1,367 @@
+"""What a transport is: the object that knows how rows travel to their experts and back.
+
+There is one class in one file for each, and one object of it for all plans: it holds no state. ``transport_of(plan)``
+looks it up, and nothing else asks which one it is. What it needs to know in a round, it keeps in *maps* of its own: a
+pytree of integers that everybody else only passes on.
+
+A dispatch, round by round::
+
+    known = transport.count(...)                 # the ranks tell each other how many rows will come
+    maps  = transport.open(manifest, start, ...) # which row lies where in this round; integers only
+    rows  = transport.send(...)                  # outbox -> wire -> inbox -> rows of the experts
+    back  = transport.collect(...)               # rows of the experts -> what came back to the tokens
+    y     = transport.finish(...)                # the weighted sum over the choices of each token
+
+T tokens per device, C pairs of each token, W expert-parallel and P tensor-parallel ranks, L local experts, M rows of
+the experts' input. A pair (t, c) has the number t * C + c; -1 stands for "none" in all maps. What belongs to pairs and
+has a width is ordered by choice, then token, [C, T, ...]: for sums over the choices of a token it is C arrays in their
+natural layout, where [T, C, ...] would leave most of a TPU's tiles empty.
+
+To add a transport: write a subclass in a file of its own, ``register_transport`` an object of it, and run
+``moe_jax.verify.transport_contract`` on it.
+"""
+
+import abc
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax import collectives
+from moe_jax.derivatives import differentiated_as, take_rows
+from moe_jax.errors import InvalidArgumentError, check_flag, check_type
+from moe_jax.layout import PairOrder
+from moe_jax.plan import Plan
+from moe_jax.plan.transport_table import add_transport, transport_names
+
+Array = jax.Array
+
+
+class Opened(NamedTuple):
+    """One round, as ``Transport.open`` returns it.
+
+    Attributes:
+      maps: the transport's own pytree of integers.
+      group_sizes: [L] i32, rows of each local expert in this round.
+      recv_counts: [P, W, L] i32, pairs for this rank by source, over all rounds.
+    """
+
+    maps: Any
+    group_sizes: Array
+    recv_counts: Array
+
+
+class Delivery(NamedTuple):
+    """What ``Transport.send`` brings to the experts.
+
+    Attributes:
+      tokens: [M, F], of each row what its token sent; None if no token sent anything.
+      pairs: [M, G], of each row what its pair sent; None likewise.
+      note: what the exchange has to say, see ``moe_jax.collectives.exchange``; () where it has nothing to say.
+    """
+
+    tokens: Array | None
+    pairs: Array | None
+    note: Any
+
+
+class Return(NamedTuple):
+    """What ``Transport.collect`` brings to the tokens.
+
+    Attributes:
+      rows: [C, T, F], or fp32 sums [T, F] of a transport that is not ``pairwise``; None if no rows were given.
+      scalars: [C, T, G], zero for pairs of other rounds; None if none were given.
+      note: as for ``Delivery``.
+    """
+
+    rows: Array | None
+    scalars: Array | None
+    note: Any
+
+
+class InboxOrder(NamedTuple):
+    """Which inbox slot belongs to which row, where rows are left in their slots; -1 marks "none".
+
+    Attributes:
+      row_inbox: [M] i32, the slot of each row.
+      inbox_row: [P * A] i32, the row of each slot.
+    """
+
+    row_inbox: Array
+    inbox_row: Array
+
+
+class Transport(abc.ABC):
+    """How rows travel. The methods below are all that others know of it.
+
+    Attributes:
+      name: what plans call it.
+      pairwise: True: each pair of ranks exchanges rows of its own. Every row travels for itself, so that it can be
+        quantised with factors of its expert and can be received into a window, and it comes back for itself, so that
+        the sum over the choices of a token is made at the token. False: a token travels once for several experts, and
+        the rows of a token are summed on their way back.
+      takes_row_weights: whether ``collect`` also takes weights [M] that stand beside the rows.
+    """
+
+    name: ClassVar[str]
+    pairwise: ClassVar[bool] = False
+    takes_row_weights: ClassVar[bool] = False
+
+    def remark(self, plan: Plan) -> str:
+        """What ``describe`` says to somebody who asked for this transport on such a mesh; "" for nothing."""
+        return ""
+
+    # What it costs: whole numbers of bytes per device, from sizes alone. Read by ``plan.cost`` and ``Plan.workspace``.
+
+    @abc.abstractmethod
+    def buffers(self, plan: Plan, capacity: int) -> tuple[dict[str, int], int]:
+        """Of one round of ``capacity`` rows per pair of ranks: bytes of each buffer by purpose, integers in maps."""
+
+    @abc.abstractmethod
+    def wire_bytes(self, plan: Plan, size: Any, backward: bool) -> int:
+        """Bytes that leave a device for rows, and for what says where they go and how much they weigh.
+
+        ``size``: of ``moe_jax.plan.cost``, the extents of a round; ``backward``: with the backward pass.
+        """
+
+    @abc.abstractmethod
+    def traffic_bytes(self, plan: Plan, size: Any, backward: bool) -> int:
+        """Bytes of rows that pass through the memory of a device, but for products."""
+
+    def sent_rows(self, plan: Plan, capacity: int) -> int:
+        """Rows that the exchange of a round of ``capacity`` rows per pair of ranks hands over."""
+        return plan.ep_size * capacity
+
+    def even_size(self, plan: Plan, size: Any) -> Any:
+        """``size`` of a round under an even load, where the exchange follows the true counts."""
+        return size
+
+    def passes_at_ends(self, rates: Any) -> float:
+        """How often rows are read and written at each end of an exchange between ranks, beside ``traffic_bytes``."""
+        return 0.0
+
+    def wire_share(self, rates: Any) -> float:
+        """The share of the wire's rate that rows reach."""
+        return 1.0
+
+    # Before a round: who sends how much to whom, and which row lies where.
+
+    @abc.abstractmethod
+    def count(self, destination: Array, pairs: PairOrder, plan: Plan) -> tuple[PairOrder, Any]:
+        """The ranks tell each other what ``open`` needs to know.
+
+        Args:
+          destination: [T * C] i32, the flat expert slot, rank * L + local expert, of every pair; -1 for none.
+          pairs: the same, sorted.
+          plan: static.
+
+        Returns:
+          (the pairs that later work shall use, a pytree of integers for ``open``).
+        """
+
+    def longest_list(self, manifest: Any, plan: Plan) -> Array:
+        """The most rows that any rank of the group sends another in all rounds; the same on all ranks. i32 scalar."""
+        return collectives.max_over_ranks(jnp.max(jnp.sum(manifest.send_counts, axis=1)), plan)
+
+    @abc.abstractmethod
+    def open(self, manifest: Any, start: Array | int, capacity: int, plan: Plan, *, num_rows: int) -> Opened:
+        """The round of the pairs at places [start, start + capacity) of every list; see ``moe_jax.layout`` for lists.
+
+        ``start`` may be traced; ``num_rows``: M, at least the rows that may come.
+        """
+
+    @abc.abstractmethod
+    def num_rows(self, maps: Any) -> int:
+        """M, the rows of a round, those that may hold anything included."""
+
+    def with_counts(self, known: Any, recv_counts: Array) -> Any:
+        """What ``count`` returned, with [P, W, L] counts that the caller has from elsewhere, where it holds such."""
+        return known
+
+    def counts_agree(self, recv_counts: Array, manifest: Any, opened_counts: Array, plan: Plan) -> Array:
+        """Whether counts [P, W, L] from elsewhere are what the ranks told each other. bool scalar."""
+        return jnp.all(recv_counts == opened_counts)
+
+    # Out: tokens [T, F] -> rows [M, F].
+
+    @abc.abstractmethod
+    def send(self, tokens: Array | None, pairs: Array | None, maps: Any, plan: Plan, *, ordered: bool) -> Delivery:
+        """row(t, c) = tokens[t] and pairs[c, t], for every pair of the round, as bits of any dtype.
+
+        Args:
+          tokens: [T, F], or None.
+          pairs: [C, T, G], or None; a ``pairwise`` transport is given one of both alone.
+          maps, plan: of the round.
+          ordered: False leaves everything in its inbox slot, see ``inbox_order``.
+        """
+
+    def inbox_order(self, maps: Any) -> InboxOrder | None:
+        """The order of rows that are left in their slots; None: rows are picked in order straight away."""
+        return None
+
+    # Back: rows [M, F] -> what comes to the tokens.
+
+    @abc.abstractmethod
+    def collect(
+        self,
+        rows: Array | None,
+        weights: Array | None,
+        scalars: Array | None,
+        maps: Any,
+        plan: Plan,
+        *,
+        ordered: bool,
+        recipe: Any,
+    ) -> Return:
+        """The rows of every pair, and scalars, back at their tokens; without ``pairwise``, weighted and summed.
+
+        ``y[t] = sum over c of w[t, c] * row(t, c)`` in fp32, c ascending on each rank or node, then over those.
+
+        Args:
+          rows: [M, F]; with tp > 1 partial sums, which are added. Rows past the last one may hold anything.
+          weights: [T, C] f32, or None for ones; a ``pairwise`` transport leaves them to ``finish``.
+          scalars: [M, G] f32, or None.
+          maps, plan: of the round.
+          ordered: as in ``send``.
+          recipe: how rows are rounded on their way; None: not at all.
+        """
+
+    @abc.abstractmethod
+    def collect_adjoint(
+        self, rows: Array, weights: Array, ct: Array, maps: Any, plan: Plan, *, ordered: bool
+    ) -> tuple[Array, Array]:
+        """Cotangents of rows and weights from that of what was collected; roundings count as identity."""
+
+    def together(self, earlier: Array, collected: Array, maps: Any) -> Array:
+        """What was collected in earlier rounds and what came back in this one; here both are sums."""
+        return earlier + collected
+
+    def total(self, collected: Array, maps: Any) -> Array:
+        """What was collected in this round with unit weights, summed over the choices of each token: fp32 [T, F]."""
+        return collected
+
+    def present(self, maps: Any, plan: Plan) -> Array:
+        """[T, C] bool, the pairs whose own rows come back to the token in this round; here none does."""
+        return jnp.zeros((plan.tokens_per_rank, plan.num_copies), bool)
+
+    def finish(self, collected: Array, weights: Array, travelled: Array, added: list[Array] | None) -> Array:
+        """The weighted sum over the choices of each token, ascending, of rows and of what else is added.
+
+        Args:
+          collected: what ``together`` made of all rounds.
+          weights: [T, C] f32.
+          travelled: [T, C] bool, the pairs whose rows came back in some round.
+          added: K arrays [T, H] fp32, what the k-th choice adds beside rows, before weighting; None: nothing.
+
+        Returns:
+          [T, H] fp32.
+        """
+        for k, term in enumerate(added or []):
+            collected = collected + weights[:, k, None] * term
+        return collected
+
+    # What the edges of ``dispatch`` and ``combine`` ask of a pairwise transport; see ``moe_jax.collectives.exchange``.
+
+    def receiving(self, maps: Any, slots: Array) -> Any:
+        """Maps that send into the inbox ``slots`` of a receive window; the note is what the slots hold then."""
+        raise NotImplementedError(f"{self.name} is not pairwise")
+
+    def open_blocks(self, manifest: Any, start: Array | int, capacity: int, plan: Plan, *, num_rows: int) -> Opened:
+        """As ``open``, with as many slots for each rank, as a stopwatch needs it."""
+        raise NotImplementedError(f"{self.name} is not pairwise")
+
+    def timed(self, maps: Any) -> Any:
+        """Maps that move rows past a stopwatch, whose note is the time; None where they cannot."""
+        return None
+
+    def plain(self, maps: Any) -> Any:
+        """Maps without a receive window and without a stopwatch."""
+        return maps
+
+
+def register_transport(transport: Transport, *, replace: bool = False) -> None:
+    """Makes a transport known to ``make_plan(transport=name)``.
+
+    Raises:
+      InvalidArgumentError: not a Transport, or the name is taken and ``replace`` is false.
+
+    >>> register_transport(moe_jax.transports.all_to_all.PADDED, replace=True)
+    """
+    check_type("transport", transport, Transport, "derive a class from moe_jax.transports.Transport and pass an object")
+    check_flag("replace", replace)
+    if transport.name in ("auto", *transport_names()) and not replace:
+        raise InvalidArgumentError(
+            f"name={transport.name!r} of the transport is taken; choose another word, or pass replace=True"
+        )
+    add_transport(transport)
+
+
+# Rows in the form in which they travel.
+
+
+def as_sent(rows: Array, recipe) -> Array:
+    """Rows [n, H] as they travel: a message of codes and scales, or themselves."""
+    return rows if recipe is None else recipe.pack(recipe.quantize(rows))
+
+
+def as_received(message: Array, recipe, hidden: int) -> Array:
+    """The inverse of ``as_sent`` but for what the recipe loses; fp32 where there is one."""
+    return message if recipe is None else recipe.dequantize(recipe.unpack(message, hidden))
+
+
+def as_delivered(rows: Array, recipe) -> Array:
+    """Rows as the receiver sees them, in fp32 where there is a recipe, whose rounding counts as identity."""
+    if recipe is None:
+        return rows
+
+    def encoded(rows):
+        return as_received(as_sent(rows, recipe), recipe, rows.shape[1])
+
+    return differentiated_as(lambda rows: rows.astype(jnp.float32), encoded, rows)
+
+
+# Pairs.
+
+
+def token_of(pair: Array, num_copies: int) -> Array:
+    """The token of each pair, -1 for none."""
+    return jnp.where(pair < 0, -1, pair // num_copies)
+
+
+def by_token(pairs: Array) -> Array:
+    """[C, T, G] -> [T, C * G]."""
+    return jax.lax.collapse(jnp.swapaxes(pairs, 0, 1), 1)
+
+
+def copy_weights(combine_weights: Array, plan: Plan) -> Array:
+    """[T, K] -> [T, C]: the pair of a shared expert on a rank of its own has weight 1."""
+    num_shared = plan.num_copies - plan.top_k
+    return jnp.pad(combine_weights, ((0, 0), (0, num_shared)), constant_values=1.0) if num_shared else combine_weights
+
+
+def only_present(pair_rows: Array, present: Array) -> Array:
+    """[C, T, H] with zeros for the pairs that are not ``present`` [T, C]."""
+    return jnp.where(present.T[..., None], pair_rows, jnp.zeros((), pair_rows.dtype))
+
+
+def rows_if(present: Array, rows: Array) -> Array:
+    """[T, H] in fp32, with zeros for the rows that are not ``present`` [T], which may hold anything."""
+    return jnp.where(present[:, None], rows.astype(jnp.float32), 0.0)
+
+
+def partial_sums(rows: Array, pair_row: Array, weights: Array | None) -> Array:
+    """``sum_c weights[i, c] * rows[pair_row[i, c]]`` of the pairs that have a row here, c ascending. fp32 [..., F].
+
+    Args:
+      rows: [N, F].
+      pair_row: [..., C] i32, the row of each pair, -1 for none.
+      weights: [..., C] f32, or None for ones; where there is no row they may be anything, NaN included.
+    """
+    total = jnp.zeros((*pair_row.shape[:-1], rows.shape[1]), jnp.float32)
+    for c in range(pair_row.shape[-1]):
+        here = pair_row[..., c]
+        term = take_rows(rows, here, absent=0).astype(jnp.float32)
+        if weights is not None:
+            term = jnp.where(here >= 0, weights[..., c], 0.0)[..., None] * term
+        total = total + term
+    return total
