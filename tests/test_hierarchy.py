@@ -361,7 +361,7 @@ def test_what_comes_back_crosses_once_too():
 def test_no_tokens_trace():
     """A plan for no tokens can be opened, as far as shapes go."""
     mesh, plan = make(2, 2, 1)
-    opened = over_mesh(mesh, lambda ids: open_hierarchy(ids, 0, 1, plan, num_rows=4)[1:], AXES)
+    opened = over_mesh(mesh, lambda ids: open_hierarchy(ids, 0, 1, plan, num_rows=4)[1:], (plan.ep_axis, "tp"))
     sizes, counts = jax.eval_shape(opened, jax.ShapeDtypeStruct((4, 1, 0, K), jnp.int32))
     assert sizes.shape == (4, 1, LOCAL) and counts.shape == (4, 1, 1, 4, LOCAL)
 
