@@ -2,7 +2,7 @@
 
 ``group`` is what the ranks of a plan gather, sum and tell each other, and ``exchange`` what moves rows between them.
 They are made of ``ragged``, slices of unequal length on any back end; ``bits``, rows as integers where XLA would widen
-them; ``stopwatch``, one peer after the other with a clock; and ``rendezvous``, where ranks meet on the host.
+them; and ``stopwatch``, one peer after the other with a clock. In ``rendezvous`` ranks meet on the host.
 """
 
 from moe_jax.collectives.exchange import (

@@ -1,7 +1,9 @@
 """Grouped products, and the table of back ends that supply them.
 
 ``grouped_matmul`` is the operator with its gradients, ``table`` the one place where an implementation is chosen.
-``xla`` is the semantics; ``cpu``, ``gpu`` and ``tpu`` are faster, and must give the same.
+``xla`` is the semantics; ``cpu``, ``gpu``, ``tpu`` and ``tokamax`` are faster, and must give the same. ``gpu`` chooses
+between ``mosaic``, JAX's kernels, and ``triton``, our own; those of ``tpu`` are in ``tpu_kernels``. ``kernel_call``
+makes a kernel an operation of a program, which is interpreted where its platform is absent.
 """
 
 from moe_jax.kernels import cpu, gpu, tokamax, tpu, xla

@@ -1,7 +1,9 @@
 """The oracle: the definition of correct, in NumPy and float64, with all ranks visible and in plain loops.
 
 It is slow on purpose, and free of JAX. Everything faster in this library is tested against these functions, forward and
-backward.
+backward. A file has the name of what it defines: ``routing``, ``exchange`` (dispatch and combine), ``experts``,
+``weightless``, ``layer``, ``update_expert``, ``quant``, ``fused`` and ``rms_norm``, on functions of
+``elementwise``.
 """
 
 from moe_jax.reference import quant
