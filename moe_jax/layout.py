@@ -1,9 +1,8 @@
 """Integer bookkeeping: from destinations to counts, offsets and permutations. No floats, no collectives.
 
 A *pair* is a (token, choice) that may travel. Its *destination* is a flat expert slot, rank * L + local expert, or -1
-if it stays at home. The pairs of one rank, sorted by destination and then by flat index, form one list for each
-destination rank. One *round* moves the stretch [start, start + capacity) of every such list; that stretch is called
-the *window* of the round.
+if it stays where it is. The pairs of one rank, sorted by destination and then by flat index, form one list for each
+destination rank. One *round* moves the *stretch* [start, start + capacity) of every such list.
 
 There are three kinds of addresses:
 
@@ -166,15 +165,15 @@ def map_blocks(source_start: Array, target_start: Array, sizes: Array, address: 
     return lax.reduce(found, np.int32(-1), lax.max, (0,))
 
 
-def clip_to_window(lists: Array, start: Array | int, capacity: Array | int) -> tuple[Array, Array]:
-    """The part of each block that lies in the window [start, start + capacity) of the list that it belongs to.
+def clip_to_stretch(lists: Array, start: Array | int, capacity: Array | int) -> tuple[Array, Array]:
+    """The part of each block that lies in the stretch [start, start + capacity) of the list that it belongs to.
 
     Args:
       lists: [..., L] the sizes of the blocks that each list consists of, one behind the other.
-      start, capacity: the window, the same for every list, or one that broadcasts to ``lists``.
+      start, capacity: the stretch, the same for every list, or one that broadcasts to ``lists``.
 
     Returns:
-      (first, sizes), both [..., L]: where the part of each block begins inside the window, and how long it is.
+      (first, sizes), both [..., L]: where the part of each block begins inside the stretch, and how long it is.
     """
     begin = exclusive_cumsum(lists) - start
     first = jnp.clip(begin, 0, capacity)
@@ -187,25 +186,25 @@ def send_maps(pairs: PairOrder, num_ranks: int, start: Array | int, capacity: in
     Args:
       pairs: this rank's pairs.
       num_ranks: W.
-      start, capacity: the window of the round in the list for each rank.
+      start, capacity: the stretch of the round in the list for each rank.
       compact: True lays the rows for all ranks end to end; False gives each rank ``capacity`` outbox slots.
     """
     n = pairs.order.shape[0]
-    # 1. The list for each rank, and where its window begins among the sorted pairs.
+    # 1. The list for each rank, and where its stretch begins among the sorted pairs.
     list_sizes = jnp.sum(pairs.counts.reshape(num_ranks, -1), axis=1, dtype=jnp.int32)
-    window_start = exclusive_cumsum(list_sizes) + start
-    # 2. How much of the list lies in the window, and where that part begins in the outbox.
+    stretch_start = exclusive_cumsum(list_sizes) + start
+    # 2. How much of the list lies in the stretch, and where that part begins in the outbox.
     sizes = jnp.clip(list_sizes - start, 0, capacity)
     bases = exclusive_cumsum(sizes) if compact else jnp.asarray(np.arange(num_ranks, dtype=np.int32) * capacity)
     length = min(n, num_ranks * capacity) if compact else num_ranks * capacity
-    # 3. A window keeps its order in the outbox, so each is one block, and slots and pairs are looked up both ways:
+    # 3. A stretch keeps its order in the outbox, so each is one block, and slots and pairs are looked up both ways:
     #    outbox slot -> sorted position -> pair, and pair -> sorted position -> outbox slot.
-    slot_position = map_blocks(bases, window_start, sizes, length)
+    slot_position = map_blocks(bases, stretch_start, sizes, length)
     return SendMaps(
         sizes=sizes,
         bases=bases,
         slot_pair=take_rows(pairs.order, slot_position, absent=-1),
-        pair_slot=map_blocks(window_start, bases, sizes, pairs.position),
+        pair_slot=map_blocks(stretch_start, bases, sizes, pairs.position),
     )
 
 
@@ -222,7 +221,7 @@ def receive_maps(
 
     Args:
       recv_counts: [P, W, L] how many pairs each source's list for this rank has for each local expert.
-      start, capacity: the window of the round in each of these lists.
+      start, capacity: the stretch of the round in each of these lists.
       compact: True: the rows of all sources of one tp rank arrive end to end; False: each source has ``capacity``
         inbox slots.
       num_rows: M, static row capacity.
@@ -231,9 +230,9 @@ def receive_maps(
     """
     num_tp, num_ranks, _ = recv_counts.shape
     inbox_length = num_ranks * capacity  # of one tp rank
-    # 1. A block is what one source sends to one local expert. Its part in the window, and what each source sends in
+    # 1. A block is what one source sends to one local expert. Its part in the stretch, and what each source sends in
     #    all.
-    first, sizes = clip_to_window(recv_counts, start, capacity)
+    first, sizes = clip_to_stretch(recv_counts, start, capacity)
     from_source = jnp.sum(sizes, axis=-1, dtype=jnp.int32)
     # 2. Where each source begins in the inbox, and so where each of its blocks does.
     if compact:
@@ -269,7 +268,7 @@ def gather_maps(
       destinations: [P, W, n] the flat expert slot of every pair of every rank, or -1.
       rank: this rank, traced.
       num_local: L.
-      start, capacity: the window of the round in the list that each source has for this rank.
+      start, capacity: the stretch of the round in the list that each source has for this rank.
       num_rows: M, static row capacity.
       source_order: as for ``receive_maps``.
     """
@@ -285,9 +284,9 @@ def gather_maps(
     by_source = pairs.counts.reshape(num_local, num_sources).T
     recv_counts = (by_source if source_order is None else by_source[place]).reshape(num_tp, num_ranks, num_local)
 
-    # 3. The part of each block in the window. In the sorted list it begins behind what earlier rounds have taken of its
-    #    block; among the rows of this round the parts stand end to end.
-    _, sizes = clip_to_window(recv_counts, start, capacity)
+    # 3. The part of each block in the stretch. In the sorted list this part begins behind what earlier rounds have
+    #    taken of its block; among the rows of this round the parts stand end to end.
+    _, sizes = clip_to_stretch(recv_counts, start, capacity)
     skipped = jnp.clip(start - exclusive_cumsum(recv_counts), 0, recv_counts)
     sorted_start = row_starts(recv_counts, source_order) + skipped
     row_start = row_starts(sizes, source_order)

@@ -59,7 +59,7 @@ def all_in_one(plan, capacity, x, message, destination, start, rows, weights, ct
         "sum": collect(rows, None, maps, plan),
         "d_rows": d_rows,
         "d_weights": d_weights,
-        "crossing_token": maps.crossing_token,
+        "node_outbox_token": maps.node_outbox_token,
     }
 
 
@@ -92,7 +92,7 @@ class Case:
         self.rng = rng
 
     def inside(self, w, start, capacity):
-        """Which rows of the whole dispatch at rank w lie in the window: those of a list are counted from 0."""
+        """Which rows of the whole dispatch at rank w lie in the stretch: those of a list are counted from 0."""
         counted, inside = {}, []
         for p, source, _t, _k in self.sent.origins[w][0]:
             place = counted[p, source] = counted.get((p, source), -1) + 1
@@ -100,7 +100,7 @@ class Case:
         return np.array(inside, bool)
 
     def window(self, start, capacity):
-        """[W] of (origins of the rows of the window, experts of these rows)."""
+        """[W] of (origins of the rows of the stretch, experts of these rows)."""
         found = []
         for w in range(self.lead[0]):
             inside = self.inside(w, start, capacity)
@@ -156,7 +156,7 @@ def check_window(case, start, capacity):
     np.testing.assert_array_equal(got["y"], y)
     np.testing.assert_array_equal(got["sum"], plain)
     np.testing.assert_array_equal(got["d_weights"], d_weights)
-    slots = got["crossing_token"].reshape(W, P, case.num_nodes, -1)
+    slots = got["node_outbox_token"].reshape(W, P, case.num_nodes, -1)
     for (w, p, node), tokens in crossings.items():  # a slot for every (token, node), and no other
         assert [t for t in slots[w, p, node] if t >= 0] == sorted(tokens)
     return rows, got
@@ -187,7 +187,7 @@ def test_windows_cover_every_pair_once(mesh):
             seen += got["group_sizes"][:, 0].sum()
         assert seen == (case.ids >= 0).sum()
         _, beyond = run(case, start + 2, 2)
-        assert not beyond["group_sizes"].any() and not beyond["y"].any() and (beyond["crossing_token"] < 0).all()
+        assert not beyond["group_sizes"].any() and not beyond["y"].any() and (beyond["node_outbox_token"] < 0).all()
 
 
 @pytest.mark.quick("4-3")
@@ -332,7 +332,7 @@ def test_a_token_crosses_once(capacity):
     assert [entry for entry in traffic if entry[1] == "f"] == [("all-to-all", "f", min(T, 2 * capacity) * H)]
     assert [entry[:2] for entry in traffic if entry[1] != "f"] == [("all-to-all", "s")] * 2
     chunked = [line for line in text.splitlines() if " all-to-all(" in line and "/while/body/" in line]
-    assert bool(chunked) == (capacity > plan.pair_capacity), "chunks where the window is longer"
+    assert bool(chunked) == (capacity > plan.pair_capacity), "chunks where the stretch is longer"
 
 
 def test_what_comes_back_crosses_once_too():

@@ -159,9 +159,9 @@ def test_map_blocks_by_hand():
     ("start", "first", "sizes"),
     [(0, [0, 2, 2], [2, 0, 1]), (1, [0, 1, 1], [1, 0, 2]), (4, [0, 0, 0], [0, 0, 1]), (5, [0, 0, 0], [0, 0, 0])],
 )
-def test_clip_to_window_by_hand(start, first, sizes):
+def test_clip_to_stretch_by_hand(start, first, sizes):
     for lists in ([2, 0, 3], [[2, 0, 3], [2, 0, 3]]):
-        actual_first, actual_sizes = layout.clip_to_window(i32(lists), start, 3)
+        actual_first, actual_sizes = layout.clip_to_stretch(i32(lists), start, 3)
         equal(actual_first, np.broadcast_to(first, np.shape(lists)))
         equal(actual_sizes, np.broadcast_to(sizes, np.shape(lists)))
 
@@ -279,7 +279,7 @@ def pair_number(p, w, pair):
 
 
 def expected_rows(dest, start, capacity):
-    """For every rank, the numbers of the pairs of one window in the oracle's row order, and its group sizes."""
+    """For every rank, the numbers of the pairs of one stretch in the oracle's row order, and its group sizes."""
     ids = dest.transpose(1, 0, 2)[..., None]  # the oracle wants [W, P, T, K]; a token is one pair here
     oracle = reference.dispatch(np.zeros((W, P, N, 1)), ids, num_experts=W * L)
     positions = list_positions(dest)
@@ -361,7 +361,7 @@ def test_every_exchange_delivers_the_oracles_rows(capacity, compact, dest):
             check_receiver(received, rank, arrivals(send, capacity, compact, rank), rows, group_sizes)
             check_gatherer(gathered, rank, rows, group_sizes)
             times_seen[rows] += 1
-    np.testing.assert_array_equal(times_seen, (dest >= 0).ravel())  # windows partition the pairs that travel
+    np.testing.assert_array_equal(times_seen, (dest >= 0).ravel())  # stretches partition the pairs that travel
 
 
 @given(destinations(W * L, (P, W, N)), st.integers(0, N))

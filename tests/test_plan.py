@@ -133,7 +133,7 @@ def test_workspace_of_dispatch_is_what_a_call_makes(transport, overflow):
     assert sizes["arrival"] == extents["inbox_row"] * hidden * 4
     assert sizes["send"] == extents["outbox_pair"] * hidden * 4
     if transport == "hierarchy":
-        assert sizes["crossing"] == 2 * extents["crossing_token"] * hidden * 4
+        assert sizes["crossing"] == 2 * extents["node_outbox_token"] * hidden * 4
 
 
 def test_a_plan_says_what_both_calls_take():

@@ -25,7 +25,7 @@ from moe_jax import _compat, collectives
 from moe_jax.derivatives import custom_gradient, take_rows
 from moe_jax.kernels import grouped_outer
 from moe_jax.kernels.table import call_kernel
-from moe_jax.layout import clip_to_window, exclusive_cumsum, map_blocks
+from moe_jax.layout import clip_to_stretch, exclusive_cumsum, map_blocks
 
 Array = jax.Array
 
@@ -90,10 +90,10 @@ def make_route(
     #    list.
     token_sizes, expert_sizes = token_counts, expert_counts
     if token_limit:
-        token_sizes = clip_to_window(token_counts.ravel(), 0, extents.token_rows)[1].reshape(token_counts.shape)
+        token_sizes = clip_to_stretch(token_counts.ravel(), 0, extents.token_rows)[1].reshape(token_counts.shape)
         expert_sizes = _keep_first(expert_counts, _swap(extents, _sum(token_sizes, axis=1)))
     if expert_limit:
-        expert_sizes = clip_to_window(expert_counts.ravel(), 0, extents.expert_rows)[1].reshape(expert_counts.shape)
+        expert_sizes = clip_to_stretch(expert_counts.ravel(), 0, extents.expert_rows)[1].reshape(expert_counts.shape)
         token_sizes = _keep_first(token_counts, _swap(extents, _sum(expert_sizes, axis=1)))
     # 2. The blocks in the expert side's buffer: a result has only rows that travel, an input lies as it was given.
     held = expert_sizes if expert_limit else expert_counts
@@ -330,7 +330,7 @@ def _swap(extents: Extents, entries: Array) -> Array:
 
 def _keep_first(sizes: Array, totals: Array) -> Array:
     """The part of each block that lies in the first ``totals[p]`` rows of peer p's list. [R, e], [R] -> [R, e]."""
-    return clip_to_window(sizes, 0, totals[:, None])[1]
+    return clip_to_stretch(sizes, 0, totals[:, None])[1]
 
 
 def _wire_starts(sizes: Array) -> Array:

@@ -61,7 +61,7 @@ def local_sum(
         num_rows = plan.pair_capacity if plan.overflow == "drop" else plan.num_pairs
         group_sizes = pairs.counts
         if num_rows < plan.num_pairs:
-            _, group_sizes = layout.clip_to_window(pairs.counts, 0, num_rows)
+            _, group_sizes = layout.clip_to_stretch(pairs.counts, 0, num_rows)
         num_kept = jnp.sum(group_sizes, dtype=jnp.int32)
         places = _places(pairs, num_kept, num_rows, plan)
     added = weightless_terms(expert_ids, x, constants, plan)

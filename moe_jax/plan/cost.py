@@ -156,7 +156,7 @@ class Size(NamedTuple):
       slots: rows for which the ep ranks have room, W * capacity.
       sent: rows that an exchange hands over on the way out.
       returned: rows that it hands over on the way back.
-      crossing: tokens that go to the nodes.
+      node_slots: tokens that go to the nodes, N * B of "hierarchy".
       everyone: tokens of all ranks.
       arrived: M.
       multiplied: rows of all experts under an even load.
@@ -172,7 +172,7 @@ class Size(NamedTuple):
     slots: int
     sent: int
     returned: int
-    crossing: int
+    node_slots: int
     everyone: int
     arrived: int
     multiplied: int
@@ -195,7 +195,7 @@ class Size(NamedTuple):
             slots=slots,
             sent=transport_of(plan).sent_rows(plan, plan.pair_capacity),
             returned=slots,
-            crossing=plan.num_nodes * per_node,
+            node_slots=plan.num_nodes * per_node,
             everyone=everyone,
             arrived=arrived,
             multiplied=min(even, arrived),
@@ -241,15 +241,15 @@ def _local_traffic(plan, size: Size, backward: bool) -> int:
     """Of a device that exchanges nothing: a gather each way, of rows as recipes leave them; the sum at the tokens."""
     tokens, pairs = plan.tokens_per_rank, plan.num_pairs
 
-    def there(rows, message):
+    def out(rows, message):
         return 2 * recoded(size, message, rows) + 2 * size.arrived * size.row
 
-    def home(message):
+    def back(message):
         return 2 * recoded(size, message, size.arrived) + 3 * pairs * size.row + tokens * size.wide
 
-    total = there(tokens, size.out) + home(size.back)
-    if backward:  # beside the same of cotangents: those of pairs and of weights
-        total += 2 * (pairs * size.row + tokens * size.wide) + there(pairs, size.ct) + home(size.ct)
+    total = out(tokens, size.out) + back(size.back)
+    if backward:  # cotangents take the same ways; beside that, those of pairs and of weights are made
+        total += 2 * (pairs * size.row + tokens * size.wide) + out(pairs, size.ct) + back(size.ct)
     return total
 
 

@@ -117,19 +117,19 @@ class AllGather(Transport):
         world, pairs = plan.ep_size * plan.tp_size, plan.num_pairs * WIDE
         total = 2 * leaves("all-gather", world, pairs)  # destinations, weights
         total += rounds_bytes(plan)
-        for there in (size.out, size.ct)[: 1 + backward]:
-            total += leaves("all-gather", world, plan.tokens_per_rank * there)
+        for message in (size.out, size.ct)[: 1 + backward]:
+            total += leaves("all-gather", world, plan.tokens_per_rank * message)
             total += leaves("reduce-scatter", world, size.everyone * size.wide)
         return total + backward * leaves("reduce-scatter", world, world * pairs)  # gradients of the weights
 
     def traffic_bytes(self, plan, size, backward):
         tokens, everyone = plan.tokens_per_rank, size.everyone * plan.num_copies
-        total = _pass_out(plan, size, size.out) + _pass_home(plan, size, size.back)
+        total = _pass_out(plan, size, size.out) + _pass_back(plan, size, size.back)
         if not backward:
             return total
         # Of every choice of every token, <row, cotangent>.
         total += tokens * (size.wide + size.row) + 2 * size.arrived * size.row + everyone * (size.row + size.wide)
-        return total + _pass_out(plan, size, size.ct) + _pass_home(plan, size, size.ct)
+        return total + _pass_out(plan, size, size.ct) + _pass_back(plan, size, size.ct)
 
 
 def _pass_out(plan, size, message: int) -> int:
@@ -139,7 +139,7 @@ def _pass_out(plan, size, message: int) -> int:
     return coded + moved + 2 * size.arrived * message
 
 
-def _pass_home(plan, size, message: int) -> int:
+def _pass_back(plan, size, message: int) -> int:
     """Rows of products summed for all tokens, and the sums of the ranks added."""
     sums = size.everyone * (plan.num_copies * size.row + size.wide)
     moved = (size.everyone + plan.tokens_per_rank) * size.wide if plan.ep_size * plan.tp_size > 1 else 0

@@ -68,7 +68,11 @@ class Counted(NamedTuple):
 
 
 class AllToAll(Transport):
-    """What both have in common: all but ``exchange`` and how many rows it hands over."""
+    """What "padded" and "ragged" have in common: everything but the exchange, and how many rows it hands over.
+
+    A subclass says in ``exchange`` what moves the rows. Where that sends fewer rows than ``ep_size * capacity``, it
+    says so in ``sent_rows``, from which the plan counts bytes.
+    """
 
     pairwise = True
 
@@ -222,28 +226,28 @@ class AllToAll(Transport):
     def buffers(self, plan, capacity):
         slots = plan.ep_size * capacity
         sent = self.sent_rows(plan, capacity)
-        arrival = plan.tp_size * slots
+        inbox = plan.tp_size * slots
         out, back = (row_bytes(name, plan.hidden, plan.dtype) for name in (plan.quant, plan.combine_quant))
-        buffers = {"send": sent * out, "arrival": arrival * out, "return": plan.num_pairs * back}
-        return buffers, sent + 3 * plan.num_pairs + arrival + plan.num_rows(capacity)
+        buffers = {"send": sent * out, "arrival": inbox * out, "return": plan.num_pairs * back}
+        return buffers, sent + 3 * plan.num_pairs + inbox + plan.num_rows(capacity)
 
     def wire_bytes(self, plan, size, backward):
         world = plan.ep_size * plan.tp_size
         total = leaves("all-gather", world, plan.num_experts * WIDE)  # counts
-        for there, home in ((size.out, size.back), (size.ct, size.ct))[: 1 + backward]:
-            total += leaves("all-to-all", plan.ep_size, size.sent * there)
-            total += leaves("all-gather", plan.tp_size, size.slots * there)
+        for out, back in ((size.out, size.back), (size.ct, size.ct))[: 1 + backward]:
+            total += leaves("all-to-all", plan.ep_size, size.sent * out)
+            total += leaves("all-gather", plan.tp_size, size.slots * out)
             total += leaves("reduce-scatter", plan.tp_size, size.arrived * plan.hidden * size.sum_item)
-            total += leaves("all-to-all", plan.ep_size, size.returned * home)
+            total += leaves("all-to-all", plan.ep_size, size.returned * back)
         return total
 
     def traffic_bytes(self, plan, size, backward):
         tokens, pairs = plan.tokens_per_rank, plan.num_pairs
-        total = _pass_out(plan, size, tokens, size.out) + _pass_home(plan, size, size.back)
+        total = _pass_out(plan, size, tokens, size.out) + _pass_back(plan, size, size.back)
         if not backward:
             return total
         total += 2 * (pairs * size.row + tokens * size.wide)  # cotangents of pairs and of weights
-        return total + _pass_out(plan, size, pairs, size.ct) + _pass_home(plan, size, size.ct)
+        return total + _pass_out(plan, size, pairs, size.ct) + _pass_back(plan, size, size.ct)
 
 
 def _pass_out(plan, size, rows: int, message: int) -> int:
@@ -254,7 +258,7 @@ def _pass_out(plan, size, rows: int, message: int) -> int:
     return coded + 2 * size.sent * message + moved + gathered + 2 * size.arrived * size.row
 
 
-def _pass_home(plan, size, message: int) -> int:
+def _pass_back(plan, size, message: int) -> int:
     """Rows of products as messages to the tokens, and summed."""
     moved = (size.slots + size.sent) * message if plan.ep_size > 1 else 0
     coded = recoded(size, message, size.slots) + recoded(size, message, plan.num_pairs)
@@ -309,6 +313,7 @@ def _round_sizes(manifest: Any, start: Array | int, capacity: int, plan) -> Arra
 
 def _place_of(pair: Array, plan) -> Array:
     """Where each pair lies in [C * T], -1 for none."""
+    # Pair (t, c) has the number t * C + c, and its row lies at c * T + t.
     return jnp.where(pair < 0, -1, pair % plan.num_copies * plan.tokens_per_rank + pair // plan.num_copies)
 
 
@@ -328,10 +333,12 @@ def _weighted_sum_backward(operands, ct):
     # d_weights[t, c] = <rows[c, t], ct[t]>     # [T, C], where (t, c) travelled
     # JAX's own rule would pad and add a cotangent of all the rows for each c.
     rows, weights, travelled = operands
-    # One product for each c: of one over [C, T, H] the TPU compiler would write the weights down in that shape first.
+    # One product for each c: for a single one over [C, T, H] the TPU compiler would first write the weights out in that
+    # shape.
     kept = jnp.where(travelled, weights, 0.0)
     d_rows = jnp.stack([(kept[:, c, None] * ct).astype(rows.dtype) for c in range(rows.shape[0])])
-    # Rows are masked before the product: after it, the derivative in ct would still read those that are not there.
+    # Rows are masked before the product. If the products were masked instead, the derivative in ct would still read
+    # rows that never came, which may hold NaN.
     dots = [jnp.sum(rows_if(travelled[:, c], rows[c]) * ct, axis=-1) for c in range(rows.shape[0])]
     return d_rows, jnp.stack(dots, axis=-1), None
 

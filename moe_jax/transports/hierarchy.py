@@ -1,9 +1,9 @@
-"""The transport "hierarchy": a token crosses to each node once, and so does what comes back of it.
+"""The transport "hierarchy": a token travels to each node once, and one sum comes back from each node.
 
 Out: rank i of a node sends a token once to rank i of every node that one of its experts lives on, and that rank sends
-copies on to the experts' ranks inside its node. Back: the same rank weights and adds the rows of all choices of a token
-on its node, and one partial sum per token and node goes back. W = N * R ranks, R on each of N nodes, numbered node by
-node; rows have the order of every other transport: (local expert, tp rank, source rank, token, choice).
+it on to the ranks of these experts, inside its node. Back: the same rank weights and adds the rows of all choices of a
+token on its node, and one partial sum per token and node goes back. W = N * R ranks, R on each of N nodes, numbered
+node by node; rows have the order of every other transport: (local expert, tp rank, source rank, token, choice).
 
 Addresses: a *node outbox* slot is a row of the buffer that goes to other nodes (B for each), a *node inbox* slot a row
 of the one that comes from them; slot b of the block from node n is there what slot b of the block for this node is to
@@ -46,11 +46,11 @@ Array = jax.Array
 
 @pytree()
 class HierarchyMaps:
-    """How rows move when a token crosses to each node once: maps of one round; -1 marks "none".
+    """How rows move when a token travels to each node once: maps of one round; -1 marks "none".
 
     Attributes:
-      crossing_token: [N * B] i32, the token in each node outbox slot.
-      token_crossing: [T, N] i32, the node outbox slot of each token for each node.
+      node_outbox_token: [N * B] i32, the token in each node outbox slot.
+      token_node_outbox: [T, N] i32, the node outbox slot of each token for each node.
       outbox_pair: [S] i32, node inbox slot * C + c in each outbox slot; S = R * D for blocks, at most that otherwise.
       pair_outbox: [N * B, C] i32, the outbox slot of each choice of the token in each node inbox slot.
       row_inbox: [M] i32, the inbox slot of each row.
@@ -58,8 +58,8 @@ class HierarchyMaps:
       exchange: what moves outbox slots to inbox slots, between the ranks of this node.
     """
 
-    crossing_token: Array
-    token_crossing: Array
+    node_outbox_token: Array
+    token_node_outbox: Array
     outbox_pair: Array
     pair_outbox: Array
     row_inbox: Array
@@ -92,15 +92,16 @@ class Hierarchy(Transport):
         # 1. Across: one message of each token for each node.
         with jax.named_scope("pack"):
             message, parts = join_some([tokens, None if pairs is None else by_token(pairs)])
-            leaving = take_rows(message, maps.crossing_token, poison=plan.poison)
+            leaving = take_rows(message, maps.node_outbox_token, poison=plan.poison)
         with jax.named_scope("exchange"):
-            crossed = _cross(leaving, plan)
+            crossed = _exchange_across(leaving, plan)
             node_tokens, node_pairs = split_some(crossed, parts)
-        # 2. Inside: a copy of it for each of its experts on this node.
+        # 2. Inside: the message once for each expert of the token on this node.
         with jax.named_scope("pack"):
             if tokens is not None:
-                crossing = token_of(maps.outbox_pair, maps.pair_outbox.shape[1])
-                node_tokens = take_rows(node_tokens, crossing, poison=plan.poison)
+                # An outbox slot holds node inbox slot * C + c, so that slot is found as the token of a pair is.
+                node_inbox_slot = token_of(maps.outbox_pair, maps.pair_outbox.shape[1])
+                node_tokens = take_rows(node_tokens, node_inbox_slot, poison=plan.poison)
             if pairs is not None:
                 node_pairs = take_rows(node_pairs.reshape(-1, pairs.shape[2]), maps.outbox_pair, poison=plan.poison)
             outbox, parts = join_some([node_tokens, node_pairs])
@@ -148,8 +149,8 @@ class Hierarchy(Transport):
             node_weights = take_rows(node_scalars[:, 0], maps.pair_outbox, absent=0)
         elif weights is not None:
             with jax.named_scope("exchange"):
-                leaving = take_rows(weights, maps.crossing_token, poison=plan.poison)
-                node_weights = _cross(leaving, plan)
+                leaving = take_rows(weights, maps.node_outbox_token, poison=plan.poison)
+                node_weights = _exchange_across(leaving, plan)
         # 3. Across: one partial sum of each token from each node, rounded to ``plan.dtype``.
         message = flat = None
         with jax.named_scope("partial_sum"):
@@ -161,22 +162,22 @@ class Hierarchy(Transport):
                 flat = lax.collapse(take_rows(node_scalars, maps.pair_outbox, absent=0), 1)
         with jax.named_scope("exchange"):
             packed, parts = join_some([message, flat])
-            returned, returned_scalars = split_some(_cross(packed, plan), parts)
+            returned, returned_scalars = split_some(_exchange_across(packed, plan), parts)
         # 4. At the tokens: the sum over the nodes.
         with jax.named_scope("combine_sum"):
             total = pair_scalars = None
             if rows is not None:
                 values = as_received(returned, recipe, rows.shape[1])
-                total = partial_sums(values, maps.token_crossing, None)
+                total = partial_sums(values, maps.token_node_outbox, None)
             if scalars is not None:
-                summed = partial_sums(returned_scalars, maps.token_crossing, None)
+                summed = partial_sums(returned_scalars, maps.token_node_outbox, None)
                 pair_scalars = jnp.swapaxes(summed.reshape(len(summed), -1, scalars.shape[1]), 0, 1)
             return Return(total, pair_scalars, note)
 
     def collect_adjoint(self, rows, weights, ct, maps, plan, *, ordered):
         # d_row(t, c) = w[t, c] * ct[t]     # [M, H] on every tp rank, from ct [T, H] fp32
         # d_w[t, c] = <ct[t], row(t, c)>    # [T, C], or [M] for weights beside the rows; the row summed over tp
-        # The cotangent crosses to each node once, as a row in ``plan.dtype``; products and sums are fp32.
+        # The cotangent of a token travels to each node once, as a row in ``plan.dtype``; products and sums are fp32.
         beside_rows, recipe = weights.ndim == 1, plan.backward_recipe
         scalars = None if beside_rows else weights.T[..., None]
         row_ct, row_weight = linear.send(self, plan, ordered, recipe, ct.astype(plan.dtype), None, scalars, maps)
@@ -187,9 +188,9 @@ class Hierarchy(Transport):
             _, d_weights = linear.collect(self, plan, ordered, recipe, None, dots, maps)
             return (row_weight * row_ct).astype(rows.dtype), d_weights[..., 0].T
         both = jnp.concatenate([dots, weights[:, None]], axis=1)
-        if (
-            plan.tp_axis is not None and plan.tp_size > 1
-        ):  # rows and weights are sums over tp, whose ranks may order rows differently, but not slots
+        # The rows and the weights of the tp ranks are partial sums. Ranks may order rows differently, but not slots, so
+        # slots are added up.
+        if plan.tp_axis is not None and plan.tp_size > 1:
             slots = collectives.sum_over(take_rows(both, maps.inbox_row, absent=0), plan.tp_axis)
             both = take_rows(_compat.as_varying(slots, plan.exchange_axes), maps.row_inbox, absent=0)
         d_weights = jnp.where(maps.row_inbox >= 0, both[:, 0], 0.0)
@@ -199,74 +200,75 @@ class Hierarchy(Transport):
 
     def buffers(self, plan, capacity):
         slots, rows = plan.ep_size * capacity, plan.num_rows(capacity)
-        crossing = plan.num_nodes * min(plan.tokens_per_rank, plan.ep_size // plan.num_nodes * capacity)
-        sent = min(slots, crossing * plan.num_copies) if capacity > plan.pair_capacity else slots
+        node_slots = plan.num_nodes * min(plan.tokens_per_rank, plan.ep_size // plan.num_nodes * capacity)
+        sent = min(slots, node_slots * plan.num_copies) if capacity > plan.pair_capacity else slots
         row = plan.hidden * jnp.dtype(plan.dtype).itemsize
         out, back = (row_bytes(name, plan.hidden, plan.dtype) for name in (plan.quant, plan.combine_quant))
-        arrival = plan.tp_size * slots
+        inbox = plan.tp_size * slots
         buffers = {
-            "crossing": 2 * crossing * out,
+            "crossing": 2 * node_slots * out,
             "send": sent * out,
-            "arrival": arrival * out,
-            "return": sent * row + crossing * (WIDE * plan.hidden + back),
+            "arrival": inbox * out,
+            "return": sent * row + node_slots * (WIDE * plan.hidden + back),
         }
-        return buffers, crossing * (1 + plan.num_copies) + plan.tokens_per_rank * plan.num_nodes + sent + arrival + rows
+        integers = node_slots * (1 + plan.num_copies) + plan.tokens_per_rank * plan.num_nodes + sent + inbox + rows
+        return buffers, integers
 
     def wire_bytes(self, plan, size, backward):
         nodes, inside, tp = plan.num_nodes, plan.ep_size // plan.num_nodes, plan.tp_size
         counts, entries = plan.num_experts * WIDE, plan.num_copies * WIDE  # entries: of a token
         total = leaves("all-to-all", plan.ep_size, counts) + leaves("all-gather", tp, counts)
-        total += 2 * leaves("all-to-all", nodes, size.crossing * entries)  # destinations, weights
+        total += 2 * leaves("all-to-all", nodes, size.node_slots * entries)  # destinations, weights
         total += rounds_bytes(plan)
 
-        def there(message, beside_token, beside_row):
+        def out(message, beside_token, beside_row):
             bytes_inside = message + beside_row
-            found = leaves("all-to-all", nodes, size.crossing * (message + beside_token))
+            found = leaves("all-to-all", nodes, size.node_slots * (message + beside_token))
             found += leaves("all-to-all", inside, size.sent * bytes_inside)
             return found + leaves("all-gather", tp, size.slots * bytes_inside)
 
-        def home(message):
+        def back(message):
             found = leaves("reduce-scatter", tp, size.arrived * plan.hidden * size.sum_item)
             found += leaves("all-to-all", inside, size.slots * size.row)
-            return found + leaves("all-to-all", nodes, size.crossing * message)
+            return found + leaves("all-to-all", nodes, size.node_slots * message)
 
-        total += there(size.out, 0, 0) + home(size.back)
+        total += out(size.out, 0, 0) + back(size.back)
         if not backward:
             return total
-        total += there(size.ct, entries, WIDE) + home(size.ct)  # cotangents have the weights with them
-        total += leaves("reduce-scatter", tp, size.arrived * WIDE)  # and those of weights go back by themselves
+        total += out(size.ct, entries, WIDE) + back(size.ct)  # cotangents of rows travel with the weights
+        total += leaves("reduce-scatter", tp, size.arrived * WIDE)  # cotangents of weights go back by themselves
         total += leaves("all-to-all", inside, size.slots * WIDE)
-        return total + leaves("all-to-all", nodes, size.crossing * entries)
+        return total + leaves("all-to-all", nodes, size.node_slots * entries)
 
     def traffic_bytes(self, plan, size, backward):
-        total = _pass_out(plan, size, size.out) + _pass_home(plan, size, size.back)
+        total = _pass_out(plan, size, size.out) + _pass_back(plan, size, size.back)
         if not backward:
             return total
         # Of every row that arrived, <row, cotangent>.
         total += plan.tokens_per_rank * (size.wide + size.row) + 4 * size.arrived * size.row
-        return total + _pass_out(plan, size, size.ct) + _pass_home(plan, size, size.ct)
+        return total + _pass_out(plan, size, size.ct) + _pass_back(plan, size, size.ct)
 
 
 def _pass_out(plan, size, message: int) -> int:
     """Tokens as messages to the nodes, inside them to the experts, and in their order there."""
     coded = recoded(size, message, plan.tokens_per_rank) + recoded(size, message, size.arrived)
-    packed = 2 * size.sent * message + 4 * size.crossing * message
+    packed = 2 * size.sent * message + 4 * size.node_slots * message
     moved = (size.sent + size.slots) * message if plan.ep_size > 1 else 0
     gathered = (size.slots + size.arrived) * message if plan.tp_size > 1 else 0
     return coded + packed + moved + gathered + 2 * size.arrived * size.row
 
 
-def _pass_home(plan, size, message: int) -> int:
+def _pass_back(plan, size, message: int) -> int:
     """Rows of products inside their node, summed there, and the sums of the nodes added."""
     inside = 2 * size.slots * size.row if plan.ep_size > plan.num_nodes else 0
-    sums = size.crossing * (plan.num_copies * size.row + size.wide + 3 * message)
+    sums = size.node_slots * (plan.num_copies * size.row + size.wide + 3 * message)
     return unplaced_bytes(plan, size) + inside + sums + plan.tokens_per_rank * (plan.num_nodes * message + size.wide)
 
 
 HIERARCHY = Hierarchy()
 
 
-def _cross(rows: Array, plan) -> Array:
+def _exchange_across(rows: Array, plan) -> Array:
     """[N * B, F]: block m of B slots goes to node m; block n of the result came from node n."""
     return Blocks().move(rows, len(rows), _across(plan), plan)[0]
 
@@ -299,47 +301,46 @@ def open_hierarchy(
     R numbers, where rows travel end to end.
 
     Args:
-      destination: [T, C] i32 flat expert slot, rank * L + local expert, of every copy of every token, or -1.
+      destination: [T, C] i32 flat expert slot, rank * L + local expert, of every pair, or -1.
       start: first place, may be traced.
       capacity: places, static.
       plan: names the axes and sizes.
       num_rows: M, static row capacity, at least the rows that may come: P * W * capacity always are enough.
       source_order: as for ``layout.receive_maps``.
-
     """
     destination = _compat.as_varying(destination, plan.exchange_axes)
-    (tokens, copies), num_local = destination.shape, plan.num_local_experts
+    (tokens, num_copies), num_local = destination.shape, plan.num_local_experts
     num_nodes = collectives.group_size(_across(plan))
     per_node = plan.ep_size // num_nodes
     compact = capacity > plan.pair_capacity
-    # 1. The pairs of this round, and the tokens that must cross to each node for them.
+    # 1. The pairs of this round, and the tokens that must travel to each node for them.
     with jax.named_scope("layout"):
         pairs = layout.sort_pairs(destination.ravel(), plan.ep_size * num_local)
         chosen = layout.send_maps(pairs, plan.ep_size, start, capacity, compact=True)
         chosen = jnp.where(chosen.pair_slot.reshape(destination.shape) >= 0, destination, -1)
         node = jnp.where(chosen >= 0, chosen // (per_node * num_local), -1)
-        crossing_token, token_crossing = _crossing_maps(node, num_nodes, min(tokens, per_node * capacity))
-        leaving = _destinations_by_node(chosen, node, crossing_token, num_nodes, per_node * num_local)
-    # 2. Counts between all ranks; and with each token that crosses, where its copies go on that node.
+        node_outbox_token, token_node_outbox = _node_outbox_maps(node, num_nodes, min(tokens, per_node * capacity))
+        leaving = _destinations_by_node(chosen, node, node_outbox_token, num_nodes, per_node * num_local)
+    # 2. Counts between all ranks; and with each token, where its pairs go on the node that it travels to.
     with jax.named_scope("exchange_counts"):
         recv_counts = collectives.exchange_counts(pairs.counts.reshape(plan.ep_size, num_local), plan)
         crossed = collectives.swap_with_peers(leaving, _across(plan)) if _across(plan) else leaving
-    # 3. The outbox of the leg inside the node, filled like that of any all-to-all; the counts say what arrives.
+    # 3. The outbox for the ranks of this node, filled like that of any all-to-all; the counts say what arrives.
     with jax.named_scope("layout"):
-        block = num_nodes * min(capacity, tokens * copies)
+        block = num_nodes * min(capacity, tokens * num_copies)
         inner_pairs = layout.sort_pairs(crossed.ravel(), per_node * num_local)
         inner = layout.send_maps(inner_pairs, per_node, 0, block, compact=compact)
-        _, arriving = layout.clip_to_window(recv_counts, start, capacity)
+        _, arriving = layout.clip_to_stretch(recv_counts, start, capacity)
         row_inbox, inbox_row = _receive_maps(arriving, num_nodes, block, num_rows, source_order, compact=compact)
     exchange = Blocks()
     if compact:
         sizes = collectives.gather_sizes(inner.sizes, _inside(plan))
         exchange = Chunks(sizes=sizes, chunk=num_nodes * plan.pair_capacity)
     maps = HierarchyMaps(
-        crossing_token=crossing_token,
-        token_crossing=token_crossing,
+        node_outbox_token=node_outbox_token,
+        token_node_outbox=token_node_outbox,
         outbox_pair=inner.slot_pair,
-        pair_outbox=inner.pair_slot.reshape(-1, copies),
+        pair_outbox=inner.pair_slot.reshape(-1, num_copies),
         row_inbox=row_inbox,
         inbox_row=inbox_row,
         exchange=exchange,
@@ -347,42 +348,47 @@ def open_hierarchy(
     return Opened(maps, jnp.sum(arriving, axis=(0, 1), dtype=jnp.int32), recv_counts)
 
 
-def _crossing_maps(node: Array, num_nodes: int, block: int) -> tuple[Array, Array]:
-    """Slots of tokens that cross, by node and token: ([N * B] token of each slot, [T, N] slot of each token).
+def _node_outbox_maps(node: Array, num_nodes: int, block: int) -> tuple[Array, Array]:
+    """Node outbox slots, by node and then token: ([N * B] the token in each slot, [T, N] the slot of each token).
 
     Args:
-      node: [T, C] of each copy, or -1.
+      node: [T, C] the node of each pair, or -1.
       num_nodes: N.
       block: B, at least the tokens that any node gets.
     """
     tokens, length = node.shape[0], num_nodes * block
     every_node = jnp.arange(num_nodes, dtype=jnp.int32)
+    # 1. Which tokens each node needs, for one choice or several: [T, N].
     wanted = jnp.zeros((tokens, num_nodes), bool)
     for c in range(node.shape[1]):
         wanted |= node[:, c, None] == every_node
+    # 2. The tokens of a node fill its block in ascending order: the slot of a token counts the wanted ones before it.
     place = jnp.cumsum(wanted, axis=0, dtype=jnp.int32) - 1
     token_slot = jnp.where(wanted, every_node * block + place, -1)
+    # 3. The inverse. A slot belongs to one token at most; what is not wanted is written past the end, and so dropped.
     token = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32)[:, None], token_slot.shape)
     target = jnp.where(wanted, token_slot, length)
     return jnp.full(length, -1, jnp.int32).at[target].set(token, mode="drop"), token_slot
 
 
 def _destinations_by_node(
-    chosen: Array, node: Array, crossing_token: Array, num_nodes: int, slots_per_node: int
+    chosen: Array, node: Array, node_outbox_token: Array, num_nodes: int, slots_per_node: int
 ) -> Array:
-    """[N, B, C] for each node outbox slot, the place of each copy among the expert slots of that node, or -1."""
+    """[N, B, C] where the pairs of each node outbox slot go: the place among the expert slots of that node, or -1."""
     if not chosen.shape[0]:
         return jnp.zeros_like(chosen, shape=(num_nodes, 0, chosen.shape[1]))
-    token = crossing_token.reshape(num_nodes, -1)
+    token = node_outbox_token.reshape(num_nodes, -1)
+    # 1. The pairs of the token in a slot that go to the node of this slot; its other pairs go elsewhere.
     target = jnp.arange(num_nodes, dtype=jnp.int32)[:, None, None]
     there = take_rows(node, token, absent=-1) == target
+    # 2. Their flat expert slots, counted from the first one of the node.
     return jnp.where(there, take_rows(chosen, token) - target * slots_per_node, -1)
 
 
 def _receive_maps(
     sizes: Array, num_nodes: int, block: int, num_rows: int, source_order: Array | None, *, compact: bool
 ) -> tuple[Array, Array]:
-    """Where arrivals become rows: (row_inbox [M], inbox_row [P * R * D]).
+    """Where inbox slots become rows: (row_inbox [M], inbox_row [P * R * D]).
 
     What rank i of this node passes on stands by (local expert, source node), and is one block for each of them: the
     pairs of source (n, i) for that expert, in order. Counts alone say where a block lies on both sides.
@@ -401,6 +407,7 @@ def _receive_maps(
         split = blocks.reshape(num_tp, num_nodes, per_node, num_local)
         return split.transpose(0, 2, 3, 1).reshape(num_tp, per_node, num_local * num_nodes)
 
+    # 1. The list that each rank of this node passes on, and where it begins in the inbox.
     lists = by_slot(sizes)
     if compact:
         from_rank = jnp.sum(lists, axis=-1, dtype=jnp.int32)
@@ -408,8 +415,10 @@ def _receive_maps(
     else:
         bases = jnp.broadcast_to(jnp.arange(per_node, dtype=jnp.int32) * block, (num_tp, per_node))
     bases = bases + jnp.arange(num_tp, dtype=jnp.int32)[:, None] * (per_node * block)
+    # 2. Where each block begins in the inbox: the blocks of a list stand end to end. Then the order of ``sizes``.
     starts = (bases[..., None] + layout.exclusive_cumsum(lists)).reshape(num_tp, per_node, num_local, num_nodes)
     slot_start = starts.transpose(0, 3, 1, 2).reshape(sizes.shape)
+    # 3. Where each block begins among the rows; then inbox slots and rows are looked up both ways.
     row_start = layout.row_starts(sizes, source_order)
     return (
         layout.map_blocks(row_start, slot_start, sizes, num_rows),

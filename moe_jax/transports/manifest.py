@@ -65,7 +65,7 @@ def count_pairs(
             expert_ids = jnp.where(expert_ids >= ranks.num_experts, expert_ids + lost, expert_ids)
         valid = (expert_ids >= 0) & (expert_ids < plan.num_ids)
         chosen = _compat.as_varying(jnp.where(wanted & valid, expert_ids, -1), plan.exchange_axes)
-        # 2. Where each pair goes; nowhere, if the window of that rank is at another step.
+        # 2. Where each pair goes; nowhere, if the receive window of that rank is at another step.
         destination = _destinations(chosen, token_mask, plan, ranks)
         stale = jnp.zeros_like(destination[:0], shape=(1,))
         if fresh is not None:
@@ -124,7 +124,7 @@ def open_round(
 
 
 def read_table(rank_table: Array, plan: Plan) -> RankTable:
-    """``rank_table`` checked and taken apart."""
+    """Checks ``rank_table``, and takes it apart."""
     return read_rank_table(rank_table, plan.ep_size, plan.num_experts, plan.num_shared_ranks)
 
 
@@ -135,15 +135,18 @@ def source_order(ranks: RankTable, plan: Plan) -> Array:
 
 
 def _destinations(chosen: Array, token_mask: Array | None, plan: Plan, ranks: RankTable | None) -> Array:
-    """[T * num_copies] flat expert slot, rank * L + local expert, of every copy of every token; -1 where none travels.
+    """[T * num_copies] flat expert slot, rank * L + local expert, of every pair; -1 where none travels.
 
-    Routed expert e lives in slot S * L + e: behind the S ranks of shared experts. Experts without weights get no row.
+    Routed expert e lives in slot S * L + e, behind the S ranks of shared experts. Weightless experts get no row.
     """
     num_local, num_shared, me = plan.num_local_experts, plan.num_copies - plan.top_k, collectives.ep_rank(plan)
     num_experts, shared_ranks = plan.num_experts, plan.num_shared_ranks
     if ranks is not None:
         num_experts, shared_ranks, me = ranks.num_experts, ranks.num_shared_ranks, ranks.logical[me]
+    # 1. Routed experts, in the slots of the ranks that are left.
     slots = jnp.where((chosen >= 0) & (chosen < num_experts), shared_ranks * num_local + chosen, -1)
+    # 2. Shared experts on ranks of their own, per_expert ranks for each: the active tokens of rank ``me`` go to the
+    #    (me mod per_expert)-th of them.
     if num_shared:
         per_expert = jnp.maximum(shared_ranks // num_shared, 1)
         rank = me % per_expert + per_expert * jnp.arange(num_shared, dtype=jnp.int32)
@@ -151,6 +154,7 @@ def _destinations(chosen: Array, token_mask: Array | None, plan: Plan, ranks: Ra
         if token_mask is not None:
             active &= token_mask if token_mask.ndim == 1 else jnp.any(token_mask, axis=1)
         slots = jnp.concatenate([slots, jnp.where(active[:, None], rank * num_local, -1)], axis=1)
+    # 3. Ranks have been logical so far, which are numbered without gaps; rows go to physical ones.
     slots = slots.ravel()
     if ranks is None:
         return slots
