@@ -11,7 +11,7 @@ from moe_jax.errors import InvalidArgumentError, check_dtype, check_rank, check_
 from moe_jax.layer.weightless import Constants, WeightlessTerms, check_weightless, weightless_term, weightless_terms
 from moe_jax.plan import Plan
 from moe_jax.transports import collect_rows, transport_of
-from moe_jax.transports.base import Transport, copy_weights
+from moe_jax.transports.base import Transport, pair_weights
 from moe_jax.types import DispatchHandle
 
 Array = jax.Array
@@ -150,7 +150,8 @@ def combine_sum(
 ) -> tuple[Array, Array | None]:
     """What both operators add up, fp32 [T, H]; and ``performance_info`` after it.
 
-    ``row_weights``: [M], for "hierarchy": to take for the rows instead of ``combine_weights``; tp ranks add theirs up.
+    ``row_weights``: [M], taken for the rows instead of ``combine_weights``, and summed over the tp ranks; only for a
+    transport that ``takes_row_weights``.
     """
     _check(rows, combine_weights, handle, shared_x, performance_info)
     plan = handle.plan
@@ -163,7 +164,7 @@ def combine_sum(
     rows, combine_weights, handle, shared_x, row_weights, terms = given
     transport = transport_of(plan)
     # The weight of a pair that contributes nothing may be anything, NaN included.
-    weights = copy_weights(combine_weights, plan)
+    weights = pair_weights(combine_weights, plan)
     travelled = transport.present(handle.maps, plan)
     contributes = jnp.pad(handle.expert_ids >= plan.num_experts, ((0, 0), (0, plan.num_copies - plan.top_k)))
     contributes |= travelled

@@ -46,7 +46,7 @@ def dispatch(
 
     Rows come out by local expert, then source tp rank, then source ep rank, then token * K + k: the same rows, bit for
     bit, on every transport. Rows at or past ``sum(group_sizes)`` may hold anything and must not be read. With tp > 1
-    all tp ranks of an ep rank get the rows of all of them. Repeated ids in a row are distinct copies. With
+    all tp ranks of an ep rank get the rows of all of them. Repeated ids in a row are distinct pairs. With
     ``plan.num_shared_ranks``, the copy for shared expert s counts as k = K + s, and lies in slot 0 of its rank.
 
     With ``plan.quant``, rows travel as codes with their scales, in one message; ``dequantize`` makes rows of them.

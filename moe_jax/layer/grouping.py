@@ -1,6 +1,6 @@
-"""From what arrived to what goes back: rows picked out of arrival slots, through their experts, and into slots again.
+"""From what arrived to what goes back: rows are picked out of inbox slots, multiplied, and put into slots again.
 
-Nothing here communicates. Rows lie expert after expert. The backward pass keeps the rows, and the inputs of the
+Nothing here communicates. Rows lie expert after expert. The backward pass keeps the rows and the inputs of the
 activation, and computes the activation again.
 """
 
@@ -30,7 +30,9 @@ def expert_slots(
     order: InboxOrder | None,
     group_sizes: Array,
 ) -> Array:
-    """What the experts make of the rows that arrived, each in the slot that its row came in. Positions alone.
+    """What the experts make of the rows that arrived, each in the slot that its row came in.
+
+    Call it with arguments by position.
 
     Args:
       plan, activation: static.
@@ -54,7 +56,13 @@ def _forward(plan, activation, experts, arrived, order, group_sizes):
 
 
 def _backward(plan, activation, residuals, ct):
-    """Cotangents of the experts and of what arrived, from that of what they made; None for the integers."""
+    # With the rows of each expert l: inner = rows @ w_in[l], hidden = activation(inner), made = hidden @ w_out[l], with
+    # biases added. w_in is w_up, and w_gate beside it if gated; w_out is w_down. From ct [M, H], picked out of slots:
+    # d_w_out[l] = hidden^T @ ct         # [F, H], over the rows of l; d_b_down[l] is the sum of ct
+    # d_hidden = ct @ w_out[l]^T         # [M, F]
+    # d_inner = activation'(inner)^T d_hidden    # [M, F] for each projection
+    # d_w_in[l] = rows^T @ d_inner       # [H, F], over the rows of l; the biases are sums of d_inner
+    # d_rows = d_inner @ w_in[l]^T       # [M, H], summed over the projections, and put into slots [A, H]
     experts, rows, inner, order, group_sizes = residuals
     of_inner, of_out = split_by_projection(experts)
     with jax.named_scope("experts"):
@@ -80,7 +88,7 @@ def overflow_slots(
     order: InboxOrder | None,
     group_sizes: Array,
 ) -> Array:
-    """As ``expert_slots``, without a derivative; ``arrived`` itself where no row came."""
+    """What ``expert_slots`` gives, without a derivative, and ``arrived`` itself where no row came."""
 
     def run(arrived, experts):
         return _forward(plan, activation, experts, arrived, order, group_sizes)[0]
@@ -100,7 +108,8 @@ def add_overflow_gradients(
 ) -> tuple[dict[str, Array], Array]:
     """``grads`` of the experts plus those of ``overflow_slots``, and the cotangent of ``arrived``.
 
-    ``ct``: of the result. Where no row came, ``grads`` and ``ct`` themselves. Inner activations are computed again.
+    ``ct`` [A, H] is that of the result of ``overflow_slots``, [A, H]. Where no row came, the results are ``grads`` and
+    ``ct`` themselves. Nothing was kept of the forward pass, so the inner activations are computed again.
     """
 
     def run(carry, read):
@@ -127,10 +136,10 @@ def _if_any(group_sizes: Array, run: Callable, init: Any, read: Any) -> Any:
 
 
 def _rows(slots: Array, order: InboxOrder | None, plan: Plan) -> Array:
-    """[A, H] -> [M, H]; anything past the last row."""
+    """[A, H] -> [M, H], the rows in the order of the experts. Past the last one they may hold anything."""
     return slots if order is None else take_rows(slots, order.row_inbox, poison=plan.poison)
 
 
 def _slots(rows: Array, order: InboxOrder | None, plan: Plan) -> Array:
-    """[M, H] -> [A, H]; anything in slots that no row came in."""
+    """[M, H] -> [A, H], each row in its slot. Slots that no row came in may hold anything."""
     return rows if order is None else take_rows(rows, order.inbox_row, poison=plan.poison)

@@ -68,9 +68,9 @@ def moe_layer(
       balance: "rank" or "token", how the instances of an expert share its tokens; read with ``table`` only.
       rank_table: [4 + 2 * ep] i32, who is alive, see ``dispatch``: tokens of removed ranks get nothing from routed
         experts. Without ``table`` the router must not choose the experts that are gone; choices that do are dropped.
-      chunks: a divisor of T. The tokens pass in this many parts, each with its share of ``plan.pair_capacity``, and no
-        part waits for another: while one is multiplied, the next can travel. Same values as with 1, except for
-        which copies overflow="drop" drops. ``num_rounds`` is that of the part that needed most.
+      chunks: a divisor of T. The tokens pass in this many chunks, each with its share of ``plan.pair_capacity``, and
+        no chunk waits for another: while one is multiplied, the next can travel. Values are those of chunks=1, except
+        that overflow="drop" may drop other pairs. ``num_rounds`` is that of the chunk that needed most.
 
     Returns:
       y [T, H] in ``plan.dtype``, and LayerStats over all tokens of the mesh. Differentiable in x and every float
@@ -133,7 +133,7 @@ def layer_of_shard(
     over an axis of one device they vary only if an operand does, whatever the parameters do.
     """
     axes_of_tokens = _compat.union_of_varying_axes((x, token_mask, table, rank_table))
-    # 1. Operands. Parameters are typed as varying over axes of one device, for JAX would sum their gradients over it.
+    # 1. Operands. Parameters are typed as varying over axes of size 1, or JAX would sum their gradients there.
     x = _compat.as_varying(x, plan.token_axes)
     params = _compat.as_varying_over_units(params, plan.token_axes)
     if token_mask is not None:  # padding may hold anything; from here on it is zero
@@ -144,7 +144,7 @@ def layer_of_shard(
     expert_ids = routing.expert_ids if table is None else _instances_of(routing.expert_ids, table, balance, plan)
     # 3. Tokens go to their experts and come back as weighted sums, in rounds.
     experts = weights_of("experts", params)
-    if "b_down" in experts:  # the results of the tp ranks are summed, so only the first of them adds this bias
+    if "b_down" in experts:  # what the tp ranks make is summed, so only the first of them adds this bias
         experts["b_down"] = jnp.where(collectives.tp_rank(plan) == 0, experts["b_down"], 0.0)
     given = weights_of("constants", params)
     constants = Constants(*(given[name].astype(plan.dtype) if given else None for name in _CONSTANTS))
@@ -167,7 +167,7 @@ def layer_of_shard(
 
 
 def _instances_of(expert_ids: Array, table: Array, balance: str, plan: Plan) -> Array:
-    """Ids of logical experts, followed by those of weightless ones -> ids of instances, followed likewise."""
+    """Ids of logical experts -> ids of their instances; weightless experts are numbered behind either."""
     num_logical = table.shape[0]
     is_logical = expert_ids < num_logical
     rank = collectives.ep_rank(plan)

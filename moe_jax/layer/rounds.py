@@ -43,32 +43,33 @@ def routed_sum(
       expert_ids, weights: [T, K] i32 and f32.
       experts: as for ``expert_slots``; constants: in ``plan.dtype``.
       x: [T, H] in ``plan.dtype``.
-      plan, activation: static. rank_table: as for ``dispatch``; that of one rank can only say that it is there.
-      chunks: a divisor of T; each part of the tokens passes by itself, with its share of ``plan.pair_capacity``.
+      plan, activation: static.
+      rank_table: as for ``dispatch``; the table of a single rank can only say that this rank is there.
+      chunks: a divisor of T; each chunk of the tokens passes by itself, with its share of ``plan.pair_capacity``.
 
     Returns:
-      ([T, H] fp32, i32 pairs of this device that were dropped, i32 rounds of the part that took most).
+      ([T, H] fp32, i32 pairs of this device that were dropped, i32 rounds of the chunk that took most).
     """
     if not plan.num_pairs:  # no device has a token: nothing moves
         return jnp.zeros_like(weights, shape=(0, plan.hidden)), jnp.zeros((), jnp.int32), jnp.ones((), jnp.int32)
     tokens = plan.tokens_per_rank // chunks
-    part = dataclasses.replace(plan, tokens_per_rank=tokens, pair_capacity=-(-plan.pair_capacity // chunks))
+    chunk_plan = dataclasses.replace(plan, tokens_per_rank=tokens, pair_capacity=-(-plan.pair_capacity // chunks))
     if rank_table is not None and not plan.exchanges:
-        read_table(rank_table, plan)  # raises
+        read_table(rank_table, plan)  # raises if the table is not one of this plan
     found = []
     for start in range(0, plan.tokens_per_rank, tokens):
         ids_here, x_here, weights_here = (a[start : start + tokens] for a in (expert_ids, x, weights))
         if not plan.exchanges:
             operands = (ids_here, experts, constants, x_here, weights_here)
-            found.append((*local_sum(*operands, part, activation=activation), jnp.ones((), jnp.int32)))
+            found.append((*local_sum(*operands, chunk_plan, activation=activation), jnp.ones((), jnp.int32)))
             continue
-        transport = transport_of(part)
-        manifest = count_pairs(transport, ids_here, part, rank_table=rank_table)
-        num_rounds = count_rounds(transport, manifest, part)
+        transport = transport_of(chunk_plan)
+        manifest = count_pairs(transport, ids_here, chunk_plan, rank_table=rank_table)
+        num_rounds = count_rounds(transport, manifest, chunk_plan)
         manifest = _compat.as_varying(manifest, plan.token_axes)
-        terms = weightless_terms(manifest.expert_ids, x_here, constants, part)
+        terms = weightless_terms(manifest.expert_ids, x_here, constants, chunk_plan)
         terms = _compat.as_varying(terms, plan.token_axes)
-        total = _routed_sum(part, activation, experts, x_here, weights_here, terms, manifest, num_rounds)
+        total = _routed_sum(chunk_plan, activation, experts, x_here, weights_here, terms, manifest, num_rounds)
         found.append((total, manifest.stats.num_dropped[0], num_rounds))
     totals, dropped, rounds = zip(*found, strict=True)
     return jnp.concatenate(totals), functools.reduce(jnp.add, dropped), functools.reduce(jnp.maximum, rounds)
@@ -77,7 +78,11 @@ def routed_sum(
 def _round(
     through: Callable, plan: Plan, activation: str, index, experts, x, weights, manifest: Manifest, earlier=None
 ) -> Array:
-    """Round ``index``: its pairs to the experts, ``through`` them and back, to what ``earlier`` rounds collected."""
+    """Round ``index``: sends its pairs to the experts, and collects what they make.
+
+    ``earlier`` is what the rounds before collected, and the result includes it; None in the first round. ``through`` is
+    ``expert_slots``, or ``overflow_slots`` in a round that keeps no residuals.
+    """
     transport = transport_of(plan)
     # 1. Which pairs travel in this round, and where their rows lie.
     handle = open_round(transport, manifest, index * plan.pair_capacity, plan.pair_capacity, plan)
@@ -91,9 +96,16 @@ def _round(
 
 
 def _add_overflow_round(plan: Plan, activation: str, index, grads, ct, experts, x, weights, manifest: Manifest):
-    """``grads`` of experts, x and weights, and what an overflow round adds to them: that round again, and backward."""
+    """Computes an overflow round again, and adds its gradients to ``grads``, those of experts, x and weights.
+
+    ``ct`` is that of what all rounds collected. Steps 1 to 3 are those of ``_round``.
+    """
+    # d_made, d_weights: the adjoint of collecting, from ct    # [A, H] and [T, C] from [C, T, H], or [T, H] of sums
+    # d_experts, d_arrived: through the experts, from d_made   # see ``grouping``; [A, H]
+    # d_x: the adjoint of sending, from d_arrived              # [T, H] from [A, H]
     d_experts, d_x, d_weights = grads
     transport = transport_of(plan)
+    # 1. Which pairs travel in this round, and where their rows lie.
     handle = open_round(transport, manifest, index * plan.pair_capacity, plan.pair_capacity, plan)
     order = transport.inbox_order(handle.maps)
 
@@ -103,9 +115,12 @@ def _add_overflow_round(plan: Plan, activation: str, index, grads, ct, experts, 
     def returned(made, weights):
         return collect_rows(transport, made, weights, handle, ordered=False)[0]
 
+    # 2. Token rows to inbox slots.
     arrived, pull_sent = jax.vjp(sent, x)
-    # Where sums are made at the tokens nobody reads what the experts made, and the compiler leaves it out.
+    # 3. Through the experts. Where sums are made at the tokens, the adjoint of collecting does not read what the
+    #    experts made, and the compiler leaves this step out.
     made = overflow_slots(plan, activation, experts, arrived, order, handle.group_sizes)
+    # 4. Back through collecting, through the experts and through sending.
     d_made, more_weights = jax.vjp(returned, made, weights)[1](ct)
     d_experts, d_arrived = add_overflow_gradients(
         plan, activation, d_experts, experts, arrived, d_made, order, handle.group_sizes
@@ -115,7 +130,7 @@ def _add_overflow_round(plan: Plan, activation: str, index, grads, ct, experts, 
 
 
 def _loop(overflow: Callable, plan: Plan) -> Callable:
-    """``overflow``, a loop of unknown length, which has no derivative beyond the one that is written here."""
+    """``overflow``, a loop of unknown length, which refuses in words what it has no derivative for."""
     return first_order_only(
         overflow,
         "forward mode and second derivatives of the layer are there for plans of one round, and this one may need "
@@ -133,7 +148,7 @@ def _routed_sum(plan, activation, experts, x, weights, terms, manifest, num_roun
 
 
 def _overflow_rounds(plan, activation, collected, num_rounds, *operands):
-    """What the first round ``collected``, and what the others add to it."""
+    """Adds what the further rounds collect to what the first one ``collected``."""
 
     def overflow(collected, num_rounds, manifest, experts, x, weights):
         def turn(state):

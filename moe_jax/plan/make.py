@@ -67,7 +67,7 @@ def make_plan(
         partial sum comes back; without that axis all ranks are one node, inside which rows go from rank to rank), or
         "auto": "padded" or "allgather", or on GPU and TPU "ragged", whichever should take the least time to move rows
         in a forward and a backward pass of the layer, by nominal rates of the mesh's platform; see
-        ``moe_jax.plan.cost``. It never takes "hierarchy"; and "padded" where one device holds all experts.
+        ``moe_jax.plan.cost``. "auto" never takes "hierarchy". Where one device holds all experts, it takes "padded".
         ``Plan.describe()`` has the times of all candidates.
       overflow: "dropless": what does not fit into a round waits for the next; "drop": it is dropped and counted. Each
         pair of ranks keeps the front of its list, which is sorted by expert: the last experts of a rank lose most.
@@ -75,7 +75,7 @@ def make_plan(
         T * K / ep; None: 1.25, and four standard deviations of a uniform router at least. Never more than T * K. A call
         of ``dispatch`` alone has room for T * K rows, whatever this is, unless overflow is dropped; so has the layer
         where one device holds all experts (ep = tp = 1), which exchanges nothing.
-      backward_quant: recipe of the cotangents of rows, both ways; as ``combine_quant``.
+      backward_quant: recipe of the cotangents of rows, on both ways; any that ``combine_quant`` may be.
       backend: a registered back end; several joined by "+", of which the first that has a kernel serves it; or "auto":
         those for the platform and the kind of the mesh's devices. ``Plan.describe()`` says which serves what.
       poison: fill every slot and row that nobody may read with NaN, to prove that nobody does. For tests.

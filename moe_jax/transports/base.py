@@ -94,6 +94,9 @@ class InboxOrder(NamedTuple):
 class Transport(abc.ABC):
     """How rows travel. The methods below are all that others know of it.
 
+    The abstract ones must be written. The bodies of the others fit a transport that is not ``pairwise``, whose
+    rows come back as sums.
+
     Attributes:
       name: what plans call it.
       pairwise: True: each pair of ranks exchanges rows of its own. Every row travels for itself, so that it can be
@@ -115,7 +118,7 @@ class Transport(abc.ABC):
 
     @abc.abstractmethod
     def buffers(self, plan: Plan, capacity: int) -> tuple[dict[str, int], int]:
-        """Of one round of ``capacity`` rows per pair of ranks: bytes of each buffer by purpose, integers in maps."""
+        """Of a round of ``capacity`` rows per pair of ranks: (bytes of each buffer by purpose, integers in maps)."""
 
     @abc.abstractmethod
     def wire_bytes(self, plan: Plan, size: Any, backward: bool) -> int:
@@ -233,15 +236,15 @@ class Transport(abc.ABC):
         """Cotangents of rows and weights from that of what was collected; roundings count as identity."""
 
     def together(self, earlier: Array, collected: Array, maps: Any) -> Array:
-        """What was collected in earlier rounds and what came back in this one; here both are sums."""
+        """Puts what was collected in earlier rounds together with what came back in this one; here both are sums."""
         return earlier + collected
 
     def total(self, collected: Array, maps: Any) -> Array:
-        """What was collected in this round with unit weights, summed over the choices of each token: fp32 [T, F]."""
+        """Sums what was collected in this round with unit weights over the choices of each token: fp32 [T, F]."""
         return collected
 
     def present(self, maps: Any, plan: Plan) -> Array:
-        """[T, C] bool, the pairs whose own rows come back to the token in this round; here none does."""
+        """[T, C] bool, the pairs whose own rows come back to the token in this round; none where sums come back."""
         return jnp.zeros((plan.tokens_per_rank, plan.num_copies), bool)
 
     def finish(self, collected: Array, weights: Array, travelled: Array, added: list[Array] | None) -> Array:
@@ -334,7 +337,7 @@ def by_token(pairs: Array) -> Array:
     return jax.lax.collapse(jnp.swapaxes(pairs, 0, 1), 1)
 
 
-def copy_weights(combine_weights: Array, plan: Plan) -> Array:
+def pair_weights(combine_weights: Array, plan: Plan) -> Array:
     """[T, K] -> [T, C]: the pair of a shared expert on a rank of its own has weight 1."""
     num_shared = plan.num_copies - plan.top_k
     return jnp.pad(combine_weights, ((0, 0), (0, num_shared)), constant_values=1.0) if num_shared else combine_weights

@@ -20,8 +20,8 @@ def collect_rows(
     """Expert rows [M, H] of one round -> what ``Transport.finish`` takes, and the note of the exchange.
 
     What comes back is [C, T, H] at the tokens, or fp32 sums [T, H] of a transport that is not pairwise. Differentiable
-    in both arrays. Weights are [T, C]; for "hierarchy" also [M], those that came with the rows. ``ordered``: as for
-    ``send_rows``.
+    in both arrays. Weights are [T, C]; if the transport ``takes_row_weights``, also [M], those that
+    came with the rows. ``ordered``: as for ``send_rows``.
     """
     rows, combine_weights = _compat.as_varying((rows, combine_weights), handle.plan.exchange_axes)
     return _collect(transport, ordered, rows, combine_weights, handle)
@@ -36,14 +36,15 @@ def _collect(transport, ordered, rows, weights, handle):
 
 
 def _collect_forward(transport, ordered, rows, weights, handle):
-    # A pairwise transport gives the weights no part in this, so their cotangent needs no rows.
+    # A pairwise transport does not read the weights here, so their cotangent needs no rows.
     kept = rows[:0] if transport.pairwise else rows
-    plain = dataclasses.replace(handle, maps=transport.plain(handle.maps))  # cotangents take nobody's time
+    plain = dataclasses.replace(handle, maps=transport.plain(handle.maps))  # nobody times the exchange of cotangents
     return _collect(transport, ordered, rows, weights, handle), (kept, weights, plain)
 
 
 def _collect_backward(transport, ordered, residuals, cts):
-    # The formulas stand with the transports. [M, H] and [T, C] from [C, T, H], or [T, H] of sums.
+    # d_rows [M, H] and d_weights [T, C], or [M], from ct [C, T, H], or [T, H] of sums: the formulas stand in
+    # ``collect_adjoint`` of each transport, since each reads weights and rows at another place.
     rows, weights, handle = residuals
     d_rows, d_weights = transport.collect_adjoint(rows, weights, cts[0], handle.maps, handle.plan, ordered=ordered)
     return d_rows, d_weights, None

@@ -1,7 +1,8 @@
 """The linear maps that the derivatives of sending and collecting are made of: rows of floats, unweighted.
 
-``send`` and ``collect`` are each other's adjoint, and both are adjoints of the operators above them. They move rows as
-a ``recipe`` rounds them, which counts as identity. They are called with positions alone: static arguments first.
+``send`` and ``collect`` are each other's adjoint, and the rules of ``send_rows`` and ``collect_rows`` are made of them.
+They move rows as a ``recipe`` rounds them, which counts as identity. Call them with arguments by position, static ones
+first.
 """
 
 import functools

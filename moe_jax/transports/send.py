@@ -15,7 +15,7 @@ from moe_jax.derivatives import custom_gradient, take_rows
 from moe_jax.quant import QTensor
 from moe_jax.quant.message import join, join_some, split, split_some
 from moe_jax.transports import linear
-from moe_jax.transports.base import Transport, copy_weights, only_present
+from moe_jax.transports.base import Transport, only_present, pair_weights
 from moe_jax.types import DispatchHandle
 
 Array = jax.Array
@@ -68,7 +68,7 @@ def send_rows(
     x, smooth, weights, tags = _compat.as_varying((x, smooth, weights, tags), handle.plan.exchange_axes)
     if smooth is None or smooth.ndim == 1 or transport.pairwise:
         return _send(transport, True, ordered, x, smooth, weights, tags, handle)
-    # Here a token travels once for all its experts, and each expert's rank smooths and quantises its own copy.
+    # Here a token travels once for all its experts, and the rank of each expert smooths and quantises the row there.
     factor = smooth_rows(handle)[..., None]
     tags = factor if tags is None else jnp.concatenate([factor, tags], axis=-1)
     sent = _send(transport, False, True, x, None, weights, tags, handle)
@@ -80,9 +80,9 @@ def send_rows(
 def carry_rows(
     transport: Transport, x: Array, handle: DispatchHandle, num_rows: int, *, smooth: Array | None = None
 ) -> Array:
-    """Zeros [num_rows, H] with the gradient of the rows of ``send_rows(x, handle, smooth=smooth)``, sent before.
+    """Zeros [num_rows, H] that carry the gradient of rows that ``send_rows(x, handle, smooth=smooth)`` has sent.
 
-    Moves nothing, but a backward pass does.
+    The forward pass moves nothing. The backward pass takes cotangents back as that of ``send_rows`` does.
     """
     plan = handle.plan
     x, smooth = _compat.as_varying((x, smooth), plan.exchange_axes)
@@ -144,23 +144,23 @@ def smooth_rows(handle: DispatchHandle) -> Array:
 def _send(transport, quantised, ordered, x, smooth, weights, tags, handle):
     plan = handle.plan
     recipe = plan.dispatch_recipe if quantised else None
-    # 1. What each token sends, or where its copies have factors of their own, what each pair sends.
-    tokens, copies = x, None
+    # 1. What each token sends; or what each pair sends, where each pair has factors of its own.
+    tokens, own_messages = x, None
     with jax.named_scope("quantize"):
         if recipe is not None and smooth is not None and smooth.ndim == 2:
             factors = take_rows(smooth, smooth_rows(handle).T.ravel())
             message = recipe.pack(recipe.quantize(jnp.tile(x, (plan.num_copies, 1)), smooth=factors))
-            tokens, copies = None, message.reshape(plan.num_copies, x.shape[0], message.shape[1])
+            tokens, own_messages = None, message.reshape(plan.num_copies, x.shape[0], message.shape[1])
         elif recipe is not None:
             tokens = recipe.pack(recipe.quantize(x, smooth=smooth))
-    per_pair = [copies, *_of_pairs(weights, tags, plan)]
+    per_pair = [own_messages, *_of_pairs(weights, tags, plan)]
     pairs, held = (None, None) if all(part is None for part in per_pair) else join_some(per_pair)
     # 2. To the rows.
     rows, pair_rows, note = transport.send(tokens, pairs, handle.maps, plan, ordered=ordered)
     # 3. What each row got.
-    copies, row_weights, row_tags = [None] * 3 if held is None else split_some(pair_rows, held)
+    own_messages, row_weights, row_tags = [None] * 3 if held is None else split_some(pair_rows, held)
     row_weights = None if row_weights is None else row_weights[:, 0]
-    message: Any = copies if tokens is None else rows
+    message: Any = own_messages if tokens is None else rows
     if recipe is None:
         return Sent(message, None, None, row_weights, row_tags, note)
     q = recipe.unpack(message, plan.hidden)
@@ -170,13 +170,13 @@ def _send(transport, quantised, ordered, x, smooth, weights, tags, handle):
 
 def _of_pairs(weights: Array | None, tags: Array | None, plan) -> list[Array | None]:
     """Weights [T, K] and tags [T, C, G] as they belong to pairs: [C, T, 1] and [C, T, G]."""
-    weights = None if weights is None else copy_weights(weights, plan).T[..., None]
+    weights = None if weights is None else pair_weights(weights, plan).T[..., None]
     return [weights, None if tags is None else jnp.swapaxes(tags, 0, 1)]
 
 
 def _send_forward(transport, quantised, ordered, x, smooth, weights, tags, handle):
     sent = _send(transport, quantised, ordered, x, smooth, weights, tags, handle)
-    kept = dataclasses.replace(handle, maps=transport.plain(handle.maps))  # cotangents take nobody's time
+    kept = dataclasses.replace(handle, maps=transport.plain(handle.maps))  # nobody times the exchange of cotangents
     return sent, (x if smooth is not None else x[:0], smooth, weights, kept)
 
 
@@ -294,7 +294,7 @@ _send_as_is.defvjp(_as_is_forward, _as_is_backward)
 
 @jax.custom_jvp
 def _attach(rows, carrier):
-    """``rows``, which move as ``carrier`` does."""
+    """``rows``, whose derivative is that of ``carrier``."""
     return rows
 
 
