@@ -63,7 +63,7 @@ def barrier(
     Source: DistributeBarrierV2 (xRef, elasticInfo, timeOut).
     """
     axes = _compat.bound_axes(axis_name)
-    num_ranks = math.prod(_compat.bound_axis_size(axis) for axis in axes)
+    num_ranks = math.prod(jax.lax.axis_size(axis) for axis in axes)
     live = read_rank_table(rank_table, num_ranks, 0, 0).logical >= 0
     return wait_for_ranks(x, live, axes, timeout_us)
 

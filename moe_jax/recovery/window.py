@@ -223,7 +223,7 @@ def receivable_info_collect(
 
 def _bound(axis_name: Any) -> tuple[tuple[str, ...], int]:
     axes = _compat.bound_axes(axis_name)
-    return axes, math.prod(_compat.bound_axis_size(axis) for axis in axes)
+    return axes, math.prod(jax.lax.axis_size(axis) for axis in axes)
 
 
 def _links(link_up: Array | None, num_ranks: int) -> Array:
