@@ -17,7 +17,7 @@ from moe_jax.derivatives import custom_gradient, first_order_only
 from moe_jax.layer.combine import finish
 from moe_jax.layer.grouping import add_overflow_gradients, expert_slots, overflow_slots
 from moe_jax.layer.one_device import local_sum
-from moe_jax.layer.weightless import weightless_terms
+from moe_jax.layer.weightless import Constants, weightless_terms
 from moe_jax.plan import Plan
 from moe_jax.transports import collect_rows, dequantized, send_rows, transport_of
 from moe_jax.transports.manifest import Manifest, count_pairs, count_rounds, open_round, read_table
@@ -28,7 +28,7 @@ Array = jax.Array
 def routed_sum(
     expert_ids: Array,
     experts: dict[str, Array],
-    constants: dict[str, Array | None],
+    constants: Constants,
     x: Array,
     weights: Array,
     plan: Plan,
@@ -41,7 +41,7 @@ def routed_sum(
 
     Args:
       expert_ids, weights: [T, K] i32 and f32.
-      experts: as for ``expert_slots``; constants: of ``weightless_terms``.
+      experts: as for ``expert_slots``; constants: in ``plan.dtype``.
       x: [T, H] in ``plan.dtype``.
       plan, activation: static. rank_table: as for ``dispatch``; that of one rank can only say that it is there.
       chunks: a divisor of T; each part of the tokens passes by itself, with its share of ``plan.pair_capacity``.
@@ -66,10 +66,9 @@ def routed_sum(
         manifest = count_pairs(transport, ids_here, part, rank_table=rank_table)
         num_rounds = count_rounds(transport, manifest, part)
         manifest = _compat.as_varying(manifest, plan.token_axes)
-        needed = x_here if plan.num_copy_experts + plan.num_const_experts else None
-        weightless = weightless_terms(manifest.expert_ids, part, x=needed, **constants)
-        weightless = _compat.as_varying(weightless, plan.token_axes)
-        total = _routed_sum(part, activation, experts, x_here, weights_here, weightless, manifest, num_rounds)
+        terms = weightless_terms(manifest.expert_ids, x_here, constants, part)
+        terms = _compat.as_varying(terms, plan.token_axes)
+        total = _routed_sum(part, activation, experts, x_here, weights_here, terms, manifest, num_rounds)
         found.append((total, manifest.stats.num_dropped[0], num_rounds))
     totals, dropped, rounds = zip(*found, strict=True)
     return jnp.concatenate(totals), functools.reduce(jnp.add, dropped), functools.reduce(jnp.maximum, rounds)
@@ -126,11 +125,11 @@ def _loop(overflow: Callable, plan: Plan) -> Callable:
 
 
 @functools.partial(custom_gradient, num_static=2)
-def _routed_sum(plan, activation, experts, x, weights, weightless, manifest, num_rounds):
+def _routed_sum(plan, activation, experts, x, weights, terms, manifest, num_rounds):
     """[T, H] fp32. The first round is inline and keeps its residuals; the others are a loop that keeps none."""
     collected = _round(expert_slots, plan, activation, 0, experts, x, weights, manifest)
     collected = _overflow_rounds(plan, activation, collected, num_rounds, manifest, experts, x, weights)
-    return finish(transport_of(plan), collected, weights, manifest.travels, weightless, plan)
+    return finish(transport_of(plan), collected, weights, manifest.travels, terms, plan)
 
 
 def _overflow_rounds(plan, activation, collected, num_rounds, *operands):
@@ -149,24 +148,24 @@ def _overflow_rounds(plan, activation, collected, num_rounds, *operands):
     return _loop(overflow, plan)(collected, num_rounds, *operands) if plan.max_rounds > 1 else collected
 
 
-def _routed_forward(plan, activation, experts, x, weights, weightless, manifest, num_rounds):
+def _routed_forward(plan, activation, experts, x, weights, terms, manifest, num_rounds):
     first = functools.partial(_round, expert_slots, plan, activation, 0, manifest=manifest)
     collected, pull_first = jax.vjp(first, experts, x, weights)
     collected = _overflow_rounds(plan, activation, collected, num_rounds, manifest, experts, x, weights)
-    total = finish(transport_of(plan), collected, weights, manifest.travels, weightless, plan)
-    return total, (pull_first, collected, experts, x, weights, weightless, manifest, num_rounds)
+    total = finish(transport_of(plan), collected, weights, manifest.travels, terms, plan)
+    return total, (pull_first, collected, experts, x, weights, terms, manifest, num_rounds)
 
 
 def _routed_backward(plan, activation, residuals, ct):
-    # d_collected, d_weights, d_special: through the sum at the tokens, from ct [T, H]
+    # d_collected, d_weights, d_terms: through the sum at the tokens, from ct [T, H]
     # d_experts, d_x, d_weights: summed over the rounds, each of them computed again but for the first
-    pull_first, collected, experts, x, weights, weightless, manifest, num_rounds = residuals
+    pull_first, collected, experts, x, weights, terms, manifest, num_rounds = residuals
 
-    def finished(collected, weights, weightless):
-        return finish(transport_of(plan), collected, weights, manifest.travels, weightless, plan)
+    def finished(collected, weights, terms):
+        return finish(transport_of(plan), collected, weights, manifest.travels, terms, plan)
 
-    pull_finish = jax.vjp(finished, collected, weights, weightless)[1]
-    d_collected, d_weights, d_special = pull_finish(ct)
+    pull_finish = jax.vjp(finished, collected, weights, terms)[1]
+    d_collected, d_weights, d_terms = pull_finish(ct)
     grads = pull_first(d_collected)
 
     def overflow(grads, num_rounds, manifest, pull_finish, *operands):
@@ -183,7 +182,7 @@ def _routed_backward(plan, activation, residuals, ct):
     if plan.max_rounds > 1:
         grads = _loop(overflow, plan)(grads, num_rounds, manifest, pull_finish, ct, experts, x, weights)
     d_experts, d_x, d_sent_weights = grads
-    return d_experts, d_x, d_weights + d_sent_weights, d_special, None, None
+    return d_experts, d_x, d_weights + d_sent_weights, d_terms, None, None
 
 
 _routed_sum.defvjp(_routed_forward, _routed_backward)

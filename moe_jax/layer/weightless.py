@@ -13,63 +13,83 @@ softmax(<alpha1[c], x[t]>, <alpha2[c], x[t]>)``. All in fp32.
 Source: MoeDistributeCombineV4 (LongCat-Flash uses copy experts as its "zero-computation" ones).
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from moe_jax.errors import InvalidArgumentError, MissingArgumentError, check_array, check_dtype, check_rank, check_shape
-from moe_jax.types import WeightlessTerms
+from moe_jax.plan import Plan
+from moe_jax.types import pytree
 
 Array = jax.Array
 
 
-def weightless_terms(
-    expert_ids: Array,
-    plan,
-    *,
-    x: Array | None,
-    const_alpha1: Array | None,
-    const_alpha2: Array | None,
-    const_v: Array | None,
-) -> WeightlessTerms | None:
-    """Checks the arguments and computes what ``weightless_term`` reads; None where the plan has no such expert.
+class Constants(NamedTuple):
+    """The parameters of constant experts; all are None where the plan has none.
+
+    Attributes:
+      alpha1: [Cc], the weight of the token; or [Cc, H], whose product with it becomes a weight by softmax.
+      alpha2: the same for the vector.
+      v: [Cc, H], the vectors.
+    """
+
+    alpha1: Array | None
+    alpha2: Array | None
+    v: Array | None
+
+
+@pytree()
+class WeightlessTerms:
+    """What zero, copy and constant experts add, before it is weighted; fp32.
+
+    Attributes:
+      expert_ids: [T, K] i32, the choices that count, -1 for others.
+      x: [T, H], the tokens.
+      gate_x: [T, Cc], the weight of x for each constant expert; None without constant experts.
+      gate_v: [T, Cc], the weight of the vector of each; None likewise.
+      v: [Cc, H], the vectors; None likewise.
+    """
+
+    expert_ids: Array
+    x: Array
+    gate_x: Array | None
+    gate_v: Array | None
+    v: Array | None
+
+
+def weightless_terms(expert_ids: Array, x: Array | None, constants: Constants, plan: Plan) -> WeightlessTerms | None:
+    """What ``weightless_term`` reads, of arguments that have been checked; None where the plan has no such expert.
 
     Args:
       expert_ids: [T, K] i32, -1 for pairs that do not count.
+      x: [T, H] in ``plan.dtype``, the tokens; read with copy or constant experts only.
+      constants: in ``plan.dtype``.
       plan: static.
-      x: [T, H] in ``plan.dtype``, the tokens; required with copy or constant experts.
-      const_alpha1, const_alpha2: [Cc] or [Cc, H], const_v: [Cc, H], in ``plan.dtype``; required with constant experts.
-
-    Raises:
-      MissingArgumentError, InvalidArgumentError: an array is missing, or given where no expert reads it.
-      ShapeError, DtypeError: an array does not have the shape or dtype above.
     """
-    constants = {"const_alpha1": const_alpha1, "const_alpha2": const_alpha2, "const_v": const_v}
-    _check_needed("x", x, plan.num_copy_experts + plan.num_const_experts, "copy or constant experts")
-    for name, value in constants.items():
-        _check_needed(name, value, plan.num_const_experts, "constant experts")
-    if x is None:
+    if not plan.num_copy_experts + plan.num_const_experts:
         return None
-    check_shape("x", x, (plan.tokens_per_rank, plan.hidden), "[T, H]")
-    check_dtype("x", x, (plan.dtype,), "the plan's dtype")
+    assert x is not None
     wide = x.astype(jnp.float32)
-    if not plan.num_const_experts:
+    if constants.alpha1 is None or constants.alpha2 is None or constants.v is None:
         return WeightlessTerms(expert_ids=expert_ids, x=wide, gate_x=None, gate_v=None, v=None)
-    assert const_alpha1 is not None and const_alpha2 is not None and const_v is not None
-    _check_constants(plan, const_alpha1, const_alpha2, const_v)
-    gate_x, gate_v = _gates(wide, const_alpha1.astype(jnp.float32), const_alpha2.astype(jnp.float32))
-    return WeightlessTerms(expert_ids=expert_ids, x=wide, gate_x=gate_x, gate_v=gate_v, v=const_v.astype(jnp.float32))
+    alpha1, alpha2, v = (array.astype(jnp.float32) for array in (constants.alpha1, constants.alpha2, constants.v))
+    gate_x, gate_v = _gates(wide, alpha1, alpha2)
+    return WeightlessTerms(expert_ids=expert_ids, x=wide, gate_x=gate_x, gate_v=gate_v, v=v)
 
 
-def weightless_term(terms: WeightlessTerms, k: int, plan) -> Array:
+def weightless_term(terms: WeightlessTerms, k: int, plan: Plan) -> Array:
     """What the k-th choice of each token adds before weighting, fp32 [T, H]; zero where it is a routed expert."""
+    # 1. The ids of each kind follow each other, copy experts first.
     first_copy = plan.num_experts + plan.num_zero_experts
     first_const = first_copy + plan.num_copy_experts
     ids = terms.expert_ids[:, k]
     is_copy = (ids >= first_copy) & (ids < first_const)
-    if terms.v is None:
+    if terms.gate_x is None or terms.gate_v is None or terms.v is None:
         return jnp.where(is_copy[:, None], terms.x, 0.0)
-    # One row of ones and zeros per token instead of an index: its adjoint is a product, not a scatter.
+    # 2. One row of ones and zeros per token stands for an index, because its adjoint is a product and not a scatter.
     chosen = (ids[:, None] - first_const == jnp.arange(plan.num_const_experts)).astype(jnp.float32)
+    # 3. A copy expert takes all of x, and a constant one takes its gates' shares of x and of its vector.
     of_x = is_copy.astype(jnp.float32) + jnp.sum(chosen * terms.gate_x, axis=1)
     of_v = jnp.matmul(chosen * terms.gate_v, terms.v, precision=jax.lax.Precision.HIGHEST)
     is_any = is_copy | (ids >= first_const) & (ids < plan.num_ids)
@@ -86,21 +106,36 @@ def _gates(x: Array, alpha1: Array, alpha2: Array) -> tuple[Array, Array]:
     return gate_x, gate_v
 
 
+def check_weightless(x: Array | None, constants: Constants, plan: Plan) -> None:
+    """Raises unless ``x`` and ``constants`` are what the weightless experts of ``plan`` read, and no more is given.
+
+    Raises:
+      MissingArgumentError, InvalidArgumentError: an array is missing, or given where no expert reads it.
+      ShapeError, DtypeError: an array does not have its shape, or is not in ``plan.dtype``.
+    """
+    alpha1, alpha2, v = constants
+    _check_needed("x", x, plan.num_copy_experts + plan.num_const_experts, "copy or constant experts")
+    for name, value in (("const_alpha1", alpha1), ("const_alpha2", alpha2), ("const_v", v)):
+        _check_needed(name, value, plan.num_const_experts, "constant experts")
+    if x is not None:
+        check_shape("x", x, (plan.tokens_per_rank, plan.hidden), "[T, H]")
+        check_dtype("x", x, (plan.dtype,), "the plan's dtype")
+    if alpha1 is None or alpha2 is None:
+        return
+    for name, alpha in (("const_alpha1", alpha1), ("const_alpha2", alpha2)):
+        check_array(name, alpha)
+        layout = "[Cc] (plain) or [Cc, H] (softmax gate)"
+        if alpha.ndim != 1:
+            check_rank(name, alpha, 2, layout)
+        check_shape(name, alpha, (plan.num_const_experts, plan.hidden)[: alpha.ndim], layout)
+        check_dtype(name, alpha, (plan.dtype,), "the plan's dtype")
+    check_shape("const_alpha2", alpha2, alpha1.shape, "the shape of const_alpha1")
+    check_shape("const_v", v, (plan.num_const_experts, plan.hidden), "[Cc, H]")
+    check_dtype("const_v", v, (plan.dtype,), "the plan's dtype")
+
+
 def _check_needed(name: str, value: Array | None, num_readers: int, readers: str) -> None:
     if value is None and num_readers:
         raise MissingArgumentError(f"{name} is missing: the plan has {num_readers} {readers}, which read it")
     if value is not None and not num_readers:
         raise InvalidArgumentError(f"{name} was given, but the plan has no {readers} to read it; leave it out")
-
-
-def _check_constants(plan, const_alpha1: Array, const_alpha2: Array, const_v: Array) -> None:
-    count, hidden = plan.num_const_experts, plan.hidden
-    for name, alpha in (("const_alpha1", const_alpha1), ("const_alpha2", const_alpha2)):
-        check_array(name, alpha)
-        if alpha.ndim != 1:
-            check_rank(name, alpha, 2, "[Cc] (plain) or [Cc, H] (softmax gate)")
-        check_shape(name, alpha, (count, hidden)[: alpha.ndim], "[Cc] (plain) or [Cc, H] (softmax gate)")
-        check_dtype(name, alpha, (plan.dtype,), "the plan's dtype")
-    check_shape("const_alpha2", const_alpha2, const_alpha1.shape, "the shape of const_alpha1")
-    check_shape("const_v", const_v, (count, hidden), "[Cc, H]")
-    check_dtype("const_v", const_v, (plan.dtype,), "the plan's dtype")
