@@ -109,7 +109,7 @@ def moe_distribute_dispatch_v4(
     if window is not None:
         window = received(window, sent.note, handle, plan.max_pair_rows)
         return WindowDispatchOutput(*result, window=window, num_stale=manifest.stats.num_stale)
-    if not timed:
+    if performance_info is None:
         return result
     waited = manifest.known.waited + sent.note
     return TimedDispatchOutput(*result, performance_info=performance_info + waited.astype(performance_info.dtype))
@@ -152,6 +152,7 @@ def _written(sent: Sent, handle, sums, world, nums_type, ledger) -> DispatchOutp
             return differentiated_as(select, lambda array: keep_where(written, array, zero), array)
         return select(array)
 
+    assert sent.tags is not None, "every pair was sent with its triple"
     triples = rows(sent.tags[:capacity], own)
     assist = jnp.pad(triples.ravel(), (0, capacity * 125))
     nums = handle.group_sizes

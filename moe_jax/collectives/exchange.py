@@ -13,7 +13,6 @@ those that have nothing to say.
 
 import abc
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax import _compat
+from moe_jax._compat import group_size
 from moe_jax.collectives.bits import swap_blocks, unwritten
 from moe_jax.collectives.ragged import chunked_all_to_all, portable_ragged_all_to_all
 from moe_jax.collectives.stopwatch import timed_all_to_all
@@ -175,11 +175,6 @@ def exchange_blocks(rows: Array, axes: tuple[str, ...], plan) -> Array:
     custom = find_transport("padded", plan.kernels)
     moved = custom(blocks, axes) if custom else swap_blocks(axes, blocks)
     return moved.reshape(rows.shape)
-
-
-def group_size(axes: tuple[str, ...]) -> int:
-    """Ranks along mesh axes that are bound here."""
-    return math.prod(lax.axis_size(axis) for axis in axes)
 
 
 def _slots(rows: Array, num_slots: int, into: Array | None, plan) -> Array:

@@ -25,10 +25,8 @@ def check_axes(plan, *, replicas: bool = False) -> None:
             f"axis {unbound[0]!r} of the plan is not bound here; call this function inside jax.shard_map over a mesh "
             f"with axes {axes}, or use moe_jax.moe_on_mesh"
         )
-    ep_size = 1
-    for axis in plan.ep_axis:
-        ep_size *= sizes[axis]
-    tp_size = sizes.get(plan.tp_axis, 1)
+    ep_size = _compat.group_size(plan.ep_axis)
+    tp_size = 1 if plan.tp_axis is None else _compat.group_size((plan.tp_axis,))
     if (ep_size, tp_size) != (plan.ep_size, plan.tp_size):
         raise MeshError(
             f"the mesh has ep={ep_size}, tp={tp_size} and the plan was made for ep={plan.ep_size}, "

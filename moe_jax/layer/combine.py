@@ -76,7 +76,7 @@ def combine(
     constants = {"const_alpha1": const_alpha1, "const_alpha2": const_alpha2, "const_v": const_v}
     total, waited = combine_sum(rows, combine_weights, handle, shared_x, performance_info, x=x, **constants)
     y = total.astype(handle.plan.dtype)
-    return y if performance_info is None else (y, waited)
+    return y if waited is None else (y, waited)
 
 
 @_compat.vary_as_operands("rows")

@@ -153,6 +153,7 @@ def dequantize(dispatched: Dispatched) -> Array:
     plan = dispatched.handle.plan
     if dispatched.scales is None:
         return dispatched.x
+    assert dispatched.gradient is not None, "dispatch gives quantised rows zeros that carry their gradient"
     return dequantized(Sent(dispatched.gradient, dispatched.x, dispatched.scales, None, None, None), plan)
 
 

@@ -60,14 +60,14 @@ def _forward(plan, activation, experts, arrived, order, group_sizes):
 
 def _backward(plan, activation, residuals, ct):
     """Cotangents of the experts and of what arrived, from that of what they made; None for the integers."""
-    experts, rows, inner, order, group_sizes = residuals
+    experts, rows, (gate, up), order, group_sizes = residuals
     of_inner, of_out = split_by_projection(experts)
     with jax.named_scope("experts"):
-        hidden, pull_hidden = jax.vjp(lambda inner: activate(*inner, activation), inner)
-        pull_out = jax.vjp(lambda *operands: project_out(*operands, group_sizes, plan.kernels), of_out, hidden)[1]
+        hidden, pull_hidden = jax.vjp(lambda gate, up: activate(gate, up, activation), gate, up)
+        pull_out = jax.vjp(lambda of, hidden: project_out(of, hidden, group_sizes, plan.kernels), of_out, hidden)[1]
         d_of_out, d_hidden = pull_out(_rows(ct, order, plan))
-        (d_inner,) = pull_hidden(d_hidden)
-        pull_in = jax.vjp(lambda *operands: project_in(*operands, group_sizes, plan.kernels), of_inner, rows)[1]
+        d_inner = pull_hidden(d_hidden)
+        pull_in = jax.vjp(lambda of, rows: project_in(of, rows, group_sizes, plan.kernels), of_inner, rows)[1]
         d_of_inner, d_rows = pull_in(d_inner)
         return {**d_of_out, **d_of_inner}, _slots(d_rows, order, plan), None, None
 

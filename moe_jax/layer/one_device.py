@@ -122,7 +122,7 @@ def _spread(plan, x, places):
 def _spread_backward(plan, places, ct):
     # d_x[t] = sum_k ct[row of (t, k)]    # [T, H], in fp32 over ascending k
     collected = _collect(plan, as_delivered(ct, plan.backward_recipe), places)
-    return sum(_present(collected, places)).astype(plan.dtype), None
+    return sum(_present(collected, places), jnp.zeros((), jnp.float32)).astype(plan.dtype), None
 
 
 _spread.defvjp(lambda plan, x, places: (_spread(plan, x, places), places), _spread_backward)

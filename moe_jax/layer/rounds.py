@@ -74,7 +74,7 @@ def routed_sum(
         total = _routed_sum(part, activation, experts, x_here, weights_here, special, manifest, num_rounds)
         found.append((total, manifest.stats.num_dropped[0], num_rounds))
     totals, dropped, rounds = zip(*found, strict=True)
-    return jnp.concatenate(totals), sum(dropped), functools.reduce(jnp.maximum, rounds)
+    return jnp.concatenate(totals), functools.reduce(jnp.add, dropped), functools.reduce(jnp.maximum, rounds)
 
 
 def _open(plan: Plan, activation: str, index: Array | int, manifest: Manifest) -> tuple[DispatchHandle, dict[str, Any]]:
@@ -140,8 +140,10 @@ def _routed_forward(plan, activation, experts, x, weights, special, manifest, nu
     def overflow(collected, num_rounds, manifest, experts, x, weights):
         def turn(state):
             index, collected = state
-            late = _compat.late(index, (experts, x))
-            return index + 1, _round(overflow_slots, plan, activation, index, *late, weights, manifest, collected)
+            late_experts, late_x = _compat.late(index, (experts, x))
+            return index + 1, _round(
+                overflow_slots, plan, activation, index, late_experts, late_x, weights, manifest, collected
+            )
 
         return lax.while_loop(lambda state: state[0] < num_rounds, turn, (jnp.ones_like(num_rounds), collected))[1]
 
@@ -161,12 +163,14 @@ def _routed_backward(plan, activation, residuals, ct):
     d_collected, d_weights, d_special = pull_finish(ct)
     grads = pull_first(d_collected)
 
-    def overflow(grads, num_rounds, manifest, pull_finish, *operands):
+    def overflow(grads, num_rounds, manifest, pull_finish, ct, experts, x, weights):
         def turn(state):
             index, grads = state
-            late_ct, *late = _compat.late(index, operands)
+            late_ct, late_experts, late_x, late_weights = _compat.late(index, (ct, experts, x, weights))
             d_collected = pull_finish(late_ct)[0]
-            return index + 1, _add_overflow_round(plan, activation, index, grads, d_collected, *late, manifest)
+            return index + 1, _add_overflow_round(
+                plan, activation, index, grads, d_collected, late_experts, late_x, late_weights, manifest
+            )
 
         return lax.while_loop(lambda state: state[0] < num_rounds, turn, (jnp.ones_like(num_rounds), grads))[1]
 

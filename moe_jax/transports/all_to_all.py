@@ -145,7 +145,8 @@ class AllToAll(Transport):
             inbox = collectives.gather_tp(inbox, plan)
         with jax.named_scope("permute"):
             rows = take_rows(inbox, maps.row_inbox, poison=plan.poison) if ordered else inbox
-            return Delivery(*split_some(rows, parts), note)
+            row_tokens, row_pairs = split_some(rows, parts)
+            return Delivery(row_tokens, row_pairs, note)
 
     def inbox_order(self, maps):
         return InboxOrder(maps.row_inbox, maps.inbox_row)
@@ -154,21 +155,25 @@ class AllToAll(Transport):
 
     def collect(self, rows, weights, scalars, maps, plan, *, ordered, recipe):
         del weights  # ``finish`` applies them
-        slots = [rows, scalars]
+        assert rows is not None, "rows of a pairwise transport come back one by one"
         with jax.named_scope("unpermute"):
             # Slots that no row came in hold garbage on every tp rank. That is harmless: the reduce-scatter below adds
             # slot i of one tp rank to slot i of the others, so garbage is only added to garbage, and no pair points
             # at it.
+            slots, scalar_slots = rows, scalars
             if ordered:
-                slots = [x if x is None else take_rows(x, maps.inbox_row, poison=plan.poison) for x in slots]
+                slots = take_rows(rows, maps.inbox_row, poison=plan.poison)
+                scalar_slots = None if scalars is None else take_rows(scalars, maps.inbox_row, poison=plan.poison)
         with jax.named_scope("exchange"):
-            slots = [x if x is None else collectives.reduce_scatter_tp(x, plan) for x in slots]
-            message, parts = join_some([as_sent(slots[0], recipe), slots[1]])
+            slots = collectives.reduce_scatter_tp(slots, plan)
+            scalar_slots = None if scalar_slots is None else collectives.reduce_scatter_tp(scalar_slots, plan)
+            message, parts = join_some([as_sent(slots, recipe), scalar_slots])
             returned, note = maps.exchange.back().move(message, maps.outbox_pair.shape[0], plan.ep_axis, plan)
         with jax.named_scope("unpack"):
             returned = take_rows(returned, maps.pair_outbox.T, poison=plan.poison)
             collected, pair_scalars = split_some(returned, parts)
-            if scalars is not None:
+            assert collected is not None, "rows travelled"
+            if pair_scalars is not None:
                 pair_scalars = only_present(pair_scalars, self.present(maps, plan))
             if recipe is not None:
                 values = as_received(lax.collapse(collected, 0, 2), recipe, rows.shape[1])

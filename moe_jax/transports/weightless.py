@@ -54,7 +54,8 @@ def special_terms(
     wide = x.astype(jnp.float32)
     if not plan.num_const_experts:
         return SpecialTerms(expert_ids=expert_ids, x=wide, gate_x=None, gate_v=None, v=None)
-    _check_constants(plan, **constants)
+    assert const_alpha1 is not None and const_alpha2 is not None and const_v is not None, "checked above"
+    _check_constants(plan, const_alpha1, const_alpha2, const_v)
     gate_x, gate_v = _gates(wide, const_alpha1.astype(jnp.float32), const_alpha2.astype(jnp.float32))
     return SpecialTerms(expert_ids=expert_ids, x=wide, gate_x=gate_x, gate_v=gate_v, v=const_v.astype(jnp.float32))
 
