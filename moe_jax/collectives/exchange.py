@@ -13,7 +13,7 @@ those that have nothing to say.
 
 import abc
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,9 @@ from moe_jax.kernels.table import find_transport
 from moe_jax.layout import exclusive_cumsum
 from moe_jax.types import pytree
 
+if TYPE_CHECKING:
+    from moe_jax.plan.plan import Plan
+
 Array = jax.Array
 
 
@@ -36,7 +39,7 @@ class Exchange(abc.ABC):
 
     @abc.abstractmethod
     def move(
-        self, rows: Array, num_slots: int, axes: tuple[str, ...], plan, *, into: Array | None = None
+        self, rows: Array, num_slots: int, axes: tuple[str, ...], plan: "Plan", *, into: Array | None = None
     ) -> tuple[Array, Any]:
         """[S, F] rows for the ranks along ``axes``, those for rank 0 first -> ([A, F] by source, the note).
 
@@ -166,7 +169,7 @@ class Receiving(Exchange):
         return self.exchange
 
 
-def exchange_blocks(rows: Array, axes: tuple[str, ...], plan) -> Array:
+def exchange_blocks(rows: Array, axes: tuple[str, ...], plan: "Plan") -> Array:
     """[R * C, F]: block j of C slots goes to rank j along ``axes``; block i of the result came from rank i."""
     num_ranks = group_size(axes)
     if num_ranks == 1:
@@ -177,7 +180,7 @@ def exchange_blocks(rows: Array, axes: tuple[str, ...], plan) -> Array:
     return moved.reshape(rows.shape)
 
 
-def _slots(rows: Array, num_slots: int, into: Array | None, plan) -> Array:
+def _slots(rows: Array, num_slots: int, into: Array | None, plan: "Plan") -> Array:
     """[A, F] ``into``, or slots that nobody may read before somebody writes them."""
     slots = unwritten(num_slots, rows, plan) if into is None else into
     return _compat.as_varying(slots, _compat.varying_axes(rows))

@@ -128,12 +128,12 @@ def _loop(overflow: Callable, plan: Plan) -> Callable:
 
 
 @functools.partial(custom_gradient, num_static=2)
-def _routed_sum(plan, activation, experts, x, weights, special, manifest, num_rounds):
+def _routed_sum(plan: Plan, activation, experts, x, weights, special, manifest, num_rounds):
     """[T, H] fp32. The first round is inline and keeps its residuals; the others are a loop that keeps none."""
     return _routed_forward(plan, activation, experts, x, weights, special, manifest, num_rounds)[0]
 
 
-def _routed_forward(plan, activation, experts, x, weights, special, manifest, num_rounds):
+def _routed_forward(plan: Plan, activation, experts, x, weights, special, manifest, num_rounds):
     first = functools.partial(_round, expert_slots, plan, activation, 0, manifest=manifest)
     collected, pull_first = jax.vjp(first, experts, x, weights)
 
@@ -153,7 +153,7 @@ def _routed_forward(plan, activation, experts, x, weights, special, manifest, nu
     return total, (pull_first, collected, experts, x, weights, special, manifest, num_rounds)
 
 
-def _routed_backward(plan, activation, residuals, ct):
+def _routed_backward(plan: Plan, activation, residuals, ct):
     pull_first, collected, experts, x, weights, special, manifest, num_rounds = residuals
 
     def finished(collected, weights, special):

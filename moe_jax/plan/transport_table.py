@@ -4,17 +4,21 @@ It stands below the transports, since a plan asks its transport what it costs, a
 sizes. ``moe_jax.transports`` fills it in when the package is imported.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-_TABLE: dict[str, Any] = {}  # in the order in which "auto" compares them
+if TYPE_CHECKING:
+    from moe_jax.plan.plan import Plan
+    from moe_jax.transports.base import Transport
+
+_TABLE: dict[str, "Transport"] = {}  # in the order in which "auto" compares them
 
 
-def add_transport(transport: Any) -> None:
+def add_transport(transport: "Transport") -> None:
     """Enters a ``moe_jax.transports.Transport`` under its name, in place of another one of that name."""
     _TABLE[transport.name] = transport
 
 
-def transport_of(plan: Any) -> Any:
+def transport_of(plan: "Plan") -> "Transport":
     """The ``moe_jax.transports.Transport`` of a plan."""
     return _TABLE[plan.transport]
 

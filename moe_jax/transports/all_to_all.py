@@ -76,7 +76,7 @@ class AllToAll(Transport):
     def end_to_end(self, sizes: Array, plan: Plan) -> Exchange:
         """The exchange of rows that lie end to end, [W, W] from each rank to each."""
 
-    def in_blocks(self, capacity: int, plan) -> bool:
+    def in_blocks(self, capacity: int, plan: Plan) -> bool:
         """Whether a round of ``capacity`` has as many slots for each rank, rather than rows end to end."""
         return False
 
@@ -102,7 +102,7 @@ class AllToAll(Transport):
     def open_blocks(self, manifest, start, capacity, plan, *, num_rows) -> Opened:
         return self._open(manifest, start, capacity, plan, num_rows, Blocks(), compact=False)
 
-    def _open(self, manifest, start, capacity, plan, num_rows, exchange, *, compact):
+    def _open(self, manifest, start, capacity, plan: Plan, num_rows, exchange, *, compact):
         # 1. The sender's side: pairs sorted by destination fill the outbox, rank by rank.
         send = layout.send_maps(manifest.pairs, plan.ep_size, start, capacity, compact=compact)
         # 2. The receiver's side: the inbox holds the same lists by source; rows stand by expert, then source.
@@ -251,7 +251,7 @@ class AllToAll(Transport):
         return total + _pass_out(plan, size, pairs, size.ct) + _pass_home(plan, size, size.ct)
 
 
-def _pass_out(plan, size, rows: int, message: int) -> int:
+def _pass_out(plan: Plan, size, rows: int, message: int) -> int:
     """``rows`` as messages to the experts, and in their order there."""
     coded = recoded(size, message, rows) + recoded(size, message, size.arrived)
     moved = (size.sent + size.slots) * message if plan.ep_size > 1 else 0
@@ -259,7 +259,7 @@ def _pass_out(plan, size, rows: int, message: int) -> int:
     return coded + 2 * size.sent * message + moved + gathered + 2 * size.arrived * size.row
 
 
-def _pass_home(plan, size, message: int) -> int:
+def _pass_home(plan: Plan, size, message: int) -> int:
     """Rows of products as messages to the tokens, and summed."""
     moved = (size.slots + size.sent) * message if plan.ep_size > 1 else 0
     coded = recoded(size, message, size.slots) + recoded(size, message, plan.num_pairs)
@@ -272,10 +272,10 @@ class Padded(AllToAll):
 
     name = "padded"
 
-    def in_blocks(self, capacity, plan):
+    def in_blocks(self, capacity, plan: Plan):
         return capacity <= plan.pair_capacity
 
-    def end_to_end(self, sizes, plan):
+    def end_to_end(self, sizes, plan: Plan):
         return Chunks(sizes=sizes, chunk=plan.pair_capacity)
 
 
@@ -284,7 +284,7 @@ class Ragged(AllToAll):
 
     name = "ragged"
 
-    def end_to_end(self, sizes, plan):
+    def end_to_end(self, sizes, plan: Plan):
         return Slices(sizes=sizes)
 
     def sent_rows(self, plan, slots):
@@ -303,7 +303,7 @@ class Ragged(AllToAll):
 PADDED, RAGGED = Padded(), Ragged()
 
 
-def _place_of(pair: Array, plan) -> Array:
+def _place_of(pair: Array, plan: Plan) -> Array:
     """Where each pair lies in [C * T], -1 for none."""
     return jnp.where(pair < 0, -1, pair % plan.num_copies * plan.tokens_per_rank + pair // plan.num_copies)
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.errors import InvalidArgumentError, MissingArgumentError, check_array, check_dtype, check_rank, check_shape
+from moe_jax.plan import Plan
 from moe_jax.types import SpecialTerms
 
 Array = jax.Array
@@ -24,7 +25,7 @@ Array = jax.Array
 
 def special_terms(
     expert_ids: Array,
-    plan,
+    plan: Plan,
     *,
     x: Array | None,
     const_alpha1: Array | None,
@@ -60,13 +61,13 @@ def special_terms(
     return SpecialTerms(expert_ids=expert_ids, x=wide, gate_x=gate_x, gate_v=gate_v, v=const_v.astype(jnp.float32))
 
 
-def special_term(terms: SpecialTerms, k: int, plan) -> Array:
+def special_term(terms: SpecialTerms, k: int, plan: Plan) -> Array:
     """What the k-th choice of each token adds before weighting, fp32 [T, H]; zero where it is a routed expert."""
     first_copy = plan.num_experts + plan.num_zero_experts
     first_const = first_copy + plan.num_copy_experts
     ids = terms.expert_ids[:, k]
     is_copy = (ids >= first_copy) & (ids < first_const)
-    if terms.v is None:
+    if terms.v is None or terms.gate_x is None or terms.gate_v is None:
         return jnp.where(is_copy[:, None], terms.x, 0.0)
     # One row of ones and zeros per token instead of an index: its adjoint is a product, not a scatter.
     chosen = (ids[:, None] - first_const == jnp.arange(plan.num_const_experts)).astype(jnp.float32)
@@ -93,7 +94,7 @@ def _check_needed(name: str, value: Array | None, num_readers: int, readers: str
         raise InvalidArgumentError(f"{name} was given, but the plan has no {readers} to read it; leave it out")
 
 
-def _check_constants(plan, const_alpha1: Array, const_alpha2: Array, const_v: Array) -> None:
+def _check_constants(plan: Plan, const_alpha1: Array, const_alpha2: Array, const_v: Array) -> None:
     count, hidden = plan.num_const_experts, plan.hidden
     for name, alpha in (("const_alpha1", const_alpha1), ("const_alpha2", const_alpha2)):
         check_array(name, alpha)
