@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 import moe_jax as moe
 from moe_jax import _compat, aclnn, reference
+from moe_jax.recovery.window import make_window
 
 H = 4
 FED_THROUGH = ("assist_info_for_combine", "ep_recv_counts", "tp_recv_counts", "expand_scales")
@@ -69,6 +70,7 @@ def poison_past(cts, expected, config):
     return cts
 
 
+@pytest.mark.quick("config0", "config3")
 @pytest.mark.parametrize("config", DISPATCHES)
 def test_dispatch(config):
     def shard(given, cts):
@@ -112,6 +114,7 @@ def test_dispatch(config):
 CODES = [(2, "int8"), (2, "float8_e4m3fn"), (3, "float8_e5m2"), (4, "float8_e4m3fn"), (5, "float8_e5m2")]
 
 
+@pytest.mark.quick("2-int8", "3-float8_e5m2")
 @pytest.mark.parametrize(("mode", "y_dtype"), CODES)
 def test_a_derivative_through_codes_is_refused(mode, y_dtype):
     """That of the weights, which are no codes, is right all the same."""
@@ -162,6 +165,7 @@ def dequantized(config, given, x, scales=None):
     return aclnn.dequantize(sent, x, given["expert_ids"], **arrays, **attributes, **groups(config))
 
 
+@pytest.mark.quick("config1")
 @pytest.mark.parametrize("config", DEQUANTIZED)
 def test_dequantize(config):
     """About the rows of the same dispatch without quantisation, and exactly their gradient."""
@@ -259,6 +263,7 @@ def test_weights_beside_rows_that_were_quantised_before():
     np.testing.assert_array_equal(np.ravel(gradients[2]), [1, 2, 3, 4])
 
 
+@pytest.mark.quick("expand_x")
 @pytest.mark.parametrize("output", ["expand_x", "dynamic_scales"])
 def test_a_derivative_through_rows_that_were_quantised_before(output):
     gradients = quantised_before(lambda sent: jnp.sum(getattr(sent, output).astype(jnp.float32)))
@@ -461,6 +466,7 @@ def norm_adjoint(case, total, cts):
     return ct_total, d_gamma
 
 
+@pytest.mark.quick("3")
 @pytest.mark.parametrize("mode", [2, 3, 4])
 def test_combine_over_a_quantised_wire_rounds_as_identity(mode):
     config = Config(world=2, local_experts=1, top_k=2, tokens=2, hidden=8, comm_quant_mode=mode)
@@ -574,7 +580,7 @@ def test_barriers_pass_cotangents():
 def test_what_a_reset_clears_has_no_cotangent():
     def shard(rows, ct):
         def run(rows):
-            window = dataclasses.replace(moe.window.make_window(2, 3, jnp.float32, 4), data=rows)
+            window = dataclasses.replace(make_window(2, 3, jnp.float32, 4), data=rows)
             mask = jnp.array([1, 0, 1, 1], jnp.int32)
             return aclnn.moe_distribute_buffer_reset(mask, window, group_ep="ep", ep_world_size=4).data
 

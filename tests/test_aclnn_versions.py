@@ -69,7 +69,7 @@ def test_arguments_are_those_of_the_document_in_its_order(name):
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_a_first_phase_takes_what_its_operator_takes_and_nothing_is_required(operator):
-    """It has two more parameters, ``product`` and ``hccl_buffsize``; what the operator cannot do without may be None."""
+    """It has two more parameters, ``product`` and ``hccl_buffsize``, and None for what the operator needs."""
     empty = inspect.Parameter.empty
     own = inspect.signature(getattr(aclnn, operator)).parameters
     first = inspect.signature(getattr(aclnn, f"{operator}_get_workspace_size")).parameters

@@ -48,6 +48,7 @@ def outputs(plan, ids):
     return run
 
 
+@pytest.mark.quick("padded", "allgather")
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_equals_oracle(transport):
     rng, plan = np.random.default_rng(0), make_plan(transport)

@@ -134,6 +134,7 @@ def test_as_dict_is_json():
     assert values["collectives"][0]["operand_bytes"] == BYTES
 
 
+@pytest.mark.quick("True")
 @pytest.mark.parametrize("gradient", [False, True])
 def test_the_layer(gradient):
     """Two exchanges of rows inline, four with the backward pass, and one of counts. No float is scattered."""

@@ -105,13 +105,10 @@ CASES = {
 
 
 @pytest.mark.quick(
-    "padded-forward",
     "padded, tp, bf16, shared-forward + backward",
-    "padded, quantised-forward",
     "padded, replicas, fp16, special, gelu-forward",
     "allgather-forward",
     "allgather, tp, bf16, shared-forward",
-    "allgather, quantised-forward",
     "hierarchy, tp, bf16, shared-forward",
     "hierarchy, quantised-forward",
 )
@@ -122,6 +119,7 @@ def test_wire_bytes_are_those_of_the_compiled_layer(case, phase):
     assert case.cost(phase).even_wire_bytes == case.cost(phase).wire_bytes
 
 
+@pytest.mark.quick("tp 1-forward", "tp 2-forward + backward")
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("mesh", [{"ep": 8}, {"ep": 4, "tp": 2}], ids=["tp 1", "tp 2"])
 def test_wire_bytes_of_the_native_ragged_exchange(mesh, phase):
@@ -175,14 +173,11 @@ def dot_flops(text):
 
 
 @pytest.mark.quick(
-    "padded-forward",
     "padded-forward + backward",
     "padded, tp, bf16, shared-forward + backward",
-    "padded, quantised-forward",
     "padded, replicas, fp16, special, gelu-forward",
     "allgather-forward",
     "allgather, tp, bf16, shared-forward",
-    "allgather, quantised-forward",
 )
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("name", [name for name in CASES if "hierarchy" not in name])

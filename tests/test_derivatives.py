@@ -90,6 +90,7 @@ def test_grouped_matmul(backend, transpose):
     holds(loss, oracle, params, rng, MODES)
 
 
+@pytest.mark.quick("padded-2-2", "hierarchy-4-1")
 @pytest.mark.parametrize(
     "transport,ep,tp",
     [("padded", 2, 2), ("allgather", 2, 2), ("hierarchy", 4, 1), pytest.param("ragged", 4, 1, marks=pytest.mark.slow)],

@@ -168,6 +168,7 @@ def test_repeated_ids_are_copies(transport):
     compare(make_plan(4, 2, transport), np.random.default_rng(3), "all_to_one", "all", ids=ids)
 
 
+@pytest.mark.quick("padded-bfloat16", "allgather-bfloat16")
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_dispatch_moves_bits(transport, dtype):
@@ -203,6 +204,7 @@ def test_ids_out_of_range_go_nowhere_and_are_counted():
     assert int(sizes.sum()) == ids.size - 3
 
 
+@pytest.mark.quick("padded", "allgather")
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_drop_counts_what_did_not_fit(transport):
     plan = make_plan(4, 2, transport, overflow="drop", capacity_factor=1.0)  # 3 rows per pair of ranks
@@ -244,6 +246,7 @@ def test_changing_ids_and_masks_never_retraces():
         run(small_integers(rng, (4, 2, 5, H)), ids, rng.random((4, 2, 5)) < 0.5)
 
 
+@pytest.mark.quick("padded", "allgather")
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_mesh_that_is_manual_in_the_plans_axes_only(transport):
     """An Auto axis beside them: XLA shards over it as it likes."""

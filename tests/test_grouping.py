@@ -189,6 +189,7 @@ def test_overflow_does_nothing_where_no_row_came():
     assert len(products) >= 3 + 2 + 6 and all(found.in_loop for found in products)
 
 
+@pytest.mark.quick("bfloat16-swiglu-cpu")
 @pytest.mark.parametrize(
     "dtype,activation,backend", [("float32", "clamped_swiglu", "xla"), ("bfloat16", "swiglu", "cpu")]
 )

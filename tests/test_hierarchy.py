@@ -162,7 +162,7 @@ def check_window(case, start, capacity):
     return rows, got
 
 
-@pytest.mark.quick("mesh0", "mesh2")
+@pytest.mark.quick("mesh0")
 @pytest.mark.parametrize("mesh", MESHES)
 def test_a_window_of_everything(mesh):
     """The rows are the reference's own, in its order, and collect and its adjoint are exact."""
@@ -175,7 +175,7 @@ def test_a_window_of_everything(mesh):
         np.testing.assert_array_equal(got["group_sizes"], case.sent.group_sizes)
 
 
-@pytest.mark.quick("mesh0", "mesh2")
+@pytest.mark.quick("mesh0")
 @pytest.mark.parametrize("mesh", MESHES)
 def test_windows_cover_every_pair_once(mesh):
     """Windows of 2 rows per pair of ranks, each exact; a pair of another window is not there."""
@@ -190,6 +190,7 @@ def test_windows_cover_every_pair_once(mesh):
         assert not beyond["group_sizes"].any() and not beyond["y"].any() and (beyond["crossing_token"] < 0).all()
 
 
+@pytest.mark.quick("4-3")
 @pytest.mark.parametrize("copies,capacity", [(1, 1), (1, 4), (4, 3)])
 def test_odd_sizes(copies, capacity):
     """Another number of copies than K, slots that are no multiple of anything, with and without blocks."""
@@ -315,6 +316,7 @@ def test_groups_by_hand():
         assert [group.tolist() for group in groups] == [[0, 1, 4, 5], [2, 3, 6, 7]]
 
 
+@pytest.mark.quick("15")
 @pytest.mark.parametrize("capacity", [1, 2, T * K])
 def test_a_token_crosses_once(capacity):
     """One float all-to-all between nodes per scatter, of at most T rows per pair of nodes; two of integers to open."""

@@ -107,7 +107,8 @@ def test_top_k(top_k):
     check_options(3, 4, 1, top_k=top_k)
 
 
-@pytest.mark.parametrize("axes", [pytest.param({"nodes": 2}, marks=pytest.mark.slow), {"dp": 2}], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [{"nodes": 2}, {"dp": 2}], ids=str)
 def test_node_and_data_axes(axes):
     mesh = moe.make_mesh(ep=4, **axes)
     plan = moe.make_plan(

@@ -338,7 +338,9 @@ def test_recipes_are_static_and_compare_by_value():
 # --- the derivative --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", FEW_DTYPES)
+@pytest.mark.parametrize(
+    "dtype", ["float32", *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in ("bfloat16", "float16"))]
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_straight_through(name, dtype):
     recipe, rng = quant.recipe(name, dtype), np.random.default_rng(0)

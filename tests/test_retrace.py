@@ -15,7 +15,7 @@ from helpers import over_ep, small_integers
 
 import moe_jax as moe
 from moe_jax import aclnn
-from moe_jax.recovery.window import buffer_reset
+from moe_jax.recovery.window import buffer_reset, make_window
 
 W, T, K, H, LOCAL = 4, 3, 2, 8, 2
 E = W * LOCAL
@@ -165,6 +165,7 @@ def test_receive_window_of_the_last_step():
     assert stale[0] == stale[-1] == 0 and min(stale[1:-1]) > 0
 
 
+@pytest.mark.quick("all_to_allv_grouped_matmul")
 @pytest.mark.parametrize("name", ["grouped_matmul_all_to_allv", "all_to_allv_grouped_matmul"])
 def test_counts_of_the_grouped_pair(name):
     def shard(x, weight, send, recv):
@@ -232,8 +233,8 @@ def test_facade_by_executors():
         arrays |= {"expert_scales": given["weights"], "pruning_threshold": given["scales"][0, :K] / 4}
         shapes = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in arrays.items()}
         _, executor = aclnn.moe_update_expert_get_workspace_size(**shapes, world_size=W)
-        window = moe.window.make_window(2, 3, jnp.float32, W)
-        window = moe.window.Window(data=window.data + 1, counts=window.counts + 1, step=window.step)
+        window = make_window(2, 3, jnp.float32, W)
+        window = moe.Window(data=window.data + 1, counts=window.counts + 1, step=window.step)
         mask = given["link_mask"].astype(jnp.int32)
         return executor(**arrays), aclnn.moe_distribute_buffer_reset(mask, window, group_ep="ep", ep_world_size=W)
 

@@ -128,6 +128,7 @@ def draw(rng, *shape, dtype=jnp.float32, low=-4):
     return rng.integers(low, 5, shape).astype(dtype)
 
 
+@pytest.mark.quick("bfloat16-True")
 @pytest.mark.parametrize(("dtype", "transpose_rhs"), [(jnp.float32, False), (jnp.bfloat16, True)])
 def test_several_blocks(small_blocks, dtype, transpose_rhs):
     """Sums of 300 products are beyond what bf16 holds, so they are right only if they are rounded once."""

@@ -84,6 +84,7 @@ def test_equals_oracle(ep, tp, transport, gated):
             np.testing.assert_array_equal(y, want)
 
 
+@pytest.mark.quick("softmax")
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "softmax"])
 def test_gradients_equal_differences_of_the_oracle(gated):
     rng, plan = np.random.default_rng(5), make_plan(2, 1)

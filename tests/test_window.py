@@ -52,6 +52,7 @@ def test_make_window():
             make_window(sizes[0], sizes[1], jnp.float32, sizes[2])
 
 
+@pytest.mark.quick("float32-options0", "bfloat16-options1", "int8-options2")
 @pytest.mark.parametrize("options", [dict(sync=True), dict(sync=False), dict(sync=True, timeout_us=FAR)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8])
 def test_reset_clears_the_linked_and_leaves_the_isolated(dtype, options):
@@ -130,7 +131,7 @@ def expected_matrices(hears, tested, healthy):
     return matrices
 
 
-@pytest.mark.quick("1-ep-int32", "2-axes1-bfloat16")
+@pytest.mark.quick("2-axes1-bfloat16")
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.bfloat16])
 @pytest.mark.parametrize("nodes,axes", [(1, "ep"), (2, ("node", "ep"))])
 def test_reachability_matrix(nodes, axes, dtype):

@@ -1,8 +1,11 @@
-"""One call against all rules of its operator, in CANN's order: null pointers, dtypes, everything else."""
+"""One call against all rules of its operator, in the order that section 1.1 of the CANN sheet states.
+
+Null pointers come first, then dtypes, then everything else: kinds of attributes, shapes, values that have a meaning
+anywhere, relations, the product's own values, and the relations that follow from those.
+"""
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -36,8 +39,8 @@ _GROUP_LENGTH = 128  # the name of a group is shorter than this
 
 
 def check(call: Call, rules: Rules, parameters: Mapping[str, inspect.Parameter], needs: tuple[str, ...]) -> None:
-    """Raises the first error of ``call``, in the order null, dtype, everything else; ``needs`` must not be None."""
-    marked("product", call.product, _check_product, call, rules)
+    """Raises the error of the first rule that ``call`` breaks; ``needs`` are the arguments that must not be None."""
+    _check_product(call, rules)
     for stage in (NULL, DTYPE, REST):
         if stage == NULL:
             _check_nulls(call, needs)
@@ -58,74 +61,71 @@ def check(call: Call, rules: Rules, parameters: Mapping[str, inspect.Parameter],
 
 
 def _check_product(call: Call, rules: Rules) -> None:
+    """The product is known, and has the operator."""
     if call.product is None:
         return
-    if not isinstance(call.product, str) or call.product not in PRODUCTS:
-        raise InvalidArgumentError(f"product={call.product!r} is unknown; {suggest(call.product, PRODUCTS)}, or None")
-    if call.operator not in PRODUCTS[call.product].operators:
-        have = [name for name, product in PRODUCTS.items() if call.operator in product.operators]
-        raise make_error(
-            UnsupportedError,
-            f"product={call.product!r} does not have {call.operator}; {', '.join(have)} do, or pass product=None",
-            rules.missing_product,
-        )
-
-
-def _check_nulls(call: Call, needs: tuple[str, ...]) -> None:
-    for name in needs:
-        if (call.arrays[name] if name in call.arrays else call[name]) is None:
-            marked(f"null:{name}", None, _raise_missing, name, f"{call.operator} needs it")
-    for product, base, limits in call.tables():
-        missing = [name for name in limits.required if not call.given(name)]
-        for name in missing if missing and call.in_range("comm_alg") else ():
-            alg = call["comm_alg"]
-            rule = f"null:{name}" + ("" if name in base.required else f"@{alg}")
-            marked(rule, product, _raise_missing, name, f"comm_alg={alg!r} needs it{on(product)}")
-
-
-def _raise_missing(name: str, why: str) -> None:
-    raise MissingArgumentError(f"{name} is None, but {why}; pass it")
-
-
-def _check_groups(call: Call, rules: Rules, stage: str) -> None:
-    names = (rules.group, "group_tp") if "group_tp" in call.attributes else (rules.group,)
-    for name in filter(None, names):
-        if stage == NULL and name == rules.group:
-            marked(f"null:{name}", None, _check_group_given, name, call[name])
-        if stage == rules.long_group[0]:
-            marked("group_length", None, _check_group_length, name, call[name], rules.long_group[1])
-
-
-def _check_group_given(name: str, group: Any) -> None:
-    if isinstance(group, (str, tuple)) and not group:
-        raise MissingArgumentError(f"{name}={group!r} is empty; pass a mesh axis's name")
-
-
-def _check_group_length(name: str, group: Any, status: int) -> None:
-    for part in group if isinstance(group, tuple) else (group,):
-        if isinstance(part, str) and len(part) >= _GROUP_LENGTH:
+    with marked("product", call.product):
+        if not isinstance(call.product, str) or call.product not in PRODUCTS:
+            known = suggest(call.product, PRODUCTS)
+            raise InvalidArgumentError(f"product={call.product!r} is unknown; {known}, or None")
+        if call.operator not in PRODUCTS[call.product].operators:
+            have = [name for name, product in PRODUCTS.items() if call.operator in product.operators]
             raise make_error(
-                InvalidArgumentError,
-                f"{name}={part!r} has {len(part)} characters; a group's name has fewer than {_GROUP_LENGTH}, "
-                f"so {_GROUP_LENGTH - 1} at most",
-                status,
+                UnsupportedError,
+                f"product={call.product!r} does not have {call.operator}; {', '.join(have)} do, or pass product=None",
+                rules.missing_product,
             )
 
 
+def _check_nulls(call: Call, needs: tuple[str, ...]) -> None:
+    """What the operator needs is there, and what the product needs with this comm_alg."""
+    for name in needs:
+        if (call.arrays[name] if name in call.arrays else call[name]) is None:
+            with marked(f"null:{name}"):
+                raise MissingArgumentError(f"{name} is None, but {call.operator} needs it; pass it")
+    for product, base, limits in call.tables():
+        for name in limits.required:
+            if not call.given(name) and call.in_range("comm_alg"):
+                alg = call["comm_alg"]
+                with marked(f"null:{name}" + ("" if name in base.required else f"@{alg}"), product):
+                    raise MissingArgumentError(f"{name} is None, but comm_alg={alg!r} needs it{on(product)}; pass it")
+
+
+def _check_groups(call: Call, rules: Rules, stage: str) -> None:
+    """The group's name is not empty, and no name of a group is too long."""
+    for name in (rules.group, "group_tp" if "group_tp" in call.attributes else None):
+        if name is None:
+            continue
+        group = call[name]
+        if stage == NULL and name == rules.group and isinstance(group, (str, tuple)) and not group:
+            with marked(f"null:{name}"):
+                raise MissingArgumentError(f"{name}={group!r} is empty; pass a mesh axis's name")
+        for part in group if isinstance(group, tuple) else (group,):
+            if stage == rules.long_group[0] and isinstance(part, str) and len(part) >= _GROUP_LENGTH:
+                with marked("group_length"):
+                    raise make_error(
+                        InvalidArgumentError,
+                        f"{name}={part!r} has {len(part)} characters; a group's name has fewer than {_GROUP_LENGTH}, "
+                        f"so {_GROUP_LENGTH - 1} at most",
+                        rules.long_group[1],
+                    )
+
+
 def _check_dtypes(call: Call) -> None:
+    """Arrays are arrays, of the dtypes that every table in force allows."""
     for name in filter(call.given, call.arrays):
-        marked(f"dtype:{name}", None, _check_is_array, name, call.arrays[name])
+        array = call.arrays[name]
+        if not (hasattr(array, "shape") and hasattr(array, "dtype")):
+            with marked(f"dtype:{name}"):
+                raise DtypeError(f"{name}={array!r} is no array; pass a jax or numpy array, or a jax.ShapeDtypeStruct")
     for product, _, limits in call.tables():
         for key, allowed in limits.dtypes.items():
-            marked(f"dtype:{key}", product, _check_dtype, call, key, allowed, product)
-
-
-def _check_is_array(name: str, array: Any) -> None:
-    if not (hasattr(array, "shape") and hasattr(array, "dtype")):
-        raise DtypeError(f"{name}={array!r} is no array; pass a jax or numpy array, or a jax.ShapeDtypeStruct")
+            with marked(f"dtype:{key}", product):
+                _check_dtype(call, key, allowed, product)
 
 
 def _check_dtype(call: Call, key: str, allowed: tuple[str, ...], product: str | None) -> None:
+    """``key`` is an array, or "y_dtype:2": what the attribute may ask for with quant_mode=2."""
     name, _, mode = key.partition(":")
     if mode and not (call["quant_mode"] == int(mode) and call.in_range("quant_mode")):
         return
@@ -140,7 +140,7 @@ def _check_dtype(call: Call, key: str, allowed: tuple[str, ...], product: str | 
 
 
 def _check_kinds(call: Call, rules: Rules, parameters: Mapping[str, inspect.Parameter]) -> None:
-    """Attributes are whole numbers, flags, words or names of groups, as their annotations say; Any is not looked at."""
+    """Attributes are whole numbers, flags, words or names of groups, as annotations say; others have own rules."""
     for name, value in call.attributes.items():
         annotation = parameters[name].annotation if name in parameters else int
         if name in ("group_tp", rules.group):
@@ -155,70 +155,65 @@ def _check_kinds(call: Call, rules: Rules, parameters: Mapping[str, inspect.Para
         else:
             continue
         if not legal:
-            marked("kind", None, _raise_kind, name, value, kind)
+            with marked("kind"):
+                raise InvalidArgumentError(f"{name}={value!r} must be {kind}")
     if call["hccl_buffsize"] < 1:
-        marked("hccl_buffsize", None, _raise_kind, "hccl_buffsize", call["hccl_buffsize"], "at least 1, in MB")
-
-
-def _raise_kind(name: str, value: Any, kind: str) -> None:
-    raise InvalidArgumentError(f"{name}={value!r} must be {kind}")
+        with marked("hccl_buffsize"):
+            raise InvalidArgumentError(f"hccl_buffsize={call['hccl_buffsize']!r} must be at least 1, in MB")
 
 
 def _check_shapes(call: Call, rules: Rules) -> None:
+    """Shapes fit each other: a letter stands for the extent that it had first."""
     extents = {letter: extent(call) for letter, extent in rules.letters.items()}
     for name, shape in rules.shapes.items():
         if not call.given(name):
             continue
-        alternatives = (shape if isinstance(shape, str) else shape(call)).split(" | ")
         found = call.shape(name)
-        legal = [
-            tuple(int(letter) if letter.isdigit() else extents.get(letter) for letter in one.split())
-            for one in alternatives
-        ]
-        marked(f"shape:{name}", None, check_shape, name, found, tuple(legal))
+        alternatives = [one.split() for one in (shape if isinstance(shape, str) else shape(call)).split(" | ")]
+        legal = [tuple(int(one) if one.isdigit() else extents.get(one) for one in letters) for letters in alternatives]
+        with marked(f"shape:{name}"):
+            check_shape(name, found, tuple(legal))
         for letters in alternatives:
-            if len(letters.split()) == len(found):
-                extents = dict(zip(letters.split(), found, strict=True)) | extents
+            if len(letters) == len(found):
+                extents = dict(zip(letters, found, strict=True)) | extents
 
 
 def _check_values(call: Call, rules: Rules, product: str | None) -> None:
-    """Raises where a quantity is outside the table of ``product``, or an array is given that is not taken there."""
+    """Attributes and quantities are in the table of ``product``, and no array is given that it does not take."""
     base, limits = next((base, limits) for owner, base, limits in call.tables() if owner == product)
-    for name in limits.absent:
+    for name in filter(call.given, limits.absent):
         variant = "" if name in base.absent else f"@{call['comm_alg']}"
-        marked(f"absent:{name}{variant}", product, _check_absent, call, name, limits.why.get(name))
-    for name, legal in limits.values.items():
-        rule = name if base.values.get(name) == legal else f"{name}@{call['comm_alg']}"
-        marked(rule, product, _check_value, call, rules, name, legal, product)
-
-
-def _check_absent(call: Call, name: str, why: str | None) -> None:
-    if call.given(name):
         alg = f" with comm_alg={call['comm_alg']!r}" if call.attributes.get("comm_alg") else ""
         came = getattr(call.arrays[name], "shape", call.arrays[name])
-        raise InvalidArgumentError(
-            f"{name} was given, with shape {came}; {call.operator} takes none{on(call.product)}{alg}"
-            f"{f': {why}' if why else ''}; pass None"
-        )
+        why = f": {limits.why[name]}" if name in limits.why else ""
+        with marked(f"absent:{name}{variant}", product):
+            raise InvalidArgumentError(
+                f"{name} was given, with shape {came}; {call.operator} takes none{on(call.product)}{alg}{why}; "
+                "pass None"
+            )
+    for name, legal in limits.values.items():
+        with marked(name if base.values.get(name) == legal else f"{name}@{call['comm_alg']}", product):
+            _check_value(call, rules, name, legal, product)
 
 
 def _check_value(call: Call, rules: Rules, name: str, legal: Legal, product: str | None) -> None:
-    if name in rules.quantities:
-        quantity = rules.quantities[name]
-        if callable(quantity):
-            found = quantity(call)
-        else:
-            array, axis = quantity
-            found = (shown(call, array), call.shape(array)[axis]) if call.given(array) else None
-        if found is None or legal.allows(found[1]):
-            return
+    """``name`` is an attribute, or a quantity that follows from the arguments and may not be there."""
+    if name not in rules.quantities:
+        if not legal.allows(call[name]):
+            nearest = legal.nearest(call[name])
+            raise InvalidArgumentError(
+                f"{name}={call[name]!r} must be {legal}{on(product)}; the nearest legal value is {nearest!r}"
+            )
+        return
+    quantity = rules.quantities[name]
+    if callable(quantity):
+        found = quantity(call)
+    else:
+        array, axis = quantity
+        found = (shown(call, array), call.shape(array)[axis]) if call.given(array) else None
+    if found is not None and not legal.allows(found[1]):
         source, value = found
         raise ShapeError(
             f"{source}: {value} = {QUANTITIES[name]}, must be {legal}{on(product)}; "
             f"the nearest legal value is {legal.nearest(value)!r}"
-        )
-    value = call[name]
-    if not legal.allows(value):
-        raise InvalidArgumentError(
-            f"{name}={value!r} must be {legal}{on(product)}; the nearest legal value is {legal.nearest(value)!r}"
         )

@@ -59,13 +59,14 @@ def moe_distribute_combine_v4(
     copy_expert_num: int = 0,
     const_expert_num: int = 0,
 ) -> CombineOutput | TimedCombineOutput:
-    """Brings the experts' rows back to their tokens, and sums them with weights. Per shard, inside ``shard_map``.
+    """Brings the experts' rows back to their tokens, and sums them with weights. Call it per shard.
 
     What dispatch returned goes in unchanged: assist_info_for_combine, ep_recv_counts as ``ep_send_counts`` and
     tp_recv_counts as ``tp_send_counts`` say where rows go. Rows whose triple is out of range or names another source
     than the counts become NaN, and so do all rows of a rank whose counts are not what the others sent.
     With "hierarchy" the weights of routed rows are those of ``expand_scales``, where it is given; rows of shared
-    experts have weight 1, as everywhere. Rows of tokens that are masked are zero.
+    experts have weight 1, as everywhere. The rows of masked tokens are zero. Of ``activation_scale``, ``weight_scale``
+    and ``group_list``, which are reserved, only None is legal.
 
     Returns:
       CombineOutput; with ``performance_info``, its new value too. Differentiable in every float array.
@@ -122,7 +123,9 @@ def moe_distribute_combine_add_rms_norm_v2(
     copy_expert_num: int = 0,
     const_expert_num: int = 0,
 ) -> AddRmsNormOutput:
-    """``moe_distribute_combine_v4``, plus the residual, and its RMSNorm: residual_x [B, 1, H], gamma [H].
+    """``moe_distribute_combine_v4``, to which the residual is added, and the RMSNorm of that sum.
+
+    The residual is ``residual_x`` [B, 1, H], and ``gamma`` [H] are the factors of the norm.
 
     Returns:
       AddRmsNormOutput, zero for masked tokens. Differentiable in every float array.
@@ -140,7 +143,7 @@ def moe_distribute_combine_add_rms_norm_v2(
 
 
 def _total(given: dict[str, Any]) -> tuple[Array, Array, Array | None]:
-    """fp32 sums [B, H], the tokens that count [B], and performance_info."""
+    """The fp32 sums [B, H], which tokens are active [B], and the new performance_info."""
     tokens, hidden = given["expert_ids"].shape[0], given["expand_x"].shape[1]
     world = worlds.make_world(
         given,
@@ -179,9 +182,10 @@ def _total(given: dict[str, Any]) -> tuple[Array, Array, Array | None]:
 def _handle(
     world: worlds.World, given: dict[str, Any], mask: Array | None
 ) -> tuple[DispatchHandle, Array, Array | None]:
-    """The handle that dispatch had, from what it returned; the rows, NaN where that does not fit together; and weights.
+    """The handle that dispatch had, made from what it returned; the rows to send back; and their weights.
 
-    Weights are those of this rank's own rows, zero for the peer's, and None where the tokens weight their rows.
+    Rows for which that does not fit together are NaN. Weights are those of this rank's own rows, zero for the peer's
+    rows, and None where the tokens weight the rows that come back to them.
     """
     plan, capacity = world.plan, world.capacity
     ledger = worlds.Ledger(plan, given["elastic_info"])
@@ -208,7 +212,7 @@ def _handle(
     written = (row < jnp.sum(lanes))[:, None]
     rows = jnp.where(written, given["expand_x"][: world.num_rows], 0)  # a caller may have allocated more
     rows = jnp.where(fits[:, None] | ~written, rows, jnp.nan)
-    if plan.transport != "hierarchy" or given["expand_scales"] is None:
+    if not transport.takes_row_weights or given["expand_scales"] is None:
         return handle, rows, None
     # Routed rows have the weights that came with them, and rows of shared experts, whose k is K or more, have weight 1.
     weights = jnp.where(triples[:, 2] < plan.top_k, given["expand_scales"][:capacity], 1.0)

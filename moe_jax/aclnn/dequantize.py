@@ -1,4 +1,4 @@
-"""From the codes of a quantised dispatch to rows that have a gradient. CANN has no such operator."""
+"""Makes rows that have a gradient of the codes of a quantised dispatch. CANN has no such operator."""
 
 from typing import Any
 
@@ -42,10 +42,11 @@ def dequantize(
     const_expert_num: int = 0,
     y_dtype: Any = None,
 ) -> Array:
-    """The rows that ``expand_x`` and ``dynamic_scales`` of a quantised dispatch stand for. Per shard, as the dispatch.
+    """The rows that ``expand_x`` and ``dynamic_scales`` of a quantised dispatch stand for. Call it per shard.
 
-    About the tokens, times their smoothing factors if any; zero where no row was written. The rows come from ``sent``;
-    the gradient goes to ``x`` and ``scales`` as if nothing had been rounded, like that of ``moe_jax.dequantize``.
+    They are about the tokens, times their smoothing factors if any, and zero where no row was written. The rows come
+    from ``sent``; the gradient goes to ``x`` and ``scales`` as if nothing had been rounded, as it does from
+    ``moe_jax.dequantize``.
 
     Args:
       sent: what ``moe_distribute_dispatch_v4`` returned.

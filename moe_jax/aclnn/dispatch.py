@@ -116,7 +116,7 @@ def moe_distribute_dispatch_v4(
 
 
 def _tags(handle: DispatchHandle, ledger: worlds.Ledger, table: Array | None) -> Array:
-    """[B, K + shared, 3] i32: logical source rank, token and k of every pair."""
+    """The logical source rank, the token and the k of every pair, [B, K + shared experts, 3] i32."""
     plan = handle.plan
     me = collectives.ep_rank(plan)
     logical = me if table is None else jnp.argsort(ledger.order)[me].astype(jnp.int32)
@@ -177,14 +177,14 @@ def _written(sent: Sent, handle, sums, world, nums_type, ledger) -> DispatchOutp
 
 
 def _zero(dtype) -> Array:
-    """Zero; of exponents, which have none, the byte 0."""
+    """Zero in a dtype. E8M0, the dtype of exponents, has no zero, and gets the byte 0."""
     if dtype.name == "float8_e8m0fnu":
         return jax.lax.bitcast_convert_type(jnp.zeros((), jnp.uint8), dtype)
     return jnp.zeros((), dtype)
 
 
 def _empty(world, x, scales, weights, quant_mode, performance_info, window):
-    """No rank has a token: zeros of the shapes of the outputs."""
+    """What is returned where no rank has a token: zeros in the shapes of the outputs."""
     plan, recipe = world.plan, world.plan.dispatch_recipe
 
     def zeros(shape, dtype):

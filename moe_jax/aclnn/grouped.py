@@ -1,6 +1,7 @@
 """GroupedMatMulAlltoAllv, AlltoAllvGroupedMatMul and their quantised siblings, under CANN's names.
 
-Counts are host values: a flat list that holds on every rank, or one row for each rank, since all ranks are one program.
+Counts are values of the host: a flat list that holds on every rank, or one row for each rank, since all ranks run one
+program.
 """
 
 from typing import Any
@@ -32,7 +33,7 @@ def grouped_mat_mul_allto_allv(
     trans_gmm_weight: bool = False,
     trans_mm_weight: bool = False,
 ) -> GroupedMatmulAllToAllvOutput:
-    """The product, then the exchange: see ``moe_jax.grouped_matmul_all_to_allv``.
+    """Multiplies rows with the weights of their experts, then sends them: ``moe_jax.grouped_matmul_all_to_allv``.
 
     Source: aclnnGroupedMatMulAlltoAllv.
     """
@@ -60,7 +61,7 @@ def allto_allv_grouped_mat_mul(
     trans_mm_weight: bool = False,
     permute_out_flag: bool = False,
 ) -> AllToAllvGroupedMatmulOutput:
-    """The exchange, then the product: see ``moe_jax.all_to_allv_grouped_matmul``.
+    """Sends rows to their experts, then multiplies them there: ``moe_jax.all_to_allv_grouped_matmul``.
 
     Source: aclnnAlltoAllvGroupedMatMul.
     """
@@ -100,7 +101,9 @@ def quant_grouped_mat_mul_allto_allv(
     trans_mm_weight: bool = False,
     y_dtype: Any = "bfloat16",
 ) -> GroupedMatmulAllToAllvOutput:
-    """``grouped_mat_mul_allto_allv`` of quantised operands: quant modes (1, 1), per tensor, or (6, 6), microscaled.
+    """``grouped_mat_mul_allto_allv`` of quantised operands, whose results have the dtype ``y_dtype``.
+
+    The quant modes of rows and weights are (1, 1), one scale per tensor, or (6, 6), one scale per block of 32.
 
     Source: aclnnQuantGroupedMatMulAlltoAllv.
     """
@@ -140,7 +143,9 @@ def allto_allv_quant_grouped_mat_mul(
     permute_out_flag: bool = False,
     y_dtype: Any = "bfloat16",
 ) -> AllToAllvGroupedMatmulOutput:
-    """``allto_allv_grouped_mat_mul`` of quantised operands; scales of rows travel with them.
+    """``allto_allv_grouped_mat_mul`` of quantised operands, whose results have the dtype ``y_dtype``.
+
+    The scales of rows travel with them, and the quant modes are those of ``quant_grouped_mat_mul_allto_allv``.
 
     Source: aclnnAlltoAllvQuantGroupedMatMul.
     """

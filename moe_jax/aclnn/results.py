@@ -1,7 +1,7 @@
 """What the operators return, under CANN's names.
 
-Values and layouts are CANN's; shapes are those of the rank that needs most, the same everywhere, and what the
-reference leaves unwritten is zero.
+Values and layouts are CANN's. Shapes are the same on all ranks, those of the rank that needs most, and what CANN leaves
+unwritten is zero.
 """
 
 from typing import NamedTuple
@@ -16,11 +16,11 @@ Array = jax.Array
 
 @_compat.exportable
 class DispatchOutput(NamedTuple):
-    """Of ``moe_distribute_dispatch_v4``. A rows for the rank that needs most, P = max(tp_world_size, 1).
+    """What ``moe_distribute_dispatch_v4`` returns. A rows are enough for any rank; P = max(tp_world_size, 1).
 
-    Quantised rows are constants to JAX. ``moe_jax.aclnn.dequantize`` makes rows of them that have a gradient; one that
-    is asked for through ``expand_x`` or ``dynamic_scales`` themselves is refused (UnsupportedError), but where they are
-    integers: then JAX knows none, as of any integer.
+    Quantised rows are constants to JAX. ``moe_jax.aclnn.dequantize`` makes rows of them that have a gradient. A
+    gradient that is asked for through ``expand_x`` or ``dynamic_scales`` themselves is refused with an
+    UnsupportedError, unless they are integers, for which JAX knows no gradient at all.
 
     Attributes:
       expand_x: [P * A, H]; quantised: codes, [P * A, H / 2] u8 for fp4.
@@ -85,7 +85,7 @@ class WindowDispatchOutput(NamedTuple):
 
 @_compat.exportable
 class CombineOutput(NamedTuple):
-    """Of ``moe_distribute_combine_v4``.
+    """What ``moe_distribute_combine_v4`` returns.
 
     Attributes:
       x_out: [B, H], the sum for each token.
@@ -109,7 +109,7 @@ class TimedCombineOutput(NamedTuple):
 
 @_compat.exportable
 class AddRmsNormOutput(NamedTuple):
-    """Of ``moe_distribute_combine_add_rms_norm_v2``.
+    """What ``moe_distribute_combine_add_rms_norm_v2`` returns.
 
     Attributes:
       y_out: [B, 1, H], normalised.
@@ -124,7 +124,7 @@ class AddRmsNormOutput(NamedTuple):
 
 @_compat.exportable
 class UpdateExpertOutput(NamedTuple):
-    """Of ``moe_update_expert``.
+    """What ``moe_update_expert`` returns.
 
     Attributes:
       balanced_expert_ids: [BS, K] instances.
@@ -137,7 +137,7 @@ class UpdateExpertOutput(NamedTuple):
 
 @_compat.exportable
 class GroupedMatmulAllToAllvOutput(NamedTuple):
-    """Of ``grouped_mat_mul_allto_allv``.
+    """What ``grouped_mat_mul_allto_allv`` returns.
 
     Attributes:
       y: [BSK, N1], the products at the ranks of their tokens.
@@ -150,7 +150,7 @@ class GroupedMatmulAllToAllvOutput(NamedTuple):
 
 @_compat.exportable
 class AllToAllvGroupedMatmulOutput(NamedTuple):
-    """Of ``allto_allv_grouped_mat_mul``.
+    """What ``allto_allv_grouped_mat_mul`` returns.
 
     Attributes:
       gmm_y: [A, N1], the products at the ranks of their experts.

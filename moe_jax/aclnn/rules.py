@@ -6,6 +6,7 @@ them in CANN's order. Every error carries ``status``, CANN's code, ``rule``, the
 product that has this rule, or None where the rule holds everywhere.
 """
 
+import contextlib
 import dataclasses
 import enum
 import math
@@ -18,13 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import _compat
-from moe_jax.errors import (
-    DtypeError,
-    InvalidArgumentError,
-    MeshError,
-    MoEError,
-    ShapeError,
-)
+from moe_jax.errors import DtypeError, InvalidArgumentError, MeshError, MoEError, ShapeError
 from moe_jax.hardware.ascend import ANY, PRODUCTS, Limits
 
 NULL, DTYPE, REST = "null", "dtype", "rest"
@@ -34,7 +29,14 @@ WORDS = ("comm_alg",)  # attributes that are words
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One call of an operator: arrays or their shapes, and attributes, by the names of the parameters."""
+    """One call of an operator.
+
+    Attributes:
+      operator: its name.
+      product: whose limits hold; None: no product's.
+      arrays: arrays or their shapes, by parameter; None where one is not given.
+      attributes: the other arguments, by parameter.
+    """
 
     operator: str
     product: str | None
@@ -143,7 +145,8 @@ class Rule:
         if self.depends_on is not None and not call.in_range(self.depends_on):
             return
         if self.products is None or call.product in self.products:
-            marked(self.name, call.product if self.products else None, self.check, call)
+            with marked(self.name, call.product if self.products else None):
+                self.check(call)
 
 
 def refuses(
@@ -319,10 +322,11 @@ def check_shape(name: str, shape: tuple[int, ...], legal: tuple[tuple[int | None
     raise ShapeError(f"{name} has shape {shape}; it must be {words} to fit the other arguments")
 
 
-def marked(name: str, product: str | None, function: Callable[..., None], *arguments: Any) -> None:
-    """Calls ``function``, and marks the error that it raises with the rule that was broken."""
+@contextlib.contextmanager
+def marked(name: str, product: str | None = None) -> Iterator[None]:
+    """Marks an error that is raised inside with the rule that was broken, and the product that has it."""
     try:
-        function(*arguments)
+        yield
     except MoEError as error:
         if error.rule is None:
             error.rule, error.product = name, product

@@ -32,7 +32,7 @@ def moe_update_expert(
     balance_mode: int = 0,
     group_ep: Any = "ep",
 ) -> UpdateExpertOutput:
-    """Logical expert ids -> physical instances by a table, and pruning. Purely local.
+    """Maps logical expert ids to physical instances by a table, and prunes them. Nothing is communicated.
 
     The rank is ``local_rank_id``, or, where that is None and ``balance_mode`` is 0, the index along ``group_ep``. Only
     ``balance_mode=0`` reads ``world_size``. A traced ``local_rank_id`` stays in the executor of a first phase, which
@@ -69,8 +69,8 @@ def distribute_barrier_v2(
 ) -> Any:
     """Returns ``x_ref`` unchanged, on no rank before all ranks of ``group`` have computed theirs: see ``barrier``.
 
-    Ranks that ``elastic_info`` removes may be late, and others for ``time_out`` at most: [1] int, microseconds; a host
-    value, since it decides whether the host looks on. None: for ever.
+    Nobody waits for ranks that ``elastic_info`` removes. The others are waited for no longer than ``time_out``, [1] int
+    in microseconds (None: for ever), which must be a value of the host, since it decides whether the host looks on.
 
     Source: aclnnDistributeBarrierV2.
     """
@@ -87,7 +87,7 @@ def moe_distribute_buffer_reset(
     need_sync: int = 1,
     time_out: Any = None,
 ) -> Window:
-    """Zeroes the receive window of every rank that ``elastic_info`` [W] marks 1; with need_sync=1 they wait for all.
+    """Zeroes the receive window of every rank that ``elastic_info`` [W] marks 1; with need_sync=1 these then meet.
 
     ``window`` is the one that ``moe_distribute_dispatch_v4`` takes and returns. ``time_out`` as in
     ``distribute_barrier_v2``: how long to wait for a rank that is marked 1.
@@ -98,7 +98,7 @@ def moe_distribute_buffer_reset(
 
 
 def _microseconds(time_out: Any) -> int | None:
-    """The number in an array [1], which the host must know."""
+    """The number in an array [1], which must be a value of the host."""
     if isinstance(time_out, Tracer):
         raise InvalidArgumentError("time_out is traced; it must be a value of the host, such as np.array([5000000])")
     return None if time_out is None else int(np.asarray(time_out).ravel()[0])

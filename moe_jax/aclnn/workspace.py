@@ -77,7 +77,7 @@ def _exponents(width: int) -> int:
 
 
 def dispatch_row(call: Call) -> int:
-    """Bytes of one row on the wire of dispatch: its values, its scales, its source, its weight."""
+    """The bytes of one row on the wire of dispatch: of its values, its scales, its source and its weight."""
     mode, width = call["quant_mode"], hidden(call)
     y_dtype = dtype_name("y_dtype", call["y_dtype"]) or "int8"  # the default of every mode has one byte per value
     if mode == 0:
@@ -90,7 +90,7 @@ def dispatch_row(call: Call) -> int:
 
 
 def combine_row(call: Call) -> int:
-    """Bytes of one row on the wire of combine: its values, and its scales where they are quantised."""
+    """The bytes of one row on the wire of combine: of its values, and of its scales where it is quantised."""
     mode, width, dtype = call["comm_quant_mode"], hidden(call), call.dtype("expand_x")
     if mode == 0:
         return _size(width, dtype)
@@ -104,7 +104,7 @@ def _pairs(call: Call) -> int:
 
 
 def dispatch(call: Call) -> int:
-    """Rows sent, rows received by both tensor-parallel ranks, counts of both sides and per expert (i64)."""
+    """Of dispatch: the rows sent, those that both tp ranks receive, the counts of both sides and of experts (i64)."""
     n = sizes(call)
     copies = max(n.tp_world_size, 1)
     rows = _pairs(call) + n.capacity * copies
@@ -113,31 +113,31 @@ def dispatch(call: Call) -> int:
 
 
 def combine(call: Call) -> int:
-    """Rows sent back and received, the source of each row sent, and the counts."""
+    """Of combine: the rows sent back and received, the source of each row that is sent, and the counts."""
     rows = call.shape("expand_x")[0]
     counts = math.prod(call.shape("ep_send_counts"))
     return (rows + _pairs(call)) * combine_row(call) + rows * _SOURCE + counts * _INT
 
 
 def add_rms_norm(call: Call) -> int:
-    """Combine's, and the sum before it is rounded: fp32."""
+    """Of combine with add and RMSNorm: those of combine, and the fp32 sums before they are rounded."""
     return combine(call) + call.shape("expert_ids")[0] * hidden(call) * 4
 
 
 def update_expert(call: Call) -> int:
-    """The ids; with pruning the mask and each token's sum of weights."""
+    """Of update expert: the ids, and with pruning the mask and each token's sum of weights."""
     tokens, top_k = call.shape("expert_ids")
     pruning = tokens * (top_k + 4) if call.given("pruning_threshold") else 0
     return tokens * top_k * jnp.dtype(call.dtype("expert_ids")).itemsize + pruning
 
 
 def barrier(call: Call) -> int:
-    """A flag sent to each rank, and one from each."""
+    """Of a barrier: a flag to each rank, and one from each."""
     return 2 * call["world_size"] * _INT
 
 
 def buffer_reset(call: Call) -> int:
-    """The cleared window, and a barrier's flags if the ranks wait for each other."""
+    """Of a buffer reset: the cleared window, and the flags of a barrier where the ranks wait for each other."""
     window = _size(math.prod(call.shape("window")), call.dtype("window"))
     return window + (2 * call["ep_world_size"] * _INT if call["need_sync"] else 0)
 
@@ -147,14 +147,14 @@ def _count_lists(call: Call) -> int:
 
 
 def compute_then_send(call: Call) -> int:
-    """The product by expert, the same by destination, and the rows received."""
+    """Of a product before its exchange: its rows by expert, the same by destination, and the rows received."""
     dtype = dtype_name("y_dtype", call.attributes.get("y_dtype")) or call.dtype("gmm_x")
     row = _size(columns(call, "gmm_weight", "trans_gmm_weight"), dtype)
     return (2 * expert_rows(call) + token_rows(call)) * row + _count_lists(call)
 
 
 def send_then_compute(call: Call) -> int:
-    """The rows sent, those received and the same by expert, each with its scales where it has some."""
+    """Of a product after its exchange: the rows sent, those received and the same by expert, with scales if any."""
     width = call.shape("gmm_x")[1]
     row = _size(width, call.dtype("gmm_x")) + (_exponents(width) if call.attributes.get("gmm_x_quant_mode") == 6 else 0)
     return (token_rows(call) + 2 * expert_rows(call)) * row + _count_lists(call)

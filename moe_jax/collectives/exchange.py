@@ -13,7 +13,7 @@ those that have nothing to say.
 
 import abc
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,13 @@ Array = jax.Array
 
 
 class Exchange(abc.ABC):
-    """What moves the rows of one round."""
+    """What moves the rows of one round.
+
+    Attributes:
+      in_blocks: whether a rank has as many slots for each other one, rather than its rows end to end.
+    """
+
+    in_blocks: ClassVar[bool]
 
     @abc.abstractmethod
     def move(
@@ -68,6 +74,8 @@ class Exchange(abc.ABC):
 class Blocks(Exchange):
     """S = A = R * C, C slots for each of the R ranks."""
 
+    in_blocks = True
+
     def move(self, rows, num_slots, axes, plan, *, into=None):
         return exchange_blocks(rows, axes, plan), ()  # every slot is written, whatever ``into`` held
 
@@ -89,6 +97,8 @@ class Chunks(Exchange):
 
     sizes: Array
     chunk: int
+
+    in_blocks = False
 
     def move(self, rows, num_slots, axes, plan, *, into=None):
         me = lax.axis_index(axes)
@@ -118,6 +128,8 @@ class Slices(Exchange):
 
     sizes: Array
 
+    in_blocks = False
+
     def move(self, rows, num_slots, axes, plan, *, into=None):
         me = lax.axis_index(axes)
         send, come = self.sizes[me], self.sizes[:, me]
@@ -133,6 +145,8 @@ class Slices(Exchange):
 @pytree()
 class TimedBlocks(Exchange):
     """``Blocks``, one peer after the other; the note is [R] i32, the microseconds that this rank waited for each."""
+
+    in_blocks = True
 
     def move(self, rows, num_slots, axes, plan, *, into=None):
         num_ranks = group_size(axes)
@@ -157,6 +171,8 @@ class Receiving(Exchange):
 
     exchange: Exchange
     slots: Array
+
+    in_blocks = False  # whichever it is, its slots are laid out by now
 
     def move(self, rows, num_slots, axes, plan, *, into=None):
         moved, _ = self.exchange.move(rows, num_slots, axes, plan, into=self.slots)

@@ -193,7 +193,7 @@ class Size(NamedTuple):
             wide=plan.hidden * WIDE,
             sum_item=WIDE if plan.dtype in widened else itemsize,
             slots=slots,
-            sent=transport_of(plan).sent_rows(plan, slots),
+            sent=transport_of(plan).sent_rows(plan, plan.pair_capacity),
             returned=slots,
             crossing=plan.num_nodes * per_node,
             everyone=everyone,

@@ -15,7 +15,7 @@ from moe_jax.plan import checks
 from moe_jax.plan.cost import PHASES, balanced_rows, layer_costs
 from moe_jax.plan.plan import Plan
 from moe_jax.plan.rates import RATES
-from moe_jax.plan.transport_table import transport_names
+from moe_jax.plan.transport_table import transport_names, transport_of
 
 
 def make_plan(
@@ -139,7 +139,7 @@ def make_plan(
         num_nodes=shape.get("node", 1),
         dtype=dtype,
         transport=transport,
-        transport_reason=_as_asked(transport, shape.get("node", 1)),
+        transport_reason="as asked",
         overflow=overflow,
         pair_capacity=pair_capacity,
         platform=platform,
@@ -155,7 +155,8 @@ def make_plan(
     )
     # 3. A transport is chosen last, for it is the plan itself that says what each of them costs.
     if transport != "auto":
-        return plan
+        remark = transport_of(plan).remark(plan)
+        return dataclasses.replace(plan, transport_reason=f"as asked; {remark}") if remark else plan
     if not plan.exchanges:
         reason = "one device holds all experts, so the layer exchanges nothing"
         return dataclasses.replace(plan, transport="padded", transport_reason=reason)
@@ -178,12 +179,6 @@ def _with_least_time(plan: Plan, platform: str) -> Plan:
     if "ragged" in costs:
         reason += f"; {RATES[platform].ragged_source}"
     return dataclasses.replace(plan, transport=min(seconds, key=lambda name: seconds[name]), transport_reason=reason)
-
-
-def _as_asked(transport: str, num_nodes: int) -> str:
-    if transport == "hierarchy" and num_nodes == 1:
-        return "as asked; the mesh spans one node, so nothing crosses to another: padded does the same with less"
-    return "as asked"
 
 
 def _platform(mesh: Mesh | AbstractMesh) -> str:

@@ -4,6 +4,8 @@ It stands below the transports, since a plan asks its transport what it costs, a
 sizes. ``moe_jax.transports`` fills it in when the package is imported.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,3 +28,15 @@ def transport_of(plan: "Plan") -> "Transport":
 def transport_names() -> tuple[str, ...]:
     """The names of all transports, those that came with the package first."""
     return tuple(_TABLE)
+
+
+@contextlib.contextmanager
+def entered(transport: "Transport") -> Iterator[None]:
+    """Enters a transport for as long as the context lasts."""
+    before = dict(_TABLE)
+    add_transport(transport)
+    try:
+        yield
+    finally:
+        _TABLE.clear()
+        _TABLE.update(before)

@@ -68,17 +68,13 @@ class Counted(NamedTuple):
 
 
 class AllToAll(Transport):
-    """What both have in common: all but ``end_to_end`` and what they cost."""
+    """What both have in common: all but ``exchange`` and how many rows it hands over."""
 
     pairwise = True
 
     @abc.abstractmethod
-    def end_to_end(self, sizes: Array, plan: Plan) -> Exchange:
-        """The exchange of rows that lie end to end, [W, W] from each rank to each."""
-
-    def in_blocks(self, capacity: int, plan: Plan) -> bool:
-        """Whether a round of ``capacity`` has as many slots for each rank, rather than rows end to end."""
-        return False
+    def exchange(self, sizes: Array, capacity: int, plan: Plan) -> Exchange:
+        """What moves the rows of a round of ``capacity``, with [W, W] i32 rows from each rank to each."""
 
     # Before a round.
 
@@ -93,16 +89,15 @@ class AllToAll(Transport):
         return jnp.max(manifest.known.sizes)  # all ranks know all of them
 
     def open(self, manifest, start, capacity, plan, *, num_rows):
-        if self.in_blocks(capacity, plan):
-            return self.open_blocks(manifest, start, capacity, plan, num_rows=num_rows)
         sizes = lax.dynamic_index_in_dim(manifest.known.sizes, collectives.tp_rank(plan), keepdims=False)
-        exchange = self.end_to_end(jnp.clip(sizes - start, 0, capacity), plan)
-        return self._open(manifest, start, capacity, plan, num_rows, exchange, compact=True)
+        exchange = self.exchange(jnp.clip(sizes - start, 0, capacity), capacity, plan)
+        return self._open(manifest, start, capacity, plan, num_rows, exchange)
 
     def open_blocks(self, manifest, start, capacity, plan, *, num_rows) -> Opened:
-        return self._open(manifest, start, capacity, plan, num_rows, Blocks(), compact=False)
+        return self._open(manifest, start, capacity, plan, num_rows, Blocks())
 
-    def _open(self, manifest, start, capacity, plan: Plan, num_rows, exchange, *, compact):
+    def _open(self, manifest, start, capacity, plan: Plan, num_rows, exchange):
+        compact = not exchange.in_blocks
         # 1. The sender's side: pairs sorted by destination fill the outbox, rank by rank.
         send = layout.send_maps(manifest.pairs, plan.ep_size, start, capacity, compact=compact)
         # 2. The receiver's side: the inbox holds the same lists by source; rows stand by expert, then source.
@@ -226,7 +221,7 @@ class AllToAll(Transport):
 
     def buffers(self, plan, capacity):
         slots = plan.ep_size * capacity
-        sent = slots if self.in_blocks(capacity, plan) else min(slots, plan.num_pairs)
+        sent = self.sent_rows(plan, capacity)
         arrival = plan.tp_size * slots
         out, back = (row_bytes(name, plan.hidden, plan.dtype) for name in (plan.quant, plan.combine_quant))
         buffers = {"send": sent * out, "arrival": arrival * out, "return": plan.num_pairs * back}
@@ -272,11 +267,12 @@ class Padded(AllToAll):
 
     name = "padded"
 
-    def in_blocks(self, capacity, plan: Plan):
-        return capacity <= plan.pair_capacity
+    def exchange(self, sizes, capacity, plan):
+        return Blocks() if capacity <= plan.pair_capacity else Chunks(sizes=sizes, chunk=plan.pair_capacity)
 
-    def end_to_end(self, sizes, plan: Plan):
-        return Chunks(sizes=sizes, chunk=plan.pair_capacity)
+    def sent_rows(self, plan, capacity):
+        slots = plan.ep_size * capacity
+        return slots if capacity <= plan.pair_capacity else min(slots, plan.num_pairs)
 
 
 class Ragged(AllToAll):
@@ -284,11 +280,11 @@ class Ragged(AllToAll):
 
     name = "ragged"
 
-    def end_to_end(self, sizes, plan: Plan):
+    def exchange(self, sizes, capacity, plan):
         return Slices(sizes=sizes)
 
-    def sent_rows(self, plan, slots):
-        return min(slots, plan.num_pairs)
+    def sent_rows(self, plan, capacity):
+        return min(plan.ep_size * capacity, plan.num_pairs)
 
     def even_size(self, plan, size):
         return size._replace(sent=min(size.sent, plan.num_pairs), returned=min(size.returned, plan.num_pairs))

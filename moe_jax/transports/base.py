@@ -100,10 +100,16 @@ class Transport(abc.ABC):
         quantised with factors of its expert and can be received into a window, and it comes back for itself, so that
         the sum over the choices of a token is made at the token. False: a token travels once for several experts, and
         the rows of a token are summed on their way back.
+      takes_row_weights: whether ``collect`` also takes weights [M] that stand beside the rows.
     """
 
     name: ClassVar[str]
     pairwise: ClassVar[bool] = False
+    takes_row_weights: ClassVar[bool] = False
+
+    def remark(self, plan: Plan) -> str:
+        """What ``describe`` says to somebody who asked for this transport on such a mesh; "" for nothing."""
+        return ""
 
     # What it costs: whole numbers of bytes per device, from sizes alone. Read by ``plan.cost`` and ``Plan.workspace``.
 
@@ -122,9 +128,9 @@ class Transport(abc.ABC):
     def traffic_bytes(self, plan: Plan, size: Any, backward: bool) -> int:
         """Bytes of rows that pass through the memory of a device, but for products."""
 
-    def sent_rows(self, plan: Plan, slots: int) -> int:
-        """Rows that one exchange hands over, of a round that has ``slots`` for them."""
-        return slots
+    def sent_rows(self, plan: Plan, capacity: int) -> int:
+        """Rows that the exchange of a round of ``capacity`` rows per pair of ranks hands over."""
+        return plan.ep_size * capacity
 
     def even_size(self, plan: Plan, size: Any) -> Any:
         """``size`` of a round under an even load, where the exchange follows the true counts."""

@@ -72,6 +72,11 @@ class Hierarchy(Transport):
     """Two legs: between the ranks of equal index on all nodes, and between the ranks of one node."""
 
     name = "hierarchy"
+    takes_row_weights = True
+
+    def remark(self, plan):
+        alone = "the mesh spans one node, so nothing crosses to another: padded does the same with less"
+        return alone if plan.num_nodes == 1 else ""
 
     def count(self, destination, pairs, plan):
         """[T, C] the destinations of this rank's pairs: ``open`` exchanges what it needs of them."""

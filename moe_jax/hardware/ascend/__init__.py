@@ -1,4 +1,4 @@
-"""Hardware as data: what each product's operators take, a file per product, and the sizes of their buffers."""
+"""Ascend products as data: what the operators of each take, in a file per product, and the sizes of their buffers."""
 
 import dataclasses
 

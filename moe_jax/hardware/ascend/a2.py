@@ -37,7 +37,7 @@ _HALVES = ("float16", "bfloat16")
 
 
 def _operator(values, dtypes, *, hierarchy, absent, required):
-    """An exchange operator: its own limits added to those that both share; the last three with "hierarchy"."""
+    """The limits of an exchange operator: its own beside those that both have; the last three hold with "hierarchy"."""
     base = _FULLMESH.but(values=values, dtypes={"performance_info": ("int64",), **dtypes})  # [2.2]
     with_hierarchy = base.but(
         values={**_HIERARCHY, **hierarchy},

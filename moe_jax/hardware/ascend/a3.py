@@ -43,7 +43,7 @@ _HALVES = ("float16", "bfloat16")
 
 
 def _operator(values, dtypes, required, **others):
-    """An exchange operator: its own limits added to those that all share; ``required`` by comm_alg "hierarchy"."""
+    """The limits of an exchange operator: its own ones beside those that all have. "hierarchy" needs ``required``."""
     base = _FULLMESH.but(values=values, dtypes=dtypes, **others)
     absent = ("elastic_info", *(name for name in base.absent if name != "elastic_info"))  # [6, 8]
     v2 = base.but(values=_FULLMESH_V2, absent=absent, buffer=others.get("buffer", buffers.fullmesh_v2))

@@ -81,40 +81,40 @@ def megabytes(num_bytes: int) -> int:
 
 
 def fullmesh_v1(sizes: Sizes) -> int:
-    """A3, commAlg "" and "fullmesh_v1"; two domains with TP, each with a buffer of that size."""
+    """What A3 needs with commAlg "" and "fullmesh_v1". With TP there are two domains with a buffer each."""
     return max(_windows(sizes, align(_slot(sizes, 64), 512)), _tp_domain(sizes))
 
 
 def fullmesh_v2(sizes: Sizes) -> int:
-    """A3, commAlg "fullmesh_v2": status flags inside the blocks."""
+    """What A3 needs with commAlg "fullmesh_v2", whose status flags are inside the blocks."""
     return _windows(sizes, align_480_512(_slot(sizes, 64)))
 
 
 def hierarchy_a3(sizes: Sizes) -> int:
-    """A3, commAlg "hierarchy"."""
+    """What A3 needs with commAlg "hierarchy"."""
     row = 2 * sizes.hidden + 3 * align(sizes.top_k, 8) * 4 + 64
     return sizes.moe_expert_num * sizes.max_tokens * row + 404 * MB
 
 
 def fullmesh_a2(sizes: Sizes) -> int:
-    """A2, commAlg "" and "fullmesh"."""
+    """What A2 needs with commAlg "" and "fullmesh"."""
     rows = sizes.tokens * sizes.ep_world_size * min(sizes.local_experts, sizes.top_k)
     return 2 * (rows * sizes.hidden * 2 + 2 * MB)
 
 
 def hierarchy_a2(sizes: Sizes) -> int:
-    """A2, commAlg "hierarchy"."""
+    """What A2 needs with commAlg "hierarchy"."""
     row = sizes.hidden * sizes.x_bytes + 4 * align(sizes.top_k, 8) * 4
     return sizes.moe_expert_num * sizes.tokens * row + 104 * MB
 
 
 def fullmesh_a5(sizes: Sizes) -> int:
-    """A5: as A3, and a status area."""
+    """What A5 needs: as much as A3, and a status area."""
     return _windows(sizes, align(_slot(sizes, 64), 512)) + sizes.ep_world_size * 1024
 
 
 def add_rms_norm(sizes: Sizes) -> int:
-    """A3, combine with add and RMSNorm: MB * (BUFF - 2) / 2 >= B * 2 * (H + 128) * (W * L + K + 1)."""
+    """What A3 needs for combine with RMSNorm: MB * (BUFF - 2) / 2 >= B * 2 * (H + 128) * (W * L + K + 1)."""
     rows = sizes.ep_world_size * sizes.local_experts + sizes.top_k + 1
     return 2 * (sizes.tokens * 2 * (sizes.hidden + 128) * rows) + 2 * MB
 

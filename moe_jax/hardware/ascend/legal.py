@@ -18,7 +18,7 @@ def _nothing() -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """Whole numbers from ``low`` to ``high``, both included, that are multiples of ``step``; high None = no end."""
+    """The multiples of ``step`` from ``low`` to ``high``, both included; where ``high`` is None there is no end."""
 
     low: int
     high: int | None = None
@@ -29,7 +29,7 @@ class Interval:
         return self.low <= value and (self.high is None or value <= self.high) and value % self.step == 0
 
     def nearest(self, value: Any) -> int:
-        """The legal value next to ``value``; of two, the lower."""
+        """The legal value nearest to ``value``, and the lower one where two are as near."""
         first = -(-self.low // self.step) * self.step
         below = max(value // self.step * self.step, first)
         if self.high is not None:
@@ -73,16 +73,16 @@ Legal = Interval | Choices
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one operator takes: on one product, or (``products.any``) anywhere.
+    """What one operator takes on one product, or on any of them (``everywhere``).
 
     Attributes:
-      values: by quantity: an attribute's name, or one of ``QUANTITIES``.
-      dtypes: by array; "y_dtype:2" = the output's dtype in quant_mode 2.
+      values: what is legal for each quantity, which is an attribute or one of ``QUANTITIES``.
+      dtypes: what is legal for each array; "y_dtype:2" stands for the dtype of the output in quant_mode 2.
       absent: optional arrays that it does not take.
-      why: by array of ``absent``: the reason, where there is more to say.
+      why: for an array of ``absent``, the reason, where there is more to say.
       required: optional arrays that it cannot do without.
-      buffer: bytes that HCCL_BUFFSIZE must hold.
-      variants: by comm_alg, where that changes anything.
+      buffer: the bytes that HCCL_BUFFSIZE must hold.
+      variants: other limits for some values of comm_alg.
     """
 
     values: Mapping[str, Legal] = _nothing()
@@ -128,7 +128,7 @@ def _merged(old: Mapping[str, T], new: Mapping[str, T | None]) -> dict[str, T]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Product:
-    """One product: the operators that it has, by their names in snake_case, each with its limits.
+    """One product, with the limits of each operator that it has.
 
     Attributes:
       name: its short form.
