@@ -7,7 +7,6 @@ from moe_jax.collectives.exchange import (
     Receiving,
     Slices,
     TimedBlocks,
-    exchange_blocks,
     group_size,
 )
 from moe_jax.collectives.group import (
@@ -40,7 +39,6 @@ __all__ = [
     "TimedBlocks",
     "check_axes",
     "ep_rank",
-    "exchange_blocks",
     "exchange_counts",
     "exchange_counts_timed",
     "gather_counts",

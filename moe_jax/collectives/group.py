@@ -29,7 +29,7 @@ def check_axes(plan: "Plan", *, replicas: bool = False) -> None:
             f"with axes {axes}, or use moe_jax.moe_on_mesh"
         )
     ep_size = _compat.group_size(plan.ep_axis)
-    tp_size = 1 if plan.tp_axis is None else _compat.group_size((plan.tp_axis,))
+    tp_size = 1 if plan.tp_axis is None else lax.axis_size(plan.tp_axis)
     if (ep_size, tp_size) != (plan.ep_size, plan.tp_size):
         raise MeshError(
             f"the mesh has ep={ep_size}, tp={tp_size} and the plan was made for ep={plan.ep_size}, "

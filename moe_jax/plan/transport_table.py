@@ -16,8 +16,13 @@ _TABLE: dict[str, "Transport"] = {}  # in the order in which "auto" compares the
 
 
 def add_transport(transport: "Transport") -> None:
-    """Enters a ``moe_jax.transports.Transport`` under its name, in place of another one of that name."""
+    """Enters a ``moe_jax.transports.Transport`` under its name."""
     _TABLE[transport.name] = transport
+
+
+def is_taken(transport: "Transport") -> bool:
+    """Whether the name of ``transport`` is that of another one, which plans may have kept."""
+    return _TABLE.get(transport.name, transport) is not transport
 
 
 def transport_of(plan: "Plan") -> "Transport":
@@ -32,7 +37,7 @@ def transport_names() -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def entered(transport: "Transport") -> Iterator[None]:
-    """Enters a transport for as long as the context lasts."""
+    """Enters a transport for as long as the context lasts, in place of another one of its name. For tests."""
     before = dict(_TABLE)
     add_transport(transport)
     try:

@@ -67,14 +67,14 @@ class AllGather(Transport):
             everyone = jax.lax.collapse(collectives.gather_tokens(message, plan), 0, 2)
             all_tokens, all_pairs = split_some(everyone, parts)
         with jax.named_scope("permute"):
-            if all_tokens is not None:
+            if tokens is not None:
                 all_tokens = take_rows(all_tokens, token_of(maps.row_pair, plan.num_copies), poison=plan.poison)
-            if pairs is not None and all_pairs is not None:
+            if pairs is not None:
                 all_pairs = take_rows(all_pairs.reshape(-1, pairs.shape[2]), maps.row_pair, poison=plan.poison)
             return Delivery(all_tokens, all_pairs, ())
 
     def collect(self, rows, weights, scalars, maps, plan, *, ordered, recipe):
-        assert rows is not None, "only the adjoint of a transport that sends weights beside rows brings scalars alone"
+        assert rows is not None  # scalars alone are for transports that send them with weights
         with jax.named_scope("partial_sum"):
             everyone = None if weights is None else collectives.gather_tokens(weights, plan)
             rows = as_received(as_sent(rows, recipe), recipe, rows.shape[1])

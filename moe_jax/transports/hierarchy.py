@@ -95,14 +95,14 @@ class Hierarchy(Transport):
             message, parts = join_some([tokens, None if pairs is None else by_token(pairs)])
             leaving = take_rows(message, maps.crossing_token, poison=plan.poison)
         with jax.named_scope("exchange"):
-            crossed = collectives.exchange_blocks(leaving, _across(plan), plan)
+            crossed = _cross(leaving, plan)
             node_tokens, node_pairs = split_some(crossed, parts)
         # 2. Inside: a copy of it for each of its experts on this node.
         with jax.named_scope("pack"):
-            if node_tokens is not None:
+            if tokens is not None:
                 crossing = token_of(maps.outbox_pair, maps.pair_outbox.shape[1])
                 node_tokens = take_rows(node_tokens, crossing, poison=plan.poison)
-            if pairs is not None and node_pairs is not None:
+            if pairs is not None:
                 node_pairs = take_rows(node_pairs.reshape(-1, pairs.shape[2]), maps.outbox_pair, poison=plan.poison)
             outbox, parts = join_some([node_tokens, node_pairs])
         with jax.named_scope("exchange"):
@@ -112,8 +112,8 @@ class Hierarchy(Transport):
         # 3. In the order of the experts.
         with jax.named_scope("permute"):
             rows = take_rows(inbox, maps.row_inbox, poison=plan.poison) if ordered else inbox
-            row_tokens, row_pairs = split_some(rows, parts)
-            return Delivery(row_tokens, row_pairs, note)
+            token_rows, pair_rows = split_some(rows, parts)
+            return Delivery(token_rows, pair_rows, note)
 
     def inbox_order(self, maps):
         return InboxOrder(maps.row_inbox, maps.inbox_row)
@@ -129,48 +129,47 @@ class Hierarchy(Transport):
 
         Source: the layered combine kernels of MoeDistributeCombine, without their fp16 special case.
         """
-        beside_rows = weights if weights is not None and weights.ndim == 1 else None
         # 1. Inside: rows, and what stands beside them, back in the outbox slots that they left, summed over tp.
-        slots = [rows, scalars if beside_rows is None else beside_rows[:, None]]
+        beside_rows = weights is not None and weights.ndim == 1
+        slots = [rows, weights[:, None] if weights is not None and beside_rows else scalars]
         with jax.named_scope("unpermute"):
             # Slots that no row came in hold garbage on every tp rank. That is harmless: the reduce-scatter below adds
             # slot i of one tp rank to slot i of the others, so garbage is only added to garbage, and no pair points
             # at it.
             if ordered:
-                slots = [x if x is None else take_rows(x, maps.inbox_row, poison=plan.poison) for x in slots]
+                slots = [None if x is None else take_rows(x, maps.inbox_row, poison=plan.poison) for x in slots]
         with jax.named_scope("exchange"):
-            slots = [x if x is None else collectives.reduce_scatter_tp(x, plan) for x in slots]
+            slots = [None if x is None else collectives.reduce_scatter_tp(x, plan) for x in slots]
             message, held = join_some(slots)
             returned, note = maps.exchange.back().move(message, maps.outbox_pair.shape[0], _inside(plan), plan)
             node_rows, node_scalars = split_some(returned, held)
         # 2. The weights of the pairs, where their rows are.
         node_weights = None
-        if beside_rows is not None:
-            assert node_scalars is not None, "the weights beside the rows travelled with them"
+        if beside_rows:
             node_weights = take_rows(node_scalars[:, 0], maps.pair_outbox, absent=0)
         elif weights is not None:
             with jax.named_scope("exchange"):
                 leaving = take_rows(weights, maps.crossing_token, poison=plan.poison)
-                node_weights = collectives.exchange_blocks(leaving, _across(plan), plan)
+                node_weights = _cross(leaving, plan)
         # 3. Across: one partial sum of each token from each node, rounded to ``plan.dtype``.
         message = flat = None
         with jax.named_scope("partial_sum"):
-            if node_rows is not None:
+            if rows is not None:
                 partial = partial_sums(node_rows, maps.pair_outbox, node_weights).astype(plan.dtype)
                 # The barrier keeps XLA from dropping the narrow type where nothing is exchanged.
                 message = as_sent(lax.optimization_barrier(partial), recipe)
-            if scalars is not None and node_scalars is not None:
+            if scalars is not None:
                 flat = lax.collapse(take_rows(node_scalars, maps.pair_outbox, absent=0), 1)
         with jax.named_scope("exchange"):
             packed, parts = join_some([message, flat])
-            returned, returned_scalars = split_some(collectives.exchange_blocks(packed, _across(plan), plan), parts)
+            returned, returned_scalars = split_some(_cross(packed, plan), parts)
         # 4. At the tokens: the sum over the nodes.
         with jax.named_scope("combine_sum"):
             total = pair_scalars = None
-            if rows is not None and returned is not None:
+            if rows is not None:
                 values = as_received(returned, recipe, rows.shape[1])
                 total = partial_sums(values, maps.token_crossing, None)
-            if scalars is not None and returned_scalars is not None:
+            if scalars is not None:
                 summed = partial_sums(returned_scalars, maps.token_crossing, None)
                 pair_scalars = jnp.swapaxes(summed.reshape(len(summed), -1, scalars.shape[1]), 0, 1)
             return Return(total, pair_scalars, note)
@@ -189,8 +188,9 @@ class Hierarchy(Transport):
             _, d_weights = linear.collect(self, plan, ordered, recipe, None, dots, maps)
             return (row_weight * row_ct).astype(rows.dtype), d_weights[..., 0].T
         both = jnp.concatenate([dots, weights[:, None]], axis=1)
-        # Rows and weights are sums over tp, whose ranks may order rows differently, but not slots.
-        if plan.tp_axis is not None and plan.tp_size > 1:
+        if (
+            plan.tp_axis is not None and plan.tp_size > 1
+        ):  # rows and weights are sums over tp, whose ranks may order rows differently, but not slots
             slots = collectives.sum_over(take_rows(both, maps.inbox_row, absent=0), plan.tp_axis)
             both = take_rows(_compat.as_varying(slots, plan.exchange_axes), maps.row_inbox, absent=0)
         d_weights = jnp.where(maps.row_inbox >= 0, both[:, 0], 0.0)
@@ -265,6 +265,11 @@ def _pass_home(plan: Plan, size, message: int) -> int:
 
 
 HIERARCHY = Hierarchy()
+
+
+def _cross(rows: Array, plan: Plan) -> Array:
+    """[N * B, F]: block m of B slots goes to node m; block n of the result came from node n."""
+    return Blocks().move(rows, len(rows), _across(plan), plan)[0]
 
 
 def _across(plan: Plan) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ a ``recipe`` rounds them, which counts as identity. They are called with positio
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,8 +42,7 @@ def send(transport, plan: Plan, ordered, recipe, tokens, pairs, scalars, maps) -
     per_pair, held = (None, None) if pairs is None and scalars is None else join_some([pairs, scalars])
     rows, pair_rows, _ = transport.send(tokens, per_pair, maps, plan, ordered=ordered)
     pair_rows, row_scalars = (None, None) if held is None else split_some(pair_rows, held)
-    message = pair_rows if tokens is None else rows
-    assert message is not None, "what was sent has arrived"
+    message: Any = pair_rows if tokens is None else rows
     return as_received(message, recipe, given.shape[-1]), row_scalars
 
 

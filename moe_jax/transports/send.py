@@ -159,10 +159,9 @@ def _send(transport, quantised, ordered, x, smooth, weights, tags, handle):
     # 2. To the rows.
     rows, pair_rows, note = transport.send(tokens, pairs, handle.maps, plan, ordered=ordered)
     # 3. What each row got.
-    copies, row_weights, row_tags = (None, None, None) if held is None else split_some(pair_rows, held)
+    copies, row_weights, row_tags = [None] * 3 if held is None else split_some(pair_rows, held)
     row_weights = None if row_weights is None else row_weights[:, 0]
-    message = copies if tokens is None else rows
-    assert message is not None, "what was sent has arrived"
+    message: Any = copies if tokens is None else rows
     if recipe is None:
         return Sent(message, None, None, row_weights, row_tags, note)
     q = recipe.unpack(message, plan.hidden)
@@ -191,7 +190,7 @@ def _send_backward(transport, quantised, ordered, residuals, ct):
     plan, maps = handle.plan, handle.maps
     scalars = None if weights is None else ct.weights[:, None]
     collected, d_weights = linear.collect(transport, plan, ordered, plan.backward_recipe, ct.rows, scalars, maps)
-    d_weights = None if d_weights is None else d_weights[: plan.top_k, :, 0].T
+    d_weights = None if weights is None else d_weights[: plan.top_k, :, 0].T
     d_smooth = None
     if smooth is not None and smooth.ndim == 2:
         row = smooth_rows(handle).T
@@ -262,7 +261,7 @@ def _send_as_is(transport, tokens, weights, tags, handle):
     per_pair = _of_pairs(weights, tags, handle.plan)
     pairs, held = (None, None) if all(part is None for part in per_pair) else join_some(per_pair)
     rows, pair_rows, note = transport.send(message, pairs, handle.maps, handle.plan, ordered=True)
-    row_weights, row_tags = (None, None) if held is None else split_some(pair_rows, held)
+    row_weights, row_tags = [None] * 2 if held is None else split_some(pair_rows, held)
     return tuple(split(rows, parts)), None if row_weights is None else row_weights[:, 0], row_tags, note
 
 

@@ -1,6 +1,7 @@
 """What every transport must do, as laws that an author of a new one can run."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -88,18 +89,16 @@ def _round_trip(plan: Plan, x, ids, weights, mask, ct) -> tuple:
     starts = range(0, plan.max_pair_rows, plan.pair_capacity)
     handles = [open_round(transport, manifest, start, plan.pair_capacity, plan) for start in starts]
 
-    def in_a_round(handle, x, weights):
-        rows = send_rows(transport, x, handle, ordered=False).rows
-        order = transport.inbox_order(handle.maps)
-        if order is not None:  # into the order of the experts, and back into the slots
-            rows = take_rows(rows, order.row_inbox, poison=True)
-            rows = take_rows(rows, order.inbox_row, poison=True)
-        return collect_rows(transport, rows, weights, handle, ordered=False)[0]
-
     def there_and_back(x, weights):
-        collected = in_a_round(handles[0], x, weights)
-        for handle in handles[1:]:
-            collected = transport.together(collected, in_a_round(handle, x, weights), handle.maps)
+        collected: Any = None
+        for handle in handles:
+            rows = send_rows(transport, x, handle, ordered=False).rows
+            order = transport.inbox_order(handle.maps)
+            if order is not None:  # into the order of the experts, and back into the slots
+                rows = take_rows(rows, order.row_inbox, poison=True)
+                rows = take_rows(rows, order.inbox_row, poison=True)
+            back, _ = collect_rows(transport, rows, weights, handle, ordered=False)
+            collected = back if collected is None else transport.together(collected, back, handle.maps)
         return finish(transport, collected, jnp.where(manifest.travels, weights, 0.0), manifest.travels, None, plan)
 
     y, pull = jax.vjp(there_and_back, x, weights)
