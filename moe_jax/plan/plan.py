@@ -81,7 +81,7 @@ class Plan:
 
     @property
     def num_local_experts(self) -> int:
-        """L, the routed experts of each rank that holds some. A rank that holds a shared expert has it in slot 0 of L."""
+        """L, the routed experts of each rank that holds some; a rank that holds a shared expert has it in slot 0."""
         return self.num_experts // (self.ep_size - self.num_shared_ranks)
 
     @property
