@@ -425,6 +425,7 @@ def test_combine_with_a_gate():
         np.testing.assert_allclose(got, want, rtol=2**-11, atol=2e-4, err_msg=name)
 
 
+@pytest.mark.quick("norm tp")
 @pytest.mark.parametrize("name", ["norm", "norm tp"])
 def test_add_rms_norm(name):
     """The oracle's own derivative of the norm, and differences for what lies before it.
@@ -504,7 +505,7 @@ PAIR = {
 }
 
 
-@pytest.mark.quick("grouped_mat_mul_allto_allv-True", "allto_allv_grouped_mat_mul-False")
+@pytest.mark.quick("allto_allv_grouped_mat_mul-False")
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("name", PAIR)
 def test_grouped_pair(name, transpose):

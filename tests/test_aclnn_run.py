@@ -87,7 +87,7 @@ def world_program(name):
     return over_world(WORLDS[name], functools.partial(dispatch_then_combine, WORLDS[name]))
 
 
-@pytest.mark.quick("tp", "elastic")
+@pytest.mark.quick("elastic")
 @pytest.mark.parametrize("name", WORLDS)
 def test_dispatch_and_combine(name):
     config = WORLDS[name]
@@ -525,10 +525,7 @@ QUANTISED = [
 ]
 
 
-@pytest.mark.quick(
-    "1-int8-bfloat16-True-list-allto_allv_quant_grouped_mat_mul",
-    "6-float4_e2m1fn-float16-True-table-quant_grouped_mat_mul_allto_allv",
-)
+@pytest.mark.quick("6-float4_e2m1fn-float16-True-table-quant_grouped_mat_mul_allto_allv")
 @pytest.mark.parametrize("name", [QGA, QAG])
 @pytest.mark.parametrize(("mode", "kind", "y_dtype", "transpose", "counts"), QUANTISED)
 def test_quantised(name, mode, kind, y_dtype, transpose, counts):

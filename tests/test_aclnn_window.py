@@ -189,6 +189,7 @@ def test_dispatch_reset_dispatch():
     assert (np.isnan(got) | (got == exact)).all() and np.isnan(got[held.any(axis=-1)]).all()
 
 
+@pytest.mark.slow
 def test_rows_that_were_quantised_before_have_the_same_gradient_with_a_window():
     config, drawn = drawn_for("ready", np.random.default_rng(1))
 

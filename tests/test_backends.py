@@ -298,6 +298,7 @@ def test_a_plan_from_elsewhere_says_what_is_not_registered_here():
         program_of(mesh, elsewhere)
 
 
+@pytest.mark.slow
 def test_nobody_reads_results_past_the_last_group():
     """The layer in several rounds, biases and all, is the same to the bit when a kernel leaves NaN there."""
 

@@ -350,6 +350,7 @@ def test_slow_and_heavy_baselines_are_run_once_and_said_so(limits, words, config
         assert all(words in phase["notes"][name] for name in programs.BASELINES)
 
 
+@pytest.mark.slow
 def test_no_times_for_a_wrong_result(config, monkeypatch, capsys):
     def wrong_layer(*arguments):
         apply = all_experts_layer(*arguments)

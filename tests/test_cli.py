@@ -246,6 +246,7 @@ def test_sigterm_saves_and_ends(folder):
     assert read_step(folder / "runs" / "mini" / "checkpoint.moe") == last["step"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_loses_only_what_came_after_the_last_save(folder):
     """kill -9 cannot be caught; the run saves by time, and goes on from there."""
     (folder / "mini.toml").write_text(MINIATURE + "save_seconds = 0.2\n")

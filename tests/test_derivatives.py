@@ -43,7 +43,7 @@ def test_rows_that_are_not_there_have_no_derivative():
     np.testing.assert_array_equal(slope[:, 0], [1, 0, 0, 2])  # whatever a row that is not there holds, it is a constant
 
 
-@pytest.mark.quick("cpu", "xla")
+@pytest.mark.quick("cpu")
 @pytest.mark.parametrize("backend", ["auto", "cpu", "xla"])
 def test_batches(backend):
     """jax.hessian and its like map derivatives over a batch of directions."""
@@ -165,6 +165,7 @@ def test_combine_add_rms_norm():
     holds(lambda params: jnp.sum(run(params, ids)), oracle, params, rng, step=1e-3, tolerance=1e-4)
 
 
+@pytest.mark.slow
 def test_facade_with_weights_of_rows():
     """The hierarchy of ``moe_jax.aclnn`` weights rows where they are made; sums of whole numbers fit in bfloat16."""
     mesh, group = (
@@ -259,6 +260,7 @@ def test_ragged_all_to_all():
     holds(lambda params: jnp.sum(run(params, factor, starts, sizes, lands, came)), oracle, params, rng)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "way,chunks",
     [("out", 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in [("in", 1), ("out", 2), ("in", 2)])],
@@ -322,6 +324,7 @@ def layer_data(init, devices=4):
 ONE_DEVICE = {"ep": 1, "tp": 1, "capacity_factor": 0.3}  # which needs no room for an exchange
 
 
+@pytest.mark.quick("xla-options0")
 @pytest.mark.parametrize(
     "backend,options",
     [
@@ -366,6 +369,7 @@ def close(got, want, text):
     assert error <= TOLERANCE, f"{text}: off by {error:.1e} of its largest entry"
 
 
+@pytest.mark.slow
 def test_layer_of_16_bit_floats():
     """On CPUs they travel as integers, which have no derivative: second ones must not take them for constants."""
     _, init, loss = layer("cpu", dtype="bfloat16", tp=1)

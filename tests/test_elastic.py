@@ -380,6 +380,7 @@ WINDOWS = [
 ]
 
 
+@pytest.mark.quick("8-1-padded-True-sizes0")
 @pytest.mark.parametrize(("ep", "tp", "transport", "with_weights", "sizes"), WINDOWS)
 def test_windows_from_step_to_step(ep, tp, transport, with_weights, sizes):
     """Steps in step, a rank that falls behind, and a reset that brings it back; the window is always given away."""

@@ -106,7 +106,7 @@ def test_patterns(op, num_ranks, num_local, axes, transpose):
         check(op, run(*args, *counts), *args, *counts, transpose_gmm_weight=transpose)
 
 
-@pytest.mark.quick("4-grouped_matmul_all_to_allv", "1-all_to_allv_grouped_matmul")
+@pytest.mark.quick("1-all_to_allv_grouped_matmul")
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("chunks", [1, 4])
 @given(draw=st.data())
@@ -121,6 +121,7 @@ def test_generated_counts(op, chunks, draw):
     check(op, run(*args, *counts), *args, *counts, recv_capacity=SMALL)
 
 
+@pytest.mark.quick("grouped_matmul_all_to_allv")
 @pytest.mark.parametrize("op", OPS)
 def test_static_counts(op):
     """A table, as lists or as an array; results are as long as the longest."""
@@ -269,7 +270,7 @@ def test_counts_are_data():
 # --- chunks ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.quick("True-2-grouped_matmul_all_to_allv", "False-4-grouped_matmul_all_to_allv")
+@pytest.mark.quick("True-2-grouped_matmul_all_to_allv")
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(("static", "chunks"), [(False, 4), (True, 2)])
 def test_chunks_change_no_bit(op, static, chunks):

@@ -99,6 +99,7 @@ def magnitudes(given, transpose):
 # --- values ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick("4-2-x-5-True-2-all_to_allv_grouped_matmul")
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(
     ("num_ranks", "num_local", "axes", "hidden", "transpose", "chunks"),
@@ -175,9 +176,7 @@ FLOATS += [pytest.param(*scheme, marks=pytest.mark.slow) for scheme in SLOW_FLOA
 
 @pytest.mark.quick(
     "kinds0-33-False-True-float16-None-all_to_allv_grouped_matmul",
-    "kinds1-70-True-False-float32-uint8-grouped_matmul_all_to_allv",
     "kinds2-128-True-True-bfloat16-float8_e8m0fnu-all_to_allv_grouped_matmul",
-    "kinds3-98-True-False-bfloat16-uint8-all_to_allv_grouped_matmul",
     "kinds4-66-True-True-float32-uint8-grouped_matmul_all_to_allv",
 )
 @pytest.mark.parametrize("op", OPS)
@@ -192,7 +191,7 @@ def test_schemes(op, kinds, hidden, microscaled, transpose, dtype, scale_dtype):
     check(op, found, given, counts, dtype, transpose=transpose)
 
 
-@pytest.mark.quick("all_to_allv_grouped_matmul")
+@pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 def test_chunks_static_counts_and_overflow(op):
     """The same bits for every number of chunks; more rows than the result holds stay at home, as without scales."""
@@ -214,6 +213,7 @@ def bits(array):
     return np.asarray(array).view(np.uint8)
 
 
+@pytest.mark.quick("grouped_matmul_all_to_allv")
 @pytest.mark.parametrize("op", OPS)
 def test_numbers_and_scales_of_a_recipe(op):
     """What ``moe_jax.quant`` makes of rows and of transposed weights multiplies as the rows that it gives back."""

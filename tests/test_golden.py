@@ -42,7 +42,7 @@ PLANS = {
         | {"overflow": "drop", "dtype": "float32"},
     ),
 }
-COMMANDS = ([], ["train"], ["verify"], ["plan"], ["bench"])
+COMMANDS = ([], ["train"], ["verify"], ["plan"], ["bench"], ["eplb"])
 
 
 def compare(name: str, text: str) -> None:

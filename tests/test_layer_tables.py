@@ -132,6 +132,7 @@ def test_a_quantised_wire_loses_nothing_of_what_it_can_hold(transport):
     compare(value_and_grads(apply), params, np.arange(EXPERTS), x, mask, rng)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"combine_quant": "int8_group8"}, pytest.param({"backward_quant": "mx_e5m2"}, marks=pytest.mark.slow)],

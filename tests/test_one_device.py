@@ -133,6 +133,7 @@ def test_equals_a_loop_over_pairs(options, chunks):
     assert any(dropped) == ("overflow" in options)
 
 
+@pytest.mark.slow
 def test_second_derivatives_read_no_row_that_is_not_there():
     """A polynomial of degree 3; some pairs have no row, and what stands for one is NaN."""
     plan, rng = make_plan(), np.random.default_rng(3)

@@ -265,6 +265,7 @@ def test_no_chunk_waits_for_another(transport, tp, moves):
         assert behind(loop, nodes) & set(exchanges) == before | after
 
 
+@pytest.mark.slow
 def test_no_chunk_waits_for_another_backward():
     """Of each chunk rows and cotangents go out and come back, through two sets of products."""
     nodes = program("padded", 2, backward=True)
@@ -304,6 +305,7 @@ def test_rows_go_out_before_anything_is_exchanged(transport, chunks):
         assert behind(product, nodes) & set(counts)
 
 
+@pytest.mark.quick("False")
 @pytest.mark.parametrize("backward", [False, True])
 def test_shared_expert_overlaps_the_exchange(backward):
     """Its products need no exchange of rows, and no exchange of rows needs them; nor do the counts."""

@@ -118,11 +118,13 @@ def compiled(name, phase, *, ep=8, tp=1, dtype="float32", quant="none", overflow
     return Compiled(collections.Counter(_WORK.findall(program.as_text())), contract_of(program))
 
 
+@pytest.mark.slow
 def test_compiled_program_does_no_more_for_more_ranks():
     few, many = compiled("W2", BOTH, ep=2).work, compiled("W2", BOTH).work
     assert few == many and min(many[op] for op in ("all-to-all", "dot", "sort", "while")) > 0
 
 
+@pytest.mark.quick("forward")
 @pytest.mark.parametrize("phase", PASSES)
 def test_instructions_beside_a_minimal_layer(phase):
     """Twice those of a layer that a person writes by hand, which drops what one round has no room for."""
@@ -136,6 +138,7 @@ def test_instructions_beside_a_minimal_layer(phase):
     assert 1000 < compiled("W1", phase).contract.num_instructions <= 2.1 * minimal
 
 
+@pytest.mark.quick("forward")
 @pytest.mark.parametrize("phase", PASSES)
 def test_skew_takes_no_more_memory(phase):
     """W6 sends all tokens of W2 to one rank.
@@ -160,6 +163,7 @@ def test_equal_blocks_send_little_more_than_the_rows(name, phase):
     assert rows <= compiled(name, phase).contract.inline_wire_bytes <= 1.6 * rows
 
 
+@pytest.mark.slow
 def test_int8_halves_the_wire():
     """Codes, scales, counts and all: at most 0.55 of what bf16 sends."""
     plain, coded = (compiled("W2", FORWARD, dtype="bfloat16", quant=quant).contract for quant in ("none", "int8"))

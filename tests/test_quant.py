@@ -155,6 +155,7 @@ def test_eager_and_compiled_agree(name):
         same((q, back, wire), (q_compiled, back_compiled, wire_compiled))
 
 
+@pytest.mark.quick("int8", "mx_e4m3", "fp8_e5m2_group128")
 @pytest.mark.parametrize("name", NAMES)
 def test_whatever_the_program_around(name):
     """Only the rows come out, so XLA may fuse all of it: the same bits as step by step."""
@@ -321,6 +322,7 @@ def test_any_bytes_survive_unpack_and_pack(name):
     np.testing.assert_array_equal(jax.jit(lambda r: recipe.pack(recipe.unpack(r, 70)))(rows), rows)
 
 
+@pytest.mark.quick("int8", "mx_e4m3", "fp8_e4m3_group128", "int8_group8")
 @pytest.mark.parametrize("name", NAMES)
 def test_no_rows(name):
     recipe, x = quant.recipe(name, "bfloat16"), jnp.zeros((0, 40), jnp.bfloat16)
@@ -338,6 +340,7 @@ def test_recipes_are_static_and_compare_by_value():
 # --- the derivative --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick("int8-float32", "fp8_e4m3-float32", "fp8_e4m3_group128-float32", "mx_e2m1-float32")
 @pytest.mark.parametrize(
     "dtype", ["float32", *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in ("bfloat16", "float16"))]
 )

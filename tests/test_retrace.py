@@ -133,6 +133,7 @@ TRANSPORTS = [
 ]
 
 
+@pytest.mark.quick("padded-int8-True-names0")
 @pytest.mark.parametrize(("transport", "quant", "with_window", "names"), TRANSPORTS)
 def test_core(transport, quant, with_window, names):
     nodes = 2 if transport == "hierarchy" else 1

@@ -147,6 +147,7 @@ def test_a_kept_group_is_never_left(topk_first, biased):
     assert routing.combine_weights.tolist() == [[1, 0]]
 
 
+@pytest.mark.quick("softmax-True", "sigmoid-False", "sqrt_softplus-True")
 @pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize("score", list(LOGS))
 def test_a_token_without_experts(score, renormalize):

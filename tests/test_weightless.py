@@ -117,6 +117,7 @@ def test_gradients_equal_differences_of_the_oracle(gated):
         assert np.abs(mine - want).max() <= TOLERANCE * max(np.abs(want).max(), 1.0), i
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transport", MOSTLY_PADDED)
 def test_layer_equals_oracle(transport):
     """Values of all outputs; gradients along random directions, with overflow rounds on the way."""

@@ -60,7 +60,7 @@ def make_plan(
         token and a constant vector; their ids follow E, they send no row. See ``moe_jax.layer.weightless``.
       quant: recipe of the rows on their way to the experts, see ``moe_jax.quant``; "none" sends them as they are.
       combine_quant: recipe of the rows on their way back; any that takes no scale of the caller's.
-      product: "a2", "a3" or "a5": also refuse what the reference operators refuse on that hardware, see
+      product: "a2", "a3" or "a5": also refuse what CANN's operators refuse on that hardware, see
         ``moe_jax.hardware.ascend``; None: whatever is possible.
       transport: "padded" (all_to_all of equal blocks), "ragged" (ragged_all_to_all), "allgather" (all tokens out,
         reduce-scatter back), "hierarchy" (a token crosses to each node of a mesh with a "node" axis once, and one

@@ -288,8 +288,8 @@ def register_transport(transport: Transport) -> None:
     Raises:
       InvalidArgumentError: not a Transport, or the name is "auto" or that of another transport.
 
-    >>> import moe_jax as moe
-    >>> moe.transports.register_transport(moe.transports.PADDED)
+    >>> from moe_jax.transports import PADDED, register_transport
+    >>> register_transport(PADDED)
     """
     check_type("transport", transport, Transport, "derive a class from moe_jax.transports.Transport and pass an object")
     if transport.name == "auto" or is_taken(transport):

@@ -49,8 +49,11 @@ def transport_contract(transport: Transport, *, mesh: Mesh | None = None) -> dic
       TransportContractError: lists the laws that the transport breaks.
       MeshError: there are too few devices.
 
+    >>> import moe_jax as moe
     >>> from moe_jax.transports import PADDED
-    >>> max(transport_contract(PADDED, mesh=make_mesh(ep=2)).values())
+    >>> from moe_jax.verify import transport_contract
+    >>> moe.emulate_devices(2)  # leave this out where there are accelerators
+    >>> max(transport_contract(PADDED, mesh=moe.make_mesh(ep=2)).values())
     0.0
     """
     check_type("transport", transport, Transport, "derive a class from moe_jax.transports.Transport and pass an object")
