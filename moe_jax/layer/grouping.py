@@ -45,7 +45,7 @@ def expert_slots(
     return _forward(plan, activation, experts, arrived, order, group_sizes)[0]
 
 
-def _forward(plan, activation, experts, arrived, order, group_sizes):
+def _forward(plan: Plan, activation, experts, arrived, order, group_sizes):
     with jax.named_scope("experts"):
         rows = _rows(arrived, order, plan)
         inner = project_in(experts, rows, group_sizes, plan.kernels)
@@ -53,7 +53,7 @@ def _forward(plan, activation, experts, arrived, order, group_sizes):
         return _slots(made, order, plan), (experts, rows, inner, order, group_sizes)
 
 
-def _backward(plan, activation, residuals, ct):
+def _backward(plan: Plan, activation, residuals, ct):
     """Cotangents of the experts and of what arrived, from that of what they made; None for the integers."""
     experts, rows, inner, order, group_sizes = residuals
     of_inner, of_out = split_by_projection(experts)
