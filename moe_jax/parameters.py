@@ -6,7 +6,7 @@ oracle takes (``moe_jax.reference``). Nobody finds it out from the letters of a 
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TypeVar
 
 Value = TypeVar("Value")
@@ -94,9 +94,3 @@ def weights_of(part: str, params: Mapping[str, Value]) -> dict[str, Value]:
     {'w_up': 3}
     """
     return {row.role or row.name: params[row.name] for row in rows_of(part) if row.name in params}
-
-
-def known_rows(facts: Iterable[str]) -> tuple[Parameter, ...]:
-    """The parameters of a layer of which all ``facts`` hold and no others; see ``Parameter.needs``."""
-    facts = frozenset(facts)
-    return tuple(row for row in TABLE if row.needs <= facts)

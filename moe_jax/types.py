@@ -37,25 +37,6 @@ def pytree(static: tuple[str, ...] = (), *, plain: bool = True) -> Callable[[_co
     return decorate
 
 
-@pytree()
-class SpecialTerms:
-    """What zero, copy and constant experts add, before it is weighted; fp32. Made and read by ``special``.
-
-    Attributes:
-      expert_ids: [T, K] i32.
-      x: [T, H].
-      gate_x: [T, Cc], weight of x per constant expert; None without constant experts.
-      gate_v: [T, Cc], weight of its vector.
-      v: [Cc, H].
-    """
-
-    expert_ids: Array
-    x: Array
-    gate_x: Array | None
-    gate_v: Array | None
-    v: Array | None
-
-
 @pytree(static=("plan",), plain=False)
 class DispatchHandle:
     """Where every row came from and goes back to: integers only, so no gradient flows through it.

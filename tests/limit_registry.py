@@ -40,6 +40,8 @@ def _table_rules(base: Limits, outer: Limits, arrays: tuple[str, ...]) -> set[st
                 found.add(name if base.values.get(name) == legal else name + suffix)
         found |= {f"absent:{name}" + ("" if name in base.absent else suffix) for name in limits.absent}
         found |= {f"null:{name}" + suffix for name in limits.required}
+        if limits.buffer is not None:
+            found.add("buffer" if limits.buffer is base.buffer else "buffer" + suffix)
         for name, allowed in limits.dtypes.items():
             if name.partition(":")[0] in arrays and outer.dtypes.get(name) != allowed:
                 found.add(f"dtype:{name}")

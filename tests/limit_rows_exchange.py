@@ -231,7 +231,9 @@ BUFFER_ROWS = [
      "hccl_buffsize": 460}, "hccl_buffsize=460 MB.*461 MB", VALUE),
     ("buffer", "8", EXCHANGE, "a5", {**EIGHT, "hccl_buffsize": 148}, {**EIGHT, "hccl_buffsize": 147},
      "hccl_buffsize=147 MB.*148 MB", VALUE),
-    ("buffer", "8", NORM, "a3", {**EIGHT, "hccl_buffsize": 149}, {**EIGHT, "hccl_buffsize": 148},
+    # Combine with RMSNorm needs 2 * 128 * 2 * (7168 + 128) * (32 + 8 + 1) bytes and 2 MB, whatever comm_alg is.
+    ("buffer", "8", NORM, "a3", [{**sizes, "hccl_buffsize": 149} for sizes in (EIGHT, {**EIGHT, **V2}, {**SIXTEEN,
+     **HIER})], [{**sizes, "hccl_buffsize": 148} for sizes in (EIGHT, {**EIGHT, **V2}, {**SIXTEEN, **HIER})],
      "hccl_buffsize=148 MB.*149 MB", VALUE),
 ]  # fmt: skip
 

@@ -10,6 +10,7 @@ import pytest
 
 import moe_jax
 from moe_jax.kernels import table
+from moe_jax.plan import transport_table
 from moe_jax.tools import cli
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +48,8 @@ def programs() -> list[Path]:
 @pytest.mark.parametrize("path", programs(), ids=name_of)
 def test_python_blocks_run(path, monkeypatch):
     """One after the other, as somebody pastes them into one session."""
-    monkeypatch.setattr(table, "_TABLE", dict(table._TABLE))  # what a block registers is gone after the test
+    for known in (table, transport_table):  # what a block registers is gone after the test
+        monkeypatch.setattr(known, "_TABLE", dict(known._TABLE))
     names = {"__name__": "__main__"}
     for block in blocks(path, "python"):
         line = path.read_text()[: block.start("text")].count("\n")  # so that an error names the line of the document

@@ -47,7 +47,7 @@ def make_plan(mesh=(1, 1), *, num_experts=L, tokens=M, top_k=1, **options):
 
 
 def through(plan, activation):
-    return functools.partial(grouping.expert_slots, plan=plan, activation=activation)
+    return functools.partial(grouping.expert_slots, plan, activation)
 
 
 def with_gradients(forward):
@@ -64,9 +64,10 @@ def overflowing(plan, activation):
     """As ``with_gradients``, of a round that keeps nothing and adds to what other rounds gave, here the experts."""
 
     def run(experts, arrived, order, group_sizes, ct):
-        where = {"order": order, "group_sizes": group_sizes, "plan": plan, "activation": activation}
-        made = grouping.overflow_slots(experts, arrived, **where)
-        grads, d_arrived = grouping.add_overflow_gradients(experts, experts, arrived, ct, **where)
+        made = grouping.overflow_slots(plan, activation, experts, arrived, order, group_sizes)
+        grads, d_arrived = grouping.add_overflow_gradients(
+            plan, activation, experts, experts, arrived, ct, order, group_sizes
+        )
         return made, jax.tree.map(jnp.subtract, grads, experts), d_arrived
 
     return jax.jit(run)

@@ -20,6 +20,7 @@ import moe_jax as moe
 from moe_jax import errors, reference
 from moe_jax.hlo.contract import contract_of
 from moe_jax.layer.rounds import routed_sum
+from moe_jax.layer.weightless import Constants
 from moe_jax.tools.bench.programs import with_backward
 
 T, H, F, K, E = 8, 8, 4, 2, 6
@@ -61,7 +62,7 @@ def program(plan, chunks):
             y, *counts = routed_sum(ids, experts, constants, x, weights, plan, **options)
             return y, counts
 
-        constants = dict.fromkeys(("const_alpha1", "const_alpha2", "const_v"))
+        constants = Constants(None, None, None)
         y, pull, counts = jax.vjp(added, experts, x, weights, has_aux=True)
         return y, counts, pull(ct)
 
@@ -140,7 +141,7 @@ def test_second_derivatives_read_no_row_that_is_not_there():
     params = dict(zip(("weights", "ct"), drawn, strict=True), w_down=experts.pop("w_down"))
 
     def device(ids, experts, x, weights, w_down):
-        constants, options = dict.fromkeys(("const_alpha1", "const_alpha2", "const_v")), {"rank_table": None}
+        constants, options = Constants(None, None, None), {"rank_table": None}
         experts = experts | {"w_down": w_down}
         return routed_sum(ids, experts, constants, x, weights, plan, activation="swiglu", chunks=1, **options)[0]
 

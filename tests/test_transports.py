@@ -56,7 +56,7 @@ class RingBlocks(Exchange):
 class Ring(AllToAll):
     name = "ring"
 
-    def exchange(self, sizes, capacity, plan):
+    def exchange(self, manifest, start, capacity, plan):
         return RingBlocks()
 
 
@@ -81,7 +81,7 @@ def test_another_transport_joins():
         moe.make_plan(mesh, **sizes, transport="ring")
     ring = Ring()
     with entered(ring):
-        register_transport(ring, replace=True)
+        register_transport(ring)  # the same object again
         plan = moe.make_plan(mesh, **sizes, transport="ring")
         assert "ring" in plan.describe() and plan.workspace()["send"] > 0
         with pytest.raises(errors.InvalidArgumentError, match="'ring' of the transport is taken"):

@@ -1,7 +1,7 @@
 """One call against all rules of its operator, in the order that section 1.1 of the CANN sheet states.
 
 Null pointers come first, then dtypes, then everything else: kinds of attributes, shapes, values that have a meaning
-anywhere, relations, the product's own values, and the relations that follow from those.
+anywhere, relations, the product's own values, the relations that follow from those, and the buffer.
 """
 
 import inspect
@@ -24,6 +24,7 @@ from moe_jax.aclnn.rules import (
     on,
     shown,
 )
+from moe_jax.aclnn.workspace import sizes
 from moe_jax.errors import (
     DtypeError,
     InvalidArgumentError,
@@ -32,7 +33,7 @@ from moe_jax.errors import (
     UnsupportedError,
     suggest,
 )
-from moe_jax.hardware.ascend import PRODUCTS, QUANTITIES
+from moe_jax.hardware.ascend import PRODUCTS, QUANTITIES, megabytes
 from moe_jax.hardware.ascend.legal import Legal
 
 _GROUP_LENGTH = 128  # the name of a group is shorter than this
@@ -58,6 +59,7 @@ def check(call: Call, rules: Rules, parameters: Mapping[str, inspect.Parameter],
         _check_values(call, rules, product=call.product)
     for rule in rules.last_rules:
         rule(call)
+    _check_buffer(call)
 
 
 def _check_product(call: Call, rules: Rules) -> None:
@@ -217,3 +219,17 @@ def _check_value(call: Call, rules: Rules, name: str, legal: Legal, product: str
             f"{source}: {value} = {QUANTITIES[name]}, must be {legal}{on(product)}; "
             f"the nearest legal value is {legal.nearest(value)!r}"
         )
+
+
+def _check_buffer(call: Call) -> None:
+    """HCCL_BUFFSIZE holds what the product needs for an exchange with this comm_alg."""
+    for product, base, limits in call.tables():
+        if limits.buffer is None:
+            continue
+        needed = megabytes(limits.buffer(sizes(call)))
+        if call["hccl_buffsize"] < needed:
+            with marked("buffer" if limits.buffer is base.buffer else f"buffer@{call['comm_alg']}", product):
+                raise InvalidArgumentError(
+                    f"hccl_buffsize={call['hccl_buffsize']} MB is too small for this call{on(product)}: it needs "
+                    f"{needed} MB; set HCCL_BUFFSIZE and hccl_buffsize to {needed}"
+                )

@@ -13,6 +13,7 @@ from moe_jax.aclnn.calls import operator
 from moe_jax.aclnn.results import AddRmsNormOutput, CombineOutput, TimedCombineOutput
 from moe_jax.aclnn.rules_exchange import ADD_RMS_NORM, COMBINE
 from moe_jax.layer.combine import combine_sum, normalize
+from moe_jax.layer.weightless import Constants
 from moe_jax.transports import Stopwatch, transport_of
 from moe_jax.transports.manifest import open_round
 from moe_jax.types import DispatchHandle
@@ -170,11 +171,9 @@ def _total(given: dict[str, Any]) -> tuple[Array, Array, Array | None]:
         handle,
         None if shared_x is None else shared_x.reshape(tokens, hidden),
         given["performance_info"],
+        given["ori_x"] if plan.num_copy_experts + plan.num_const_experts else None,
+        Constants(given["const_expert_alpha_1"], given["const_expert_alpha_2"], given["const_expert_v"]),
         row_weights=row_weights,
-        x=given["ori_x"] if plan.num_copy_experts + plan.num_const_experts else None,
-        const_alpha1=given["const_expert_alpha_1"],
-        const_alpha2=given["const_expert_alpha_2"],
-        const_v=given["const_expert_v"],
     )
     return total, active, waited
 

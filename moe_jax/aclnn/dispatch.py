@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe_jax import _compat, collectives
 from moe_jax.aclnn import workspace
@@ -16,7 +17,7 @@ from moe_jax.collectives.rendezvous import keep_where
 from moe_jax.derivatives import differentiated_as
 from moe_jax.kernels import FLOAT_DTYPES
 from moe_jax.recovery.window import Window, check_window, fresh_sources, received
-from moe_jax.transports import Sent, Stopwatch, send_as_is, send_rows, transport_of
+from moe_jax.transports import Sent, Stopwatch, Transport, send_as_is, send_rows, transport_of
 from moe_jax.transports.manifest import open_round
 from moe_jax.types import DispatchHandle
 
@@ -73,6 +74,7 @@ def moe_distribute_dispatch_v4(
     Source: aclnnMoeDistributeDispatchV4.
     """
     given = locals()
+    # 1. The plan, whose capacity is enough for all rows at once. Rows that are quantised already count as plain ones.
     passes_through = str(x.dtype) not in FLOAT_DTYPES or (scales is not None and quant_mode == 0)
     world = worlds.make_world(
         given,
@@ -90,14 +92,17 @@ def moe_distribute_dispatch_v4(
     mask = worlds.as_pair_mask(mask, expert_ids)
     if not plan.num_pairs:
         return _empty(world, x, scales, weights, quant_mode, performance_info, window)
+    # 2. Who sends how many rows to whom, and the maps of a single round in which all of them travel.
     fresh = None if window is None else fresh_sources(window.step, plan.ep_axis)
     manifest = worlds.make_manifest(world, expert_ids, mask, table, fresh=fresh, timed=timed)
     transport = transport_of(plan)
     opener = Stopwatch(transport) if timed else transport
     handle = open_round(opener, manifest, 0, plan.max_pair_rows, plan, num_rows=world.num_rows)
+    # 3. CANN's counts, and the triple that travels with each row.
     ledger = worlds.Ledger(plan, table)
     sums = ledger.running_sums(handle.recv_counts)
     tags = _tags(handle, ledger, table)
+    # 4. The rows, into the window where there is one.
     out = handle
     if window is not None:
         out = dataclasses.replace(handle, maps=transport.receiving(handle.maps, window.data))
@@ -105,11 +110,12 @@ def moe_distribute_dispatch_v4(
         sent = _pass_through(transport, x, scales, weights, tags, out)
     else:
         sent = send_rows(transport, x, out, smooth=scales, weights=weights, tags=tags)
+    # 5. What arrived, as CANN lays it out.
     result = _written(sent, handle, sums, world, expert_token_nums_type, ledger)
     if window is not None:
         window = received(window, sent.note, handle, plan.max_pair_rows)
         return WindowDispatchOutput(*result, window=window, num_stale=manifest.stats.num_stale)
-    if not timed:
+    if performance_info is None:
         return result
     waited = manifest.known.waited + sent.note
     return TimedDispatchOutput(*result, performance_info=performance_info + waited.astype(performance_info.dtype))
@@ -126,29 +132,34 @@ def _tags(handle: DispatchHandle, ledger: worlds.Ledger, table: Array | None) ->
     return jnp.stack(_compat.as_varying((rank, token, copy), plan.exchange_axes), axis=-1)
 
 
-def _pass_through(transport, x, scales, weights, tags, handle) -> Sent:
+def _pass_through(
+    transport: Transport, x: Array, scales: Array | None, weights: Array | None, tags: Array, handle: DispatchHandle
+) -> Sent:
     """Rows that are quantised already, of any dtype, with their scales."""
     tokens = (x,) if scales is None else (x, scales.reshape(scales.shape[0], -1))
-    moved, weights, tags, note = send_as_is(transport, tokens, handle, weights=weights, tags=tags)
+    moved, row_weights, row_tags, note = send_as_is(transport, tokens, handle, weights=weights, tags=tags)
     row_scales = moved[1].reshape(-1, *scales.shape[1:]) if scales is not None else None
-    return Sent(moved[0], moved[0], row_scales, weights, tags, note)
+    return Sent(moved[0], moved[0], row_scales, row_weights, row_tags, note)
 
 
-def _written(sent: Sent, handle, sums, world, nums_type, ledger) -> DispatchOutput:
+def _written(
+    sent: Sent, handle: DispatchHandle, sums: Array, world: worlds.World, nums_type: int, ledger: worlds.Ledger
+) -> DispatchOutput:
     """The outputs, zero where nothing arrived."""
+    assert sent.tags is not None, "rows of this facade travel with their triples"
     plan, capacity = world.plan, world.capacity
     row = jnp.arange(world.num_rows)
     num_rows = jnp.sum(handle.group_sizes)
     lanes = jnp.sum(handle.recv_counts, axis=(1, 2), dtype=jnp.int32)  # by tp rank
     own = row[:capacity] < lanes[collectives.tp_rank(plan)]
 
-    def rows(array, written):
+    def rows(array: Array, written: Array) -> Array:
         written, zero = written.reshape(-1, *(1,) * (array.ndim - 1)), _zero(array.dtype)
 
-        def select(array):
+        def select(array: Array) -> Array:
             return jnp.where(written, array, zero)
 
-        if array.dtype.name.startswith("float8"):  # codes and exponents, of which every bit counts, NaNs' too
+        if array.dtype.name.startswith("float8"):  # codes and exponents: every bit of them counts, those of NaN too
             return differentiated_as(select, lambda array: keep_where(written, array, zero), array)
         return select(array)
 
@@ -175,18 +186,26 @@ def _written(sent: Sent, handle, sums, world, nums_type, ledger) -> DispatchOutp
     )
 
 
-def _zero(dtype) -> Array:
+def _zero(dtype: np.dtype) -> Array:
     """Zero in a dtype. E8M0, the dtype of exponents, has no zero, and gets the byte 0."""
     if dtype.name == "float8_e8m0fnu":
         return jax.lax.bitcast_convert_type(jnp.zeros((), jnp.uint8), dtype)
     return jnp.zeros((), dtype)
 
 
-def _empty(world, x, scales, weights, quant_mode, performance_info, window):
+def _empty(
+    world: worlds.World,
+    x: Array,
+    scales: Array | None,
+    weights: Array | None,
+    quant_mode: int,
+    performance_info: Array | None,
+    window: Window | None,
+) -> DispatchOutput | TimedDispatchOutput | WindowDispatchOutput:
     """What is returned where no rank has a token: zeros in the shapes of the outputs."""
     plan, recipe = world.plan, world.plan.dispatch_recipe
 
-    def zeros(shape, dtype):
+    def zeros(shape: tuple[int, ...], dtype: Any) -> Array:
         return jnp.zeros_like(x, shape=shape, dtype=dtype)
 
     values, dtype, scale = (x.shape[1],), x.dtype, None

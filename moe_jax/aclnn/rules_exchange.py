@@ -5,7 +5,6 @@ tensor-parallel size. A rule begins with its name and the section of the CANN sh
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 from moe_jax.aclnn.rules import (
@@ -23,7 +22,6 @@ from moe_jax.aclnn.rules import (
     dtype_name,
     forbids,
     group_size,
-    on,
     one_of_dtypes,
     refuses,
     requires,
@@ -32,7 +30,6 @@ from moe_jax.aclnn.rules import (
 )
 from moe_jax.aclnn.workspace import dispatch_row, hidden, sizes, tokens
 from moe_jax.errors import DtypeError, InvalidArgumentError, MissingArgumentError, ShapeError, UnsupportedError
-from moe_jax.hardware.ascend import PRODUCTS, Limits, Sizes, megabytes
 
 _MAX_IDS = 2**31 - 1  # ids are int32
 _KINDS = ("moe_expert_num", "zero_expert_num", "copy_expert_num", "const_expert_num")
@@ -83,31 +80,6 @@ def _global_bs(call: Call) -> None:
             f"global_bs={value} must be 0, or the most tokens of any rank times ep_world_size={world}: a multiple of "
             f"it, at least {least}; the nearest legal value is {max(least, round(value / world) * world)}"
         )
-
-
-def _buffer_rules(operator: str) -> tuple[Rule, ...]:
-    """One rule for each product and comm_alg that has a formula of its own: HCCL_BUFFSIZE holds what it says."""
-    rules = []
-    for product in PRODUCTS.values():
-        base = product.operators.get(operator, Limits())
-        for alg, limits in {"": base, **base.variants}.items():
-            if limits.buffer is not None and (not alg or limits.buffer is not base.buffer):
-                rules.append(_buffer_rule(product.name, alg, limits.buffer, base))
-    return tuple(rules)
-
-
-def _buffer_rule(product: str, alg: str, num_bytes: Callable[[Sizes], int], base: Limits) -> Rule:
-    def check(call: Call) -> None:
-        if (call["comm_alg"] if call["comm_alg"] in base.variants else "") != alg:
-            return
-        needed = megabytes(num_bytes(sizes(call)))
-        if call["hccl_buffsize"] < needed:
-            raise InvalidArgumentError(
-                f"hccl_buffsize={call['hccl_buffsize']} MB is too small for this call{on(product)}: it needs "
-                f"{needed} MB; set HCCL_BUFFSIZE and hccl_buffsize to {needed}"
-            )
-
-    return Rule(f"buffer@{alg}" if alg else "buffer", "8", check, products=(product,))
 
 
 _RELATIONS = (
@@ -279,7 +251,6 @@ DISPATCH = Rules(
             "moe_jax.aclnn.make_receive_window and the same arguments",
             ShapeError, words={"needed": window_shape},
         ),
-        *_buffer_rules("moe_distribute_dispatch_v4"),
     ),
 )  # fmt: skip
 
@@ -426,7 +397,7 @@ COMBINE = Rules(
     shapes={**_COMBINE_SHAPES, **_SHAPES},
     quantities=_COMBINE_QUANTITIES,
     rules=(*_COMBINE_FIRST, _PERFORMANCE_BY_RANK),
-    last_rules=(*_COMBINE_LAST, *_buffer_rules("moe_distribute_combine_v4")),
+    last_rules=_COMBINE_LAST,
 )
 _NORM_EPS = refuses(
     "norm_eps", "10", lambda call: not _is_small_number(call["norm_eps"]),
@@ -439,10 +410,6 @@ ADD_RMS_NORM = Rules(
     shapes={**_COMBINE_SHAPES, **_NORM_SHAPES},
     quantities=_COMBINE_QUANTITIES,
     rules=_COMBINE_FIRST,
-    last_rules=(
-        *_COMBINE_LAST,
-        _NORM_EPS,
-        *_buffer_rules("moe_distribute_combine_add_rms_norm_v2"),
-    ),
+    last_rules=(*_COMBINE_LAST, _NORM_EPS),
     missing_product=BAD_PARAMETER,
 )

@@ -1,4 +1,9 @@
-"""The only caller of collectives."""
+"""The only callers of JAX's collectives.
+
+``group`` is what the ranks of a plan gather, sum and tell each other, and ``exchange`` what moves rows between them.
+They are made of ``ragged``, slices of unequal length on any back end; ``bits``, rows as integers where XLA would widen
+them; ``stopwatch``, one peer after the other with a clock; and ``rendezvous``, where ranks meet on the host.
+"""
 
 from moe_jax.collectives.exchange import (
     Blocks,
@@ -7,7 +12,6 @@ from moe_jax.collectives.exchange import (
     Receiving,
     Slices,
     TimedBlocks,
-    exchange_blocks,
     group_size,
 )
 from moe_jax.collectives.group import (
@@ -40,7 +44,6 @@ __all__ = [
     "TimedBlocks",
     "check_axes",
     "ep_rank",
-    "exchange_blocks",
     "exchange_counts",
     "exchange_counts_timed",
     "gather_counts",

@@ -17,11 +17,16 @@ from moe_jax.derivatives import custom_gradient, poison_of
 Array = jax.Array
 
 
+def swap_bits(axes: tuple[str, ...], blocks: Array) -> Array:
+    """As ``swap_blocks``, without a derivative: for functions that have one of their own."""
+    swap = functools.partial(lax.all_to_all, axis_name=axes, split_axis=0, concat_axis=0)
+    return lax.platform_dependent(blocks, cpu=_as_integers(swap), default=swap) if _is_widened(blocks) else swap(blocks)
+
+
 @functools.partial(custom_gradient, num_static=1)
 def swap_blocks(axes: tuple[str, ...], blocks: Array) -> Array:
     """[W, ...]: block j goes to rank j along ``axes``; block i of the result came from rank i."""
-    swap = functools.partial(lax.all_to_all, axis_name=axes, split_axis=0, concat_axis=0)
-    return lax.platform_dependent(blocks, cpu=_as_integers(swap), default=swap) if _is_widened(blocks) else swap(blocks)
+    return swap_bits(axes, blocks)
 
 
 # d_blocks[j] = ct[j], sent back by the rank that block j went to    # [W, ...]: the exchange is its own adjoint

@@ -1,6 +1,7 @@
 """The exchanges that rows travel by: what moves, between the ranks along some axes, from outbox slots to inbox slots.
 
 An exchange is a pytree of integers, opened for one round: a transport keeps it in its maps and asks nothing about it.
+It has no derivative of its own: what sends and collects rows with it has one.
 All of them move rows [S, F] to slots [A, F], and return a *note* beside them: what the exchange has to say, ``()`` for
 those that have nothing to say.
 
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax import _compat
-from moe_jax.collectives.bits import swap_blocks, unwritten
+from moe_jax.collectives.bits import swap_bits, unwritten
 from moe_jax.collectives.ragged import chunked_all_to_all, portable_ragged_all_to_all
 from moe_jax.collectives.stopwatch import timed_all_to_all
 from moe_jax.kernels.table import find_transport
@@ -74,7 +75,13 @@ class Blocks(Exchange):
     in_blocks = True
 
     def move(self, rows, num_slots, axes, plan, *, into=None):
-        return exchange_blocks(rows, axes, plan), ()  # every slot is written, whatever ``into`` held
+        num_ranks = group_size(axes)
+        if num_ranks == 1:
+            return rows, ()
+        blocks = rows.reshape(num_ranks, rows.shape[0] // num_ranks, rows.shape[1])
+        swap = find_transport("padded", plan.kernels)
+        moved = swap(blocks, axes) if swap else swap_bits(axes, blocks)
+        return moved.reshape(rows.shape), ()  # every slot is written, whatever ``into`` held
 
     def back(self):
         return self
@@ -180,17 +187,6 @@ class Receiving(Exchange):
 
     def plain(self):
         return self.exchange
-
-
-def exchange_blocks(rows: Array, axes: tuple[str, ...], plan) -> Array:
-    """[R * C, F]: block j of C slots goes to rank j along ``axes``; block i of the result came from rank i."""
-    num_ranks = group_size(axes)
-    if num_ranks == 1:
-        return rows
-    blocks = rows.reshape(num_ranks, rows.shape[0] // num_ranks, rows.shape[1])
-    custom = find_transport("padded", plan.kernels)
-    moved = custom(blocks, axes) if custom else swap_blocks(axes, blocks)
-    return moved.reshape(rows.shape)
 
 
 def group_size(axes: tuple[str, ...]) -> int:

@@ -27,7 +27,7 @@ def check_axes(plan, *, replicas: bool = False) -> None:
         )
     ep_size = 1
     for axis in plan.ep_axis:
-        ep_size *= sizes[axis]
+        ep_size *= lax.axis_size(axis)
     tp_size = sizes.get(plan.tp_axis, 1)
     if (ep_size, tp_size) != (plan.ep_size, plan.tp_size):
         raise MeshError(

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax import _compat
-from moe_jax.collectives.bits import swap_blocks
+from moe_jax.collectives.bits import swap_bits
 from moe_jax.derivatives import custom_gradient, take_rows
 from moe_jax.errors import ShapeError, check_dtype, check_rank, check_shape
 from moe_jax.kernels.table import find_transport
@@ -82,7 +82,7 @@ def ragged_all_to_all(
     Communication, SIAM J. Comput. 11 (1982), for the relay.
     """
     axes = _compat.bound_axes(axis_name)
-    num_ranks = math.prod(_compat.bound_axis_size(axis) for axis in axes)
+    num_ranks = math.prod(lax.axis_size(axis) for axis in axes)
     check_dtype("operand", operand, (jnp.number, jnp.bool_))
     if operand.ndim < 1:
         raise ShapeError("operand is a scalar; expected [N, ...]")
@@ -250,7 +250,7 @@ def chunked_all_to_all(
     def exchange(step, result):
         rows = input_offsets[:, None] + step * chunk + inner
         sent = take_rows(operand, rows.ravel()).reshape(num_ranks, chunk, -1)
-        received = all_to_all(sent, axes) if all_to_all else swap_blocks(axes, sent)
+        received = all_to_all(sent, axes) if all_to_all else swap_bits(axes, sent)
 
         def place(source, result):
             first = arrival_offsets[source] + step * chunk

@@ -50,7 +50,7 @@ def timed_all_to_all(blocks: Array, axis_names: str | tuple[str, ...]) -> tuple[
     Source: performanceInfo of MoeDistributeDispatchV3.
     """
     axes = _compat.bound_axes(axis_names)
-    num_ranks = math.prod(_compat.bound_axis_size(axis) for axis in axes)
+    num_ranks = math.prod(lax.axis_size(axis) for axis in axes)
     check_array("blocks", blocks)
     if blocks.ndim < 1:
         raise ShapeError("blocks is a scalar; expected [W, ...]")

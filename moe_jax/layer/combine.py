@@ -8,11 +8,11 @@ import jax.numpy as jnp
 
 from moe_jax import _compat, collectives
 from moe_jax.errors import InvalidArgumentError, check_dtype, check_rank, check_shape, check_type
+from moe_jax.layer.weightless import Constants, WeightlessTerms, check_weightless, weightless_term, weightless_terms
 from moe_jax.plan import Plan
 from moe_jax.transports import collect_rows, transport_of
 from moe_jax.transports.base import Transport, copy_weights
-from moe_jax.transports.weightless import special_term, special_terms
-from moe_jax.types import DispatchHandle, SpecialTerms
+from moe_jax.types import DispatchHandle
 
 Array = jax.Array
 
@@ -44,7 +44,7 @@ def combine(
       handle: from ``dispatch``.
       x: [T, H] in ``plan.dtype``, the tokens; required with copy or constant experts.
       const_alpha1, const_alpha2: [Cc] or [Cc, H], const_v: [Cc, H], in ``plan.dtype``; required with constant experts.
-        ``moe_jax.transports.weightless`` says what they mean.
+        ``moe_jax.layer.weightless`` says what they mean.
       shared_x: [T, H] in ``plan.dtype``, added with weight 1 before rounding: what shared experts made of the tokens.
       performance_info: [W] int, to which the microseconds are added that this rank waited for each rank's rows, as in
         ``dispatch``, whose handle must come from a call with it.
@@ -73,10 +73,10 @@ def combine(
 
     Source: MoeDistributeCombineV4.
     """
-    constants = {"const_alpha1": const_alpha1, "const_alpha2": const_alpha2, "const_v": const_v}
-    total, waited = combine_sum(rows, combine_weights, handle, shared_x, performance_info, x=x, **constants)
+    constants = Constants(const_alpha1, const_alpha2, const_v)
+    total, waited = combine_sum(rows, combine_weights, handle, shared_x, performance_info, x, constants)
     y = total.astype(handle.plan.dtype)
-    return y if performance_info is None else (y, waited)
+    return y if waited is None else (y, waited)
 
 
 @_compat.vary_as_operands("rows")
@@ -114,8 +114,8 @@ def combine_add_rms_norm(
 
     Source: MoeDistributeCombineAddRmsNormV2.
     """
-    constants = {"const_alpha1": const_alpha1, "const_alpha2": const_alpha2, "const_v": const_v}
-    total, _ = combine_sum(rows, combine_weights, handle, shared_x, None, x=x, **constants)
+    constants = Constants(const_alpha1, const_alpha2, const_v)
+    total, _ = combine_sum(rows, combine_weights, handle, shared_x, None, x, constants)
     plan = handle.plan
     check_shape("residual", residual, (plan.tokens_per_rank, plan.hidden), "[T, H]")
     check_dtype("residual", residual, (plan.dtype,), "the plan's dtype")
@@ -143,9 +143,10 @@ def combine_sum(
     handle: DispatchHandle,
     shared_x: Array | None,
     performance_info: Array | None,
+    x: Array | None,
+    constants: Constants,
     *,
     row_weights: Array | None = None,
-    **special: Array | None,
 ) -> tuple[Array, Array | None]:
     """What both operators add up, fp32 [T, H]; and ``performance_info`` after it.
 
@@ -155,7 +156,8 @@ def combine_sum(
     plan = handle.plan
     if not plan.num_pairs:  # no device has a token; see ``dispatch``
         return jnp.zeros_like(combine_weights, shape=(0, plan.hidden)), performance_info
-    terms = special_terms(handle.expert_ids, plan, **special)
+    check_weightless(x, constants, plan)
+    terms = weightless_terms(handle.expert_ids, x, constants, plan)
     given = (rows, combine_weights, handle, shared_x, row_weights, terms)
     given = _compat.as_varying_alike(given, plan.exchange_axes)  # ``dispatch`` types without axes of size 1
     rows, combine_weights, handle, shared_x, row_weights, terms = given
@@ -176,7 +178,7 @@ def combine_sum(
 
 
 def finish(
-    transport: Transport, collected: Array, weights: Array, travelled: Array, terms: SpecialTerms | None, plan: Plan
+    transport: Transport, collected: Array, weights: Array, travelled: Array, terms: WeightlessTerms | None, plan: Plan
 ) -> Array:
     """The weighted sum over k, ascending, of the rows that were collected and of what weightless experts add.
 
@@ -185,14 +187,14 @@ def finish(
       collected: what ``collect_rows`` gave, of all rounds together.
       weights: [T, C] f32.
       travelled: [T, C] bool, the pairs that were collected in some round; others hold anything.
-      terms: of ``special_terms``.
+      terms: of ``weightless_terms``.
       plan: static.
 
     Returns:
       [T, H] fp32.
     """
     with jax.named_scope("combine_sum"):
-        added = None if terms is None else [special_term(terms, k, plan) for k in range(plan.top_k)]
+        added = None if terms is None else [weightless_term(terms, k, plan) for k in range(plan.top_k)]
         return transport.finish(collected, weights, travelled, added)
 
 

@@ -151,7 +151,7 @@ def dequantize(dispatched: Dispatched) -> Array:
     """
     check_type("dispatched", dispatched, Dispatched, "pass what dispatch returned")
     plan = dispatched.handle.plan
-    if dispatched.scales is None:
+    if dispatched.scales is None or dispatched.gradient is None:
         return dispatched.x
     return dequantized(Sent(dispatched.gradient, dispatched.x, dispatched.scales, None, None, None), plan)
 

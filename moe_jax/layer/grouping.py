@@ -21,32 +21,27 @@ from moe_jax.transports import InboxOrder
 Array = jax.Array
 
 
+@functools.partial(custom_gradient, num_static=2)
 def expert_slots(
+    plan: Plan,
+    activation: str,
     experts: dict[str, Array],
     arrived: Array,
     order: InboxOrder | None,
     group_sizes: Array,
-    plan: Plan,
-    *,
-    activation: str,
 ) -> Array:
-    """What the experts make of the rows that arrived, each in the slot that its row came in.
+    """What the experts make of the rows that arrived, each in the slot that its row came in. Positions alone.
 
     Args:
+      plan, activation: static.
       experts: w_gate (if gated) and w_up [L, H, F], w_down [L, F, H]; optional b_gate, b_up [L, F], b_down [L, H].
       arrived: [A, H]; slots that no row came in influence nothing.
       order: of the rows; None: they lie in order already, expert by expert from the first slot on.
       group_sizes: [L] i32, rows of each expert.
-      plan, activation: static.
 
     Returns:
       [A, H] in the dtype of ``arrived``. Differentiable in ``experts`` and ``arrived``.
     """
-    return _expert_slots(plan, activation, experts, arrived, order, group_sizes)
-
-
-@functools.partial(custom_gradient, num_static=2)
-def _expert_slots(plan, activation, experts, arrived, order, group_sizes):
     return _forward(plan, activation, experts, arrived, order, group_sizes)[0]
 
 
@@ -63,26 +58,27 @@ def _backward(plan, activation, residuals, ct):
     experts, rows, inner, order, group_sizes = residuals
     of_inner, of_out = split_by_projection(experts)
     with jax.named_scope("experts"):
-        hidden, pull_hidden = jax.vjp(lambda inner: activate(*inner, activation), inner)
-        pull_out = jax.vjp(lambda *operands: project_out(*operands, group_sizes, plan.kernels), of_out, hidden)[1]
+        hidden, pull_hidden = jax.vjp(lambda inner: activate(inner[0], inner[1], activation), inner)
+        pull_out = jax.vjp(
+            lambda weights, hidden: project_out(weights, hidden, group_sizes, plan.kernels), of_out, hidden
+        )[1]
         d_of_out, d_hidden = pull_out(_rows(ct, order, plan))
         (d_inner,) = pull_hidden(d_hidden)
-        pull_in = jax.vjp(lambda *operands: project_in(*operands, group_sizes, plan.kernels), of_inner, rows)[1]
+        pull_in = jax.vjp(lambda weights, rows: project_in(weights, rows, group_sizes, plan.kernels), of_inner, rows)[1]
         d_of_inner, d_rows = pull_in(d_inner)
         return {**d_of_out, **d_of_inner}, _slots(d_rows, order, plan), None, None
 
 
-_expert_slots.defvjp(_forward, _backward)
+expert_slots.defvjp(_forward, _backward)
 
 
 def overflow_slots(
+    plan: Plan,
+    activation: str,
     experts: dict[str, Array],
     arrived: Array,
     order: InboxOrder | None,
     group_sizes: Array,
-    plan: Plan,
-    *,
-    activation: str,
 ) -> Array:
     """As ``expert_slots``, without a derivative; ``arrived`` itself where no row came."""
 
@@ -93,15 +89,14 @@ def overflow_slots(
 
 
 def add_overflow_gradients(
+    plan: Plan,
+    activation: str,
     grads: dict[str, Array],
     experts: dict[str, Array],
     arrived: Array,
     ct: Array,
     order: InboxOrder | None,
     group_sizes: Array,
-    plan: Plan,
-    *,
-    activation: str,
 ) -> tuple[dict[str, Array], Array]:
     """``grads`` of the experts plus those of ``overflow_slots``, and the cotangent of ``arrived``.
 

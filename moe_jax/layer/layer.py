@@ -20,11 +20,14 @@ from moe_jax.layer.params import check_layer_plan, check_params, check_router
 from moe_jax.layer.placement import BALANCES, check_table, instances_of
 from moe_jax.layer.rounds import routed_sum
 from moe_jax.layer.router import choose_experts
-from moe_jax.parameters import rows_of, weights_of
+from moe_jax.layer.weightless import Constants
+from moe_jax.parameters import weights_of
 from moe_jax.plan import Plan
 from moe_jax.types import LayerStats
 
 Array = jax.Array
+
+_CONSTANTS = ("const_alpha1", "const_alpha2", "const_v")  # in the order of ``Constants``
 
 
 def moe_layer(
@@ -143,9 +146,8 @@ def layer_of_shard(
     experts = weights_of("experts", params)
     if "b_down" in experts:  # the results of the tp ranks are summed, so only the first of them adds this bias
         experts["b_down"] = jnp.where(collectives.tp_rank(plan) == 0, experts["b_down"], 0.0)
-    constants = {
-        row.name: params[row.name].astype(plan.dtype) if row.name in params else None for row in rows_of("constants")
-    }
+    given = weights_of("constants", params)
+    constants = Constants(*(given[name].astype(plan.dtype) if given else None for name in _CONSTANTS))
     experts, constants, weights = _compat.as_varying((experts, constants, routing.combine_weights), plan.token_axes)
     total, num_dropped, num_rounds = routed_sum(
         expert_ids, experts, constants, x, weights, plan, activation=activation, rank_table=rank_table, chunks=chunks

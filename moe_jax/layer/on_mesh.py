@@ -14,6 +14,7 @@ from moe_jax.errors import check_array, check_choice, check_dtype, check_mask, c
 from moe_jax.layer.layer import check_chunks, layer_of_shard
 from moe_jax.layer.params import abstract_params, check_params, check_width, draw, param_spec
 from moe_jax.layer.placement import BALANCES, check_table
+from moe_jax.parameters import TABLE
 from moe_jax.plan import Plan
 from moe_jax.types import LayerStats
 
@@ -83,6 +84,8 @@ def moe_on_mesh(
     )
     check_chunks(chunks, plan)
     num_tokens = plan.tokens_per_rank * math.prod(mesh.shape.values())
+    specs = {row.name: _split(param_spec(row.name, plan), mesh) for row in TABLE}
+    tokens, everywhere = _split(PartitionSpec(plan.token_axes), mesh), PartitionSpec()
     # Compiled once, and not at every call of ``init``.
     drawn = jax.jit(
         lambda key: draw(key, {name: of.shape for name, of in shapes.items()}),
@@ -96,10 +99,8 @@ def moe_on_mesh(
     @functools.partial(jax.jit, static_argnames="balance")
     def layer(params, x, token_mask, table, rank_table, balance):
         """The layer as one program, where it is not part of a larger one."""
-        specs = {name: _split(param_spec(name, plan), mesh) for name in params}
-        tokens, everywhere = _split(PartitionSpec(plan.token_axes), mesh), PartitionSpec()
         in_specs = (
-            specs,
+            {name: specs[name] for name in params},
             tokens,
             None if token_mask is None else tokens,
             None if table is None else everywhere,

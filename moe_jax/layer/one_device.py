@@ -9,7 +9,7 @@ has no row, until the sum over k.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from moe_jax import layout
 from moe_jax.derivatives import custom_gradient, take_rows
 from moe_jax.layer.grouping import expert_slots
+from moe_jax.layer.weightless import Constants, weightless_term, weightless_terms
 from moe_jax.plan import Plan
 from moe_jax.transports.base import as_delivered, rows_if, token_of
-from moe_jax.transports.weightless import special_term, special_terms
 
 Array = jax.Array
 
@@ -34,21 +34,21 @@ class _Places(NamedTuple):
 def local_sum(
     expert_ids: Array,
     experts: dict[str, Array],
-    constants: dict[str, Array | None],
+    constants: Constants,
     x: Array,
     weights: Array,
     plan: Plan,
     *,
     activation: str,
 ) -> tuple[Array, Array]:
-    """What routed and special experts add for each token, where ``plan.exchanges`` is false.
+    """What routed and weightless experts add for each token, where ``plan.exchanges`` is false.
 
     With overflow="drop" the first ``plan.pair_capacity`` rows in the order of the experts are kept. Recipes round rows
     and cotangents as if they travelled, so that values do not depend on the mesh.
 
     Args:
       expert_ids, weights: [T, K] i32 and f32. An id that is none of the plan's adds nothing.
-      experts: as for ``expert_slots``; constants: of ``special_terms``.
+      experts: as for ``expert_slots``; constants: in ``plan.dtype``.
       x: [T, H] in ``plan.dtype``.
       plan, activation: static.
 
@@ -64,13 +64,12 @@ def local_sum(
             _, group_sizes = layout.clip_to_window(pairs.counts, 0, num_rows)
         num_kept = jnp.sum(group_sizes, dtype=jnp.int32)
         places = _places(pairs, num_kept, num_rows, plan)
-    needed = x if plan.num_copy_experts + plan.num_const_experts else None
-    special = special_terms(expert_ids, plan, x=needed, **constants)
+    added = weightless_terms(expert_ids, x, constants, plan)
     with jax.named_scope("permute"):
         rows = _spread(plan, as_delivered(x, plan.dispatch_recipe).astype(plan.dtype), places)
-    made = expert_slots(experts, rows, None, group_sizes, plan, activation=activation)
+    made = expert_slots(plan, activation, experts, rows, None, group_sizes)
     with jax.named_scope("combine_sum"):
-        total = _weighted_sum(plan, as_delivered(made, plan.combine_recipe), weights, special, places)
+        total = _weighted_sum(plan, as_delivered(made, plan.combine_recipe), weights, added, places)
     return total, jnp.sum(pairs.counts - group_sizes, dtype=jnp.int32)
 
 
@@ -84,30 +83,30 @@ def _places(pairs: layout.PairOrder, num_kept: Array, num_rows: int, plan: Plan)
 
 
 @functools.partial(custom_gradient, num_static=1)
-def _weighted_sum(plan, rows, weights, special, places):
-    """``sum_k weights[t, k] * (row of (t, k) + what a special expert adds)``, k ascending. -> [T, H] fp32."""
+def _weighted_sum(plan, rows, weights, added, places):
+    """``sum_k weights[t, k] * (row of (t, k) + what a weightless expert adds)``, k ascending. -> [T, H] fp32."""
     terms = _present(_collect(plan, rows, places), places)
-    if special is not None:  # at most one of the two is not zero
-        terms = [term + special_term(special, k, plan) for k, term in enumerate(terms)]
+    if added is not None:  # at most one of the two is not zero
+        terms = [term + weightless_term(added, k, plan) for k, term in enumerate(terms)]
     return sum(weights[:, k, None] * term for k, term in enumerate(terms))
 
 
 def _weighted_sum_backward(plan, residuals, ct):
     # d_row(t, k) = weights[t, k] * ct[t]                                  # [M, H], and rounded as if it travelled
-    # d_weights[t, k] = <row(t, k) + what a special expert adds, ct[t]>    # [T, K]
-    rows, weights, special, places = residuals
+    # d_weights[t, k] = <row(t, k) + what a weightless expert adds, ct[t]>    # [T, K]
+    rows, weights, added, places = residuals
     ct_rows = _spread(plan, ct.astype(plan.dtype), places).astype(jnp.float32)
     d_rows = (_rows_of_pairs(plan, weights, places)[:, None] * ct_rows).astype(plan.dtype)
     d_rows = as_delivered(d_rows, plan.backward_recipe).astype(rows.dtype)
     d_weights = _pairs_of_rows(plan, jnp.sum(rows.astype(jnp.float32) * ct_rows, axis=1), places)
-    if special is None:
+    if added is None:
         return d_rows, d_weights, None, None
 
-    def added(weights, special):
-        return sum(weights[:, k, None] * special_term(special, k, plan) for k in range(plan.top_k))
+    def weightless_sum(weights, added):
+        return sum(weights[:, k, None] * weightless_term(added, k, plan) for k in range(plan.top_k))
 
-    more_weights, d_special = jax.vjp(added, weights, special)[1](ct)
-    return d_rows, d_weights + more_weights, d_special, None
+    more_weights, d_added = jax.vjp(weightless_sum, weights, added)[1](ct)
+    return d_rows, d_weights + more_weights, d_added, None
 
 
 _weighted_sum.defvjp(lambda plan, *operands: (_weighted_sum(plan, *operands), operands), _weighted_sum_backward)
@@ -122,7 +121,8 @@ def _spread(plan, x, places):
 def _spread_backward(plan, places, ct):
     # d_x[t] = sum_k ct[row of (t, k)]    # [T, H], in fp32 over ascending k
     collected = _collect(plan, as_delivered(ct, plan.backward_recipe), places)
-    return sum(_present(collected, places)).astype(plan.dtype), None
+    total: Any = sum(_present(collected, places))
+    return total.astype(plan.dtype), None
 
 
 _spread.defvjp(lambda plan, x, places: (_spread(plan, x, places), places), _spread_backward)

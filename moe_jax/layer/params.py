@@ -30,7 +30,7 @@ from moe_jax.errors import (
 )
 from moe_jax.layer.experts import is_gated
 from moe_jax.mesh import check_mesh
-from moe_jax.parameters import BY_NAME, TABLE, Parameter, known_rows
+from moe_jax.parameters import BY_NAME, TABLE, Parameter
 from moe_jax.plan import Plan
 
 Array = jax.Array
@@ -58,7 +58,7 @@ def param_specs(
     check_type("router", router, RouterConfig, "build one with moe_jax.RouterConfig(...)")
     check_choice("activation", activation, ACTIVATIONS)
     check_flag("use_bias", use_bias)
-    return {row.name: spec_of(row, plan) for row in drawn_rows(plan, router, activation, use_bias)}
+    return {row.name: param_spec(row.name, plan) for row in drawn_rows(plan, router, activation, use_bias)}
 
 
 def abstract_params(
@@ -97,12 +97,11 @@ def abstract_params(
         check_count("num_logical_experts", num_logical_experts)
     check_router(router, plan, num_logical_experts)
     extents = extents_of(plan, ffn=int(ffn), num_logical_experts=num_logical_experts)
-    return {
-        row.name: jax.ShapeDtypeStruct(
-            shape_of(row, extents), jnp.float32, sharding=NamedSharding(mesh, spec_of(row, plan))
-        )
-        for row in drawn_rows(plan, router, activation, use_bias)
-    }
+    abstract = {}
+    for row in drawn_rows(plan, router, activation, use_bias):
+        shape, sharding = tuple(extents[dim] for dim in row.dims), NamedSharding(mesh, param_spec(row.name, plan))
+        abstract[row.name] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+    return abstract
 
 
 def drawn_rows(plan: Plan, router: RouterConfig, activation: str, use_bias: bool) -> list[Parameter]:
@@ -129,13 +128,8 @@ def draw(key: Array, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
 
 def param_spec(name: str, plan: Plan) -> PartitionSpec:
     """How the parameter ``name`` of the layer lies on the mesh of ``plan``."""
-    return spec_of(BY_NAME[name], plan)
-
-
-def spec_of(row: Parameter, plan: Plan) -> PartitionSpec:
-    """How the parameter of ``row`` lies on the mesh of ``plan``."""
     axes = {"experts": plan.ep_axis, "ffn": plan.tp_axis}
-    split = [axes.get(dim) for dim in row.dims]
+    split = [axes.get(dim) for dim in BY_NAME[name].dims]
     return PartitionSpec(*split) if any(split) else PartitionSpec()
 
 
@@ -157,11 +151,6 @@ def extents_of(
         "shared_ffn": ffn * plan.num_shared_experts,
         "constants": plan.num_const_experts,
     }
-
-
-def shape_of(row: Parameter, extents: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The shape of the parameter of ``row`` where its axes have these extents."""
-    return tuple(extents[dim] for dim in row.dims)
 
 
 def num_scored(plan: Plan, num_logical_experts: int | None) -> int:
@@ -229,7 +218,7 @@ def check_params(
     rows = {row.name: row for row in _known_rows(plan, router, activation)}
     found = [f"{name!r} is unknown here; {suggest(name, rows)}" for name in params if name not in rows]
     for name, row in rows.items():
-        shape = shape_of(row, extents)
+        shape = tuple(extents[dim] for dim in row.dims)
         if name in params:
             try:
                 check_shape(repr(name), params[name], shape, f"its extents {where}")
@@ -249,7 +238,8 @@ def _known_rows(plan: Plan, router: RouterConfig, activation: str) -> tuple[Para
         "shared": plan.num_shared_experts > 0,
         "constants": plan.num_const_experts > 0,
     }
-    return known_rows(fact for fact, holds in facts.items() if holds)
+    hold = {fact for fact, holds in facts.items() if holds}
+    return tuple(row for row in TABLE if row.needs <= hold)
 
 
 def _width(params: Mapping[str, Any], dim: str) -> int | str:

@@ -7,7 +7,6 @@ nothing and runs again in the backward pass, so that memory does not grow with t
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +17,10 @@ from moe_jax.derivatives import custom_gradient, first_order_only
 from moe_jax.layer.combine import finish
 from moe_jax.layer.grouping import add_overflow_gradients, expert_slots, overflow_slots
 from moe_jax.layer.one_device import local_sum
+from moe_jax.layer.weightless import Constants, weightless_terms
 from moe_jax.plan import Plan
 from moe_jax.transports import collect_rows, dequantized, send_rows, transport_of
 from moe_jax.transports.manifest import Manifest, count_pairs, count_rounds, open_round, read_table
-from moe_jax.transports.weightless import special_terms
-from moe_jax.types import DispatchHandle
 
 Array = jax.Array
 
@@ -30,7 +28,7 @@ Array = jax.Array
 def routed_sum(
     expert_ids: Array,
     experts: dict[str, Array],
-    constants: dict[str, Array | None],
+    constants: Constants,
     x: Array,
     weights: Array,
     plan: Plan,
@@ -39,11 +37,11 @@ def routed_sum(
     rank_table: Array | None,
     chunks: int,
 ) -> tuple[Array, Array, Array]:
-    """What routed and special experts add for each token.
+    """What routed and weightless experts add for each token.
 
     Args:
       expert_ids, weights: [T, K] i32 and f32.
-      experts: as for ``expert_slots``; constants: of ``special_terms``.
+      experts: as for ``expert_slots``; constants: in ``plan.dtype``.
       x: [T, H] in ``plan.dtype``.
       plan, activation: static. rank_table: as for ``dispatch``; that of one rank can only say that it is there.
       chunks: a divisor of T; each part of the tokens passes by itself, with its share of ``plan.pair_capacity``.
@@ -68,52 +66,51 @@ def routed_sum(
         manifest = count_pairs(transport, ids_here, part, rank_table=rank_table)
         num_rounds = count_rounds(transport, manifest, part)
         manifest = _compat.as_varying(manifest, plan.token_axes)
-        needed = x_here if plan.num_copy_experts + plan.num_const_experts else None
-        special = special_terms(manifest.expert_ids, part, x=needed, **constants)
-        special = _compat.as_varying(special, plan.token_axes)
-        total = _routed_sum(part, activation, experts, x_here, weights_here, special, manifest, num_rounds)
+        terms = weightless_terms(manifest.expert_ids, x_here, constants, part)
+        terms = _compat.as_varying(terms, plan.token_axes)
+        total = _routed_sum(part, activation, experts, x_here, weights_here, terms, manifest, num_rounds)
         found.append((total, manifest.stats.num_dropped[0], num_rounds))
     totals, dropped, rounds = zip(*found, strict=True)
-    return jnp.concatenate(totals), sum(dropped), functools.reduce(jnp.maximum, rounds)
-
-
-def _open(plan: Plan, activation: str, index: Array | int, manifest: Manifest) -> tuple[DispatchHandle, dict[str, Any]]:
-    """The pairs of round ``index``, and what the functions of ``expert_slots`` need to know of them."""
-    transport = transport_of(plan)
-    handle = open_round(transport, manifest, index * plan.pair_capacity, plan.pair_capacity, plan)
-    slots = {"order": transport.inbox_order(handle.maps), "group_sizes": handle.group_sizes}
-    return handle, slots | {"plan": plan, "activation": activation}
-
-
-def _arrived(x: Array, handle: DispatchHandle) -> Array:
-    """Token rows [T, H] in the inbox slots of a round, as the experts see them."""
-    return dequantized(send_rows(transport_of(handle.plan), x, handle, ordered=False), handle.plan)
-
-
-def _returned(made: Array, weights: Array, handle: DispatchHandle) -> Array:
-    """What the experts made, in the inbox slots of a round, back at the tokens."""
-    return collect_rows(transport_of(handle.plan), made, weights, handle, ordered=False)[0]
+    return jnp.concatenate(totals), functools.reduce(jnp.add, dropped), functools.reduce(jnp.maximum, rounds)
 
 
 def _round(
     through: Callable, plan: Plan, activation: str, index, experts, x, weights, manifest: Manifest, earlier=None
 ) -> Array:
     """Round ``index``: its pairs to the experts, ``through`` them and back, to what ``earlier`` rounds collected."""
-    handle, slots = _open(plan, activation, index, manifest)
-    collected = _returned(through(experts, _arrived(x, handle), **slots), weights, handle)
-    return collected if earlier is None else transport_of(plan).together(earlier, collected, handle.maps)
+    transport = transport_of(plan)
+    # 1. Which pairs travel in this round, and where their rows lie.
+    handle = open_round(transport, manifest, index * plan.pair_capacity, plan.pair_capacity, plan)
+    # 2. Token rows [T, H] to inbox slots [A, H]. They stay there: the experts pick them out in their order.
+    arrived = dequantized(send_rows(transport, x, handle, ordered=False), plan)
+    # 3. Through the experts, into the same slots.
+    made = through(plan, activation, experts, arrived, transport.inbox_order(handle.maps), handle.group_sizes)
+    # 4. Back to the tokens.
+    collected, _ = collect_rows(transport, made, weights, handle, ordered=False)
+    return collected if earlier is None else transport.together(earlier, collected, handle.maps)
 
 
 def _add_overflow_round(plan: Plan, activation: str, index, grads, ct, experts, x, weights, manifest: Manifest):
     """``grads`` of experts, x and weights, and what an overflow round adds to them: that round again, and backward."""
     d_experts, d_x, d_weights = grads
-    handle, slots = _open(plan, activation, index, manifest)
-    arrived, pull_arrived = jax.vjp(lambda x: _arrived(x, handle), x)
-    made = overflow_slots(experts, arrived, **slots)  # read where sums are made at the experts, else left out
-    pull_made = jax.vjp(lambda made, weights: _returned(made, weights, handle), made, weights)[1]
-    d_made, more_weights = pull_made(ct)
-    d_experts, d_arrived = add_overflow_gradients(d_experts, experts, arrived, d_made, **slots)
-    (more_x,) = pull_arrived(d_arrived)
+    transport = transport_of(plan)
+    handle = open_round(transport, manifest, index * plan.pair_capacity, plan.pair_capacity, plan)
+    order = transport.inbox_order(handle.maps)
+
+    def sent(x):
+        return dequantized(send_rows(transport, x, handle, ordered=False), plan)
+
+    def returned(made, weights):
+        return collect_rows(transport, made, weights, handle, ordered=False)[0]
+
+    arrived, pull_sent = jax.vjp(sent, x)
+    # Where sums are made at the tokens nobody reads what the experts made, and the compiler leaves it out.
+    made = overflow_slots(plan, activation, experts, arrived, order, handle.group_sizes)
+    d_made, more_weights = jax.vjp(returned, made, weights)[1](ct)
+    d_experts, d_arrived = add_overflow_gradients(
+        plan, activation, d_experts, experts, arrived, d_made, order, handle.group_sizes
+    )
+    (more_x,) = pull_sent(d_arrived)
     return d_experts, d_x + more_x, d_weights + more_weights
 
 
@@ -128,52 +125,64 @@ def _loop(overflow: Callable, plan: Plan) -> Callable:
 
 
 @functools.partial(custom_gradient, num_static=2)
-def _routed_sum(plan, activation, experts, x, weights, special, manifest, num_rounds):
+def _routed_sum(plan, activation, experts, x, weights, terms, manifest, num_rounds):
     """[T, H] fp32. The first round is inline and keeps its residuals; the others are a loop that keeps none."""
-    return _routed_forward(plan, activation, experts, x, weights, special, manifest, num_rounds)[0]
+    collected = _round(expert_slots, plan, activation, 0, experts, x, weights, manifest)
+    collected = _overflow_rounds(plan, activation, collected, num_rounds, manifest, experts, x, weights)
+    return finish(transport_of(plan), collected, weights, manifest.travels, terms, plan)
 
 
-def _routed_forward(plan, activation, experts, x, weights, special, manifest, num_rounds):
-    first = functools.partial(_round, expert_slots, plan, activation, 0, manifest=manifest)
-    collected, pull_first = jax.vjp(first, experts, x, weights)
+def _overflow_rounds(plan, activation, collected, num_rounds, *operands):
+    """What the first round ``collected``, and what the others add to it."""
 
     def overflow(collected, num_rounds, manifest, experts, x, weights):
         def turn(state):
             index, collected = state
-            late = _compat.late(index, (experts, x))
-            return index + 1, _round(overflow_slots, plan, activation, index, *late, weights, manifest, collected)
+            late_experts, late_x = _compat.late(index, (experts, x))
+            return index + 1, _round(
+                overflow_slots, plan, activation, index, late_experts, late_x, weights, manifest, collected
+            )
 
         return lax.while_loop(lambda state: state[0] < num_rounds, turn, (jnp.ones_like(num_rounds), collected))[1]
 
-    if plan.max_rounds > 1:
-        collected = _loop(overflow, plan)(collected, num_rounds, manifest, experts, x, weights)
-    total = finish(transport_of(plan), collected, weights, manifest.travels, special, plan)
-    return total, (pull_first, collected, experts, x, weights, special, manifest, num_rounds)
+    return _loop(overflow, plan)(collected, num_rounds, *operands) if plan.max_rounds > 1 else collected
+
+
+def _routed_forward(plan, activation, experts, x, weights, terms, manifest, num_rounds):
+    first = functools.partial(_round, expert_slots, plan, activation, 0, manifest=manifest)
+    collected, pull_first = jax.vjp(first, experts, x, weights)
+    collected = _overflow_rounds(plan, activation, collected, num_rounds, manifest, experts, x, weights)
+    total = finish(transport_of(plan), collected, weights, manifest.travels, terms, plan)
+    return total, (pull_first, collected, experts, x, weights, terms, manifest, num_rounds)
 
 
 def _routed_backward(plan, activation, residuals, ct):
-    pull_first, collected, experts, x, weights, special, manifest, num_rounds = residuals
+    # d_collected, d_weights, d_terms: through the sum at the tokens, from ct [T, H]
+    # d_experts, d_x, d_weights: summed over the rounds, each of them computed again but for the first
+    pull_first, collected, experts, x, weights, terms, manifest, num_rounds = residuals
 
-    def finished(collected, weights, special):
-        return finish(transport_of(plan), collected, weights, manifest.travels, special, plan)
+    def finished(collected, weights, terms):
+        return finish(transport_of(plan), collected, weights, manifest.travels, terms, plan)
 
-    pull_finish = jax.vjp(finished, collected, weights, special)[1]
-    d_collected, d_weights, d_special = pull_finish(ct)
+    pull_finish = jax.vjp(finished, collected, weights, terms)[1]
+    d_collected, d_weights, d_terms = pull_finish(ct)
     grads = pull_first(d_collected)
 
     def overflow(grads, num_rounds, manifest, pull_finish, *operands):
         def turn(state):
             index, grads = state
-            late_ct, *late = _compat.late(index, operands)
-            d_collected = pull_finish(late_ct)[0]
-            return index + 1, _add_overflow_round(plan, activation, index, grads, d_collected, *late, manifest)
+            ct, experts, x, weights = _compat.late(index, operands)
+            d_collected = pull_finish(ct)[0]
+            return index + 1, _add_overflow_round(
+                plan, activation, index, grads, d_collected, experts, x, weights, manifest
+            )
 
         return lax.while_loop(lambda state: state[0] < num_rounds, turn, (jnp.ones_like(num_rounds), grads))[1]
 
     if plan.max_rounds > 1:
         grads = _loop(overflow, plan)(grads, num_rounds, manifest, pull_finish, ct, experts, x, weights)
     d_experts, d_x, d_sent_weights = grads
-    return d_experts, d_x, d_weights + d_sent_weights, d_special, None, None
+    return d_experts, d_x, d_weights + d_sent_weights, d_terms, None, None
 
 
 _routed_sum.defvjp(_routed_forward, _routed_backward)

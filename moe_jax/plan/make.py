@@ -57,10 +57,10 @@ def make_plan(
         on each. Every token of source rank r also goes to rank (r mod S / Ns) + s * S / Ns for each shared expert s.
         For ``dispatch`` and ``combine``; the layer does not serve it.
       num_zero_experts, num_copy_experts, num_const_experts: experts that add nothing, the token itself, or a mix of the
-        token and a constant vector; their ids follow E, they send no row. See ``moe_jax.transports.weightless``.
+        token and a constant vector; their ids follow E, they send no row. See ``moe_jax.layer.weightless``.
       quant: recipe of the rows on their way to the experts, see ``moe_jax.quant``; "none" sends them as they are.
       combine_quant: recipe of the rows on their way back; any that takes no scale of the caller's.
-      product: "a2", "a3" or "a5": also refuse what the reference operators refuse on that hardware, see
+      product: "a2", "a3" or "a5": also refuse what CANN's operators refuse on that hardware, see
         ``moe_jax.hardware.ascend``; None: whatever is possible.
       transport: "padded" (all_to_all of equal blocks), "ragged" (ragged_all_to_all), "allgather" (all tokens out,
         reduce-scatter back), "hierarchy" (a token crosses to each node of a mesh with a "node" axis once, and one

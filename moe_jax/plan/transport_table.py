@@ -12,8 +12,13 @@ _TABLE: dict[str, Any] = {}  # in the order in which "auto" compares them
 
 
 def add_transport(transport: Any) -> None:
-    """Enters a ``moe_jax.transports.Transport`` under its name, in place of another one of that name."""
+    """Enters a ``moe_jax.transports.Transport`` under its name."""
     _TABLE[transport.name] = transport
+
+
+def is_taken(transport: Any) -> bool:
+    """Whether the name of ``transport`` is that of another one, which plans may have kept."""
+    return _TABLE.get(transport.name, transport) is not transport
 
 
 def transport_of(plan: Any) -> Any:
@@ -28,7 +33,7 @@ def transport_names() -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def entered(transport: Any) -> Iterator[None]:
-    """Enters a transport for as long as the context lasts."""
+    """Enters a transport for as long as the context lasts, in place of another one of its name. For tests."""
     before = dict(_TABLE)
     add_transport(transport)
     try:

@@ -1,7 +1,7 @@
 """One message for each row: arrays of any dtypes side by side as bytes, so that they travel in one collective."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ def join_some(arrays: Sequence[Array | None]) -> tuple[Array, tuple[Part | None,
     return message, tuple(None if array is None else (next(parts) or _ALONE) for array in arrays)
 
 
-def split_some(message: Array, parts: Sequence[Part | None]) -> list[Array | None]:
+def split_some(message: Array, parts: Sequence[Part | None]) -> list[Any]:
     """The inverse of ``join_some``."""
     if _ALONE in parts:
         return [None if part is None else message for part in parts]

@@ -46,7 +46,7 @@ class Window:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of ``data``: a first phase of ``moe_jax.aclnn`` takes a window where the reference has a buffer."""
+        """That of ``data``: a first phase of ``moe_jax.aclnn`` takes a window where CANN has a buffer."""
         return self.data.shape
 
     @property

@@ -1,4 +1,9 @@
-"""How rows travel between tokens and experts: the protocol, a file for each transport, and the ways out and back."""
+"""How rows travel between tokens and experts.
+
+``manifest`` says which pairs travel, and where to. ``base`` is the protocol of a transport; ``all_to_all``,
+``all_gather`` and ``hierarchy`` are those that there are, and ``stopwatch`` wraps one. ``send`` and ``collect`` are the
+differentiable ways out and back, whatever the transport is, and ``linear`` the maps that their derivatives are made of.
+"""
 
 from moe_jax.plan.transport_table import transport_names, transport_of
 from moe_jax.transports.all_gather import ALL_GATHER

@@ -73,6 +73,7 @@ class AllGather(Transport):
             return Delivery(all_tokens, all_pairs, ())
 
     def collect(self, rows, weights, scalars, maps, plan, *, ordered, recipe):
+        assert rows is not None  # scalars alone are for transports that send them with weights
         with jax.named_scope("partial_sum"):
             everyone = None if weights is None else collectives.gather_tokens(weights, plan)
             rows = as_received(as_sent(rows, recipe), recipe, rows.shape[1])

@@ -6,7 +6,7 @@ is no longer than ``plan.pair_capacity``, as in the layer, and else chunks of th
 
 import abc
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,8 +73,8 @@ class AllToAll(Transport):
     pairwise = True
 
     @abc.abstractmethod
-    def exchange(self, sizes: Array, capacity: int, plan: Plan) -> Exchange:
-        """What moves the rows of a round of ``capacity``, with [W, W] i32 rows from each rank to each."""
+    def exchange(self, manifest: Any, start: Array | int, capacity: int, plan: Plan) -> Exchange:
+        """What moves the rows of a round; the arguments are those of ``open``."""
 
     # Before a round.
 
@@ -89,8 +89,7 @@ class AllToAll(Transport):
         return jnp.max(manifest.known.sizes)  # all ranks know all of them
 
     def open(self, manifest, start, capacity, plan, *, num_rows):
-        sizes = lax.dynamic_index_in_dim(manifest.known.sizes, collectives.tp_rank(plan), keepdims=False)
-        exchange = self.exchange(jnp.clip(sizes - start, 0, capacity), capacity, plan)
+        exchange = self.exchange(manifest, start, capacity, plan)
         return self._open(manifest, start, capacity, plan, num_rows, exchange)
 
     def open_blocks(self, manifest, start, capacity, plan, *, num_rows) -> Opened:
@@ -140,7 +139,8 @@ class AllToAll(Transport):
             inbox = collectives.gather_tp(inbox, plan)
         with jax.named_scope("permute"):
             rows = take_rows(inbox, maps.row_inbox, poison=plan.poison) if ordered else inbox
-            return Delivery(*split_some(rows, parts), note)
+            token_rows, pair_rows = split_some(rows, parts)
+            return Delivery(token_rows, pair_rows, note)
 
     def inbox_order(self, maps):
         return InboxOrder(maps.row_inbox, maps.inbox_row)
@@ -149,16 +149,21 @@ class AllToAll(Transport):
 
     def collect(self, rows, weights, scalars, maps, plan, *, ordered, recipe):
         del weights  # ``finish`` applies them
-        slots = [rows, scalars]
+        assert rows is not None  # scalars never come alone: the cotangents of weights stay at the tokens
+        row_slots, scalar_slots = rows, scalars
         with jax.named_scope("unpermute"):
             # Slots that no row came in hold garbage on every tp rank. That is harmless: the reduce-scatter below adds
             # slot i of one tp rank to slot i of the others, so garbage is only added to garbage, and no pair points
             # at it.
             if ordered:
-                slots = [x if x is None else take_rows(x, maps.inbox_row, poison=plan.poison) for x in slots]
+                row_slots = take_rows(row_slots, maps.inbox_row, poison=plan.poison)
+            if ordered and scalar_slots is not None:
+                scalar_slots = take_rows(scalar_slots, maps.inbox_row, poison=plan.poison)
         with jax.named_scope("exchange"):
-            slots = [x if x is None else collectives.reduce_scatter_tp(x, plan) for x in slots]
-            message, parts = join_some([as_sent(slots[0], recipe), slots[1]])
+            row_slots = collectives.reduce_scatter_tp(row_slots, plan)
+            if scalar_slots is not None:
+                scalar_slots = collectives.reduce_scatter_tp(scalar_slots, plan)
+            message, parts = join_some([as_sent(row_slots, recipe), scalar_slots])
             returned, note = maps.exchange.back().move(message, maps.outbox_pair.shape[0], plan.ep_axis, plan)
         with jax.named_scope("unpack"):
             returned = take_rows(returned, maps.pair_outbox.T, poison=plan.poison)
@@ -262,8 +267,10 @@ class Padded(AllToAll):
 
     name = "padded"
 
-    def exchange(self, sizes, capacity, plan):
-        return Blocks() if capacity <= plan.pair_capacity else Chunks(sizes=sizes, chunk=plan.pair_capacity)
+    def exchange(self, manifest, start, capacity, plan):
+        if capacity <= plan.pair_capacity:
+            return Blocks()
+        return Chunks(sizes=_round_sizes(manifest, start, capacity, plan), chunk=plan.pair_capacity)
 
     def sent_rows(self, plan, capacity):
         slots = plan.ep_size * capacity
@@ -275,8 +282,8 @@ class Ragged(AllToAll):
 
     name = "ragged"
 
-    def exchange(self, sizes, capacity, plan):
-        return Slices(sizes=sizes)
+    def exchange(self, manifest, start, capacity, plan):
+        return Slices(sizes=_round_sizes(manifest, start, capacity, plan))
 
     def sent_rows(self, plan, capacity):
         return min(plan.ep_size * capacity, plan.num_pairs)
@@ -292,6 +299,12 @@ class Ragged(AllToAll):
 
 
 PADDED, RAGGED = Padded(), Ragged()
+
+
+def _round_sizes(manifest: Any, start: Array | int, capacity: int, plan) -> Array:
+    """[W, W] i32, rows from each rank to each in a round, of the ranks with this rank's tp rank."""
+    lists = lax.dynamic_index_in_dim(manifest.known.sizes, collectives.tp_rank(plan), keepdims=False)
+    return jnp.clip(lists - start, 0, capacity)
 
 
 def _place_of(pair: Array, plan) -> Array:

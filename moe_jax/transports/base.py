@@ -29,10 +29,10 @@ import jax.numpy as jnp
 
 from moe_jax import collectives
 from moe_jax.derivatives import differentiated_as, take_rows
-from moe_jax.errors import InvalidArgumentError, check_flag, check_type
+from moe_jax.errors import InvalidArgumentError, check_type
 from moe_jax.layout import PairOrder
 from moe_jax.plan import Plan
-from moe_jax.plan.transport_table import add_transport, transport_names
+from moe_jax.plan.transport_table import add_transport, is_taken
 
 Array = jax.Array
 
@@ -279,20 +279,21 @@ class Transport(abc.ABC):
         return maps
 
 
-def register_transport(transport: Transport, *, replace: bool = False) -> None:
+def register_transport(transport: Transport) -> None:
     """Makes a transport known to ``make_plan(transport=name)``.
 
-    Raises:
-      InvalidArgumentError: not a Transport, or the name is taken and ``replace`` is false.
+    A name means one transport for good, since a plan keeps the name, and must stay the same program. To register the
+    same object again does nothing.
 
-    >>> register_transport(moe_jax.transports.all_to_all.PADDED, replace=True)
+    Raises:
+      InvalidArgumentError: not a Transport, or the name is "auto" or that of another transport.
+
+    >>> from moe_jax.transports import PADDED, register_transport
+    >>> register_transport(PADDED)
     """
     check_type("transport", transport, Transport, "derive a class from moe_jax.transports.Transport and pass an object")
-    check_flag("replace", replace)
-    if transport.name in ("auto", *transport_names()) and not replace:
-        raise InvalidArgumentError(
-            f"name={transport.name!r} of the transport is taken; choose another word, or pass replace=True"
-        )
+    if transport.name == "auto" or is_taken(transport):
+        raise InvalidArgumentError(f"name={transport.name!r} of the transport is taken; choose another word")
     add_transport(transport)
 
 

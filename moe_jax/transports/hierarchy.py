@@ -94,7 +94,7 @@ class Hierarchy(Transport):
             message, parts = join_some([tokens, None if pairs is None else by_token(pairs)])
             leaving = take_rows(message, maps.crossing_token, poison=plan.poison)
         with jax.named_scope("exchange"):
-            crossed = collectives.exchange_blocks(leaving, _across(plan), plan)
+            crossed = _cross(leaving, plan)
             node_tokens, node_pairs = split_some(crossed, parts)
         # 2. Inside: a copy of it for each of its experts on this node.
         with jax.named_scope("pack"):
@@ -111,7 +111,8 @@ class Hierarchy(Transport):
         # 3. In the order of the experts.
         with jax.named_scope("permute"):
             rows = take_rows(inbox, maps.row_inbox, poison=plan.poison) if ordered else inbox
-            return Delivery(*split_some(rows, parts), note)
+            token_rows, pair_rows = split_some(rows, parts)
+            return Delivery(token_rows, pair_rows, note)
 
     def inbox_order(self, maps):
         return InboxOrder(maps.row_inbox, maps.inbox_row)
@@ -127,17 +128,17 @@ class Hierarchy(Transport):
 
         Source: the layered combine kernels of MoeDistributeCombine, without their fp16 special case.
         """
-        beside_rows = weights is not None and weights.ndim == 1
         # 1. Inside: rows, and what stands beside them, back in the outbox slots that they left, summed over tp.
-        slots = [rows, weights[:, None] if beside_rows else scalars]
+        beside_rows = weights is not None and weights.ndim == 1
+        slots = [rows, weights[:, None] if weights is not None and beside_rows else scalars]
         with jax.named_scope("unpermute"):
             # Slots that no row came in hold garbage on every tp rank. That is harmless: the reduce-scatter below adds
             # slot i of one tp rank to slot i of the others, so garbage is only added to garbage, and no pair points
             # at it.
             if ordered:
-                slots = [x if x is None else take_rows(x, maps.inbox_row, poison=plan.poison) for x in slots]
+                slots = [None if x is None else take_rows(x, maps.inbox_row, poison=plan.poison) for x in slots]
         with jax.named_scope("exchange"):
-            slots = [x if x is None else collectives.reduce_scatter_tp(x, plan) for x in slots]
+            slots = [None if x is None else collectives.reduce_scatter_tp(x, plan) for x in slots]
             message, held = join_some(slots)
             returned, note = maps.exchange.back().move(message, maps.outbox_pair.shape[0], _inside(plan), plan)
             node_rows, node_scalars = split_some(returned, held)
@@ -148,7 +149,7 @@ class Hierarchy(Transport):
         elif weights is not None:
             with jax.named_scope("exchange"):
                 leaving = take_rows(weights, maps.crossing_token, poison=plan.poison)
-                node_weights = collectives.exchange_blocks(leaving, _across(plan), plan)
+                node_weights = _cross(leaving, plan)
         # 3. Across: one partial sum of each token from each node, rounded to ``plan.dtype``.
         message = flat = None
         with jax.named_scope("partial_sum"):
@@ -160,7 +161,7 @@ class Hierarchy(Transport):
                 flat = lax.collapse(take_rows(node_scalars, maps.pair_outbox, absent=0), 1)
         with jax.named_scope("exchange"):
             packed, parts = join_some([message, flat])
-            returned, returned_scalars = split_some(collectives.exchange_blocks(packed, _across(plan), plan), parts)
+            returned, returned_scalars = split_some(_cross(packed, plan), parts)
         # 4. At the tokens: the sum over the nodes.
         with jax.named_scope("combine_sum"):
             total = pair_scalars = None
@@ -186,7 +187,9 @@ class Hierarchy(Transport):
             _, d_weights = linear.collect(self, plan, ordered, recipe, None, dots, maps)
             return (row_weight * row_ct).astype(rows.dtype), d_weights[..., 0].T
         both = jnp.concatenate([dots, weights[:, None]], axis=1)
-        if plan.tp_size > 1:  # rows and weights are sums over tp, whose ranks may order rows differently, but not slots
+        if (
+            plan.tp_axis is not None and plan.tp_size > 1
+        ):  # rows and weights are sums over tp, whose ranks may order rows differently, but not slots
             slots = collectives.sum_over(take_rows(both, maps.inbox_row, absent=0), plan.tp_axis)
             both = take_rows(_compat.as_varying(slots, plan.exchange_axes), maps.row_inbox, absent=0)
         d_weights = jnp.where(maps.row_inbox >= 0, both[:, 0], 0.0)
@@ -261,6 +264,11 @@ def _pass_home(plan, size, message: int) -> int:
 
 
 HIERARCHY = Hierarchy()
+
+
+def _cross(rows: Array, plan) -> Array:
+    """[N * B, F]: block m of B slots goes to node m; block n of the result came from node n."""
+    return Blocks().move(rows, len(rows), _across(plan), plan)[0]
 
 
 def _across(plan) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ a ``recipe`` rounds them, which counts as identity. They are called with positio
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,8 @@ def send(transport, plan, ordered, recipe, tokens, pairs, scalars, maps) -> tupl
     per_pair, held = (None, None) if pairs is None and scalars is None else join_some([pairs, scalars])
     rows, pair_rows, _ = transport.send(tokens, per_pair, maps, plan, ordered=ordered)
     pair_rows, row_scalars = (None, None) if held is None else split_some(pair_rows, held)
-    return as_received(pair_rows if tokens is None else rows, recipe, given.shape[-1]), row_scalars
+    message: Any = pair_rows if tokens is None else rows
+    return as_received(message, recipe, given.shape[-1]), row_scalars
 
 
 def _send_forward(transport, plan, ordered, recipe, tokens, pairs, scalars, maps):

@@ -111,7 +111,7 @@ def send_as_is(
 
 def dequantized(sent: Sent, plan) -> Array:
     """The rows [M, H] in ``plan.dtype`` as the experts see them: about x, or x times its smoothing factors."""
-    if sent.values is None:
+    if sent.values is None or sent.scale is None:
         return sent.rows
     recipe = plan.dispatch_recipe
     rows = recipe.dequantize(QTensor(values=sent.values, scale=sent.scale)).astype(plan.dtype)
@@ -158,9 +158,9 @@ def _send(transport, quantised, ordered, x, smooth, weights, tags, handle):
     # 2. To the rows.
     rows, pair_rows, note = transport.send(tokens, pairs, handle.maps, plan, ordered=ordered)
     # 3. What each row got.
-    copies, row_weights, row_tags = (None, None, None) if held is None else split_some(pair_rows, held)
-    row_weights = None if weights is None else row_weights[:, 0]
-    message = copies if tokens is None else rows
+    copies, row_weights, row_tags = [None] * 3 if held is None else split_some(pair_rows, held)
+    row_weights = None if row_weights is None else row_weights[:, 0]
+    message: Any = copies if tokens is None else rows
     if recipe is None:
         return Sent(message, None, None, row_weights, row_tags, note)
     q = recipe.unpack(message, plan.hidden)
@@ -190,6 +190,7 @@ def _send_backward(transport, quantised, ordered, residuals, ct):
     scalars = None if weights is None else ct.weights[:, None]
     collected, d_weights = linear.collect(transport, plan, ordered, plan.backward_recipe, ct.rows, scalars, maps)
     d_weights = None if weights is None else d_weights[: plan.top_k, :, 0].T
+    d_smooth = None
     if smooth is not None and smooth.ndim == 2:
         row = smooth_rows(handle).T
         collected = only_present(collected.astype(jnp.float32), transport.present(maps, plan))
@@ -198,9 +199,7 @@ def _send_backward(transport, quantised, ordered, residuals, ct):
         d_smooth = jnp.zeros_like(smooth).at[target].add(products, mode="drop")
         collected = collected * take_rows(smooth, row)
     total = transport.total(collected, maps)
-    if smooth is None:
-        d_smooth = None
-    elif smooth.ndim == 1:
+    if smooth is not None and smooth.ndim == 1:
         products = jnp.sum(total * x.astype(jnp.float32), axis=0)
         d_smooth = products if smooth.shape[0] == plan.hidden else jnp.sum(products)[None]
         total = total * smooth
@@ -261,8 +260,8 @@ def _send_as_is(transport, tokens, weights, tags, handle):
     per_pair = _of_pairs(weights, tags, handle.plan)
     pairs, held = (None, None) if all(part is None for part in per_pair) else join_some(per_pair)
     rows, pair_rows, note = transport.send(message, pairs, handle.maps, handle.plan, ordered=True)
-    row_weights, row_tags = (None, None) if held is None else split_some(pair_rows, held)
-    return tuple(split(rows, parts)), None if weights is None else row_weights[:, 0], row_tags, note
+    row_weights, row_tags = [None] * 2 if held is None else split_some(pair_rows, held)
+    return tuple(split(rows, parts)), None if row_weights is None else row_weights[:, 0], row_tags, note
 
 
 def _as_is_forward(transport, tokens, weights, tags, handle):

@@ -1,6 +1,7 @@
 """What every transport must do, as laws that an author of a new one can run."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,8 +49,11 @@ def transport_contract(transport: Transport, *, mesh: Mesh | None = None) -> dic
       TransportContractError: lists the laws that the transport breaks.
       MeshError: there are too few devices.
 
+    >>> import moe_jax as moe
     >>> from moe_jax.transports import PADDED
-    >>> max(transport_contract(PADDED, mesh=make_mesh(ep=2)).values())
+    >>> from moe_jax.verify import transport_contract
+    >>> moe.emulate_devices(2)  # leave this out where there are accelerators
+    >>> max(transport_contract(PADDED, mesh=moe.make_mesh(ep=2)).values())
     0.0
     """
     check_type("transport", transport, Transport, "derive a class from moe_jax.transports.Transport and pass an object")
@@ -89,7 +93,7 @@ def _round_trip(plan: Plan, x, ids, weights, mask, ct) -> tuple:
     handles = [open_round(transport, manifest, start, plan.pair_capacity, plan) for start in starts]
 
     def there_and_back(x, weights):
-        collected = None
+        collected: Any = None
         for handle in handles:
             rows = send_rows(transport, x, handle, ordered=False).rows
             order = transport.inbox_order(handle.maps)

@@ -109,7 +109,7 @@ def _checks(mesh: Mesh, backend: str) -> Iterator[Check]:
     for name in quant.NAMES[1:]:
         yield _timed("codes, scales and rows = reference", name, 0.0, lambda name=name: recipe_deviations(name))
     transports = (*TRANSPORTS, "hierarchy") if "node" in mesh.shape else TRANSPORTS
-    if "dp" not in mesh.shape:  # the reference knows no replicas
+    if "dp" not in mesh.shape:  # the oracle knows no replicas
         yield _timed("ragged all-to-all = reference", "ragged", 0.0, lambda: ragged_deviations(mesh))
         sent = {}
         for transport in transports:

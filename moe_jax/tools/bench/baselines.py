@@ -4,6 +4,7 @@ Each is written for the mesh of the layer's plan and takes the layer's own param
 gated), ``w_up`` [E, H, F], ``w_down`` [E, F, H], placed as the layer wants them.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -13,6 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from moe_jax import _compat, collectives
 from moe_jax.config import RouterConfig
+from moe_jax.derivatives import custom_gradient
 from moe_jax.kernels import grouped_matmul
 from moe_jax.layer.experts import activate, is_gated
 from moe_jax.layer.layer import router_logits
@@ -23,6 +25,16 @@ from moe_jax.plan import Plan
 
 Array = jax.Array
 CAPACITY_FACTOR = 2.0  # of the one-hot layer, on the balanced load of an expert
+
+
+@functools.partial(custom_gradient, num_static=1)
+def _exchange(plan: Plan, rows: Array) -> Array:
+    """[W * C, H]: block j of C slots goes to rank j; block i of the result came from rank i."""
+    return collectives.Blocks().move(rows, len(rows), plan.ep_axis, plan)[0]
+
+
+# d_rows = ct, every block back at its rank    # [W * C, H]: the exchange is its own adjoint
+_exchange.defvjp(lambda plan, rows: (_exchange(plan, rows), None), lambda plan, _, ct: (_exchange(plan, ct),))
 
 
 def batched_ffn(params: dict[str, Array], rows: Array, activation: str) -> Array:
@@ -83,9 +95,7 @@ def minimal_layer(mesh: Mesh, plan: Plan, activation: str) -> Callable:
         # 2. Exchange. An expert of -1 marks a slot that no row came in.
         blocks = jnp.zeros((plan.ep_size * capacity, hidden), x.dtype).at[slot].set(x[order // plan.top_k], mode="drop")
         marks = jnp.full((len(blocks), 1), -1).at[slot, 0].set(expert[order] % local, mode="drop")
-        arrived, marks = (
-            collectives.gather_tp(collectives.exchange_blocks(a, plan.ep_axis, plan), plan) for a in (blocks, marks)
-        )
+        arrived, marks = (collectives.gather_tp(_exchange(plan, a), plan) for a in (blocks, marks))
         # 3. Rows by expert, through it, and back.
         marks = jnp.where(marks < 0, local, marks).reshape(-1)
         by_expert = jnp.argsort(marks, stable=True)
@@ -100,7 +110,7 @@ def minimal_layer(mesh: Mesh, plan: Plan, activation: str) -> Callable:
         there = jnp.arange(len(made)) < sizes.sum()
         made = jnp.where(there[:, None], made, jnp.zeros((), made.dtype))[jnp.argsort(by_expert)]
         # 4. Exchange back, and the weighted sum.
-        returned = collectives.exchange_blocks(collectives.reduce_scatter_tp(made, plan), plan.ep_axis, plan)
+        returned = _exchange(plan, collectives.reduce_scatter_tp(made, plan))
         weights = jnp.where(fits, routing.combine_weights.reshape(-1)[order], 0.0)[:, None]
         terms = weights * returned[jnp.where(fits, slot, 0)].astype(jnp.float32)
         y = jnp.zeros((len(x), hidden), jnp.float32).at[order // plan.top_k].add(terms)
@@ -124,11 +134,11 @@ def one_hot_layer(mesh: Mesh, plan: Plan, activation: str) -> Callable:
     def shard(params, x):
         dispatched, combined = _one_hot(params, x, plan, capacity)
         sent = jnp.einsum("tec,th->ech", dispatched, x)  # [E, C, H], experts of rank 0 first
-        arrived = collectives.gather_tp(collectives.exchange_blocks(sent.reshape(-1, hidden), plan.ep_axis, plan), plan)
+        arrived = collectives.gather_tp(_exchange(plan, sent.reshape(-1, hidden)), plan)
         rows = arrived.reshape(-1, local, capacity, hidden).swapaxes(0, 1).reshape(local, -1, hidden)
         rows = batched_ffn(params, rows, activation)
         rows = rows.reshape(local, -1, capacity, hidden).swapaxes(0, 1).reshape(-1, hidden)
-        returned = collectives.exchange_blocks(collectives.reduce_scatter_tp(rows, plan), plan.ep_axis, plan)
+        returned = _exchange(plan, collectives.reduce_scatter_tp(rows, plan))
         y = jnp.einsum("tec,ech->th", combined, returned.reshape(sent.shape), preferred_element_type=jnp.float32)
         wanted = x.shape[0] * plan.top_k
         dropped = wanted - jnp.sum(dispatched, dtype=jnp.float32).astype(jnp.int32)

@@ -1,7 +1,7 @@
 """A device that is here for minutes: whether everything is right on it, and how near to its peak it comes.
 
 The list is prepared, so that one command answers both. Checks come first: grouped products of every back end that
-serves the device, recipes of the wire, and the layer with all its gradients, each beside the float64 reference. Then
+serves the device, recipes of the wire, and the layer with all its gradients, each beside the float64 oracle. Then
 come the times, at sizes that people train and serve. Rows are printed as they come; a step that fails is a row too, and
 the others go on. On a CPU, which has no peak to be near to, extents are a 16th, and the list tests itself.
 """
