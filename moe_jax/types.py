@@ -8,11 +8,14 @@ L local experts, M row capacity, A arrival capacity (rows that an exchange may d
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, dataclass_transform
+from typing import TYPE_CHECKING, Any, dataclass_transform
 
 import jax
 
 from moe_jax import _compat
+
+if TYPE_CHECKING:  # plans are made of what is above this file
+    from moe_jax.plan.plan import Plan
 
 Array = jax.Array
 
@@ -50,7 +53,7 @@ class DispatchHandle:
       maps: where each row lies: a pytree of the transport's own, see ``moe_jax.transports``.
     """
 
-    plan: Any
+    plan: "Plan"
     expert_ids: Array
     group_sizes: Array
     send_counts: Array

@@ -1,34 +1,16 @@
 """Eight emulated devices for every test, and the same generated cases on every run. Real ones for ``-m gpu``."""
 
-import os
-
 import hypothesis
 import jax
 import pytest
 
 import moe_jax
 
-FEW_OPTIMIZATIONS = "JAX_DISABLE_MOST_OPTIMIZATIONS"  # JAX's own variable
-
 
 def pytest_configure(config):
     """Before any test module can query a device."""
     if config.option.markexpr != "gpu":
         moe_jax.emulate_devices(8)
-    if config.option.markexpr == "not slow and not compilers" and FEW_OPTIMIZATIONS not in os.environ:
-        _compile_quickly()
-
-
-def _compile_quickly():
-    """Most of the time of the default line is compilation, of programs that run once: leave out what takes XLA long.
-
-    This halves it. The slow tests, and all tests with the newest JAX in CI, are compiled as users compile.
-    """
-    os.environ[FEW_OPTIMIZATIONS] = "1"  # for the processes that tests start
-    jax.config.update("jax_disable_most_optimizations", True)
-    if jax.__version_info__[:2] == (0, 10):  # later ones end with an error on a flag that they do not know
-        flags = (os.environ.get("XLA_FLAGS", ""), "--xla_cpu_use_fusion_emitters=false")
-        os.environ["XLA_FLAGS"] = " ".join(filter(None, flags))
 
 
 def pytest_ignore_collect(collection_path, config):

@@ -214,7 +214,9 @@ def test_the_program_exchanges_nothing(gradient):
     gathers = sorted(math.prod(map(int, rows.split(","))) for rows in gathers)
     assert gathers == sorted([2 * TOKENS, TOKENS, TOKENS] * (2 if gradient else 1))
     loops = re.findall(r' while\(.*op_name="([^"]*)"', text)
-    assert loops and all("/experts/" in loop for loop in loops)
+    # Without its fusion emitters XLA:CPU makes a loop of the one scatter, of integers.
+    assert any("/experts/" in loop for loop in loops)
+    assert all("/experts/" in loop or loop.endswith("/layout/scatter") for loop in loops)
     assert max(int(n) for n in re.findall(r"f32\[(\d+),\d+,\d+\]\S* dot\(", text) or [0]) < 64
 
 

@@ -163,6 +163,7 @@ def _written(
             return differentiated_as(select, lambda array: keep_where(written, array, zero), array)
         return select(array)
 
+    assert sent.tags is not None, "every pair was sent with its triple"
     triples = rows(sent.tags[:capacity], own)
     assist = jnp.pad(triples.ravel(), (0, capacity * 125))
     nums = handle.group_sizes

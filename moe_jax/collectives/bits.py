@@ -6,6 +6,7 @@ they travel as integers.
 
 import functools
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,9 @@ from jax import lax
 
 from moe_jax import _compat
 from moe_jax.derivatives import custom_gradient, poison_of
+
+if TYPE_CHECKING:
+    from moe_jax.plan.plan import Plan
 
 Array = jax.Array
 
@@ -47,7 +51,7 @@ gather_rows.defvjp(
 )
 
 
-def unwritten(num_rows: int, like: Array, plan) -> Array:
+def unwritten(num_rows: int, like: Array, plan: "Plan") -> Array:
     """[num_rows, ...] rows as ``like`` that nobody may read before somebody writes them: NaN under ``plan.poison``.
 
     Zeros would cost a pass over the buffer of an exchange, which overwrites all that is read.

@@ -14,20 +14,23 @@ those that have nothing to say.
 
 import abc
 import dataclasses
-import math
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from moe_jax import _compat
+from moe_jax._compat import group_size
 from moe_jax.collectives.bits import swap_bits, unwritten
 from moe_jax.collectives.ragged import chunked_all_to_all, portable_ragged_all_to_all
 from moe_jax.collectives.stopwatch import timed_all_to_all
 from moe_jax.kernels.table import find_transport
 from moe_jax.layout import exclusive_cumsum
 from moe_jax.types import pytree
+
+if TYPE_CHECKING:
+    from moe_jax.plan.plan import Plan
 
 Array = jax.Array
 
@@ -43,7 +46,7 @@ class Exchange(abc.ABC):
 
     @abc.abstractmethod
     def move(
-        self, rows: Array, num_slots: int, axes: tuple[str, ...], plan, *, into: Array | None = None
+        self, rows: Array, num_slots: int, axes: tuple[str, ...], plan: "Plan", *, into: Array | None = None
     ) -> tuple[Array, Any]:
         """[S, F] rows for the ranks along ``axes``, those for rank 0 first -> ([A, F] by source, the note).
 
@@ -189,12 +192,7 @@ class Receiving(Exchange):
         return self.exchange
 
 
-def group_size(axes: tuple[str, ...]) -> int:
-    """Ranks along mesh axes that are bound here."""
-    return math.prod(lax.axis_size(axis) for axis in axes)
-
-
-def _slots(rows: Array, num_slots: int, into: Array | None, plan) -> Array:
+def _slots(rows: Array, num_slots: int, into: Array | None, plan: "Plan") -> Array:
     """[A, F] ``into``, or slots that nobody may read before somebody writes them."""
     slots = unwritten(num_slots, rows, plan) if into is None else into
     return _compat.as_varying(slots, _compat.varying_axes(rows))

@@ -1,7 +1,7 @@
 """The collectives of a plan: what its ranks gather, sum and tell each other."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,13 @@ from moe_jax.collectives.bits import gather_rows
 from moe_jax.collectives.stopwatch import timed_all_to_all
 from moe_jax.errors import MeshError
 
+if TYPE_CHECKING:
+    from moe_jax.plan.plan import Plan
+
 Array = jax.Array
 
 
-def check_axes(plan, *, replicas: bool = False) -> None:
+def check_axes(plan: "Plan", *, replicas: bool = False) -> None:
     """Raises MeshError unless the plan's axes, with ``replicas`` the data-parallel ones too, fit the mesh here."""
     axes = plan.token_axes if replicas else plan.exchange_axes
     sizes = {axis: _compat.bound_axis_size(axis) for axis in axes}
@@ -25,10 +28,8 @@ def check_axes(plan, *, replicas: bool = False) -> None:
             f"axis {unbound[0]!r} of the plan is not bound here; call this function inside jax.shard_map over a mesh "
             f"with axes {axes}, or use moe_jax.moe_on_mesh"
         )
-    ep_size = 1
-    for axis in plan.ep_axis:
-        ep_size *= lax.axis_size(axis)
-    tp_size = sizes.get(plan.tp_axis, 1)
+    ep_size = _compat.group_size(plan.ep_axis)
+    tp_size = 1 if plan.tp_axis is None else lax.axis_size(plan.tp_axis)
     if (ep_size, tp_size) != (plan.ep_size, plan.tp_size):
         raise MeshError(
             f"the mesh has ep={ep_size}, tp={tp_size} and the plan was made for ep={plan.ep_size}, "
@@ -36,12 +37,12 @@ def check_axes(plan, *, replicas: bool = False) -> None:
         )
 
 
-def ep_rank(plan) -> Array:
+def ep_rank(plan: "Plan") -> Array:
     """This device's expert-parallel rank, traced."""
     return lax.axis_index(plan.ep_axis)
 
 
-def tp_rank(plan) -> Array:
+def tp_rank(plan: "Plan") -> Array:
     """This device's tensor-parallel rank, traced."""
     return jnp.int32(0) if plan.tp_axis is None else lax.axis_index(plan.tp_axis)
 
@@ -51,12 +52,12 @@ def rank_along(axes: tuple[str, ...]) -> Array:
     return lax.axis_index(axes)
 
 
-def max_over_ranks(x: Array, plan) -> Array:
+def max_over_ranks(x: Array, plan: "Plan") -> Array:
     """The largest ``x`` of the exchange group, so that all its devices take the same branch."""
     return _without_unit_axes(lax.pmax, x, plan.exchange_axes)
 
 
-def max_over_replicas(x: Array, plan) -> Array:
+def max_over_replicas(x: Array, plan: "Plan") -> Array:
     """The largest ``x`` of the data-parallel replicas of the exchange group."""
     return _without_unit_axes(lax.pmax, x, plan.dp_axis)
 
@@ -73,12 +74,12 @@ def _without_unit_axes(collective: Callable, tree: Any, axes: tuple[str, ...]) -
     return _compat.drop_unit_axes(result, set(_compat.union_of_varying_axes(tree)) - set(axes))
 
 
-def sum_over_tokens(x: Array, plan) -> Array:
+def sum_over_tokens(x: Array, plan: "Plan") -> Array:
     """The sum of ``x`` over every device that holds tokens."""
     return sum_over(x, plan.token_axes)
 
 
-def gather_counts(send_counts: Array, plan) -> Array:
+def gather_counts(send_counts: Array, plan: "Plan") -> Array:
     """[W, L] pairs of this rank by destination -> [P, W, W, L] of all ranks of the group, which all know the same."""
 
     def gather(counts, axes):
@@ -88,13 +89,13 @@ def gather_counts(send_counts: Array, plan) -> Array:
     return everyone.reshape(plan.tp_size, plan.ep_size, *send_counts.shape)
 
 
-def exchange_counts(send_counts: Array, plan) -> Array:
+def exchange_counts(send_counts: Array, plan: "Plan") -> Array:
     """[W, L] pairs of this rank by destination -> [P, W, L] pairs for this rank's experts by source."""
     received = lax.all_to_all(send_counts, plan.ep_axis, 0, 0, tiled=True) if plan.ep_size > 1 else send_counts
     return lax.all_gather(received, plan.tp_axis) if plan.tp_size > 1 else received[None]
 
 
-def exchange_counts_timed(send_counts: Array, plan) -> tuple[Array, Array]:
+def exchange_counts_timed(send_counts: Array, plan: "Plan") -> tuple[Array, Array]:
     """As ``exchange_counts``, and [W] i32 microseconds that this rank waited for each."""
     received, microseconds = timed_all_to_all(send_counts, plan.ep_axis)
     return lax.all_gather(received, plan.tp_axis) if plan.tp_size > 1 else received[None], microseconds
@@ -110,25 +111,25 @@ def gather_sizes(sizes: Array, axes: tuple[str, ...]) -> Array:
     return lax.all_gather(sizes, axes)
 
 
-def gather_tp(rows: Array, plan) -> Array:
+def gather_tp(rows: Array, plan: "Plan") -> Array:
     """[A, ...] of each tp rank -> [P * A, ...] of all, in rank order."""
     return gather_rows(plan.tp_axis, True, rows) if plan.tp_size > 1 else rows
 
 
-def reduce_scatter_tp(rows: Array, plan) -> Array:
+def reduce_scatter_tp(rows: Array, plan: "Plan") -> Array:
     """[P * A, H] partial sums -> this rank's [A, H], summed over tp."""
     return lax.psum_scatter(rows, plan.tp_axis, tiled=True) if plan.tp_size > 1 else rows
 
 
-def gather_tokens(x: Array, plan) -> Array:
+def gather_tokens(x: Array, plan: "Plan") -> Array:
     """[T, ...] of each device -> [P * W, T, ...] of all, tp rank first."""
     return gather_rows(_token_axes(plan), False, x) if plan.exchanges else x[None]
 
 
-def reduce_scatter_tokens(x: Array, plan) -> Array:
+def reduce_scatter_tokens(x: Array, plan: "Plan") -> Array:
     """[P * W, T, ...] partial sums -> this device's [T, ...]."""
     return lax.psum_scatter(x, _token_axes(plan)) if plan.exchanges else x[0]
 
 
-def _token_axes(plan) -> tuple[str, ...]:
+def _token_axes(plan: "Plan") -> tuple[str, ...]:
     return plan.ep_axis if plan.tp_axis is None else (plan.tp_axis, *plan.ep_axis)

@@ -82,7 +82,7 @@ def ragged_all_to_all(
     Communication, SIAM J. Comput. 11 (1982), for the relay.
     """
     axes = _compat.bound_axes(axis_name)
-    num_ranks = math.prod(lax.axis_size(axis) for axis in axes)
+    num_ranks = _compat.group_size(axes)
     check_dtype("operand", operand, (jnp.number, jnp.bool_))
     if operand.ndim < 1:
         raise ShapeError("operand is a scalar; expected [N, ...]")

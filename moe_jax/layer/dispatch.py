@@ -108,7 +108,9 @@ def dispatch(
     return dataclasses.replace(zeros, window=window, performance_info=performance_info)
 
 
-def _dispatch(plan, x, expert_ids, combine_weights, smooth_scales, token_mask, rank_table, window, performance_info):
+def _dispatch(
+    plan: Plan, x, expert_ids, combine_weights, smooth_scales, token_mask, rank_table, window, performance_info
+):
     transport, fresh = transport_of(plan), None
     counter = transport if performance_info is None else Stopwatch(transport)
     # 1. Which pairs travel, and where their rows will lie.
@@ -153,6 +155,7 @@ def dequantize(dispatched: Dispatched) -> Array:
     plan = dispatched.handle.plan
     if dispatched.scales is None or dispatched.gradient is None:
         return dispatched.x
+    assert dispatched.gradient is not None, "dispatch gives quantised rows zeros that carry their gradient"
     return dequantized(Sent(dispatched.gradient, dispatched.x, dispatched.scales, None, None, None), plan)
 
 
@@ -170,7 +173,7 @@ def _message_part(plan: Plan, with_weights: bool) -> Part:
     return Part(rows.num_bytes + 4, "uint8") if with_weights else rows
 
 
-def _check_dispatch(x, expert_ids, plan, token_mask):
+def _check_dispatch(x, expert_ids, plan: Plan, token_mask):
     check_type("plan", plan, Plan, "build one with moe_jax.make_plan(...)")
     collectives.check_axes(plan)
     check_rank("x", x, 2, "[T, H]")
@@ -185,7 +188,7 @@ def _check_dispatch(x, expert_ids, plan, token_mask):
         check_mask("token_mask", token_mask, pairs if token_mask.ndim == 2 else pairs[:1], "[T], or [T, K] for pairs")
 
 
-def _check_options(plan, combine_weights, smooth_scales, rank_table, window, performance_info):
+def _check_options(plan: Plan, combine_weights, smooth_scales, rank_table, window, performance_info):
     if combine_weights is not None:
         check_shape("combine_weights", combine_weights, (plan.tokens_per_rank, plan.top_k), "[T, K]")
         check_dtype("combine_weights", combine_weights, ("float32",), "cast it with .astype(jnp.float32)")
@@ -209,7 +212,7 @@ def _check_options(plan, combine_weights, smooth_scales, rank_table, window, per
     check_dtype("window.data", window.data, (part.dtype,), layout_text)
 
 
-def _check_smooth(plan, smooth_scales):
+def _check_smooth(plan: Plan, smooth_scales):
     recipe = plan.dispatch_recipe
     if smooth_scales is None:
         if recipe is not None and recipe.needs_smooth:

@@ -47,7 +47,7 @@ def expert_slots(
     return _forward(plan, activation, experts, arrived, order, group_sizes)[0]
 
 
-def _forward(plan, activation, experts, arrived, order, group_sizes):
+def _forward(plan: Plan, activation, experts, arrived, order, group_sizes):
     with jax.named_scope("experts"):
         rows = _rows(arrived, order, plan)
         inner = project_in(experts, rows, group_sizes, plan.kernels)
@@ -55,7 +55,7 @@ def _forward(plan, activation, experts, arrived, order, group_sizes):
         return _slots(made, order, plan), (experts, rows, inner, order, group_sizes)
 
 
-def _backward(plan, activation, residuals, ct):
+def _backward(plan: Plan, activation, residuals, ct):
     # With the rows of each expert l: inner = rows @ w_in[l], hidden = activation(inner), made = hidden @ w_out[l], with
     # biases added. w_in is w_up, and w_gate beside it if gated; w_out is w_down. From ct [M, H], picked out of slots:
     # d_w_out[l] = hidden^T @ ct         # [F, H], over the rows of l; d_b_down[l] is the sum of ct

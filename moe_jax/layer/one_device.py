@@ -83,7 +83,7 @@ def _places(pairs: layout.PairOrder, num_kept: Array, num_rows: int, plan: Plan)
 
 
 @functools.partial(custom_gradient, num_static=1)
-def _weighted_sum(plan, rows, weights, added, places):
+def _weighted_sum(plan: Plan, rows, weights, added, places):
     """``sum_k weights[t, k] * (row of (t, k) + what a weightless expert adds)``, k ascending. -> [T, H] fp32."""
     terms = _present(_collect(plan, rows, places), places)
     if added is not None:  # at most one of the two is not zero
@@ -91,7 +91,7 @@ def _weighted_sum(plan, rows, weights, added, places):
     return sum(weights[:, k, None] * term for k, term in enumerate(terms))
 
 
-def _weighted_sum_backward(plan, residuals, ct):
+def _weighted_sum_backward(plan: Plan, residuals, ct):
     # d_row(t, k) = weights[t, k] * ct[t]                                  # [M, H], and rounded as if it travelled
     # d_weights[t, k] = <row(t, k) + what a weightless expert adds, ct[t]>    # [T, K]
     rows, weights, added, places = residuals
@@ -113,12 +113,12 @@ _weighted_sum.defvjp(lambda plan, *operands: (_weighted_sum(plan, *operands), op
 
 
 @functools.partial(custom_gradient, num_static=1)
-def _spread(plan, x, places):
+def _spread(plan: Plan, x, places):
     """Tokens [T, H] at the rows of all their pairs, [M, H]."""
     return take_rows(x, token_of(places.row_pair, plan.top_k), poison=plan.poison)
 
 
-def _spread_backward(plan, places, ct):
+def _spread_backward(plan: Plan, places, ct):
     # d_x[t] = sum_k ct[row of (t, k)]    # [T, H], in fp32 over ascending k
     collected = _collect(plan, as_delivered(ct, plan.backward_recipe), places)
     total: Any = sum(_present(collected, places))
@@ -129,12 +129,12 @@ _spread.defvjp(lambda plan, x, places: (_spread(plan, x, places), places), _spre
 
 
 @functools.partial(custom_gradient, num_static=1)
-def _collect(plan, rows, places):
+def _collect(plan: Plan, rows, places):
     """Rows [M, H] at their pairs, K times [T, H]; anything at a pair that has none."""
     return tuple(take_rows(rows, places.pair_row[:, k], poison=plan.poison) for k in range(plan.top_k))
 
 
-def _collect_backward(plan, places, cts):
+def _collect_backward(plan: Plan, places, cts):
     return _rows_of_pairs(plan, jnp.stack(cts, axis=1), places), None
 
 
@@ -142,13 +142,13 @@ _collect.defvjp(lambda plan, rows, places: (_collect(plan, rows, places), places
 
 
 @functools.partial(custom_gradient, num_static=1)
-def _rows_of_pairs(plan, pairs, places):
+def _rows_of_pairs(plan: Plan, pairs, places):
     """What belongs to pairs [T, K, ...] at their rows, [M, ...]."""
     return take_rows(jax.lax.collapse(pairs, 0, 2), places.row_pair, poison=plan.poison)
 
 
 @functools.partial(custom_gradient, num_static=1)
-def _pairs_of_rows(plan, rows, places):
+def _pairs_of_rows(plan: Plan, rows, places):
     """The adjoint: what belongs to rows [M, ...] at their pairs, [T, K, ...], zeros where there is none."""
     return take_rows(rows, places.pair_row, absent=0)
 

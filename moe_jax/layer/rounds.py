@@ -140,14 +140,14 @@ def _loop(overflow: Callable, plan: Plan) -> Callable:
 
 
 @functools.partial(custom_gradient, num_static=2)
-def _routed_sum(plan, activation, experts, x, weights, terms, manifest, num_rounds):
+def _routed_sum(plan: Plan, activation, experts, x, weights, terms, manifest, num_rounds):
     """[T, H] fp32. The first round is inline and keeps its residuals; the others are a loop that keeps none."""
     collected = _round(expert_slots, plan, activation, 0, experts, x, weights, manifest)
     collected = _overflow_rounds(plan, activation, collected, num_rounds, manifest, experts, x, weights)
     return finish(transport_of(plan), collected, weights, manifest.travels, terms, plan)
 
 
-def _overflow_rounds(plan, activation, collected, num_rounds, *operands):
+def _overflow_rounds(plan: Plan, activation, collected, num_rounds, *operands):
     """Adds what the further rounds collect to what the first one ``collected``."""
 
     def overflow(collected, num_rounds, manifest, experts, x, weights):
@@ -163,7 +163,7 @@ def _overflow_rounds(plan, activation, collected, num_rounds, *operands):
     return _loop(overflow, plan)(collected, num_rounds, *operands) if plan.max_rounds > 1 else collected
 
 
-def _routed_forward(plan, activation, experts, x, weights, terms, manifest, num_rounds):
+def _routed_forward(plan: Plan, activation, experts, x, weights, terms, manifest, num_rounds):
     first = functools.partial(_round, expert_slots, plan, activation, 0, manifest=manifest)
     collected, pull_first = jax.vjp(first, experts, x, weights)
     collected = _overflow_rounds(plan, activation, collected, num_rounds, manifest, experts, x, weights)
@@ -171,7 +171,7 @@ def _routed_forward(plan, activation, experts, x, weights, terms, manifest, num_
     return total, (pull_first, collected, experts, x, weights, terms, manifest, num_rounds)
 
 
-def _routed_backward(plan, activation, residuals, ct):
+def _routed_backward(plan: Plan, activation, residuals, ct):
     # d_collected, d_weights, d_terms: through the sum at the tokens, from ct [T, H]
     # d_experts, d_x, d_weights: summed over the rounds, each of them computed again but for the first
     pull_first, collected, experts, x, weights, terms, manifest, num_rounds = residuals

@@ -178,7 +178,7 @@ class Size(NamedTuple):
     multiplied: int
 
     @classmethod
-    def of(cls, plan, widened: tuple[str, ...]) -> "Size":
+    def of(cls, plan: "Plan", widened: tuple[str, ...]) -> "Size":
         itemsize, slots = jnp.dtype(plan.dtype).itemsize, plan.ep_size * plan.pair_capacity
         messages = (
             row_bytes(name, plan.hidden, plan.dtype) for name in (plan.quant, plan.combine_quant, plan.backward_quant)
@@ -211,12 +211,12 @@ def leaves(op: str, group: int, handed: int) -> int:
     return factor * handed * (group - 1) // group
 
 
-def rounds_bytes(plan) -> int:
+def rounds_bytes(plan: "Plan") -> int:
     """Of the number of rounds, where the ranks do not know it from the counts that they exchange."""
     return leaves("all-reduce", plan.ep_size * plan.tp_size, WIDE) if plan.max_rounds > 1 else 0
 
 
-def _sum_wire(plan, size: Size, routed: _Ffn, shared: _Ffn, num_replicas: int, backward: bool) -> int:
+def _sum_wire(plan: "Plan", size: Size, routed: _Ffn, shared: _Ffn, num_replicas: int, backward: bool) -> int:
     """What is summed over all devices: load and two counts; shares and a loss; gradients of replicated parameters.
 
     XLA makes one all-reduce of all that have a dtype and a group in common.
@@ -237,7 +237,7 @@ def _sum_wire(plan, size: Size, routed: _Ffn, shared: _Ffn, num_replicas: int, b
 # Memory traffic.
 
 
-def _local_traffic(plan, size: Size, backward: bool) -> int:
+def _local_traffic(plan: "Plan", size: Size, backward: bool) -> int:
     """Of a device that exchanges nothing: a gather each way, of rows as recipes leave them; the sum at the tokens."""
     tokens, pairs = plan.tokens_per_rank, plan.num_pairs
 
@@ -253,13 +253,13 @@ def _local_traffic(plan, size: Size, backward: bool) -> int:
     return total
 
 
-def _ends(plan, size: Size, backward: bool) -> int:
+def _ends(plan: "Plan", size: Size, backward: bool) -> int:
     """Bytes of a pass over the rows at both ends of every exchange between ranks."""
     messages = size.out + size.back + 2 * size.ct * backward
     return 2 * (size.sent + size.slots) * messages if plan.ep_size > 1 else 0
 
 
-def unplaced_bytes(plan, size: Size) -> int:
+def unplaced_bytes(plan: "Plan", size: Size) -> int:
     """Rows of products put into the slots that they came in, and added over tp."""
     widened = 2 * size.wide if size.sum_item > size.itemsize else 0  # rows are cast for the sum, and cast back
     added = (size.arrived + size.slots) * (size.row + widened) if plan.tp_size > 1 else 0
@@ -283,6 +283,6 @@ def _ffn_traffic(ffn: _Ffn, hidden: int, itemsize: int, backward: bool) -> int:
     return total + casts + 2 * weights * itemsize + ffn.rows * (2 * count * row + added + (5 * count - 1) * inner)
 
 
-def _router_traffic(plan) -> int:
+def _router_traffic(plan: "Plan") -> int:
     tokens, hidden, ids = plan.tokens_per_rank, plan.hidden, plan.num_ids
     return (tokens * hidden + hidden * ids + tokens * ids) * WIDE

@@ -81,12 +81,12 @@ class Plan:
 
     @property
     def num_local_experts(self) -> int:
-        """L, routed experts on each rank that holds some; a rank of a shared expert uses the first of as many slots."""
+        """L, the routed experts of each rank that holds some; a rank that holds a shared expert has it in slot 0."""
         return self.num_experts // (self.ep_size - self.num_shared_ranks)
 
     @property
     def num_copies(self) -> int:
-        """Copies of a token that may travel: K, and one for each shared expert that has ranks of its own."""
+        """C, the pairs of a token that may travel: K choices, and each shared expert that has ranks of its own."""
         return self.top_k + (self.num_shared_experts if self.num_shared_ranks else 0)
 
     @property
@@ -96,7 +96,7 @@ class Plan:
 
     @property
     def num_pairs(self) -> int:
-        """The most copies that one device can send."""
+        """The pairs of one device: the most that it can send."""
         return self.tokens_per_rank * self.num_copies
 
     @property
@@ -126,7 +126,7 @@ class Plan:
 
     @property
     def max_rounds(self) -> int:
-        """Rounds that the worst skew needs: 1 where one holds all, overflow is dropped or nothing is exchanged."""
+        """The rounds that the worst skew needs: 1 if a round holds it, overflow is dropped, or nothing is exchanged."""
         if self.overflow == "drop" or not self.num_pairs or not self.exchanges:
             return 1
         return math.ceil(self.max_pair_rows / self.pair_capacity)

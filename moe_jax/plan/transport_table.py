@@ -6,22 +6,26 @@ sizes. ``moe_jax.transports`` fills it in when the package is imported.
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
-_TABLE: dict[str, Any] = {}  # in the order in which "auto" compares them
+if TYPE_CHECKING:
+    from moe_jax.plan.plan import Plan
+    from moe_jax.transports.base import Transport
+
+_TABLE: dict[str, "Transport"] = {}  # in the order in which "auto" compares them
 
 
-def add_transport(transport: Any) -> None:
+def add_transport(transport: "Transport") -> None:
     """Enters a ``moe_jax.transports.Transport`` under its name."""
     _TABLE[transport.name] = transport
 
 
-def is_taken(transport: Any) -> bool:
+def is_taken(transport: "Transport") -> bool:
     """Whether the name of ``transport`` is that of another one, which plans may have kept."""
     return _TABLE.get(transport.name, transport) is not transport
 
 
-def transport_of(plan: Any) -> Any:
+def transport_of(plan: "Plan") -> "Transport":
     """The ``moe_jax.transports.Transport`` of a plan."""
     return _TABLE[plan.transport]
 
@@ -32,7 +36,7 @@ def transport_names() -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def entered(transport: Any) -> Iterator[None]:
+def entered(transport: "Transport") -> Iterator[None]:
     """Enters a transport for as long as the context lasts, in place of another one of its name. For tests."""
     before = dict(_TABLE)
     add_transport(transport)

@@ -1,6 +1,5 @@
 """The barrier: a value that no rank gets before every rank has come."""
 
-import math
 from typing import Any
 
 import jax
@@ -63,7 +62,7 @@ def barrier(
     Source: DistributeBarrierV2 (xRef, elasticInfo, timeOut).
     """
     axes = _compat.bound_axes(axis_name)
-    num_ranks = math.prod(_compat.bound_axis_size(axis) for axis in axes)
+    num_ranks = _compat.group_size(axes)
     live = read_rank_table(rank_table, num_ranks, 0, 0).logical >= 0
     return wait_for_ranks(x, live, axes, timeout_us)
 

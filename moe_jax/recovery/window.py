@@ -5,7 +5,6 @@ its matrix the host decides who survives; reset again with the mask of the survi
 operators.
 """
 
-import math
 from typing import Any
 
 import jax
@@ -223,7 +222,7 @@ def receivable_info_collect(
 
 def _bound(axis_name: Any) -> tuple[tuple[str, ...], int]:
     axes = _compat.bound_axes(axis_name)
-    return axes, math.prod(_compat.bound_axis_size(axis) for axis in axes)
+    return axes, _compat.group_size(axes)
 
 
 def _links(link_up: Array | None, num_ranks: int) -> Array:

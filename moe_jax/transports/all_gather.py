@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from moe_jax import collectives, layout
 from moe_jax.derivatives import differentiated_as, take_rows
+from moe_jax.plan import Plan
 from moe_jax.plan.cost import WIDE, leaves, recoded, rounds_bytes, row_bytes
 from moe_jax.quant.message import join_some, split_some
 from moe_jax.transports.base import (
@@ -132,14 +133,14 @@ class AllGather(Transport):
         return total + _pass_out(plan, size, size.ct) + _pass_back(plan, size, size.ct)
 
 
-def _pass_out(plan, size, message: int) -> int:
+def _pass_out(plan: Plan, size, message: int) -> int:
     """Tokens as messages to all ranks, and rows picked out of them."""
     coded = recoded(size, message, plan.tokens_per_rank) + recoded(size, message, size.arrived)
     moved = (plan.tokens_per_rank + size.everyone) * message if plan.ep_size * plan.tp_size > 1 else 0
     return coded + moved + 2 * size.arrived * message
 
 
-def _pass_back(plan, size, message: int) -> int:
+def _pass_back(plan: Plan, size, message: int) -> int:
     """Rows of products summed for all tokens, and the sums of the ranks added."""
     sums = size.everyone * (plan.num_copies * size.row + size.wide)
     moved = (size.everyone + plan.tokens_per_rank) * size.wide if plan.ep_size * plan.tp_size > 1 else 0
@@ -149,7 +150,7 @@ def _pass_back(plan, size, message: int) -> int:
 ALL_GATHER = AllGather()
 
 
-def _everyone(ct: Array, plan) -> Array:
+def _everyone(ct: Array, plan: Plan) -> Array:
     """[T, H] of each device -> [P * W, T, H] of all, as the recipe of cotangents leaves them."""
     recipe = plan.backward_recipe
 

@@ -99,7 +99,7 @@ class AllToAll(Transport):
     def open_blocks(self, manifest, start, capacity, plan, *, num_rows) -> Opened:
         return self._open(manifest, start, capacity, plan, num_rows, Blocks())
 
-    def _open(self, manifest, start, capacity, plan, num_rows, exchange):
+    def _open(self, manifest, start, capacity, plan: Plan, num_rows, exchange):
         compact = not exchange.in_blocks
         # 1. The sender's side: pairs sorted by destination fill the outbox, rank by rank.
         send = layout.send_maps(manifest.pairs, plan.ep_size, start, capacity, compact=compact)
@@ -250,7 +250,7 @@ class AllToAll(Transport):
         return total + _pass_out(plan, size, pairs, size.ct) + _pass_back(plan, size, size.ct)
 
 
-def _pass_out(plan, size, rows: int, message: int) -> int:
+def _pass_out(plan: Plan, size, rows: int, message: int) -> int:
     """``rows`` as messages to the experts, and in their order there."""
     coded = recoded(size, message, rows) + recoded(size, message, size.arrived)
     moved = (size.sent + size.slots) * message if plan.ep_size > 1 else 0
@@ -258,7 +258,7 @@ def _pass_out(plan, size, rows: int, message: int) -> int:
     return coded + 2 * size.sent * message + moved + gathered + 2 * size.arrived * size.row
 
 
-def _pass_back(plan, size, message: int) -> int:
+def _pass_back(plan: Plan, size, message: int) -> int:
     """Rows of products as messages to the tokens, and summed."""
     moved = (size.slots + size.sent) * message if plan.ep_size > 1 else 0
     coded = recoded(size, message, size.slots) + recoded(size, message, plan.num_pairs)
@@ -305,13 +305,13 @@ class Ragged(AllToAll):
 PADDED, RAGGED = Padded(), Ragged()
 
 
-def _round_sizes(manifest: Any, start: Array | int, capacity: int, plan) -> Array:
+def _round_sizes(manifest: Any, start: Array | int, capacity: int, plan: Plan) -> Array:
     """[W, W] i32, rows from each rank to each in a round, of the ranks with this rank's tp rank."""
     lists = lax.dynamic_index_in_dim(manifest.known.sizes, collectives.tp_rank(plan), keepdims=False)
     return jnp.clip(lists - start, 0, capacity)
 
 
-def _place_of(pair: Array, plan) -> Array:
+def _place_of(pair: Array, plan: Plan) -> Array:
     """Where each pair lies in [C * T], -1 for none."""
     # Pair (t, c) has the number t * C + c, and its row lies at c * T + t.
     return jnp.where(pair < 0, -1, pair % plan.num_copies * plan.tokens_per_rank + pair // plan.num_copies)

@@ -24,6 +24,7 @@ from jax import lax
 from moe_jax import _compat, collectives, layout
 from moe_jax.collectives.exchange import Blocks, Chunks, Exchange
 from moe_jax.derivatives import take_rows
+from moe_jax.plan import Plan
 from moe_jax.plan.cost import WIDE, leaves, recoded, rounds_bytes, row_bytes, unplaced_bytes
 from moe_jax.quant.message import join_some, split_some
 from moe_jax.transports import linear
@@ -249,7 +250,7 @@ class Hierarchy(Transport):
         return total + _pass_out(plan, size, size.ct) + _pass_back(plan, size, size.ct)
 
 
-def _pass_out(plan, size, message: int) -> int:
+def _pass_out(plan: Plan, size, message: int) -> int:
     """Tokens as messages to the nodes, inside them to the experts, and in their order there."""
     coded = recoded(size, message, plan.tokens_per_rank) + recoded(size, message, size.arrived)
     packed = 2 * size.sent * message + 4 * size.node_slots * message
@@ -258,7 +259,7 @@ def _pass_out(plan, size, message: int) -> int:
     return coded + packed + moved + gathered + 2 * size.arrived * size.row
 
 
-def _pass_back(plan, size, message: int) -> int:
+def _pass_back(plan: Plan, size, message: int) -> int:
     """Rows of products inside their node, summed there, and the sums of the nodes added."""
     inside = 2 * size.slots * size.row if plan.ep_size > plan.num_nodes else 0
     sums = size.node_slots * (plan.num_copies * size.row + size.wide + 3 * message)
@@ -268,17 +269,17 @@ def _pass_back(plan, size, message: int) -> int:
 HIERARCHY = Hierarchy()
 
 
-def _exchange_across(rows: Array, plan) -> Array:
+def _exchange_across(rows: Array, plan: Plan) -> Array:
     """[N * B, F]: block m of B slots goes to node m; block n of the result came from node n."""
     return Blocks().move(rows, len(rows), _across(plan), plan)[0]
 
 
-def _across(plan) -> tuple[str, ...]:
+def _across(plan: Plan) -> tuple[str, ...]:
     """The axes between ranks of equal index on all nodes; none where the mesh has no axis of nodes."""
     return plan.ep_axis[:-1]
 
 
-def _inside(plan) -> tuple[str, ...]:
+def _inside(plan: Plan) -> tuple[str, ...]:
     """The axis between the ranks of one node."""
     return plan.ep_axis[-1:]
 
@@ -290,7 +291,7 @@ def open_hierarchy(
     destination: Array,
     start: Array | int,
     capacity: int,
-    plan,
+    plan: Plan,
     *,
     num_rows: int,
     source_order: Array | None = None,

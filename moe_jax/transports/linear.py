@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.derivatives import custom_gradient
+from moe_jax.plan import Plan
 from moe_jax.quant.message import join_some, split_some
 from moe_jax.transports.base import as_received, as_sent, only_present
 
@@ -19,7 +20,7 @@ Array = jax.Array
 
 
 @functools.partial(custom_gradient, num_static=4)
-def send(transport, plan, ordered, recipe, tokens, pairs, scalars, maps) -> tuple[Array | None, Array | None]:
+def send(transport, plan: Plan, ordered, recipe, tokens, pairs, scalars, maps) -> tuple[Array | None, Array | None]:
     """row(t, c) = tokens[t] or pairs[c, t], and scalars[c, t], in one message.
 
     Args:
@@ -46,12 +47,12 @@ def send(transport, plan, ordered, recipe, tokens, pairs, scalars, maps) -> tupl
     return as_received(message, recipe, given.shape[-1]), row_scalars
 
 
-def _send_forward(transport, plan, ordered, recipe, tokens, pairs, scalars, maps):
+def _send_forward(transport, plan: Plan, ordered, recipe, tokens, pairs, scalars, maps):
     like = [None if part is None else part[:0] for part in (tokens, pairs)]
     return send(transport, plan, ordered, recipe, tokens, pairs, scalars, maps), (*like, maps)
 
 
-def _send_backward(transport, plan, ordered, recipe, residuals, cts):
+def _send_backward(transport, plan: Plan, ordered, recipe, residuals, cts):
     # d_tokens[t] = sum over the pairs c of t in the round of ct_row(t, c)    # [T, F] from [M, F]
     # d_pairs[c, t] = ct_row(t, c)    # [C, T, F], zero for pairs of other rounds; d_scalars likewise, [C, T, G]
     tokens, pairs, maps = residuals
@@ -65,7 +66,7 @@ send.defvjp(_send_forward, _send_backward)
 
 
 @functools.partial(custom_gradient, num_static=4)
-def collect(transport, plan, ordered, recipe, rows, scalars, maps) -> tuple[Array | None, Array | None]:
+def collect(transport, plan: Plan, ordered, recipe, rows, scalars, maps) -> tuple[Array | None, Array | None]:
     """Rows [M, F] and scalars [M, G] at their tokens: [C, T, F] and [C, T, G].
 
     Rows of pairs of other rounds may hold anything. A transport that is not ``pairwise`` gives sums of rows, fp32
@@ -76,12 +77,12 @@ def collect(transport, plan, ordered, recipe, rows, scalars, maps) -> tuple[Arra
     return rows, scalars
 
 
-def _collect_forward(transport, plan, ordered, recipe, rows, scalars, maps):
+def _collect_forward(transport, plan: Plan, ordered, recipe, rows, scalars, maps):
     found = collect(transport, plan, ordered, recipe, rows, scalars, maps)
     return found, (None if rows is None else rows[:0], maps)
 
 
-def _collect_backward(transport, plan, ordered, recipe, residuals, cts):
+def _collect_backward(transport, plan: Plan, ordered, recipe, residuals, cts):
     # d_row(t, c) = ct[c, t], or ct[t] of sums    # [M, F]
     # d_scalars of the row of (t, c) = ct_scalars[c, t]    # [M, G]
     rows, maps = residuals

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from moe_jax import _compat
 from moe_jax.derivatives import custom_gradient, take_rows
+from moe_jax.plan import Plan
 from moe_jax.quant import QTensor
 from moe_jax.quant.message import join, join_some, split, split_some
 from moe_jax.transports import linear
@@ -109,11 +110,11 @@ def send_as_is(
     return _send_as_is(transport, *_compat.as_varying((tokens, weights, tags), handle.plan.exchange_axes), handle)
 
 
-def dequantized(sent: Sent, plan) -> Array:
+def dequantized(sent: Sent, plan: Plan) -> Array:
     """The rows [M, H] in ``plan.dtype`` as the experts see them: about x, or x times its smoothing factors."""
-    if sent.values is None or sent.scale is None:
-        return sent.rows
     recipe = plan.dispatch_recipe
+    if recipe is None or sent.values is None or sent.scale is None:
+        return sent.rows
     rows = recipe.dequantize(QTensor(values=sent.values, scale=sent.scale)).astype(plan.dtype)
     return _attach(jax.lax.stop_gradient(rows), sent.rows)
 
@@ -168,7 +169,7 @@ def _send(transport, quantised, ordered, x, smooth, weights, tags, handle):
     return Sent(carrier, q.values, q.scale, row_weights, row_tags, note)
 
 
-def _of_pairs(weights: Array | None, tags: Array | None, plan) -> list[Array | None]:
+def _of_pairs(weights: Array | None, tags: Array | None, plan: Plan) -> list[Array | None]:
     """Weights [T, K] and tags [T, C, G] as they belong to pairs: [C, T, 1] and [C, T, G]."""
     weights = None if weights is None else pair_weights(weights, plan).T[..., None]
     return [weights, None if tags is None else jnp.swapaxes(tags, 0, 1)]

@@ -5,12 +5,14 @@ Absolute times would say little about another machine; only those of compiling a
 
 from typing import Any
 
+from moe_jax.plan import Plan
 from moe_jax.tools.bench.programs import BASELINES, LAYER, LIMIT, MINIMAL, PASSES
+from moe_jax.tools.bench.workloads import Workload
 
 _NAME = 34
 
 
-def describe_workload(name: str, workload: Any, plan: Any) -> str:
+def describe_workload(name: str, workload: Workload, plan: Plan) -> str:
     """The line above the rows of a workload."""
     return (
         f"{name}  {workload.tokens} tokens per device x {plan.hidden} {plan.dtype}, ffn {workload.ffn}, "
