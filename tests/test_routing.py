@@ -313,6 +313,16 @@ def test_losses_and_load_are_those_of_all_tokens(score, axis_name):
     np.testing.assert_allclose(d_logits, expected_gradient, **CLOSE)
 
 
+def test_choices_do_not_depend_on_how_the_compiler_rounds():
+    """Without its optimisations XLA computes the score of a group twice, and not alike to the last bit."""
+    logits, bias, _ = arguments("spread")
+    router = moe_jax.RouterConfig(num_groups=8, top_groups=2, group_score="top2", selection_bias=True)
+    program = jax.jit(lambda logits, bias: moe_jax.route(logits, router, top_k=K, bias=bias).expert_ids)
+    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    found = program.lower(logits, bias).compile(compiler_options=options)(logits, bias)
+    np.testing.assert_array_equal(found, reference.route(logits, router, top_k=K, bias=bias).expert_ids)
+
+
 # --- the adjoint gathers and compares --------------------------------------------------------------------------------
 
 
