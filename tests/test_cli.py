@@ -170,6 +170,7 @@ def test_runs_without_out_are_kept_apart(folder, capsys):
     assert any("resuming runs/mini-2 after step 2" in note["text"] for note in events["note"])
 
 
+@pytest.mark.slow
 def test_a_diverging_run_stops_and_keeps_its_last_checkpoint(folder, capsys):
     (folder / "mini.toml").write_text(MINIATURE.replace("1e-2", "1e30") + "save_every = 1\n")
     code = main(["train", str(folder / "mini.toml"), "--data", str(folder / "text"), "--out", "run", "--mesh", "ep=1"])
@@ -234,6 +235,7 @@ def until(process, **wanted):
     raise AssertionError(f"the run ended without {wanted}")
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_ends(folder):
     """As a cluster sends it; SIGINT and SIGHUP take the same way."""
     with start(folder, "--steps", "100000") as process:

@@ -144,6 +144,7 @@ def test_generated_slices(num_ranks, axes, data):
     check_gradients(num_ranks, axes, lay_out(rng, sizes, NUM_IN, NUM_OUT, overlapping=overlapping), rng)
 
 
+@pytest.mark.quick("int8-row_shape1", "bfloat16-row_shape3", "float32-row_shape4")
 @pytest.mark.parametrize(
     ("dtype", "row_shape"),
     [(np.int32, ()), (np.int8, (2, 3)), (np.float32, (2, 3)), (jnp.bfloat16, (3,)), (np.float32, (0,))],

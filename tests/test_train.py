@@ -194,6 +194,7 @@ def test_atomic_write_keeps_the_old_file_until_the_end(tmp_path):
 # The step
 
 
+@pytest.mark.slow
 def test_a_step_counts_and_decays_matrices_only(config):
     config = override(
         config,
