@@ -146,6 +146,7 @@ def test_one_hot_drops_what_does_not_fit(ep, tp):
     assert_close(y, expected)
 
 
+@pytest.mark.slow
 def test_the_minimal_layer_counts_what_has_no_room():
     """All 2 x 8 copies of each of 4 devices go to rank 0, and as many rows as a pair of ranks moves arrive."""
     setting = setting_of(4, 1, dataclasses.replace(TINY, pattern="one rank"))
@@ -246,6 +247,7 @@ def test_estimates_by_hand():
     assert [estimate.words(seconds) for seconds in (41.2, 150.0)] == ["about 41 s", "about 2 min"]
 
 
+@pytest.mark.slow
 def test_minima_by_hand():
     """ep=2, balanced: half the 16 copies of a device leave. 16 hidden, 12 ffn; 16 rows arrive, 4 experts x 4."""
     setting = setting_of(2, 1, quant="int8")

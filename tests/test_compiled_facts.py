@@ -133,6 +133,7 @@ def test_one_device_has_nothing_of_an_exchange(target, name, phase):
 # --- the instruments --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_minimal_layer_is_one():
     """Equal to the float64 oracle where nothing is dropped; what is dropped is counted."""
     mesh = mesh_of(4, 1)

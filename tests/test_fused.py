@@ -270,7 +270,7 @@ def test_counts_are_data():
 # --- chunks ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.quick("True-2-grouped_matmul_all_to_allv")
+@pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(("static", "chunks"), [(False, 4), (True, 2)])
 def test_chunks_change_no_bit(op, static, chunks):

@@ -46,7 +46,7 @@ def run_patterns(ep, tp, transport, repeats):
     return rounds
 
 
-@pytest.mark.quick("4-2-padded", "2-1-ragged")
+@pytest.mark.quick("4-2-padded")
 @pytest.mark.parametrize("ep,tp,transport", [*FEW_WORLDS, (2, 1, "ragged")])
 def test_equals_oracle(ep, tp, transport):
     """At any skew, in as many rounds as it takes, by one program for all routes."""
@@ -286,6 +286,7 @@ def _initial(ep, tp):
     return jax.tree.map(np.asarray, make(ep, tp)[1](jax.random.key(3)))
 
 
+@pytest.mark.slow
 def test_initial_parameters_do_not_depend_on_the_mesh():
     """Nor on the number of a device's weights, but for last bits of the normal distribution's inverse."""
     chex.assert_trees_all_close(_initial(1, 1), _initial(4, 2), _initial(2, 4), rtol=LAST_BITS, atol=0)

@@ -86,7 +86,7 @@ FEW_MESHES = [  # every type of every axis, with tp 1 and 2, with and without se
 ]
 
 
-@pytest.mark.quick("types0-shape0-True-spec0")
+@pytest.mark.slow
 @pytest.mark.parametrize("types,shape,set_mesh,spec", FEW_MESHES)
 def test_layer_on_a_mesh_of_any_type(types, shape, set_mesh, spec):
     check_layer(types, shape, set_mesh=set_mesh, spec=spec)

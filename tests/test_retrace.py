@@ -266,6 +266,7 @@ def compiled(caplog, function, *args):
     return result, [record.args[0] for record in caplog.records if record.msg.startswith("Compiling")]
 
 
+@pytest.mark.slow
 def test_layer_outside_a_program_is_one_program(caplog):
     """``init`` and ``apply`` without jit: a single program each, and none for other values; nor for gradients."""
     mesh = moe.make_mesh(ep=2, tp=2)
