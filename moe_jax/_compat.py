@@ -34,18 +34,25 @@ def exportable(cls: Class, *, to_json: Callable | None = None, from_json: Callab
     """Lets ``jax.export`` write and read programs that take or return ``cls``, a pytree or a NamedTuple.
 
     ``to_json`` and ``from_json`` turn what is static in an instance (its auxiliary data) into plain values of JSON and
-    back; without them an instance has nothing static.
+    back; without them an instance has nothing static. A class of somebody else that is defined again, as in a cell of
+    a notebook that is run again, is what it was but for export: JAX keeps the first class of a name.
     """
-    name = f"moe_jax.{cls.__name__}"
+    package = cls.__module__.partition(".")[0]
+    name = f"{package}.{cls.__name__}"
     if hasattr(cls, "_fields"):
         return jax.export.register_namedtuple_serialization(cls, serialized_name=name)
     to_json, from_json = to_json or list, from_json or tuple
-    return jax.export.register_pytree_node_serialization(
-        cls,
-        serialized_name=name,
-        serialize_auxdata=lambda aux: json.dumps(to_json(aux)).encode(),
-        deserialize_auxdata=lambda text: from_json(json.loads(text, object_hook=_with_tuples)),
-    )
+    try:
+        return jax.export.register_pytree_node_serialization(
+            cls,
+            serialized_name=name,
+            serialize_auxdata=lambda aux: json.dumps(to_json(aux)).encode(),
+            deserialize_auxdata=lambda text: from_json(json.loads(text, object_hook=_with_tuples)),
+        )
+    except ValueError:
+        if package == "moe_jax":
+            raise
+        return cls
 
 
 def exportable_static(cls: Class) -> Class:

@@ -205,3 +205,19 @@ def test_help_names_every_field(cls):
 def test_there_are_public_records():
     found = set(public_records())
     assert {moe.Plan, moe.Backend, moe.Contract, moe.Dispatched, moe.RouterConfig, results.CombineOutput} <= found
+
+
+def test_a_class_that_is_defined_again_is_a_pytree_still():
+    """As in a cell of a notebook that is run again, where a transport keeps maps of its own."""
+
+    def define():
+        @types.pytree()
+        class Mine:
+            slots: jax.Array
+
+        return Mine
+
+    first, second = define(), define()
+    assert first is not second
+    for cls in (first, second):
+        assert jax.tree.map(lambda slots: slots + 1, cls(slots=1)) == cls(slots=2)

@@ -381,7 +381,7 @@ def test_a_compiler_alone_is_no_accelerator(monkeypatch):
     installed = [SimpleNamespace(name=name) for name in ("jax_cuda12_plugin", "libtpu")]
     monkeypatch.setattr(importlib.metadata, "distributions", lambda: installed)
     monkeypatch.setattr(_compat, "backends_are_initialized", lambda: False)
-    monkeypatch.setattr(mesh_module, "jax", SimpleNamespace(config=SimpleNamespace(jax_platforms=None)))
+    monkeypatch.setattr(_compat, "config_value", lambda name: None)
     for there, expected in [((), False), (("/dev/nvidia*",), True), (("/dev/accel*",), True), (("/dev/kfd",), False)]:
         monkeypatch.setattr(mesh_module.glob, "glob", lambda pattern: [pattern] * (pattern in there))
         assert mesh_module.has_accelerator() is expected
