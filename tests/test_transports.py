@@ -19,7 +19,7 @@ from moe_jax.transports.all_to_all import AllToAll
 from moe_jax.types import pytree
 from moe_jax.verify import TransportContractError, transport_contract
 
-ALL = [PADDED, RAGGED, ALL_GATHER, HIERARCHY]
+ALL = [PADDED, ALL_GATHER, RAGGED, HIERARCHY]
 
 
 @pytest.mark.quick("padded", "allgather", "hierarchy")  # "ragged" is emulated here, and costs most

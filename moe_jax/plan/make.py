@@ -165,9 +165,13 @@ def make_plan(
 
 def _with_least_time(plan: Plan, platform: str) -> Plan:
     """``plan`` with the transport that should take the least time to move rows."""
-    costs = {}
-    for name in ("padded", "allgather") if platform == "cpu" else ("padded", "allgather", "ragged"):
+    costs, sources = {}, []
+    for name in transport_names():
         candidate = dataclasses.replace(plan, transport=name)
+        transport = transport_of(candidate)
+        if not transport.automatic(platform):
+            continue
+        sources.append(transport.source_of_rates(RATES[platform]))
         phases = layer_costs(candidate, platform, ffn=0, activation="swiglu", num_replicas=1)
         costs[name] = phases[PHASES[1]]
     seconds = {name: cost.memory_seconds + cost.wire_seconds for name, cost in costs.items()}
@@ -176,8 +180,7 @@ def _with_least_time(plan: Plan, platform: str) -> Plan:
         for name, cost in costs.items()
     )
     reason = f"least time to move rows, {PHASES[1]}, at nominal rates of {platform} ({words})"
-    if "ragged" in costs:
-        reason += f"; {RATES[platform].ragged_source}"
+    reason = "; ".join([reason, *filter(None, sources)])
     return dataclasses.replace(plan, transport=min(seconds, key=lambda name: seconds[name]), transport_reason=reason)
 
 

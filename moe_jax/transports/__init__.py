@@ -33,5 +33,5 @@ __all__ = [
     "transport_of",
 ]
 
-for _transport in (PADDED, RAGGED, ALL_GATHER, HIERARCHY):
+for _transport in (PADDED, ALL_GATHER, RAGGED, HIERARCHY):
     register_transport(_transport)

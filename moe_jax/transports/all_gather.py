@@ -43,6 +43,9 @@ class AllGather(Transport):
 
     name = "allgather"
 
+    def automatic(self, platform):
+        return True
+
     def count(self, destination, pairs, plan):
         """[P, W, T * C] the destinations of all ranks' pairs."""
         everyone = collectives.gather_tokens(destination, plan)

@@ -271,6 +271,9 @@ class Padded(AllToAll):
 
     name = "padded"
 
+    def automatic(self, platform):
+        return True
+
     def exchange(self, manifest, start, capacity, plan):
         if capacity <= plan.pair_capacity:
             return Blocks()
@@ -285,6 +288,12 @@ class Ragged(AllToAll):
     """Slices of true length in one exchange."""
 
     name = "ragged"
+
+    def automatic(self, platform):
+        return platform != "cpu"  # which has no such instruction, and emulates it by equal blocks
+
+    def source_of_rates(self, rates):
+        return rates.ragged_source
 
     def exchange(self, manifest, start, capacity, plan):
         return Slices(sizes=_round_sizes(manifest, start, capacity, plan))

@@ -139,6 +139,14 @@ class Transport(abc.ABC):
         """``size`` of a round under an even load, where the exchange follows the true counts."""
         return size
 
+    def automatic(self, platform: str) -> bool:
+        """Whether ``make_plan(transport="auto")`` may take it for devices of ``platform``."""
+        return False
+
+    def source_of_rates(self, rates: Any) -> str:
+        """Where the two figures below are from, in words; "" where they say nothing."""
+        return ""
+
     def passes_at_ends(self, rates: Any) -> float:
         """How often rows are read and written at each end of an exchange between ranks, beside ``traffic_bytes``."""
         return 0.0
