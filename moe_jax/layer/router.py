@@ -237,7 +237,7 @@ def _best(keys: Sequence[jax.Array], count: int) -> jax.Array:
     for _ in range(count):
         taken = jnp.any(positions[..., None] == chosen[..., None, :], axis=-1)
         # Those taken come after all others, however low these are.
-        operands = [jnp.where(taken, -1, 0), *keys, positions]
+        operands = [-taken.astype(jnp.int32), *keys, positions]
         lowest = [np.int32(-2), *[np.float32(-np.inf)] * len(keys), np.int32(num)]
         pick = lax.reduce(operands, lowest, better, (keys[0].ndim - 1,))[-1]
         chosen = jnp.concatenate([chosen, pick[..., None]], axis=-1)
