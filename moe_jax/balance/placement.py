@@ -207,11 +207,19 @@ def expected_imbalance(load: np.ndarray, placement: Placement) -> np.ndarray:
     expected = (*placement.physical_to_logical.shape[:-1], placement.num_logical_experts)
     if load.shape != expected:
         raise ShapeError(f"load has shape {load.shape}; expected {expected}, as in the placement")
-    share = load / placement.replica_counts
-    loads = np.take_along_axis(share, np.asarray(placement.physical_to_logical), -1)
-    loads = loads.reshape(*load.shape[:-1], placement.num_ranks, -1).sum(-1)
-    total = loads.sum(-1)
-    return np.asarray(np.where(total > 0, loads.max(-1) * placement.num_ranks / np.where(total > 0, total, 1), 1.0))
+    return np.asarray(over_mean(rank_loads(load, placement)).max(-1))
+
+
+def rank_loads(load: np.ndarray, placement: Placement) -> np.ndarray:
+    """[..., R] load of each rank, for load [..., E] with the placement's layers."""
+    share = np.take_along_axis(load / placement.replica_counts, np.asarray(placement.physical_to_logical), -1)
+    return share.reshape(*load.shape[:-1], placement.num_ranks, -1).sum(-1)
+
+
+def over_mean(loads: np.ndarray) -> np.ndarray:
+    """[..., R] load of each rank over the mean of all; ones where there is no load at all."""
+    total = loads.sum(-1, keepdims=True)
+    return np.where(total > 0, loads * loads.shape[-1] / np.where(total > 0, total, 1), 1.0)
 
 
 def read_load(load: Any) -> np.ndarray:

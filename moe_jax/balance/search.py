@@ -277,10 +277,7 @@ def solve(load: np.ndarray, num_slots: int, num_ranks: int, num_nodes: int = 1) 
         left = _uneven(best, everyone)
         if not len(left):
             break
-        deal, mine = _some(best, left), np.arange(len(left))
-        shake(deal, mine, np.random.default_rng(seed))
-        even_out(deal, mine, most)
-        _take_better(best, deal, left, twins(deal) == 0)
+        _leave_dead_ends(best, left, most, seed)
     # 4. Never less even than the usual deal.
     worse = np.nonzero(best.rank_load.max(1) > bound)[0]
     even_out(best, worse, most, rest=0.0)
@@ -288,13 +285,18 @@ def solve(load: np.ndarray, num_slots: int, num_ranks: int, num_nodes: int = 1) 
         worse = worse[best.rank_load[worse].max(1) > bound[worse]]
         if not len(worse):
             break
-        deal, mine = _some(best, worse), np.arange(len(worse))
-        shake(deal, mine, np.random.default_rng(seed))
-        even_out(deal, mine, most, rest=0.0)
-        _take_better(best, deal, worse, twins(deal) == 0)
+        _leave_dead_ends(best, worse, most, seed, rest=0.0)
     worse = worse[best.rank_load[worse].max(1) > bound[worse]]
     _replace(best, _some(usual, worse), worse)
     return best.experts
+
+
+def _leave_dead_ends(deal: Deal, layers: np.ndarray, most: int, seed: int, rest: float = _EVEN) -> None:
+    """Tries another beginning for some layers, and takes what is better and has no twins."""
+    trial, mine = _some(deal, layers), np.arange(len(layers))
+    shake(trial, mine, np.random.default_rng(seed))
+    even_out(trial, mine, most, rest)
+    _take_better(deal, trial, layers, twins(trial) == 0)
 
 
 def _some(deal: Deal, chosen) -> Deal:
@@ -323,21 +325,16 @@ def improve_by_few(deal: Deal, max_moved: int) -> None:
         layer = int(deal.rank_load.max(1).argmax())
         largest = deal.rank_load[layer].max()
         best, gain_per_slot = None, 0.0
-        for step in (_exchange_once, recount):
-            trial = _some(deal, slice(None))
-            if not step(trial, layer, most):
-                continue
+        exchanged, recounted = _some(deal, slice(None)), _some(deal, slice(None))
+        exchange_slots(exchanged, np.array([layer]), 0.0, steps=1)
+        recount(recounted, layer, most)
+        for trial in (exchanged, recounted):
             moved = int((trial.experts != deal.experts).sum())
+            if not moved:
+                continue
             gain = (largest - trial.rank_load[layer].max()) / moved
             if (trial.experts != before).sum() <= max_moved and (best is None or gain > gain_per_slot):
                 best, gain_per_slot = trial, gain
         if best is None:
             return
         _replace(deal, best, np.arange(len(deal.experts)))
-
-
-def _exchange_once(deal: Deal, layer: int, most: int) -> bool:
-    del most  # An exchange changes no count.
-    before = deal.experts[layer].copy()
-    exchange_slots(deal, np.array([layer]), 0.0, steps=1)
-    return not np.array_equal(before, deal.experts[layer])

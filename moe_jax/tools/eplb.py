@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 import moe_jax as moe
+from moe_jax.balance.placement import over_mean, rank_loads
 from moe_jax.errors import DataError
 from moe_jax.tools.train.atomic import atomic_write
 from moe_jax.tools.train.extras import REMEDY, find
@@ -43,10 +44,11 @@ def run(
     placement = moe.rebalance(
         layers, num_physical_experts=num_slots, num_ranks=ranks, num_groups=groups, num_nodes=nodes
     )
-    before, after = rank_loads(layers, in_order(num_experts, ranks)), rank_loads(layers, placement)
-    imbalance = [loads.max(1) * ranks / np.maximum(loads.sum(1), 1e-300) for loads in (before, after)]
-    folder = Path(out)
-    written = _write(folder, placement, before, after)
+    # Before: the experts in order, as evenly many on each rank as possible.
+    in_order = np.stack([part.sum(1) for part in np.array_split(layers, ranks, axis=1)], axis=1)
+    before, after = over_mean(in_order), over_mean(rank_loads(layers, placement))
+    imbalance = [loads.max(1) for loads in (before, after)]
+    written = _write(Path(out), placement, before, after)
     if json_lines:
         values = {"layers": len(layers), "experts": num_experts, "ranks": ranks, "redundant": redundant}
         values |= {"before": imbalance[0].tolist(), "after": imbalance[1].tolist(), "files": written}
@@ -63,19 +65,6 @@ def run(
         print(f"most replicas: {placement.replica_counts.max()}, of expert {expert} in layer {layer}")
     print(f"wrote {', '.join(written)}" + ("" if find("matplotlib") else f"; matplotlib, for a picture: {REMEDY}"))
     return 0
-
-
-def in_order(num_experts: int, ranks: int) -> list[np.ndarray]:
-    """The experts of each rank where they lie in order, as evenly many as possible."""
-    return np.array_split(np.arange(num_experts), ranks)
-
-
-def rank_loads(load: np.ndarray, where: "moe.Placement | list[np.ndarray]") -> np.ndarray:
-    """[layers, R] load of each rank."""
-    if not isinstance(where, moe.Placement):
-        return np.stack([load[:, experts].sum(1) for experts in where], axis=1)
-    share = np.take_along_axis(load / where.replica_counts, where.physical_to_logical, 1)
-    return share.reshape(len(load), where.num_ranks, -1).sum(-1)
 
 
 def read_loads(path: Path, steps: int | None = None) -> tuple[np.ndarray, str]:
@@ -101,8 +90,6 @@ def read_loads(path: Path, steps: int | None = None) -> tuple[np.ndarray, str]:
             raise DataError(f"{path}: --steps is for metrics.jsonl; a JSON file holds one set of loads")
         return _as_loads(path, np.array(json.loads(text))), str(path)
     except (ValueError, TypeError) as error:
-        if isinstance(error, moe.MoEError):
-            raise
         raise DataError(f"{path}: holds no loads ({error}); expected lists of numbers, all of one length") from None
 
 
@@ -116,9 +103,8 @@ def _write(folder: Path, placement: "moe.Placement", before: np.ndarray, after: 
     """Writes the placement with its tables, and the picture where matplotlib is installed; returns the paths."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        values = json.loads(placement.to_json())
         with atomic_write(folder / "placement.json") as file:
-            file.write(json.dumps(values).encode() + b"\n")
+            file.write(placement.to_json().encode() + b"\n")
         with atomic_write(folder / "tables.json") as file:
             file.write(json.dumps(placement.table().tolist()).encode() + b"\n")
         written = [str(folder / "placement.json"), str(folder / "tables.json")]
@@ -133,15 +119,15 @@ def _write(folder: Path, placement: "moe.Placement", before: np.ndarray, after: 
 
 
 def _draw(before: np.ndarray, after: np.ndarray) -> Any:
-    """Load per rank over the mean, layers above each other: before and after, with one scale of colours."""
+    """Two pictures of [layers, R] loads over the mean, with one scale of colours."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 2.5 + 0.08 * len(before)), layout="constrained")
     FigureCanvasAgg(figure)
-    relative = [loads / np.maximum(loads.mean(1, keepdims=True), 1e-300) for loads in (before, after)]
-    largest, images = max(part.max() for part in relative), []
-    for axes, part, title in zip(figure.subplots(1, 2, sharey=True), relative, ("in order", "placed"), strict=True):
+    largest, images = max(before.max(), after.max()), []
+    pictures = zip(figure.subplots(1, 2, sharey=True), (before, after), ("in order", "placed"), strict=True)
+    for axes, part, title in pictures:
         image = axes.imshow(part, aspect="auto", vmin=0, vmax=largest, cmap="magma", interpolation="nearest")
         axes.set(title=f"{title}: fullest rank {part.max():.2f} x mean", xlabel="rank", ylabel="layer")
         for axis in (axes.xaxis, axes.yaxis):
