@@ -20,15 +20,16 @@ from moe_jax.plan.cost import WIDE, leaves, recoded, row_bytes, unplaced_bytes
 from moe_jax.quant.message import join_some, split_some
 from moe_jax.transports import linear
 from moe_jax.transports.base import (
-    Delivery,
     InboxOrder,
     Opened,
     Return,
     Transport,
     as_received,
     as_sent,
+    deliver,
     only_present,
     rows_if,
+    summed_slots,
     token_of,
 )
 from moe_jax.types import pytree
@@ -137,14 +138,7 @@ class AllToAll(Transport):
                 place = _place_of(maps.outbox_pair, plan)
                 pairs = take_rows(lax.collapse(pairs, 0, 2), place, poison=plan.poison)
             outbox, parts = join_some([tokens, pairs])
-        with jax.named_scope("exchange"):
-            num_slots = maps.inbox_row.shape[0] // plan.tp_size
-            inbox, note = maps.exchange.move(outbox, num_slots, plan.ep_axis, plan)
-            inbox = collectives.gather_tp(inbox, plan)
-        with jax.named_scope("permute"):
-            rows = take_rows(inbox, maps.row_inbox, poison=plan.poison) if ordered else inbox
-            token_rows, pair_rows = split_some(rows, parts)
-            return Delivery(token_rows, pair_rows, note)
+        return deliver(outbox, parts, maps, plan.ep_axis, plan, ordered=ordered)
 
     def inbox_order(self, maps):
         return InboxOrder(maps.row_inbox, maps.inbox_row)
@@ -153,20 +147,11 @@ class AllToAll(Transport):
 
     def collect(self, rows, weights, scalars, maps, plan, *, ordered, recipe):
         del weights  # ``finish`` applies them
-        assert rows is not None  # scalars never come alone: the cotangents of weights stay at the tokens
-        row_slots, scalar_slots = rows, scalars
-        with jax.named_scope("unpermute"):
-            # Slots that no row came in hold garbage on every tp rank. That is harmless: the reduce-scatter below adds
-            # slot i of one tp rank to slot i of the others, so garbage is only added to garbage, and no pair points
-            # at it.
-            if ordered:
-                row_slots = take_rows(row_slots, maps.inbox_row, poison=plan.poison)
-            if ordered and scalar_slots is not None:
-                scalar_slots = take_rows(scalar_slots, maps.inbox_row, poison=plan.poison)
+        row_slots, scalar_slots = summed_slots([rows, scalars], maps, plan, ordered=ordered)
+        # Scalars never come alone: the cotangents of weights stay at the tokens.
+        assert rows is not None
+        assert row_slots is not None
         with jax.named_scope("exchange"):
-            row_slots = collectives.reduce_scatter_tp(row_slots, plan)
-            if scalar_slots is not None:
-                scalar_slots = collectives.reduce_scatter_tp(scalar_slots, plan)
             message, parts = join_some([as_sent(row_slots, recipe), scalar_slots])
             returned, note = maps.exchange.back().move(message, maps.outbox_pair.shape[0], plan.ep_axis, plan)
         with jax.named_scope("unpack"):

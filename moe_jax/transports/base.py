@@ -33,6 +33,7 @@ from moe_jax.errors import InvalidArgumentError, check_type
 from moe_jax.layout import PairOrder
 from moe_jax.plan import Plan
 from moe_jax.plan.transport_table import add_transport, is_taken
+from moe_jax.quant.message import split_some
 
 Array = jax.Array
 
@@ -306,6 +307,32 @@ def register_transport(transport: Transport) -> None:
     if transport.name == "auto" or is_taken(transport):
         raise InvalidArgumentError(f"name={transport.name!r} of the transport is taken; choose another word")
     add_transport(transport)
+
+
+# The end of the way that has inbox slots. ``maps``: has ``row_inbox``, ``inbox_row`` and ``exchange``.
+
+
+def deliver(outbox: Array, parts: Any, maps: Any, axes: tuple[str, ...], plan: Plan, *, ordered: bool) -> Delivery:
+    """The outbox over ``axes`` into the inbox slots of all tp ranks, and from there in the order of the experts."""
+    with jax.named_scope("exchange"):
+        num_slots = maps.inbox_row.shape[0] // plan.tp_size
+        inbox, note = maps.exchange.move(outbox, num_slots, axes, plan)
+        inbox = collectives.gather_tp(inbox, plan)
+    with jax.named_scope("permute"):
+        rows = take_rows(inbox, maps.row_inbox, poison=plan.poison) if ordered else inbox
+        token_rows, pair_rows = split_some(rows, parts)
+        return Delivery(token_rows, pair_rows, note)
+
+
+def summed_slots(arrays: list[Array | None], maps: Any, plan: Plan, *, ordered: bool) -> list[Array | None]:
+    """Arrays [M, ...] of rows, back in this rank's inbox slots and summed over tp: the adjoint of ``deliver``."""
+    with jax.named_scope("unpermute"):
+        # Slots that no row came in hold garbage on every tp rank. That is harmless: the reduce-scatter below adds
+        # slot i of one tp rank to slot i of the others, so garbage is only added to garbage, and no pair points at it.
+        if ordered:
+            arrays = [None if x is None else take_rows(x, maps.inbox_row, poison=plan.poison) for x in arrays]
+    with jax.named_scope("exchange"):
+        return [None if x is None else collectives.reduce_scatter_tp(x, plan) for x in arrays]
 
 
 # Rows in the form in which they travel.

@@ -29,7 +29,6 @@ from moe_jax.plan.cost import WIDE, leaves, recoded, rounds_bytes, row_bytes, un
 from moe_jax.quant.message import join_some, split_some
 from moe_jax.transports import linear
 from moe_jax.transports.base import (
-    Delivery,
     InboxOrder,
     Opened,
     Return,
@@ -37,7 +36,9 @@ from moe_jax.transports.base import (
     as_received,
     as_sent,
     by_token,
+    deliver,
     partial_sums,
+    summed_slots,
     token_of,
 )
 from moe_jax.types import pytree
@@ -106,15 +107,8 @@ class Hierarchy(Transport):
             if pairs is not None:
                 node_pairs = take_rows(node_pairs.reshape(-1, pairs.shape[2]), maps.outbox_pair, poison=plan.poison)
             outbox, parts = join_some([node_tokens, node_pairs])
-        with jax.named_scope("exchange"):
-            num_slots = maps.inbox_row.shape[0] // plan.tp_size
-            inbox, note = maps.exchange.move(outbox, num_slots, _inside(plan), plan)
-            inbox = collectives.gather_tp(inbox, plan)
-        # 3. In the order of the experts.
-        with jax.named_scope("permute"):
-            rows = take_rows(inbox, maps.row_inbox, poison=plan.poison) if ordered else inbox
-            token_rows, pair_rows = split_some(rows, parts)
-            return Delivery(token_rows, pair_rows, note)
+        # 3. To the ranks of this node, and in the order of the experts.
+        return deliver(outbox, parts, maps, _inside(plan), plan, ordered=ordered)
 
     def inbox_order(self, maps):
         return InboxOrder(maps.row_inbox, maps.inbox_row)
@@ -133,14 +127,8 @@ class Hierarchy(Transport):
         # 1. Inside: rows, and what stands beside them, back in the outbox slots that they left, summed over tp.
         beside_rows = weights is not None and weights.ndim == 1
         slots = [rows, weights[:, None] if weights is not None and beside_rows else scalars]
-        with jax.named_scope("unpermute"):
-            # Slots that no row came in hold garbage on every tp rank. That is harmless: the reduce-scatter below adds
-            # slot i of one tp rank to slot i of the others, so garbage is only added to garbage, and no pair points
-            # at it.
-            if ordered:
-                slots = [None if x is None else take_rows(x, maps.inbox_row, poison=plan.poison) for x in slots]
+        slots = summed_slots(slots, maps, plan, ordered=ordered)
         with jax.named_scope("exchange"):
-            slots = [None if x is None else collectives.reduce_scatter_tp(x, plan) for x in slots]
             message, held = join_some(slots)
             returned, note = maps.exchange.back().move(message, maps.outbox_pair.shape[0], _inside(plan), plan)
             node_rows, node_scalars = split_some(returned, held)
