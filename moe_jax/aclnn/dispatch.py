@@ -17,7 +17,7 @@ from moe_jax.collectives.rendezvous import keep_where
 from moe_jax.derivatives import differentiated_as
 from moe_jax.kernels import FLOAT_DTYPES
 from moe_jax.recovery.window import Window, check_window, fresh_sources, received
-from moe_jax.transports import Sent, Stopwatch, Transport, send_as_is, send_rows, transport_of
+from moe_jax.transports import CodedRows, Sent, Stopwatch, send_as_is, send_rows, transport_of
 from moe_jax.transports.manifest import open_round
 from moe_jax.types import DispatchHandle
 
@@ -107,11 +107,14 @@ def moe_distribute_dispatch_v4(
     if window is not None:
         out = dataclasses.replace(handle, maps=transport.receiving(handle.maps, window.data))
     if passes_through:
-        sent = _pass_through(transport, x, scales, weights, tags, out)
+        tokens = (x,) if scales is None else (x, scales.reshape(scales.shape[0], -1))
+        sent = send_as_is(transport, tokens, out, weights=weights, tags=tags)
+        rows, row_scales = sent.rows[0], None if scales is None else sent.rows[1].reshape(-1, *scales.shape[1:])
     else:
         sent = send_rows(transport, x, out, smooth=scales, weights=weights, tags=tags)
+        rows, row_scales, _ = sent.rows if isinstance(sent.rows, CodedRows) else (sent.rows, None, None)
     # 5. What arrived, as CANN lays it out.
-    result = _written(sent, handle, sums, world, expert_token_nums_type, ledger)
+    result = _written(rows, row_scales, sent, handle, sums, world, expert_token_nums_type, ledger)
     if window is not None:
         window = received(window, sent.note, handle, plan.max_pair_rows)
         return WindowDispatchOutput(*result, window=window, num_stale=manifest.stats.num_stale)
@@ -132,18 +135,15 @@ def _tags(handle: DispatchHandle, ledger: worlds.Ledger, table: Array | None) ->
     return jnp.stack(_compat.as_varying((rank, token, copy), plan.exchange_axes), axis=-1)
 
 
-def _pass_through(
-    transport: Transport, x: Array, scales: Array | None, weights: Array | None, tags: Array, handle: DispatchHandle
-) -> Sent:
-    """Rows that are quantised already, of any dtype, with their scales."""
-    tokens = (x,) if scales is None else (x, scales.reshape(scales.shape[0], -1))
-    moved, row_weights, row_tags, note = send_as_is(transport, tokens, handle, weights=weights, tags=tags)
-    row_scales = moved[1].reshape(-1, *scales.shape[1:]) if scales is not None else None
-    return Sent(moved[0], moved[0], row_scales, row_weights, row_tags, note)
-
-
 def _written(
-    sent: Sent, handle: DispatchHandle, sums: Array, world: worlds.World, nums_type: int, ledger: worlds.Ledger
+    arrived: Array,
+    scale: Array | None,
+    sent: Sent,
+    handle: DispatchHandle,
+    sums: Array,
+    world: worlds.World,
+    nums_type: int,
+    ledger: worlds.Ledger,
 ) -> DispatchOutput:
     """The outputs, zero where nothing arrived."""
     assert sent.tags is not None, "rows of this facade travel with their triples"
@@ -163,13 +163,12 @@ def _written(
             return differentiated_as(select, lambda array: keep_where(written, array, zero), array)
         return select(array)
 
-    assert sent.tags is not None, "every pair was sent with its triple"
     triples = rows(sent.tags[:capacity], own)
     assist = jnp.pad(triples.ravel(), (0, capacity * 125))
     nums = handle.group_sizes
     if nums_type == 0:
         nums = jnp.where(jnp.arange(nums.shape[0]) < ledger.num_slots, jnp.cumsum(nums), 0)
-    scale, weights = sent.scale, sent.weights
+    weights = sent.weights
     if scale is not None and scale.ndim == 2 and scale.shape[1] == 0:
         scale = None  # a static scale does not travel
     if scale is not None and plan.quant in ("int8", "fp8_e4m3", "fp8_e5m2"):
@@ -177,7 +176,7 @@ def _written(
     if weights is not None:
         weights = rows(weights[:capacity], own & (triples[:, 2] < plan.top_k))
     return DispatchOutput(
-        expand_x=rows(sent.rows if sent.values is None else sent.values, row < num_rows),
+        expand_x=rows(arrived, row < num_rows),
         dynamic_scales=None if scale is None else rows(scale, row < num_rows),
         assist_info_for_combine=assist,
         expert_token_nums=nums.astype(jax.dtypes.canonicalize_dtype("int64")),

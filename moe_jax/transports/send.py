@@ -5,7 +5,7 @@
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,21 +22,34 @@ from moe_jax.types import DispatchHandle
 Array = jax.Array
 
 
-class Sent(NamedTuple):
-    """Rows at their experts. Quantised ones are constants to JAX: their gradient flows through ``rows``.
+class CodedRows(NamedTuple):
+    """Rows of a quantised wire. Their codes and scales are constants to JAX; ``dequantized`` makes rows of all three.
 
     Attributes:
-      rows: [M, H] in ``plan.dtype``; zeros where the rows are quantised.
-      values: [M, V], codes of quantised rows.
+      values: [M, V], the codes.
       scale: [M, S], their scales.
-      weights: [M] f32, the combine weight of each row, if weights were given.
-      tags: [M, G] i32, if tags were given.
+      gradient: [M, H] zeros in ``plan.dtype``, through which the gradient of the rows flows.
+    """
+
+    values: Array
+    scale: Array
+    gradient: Array
+
+
+_Rows = TypeVar("_Rows")
+
+
+class Sent(NamedTuple, Generic[_Rows]):
+    """What has come to the experts.
+
+    Attributes:
+      rows: [M, H] in ``plan.dtype``, or CodedRows where the plan quantises; of ``send_as_is`` a tuple of arrays.
+      weights: [M] f32, the combine weight of each row; None if no weights were given.
+      tags: [M, G] i32; None if no tags were given.
       note: what the exchange has to say, see ``moe_jax.collectives.exchange``.
     """
 
-    rows: Array
-    values: Array | None
-    scale: Array | None
+    rows: _Rows
     weights: Array | None
     tags: Array | None
     note: Any
@@ -51,7 +64,7 @@ def send_rows(
     weights: Array | None = None,
     tags: Array | None = None,
     ordered: bool = True,
-) -> Sent:
+) -> Sent[Array | CodedRows]:
     """Sends every pair of the handle's round to its row, with all that belongs to it in one message.
 
     Args:
@@ -74,8 +87,8 @@ def send_rows(
     tags = factor if tags is None else jnp.concatenate([factor, tags], axis=-1)
     sent = _send(transport, False, True, x, None, weights, tags, handle)
     row, tags = sent.tags[:, 0], sent.tags[:, 1:] if sent.tags.shape[1] > 1 else None
-    rows, values, scale = _quantize_rows(handle.plan.dispatch_recipe, sent.rows, _row_factors(smooth, row, handle))
-    return sent._replace(rows=rows, values=values, scale=scale, tags=tags)
+    coded = _quantize_rows(handle.plan.dispatch_recipe, sent.rows, _row_factors(smooth, row, handle))
+    return sent._replace(rows=coded, tags=tags)
 
 
 def carry_rows(
@@ -91,7 +104,8 @@ def carry_rows(
         return _carry(transport, num_rows, x, smooth, handle)
     row = smooth_rows(handle).T[..., None].astype(jnp.float32)
     rows, row = linear.send(transport, plan, True, None, x, None, row, handle.maps)
-    return _quantize_rows(plan.dispatch_recipe, rows, _row_factors(smooth, row[:, 0].astype(jnp.int32), handle))[0]
+    factors = _row_factors(smooth, row[:, 0].astype(jnp.int32), handle)
+    return _quantize_rows(plan.dispatch_recipe, rows, factors).gradient
 
 
 def send_as_is(
@@ -101,22 +115,21 @@ def send_as_is(
     *,
     weights: Array | None = None,
     tags: Array | None = None,
-) -> tuple[tuple[Array, ...], Array | None, Array | None, Any]:
+) -> Sent[tuple[Array, ...]]:
     """Arrays [T, n] of any dtypes to the rows [M, n] of their pairs, bit by bit, in one message.
 
-    Returns:
-      (the arrays, weights [M], tags, note) as ``send_rows`` has them. Differentiable in floats.
+    Weights and tags are as for ``send_rows``. Differentiable in floats.
     """
     return _send_as_is(transport, *_compat.as_varying((tokens, weights, tags), handle.plan.exchange_axes), handle)
 
 
-def dequantized(sent: Sent, plan: Plan) -> Array:
+def dequantized(rows: Array | CodedRows, plan: Plan) -> Array:
     """The rows [M, H] in ``plan.dtype`` as the experts see them: about x, or x times its smoothing factors."""
-    recipe = plan.dispatch_recipe
-    if recipe is None or sent.values is None or sent.scale is None:
-        return sent.rows
-    rows = recipe.dequantize(QTensor(values=sent.values, scale=sent.scale)).astype(plan.dtype)
-    return _attach(jax.lax.stop_gradient(rows), sent.rows)
+    if not isinstance(rows, CodedRows):
+        return rows
+    assert plan.dispatch_recipe is not None, "rows are coded by the plan's recipe"
+    values = plan.dispatch_recipe.dequantize(QTensor(values=rows.values, scale=rows.scale)).astype(plan.dtype)
+    return _attach(jax.lax.stop_gradient(values), rows.gradient)
 
 
 def _row_factors(smooth: Array, row: Array, handle: DispatchHandle) -> Array:
@@ -163,10 +176,10 @@ def _send(transport, quantised, ordered, x, smooth, weights, tags, handle):
     row_weights = None if row_weights is None else row_weights[:, 0]
     message: Any = own_messages if tokens is None else rows
     if recipe is None:
-        return Sent(message, None, None, row_weights, row_tags, note)
+        return Sent(message, row_weights, row_tags, note)
     q = recipe.unpack(message, plan.hidden)
-    carrier = jnp.zeros_like(q.values, shape=(q.values.shape[0], plan.hidden), dtype=plan.dtype)
-    return Sent(carrier, q.values, q.scale, row_weights, row_tags, note)
+    gradient = jnp.zeros_like(q.values, shape=(q.values.shape[0], plan.hidden), dtype=plan.dtype)
+    return Sent(CodedRows(q.values, q.scale, gradient), row_weights, row_tags, note)
 
 
 def _of_pairs(weights: Array | None, tags: Array | None, plan: Plan) -> list[Array | None]:
@@ -189,7 +202,8 @@ def _send_backward(transport, quantised, ordered, residuals, ct):
     x, smooth, weights, handle = residuals
     plan, maps = handle.plan, handle.maps
     scalars = None if weights is None else ct.weights[:, None]
-    collected, d_weights = linear.collect(transport, plan, ordered, plan.backward_recipe, ct.rows, scalars, maps)
+    ct_rows = ct.rows.gradient if isinstance(ct.rows, CodedRows) else ct.rows
+    collected, d_weights = linear.collect(transport, plan, ordered, plan.backward_recipe, ct_rows, scalars, maps)
     d_weights = None if weights is None else d_weights[: plan.top_k, :, 0].T
     d_smooth = None
     if smooth is not None and smooth.ndim == 2:
@@ -213,7 +227,14 @@ _CODES = (
     "...), whose gradient passes straight through the rounding; or put jax.lax.stop_gradient around codes and scales, "
     "also where they are results of a jax.custom_vjp of yours, which fills in zeros for results that nothing uses"
 )
-_send.defvjp(_send_forward, _send_backward, frozen=lambda sent: (sent.values, sent.scale), refusal=_CODES)
+
+
+def _codes_of(rows: Array | CodedRows) -> tuple[Array, ...]:
+    """The constants among rows."""
+    return (rows.values, rows.scale) if isinstance(rows, CodedRows) else ()
+
+
+_send.defvjp(_send_forward, _send_backward, frozen=lambda sent: _codes_of(sent.rows), refusal=_CODES)
 
 
 @functools.partial(custom_gradient, num_static=2)
@@ -226,7 +247,7 @@ def _carry_forward(transport, num_rows, x, smooth, handle):
 
 
 def _carry_backward(transport, num_rows, residuals, ct):
-    d_x, d_smooth, *_ = _send_backward(transport, True, True, residuals, Sent(ct, *[None] * 5))
+    d_x, d_smooth, *_ = _send_backward(transport, True, True, residuals, Sent(ct, None, None, None))
     return d_x, d_smooth, None
 
 
@@ -236,23 +257,23 @@ _carry.defvjp(_carry_forward, _carry_backward)
 @functools.partial(custom_gradient, num_static=1)
 def _quantize_rows(recipe, rows, factors):
     q = recipe.quantize(rows, smooth=factors)
-    return jnp.zeros_like(rows), q.values, q.scale
+    return CodedRows(q.values, q.scale, jnp.zeros_like(rows))
 
 
 def _quantize_forward(recipe, rows, factors):
     return _quantize_rows(recipe, rows, factors), (rows, factors)
 
 
-def _quantize_backward(recipe, residuals, cts):
+def _quantize_backward(recipe, residuals, ct):
     rows, factors = residuals
-    # d_rows = ct * factors, d_factors = ct * rows    # [M, H], ct that of the carrier
-    ct = cts[0].astype(jnp.float32)
+    # d_rows = ct * factors, d_factors = ct * rows    # [M, H], ct that of what carries the gradient
+    ct = ct.gradient.astype(jnp.float32)
     written = jnp.any(factors != 0, axis=1, keepdims=True)  # other rows may hold anything
     d_factors = jnp.where(written, ct * rows.astype(jnp.float32), 0.0)
     return (ct * factors).astype(rows.dtype), d_factors
 
 
-_quantize_rows.defvjp(_quantize_forward, _quantize_backward, frozen=lambda out: out[1:], refusal=_CODES)
+_quantize_rows.defvjp(_quantize_forward, _quantize_backward, frozen=_codes_of, refusal=_CODES)
 
 
 @functools.partial(custom_gradient, num_static=1)
@@ -262,7 +283,7 @@ def _send_as_is(transport, tokens, weights, tags, handle):
     pairs, held = (None, None) if all(part is None for part in per_pair) else join_some(per_pair)
     rows, pair_rows, note = transport.send(message, pairs, handle.maps, handle.plan, ordered=True)
     row_weights, row_tags = [None] * 2 if held is None else split_some(pair_rows, held)
-    return tuple(split(rows, parts)), None if row_weights is None else row_weights[:, 0], row_tags, note
+    return Sent(tuple(split(rows, parts)), None if row_weights is None else row_weights[:, 0], row_tags, note)
 
 
 def _as_is_forward(transport, tokens, weights, tags, handle):
@@ -270,16 +291,16 @@ def _as_is_forward(transport, tokens, weights, tags, handle):
     return _send_as_is(transport, tokens, weights, tags, handle), (tokens, weights, kept)
 
 
-def _as_is_backward(transport, residuals, cts):
+def _as_is_backward(transport, residuals, ct):
     # d_tokens[i][t] = sum over the pairs c of t of ct[i] at the row of (t, c)    # [T, n_i] from [M, n_i], of floats
     # d_weights[t, c] = ct_weights at the row of (t, c)    # [T, K] from [M]
     tokens, weights, handle = residuals
     plan = handle.plan
     floats = [jnp.issubdtype(part.dtype, jnp.floating) for part in tokens]
-    columns = [ct.astype(jnp.float32) for ct, is_float in zip(cts[0], floats, strict=True) if is_float]
-    columns = columns or [jnp.zeros_like(handle.group_sizes, shape=(len(cts[0][0]), 1), dtype=jnp.float32)]
+    columns = [part.astype(jnp.float32) for part, is_float in zip(ct.rows, floats, strict=True) if is_float]
+    columns = columns or [jnp.zeros_like(handle.group_sizes, shape=(len(ct.rows[0]), 1), dtype=jnp.float32)]
     rows = jnp.concatenate(columns, axis=1)
-    scalars = None if weights is None else cts[1][:, None]
+    scalars = None if weights is None else ct.weights[:, None]
     collected, d_weights = linear.collect(transport, plan, True, None, rows, scalars, handle.maps)
     total = transport.total(collected, handle.maps)
     d_tokens, start = [], 0

@@ -15,7 +15,7 @@ from moe_jax.layer.dispatch import dispatch
 from moe_jax.mesh import ensure_devices, make_mesh
 from moe_jax.plan import Plan
 from moe_jax.plan.transport_table import entered
-from moe_jax.transports import Transport, collect_rows, send_rows, transport_of
+from moe_jax.transports import Transport, collect_rows, dequantized, send_rows, transport_of
 from moe_jax.transports.manifest import count_pairs, count_rounds, open_round
 from moe_jax.verify.cases import HIDDEN, PATTERNS, TOKENS, TOP_K, deviation, expert_ids, integers, make_case_plan, over
 from moe_jax.verify.exchange import Exchange
@@ -95,7 +95,7 @@ def _round_trip(plan: Plan, x, ids, weights, mask, ct) -> tuple:
     def there_and_back(x, weights):
         collected: Any = None
         for handle in handles:
-            rows = send_rows(transport, x, handle, ordered=False).rows
+            rows = dequantized(send_rows(transport, x, handle, ordered=False).rows, plan)
             order = transport.inbox_order(handle.maps)
             if order is not None:  # into the order of the experts, and back into the slots
                 rows = take_rows(rows, order.row_inbox, poison=True)
