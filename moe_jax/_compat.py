@@ -107,6 +107,11 @@ def lay_out(x: jax.Array, mesh: Any, spec: PartitionSpec) -> jax.Array:
     return jax.sharding.reshard(x, NamedSharding(mesh, only_axes(spec, explicit))) if explicit else x
 
 
+def unsplit(x: Any, mesh: Any) -> Any:
+    """``x`` split along no Explicit axis of ``mesh``, so that JAX slices it and changes its shape without asking."""
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec())) if explicit_axes(mesh) else x
+
+
 def name_unit_axes_as(y: jax.Array, x: jax.Array, mesh: Any) -> jax.Array:
     """``y`` with the layout of ``x`` in its type, if the two layouts differ only in axes of size 1 that they name."""
     if not explicit_axes(mesh):

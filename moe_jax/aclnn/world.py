@@ -92,7 +92,8 @@ def make_world(
         combine_quant=_COMBINE_RECIPES[given.get("comm_quant_mode", 0)],
         transport=_TRANSPORTS[given["comm_alg"] or ""],
     )
-    plan = dataclasses.replace(plan, ep_axis=ep_axes, tp_axis=tp_axes[0] if tp_axes else None)
+    tp_axis = tp_axes[0] if tp_axes else None
+    plan = dataclasses.replace(plan, ep_axis=ep_axes, tp_axis=tp_axis, token_axes=(*ep_axes, *tp_axes))
     most = given["global_bs"] // ep_size if given["global_bs"] else tokens
     return World(plan, most * ep_size * min(plan.num_local_experts, top_k))
 

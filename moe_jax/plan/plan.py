@@ -22,9 +22,11 @@ class Plan:
     """One layer's static facts. Hashable; holds no array and no mesh. Build it with ``make_plan``.
 
     Attributes:
-      ep_axis: mesh axes over which experts are spread, outermost first: ("ep",), or ("node", "ep").
-      tp_axis: the mesh axis along which experts are split; None: no such axis.
-      dp_axis: mesh axes that replicate the whole group.
+      ep_axis: mesh axes over which experts are spread, outermost first: ("ep",), or ("node", "ep"). Of several, the
+        last one lies inside a node, and the others go from node to node.
+      tp_axis: the mesh axis along which experts are split, or a tuple of several; None: no such axis.
+      token_axes: mesh axes over which tokens are spread, outermost first; all of the exchange are among them.
+      param_axes: those of ``dp_axis`` along which the weights of experts are split as well, and gathered for use.
       mesh_axes: all axes of the mesh with their sizes, outermost first: devices are laid out along the last one first.
       ep_size: W, ranks along ``ep_axis``, of all nodes.
       tp_size: P, ranks along ``tp_axis``.
@@ -57,8 +59,9 @@ class Plan:
     """
 
     ep_axis: tuple[str, ...]
-    tp_axis: str | None
-    dp_axis: tuple[str, ...]
+    tp_axis: str | tuple[str, ...] | None
+    token_axes: tuple[str, ...]
+    param_axes: tuple[str, ...]
     mesh_axes: tuple[tuple[str, int], ...]
     ep_size: int
     tp_size: int
@@ -86,6 +89,21 @@ class Plan:
     backend_reason: str
     kernels: tuple[str, ...]
     poison: bool
+
+    @property
+    def tp_axes(self) -> tuple[str, ...]:
+        """``tp_axis`` as a tuple: empty where there is none."""
+        return () if self.tp_axis is None else (self.tp_axis,) if isinstance(self.tp_axis, str) else self.tp_axis
+
+    @property
+    def dp_axis(self) -> tuple[str, ...]:
+        """Mesh axes that replicate the whole group of ranks, each copy with tokens of its own."""
+        return tuple(name for name in self.token_axes if name not in self.exchange_axes)
+
+    @property
+    def num_param_shards(self) -> int:
+        """Parts into which the weights of an expert are split along ``param_axes``."""
+        return math.prod(size for name, size in self.mesh_axes if name in self.param_axes)
 
     @property
     def num_replicas(self) -> int:
@@ -130,12 +148,7 @@ class Plan:
     @property
     def exchange_axes(self) -> tuple[str, ...]:
         """Axes over which rows move: expert parallel, then tensor parallel."""
-        return self.ep_axis if self.tp_axis is None else (*self.ep_axis, self.tp_axis)
-
-    @property
-    def token_axes(self) -> tuple[str, ...]:
-        """Axes over which tokens are spread: data parallel, then the exchange axes."""
-        return (*self.dp_axis, *self.exchange_axes)
+        return (*self.ep_axis, *self.tp_axes)
 
     @property
     def max_rounds(self) -> int:

@@ -179,8 +179,8 @@ class Hierarchy(Transport):
         both = jnp.concatenate([dots, weights[:, None]], axis=1)
         # The rows and the weights of the tp ranks are partial sums. Ranks may order rows differently, but not slots, so
         # slots are added up.
-        if plan.tp_axis is not None and plan.tp_size > 1:
-            slots = collectives.sum_over(take_rows(both, maps.inbox_row, absent=0), plan.tp_axis)
+        if plan.tp_size > 1:
+            slots = collectives.sum_over(take_rows(both, maps.inbox_row, absent=0), plan.tp_axes)
             both = take_rows(_compat.as_varying(slots, plan.exchange_axes), maps.row_inbox, absent=0)
         d_weights = jnp.where(maps.row_inbox >= 0, both[:, 0], 0.0)
         return (both[:, 1:] * row_ct).astype(rows.dtype), d_weights
