@@ -171,7 +171,8 @@ def combine_sum(
     timed = handle
     if performance_info is not None:
         timed = dataclasses.replace(handle, maps=transport.timed(handle.maps))
-    collected, note = collect_rows(transport, rows, weights if row_weights is None else row_weights, timed)
+    weights_of_rows = weights if row_weights is None else row_weights
+    collected, note = collect_rows(transport, ordered=True, rows=rows, weights=weights_of_rows, handle=timed)
     if performance_info is not None:
         performance_info = performance_info + note.astype(performance_info.dtype)
     total = finish(transport, collected, jnp.where(contributes, weights, 0.0), travelled, terms, plan)

@@ -93,14 +93,12 @@ class AllToAll(Transport):
     def longest_list(self, manifest, plan):
         return jnp.max(manifest.known.sizes)  # all ranks know all of them
 
-    def open(self, manifest, start, capacity, plan, *, num_rows):
-        exchange = self.exchange(manifest, start, capacity, plan)
-        return self._open(manifest, start, capacity, plan, num_rows, exchange)
+    def open_blocks(self, manifest, start, capacity, plan, *, num_rows):
+        return self.open(manifest, start, capacity, plan, num_rows=num_rows, exchange=Blocks())
 
-    def open_blocks(self, manifest, start, capacity, plan, *, num_rows) -> Opened:
-        return self._open(manifest, start, capacity, plan, num_rows, Blocks())
-
-    def _open(self, manifest, start, capacity, plan: Plan, num_rows, exchange):
+    def open(self, manifest, start, capacity, plan, *, num_rows, exchange: Exchange | None = None):
+        if exchange is None:
+            exchange = self.exchange(manifest, start, capacity, plan)
         compact = not exchange.in_blocks
         # 1. The sender's side: pairs sorted by destination fill the outbox, rank by rank.
         send = layout.send_maps(manifest.pairs, plan.ep_size, start, capacity, compact=compact)
