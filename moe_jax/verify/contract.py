@@ -62,7 +62,7 @@ def transport_contract(transport: Transport, *, mesh: Mesh | None = None) -> dic
         mesh = make_mesh(ep=4, nodes=2, tp=2)
     with entered(transport):
         exchange = Exchange(mesh, transport.name, "auto")
-        laws = ("dispatch = reference", "combine = oracle", "gradients of both = oracle")
+        laws = ("dispatch = oracle", "combine = oracle", "gradients of both = oracle")
         found = {law: _worst(exchange.of(law)) for law in laws}
         found["<dispatch x, y> = <x, combine y>"] = _worst(exchange.adjoint())
         found |= _rounds(mesh, make_case_plan(mesh, transport.name, "auto", capacity_factor=_factor(mesh)))
