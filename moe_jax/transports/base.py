@@ -56,8 +56,8 @@ class Delivery(NamedTuple):
     """What ``Transport.send`` brings to the experts.
 
     Attributes:
-      tokens: [M, F], of each row what its token sent; None if no token sent anything.
-      pairs: [M, G], of each row what its pair sent; None likewise.
+      tokens: [M, F], what the token of each row sent; None if tokens sent nothing.
+      pairs: [M, G], what the pair of each row sent; None if pairs sent nothing.
       note: what the exchange has to say, see ``moe_jax.collectives.exchange``; () where it has nothing to say.
     """
 
@@ -123,14 +123,14 @@ class Transport(abc.ABC):
 
     @abc.abstractmethod
     def wire_bytes(self, plan: Plan, size: Any, backward: bool) -> int:
-        """Bytes that leave a device for rows, and for what says where they go and how much they weigh.
+        """Bytes that leave a device: those of rows, of the counts that say where rows go, and of their weights.
 
         ``size``: of ``moe_jax.plan.cost``, the extents of a round; ``backward``: with the backward pass.
         """
 
     @abc.abstractmethod
     def traffic_bytes(self, plan: Plan, size: Any, backward: bool) -> int:
-        """Bytes of rows that pass through the memory of a device, but for products."""
+        """Bytes of rows that a device reads from its memory and writes to it, except in products."""
 
     def sent_rows(self, plan: Plan, capacity: int) -> int:
         """Rows that the exchange of a round of ``capacity`` rows per pair of ranks hands over."""
@@ -187,7 +187,7 @@ class Transport(abc.ABC):
         """M, the rows of a round, those that may hold anything included."""
 
     def with_counts(self, known: Any, recv_counts: Array) -> Any:
-        """What ``count`` returned, with [P, W, L] counts that the caller has from elsewhere, where it holds such."""
+        """What ``count`` returned; if it holds the counts [P, W, L], with those that the caller has from elsewhere."""
         return known
 
     def counts_agree(self, recv_counts: Array, manifest: Any, opened_counts: Array, plan: Plan) -> Array:
@@ -204,7 +204,8 @@ class Transport(abc.ABC):
           tokens: [T, F], or None.
           pairs: [C, T, G], or None; a ``pairwise`` transport is given one of both alone.
           maps, plan: of the round.
-          ordered: False leaves everything in its inbox slot, see ``inbox_order``.
+          ordered: True puts everything in the order of the experts; False leaves it in its inbox slot, see
+            ``inbox_order``.
         """
 
     def inbox_order(self, maps: Any) -> InboxOrder | None:
@@ -257,7 +258,7 @@ class Transport(abc.ABC):
         return jnp.zeros((plan.tokens_per_rank, plan.num_copies), bool)
 
     def finish(self, collected: Array, weights: Array, travelled: Array, added: list[Array] | None) -> Array:
-        """The weighted sum over the choices of each token, ascending, of rows and of what else is added.
+        """The weighted sum of rows, and of what is added beside them, over the choices of each token, k ascending.
 
         Args:
           collected: what ``together`` made of all rounds.

@@ -68,7 +68,8 @@ def send_smoothed(
 
     Args:
       transport, x, handle, weights, tags: as for ``send_rows``.
-      smooth: f32 [1], [H] or [R, H], factors of the rows before they are quantised, R by ``smooth_rows``; or None.
+      smooth: f32 factors that multiply the rows before they are quantised: [1], [H], or [R, H] with a row for each
+        expert, in the order of ``smooth_rows``; or None.
     """
     recipe = handle.plan.dispatch_recipe
     if smooth is None or smooth.ndim == 1 or transport.pairwise:
@@ -107,7 +108,7 @@ def dequantized(rows: Array | CodedRows, plan: Plan) -> Array:
 
 
 def _row_factors(smooth: Array, row: Array, handle: DispatchHandle) -> Array:
-    """The factors of every row that came, given the row of ``smooth`` that each takes; zeros elsewhere. [M, H]."""
+    """[M, H] the factors of every row that came, zeros elsewhere. ``row`` [M]: which row of ``smooth`` it takes."""
     written = jnp.arange(row.shape[0]) < jnp.sum(handle.group_sizes)
     return take_rows(smooth, jnp.where(written, row, -1), absent=0)
 
@@ -155,7 +156,7 @@ def send_rows(
       Sent. Differentiable in x, smooth and weights.
     """
     plan = handle.plan
-    # 1. What each token sends; or what each pair sends, where each pair has factors of its own.
+    # 1. What each token sends. Where each pair has factors of its own, it is the pairs that send.
     tokens, own_messages = x, None
     with jax.named_scope("quantize"):
         if recipe is not None and smooth is not None and smooth.ndim == 2:
