@@ -47,6 +47,13 @@ def test_a_product_refuses_what_its_operators_refuse(product, legal, illegal, wo
         make(**illegal, product=product)
 
 
+def test_pairs_per_token_count_shared_experts_on_ranks_of_their_own():
+    plan = make()
+    assert plan.pairs_per_token == plan.num_copies == plan.top_k  # by either name
+    shared = make(num_shared_experts=1, num_shared_ranks=1, num_experts=plan.ep_size - 1)
+    assert shared.pairs_per_token == shared.top_k + 1
+
+
 @pytest.mark.parametrize(
     "quant,bytes_per_row",
     [("none", 2 * 7168), ("int8", 7168 + 4), ("fp8_e4m3_group128", 7168 + 4 * 56), ("mx_e2m1", 3584 + 224)],

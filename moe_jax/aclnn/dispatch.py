@@ -129,7 +129,7 @@ def _tags(handle: DispatchHandle, ledger: worlds.Ledger, table: Array | None) ->
     plan = handle.plan
     me = collectives.ep_rank(plan)
     logical = me if table is None else jnp.argsort(ledger.order)[me].astype(jnp.int32)
-    shape = (plan.tokens_per_rank, plan.num_copies)
+    shape = (plan.tokens_per_rank, plan.pairs_per_token)
     rank = jnp.broadcast_to(logical, shape).astype(jnp.int32)
     token, copy = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
     return jnp.stack(_compat.as_varying((rank, token, copy), plan.exchange_axes), axis=-1)

@@ -166,7 +166,7 @@ def combine_sum(
     # The weight of a pair that contributes nothing may be anything, NaN included.
     weights = pair_weights(combine_weights, plan)
     travelled = transport.present(handle.maps, plan)
-    contributes = jnp.pad(handle.expert_ids >= plan.num_experts, ((0, 0), (0, plan.num_copies - plan.top_k)))
+    contributes = jnp.pad(handle.expert_ids >= plan.num_experts, ((0, 0), (0, plan.pairs_per_token - plan.top_k)))
     contributes |= travelled
     timed = handle
     if performance_info is not None:

@@ -220,7 +220,7 @@ def _check_smooth(plan: Plan, smooth_scales):
     if recipe is None or not recipe.takes_smooth:
         raise InvalidArgumentError(f"smooth_scales was given, but quant={plan.quant!r} takes none; leave it out")
     check_array("smooth_scales", smooth_scales)
-    rows = plan.num_copies - plan.top_k + plan.num_experts
+    rows = plan.pairs_per_token - plan.top_k + plan.num_experts
     legal = [(1,), (plan.hidden,), (rows, plan.hidden)]
     if smooth_scales.shape not in legal:
         raise ShapeError(

@@ -98,9 +98,14 @@ class Plan:
         return self.num_experts // (self.ep_size - self.num_shared_ranks)
 
     @property
-    def num_copies(self) -> int:
+    def pairs_per_token(self) -> int:
         """C, the pairs of a token that may travel: K choices, and each shared expert that has ranks of its own."""
         return self.top_k + (self.num_shared_experts if self.num_shared_ranks else 0)
+
+    @property
+    def num_copies(self) -> int:
+        """The old name of ``pairs_per_token``."""
+        return self.pairs_per_token
 
     @property
     def num_ids(self) -> int:
@@ -110,7 +115,7 @@ class Plan:
     @property
     def num_pairs(self) -> int:
         """The pairs of one device: the most that it can send."""
-        return self.tokens_per_rank * self.num_copies
+        return self.tokens_per_rank * self.pairs_per_token
 
     @property
     def max_pair_rows(self) -> int:
@@ -161,7 +166,7 @@ class Plan:
 
     @property
     def sums_at_experts(self) -> bool:
-        """Whether a token's rows are summed where they were made, rather than at the token."""
+        """Whether the rows of a token are summed on their way back, by rank or by node, rather than at the token."""
         return not transport_of(self).pairwise
 
     def num_rows(self, capacity: int) -> int:

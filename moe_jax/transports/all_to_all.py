@@ -108,7 +108,7 @@ class AllToAll(Transport):
         receive = layout.receive_maps(counts, start, capacity, compact=compact, num_rows=num_rows, source_order=order)
         maps = PairMaps(
             outbox_pair=send.slot_pair,
-            pair_outbox=send.pair_slot.reshape(plan.tokens_per_rank, plan.num_copies),
+            pair_outbox=send.pair_slot.reshape(plan.tokens_per_rank, plan.pairs_per_token),
             row_inbox=receive.row_slot,
             inbox_row=receive.slot_row,
             exchange=exchange,
@@ -131,7 +131,7 @@ class AllToAll(Transport):
     def send(self, tokens, pairs, maps, plan, *, ordered):
         with jax.named_scope("pack"):
             if tokens is not None:
-                tokens = take_rows(tokens, token_of(maps.outbox_pair, plan.num_copies), poison=plan.poison)
+                tokens = take_rows(tokens, token_of(maps.outbox_pair, plan.pairs_per_token), poison=plan.poison)
             if pairs is not None:
                 place = _place_of(maps.outbox_pair, plan)
                 pairs = take_rows(lax.collapse(pairs, 0, 2), place, poison=plan.poison)
@@ -307,7 +307,7 @@ def _round_sizes(manifest: Any, start: Array | int, capacity: int, plan: Plan) -
 def _place_of(pair: Array, plan: Plan) -> Array:
     """Where each pair lies in [C * T], -1 for none."""
     # Pair (t, c) has the number t * C + c, and its row lies at c * T + t.
-    return jnp.where(pair < 0, -1, pair % plan.num_copies * plan.tokens_per_rank + pair // plan.num_copies)
+    return jnp.where(pair < 0, -1, pair % plan.pairs_per_token * plan.tokens_per_rank + pair // plan.pairs_per_token)
 
 
 @custom_gradient

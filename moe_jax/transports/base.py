@@ -256,7 +256,7 @@ class Transport(abc.ABC):
 
     def present(self, maps: Any, plan: Plan) -> Array:
         """[T, C] bool, the pairs whose own rows come back to the token in this round; none where sums come back."""
-        return jnp.zeros((plan.tokens_per_rank, plan.num_copies), bool)
+        return jnp.zeros((plan.tokens_per_rank, plan.pairs_per_token), bool)
 
     def finish(self, collected: Array, weights: Array, travelled: Array, added: list[Array] | None) -> Array:
         """The weighted sum of rows, and of what is added beside them, over the choices of each token, k ascending.
@@ -364,9 +364,9 @@ def as_delivered(rows: Array, recipe) -> Array:
 # Pairs.
 
 
-def token_of(pair: Array, num_copies: int) -> Array:
+def token_of(pair: Array, pairs_per_token: int) -> Array:
     """The token of each pair, -1 for none."""
-    return jnp.where(pair < 0, -1, pair // num_copies)
+    return jnp.where(pair < 0, -1, pair // pairs_per_token)
 
 
 def by_token(pairs: Array) -> Array:
@@ -376,7 +376,7 @@ def by_token(pairs: Array) -> Array:
 
 def pair_weights(combine_weights: Array, plan: Plan) -> Array:
     """[T, K] -> [T, C]: the pair of a shared expert on a rank of its own has weight 1."""
-    num_shared = plan.num_copies - plan.top_k
+    num_shared = plan.pairs_per_token - plan.top_k
     return jnp.pad(combine_weights, ((0, 0), (0, num_shared)), constant_values=1.0) if num_shared else combine_weights
 
 

@@ -119,7 +119,7 @@ def smooth_rows(handle: DispatchHandle) -> Array:
     Without ranks for shared experts, the row of expert e is e; with them, shared expert s has row s, and e row Ns + e.
     """
     plan = handle.plan
-    num_shared = plan.num_copies - plan.top_k
+    num_shared = plan.pairs_per_token - plan.top_k
     ids = handle.expert_ids
     routed = jnp.where((ids >= 0) & (ids < plan.num_experts), num_shared + ids, -1)
     shared = jnp.broadcast_to(jnp.arange(num_shared, dtype=jnp.int32), (ids.shape[0], num_shared))
@@ -161,8 +161,8 @@ def send_rows(
     with jax.named_scope("quantize"):
         if recipe is not None and smooth is not None and smooth.ndim == 2:
             factors = take_rows(smooth, smooth_rows(handle).T.ravel())
-            message = recipe.pack(recipe.quantize(jnp.tile(x, (plan.num_copies, 1)), smooth=factors))
-            tokens, own_messages = None, message.reshape(plan.num_copies, x.shape[0], message.shape[1])
+            message = recipe.pack(recipe.quantize(jnp.tile(x, (plan.pairs_per_token, 1)), smooth=factors))
+            tokens, own_messages = None, message.reshape(plan.pairs_per_token, x.shape[0], message.shape[1])
         elif recipe is not None:
             tokens = recipe.pack(recipe.quantize(x, smooth=smooth))
     per_pair = [own_messages, *_of_pairs(weights, tags, plan)]
