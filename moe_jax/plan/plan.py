@@ -179,9 +179,10 @@ class Plan:
         They are counted as the program describes them, from sizes alone; each buffer counts once, and those of one call
         are counted as if all were there at the same time. By key:
 
-        - "send": rows, or messages of a quantised wire, packed for other ranks; "crossing" instead of it for those
-          between nodes, both ways. Not for "allgather", which sends the tokens as they are.
-        - "arrival": what came from all ranks, of all tp ranks.
+        - "outbox": rows, or messages of a quantised wire, packed for other ranks. "allgather" has none: it sends the
+          tokens as they are.
+        - "inbox": what came from all ranks, of all tp ranks.
+        - "node_slots": of "hierarchy", the tokens packed for other nodes, and those that came from them.
         - "rows": the M rows in the order of the experts, in ``plan.dtype``.
         - "return": rows, or sums of rows, on their way back to the tokens.
         - "integers": which row lies where, and the counts.

@@ -114,7 +114,7 @@ class AllGather(Transport):
     def buffers(self, plan, capacity):
         tokens = plan.tp_size * plan.ep_size * plan.tokens_per_rank
         out = row_bytes(plan.quant, plan.hidden, plan.dtype)
-        buffers = {"arrival": tokens * out, "return": tokens * plan.hidden * WIDE}
+        buffers = {"inbox": tokens * out, "return": tokens * plan.hidden * WIDE}
         return buffers, 2 * tokens * plan.top_k + plan.num_rows(capacity)
 
     def wire_bytes(self, plan, size, backward):

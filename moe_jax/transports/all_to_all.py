@@ -211,7 +211,7 @@ class AllToAll(Transport):
         sent = self.sent_rows(plan, capacity)
         inbox = plan.tp_size * slots
         out, back = (row_bytes(name, plan.hidden, plan.dtype) for name in (plan.quant, plan.combine_quant))
-        buffers = {"send": sent * out, "arrival": inbox * out, "return": plan.num_pairs * back}
+        buffers = {"outbox": sent * out, "inbox": inbox * out, "return": plan.num_pairs * back}
         return buffers, sent + 3 * plan.num_pairs + inbox + plan.num_rows(capacity)
 
     def wire_bytes(self, plan, size, backward):

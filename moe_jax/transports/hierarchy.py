@@ -195,9 +195,9 @@ class Hierarchy(Transport):
         out, back = (row_bytes(name, plan.hidden, plan.dtype) for name in (plan.quant, plan.combine_quant))
         inbox = plan.tp_size * slots
         buffers = {
-            "crossing": 2 * node_slots * out,
-            "send": sent * out,
-            "arrival": inbox * out,
+            "node_slots": 2 * node_slots * out,
+            "outbox": sent * out,
+            "inbox": inbox * out,
             "return": sent * row + node_slots * (WIDE * plan.hidden + back),
         }
         integers = node_slots * (1 + plan.pairs_per_token) + plan.tokens_per_rank * plan.num_nodes + sent + inbox + rows
