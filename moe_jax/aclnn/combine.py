@@ -200,7 +200,7 @@ def _handle(
     row = jnp.arange(world.num_rows)
     triples = given["assist_info_for_combine"].ravel()[: 3 * capacity].reshape(capacity, 3)
     fits = triples[:, 0] == ledger.source_of_row(sums[0], capacity)
-    for column, end in ((1, plan.tokens_per_rank), (2, plan.num_copies)):
+    for column, end in ((1, plan.tokens_per_rank), (2, plan.pairs_per_token)):
         fits &= (triples[:, column] >= 0) & (triples[:, column] < end)
     if given["performance_info"] is None:  # a collective in front of the timed exchange would wait for its slow ranks
         fits &= transport.counts_agree(recv_counts, manifest, handle.recv_counts, plan)

@@ -17,7 +17,7 @@ from moe_jax.collectives.rendezvous import keep_where
 from moe_jax.derivatives import differentiated_as
 from moe_jax.kernels import FLOAT_DTYPES
 from moe_jax.recovery.window import Window, check_window, fresh_sources, received
-from moe_jax.transports import CodedRows, Sent, Stopwatch, send_as_is, send_rows, transport_of
+from moe_jax.transports import CodedRows, Sent, Stopwatch, send_as_is, send_smoothed, transport_of
 from moe_jax.transports.manifest import open_round
 from moe_jax.types import DispatchHandle
 
@@ -111,7 +111,7 @@ def moe_distribute_dispatch_v4(
         sent = send_as_is(transport, tokens, out, weights=weights, tags=tags)
         rows, row_scales = sent.rows[0], None if scales is None else sent.rows[1].reshape(-1, *scales.shape[1:])
     else:
-        sent = send_rows(transport, x, out, smooth=scales, weights=weights, tags=tags)
+        sent = send_smoothed(transport, x, out, smooth=scales, weights=weights, tags=tags)
         rows, row_scales, _ = sent.rows if isinstance(sent.rows, CodedRows) else (sent.rows, None, None)
     # 5. What arrived, as CANN lays it out.
     result = _written(rows, row_scales, sent, handle, sums, world, expert_token_nums_type, ledger)
@@ -129,7 +129,7 @@ def _tags(handle: DispatchHandle, ledger: worlds.Ledger, table: Array | None) ->
     plan = handle.plan
     me = collectives.ep_rank(plan)
     logical = me if table is None else jnp.argsort(ledger.order)[me].astype(jnp.int32)
-    shape = (plan.tokens_per_rank, plan.num_copies)
+    shape = (plan.tokens_per_rank, plan.pairs_per_token)
     rank = jnp.broadcast_to(logical, shape).astype(jnp.int32)
     token, copy = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
     return jnp.stack(_compat.as_varying((rank, token, copy), plan.exchange_axes), axis=-1)

@@ -1,5 +1,6 @@
 """The collectives of a plan: what its ranks gather, sum and tell each other."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -81,11 +82,7 @@ def sum_over_tokens(x: Array, plan: "Plan") -> Array:
 
 def gather_counts(send_counts: Array, plan: "Plan") -> Array:
     """[W, L] pairs of this rank by destination -> [P, W, W, L] of all ranks of the group, which all know the same."""
-
-    def gather(counts, axes):
-        return lax.all_gather(counts, axes, to="invarying")
-
-    everyone = _without_unit_axes(gather, send_counts, _token_axes(plan))
+    everyone = _without_unit_axes(functools.partial(lax.all_gather, to="invarying"), send_counts, _token_axes(plan))
     return everyone.reshape(plan.tp_size, plan.ep_size, *send_counts.shape)
 
 

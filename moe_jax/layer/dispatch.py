@@ -22,7 +22,7 @@ from moe_jax.errors import (
 from moe_jax.plan import Plan
 from moe_jax.quant.message import Part
 from moe_jax.recovery.window import Window, fresh_sources, make_window, received
-from moe_jax.transports import CodedRows, Stopwatch, dequantized, send_rows, transport_of
+from moe_jax.transports import CodedRows, Stopwatch, dequantized, send_smoothed, transport_of
 from moe_jax.transports.manifest import count_pairs, open_round, read_table
 from moe_jax.types import Dispatched
 
@@ -122,7 +122,7 @@ def _dispatch(
     out = handle
     if window is not None:
         out = dataclasses.replace(handle, maps=transport.receiving(handle.maps, window.data))
-    sent = send_rows(transport, x, out, smooth=smooth_scales, weights=combine_weights)
+    sent = send_smoothed(transport, x, out, smooth=smooth_scales, weights=combine_weights)
     x, scales, gradient = sent.rows if isinstance(sent.rows, CodedRows) else (sent.rows, None, None)
     # 3. What is kept from step to step.
     if window is not None:
@@ -220,7 +220,7 @@ def _check_smooth(plan: Plan, smooth_scales):
     if recipe is None or not recipe.takes_smooth:
         raise InvalidArgumentError(f"smooth_scales was given, but quant={plan.quant!r} takes none; leave it out")
     check_array("smooth_scales", smooth_scales)
-    rows = plan.num_copies - plan.top_k + plan.num_experts
+    rows = plan.pairs_per_token - plan.top_k + plan.num_experts
     legal = [(1,), (plan.hidden,), (rows, plan.hidden)]
     if smooth_scales.shape not in legal:
         raise ShapeError(

@@ -116,9 +116,14 @@ class Plan:
         return self.num_experts // (self.ep_size - self.num_shared_ranks)
 
     @property
-    def num_copies(self) -> int:
+    def pairs_per_token(self) -> int:
         """C, the pairs of a token that may travel: K choices, and each shared expert that has ranks of its own."""
         return self.top_k + (self.num_shared_experts if self.num_shared_ranks else 0)
+
+    @property
+    def num_copies(self) -> int:
+        """The old name of ``pairs_per_token``."""
+        return self.pairs_per_token
 
     @property
     def num_ids(self) -> int:
@@ -128,7 +133,7 @@ class Plan:
     @property
     def num_pairs(self) -> int:
         """The pairs of one device: the most that it can send."""
-        return self.tokens_per_rank * self.num_copies
+        return self.tokens_per_rank * self.pairs_per_token
 
     @property
     def max_pair_rows(self) -> int:
@@ -174,7 +179,7 @@ class Plan:
 
     @property
     def sums_at_experts(self) -> bool:
-        """Whether a token's rows are summed where they were made, rather than at the token."""
+        """Whether the rows of a token are summed on their way back, by rank or by node, rather than at the token."""
         return not transport_of(self).pairwise
 
     def num_rows(self, capacity: int) -> int:
@@ -187,9 +192,10 @@ class Plan:
         They are counted as the program describes them, from sizes alone; each buffer counts once, and those of one call
         are counted as if all were there at the same time. By key:
 
-        - "send": rows, or messages of a quantised wire, packed for other ranks; "crossing" instead of it for those
-          between nodes, both ways. Not for "allgather", which sends the tokens as they are.
-        - "arrival": what came from all ranks, of all tp ranks.
+        - "outbox": rows, or messages of a quantised wire, packed for other ranks. "allgather" has none: it sends the
+          tokens as they are.
+        - "inbox": what came from all ranks, of all tp ranks.
+        - "node_slots": of "hierarchy", the tokens packed for other nodes, and those that came from them.
         - "rows": the M rows in the order of the experts, in ``plan.dtype``.
         - "return": rows, or sums of rows, on their way back to the tokens.
         - "integers": which row lies where, and the counts.

@@ -57,8 +57,8 @@ class Delivery(NamedTuple):
     """What ``Transport.send`` brings to the experts.
 
     Attributes:
-      tokens: [M, F], of each row what its token sent; None if no token sent anything.
-      pairs: [M, G], of each row what its pair sent; None likewise.
+      tokens: [M, F], what the token of each row sent; None if tokens sent nothing.
+      pairs: [M, G], what the pair of each row sent; None if pairs sent nothing.
       note: what the exchange has to say, see ``moe_jax.collectives.exchange``; () where it has nothing to say.
     """
 
@@ -124,14 +124,14 @@ class Transport(abc.ABC):
 
     @abc.abstractmethod
     def wire_bytes(self, plan: Plan, size: Any, backward: bool) -> int:
-        """Bytes that leave a device for rows, and for what says where they go and how much they weigh.
+        """Bytes that leave a device: those of rows, of the counts that say where rows go, and of their weights.
 
         ``size``: of ``moe_jax.plan.cost``, the extents of a round; ``backward``: with the backward pass.
         """
 
     @abc.abstractmethod
     def traffic_bytes(self, plan: Plan, size: Any, backward: bool) -> int:
-        """Bytes of rows that pass through the memory of a device, but for products."""
+        """Bytes of rows that a device reads from its memory and writes to it, except in products."""
 
     def sent_rows(self, plan: Plan, capacity: int) -> int:
         """Rows that the exchange of a round of ``capacity`` rows per pair of ranks hands over."""
@@ -188,7 +188,7 @@ class Transport(abc.ABC):
         """M, the rows of a round, those that may hold anything included."""
 
     def with_counts(self, known: Any, recv_counts: Array) -> Any:
-        """What ``count`` returned, with [P, W, L] counts that the caller has from elsewhere, where it holds such."""
+        """What ``count`` returned; if it holds the counts [P, W, L], with those that the caller has from elsewhere."""
         return known
 
     def counts_agree(self, recv_counts: Array, manifest: Any, opened_counts: Array, plan: Plan) -> Array:
@@ -205,7 +205,8 @@ class Transport(abc.ABC):
           tokens: [T, F], or None.
           pairs: [C, T, G], or None; a ``pairwise`` transport is given one of both alone.
           maps, plan: of the round.
-          ordered: False leaves everything in its inbox slot, see ``inbox_order``.
+          ordered: True puts everything in the order of the experts; False leaves it in its inbox slot, see
+            ``inbox_order``.
         """
 
     def inbox_order(self, maps: Any) -> InboxOrder | None:
@@ -255,10 +256,10 @@ class Transport(abc.ABC):
 
     def present(self, maps: Any, plan: Plan) -> Array:
         """[T, C] bool, the pairs whose own rows come back to the token in this round; none where sums come back."""
-        return jnp.zeros((plan.tokens_per_rank, plan.num_copies), bool)
+        return jnp.zeros((plan.tokens_per_rank, plan.pairs_per_token), bool)
 
     def finish(self, collected: Array, weights: Array, travelled: Array, added: list[Array] | None) -> Array:
-        """The weighted sum over the choices of each token, ascending, of rows and of what else is added.
+        """The weighted sum of rows, and of what is added beside them, over the choices of each token, k ascending.
 
         Args:
           collected: what ``together`` made of all rounds.
@@ -363,9 +364,9 @@ def as_delivered(rows: Array, recipe) -> Array:
 # Pairs.
 
 
-def token_of(pair: Array, num_copies: int) -> Array:
+def token_of(pair: Array, pairs_per_token: int) -> Array:
     """The token of each pair, -1 for none."""
-    return jnp.where(pair < 0, -1, pair // num_copies)
+    return jnp.where(pair < 0, -1, pair // pairs_per_token)
 
 
 def by_token(pairs: Array) -> Array:
@@ -375,7 +376,7 @@ def by_token(pairs: Array) -> Array:
 
 def pair_weights(combine_weights: Array, plan: Plan) -> Array:
     """[T, K] -> [T, C]: the pair of a shared expert on a rank of its own has weight 1."""
-    num_shared = plan.num_copies - plan.top_k
+    num_shared = plan.pairs_per_token - plan.top_k
     return jnp.pad(combine_weights, ((0, 0), (0, num_shared)), constant_values=1.0) if num_shared else combine_weights
 
 

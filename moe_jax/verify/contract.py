@@ -62,7 +62,7 @@ def transport_contract(transport: Transport, *, mesh: Mesh | None = None) -> dic
         mesh = make_mesh(ep=4, nodes=2, tp=2)
     with entered(transport):
         exchange = Exchange(mesh, transport.name, "auto")
-        laws = ("dispatch = reference", "combine = reference", "gradients of both = reference")
+        laws = ("dispatch = oracle", "combine = oracle", "gradients of both = oracle")
         found = {law: _worst(exchange.of(law)) for law in laws}
         found["<dispatch x, y> = <x, combine y>"] = _worst(exchange.adjoint())
         found |= _rounds(mesh, make_case_plan(mesh, transport.name, "auto", capacity_factor=_factor(mesh)))
@@ -95,12 +95,12 @@ def _round_trip(plan: Plan, x, ids, weights, mask, ct) -> tuple:
     def there_and_back(x, weights):
         collected: Any = None
         for handle in handles:
-            rows = dequantized(send_rows(transport, x, handle, ordered=False).rows, plan)
+            rows = dequantized(send_rows(transport, None, ordered=False, x=x, handle=handle).rows, plan)
             order = transport.inbox_order(handle.maps)
             if order is not None:  # into the order of the experts, and back into the slots
                 rows = take_rows(rows, order.row_inbox, poison=True)
                 rows = take_rows(rows, order.inbox_row, poison=True)
-            back, _ = collect_rows(transport, rows, weights, handle, ordered=False)
+            back, _ = collect_rows(transport, ordered=False, rows=rows, weights=weights, handle=handle)
             collected = back if collected is None else transport.together(collected, back, handle.maps)
         return finish(transport, collected, jnp.where(manifest.travels, weights, 0.0), manifest.travels, None, plan)
 
