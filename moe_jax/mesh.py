@@ -2,6 +2,7 @@
 
 import glob
 import math
+import textwrap
 from collections.abc import Sequence
 
 import jax
@@ -125,7 +126,7 @@ def mesh_violations(mesh: Mesh | AbstractMesh) -> list[str]:
     """Empty if ``mesh`` is a mesh of which no axis is empty; else the rule that it breaks."""
     remedy = "build the mesh with moe_jax.make_mesh(ep=..., tp=...), or with jax.sharding.Mesh"
     if not isinstance(mesh, (Mesh, AbstractMesh)):
-        return [f"mesh={mesh!r} is not a jax.sharding.Mesh; {remedy}"]
+        return [f"mesh={textwrap.shorten(repr(mesh), 200, placeholder=' ...')} is not a jax.sharding.Mesh; {remedy}"]
     if not all(mesh.shape.values()):
         return [f"mesh has axes {dict(mesh.shape)}, one of them of size 0; {remedy}"]
     return []

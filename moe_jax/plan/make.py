@@ -49,8 +49,7 @@ def make_plan(
     """Checks everything about a layer on a mesh at once, resolves every default, and returns the static plan.
 
     Args:
-      mesh: has axes "ep" and "tp", may have "node" (experts spread over ("node", "ep")); any other axis replicates
-        the whole group. Only names, sizes, the platform and the kind of its devices are read. Devices are taken to be
+      mesh: any mesh. Only names, sizes, the platform and the kind of its devices are read. Devices are taken to be
         laid out as ``make_mesh`` does it: along the last axis first, and so node by node.
       tokens_per_rank: T, tokens per device; may be 0. Fewer true tokens are given by a mask.
       hidden: H.
