@@ -99,7 +99,7 @@ def test_what_a_product_is_added_to(backend):
 
         out, pull = jax.vjp(summed, lhs, rhs, start)
         outs, pull_all = jax.vjp(
-            lambda lhs: grouped_matmuls(backend, lhs, (rhs, 2 * rhs), (None, None), group_sizes), lhs
+            lambda lhs: grouped_matmuls(backend, None, lhs, (rhs, 2 * rhs), (None, None), group_sizes), lhs
         )
         return out, *pull(ct), outs, *pull_all((ct, ct))
 

@@ -27,6 +27,10 @@ from moe_jax.kernels import triton
 
 _STEPS = 64  # columns of the contracted axis that are taken at a time: 128 bytes, a swizzled row of shared memory
 _STAGES = 4  # how many such steps are in shared memory at once, at most 32 KiB each
+_FLOPS_PER_BYTE = (
+    290  # of 16-bit numbers at peak, per byte to or from memory: 989 / 3.35 on an H100, 2250 / 8 on a B200
+)
+_GAIN = 0.2  # of the time at peak that JAX's kernels are taken to save, as 0.7 instead of 0.6 of it would; not measured
 _MOST_GROUPS = 128  # more are refused: the kernels unroll their search for the group of a tile
 
 
@@ -44,7 +48,7 @@ def hopper_matmul(
     (num_rows, contracted), num_groups = lhs.shape, rhs.shape[0]
     columns = rhs.shape[1 if transpose_rhs else 2]
     tile, width = _row_tile(num_rows, num_groups, (128, 64)), _divisor(columns, (128, 64))
-    fits = contracted % _STEPS == 0 and contracted > _STEPS and _are_narrow(lhs, rhs)
+    fits = _fits_hopper(num_rows, num_groups, contracted, columns) and _are_narrow(lhs, rhs)
     if interpret or add_to is not None or tile is None or width is None or not fits:
         return triton.grouped_matmul(
             lhs, rhs, group_sizes, add_to, transpose_rhs=transpose_rhs, precision=precision, interpret=interpret
@@ -77,16 +81,8 @@ def blackwell_matmul(
     """As ``triton.grouped_matmul``, which does additions and transposed matrices: this kernel has neither."""
     (num_rows, contracted), num_groups, columns = lhs.shape, rhs.shape[0], rhs.shape[2]
     tile = 256  # the rows of two cores together; JAX's code for one core alone cannot be traced
-    fits = num_rows % tile == columns % tile == contracted % _STEPS == 0 and _row_tile(num_rows, num_groups, (tile,))
-    if (
-        interpret
-        or add_to is not None
-        or transpose_rhs
-        or not fits
-        or not columns
-        or not contracted
-        or not _are_narrow(lhs, rhs)
-    ):
+    fits = _fits_blackwell(num_rows, num_groups, contracted, columns) and _are_narrow(lhs, rhs)
+    if interpret or add_to is not None or transpose_rhs or not fits:
         return triton.grouped_matmul(
             lhs, rhs, group_sizes, add_to, transpose_rhs=transpose_rhs, precision=precision, interpret=interpret
         )
@@ -103,6 +99,40 @@ def blackwell_matmul(
     )
     with declare_flops(2 * triton.max_tiles(num_rows, num_groups, tile) * tile * contracted * columns):
         return product(lhs, rhs, group_sizes, config)
+
+
+def hopper_fuses(num_rows: int, num_groups: int, hidden: int, ffn: int, itemsize: int) -> bool:
+    """``Backend.fuses`` of Hopper's: whether Triton alone, without the copies, is taken to be faster."""
+    return _fuses(_fits_hopper, num_rows, num_groups, hidden, ffn, itemsize)
+
+
+def blackwell_fuses(num_rows: int, num_groups: int, hidden: int, ffn: int, itemsize: int) -> bool:
+    """The same for Blackwell's."""
+    return _fuses(_fits_blackwell, num_rows, num_groups, hidden, ffn, itemsize)
+
+
+def _fuses(fits: Callable, num_rows: int, num_groups: int, hidden: int, ffn: int, itemsize: int) -> bool:
+    """Compares what a row costs the experts either way, in flops.
+
+    JAX's kernels want rows in order, and make no activation: a row is copied before and after, and the activation reads
+    two rows of the inner width and writes one. What the kernels gain on Triton is a share of the time of the products.
+    """
+    if itemsize != 2 or not all(fits(num_rows, num_groups, *pair) for pair in ((hidden, ffn), (ffn, hidden))):
+        return True
+    copied = itemsize * (4 * hidden + 3 * ffn)
+    multiplied = 3 * 2 * hidden * ffn
+    return copied * _FLOPS_PER_BYTE >= multiplied * _GAIN
+
+
+def _fits_hopper(num_rows: int, num_groups: int, contracted: int, columns: int) -> bool:
+    fits = contracted % _STEPS == 0 and contracted > _STEPS and _divisor(columns, (128, 64)) is not None
+    return fits and _row_tile(num_rows, num_groups, (128, 64)) is not None
+
+
+def _fits_blackwell(num_rows: int, num_groups: int, contracted: int, columns: int) -> bool:
+    tile = 256
+    fits = num_rows % tile == columns % tile == contracted % _STEPS == 0 and columns > 0 and contracted > 0
+    return fits and _row_tile(num_rows, num_groups, (tile,)) is not None
 
 
 def _are_narrow(*operands: jax.Array) -> bool:
