@@ -65,14 +65,14 @@ def gated_matmul(
     up: jax.Array,
     group_sizes: jax.Array,
     *,
-    biases: tuple[jax.Array, jax.Array] | None,
-    row_slot: jax.Array | None,
     gating: Callable,
     keep: bool,
+    gate_bias: jax.Array | None = None,
+    up_bias: jax.Array | None = None,
+    row_slot: jax.Array | None = None,
 ) -> tuple[jax.Array, ...]:
     """The kernel "gated_matmul" of ``Backend``."""
     shape = ((lhs if row_slot is None else row_slot).shape[0], up.shape[2])
-    gate_bias, up_bias = (None, None) if biases is None else biases
     more = {"gate_bias": gate_bias, "up_bias": up_bias, "row_slot": row_slot}
     return _run(
         "triton.gated_matmul",

@@ -242,9 +242,8 @@ def gated_matmul(
     Returns:
       (hidden [M, N],), or (gate, up, hidden) if ``keep``.
     """
-    both = None if None in biases else biases
-    slots = {"row_slot": row_slot, "biases": both}
-    return call_kernel("gated_matmul", backend, lhs, *matrices, group_sizes, gating=gating, keep=keep, **slots)
+    more = {"gate_bias": biases[0], "up_bias": biases[1], "row_slot": row_slot}
+    return call_kernel("gated_matmul", backend, lhs, *matrices, group_sizes, gating=gating, keep=keep, **more)
 
 
 def _gated_forward(backend, gating, keep, lhs, matrices, biases, group_sizes, row_slot=None):

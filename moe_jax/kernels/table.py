@@ -61,10 +61,10 @@ class Backend:
         row may hold NaN, and slots of the result without a row may hold anything;
         "slot_outer": as "grouped_outer", with the keywords row_slot [M] i32 and slotted, "lhs" or "rhs", the operand
         whose rows lie in slots;
-        "gated_matmul": (lhs, gate [G, H, N], up [G, H, N], group_sizes, *, biases, row_slot, gating, keep) -> a tuple
-        (gating(a, b),), or (a, b, gating(a, b)) if keep, of a and b [M, N], the two products, each rounded once.
-        biases: None, or two [G, N] that are added; row_slot: None, or as for "slot_matmul" with into=None; gating: a
-        function of two arrays of any shape, entry by entry.
+        "gated_matmul": (lhs, gate [G, H, N], up [G, H, N], group_sizes, *, gating, keep, gate_bias, up_bias, row_slot)
+        -> a tuple (gating(a, b),), or (a, b, gating(a, b)) if keep, of the two products a and b [M, N], each with its
+        bias [G, N] if that is not None, and rounded once. gating: a function of two arrays, entry by entry; row_slot:
+        None, or as for "slot_matmul" with into=None.
       accumulates: whether "grouped_matmul" also takes the keyword add_to, [M, N] in lhs.dtype, which it adds to the
         product in fp32 before it rounds once. Other back ends are served by an addition of the rounded product.
       fuses: whether to use those three for experts of given extents: (num_rows, num_groups, hidden, ffn, itemsize) ->
@@ -275,7 +275,11 @@ def describe_backend(name: str) -> str:
     served = [(rows, "products of rows"), (weights, "gradients of weights")]
     if rows is weights:
         served = [(rows, "products of rows and gradients of weights")]
-    return "; ".join(f"{words} by {b.name}" + (f" ({b.about})" if b.about else "") for b, words in served)
+    text = "; ".join(f"{words} by {b.name}" + (f" ({b.about})" if b.about else "") for b, words in served)
+    if all(word in rows.kernels for word in FUSED):
+        text += "; rows are multiplied in their slots, and activated, without further passes over them"
+        text += ", where that is taken to be faster" if rows.fuses else ""
+    return text
 
 
 def find_transport(transport: str, backend: str | tuple[str, ...]) -> Callable | None:
