@@ -99,12 +99,15 @@ def fused_deviations(
             got = _run_slots(backend, num_slots, *operands, sizes, row_slot)
             pairs += zip((got[0][here], got[1][:total], *got[2:]), expected, strict=True)
         if "gated_matmul" in has:
-            # 3. The activation, of rows in order, and of rows in slots.
-            for of_lhs, places, slots in ((case.lhs, slice(total), None), (in_slots(case.lhs), here, row_slot)):
-                operands = (*case.arrays(of_lhs, *case.rhs, *case.bias, case.ct), sizes, slots)
-                a, b, made, d_lhs, *others = _run_gated(backend, *operands)
-                got = (*(x[:total] for x in (a, b, made)), d_lhs[places], *others)
-                pairs += zip(got, case.gated(), strict=True)
+            # 3. The activation, of rows in order with the products kept, and of rows in slots.
+            for keep, of_lhs, places, slots in (
+                (True, case.lhs, slice(total), None),
+                (False, in_slots(case.lhs), here, row_slot),
+            ):
+                operands = case.arrays(of_lhs, *case.rhs, *case.bias, case.ct)
+                made, (d_lhs, *others) = _run_gated(backend, keep, *operands, sizes, slots)
+                got = (*(out[:total] for out in made), d_lhs[places], *others)
+                pairs += zip(got, case.gated(keep), strict=True)
         found.append(_worst(pairs))
     return found
 
@@ -137,21 +140,24 @@ class _Case:
         d_lhs, d_rhs = reference.grouped_matmul_vjp(self.ct, self.lhs, self.rhs[0], self.sizes)
         return reference.grouped_matmul(self.lhs, self.rhs[0], self.sizes)[: self.total], d_lhs[: self.total], d_rhs
 
-    def gated(self):
-        """Both products with their biases, the product of the two, and the gradients of rows, matrices and biases."""
+    def gated(self, keep: bool):
+        """The product of both products with their biases, after these if ``keep``, and all gradients.
+
+        ``ct`` is the cotangent of each of the results.
+        """
         groups = np.repeat(np.arange(len(self.sizes)), self.sizes)
         a, b = (
             reference.grouped_matmul(self.lhs, rhs, self.sizes)[: self.total] + bias[groups]
             for rhs, bias in zip(self.rhs, self.bias, strict=True)
         )
-        cts = self.ct[: self.total] * b, self.ct[: self.total] * a
+        cts = (self.ct[: self.total] * (other + keep) for other in (b, a))
         d_lhs, d_rhs, d_bias = 0.0, [], []
         for ct, rhs in zip(cts, self.rhs, strict=True):
             of_lhs, of_rhs = reference.grouped_matmul_vjp(ct, self.lhs[: self.total], rhs, self.sizes)
             of_bias = np.zeros(self.bias[0].shape)
             np.add.at(of_bias, groups, ct)
             d_lhs, d_rhs, d_bias = d_lhs + of_lhs, [*d_rhs, of_rhs], [*d_bias, of_bias]
-        return (a, b, a * b, d_lhs, *d_rhs, *d_bias)
+        return (*((a, b) if keep else ()), a * b, d_lhs, *d_rhs, *d_bias)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -163,16 +169,16 @@ def _run_slots(backend, into, lhs, rhs, ct, sizes, row_slot):
     return out, *pull(ct)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _run_gated(backend, lhs, gate, up, gate_bias, up_bias, ct, sizes, row_slot):
-    def gated(keep, lhs, gate, up, gate_bias, up_bias):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_gated(backend, keep, lhs, gate, up, gate_bias, up_bias, ct, sizes, row_slot):
+    def gated(lhs, gate, up, gate_bias, up_bias):
         biases = (gate_bias, up_bias)
         return gated_matmul(backend, jnp.multiply, keep, lhs, (gate, up), biases, sizes, row_slot)
 
     operands = (lhs, gate, up, gate_bias, up_bias)
-    kept = gated(True, *operands)
-    (made,), pull = jax.vjp(functools.partial(gated, False), *operands)
-    return *kept[:2], made, *pull((ct,))
+    made, pull = jax.vjp(gated, *operands)
+    cts = (ct,) * len(made)
+    return (made if keep else gated(*operands)), pull(cts)  # undifferentiated, another kernel runs
 
 
 def recipe_deviations(name: str) -> list[float]:
