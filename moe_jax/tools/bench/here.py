@@ -31,7 +31,7 @@ from moe_jax.tools.bench.programs import LAYER, LIMIT, PASSES, Program, compile_
 from moe_jax.tools.bench.run import emit, open_lines
 from moe_jax.tools.bench.workloads import Workload
 from moe_jax.verify.cases import deviation
-from moe_jax.verify.kernels import grouped_matmul_deviations, recipe_deviations
+from moe_jax.verify.kernels import fused_deviations, grouped_matmul_deviations, recipe_deviations
 from moe_jax.verify.layer import Layer
 
 MAX_SECONDS = 540.0  # a step that does not fit any more is left out
@@ -184,6 +184,9 @@ def product_checks(backend: str, dtype: str, extents: Sequence[tuple[int, int, i
         found = grouped_matmul_deviations(backend, dtype, sizes)
         subject = f"{backend} {dtype} {' x '.join(map(str, sizes))}"
         yield _check("grouped matmul and gradients = oracle", subject, found, 0.0)
+        fused = fused_deviations(backend, dtype, sizes)
+        if fused is not None:
+            yield _check("rows in slots, and activated = oracle", subject, fused, 0.0)
 
 
 def recipe_checks() -> Iterator[Row]:
