@@ -33,6 +33,7 @@ from moe_jax.errors import InvalidArgumentError, check_type
 from moe_jax.hardware import Machine
 from moe_jax.layout import PairOrder
 from moe_jax.plan import Plan
+from moe_jax.plan.steps import Step
 from moe_jax.plan.transport_table import add_transport, is_taken
 from moe_jax.quant.message import split_some
 
@@ -123,15 +124,12 @@ class Transport(abc.ABC):
         """Of a round of ``capacity`` rows per pair of ranks: (bytes of each buffer by purpose, integers in maps)."""
 
     @abc.abstractmethod
-    def wire_bytes(self, plan: Plan, size: Any, backward: bool) -> int:
-        """Bytes that leave a device for rows, and for what says where they go and how much they weigh.
+    def steps(self, plan: Plan, size: Any, backward: bool) -> list[Step]:
+        """What moves rows, and what says where they go and how much they weigh: exchanges and passes through memory.
 
+        The phase of a step is "route", "dispatch" or "combine", see ``moe_jax.plan.steps``; products are not in it.
         ``size``: of ``moe_jax.plan.cost``, the extents of a round; ``backward``: with the backward pass.
         """
-
-    @abc.abstractmethod
-    def traffic_bytes(self, plan: Plan, size: Any, backward: bool) -> int:
-        """Bytes of rows that pass through the memory of a device, but for products."""
 
     def sent_rows(self, plan: Plan, capacity: int) -> int:
         """Rows that the exchange of a round of ``capacity`` rows per pair of ranks hands over."""
@@ -141,8 +139,8 @@ class Transport(abc.ABC):
         """``size`` of a round under an even load, where the exchange follows the true counts."""
         return size
 
-    def automatic(self, platform: str) -> bool:
-        """Whether ``make_plan(transport="auto")`` may take it for devices of ``platform``."""
+    def automatic(self, plan: Plan) -> bool:
+        """Whether ``make_plan(transport="auto")`` may take it for such a mesh and machine."""
         return False
 
     def source_of_rates(self, machine: Machine) -> str:
@@ -150,11 +148,11 @@ class Transport(abc.ABC):
         return ""
 
     def passes_at_ends(self, machine: Machine) -> float:
-        """How often rows are read and written at each end of an exchange between ranks, beside ``traffic_bytes``."""
+        """How often rows are read and written at each end of an exchange between ranks, beside what ``steps`` say."""
         return 0.0
 
     def wire_share(self, machine: Machine) -> float:
-        """The share of the wire's rate that rows reach."""
+        """The share of the link inside a node that rows reach in exchanges that carry them, see ``Collective``."""
         return 1.0
 
     # Before a round: who sends how much to whom, and which row lies where.
