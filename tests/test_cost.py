@@ -411,6 +411,17 @@ def test_a_ragged_exchange_costs_what_its_platform_asks(passes, phase):
     assert relaid.wire_seconds == plain.wire_seconds
 
 
+@pytest.mark.parametrize("transport", ["allgather", "hierarchy", "padded"])
+def test_sums_on_tpus_pass_choice_by_choice(transport):
+    """Where a token's rows are summed away from it: of each choice the row twice more, and the sum so far."""
+    plan = moe.make_plan(AbstractMesh((2, 4, 1), ("node", "ep", "tp")), **SIZES, transport=transport)
+    gpu, tpu = (plan.cost(FFN, hardware=plain_machine(platform=platform)) for platform in ("gpu", "tpu"))
+    tokens = {"allgather": 8 * TOKENS, "hierarchy": 2 * TOKENS, "padded": 0}[transport]
+    forward, both = (tpu[phase].traffic_bytes - gpu[phase].traffic_bytes for phase in PHASES)
+    assert forward == tokens * TOP_K * (2 + 1) * HIDDEN * 4
+    assert both == tokens * TOP_K * (2 * (2 + 1) + 2) * HIDDEN * 4
+
+
 def test_an_all_to_all_on_a_torus_passes_through_other_devices():
     """Rows of padded and ragged reach a share of the links; what is gathered a larger one, that of a corner."""
     torus = Torus(dimensions=2, wraps_from=16)

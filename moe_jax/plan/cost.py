@@ -371,7 +371,7 @@ def _steps(
     return [
         route,
         *of_rows,
-        *_relayouts(plan, size, transport.passes_at_ends(machine), backward),
+        *(transport.added_steps(plan, size, machine, backward) if plan.exchanges else []),
         *(step for f in (routed, shared) for step in _ffn_steps(f, plan.hidden, size.itemsize, backward)),
         *_sums(plan, size, layout, routed, shared, backward),
     ]
@@ -418,15 +418,6 @@ def _local_steps(plan: "Plan", size: "Size", backward: bool) -> list[Step]:
         beside = 2 * (pairs * size.row + tokens * size.wide)
         found += [out(COMBINE, pairs, size.ct), Step(COMBINE, (), beside, launches=2), back(DISPATCH, size.ct)]
     return found
-
-
-def _relayouts(plan: "Plan", size: "Size", passes: float, backward: bool) -> list[Step]:
-    """``passes`` over the rows at both ends of every exchange between ranks."""
-    if plan.ep_size == 1 or not passes:
-        return []
-    ends = 2 * (size.sent + size.slots)
-    messages = {DISPATCH: size.out + size.ct * backward, COMBINE: size.back + size.ct * backward}
-    return [Step(phase, (), int(passes * ends * message), launches=2) for phase, message in messages.items()]
 
 
 def _ffn_steps(ffn: "_Ffn", hidden: int, itemsize: int, backward: bool) -> list[Step]:

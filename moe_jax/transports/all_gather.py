@@ -18,6 +18,7 @@ from moe_jax.transports.base import (
     as_received,
     as_sent,
     by_token,
+    choices_apart,
     partial_sums,
     token_of,
 )
@@ -139,6 +140,9 @@ class AllGather(Transport):
             summed = Collective("reduce-scatter", axes, plan.ep_size * plan.tp_size * pairs)
             found += [out(COMBINE, size.ct), Step(COMBINE, (summed,), dots, launches=3), back(DISPATCH, size.ct)]
         return found
+
+    def added_steps(self, plan, size, machine, backward):
+        return choices_apart(plan, size, size.everyone, machine, backward)
 
 
 def _pass_out(plan: Plan, size, message: int) -> int:

@@ -33,7 +33,7 @@ from moe_jax.errors import InvalidArgumentError, check_type
 from moe_jax.hardware import Machine
 from moe_jax.layout import PairOrder
 from moe_jax.plan import Plan
-from moe_jax.plan.steps import Step
+from moe_jax.plan.steps import COMBINE, DISPATCH, Step
 from moe_jax.plan.transport_table import add_transport, is_taken
 from moe_jax.quant.message import split_some
 
@@ -144,12 +144,12 @@ class Transport(abc.ABC):
         return False
 
     def source_of_rates(self, machine: Machine) -> str:
-        """Where the two figures of ``machine`` below are from, in words; "" where they say nothing."""
+        """Where the figures of ``machine`` are from that the two methods below read, in words; "" for nothing."""
         return ""
 
-    def passes_at_ends(self, machine: Machine) -> float:
-        """How often rows are read and written at each end of an exchange between ranks, beside what ``steps`` say."""
-        return 0.0
+    def added_steps(self, plan: Plan, size: Any, machine: Machine, backward: bool) -> list[Step]:
+        """What the compiler for ``machine`` adds to ``steps``; the other arguments are those of that."""
+        return []
 
     def wire_share(self, machine: Machine) -> float:
         """The share of the link inside a node that rows reach in exchanges that carry them, see ``Collective``."""
@@ -403,3 +403,21 @@ def partial_sums(rows: Array, pair_row: Array, weights: Array | None) -> Array:
             term = jnp.where(here >= 0, weights[..., c], 0.0)[..., None] * term
         total = total + term
     return total
+
+
+# Costs.
+
+
+def choices_apart(plan: Plan, size: Any, tokens: int, machine: Machine, backward: bool) -> list[Step]:
+    """What ``partial_sums`` of ``tokens`` tokens touch beside the rows and the sum, on machines that gather apart.
+
+    For GPUs a gather of rows becomes part of the sum. For TPUs the rows of each choice are written and read again, and
+    the sum so far with them: by the prices of the compiler one pass for each choice.
+    """
+    if machine.platform != "tpu":
+        return []
+    choices = tokens * plan.num_copies
+    sums = Step(COMBINE, (), choices * (2 * size.row + size.wide), launches=2 * plan.num_copies)
+    if not backward:
+        return [sums]
+    return [sums, sums._replace(phase=DISPATCH), Step(COMBINE, (), 2 * choices * size.row, launches=plan.num_copies)]

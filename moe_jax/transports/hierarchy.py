@@ -37,6 +37,7 @@ from moe_jax.transports.base import (
     as_received,
     as_sent,
     by_token,
+    choices_apart,
     deliver,
     partial_sums,
     summed_slots,
@@ -244,6 +245,9 @@ class Hierarchy(Transport):
         )
         found += [out(COMBINE, size.ct, entries, WIDE), Step(COMBINE, scalars, dots, launches=5)]
         return [*found, back(DISPATCH, size.ct)]
+
+    def added_steps(self, plan, size, machine, backward):
+        return choices_apart(plan, size, size.node_slots, machine, backward)
 
 
 def _pass_out(plan: Plan, size, message: int) -> int:
