@@ -13,7 +13,8 @@ from moe_jax.hardware import Machine, machine_of
 from moe_jax.kernels.table import PLATFORMS, describe_backend, registrations, resolve_all
 from moe_jax.plan import checks
 from moe_jax.plan.axes import AUTO, extent, resolve_axes
-from moe_jax.plan.cost import PHASES, balanced_rows, layer_costs
+from moe_jax.plan.cost import PHASES, Cost, balanced_rows, rows_cost
+from moe_jax.plan.describe import cost_words
 from moe_jax.plan.plan import Plan
 from moe_jax.plan.transport_table import transport_names, transport_of
 
@@ -70,10 +71,10 @@ def make_plan(
       transport: "padded" (all_to_all of equal blocks), "ragged" (ragged_all_to_all), "allgather" (all tokens out,
         reduce-scatter back), "hierarchy" (a token crosses to each node of a mesh with a "node" axis once, and one
         partial sum comes back; without that axis all ranks are one node, inside which rows go from rank to rank), or
-        "auto": "padded" or "allgather", or on GPU and TPU "ragged", whichever should take the least time to move rows
-        in a forward and a backward pass of the layer on ``hardware``; see ``moe_jax.plan.cost``. "auto" never takes
-        "hierarchy". Where one device holds all experts, it takes "padded".
-        ``Plan.describe()`` has the times of all candidates.
+        "auto": whichever should take the least time to move rows in a forward and a backward pass of the layer on
+        ``hardware``, see ``moe_jax.plan.cost``; "ragged" not on CPUs, and "hierarchy" where the mesh has an axis
+        "node" alone. Where one device holds all experts, it takes "padded". ``Plan.describe()`` has the times of all
+        candidates, and says what a mesh with such an axis would change.
       overflow: "dropless": what does not fit into a round waits for the next; "drop": it is dropped and counted. Each
         pair of ranks keeps the front of its list, which is sorted by expert: the last experts of a rank lose most.
       capacity_factor: rows that a pair of ranks can move in a round of the layer, relative to the balanced load,
@@ -196,19 +197,35 @@ def _with_least_time(plan: Plan) -> Plan:
     for name in transport_names():
         candidate = dataclasses.replace(plan, transport=name)
         transport = transport_of(candidate)
-        if not transport.automatic(plan.platform):
+        if not transport.automatic(candidate):
             continue
         sources.append(transport.source_of_rates(plan.hardware))
-        phases = layer_costs(candidate, plan.hardware, ffn=0, activation="swiglu", num_replicas=plan.num_replicas)
-        costs[name] = phases[PHASES[1]]
-    seconds = {name: cost.memory_seconds + cost.wire_seconds for name, cost in costs.items()}
+        costs[name] = rows_cost(candidate)
+    chosen = min(costs, key=lambda name: costs[name].seconds)
     words = ", ".join(
-        f"{name} {1e3 * seconds[name]:.3g} ms for {cost.even_wire_bytes:,} bytes sent, {cost.traffic_bytes:,} touched"
-        for name, cost in costs.items()
+        f"{name} {cost_words(costs[name])}" for name in sorted(costs, key=lambda name: costs[name].seconds)
     )
-    reason = f"least time to move rows, {PHASES[1]}, at nominal rates of {plan.hardware.name} ({words})"
-    reason = "; ".join([reason, *filter(None, sources)])
-    return dataclasses.replace(plan, transport=min(seconds, key=lambda name: seconds[name]), transport_reason=reason)
+    reason = f"least time to move rows, {PHASES[1]}, by the figures of {plan.hardware.name}: {words}"
+    reason = "; ".join([reason, *filter(None, [*sources, _of_nodes(plan, costs[chosen])])])
+    return dataclasses.replace(plan, transport=chosen, transport_reason=reason)
+
+
+def _of_nodes(plan: Plan, taken: Cost) -> str:
+    """What "hierarchy" would take if the mesh said which ranks share a node; "" where it would not be faster."""
+    node, inside = plan.hardware.devices_per_node, plan.ep_size * plan.tp_size
+    if plan.num_nodes > 1 or node is None or inside <= node or inside % node or node % plan.tp_size:
+        return ""
+    nodes = inside // node
+    spread = tuple(
+        axis
+        for name, size in plan.mesh_axes
+        for axis in ([("node", nodes), (name, size // nodes)] if name == "ep" else [(name, size)])
+    )
+    plan = dataclasses.replace(plan, mesh_axes=spread, ep_axis=("node", "ep"), num_nodes=nodes, transport="hierarchy")
+    cost = rows_cost(plan)
+    if cost.seconds >= taken.seconds:
+        return ""
+    return f'on a mesh with an axis "node" of {nodes}, hierarchy would take {cost_words(cost)}'
 
 
 def _machine_of_mesh(mesh: Mesh | AbstractMesh) -> tuple[Machine, str]:

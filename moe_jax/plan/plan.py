@@ -234,7 +234,11 @@ class Plan:
         platform: str | None = None,
         hardware: str | Machine | None = None,
     ) -> dict[str, Cost]:
-        """What one call of the layer costs one device, by phase: "forward" and "forward + backward".
+        """What one call of the layer costs one device, by pass: "forward" and "forward + backward".
+
+        A ``Cost`` has seconds by phase of the layer ("route", "dispatch", ...) and what bounds them, and the bytes that
+        stay inside a node apart from those that go to other nodes. Which ranks share a node follows from
+        ``mesh_axes`` and ``devices_per_node`` of the machine; an axis "node" of the mesh says it by itself.
 
         Args:
           ffn: F, width of an expert, divisible by tp; a shared expert is as many times as wide as there are. 0 leaves

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from moe_jax import collectives, layout
 from moe_jax.derivatives import differentiated_as, take_rows
 from moe_jax.plan import Plan
-from moe_jax.plan.cost import WIDE, leaves, recoded, rounds_bytes, row_bytes
+from moe_jax.plan.cost import WIDE, recoded, rounds_step, row_bytes
+from moe_jax.plan.steps import COMBINE, DISPATCH, ROUTE, Collective, Step
 from moe_jax.quant.message import join_some, split_some
 from moe_jax.transports.base import (
     Delivery,
@@ -17,6 +18,7 @@ from moe_jax.transports.base import (
     as_received,
     as_sent,
     by_token,
+    choices_apart,
     partial_sums,
     token_of,
 )
@@ -43,7 +45,7 @@ class AllGather(Transport):
 
     name = "allgather"
 
-    def automatic(self, platform):
+    def automatic(self, plan):
         return True
 
     def count(self, destination, pairs, plan):
@@ -117,23 +119,30 @@ class AllGather(Transport):
         buffers = {"inbox": tokens * out, "return": tokens * plan.hidden * WIDE}
         return buffers, 2 * tokens * plan.top_k + plan.num_rows(capacity)
 
-    def wire_bytes(self, plan, size, backward):
-        world, pairs = plan.ep_size * plan.tp_size, plan.num_pairs * WIDE
-        total = 2 * leaves("all-gather", world, pairs)  # destinations, weights
-        total += rounds_bytes(plan)
-        for message in (size.out, size.ct)[: 1 + backward]:
-            total += leaves("all-gather", world, plan.tokens_per_rank * message)
-            total += leaves("reduce-scatter", world, size.everyone * size.wide)
-        return total + backward * leaves("reduce-scatter", world, world * pairs)  # gradients of the weights
-
-    def traffic_bytes(self, plan, size, backward):
+    def steps(self, plan, size, backward):
+        axes, pairs = plan.exchange_axes, plan.num_pairs * WIDE
         tokens, everyone = plan.tokens_per_rank, size.everyone * plan.pairs_per_token
-        total = _pass_out(plan, size, size.out) + _pass_back(plan, size, size.back)
-        if not backward:
-            return total
-        # Of every choice of every token, <row, cotangent>.
-        total += tokens * (size.wide + size.row) + 2 * size.arrived * size.row + everyone * (size.row + size.wide)
-        return total + _pass_out(plan, size, size.ct) + _pass_back(plan, size, size.ct)
+        of_pairs = Collective("all-gather", axes, pairs)  # destinations, and then weights
+
+        def out(phase, message):
+            gathered = Collective("all-gather", axes, tokens * message)
+            return Step(phase, (gathered,), _pass_out(plan, size, message), launches=1)
+
+        def back(phase, message):
+            summed = Collective("reduce-scatter", axes, size.everyone * size.wide)
+            return Step(phase, (summed,), _pass_back(plan, size, message), launches=1)
+
+        found = [rounds_step(plan), Step(ROUTE, (of_pairs,)), out(DISPATCH, size.out)]
+        found += [Step(COMBINE, (of_pairs,)), back(COMBINE, size.back)]
+        if backward:
+            # Of every choice of every token, <row, cotangent>; their sums go back as the gradients of the weights.
+            dots = tokens * (size.wide + size.row) + 2 * size.arrived * size.row + everyone * (size.row + size.wide)
+            summed = Collective("reduce-scatter", axes, plan.ep_size * plan.tp_size * pairs)
+            found += [out(COMBINE, size.ct), Step(COMBINE, (summed,), dots, launches=3), back(DISPATCH, size.ct)]
+        return found
+
+    def added_steps(self, plan, size, machine, backward):
+        return choices_apart(plan, size, size.everyone, machine, backward)
 
 
 def _pass_out(plan: Plan, size, message: int) -> int:

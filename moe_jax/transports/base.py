@@ -33,6 +33,7 @@ from moe_jax.errors import InvalidArgumentError, check_type
 from moe_jax.hardware import Machine
 from moe_jax.layout import PairOrder
 from moe_jax.plan import Plan
+from moe_jax.plan.steps import COMBINE, DISPATCH, Step
 from moe_jax.plan.transport_table import add_transport, is_taken
 from moe_jax.quant.message import split_some
 
@@ -123,15 +124,12 @@ class Transport(abc.ABC):
         """Of a round of ``capacity`` rows per pair of ranks: (bytes of each buffer by purpose, integers in maps)."""
 
     @abc.abstractmethod
-    def wire_bytes(self, plan: Plan, size: Any, backward: bool) -> int:
-        """Bytes that leave a device: those of rows, of the counts that say where rows go, and of their weights.
+    def steps(self, plan: Plan, size: Any, backward: bool) -> list[Step]:
+        """What moves rows, and what says where they go and how much they weigh: exchanges and passes through memory.
 
+        The phase of a step is "route", "dispatch" or "combine", see ``moe_jax.plan.steps``; products are not in it.
         ``size``: of ``moe_jax.plan.cost``, the extents of a round; ``backward``: with the backward pass.
         """
-
-    @abc.abstractmethod
-    def traffic_bytes(self, plan: Plan, size: Any, backward: bool) -> int:
-        """Bytes of rows that a device reads from its memory and writes to it, except in products."""
 
     def sent_rows(self, plan: Plan, capacity: int) -> int:
         """Rows that the exchange of a round of ``capacity`` rows per pair of ranks hands over."""
@@ -141,20 +139,20 @@ class Transport(abc.ABC):
         """``size`` of a round under an even load, where the exchange follows the true counts."""
         return size
 
-    def automatic(self, platform: str) -> bool:
-        """Whether ``make_plan(transport="auto")`` may take it for devices of ``platform``."""
+    def automatic(self, plan: Plan) -> bool:
+        """Whether ``make_plan(transport="auto")`` may take it for such a mesh and machine."""
         return False
 
     def source_of_rates(self, machine: Machine) -> str:
-        """Where the two figures of ``machine`` below are from, in words; "" where they say nothing."""
+        """Where the figures of ``machine`` are from that the two methods below read, in words; "" for nothing."""
         return ""
 
-    def passes_at_ends(self, machine: Machine) -> float:
-        """How often rows are read and written at each end of an exchange between ranks, beside ``traffic_bytes``."""
-        return 0.0
+    def added_steps(self, plan: Plan, size: Any, machine: Machine, backward: bool) -> list[Step]:
+        """What the compiler for ``machine`` adds to ``steps``; the other arguments are those of that."""
+        return []
 
     def wire_share(self, machine: Machine) -> float:
-        """The share of the wire's rate that rows reach."""
+        """The share of the link inside a node that rows reach in exchanges that carry them, see ``Collective``."""
         return 1.0
 
     # Before a round: who sends how much to whom, and which row lies where.
@@ -406,3 +404,25 @@ def partial_sums(rows: Array, pair_row: Array, weights: Array | None) -> Array:
             term = jnp.where(here >= 0, weights[..., c], 0.0)[..., None] * term
         total = total + term
     return total
+
+
+# Costs.
+
+
+def choices_apart(plan: Plan, size: Any, tokens: int, machine: Machine, backward: bool) -> list[Step]:
+    """What ``partial_sums`` of ``tokens`` tokens touch beside the rows and the sum, on machines that gather apart.
+
+    For GPUs a gather of rows becomes part of the sum. For TPUs the rows of each choice are written and read again, and
+    the sum so far with them: by the prices of the compiler one pass for each choice.
+    """
+    if machine.platform != "tpu":
+        return []
+    choices = tokens * plan.pairs_per_token
+    sums = Step(COMBINE, (), choices * (2 * size.row + size.wide), launches=2 * plan.pairs_per_token)
+    if not backward:
+        return [sums]
+    return [
+        sums,
+        sums._replace(phase=DISPATCH),
+        Step(COMBINE, (), 2 * choices * size.row, launches=plan.pairs_per_token),
+    ]

@@ -25,7 +25,8 @@ from moe_jax import _compat, collectives, layout
 from moe_jax.collectives.exchange import Blocks, Chunks, Exchange
 from moe_jax.derivatives import take_rows
 from moe_jax.plan import Plan
-from moe_jax.plan.cost import WIDE, leaves, recoded, rounds_bytes, row_bytes, unplaced_bytes
+from moe_jax.plan.cost import WIDE, recoded, rounds_step, row_bytes, unplaced_bytes
+from moe_jax.plan.steps import COMBINE, DISPATCH, ROUTE, Collective, Step, tp_axes
 from moe_jax.quant.message import join_some, split_some
 from moe_jax.transports import linear
 from moe_jax.transports.base import (
@@ -36,6 +37,7 @@ from moe_jax.transports.base import (
     as_received,
     as_sent,
     by_token,
+    choices_apart,
     deliver,
     partial_sums,
     summed_slots,
@@ -74,6 +76,9 @@ class Hierarchy(Transport):
 
     name = "hierarchy"
     takes_row_weights = True
+
+    def automatic(self, plan):
+        return plan.num_nodes > 1
 
     def remark(self, plan):
         alone = "the mesh spans one node, so nothing crosses to another: padded does the same with less"
@@ -203,39 +208,46 @@ class Hierarchy(Transport):
         integers = node_slots * (1 + plan.pairs_per_token) + plan.tokens_per_rank * plan.num_nodes + sent + inbox + rows
         return buffers, integers
 
-    def wire_bytes(self, plan, size, backward):
-        nodes, inside, tp = plan.num_nodes, plan.ep_size // plan.num_nodes, plan.tp_size
+    def steps(self, plan, size, backward):
+        across, inside, tp = _across(plan), _inside(plan), tp_axes(plan)
         counts, entries = plan.num_experts * WIDE, plan.pairs_per_token * WIDE  # entries: of a token
-        total = leaves("all-to-all", plan.ep_size, counts) + leaves("all-gather", tp, counts)
-        total += 2 * leaves("all-to-all", nodes, size.node_slots * entries)  # destinations, weights
-        total += rounds_bytes(plan)
+        of_pairs = Collective("all-to-all", across, size.node_slots * entries)  # destinations, and then weights
 
-        def out(message, beside_token, beside_row):
+        def out(phase, message, beside_token, beside_row):
             bytes_inside = message + beside_row
-            found = leaves("all-to-all", nodes, size.node_slots * (message + beside_token))
-            found += leaves("all-to-all", inside, size.sent * bytes_inside)
-            return found + leaves("all-gather", tp, size.slots * bytes_inside)
+            collectives = (
+                Collective("all-to-all", across, size.node_slots * (message + beside_token), carries_rows=True),
+                Collective("all-to-all", inside, size.sent * bytes_inside, carries_rows=True),
+                Collective("all-gather", tp, size.slots * bytes_inside),
+            )
+            return Step(phase, collectives, _pass_out(plan, size, message), launches=3)
 
-        def back(message):
-            found = leaves("reduce-scatter", tp, size.arrived * plan.hidden * size.sum_item)
-            found += leaves("all-to-all", inside, size.slots * size.row)
-            return found + leaves("all-to-all", nodes, size.node_slots * message)
+        def back(phase, message):
+            collectives = (
+                Collective("reduce-scatter", tp, size.arrived * plan.hidden * size.sum_item),
+                Collective("all-to-all", inside, size.slots * size.row, carries_rows=True),
+                Collective("all-to-all", across, size.node_slots * message, carries_rows=True),
+            )
+            return Step(phase, collectives, _pass_back(plan, size, message), launches=4)
 
-        total += out(size.out, 0, 0) + back(size.back)
+        exchanged = (Collective("all-to-all", plan.ep_axis, counts), Collective("all-gather", tp, counts), of_pairs)
+        found = [rounds_step(plan), Step(ROUTE, exchanged), out(DISPATCH, size.out, 0, 0)]
+        found += [Step(COMBINE, (of_pairs,)), back(COMBINE, size.back)]
         if not backward:
-            return total
-        total += out(size.ct, entries, WIDE) + back(size.ct)  # cotangents of rows travel with the weights
-        total += leaves("reduce-scatter", tp, size.arrived * WIDE)  # cotangents of weights go back by themselves
-        total += leaves("all-to-all", inside, size.slots * WIDE)
-        return total + leaves("all-to-all", nodes, size.node_slots * entries)
+            return found
+        # Cotangents of rows travel with the weights. Of every row that arrived, <row, cotangent> is the cotangent of
+        # its weight, and goes back by itself.
+        dots = plan.tokens_per_rank * (size.wide + size.row) + 4 * size.arrived * size.row
+        scalars = (
+            Collective("reduce-scatter", tp, size.arrived * WIDE),
+            Collective("all-to-all", inside, size.slots * WIDE),
+            Collective("all-to-all", across, size.node_slots * entries),
+        )
+        found += [out(COMBINE, size.ct, entries, WIDE), Step(COMBINE, scalars, dots, launches=5)]
+        return [*found, back(DISPATCH, size.ct)]
 
-    def traffic_bytes(self, plan, size, backward):
-        total = _pass_out(plan, size, size.out) + _pass_back(plan, size, size.back)
-        if not backward:
-            return total
-        # Of every row that arrived, <row, cotangent>.
-        total += plan.tokens_per_rank * (size.wide + size.row) + 4 * size.arrived * size.row
-        return total + _pass_out(plan, size, size.ct) + _pass_back(plan, size, size.ct)
+    def added_steps(self, plan, size, machine, backward):
+        return choices_apart(plan, size, size.node_slots, machine, backward)
 
 
 def _pass_out(plan: Plan, size, message: int) -> int:
