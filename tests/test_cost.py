@@ -253,7 +253,7 @@ def test_seconds_and_the_bound_follow_the_rates():
 
 @pytest.mark.parametrize("passes,phase", list(enumerate(PHASES, 1)))
 def test_a_ragged_exchange_costs_what_its_platform_asks(passes, phase):
-    """On TPU passes over its rows at both ends, 1.4 times as slow as their bytes say; on GPU a 50th of the wire."""
+    """On TPU passes over its rows at both ends, 1.4 times as slow as their bytes say; on GPU most of the wire."""
     plan = abstract(transport="ragged", backend="xla")
     cpu, gpu, tpu = (plan.cost(FFN, platform=platform)[phase] for platform in ("cpu", "gpu", "tpu"))
     row, pairs, slots = HIDDEN * 4, TOKENS * TOP_K, 8 * plan.pair_capacity
@@ -261,9 +261,10 @@ def test_a_ragged_exchange_costs_what_its_platform_asks(passes, phase):
     assert gpu.traffic_bytes == cpu.traffic_bytes
     assert tpu.traffic_bytes - cpu.traffic_bytes == int(1.4 * exchanges * 2 * (pairs + slots) * row)
     moved = exchanges * pairs * row * 7 // 8 + 7 * EXPERTS * 4  # rows, and the counts of all
-    assert gpu.wire_seconds == pytest.approx(
-        (gpu.even_wire_bytes + 49 * moved) / MACHINES["h100"].inside.bytes_per_second
-    )
+    h100 = MACHINES["h100"]
+    slower = 1 / h100.ragged_share - 1  # than the rest
+    assert slower > 30
+    assert gpu.wire_seconds == pytest.approx((gpu.even_wire_bytes + slower * moved) / h100.inside.bytes_per_second)
     assert tpu.wire_seconds == pytest.approx(tpu.even_wire_bytes / MACHINES["v5p"].inside.bytes_per_second)
 
 
