@@ -23,8 +23,8 @@ def find_machine(name_or_path: str | os.PathLike[str]) -> Machine:
 
     A file has a table ``[machine]`` with the fields of ``Machine``; ``inside``, ``between`` and ``torus`` are tables
     of their own. ``base = "h100"`` takes every figure that is not given from that machine; "none" says that there is no
-    such figure. ``name`` is the file's own where it is missing. Figures come from ``[machine.sources]``, by field such as
-    ``between.latency``, or else from the file.
+    such figure. ``name`` is the file's own where it is missing. Figures come from ``[machine.sources]``, by field such
+    as ``between.latency``, or else from the file.
 
     Raises:
       InvalidArgumentError: it is neither a known name nor the path of a TOML file.
