@@ -99,7 +99,11 @@ def test_a_plan_counts_the_same_bytes():
         )
         rows = moved(line)
         both = 2 * (rows.inside + rows.between) * ROW_BYTES["bf16"]
-        assert plan.cost(0)["forward"].even_wire_bytes == pytest.approx(both, rel=0.01)
+        cost, machine = plan.cost(0)["forward"], MACHINES[line.machine]
+        assert cost.even_wire_bytes == pytest.approx(both, rel=0.01)
+        if not rows.between:  # and the same time, but for latencies and its own passes over rows
+            alone = sum(predicted_seconds(line, way) - machine.inside.latency for way in ways(line))
+            assert cost.wire_seconds == pytest.approx(alone, rel=0.01)
 
 
 def test_an_exchange_takes_as_long_as_its_slower_link():
