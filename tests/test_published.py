@@ -128,7 +128,9 @@ def test_errors_are_as_small_as_the_page_says():
     nvlink = [line for line in alike if line.machine not in ("mi300x", "mi355x", "a3") and not moved(line).between]
     assert max(errors(nvlink)) < 0.2 and {line.machine for line in nvlink} == {"h800", "h100", "h200", "b200", "gb200"}
     assert max(errors(line for line in alike if line.tokens >= 4096 and 16 < line.ranks and moved(line).between)) < 0.15
-    text = PAGE.read_text()
+    # Other sections of the page have tables of their own.
+    sections = PAGE.read_text().split("\n## ")
+    text = "\n".join(part for part in sections if part.startswith(("How right the planner is: ex", "An upper bound:")))
     computed = [*table.link_lines(), *table.exchange_lines(), *table.summary_lines(), *table.model_lines()]
     computed.append(f"stand against {len(fitted)} times and have to predict")
     assert [line for line in computed if line not in text] == [], "docs/planner.md does not say what is computed"
