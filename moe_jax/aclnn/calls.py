@@ -97,7 +97,7 @@ def version(name: str, newest: Callable[..., R]) -> Callable[..., R]:
     """The earlier version ``name`` of the operator ``newest``, which lacks some of its parameters."""
     whole, lacks, new = inspect.signature(newest), lacking(name), operator_of(newest)
     signature = whole.replace(parameters=[one for one in whole.parameters.values() if one.name not in lacks])
-    old = dataclasses.replace(new, name=name, rules=new.rules.without(lacks))
+    old = dataclasses.replace(new, name=name)
     cann = "aclnn" + "".join(part.capitalize() for part in name.split("_"))
     listed = ", ".join(f"``{one}``" for one in lacks)
     text = f"``{new.name}`` without {listed}, otherwise the same.\n\n    Source: {cann}.\n    "

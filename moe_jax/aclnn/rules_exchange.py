@@ -4,6 +4,7 @@ B tokens per rank, H hidden, K choices, W ranks, S of them for Ns shared experts
 tensor-parallel size. A rule begins with its name and the section of the CANN sheet that it is from.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -122,12 +123,12 @@ _RELATIONS = (
         "and not expert by expert; moe_jax.dispatch takes more",
         ShapeError, words={"experts": _experts, "local": lambda call: sizes(call).local_experts},
     ),
-)  # fmt: skip
-_PERFORMANCE_BY_RANK = forbids(
-    "performance_info_by_rank", "7", "performance_info", {"comm_alg": "hierarchy"},
-    "performance_info was given, with shape {performance_info.shape}, but with comm_alg='hierarchy' rows come through "
-    "another rank of the node, which hides whose they are; pass None, or comm_alg=''",
-    error=UnsupportedError, about="performance_info",
+    forbids(
+        "performance_info_by_rank", "7", "performance_info", {"comm_alg": "hierarchy"},
+        "performance_info was given, with shape {performance_info.shape}, but with comm_alg='hierarchy' rows come "
+        "through another rank of the node, which hides whose they are; pass None, or comm_alg=''",
+        error=UnsupportedError,
+    ),
 )  # fmt: skip
 _LETTERS = {
     "W": lambda call: call["ep_world_size"],
@@ -219,7 +220,6 @@ DISPATCH = Rules(
             "scales_dtype", "3.2", ("scales",), _dtypes_of_scales, "with x of dtype {x.dtype} it must be {legal}"
         ),
         *_RELATIONS,
-        _PERFORMANCE_BY_RANK,
     ),
     last_rules=(
         forbids("scales_unused", "3.2, 2.10", "scales", {"quant_mode": (4, 5)}, _SCALES_UNUSED),
@@ -243,7 +243,7 @@ DISPATCH = Rules(
         forbids(
             "window_or_clock", "12.1", "window", {"performance_info": GIVEN},
             "window and performance_info were given; a timed exchange writes no window, so pass one",
-            error=UnsupportedError, about="performance_info",
+            error=UnsupportedError,
         ),
         refuses(
             "window_shape", "12.1", lambda call: call.given("window") and call.shape("window") != window_shape(call),
@@ -311,25 +311,6 @@ def _is_small_number(value: Any) -> bool:
     return not isinstance(value, bool) and isinstance(value, (int, float)) and 0 <= value < math.inf
 
 
-_COMBINE_SHAPES = {
-    "expand_x": "A H",
-    "expert_ids": "B K",
-    "ep_send_counts": "counts",
-    "expert_scales": _weights,
-    "expand_scales": "weights",
-    "ori_x": "B H",
-    "const_expert_v": "Cc H",
-}
-_COMBINE_QUANTITIES = {**_QUANTITIES, "hidden": ("expand_x", 1)}
-_COMBINE_FIRST = (
-    requires(
-        "tp_counts_given", "9.1", "tp_send_counts", {"tp_world_size": 2},
-        "tp_send_counts is None, but tp_world_size=2 needs it; pass dispatch's",
-        error=MissingArgumentError, stage=NULL, depends_on="tp_world_size",
-    ),
-    same_dtype("same_dtype", "9.1", ("shared_expert_x", "ori_x", *_CONST, "residual_x", "gamma"), "expand_x"),
-    *_RELATIONS,
-)  # fmt: skip
 _COMBINE_LAST = (
     at_least(
         "rows", "2.3", lambda call: call.shape("expand_x")[0],
@@ -373,18 +354,18 @@ _COMBINE_LAST = (
     *(
         requires(
             "special_inputs", "5, 9.5", "ori_x", {number: NONZERO},
-            f"ori_x is None, but {number}={{{number}}} experts read the tokens; pass them", about="ori_x",
+            f"ori_x is None, but {number}={{{number}}} experts read the tokens; pass them",
         )
         for number in ("copy_expert_num", "const_expert_num")
     ),
     *(
         requires(
             "special_inputs", "5, 9.5", name, {"const_expert_num": NONZERO},
-            f"{name} is None, but const_expert_num={{const_expert_num}} needs it", about="ori_x",
+            f"{name} is None, but const_expert_num={{const_expert_num}} needs it",
         )
         for name in _CONST
     ),
-    Rule("const_shapes", "5", _const_shapes, about="const_expert_v"),
+    Rule("const_shapes", "5", _const_shapes),
     refuses(
         "quantised_wire_without_tp", "9.5", {"comm_quant_mode": NONZERO, "tp_world_size": 2},
         "comm_quant_mode={comm_quant_mode} must be 0 with tp_world_size=2, where rows are added on the way",
@@ -394,22 +375,32 @@ _COMBINE_LAST = (
 COMBINE = Rules(
     group="group_ep",
     letters=_LETTERS,
-    shapes={**_COMBINE_SHAPES, **_SHAPES},
-    quantities=_COMBINE_QUANTITIES,
-    rules=(*_COMBINE_FIRST, _PERFORMANCE_BY_RANK),
+    shapes={
+        "expand_x": "A H",
+        "expert_ids": "B K",
+        "ep_send_counts": "counts",
+        "expert_scales": _weights,
+        "expand_scales": "weights",
+        "ori_x": "B H",
+        "const_expert_v": "Cc H",
+        "residual_x": "B 1 H",
+        "gamma": "H",
+        **_SHAPES,
+    },
+    quantities={**_QUANTITIES, "hidden": ("expand_x", 1)},
+    rules=(
+        requires(
+            "tp_counts_given", "9.1", "tp_send_counts", {"tp_world_size": 2},
+            "tp_send_counts is None, but tp_world_size=2 needs it; pass dispatch's",
+            error=MissingArgumentError, stage=NULL, depends_on="tp_world_size",
+        ),
+        same_dtype("same_dtype", "9.1", ("shared_expert_x", "ori_x", *_CONST, "residual_x", "gamma"), "expand_x"),
+        *_RELATIONS,
+    ),
     last_rules=_COMBINE_LAST,
-)
+)  # fmt: skip
 _NORM_EPS = refuses(
     "norm_eps", "10", lambda call: not _is_small_number(call["norm_eps"]),
     "norm_eps={norm_eps!r} must be a number of at least 0, such as 1e-6",
 )  # fmt: skip
-_NORM_SHAPES = {"residual_x": "B 1 H", "gamma": "H", "x_active_mask": "B | B K", "elastic_info": "4+2W"}
-ADD_RMS_NORM = Rules(
-    group="group_ep",
-    letters=_LETTERS,
-    shapes={**_COMBINE_SHAPES, **_NORM_SHAPES},
-    quantities=_COMBINE_QUANTITIES,
-    rules=_COMBINE_FIRST,
-    last_rules=(*_COMBINE_LAST, _NORM_EPS),
-    missing_product=BAD_PARAMETER,
-)
+ADD_RMS_NORM = dataclasses.replace(COMBINE, last_rules=(*_COMBINE_LAST, _NORM_EPS), missing_product=BAD_PARAMETER)

@@ -105,18 +105,6 @@ class Limits:
             self, values=_merged(self.values, values), dtypes=_merged(self.dtypes, dtypes), **others
         )
 
-    def without(self, parameters: tuple[str, ...]) -> "Limits":
-        """The limits of a version that does not have ``parameters``."""
-        return Limits(
-            values={name: legal for name, legal in self.values.items() if name not in parameters},
-            dtypes={name: allowed for name, allowed in self.dtypes.items() if name not in parameters},
-            absent=tuple(name for name in self.absent if name not in parameters),
-            why=self.why,
-            required=tuple(name for name in self.required if name not in parameters),
-            buffer=self.buffer,
-            variants={alg: limits.without(parameters) for alg, limits in self.variants.items()},
-        )
-
     def under(self, comm_alg: Any) -> "Limits":
         """The limits in force with ``comm_alg``."""
         return self.variants.get(comm_alg, self) if isinstance(comm_alg, str) else self
