@@ -29,7 +29,7 @@ from moe_jax.targets.compile import _job_of_function
 from moe_jax.targets.target import find_target
 
 ALONE = ["v5e:1x1", "v5p:1x1x1", "v6e:1x1", "h100:1"]
-ELSEWHERE = ["v5e:2x4", "v5p:2x2x2", "v6e:2x4", "a100:8", "h100:8", "h200:8", "b200:8"]
+ELSEWHERE = ["v5e:2x4", "v5p:2x2x2", "v6e:2x4", "a100:8", "h100:8", "h200:8", "b200:8", "gb200:8"]
 ROWS, WIDTH = 64, 128
 
 
@@ -184,7 +184,10 @@ def _command(process: Path) -> str:
 @pytest.mark.parametrize(
     "name,text",
     [
-        ("h10:8", "did you mean 'h100:8'.*known: a100:8, b200:8, cpu:8, h100:8, h200:8, v5e:2x4, v5p:2x2x2, v6e:2x4"),
+        (
+            "h10:8",
+            "did you mean 'h100:8'.*known: a100:8, b200:8, cpu:8, gb200:8, h100:8, h200:8, v5e:2x4, v5p:2x2x2, v6e:2x4",
+        ),
         ("h100", "lacks a number of devices; write it as in 'h100:8'"),
         ("h100:0", "lacks a number"),
         ("h100:12", "a multiple"),

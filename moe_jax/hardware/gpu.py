@@ -7,7 +7,7 @@ them.
 
 import dataclasses
 
-# The same in all four files.
+# The same in all files.
 _COMMON = {
     "threads_per_block_limit": 1024,
     "threads_per_warp": 32,
@@ -133,5 +133,19 @@ GPUS = {
         shared_memory_per_core=233_472,
         shared_memory_per_block_optin=232_448,
         source=_SPECS + "b200.txtpb at 300ec95ab85fa9f40af388054f7d43707407cb52",
+    ),
+    "gb200": Gpu(
+        description="NVIDIA GB200",
+        compute_capability=10,
+        has_accelerated_features=True,
+        core_count=152,
+        fpus_per_core=128,
+        clock_rate_ghz=2.062,
+        memory_bandwidth=7_928_064_000_000,
+        device_memory_size=197_897_748_480,
+        l2_cache_size=135_528_448,
+        shared_memory_per_core=233_472,
+        shared_memory_per_block_optin=232_448,
+        source=_SPECS + "gb200.txtpb at 300ec95ab85fa9f40af388054f7d43707407cb52",
     ),
 }

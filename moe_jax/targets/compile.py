@@ -40,7 +40,7 @@ def compile_for(target: str, fn: Callable | str, *abstract_args: Any) -> TargetR
 
     Args:
       target: the number of devices, or a topology, of a kind of machine: "cpu:8", "v5e:2x4", "v5p:2x2x2", "v6e:2x4",
-        "h100:8", "h200:8", "b200:8", "a100:8". GPUs beyond 8 come in hosts of 8.
+        "h100:8", "h200:8", "b200:8", "gb200:8", "a100:8". GPUs beyond 8 come in hosts of 8.
       fn: a function, jitted (its shardings and donations are kept) or plain, over one device, or over a mesh of as
         many devices as the target has. Device i of the mesh is device i of the target; emulated devices will do, and so
         does an ``AbstractMesh``. Or the name of a builder, "package.module:function": a function (devices,

@@ -1,0 +1,186 @@
+"""What a machine is: the rates, sizes and links of one of its devices, each with its source, and their rules."""
+
+import dataclasses
+import math
+from typing import Any
+
+from moe_jax.errors import choice_violations, count_violations, raise_all
+
+PLATFORMS = ("cpu", "gpu", "tpu", "npu")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Link:
+    """What one device sends over one kind of link, one way.
+
+    Attributes:
+      bytes_per_second: what an exchange of many bytes reaches.
+      latency: seconds that one exchange takes however few bytes it moves.
+    """
+
+    bytes_per_second: float
+    latency: float
+
+    def __post_init__(self) -> None:
+        raise_all(figure_violations(self), "Link")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Torus:
+    """A network without switches, in which bytes for a distant device pass through the devices between.
+
+    Attributes:
+      dimensions: in how many dimensions the chips stand; each has a link to both neighbours in every dimension.
+      wraps_from: chips along a dimension from which on the last is linked to the first.
+      devices_per_chip: devices that share the links of a chip.
+    """
+
+    dimensions: int
+    wraps_from: int
+    devices_per_chip: int = 1
+
+    def __post_init__(self) -> None:
+        raise_all(figure_violations(self), "Torus")
+
+    def all_to_all_share(self, num_devices: int) -> float:
+        """The share of a device's links that an all-to-all among so many neighbouring devices keeps busy with its own.
+
+        The longest side of the chips, n of them, is what limits: half of all bytes must pass its middle. A ring has two
+        links there for every line of chips and carries 4 / (n * dimensions) of what a chip's links carry together; a
+        line without the link that closes it carries half of that. A device's bytes for itself do not travel.
+        """
+        chips = math.ceil(num_devices / self.devices_per_chip)
+        if num_devices < 2 or chips < 2:
+            return 1.0
+        side = _longest_side(chips, self.dimensions)
+        passes = 4 if side >= self.wraps_from else 2
+        return min(1.0, passes / (side * self.dimensions) * (chips - 1) / chips)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Machine:
+    """The devices of one kind and the links between them. All figures are of one device, as JAX counts devices.
+
+    Attributes:
+      name: its name, as in ``hardware="h100"``.
+      platform: "cpu", "gpu", "tpu" or "npu".
+      kinds: what ``jax.Device.device_kind`` of such a device begins with; of all machines the longest that fits counts.
+      flops16: flops per second in dense products of 16-bit numbers.
+      flops32: flops per second in products of fp32 numbers.
+      flops8: flops per second in dense products of 8-bit numbers, fp8 or int8; None where it has none or none is known.
+      memory_bytes: bytes of the main memory that programs may use.
+      memory_bandwidth: bytes per second to and from the main memory.
+      inside: the link between devices of one node.
+      between: the link between nodes; None where all devices are inside.
+      devices_per_node: devices of a node; None where all devices are inside.
+      torus: how the links inside are laid out, where they have no switch; None where any device reaches any other at
+        the full rate.
+      launch_seconds: what starting one kernel or step costs.
+      relayout_passes: at each end of a ragged exchange rows are read and written that often beside it.
+      ragged_share: the share of the link inside that a native ragged exchange reaches.
+      widened: dtypes that a sum over ranks turns into fp32 first.
+      sources: pairs of the names of fields, joined by ", ", and where their figures come from. "inside.latency" names
+        a figure of a link. An assumption is called one.
+    """
+
+    name: str
+    platform: str
+    kinds: tuple[str, ...] = ()
+    flops16: float
+    flops32: float
+    flops8: float | None = None
+    memory_bytes: int
+    memory_bandwidth: float
+    inside: Link
+    between: Link | None = None
+    devices_per_node: int | None = None
+    torus: Torus | None = None
+    launch_seconds: float
+    relayout_passes: float = 0.0
+    ragged_share: float = 1.0
+    widened: tuple[str, ...] = ()
+    sources: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        raise_all(figure_violations(self), f"Machine {self.name!r}")
+
+    def source_of(self, figure: str) -> str:
+        """Where a figure comes from, such as "flops16" or "between.latency"; empty where ``sources`` do not say."""
+        said = {name: text for names, text in self.sources for name in names.split(", ")}
+        return said.get(figure, said.get(figure.partition(".")[0], ""))
+
+    def all_to_all_share(self, num_devices: int) -> float:
+        """The share of the link inside that an all-to-all among so many neighbouring devices reaches."""
+        return self.torus.all_to_all_share(num_devices) if self.torus else 1.0
+
+
+# The rule of a figure, by its name: what it must be. All other figures are rates, above zero.
+_TEXTS = ("name",)
+_TUPLES = ("kinds", "widened", "sources")
+_COUNTS = ("memory_bytes", "devices_per_node", "dimensions", "wraps_from", "devices_per_chip")
+_MAY_BE_ZERO = ("latency", "launch_seconds", "relayout_passes")
+PARTS = {"inside": Link, "between": Link, "torus": Torus}
+MAY_BE_NONE = ("flops8", "between", "devices_per_node", "torus")
+
+
+def figure_violations(part: Any) -> list[str]:
+    """Broken rules of all figures of a Machine, a Link or a Torus, and of those that must fit each other."""
+    given = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
+    found = [text for name, value in given.items() for text in value_violations(name, value)]
+    if isinstance(part, Machine):
+        found += _relation_violations(part)
+    return found
+
+
+def value_violations(name: str, value: Any) -> list[str]:
+    """Broken rules of one figure of a Machine, a Link or a Torus."""
+    if value is None and name in MAY_BE_NONE:
+        return []
+    if name in PARTS:
+        kind = PARTS[name].__name__
+        return [] if isinstance(value, PARTS[name]) else [f"{name}={value!r} is not a {kind}; give a moe_jax {kind}"]
+    if name in _TUPLES:
+        return _tuple_violations(name, value)
+    if name == "platform":
+        return choice_violations(name, value, PLATFORMS)
+    if name in _TEXTS:
+        return [] if isinstance(value, str) and value else [f"{name}={value!r} must be a word"]
+    if name in _COUNTS:
+        return count_violations(name, value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return [f"{name}={value!r} must be a finite number"]
+    if value < 0 or (not value and name not in _MAY_BE_ZERO):
+        return [f"{name}={value!r} must be {'zero or more' if name in _MAY_BE_ZERO else 'above zero'}"]
+    if name == "ragged_share" and value > 1:
+        return [f"{name}={value!r} is a share: at most 1"]
+    return []
+
+
+def _tuple_violations(name: str, value: Any) -> list[str]:
+    if name == "sources":
+        pairs = isinstance(value, tuple) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in value)
+        if pairs and all(isinstance(word, str) for pair in value for word in pair):
+            return []
+        return [f"sources={value!r} must be a tuple of pairs: names of fields, and where their figures come from"]
+    if isinstance(value, tuple) and all(isinstance(word, str) and word for word in value):
+        return []
+    return [f"{name}={value!r} must be a tuple of words"]
+
+
+def _relation_violations(machine: Machine) -> list[str]:
+    found = []
+    if (machine.between is None) != (machine.devices_per_node is None):
+        found.append(
+            f"between={machine.between!r} and devices_per_node={machine.devices_per_node!r} belong together: give "
+            "both, or neither where all devices are inside"
+        )
+    return found
+
+
+def _longest_side(count: int, dimensions: int) -> int:
+    """The longest side of the most even box of ``count`` chips."""
+    if dimensions == 1:
+        return count
+    sides = [side for side in range(1, math.isqrt(count) + 1) if count % side == 0]
+    sides += [count // side for side in sides]
+    return min(max(side, _longest_side(count // side, dimensions - 1)) for side in sides)
