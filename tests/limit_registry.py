@@ -26,14 +26,14 @@ def registered(operator: str, definition: Operator) -> set[tuple[str, str | None
     found |= {(f"shape:{name}", None) for name in definition.rules.shapes if name in own}
     found |= {("group_length", None)} if definition.rules.group else set()
     found |= {("kind", None), ("hccl_buffsize", None)}
-    have = [None, *(name for name, product in PRODUCTS.items() if operator in product.operators)]
+    have = [None, *(name for name, product in PRODUCTS.items() if operator in product)]
     for rule in definition.rules.rules + definition.rules.last_rules:
         if NEEDED.get(rule.name) in {None, *own}:
             found |= {(rule.name, product) for product in rule.products or (None,) if product in have}
     tables = {None: ANY[operator]}
     for name, product in PRODUCTS.items():
-        if operator in product.operators:
-            tables[name] = product.operators[operator]
+        if operator in product:
+            tables[name] = product[operator]
         else:
             found.add(("product", name))
     for name, base in tables.items():

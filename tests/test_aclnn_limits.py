@@ -57,7 +57,7 @@ def cases(column):
     """
     for rule, _section, operators, product, *columns, words, status in ROWS:
         for operator in versions((operators,) if isinstance(operators, str) else operators, rule, product):
-            has_it = product is None or operator in PRODUCTS[product].operators
+            has_it = product is None or operator in PRODUCTS[product]
             if not has_it and rule != "product":
                 continue
             changes, sizes = columns[column], product if has_it else None
@@ -137,9 +137,9 @@ ALGS = ["fullmesh", "fullmesh_v1", "fullmesh_v2", "hierarchy"]
 def test_64_bits_are_32_where_jax_has_no_more(operator):
     """Every array whose documents say int64 or so: what JAX makes of it is taken, and refused where JAX has 64 bits."""
     check = getattr(aclnn, f"{operator}_get_workspace_size")
-    for product in (None, *(name for name in PRODUCTS if operator in PRODUCTS[name].operators)):
+    for product in (None, *(name for name in PRODUCTS if operator in PRODUCTS[name])):
         call = call_of(operator, product, {})
-        own = PRODUCTS[product].operators[operator] if product else ANY[operator]
+        own = PRODUCTS[product][operator] if product else ANY[operator]
         limits = ANY[operator].dtypes | own.dtypes
         for name, allowed in limits.items():
             if name in own.absent or name in lacking(operator):
@@ -161,8 +161,8 @@ def test_an_attribute_out_of_range_comes_before_what_it_would_need(operator):
     """Nothing but what is always needed, and one attribute out of its range: the text is about that attribute."""
     definition, tried = OPERATORS[operator], set()
     check = getattr(aclnn, f"{operator}_get_workspace_size")
-    for product in (None, *(name for name in PRODUCTS if operator in PRODUCTS[name].operators)):
-        limits = [ANY[operator]] + ([PRODUCTS[product].operators[operator]] if product else [])
+    for product in (None, *(name for name in PRODUCTS if operator in PRODUCTS[name])):
+        limits = [ANY[operator]] + ([PRODUCTS[product][operator]] if product else [])
         call = call_of(operator, product, {})
         bare = {name: call[name] for name in call if name not in definition.arrays or name in definition.needs}
         names = {name for table in limits for name in table.values} & inspect.signature(check).parameters.keys()
@@ -196,7 +196,7 @@ STRANGE += [array((), "int32"), array((0, 0)), array((2, 3, 4, 5, 6)), array((4,
 @pytest.mark.parametrize("operator", [name for name in OPERATORS if name not in VERSIONS])
 def test_strange_arguments_raise_nothing_but_our_errors(operator):
     for product in (None, *PRODUCTS):
-        if product is not None and operator not in PRODUCTS[product].operators:
+        if product is not None and operator not in PRODUCTS[product]:
             continue
         names = inspect.signature(getattr(aclnn, f"{operator}_get_workspace_size")).parameters
         for name in names:

@@ -22,7 +22,6 @@ from moe_jax.aclnn.rules import (
     make_error,
     marked,
     on,
-    shown,
 )
 from moe_jax.aclnn.workspace import sizes
 from moe_jax.errors import (
@@ -33,7 +32,7 @@ from moe_jax.errors import (
     UnsupportedError,
     suggest,
 )
-from moe_jax.hardware.ascend import PRODUCTS, QUANTITIES, megabytes
+from moe_jax.hardware.ascend import PRODUCTS, megabytes
 from moe_jax.hardware.ascend.legal import Legal
 
 _GROUP_LENGTH = 128  # the name of a group is shorter than this
@@ -70,8 +69,8 @@ def _check_product(call: Call, rules: Rules) -> None:
         if not isinstance(call.product, str) or call.product not in PRODUCTS:
             known = suggest(call.product, PRODUCTS)
             raise InvalidArgumentError(f"product={call.product!r} is unknown; {known}, or None")
-        if call.operator not in PRODUCTS[call.product].operators:
-            have = [name for name, product in PRODUCTS.items() if call.operator in product.operators]
+        if call.operator not in PRODUCTS[call.product]:
+            have = [name for name, operators in PRODUCTS.items() if call.operator in operators]
             raise make_error(
                 UnsupportedError,
                 f"product={call.product!r} does not have {call.operator}; {', '.join(have)} do, or pass product=None",
@@ -207,16 +206,12 @@ def _check_value(call: Call, rules: Rules, name: str, legal: Legal, product: str
                 f"{name}={call[name]!r} must be {legal}{on(product)}; the nearest legal value is {nearest!r}"
             )
         return
-    quantity = rules.quantities[name]
-    if callable(quantity):
-        found = quantity(call)
-    else:
-        array, axis = quantity
-        found = (shown(call, array), call.shape(array)[axis]) if call.given(array) else None
+    words, quantity = rules.quantities[name]
+    found = quantity(call)
     if found is not None and not legal.allows(found[1]):
         source, value = found
         raise ShapeError(
-            f"{source}: {value} = {QUANTITIES[name]}, must be {legal}{on(product)}; "
+            f"{source}: {value} = {words}, must be {legal}{on(product)}; "
             f"the nearest legal value is {legal.nearest(value)!r}"
         )
 

@@ -69,7 +69,7 @@ class Call:
         """Every table in force with its product, first the one that holds everywhere."""
         yield None, ANY[self.operator]
         if self.product is not None:
-            limits = PRODUCTS[self.product].operators[self.operator]
+            limits = PRODUCTS[self.product][self.operator]
             yield self.product, limits.under(self.attributes.get("comm_alg"))
 
     def worded(self, text: str, **words: Any) -> str:
@@ -237,7 +237,7 @@ def group_size(section: str, group: str, size: str, used: Callable[[Call], bool]
 # A shape is words such as "B K". A letter that an earlier array had stands for the same extent, a new letter allows any
 # extent, and a number stands for itself. " | " stands between alternatives.
 Shape = str | Callable[[Call], str]
-Quantity = tuple[str, int] | Callable[[Call], tuple[str, int] | None]
+Quantity = Callable[[Call], tuple[str, int] | None]  # where it comes from, and how much it is; None: it is not there
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -249,8 +249,7 @@ class Rules:
       long_group: when a longer name is found, and its code.
       shapes: by array, in the order in which they are checked.
       letters: the extents of shapes that are attributes, or follow from some.
-      quantities: what the products' tables limit besides attributes: an array and one of its axes, or a function that
-        says where the quantity comes from, and how much it is (None: it is not there).
+      quantities: what the products' tables limit besides attributes, in words and as a function of a call.
       rules: in the order in which they are checked, in each stage.
       last_rules: those that follow the product's table.
       missing_product: the code on a product that does not have the operator.
@@ -262,7 +261,7 @@ class Rules:
     long_group: tuple[str, int] = (DTYPE, BAD_PARAMETER)
     shapes: Mapping[str, Shape]
     letters: Mapping[str, Callable[[Call], int]] = dataclasses.field(default_factory=dict)
-    quantities: Mapping[str, Quantity] = dataclasses.field(default_factory=dict)
+    quantities: Mapping[str, tuple[str, Quantity]] = dataclasses.field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
     last_rules: tuple[Rule, ...] = ()
     missing_product: int = BAD_VALUE
@@ -286,6 +285,11 @@ def on(product: str | None) -> str:
 def shown(call: Call, name: str) -> str:
     """An array with its shape, in words."""
     return f"{name} with shape {call.shape(name)}"
+
+
+def extent(array: str, axis: int) -> Quantity:
+    """The extent of an array, where it is given."""
+    return lambda call: (shown(call, array), call.shape(array)[axis]) if call.given(array) else None
 
 
 def canonical(dtype: Any) -> str:

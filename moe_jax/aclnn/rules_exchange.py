@@ -21,6 +21,7 @@ from moe_jax.aclnn.rules import (
     at_least,
     check_shape,
     dtype_name,
+    extent,
     forbids,
     group_size,
     one_of_dtypes,
@@ -31,6 +32,7 @@ from moe_jax.aclnn.rules import (
 )
 from moe_jax.aclnn.workspace import dispatch_row, hidden, sizes, tokens
 from moe_jax.errors import DtypeError, InvalidArgumentError, MissingArgumentError, ShapeError, UnsupportedError
+from moe_jax.hardware.ascend import E8M0, FLOATS, FP4, FP8
 
 _MAX_IDS = 2**31 - 1  # ids are int32
 _KINDS = ("moe_expert_num", "zero_expert_num", "copy_expert_num", "const_expert_num")
@@ -43,6 +45,10 @@ def _experts(call: Call) -> str:
     """What the number of experts per rank follows from, in words."""
     names = ("moe_expert_num", "ep_world_size", "shared_expert_rank_num")
     return ", ".join(f"{name}={call[name]}" for name in names)
+
+
+def _local_experts(call: Call) -> tuple[str, int]:
+    return _experts(call), sizes(call).local_experts
 
 
 def _num_ids(call: Call) -> int:
@@ -137,28 +143,33 @@ _LETTERS = {
 }
 _SHAPES = {"x_active_mask": "B | B K", "elastic_info": "4+2W", "performance_info": "W"}
 _QUANTITIES = {
-    "tokens": ("expert_ids", 0),
-    "top_k": ("expert_ids", 1),
-    "local_experts": lambda call: (_experts(call), sizes(call).local_experts),
-    "local_experts_with_tp": lambda call: (
-        (_experts(call), sizes(call).local_experts) if call["tp_world_size"] == 2 else None
+    "tokens": ("B, tokens per rank", extent("expert_ids", 0)),
+    "top_k": ("K, choices per token", extent("expert_ids", 1)),
+    "local_experts": ("L, experts per rank", _local_experts),
+    "local_experts_with_tp": (
+        "L, experts per rank, with tp_world_size=2",
+        lambda call: _local_experts(call) if call["tp_world_size"] == 2 else None,
     ),
-    "experts_by_ranks": lambda call: (_experts(call), sizes(call).local_experts * call["ep_world_size"]),
-    "mask_dims": lambda call: (
-        (shown(call, "x_active_mask"), len(call.shape("x_active_mask"))) if call.given("x_active_mask") else None
+    "experts_by_ranks": (
+        "experts per rank times ranks",
+        lambda call: (_experts(call), sizes(call).local_experts * call["ep_world_size"]),
     ),
-    "tp_world_size_with_elastic": lambda call: (
-        ("tp_world_size, elastic_info", call["tp_world_size"]) if call.given("elastic_info") else None
+    "mask_dims": (
+        "dimensions of x_active_mask",
+        lambda call: (
+            (shown(call, "x_active_mask"), len(call.shape("x_active_mask"))) if call.given("x_active_mask") else None
+        ),
+    ),
+    "tp_world_size_with_elastic": (
+        "tp_world_size with elastic_info",
+        lambda call: ("tp_world_size, elastic_info", call["tp_world_size"]) if call.given("elastic_info") else None,
     ),
 }
 
 
 # Dispatch.
 
-_FP4 = ("float4_e2m1fn", "uint8")  # uint8: two values per byte
-_CODES = ("float8_e4m3fn", "float8_e5m2", *_FP4)  # of rows that are quantised already
-_NO_CODES = ("float32", "bfloat16", "float16")
-_E8M0 = ("float8_e8m0fnu", "uint8")  # uint8: the byte of the exponent
+_CODES = (*FP8, *FP4)  # of rows that are quantised already
 
 
 def _scales_given(call: Call) -> None:
@@ -177,7 +188,7 @@ def _wanted_dtype(call: Call) -> str | None:
 
 def _dtypes_of_scales(call: Call) -> tuple[str, ...]:
     x = call.dtype("x")
-    return ("float32",) if x not in _CODES else _E8M0 if x in _FP4 else ("float32", *_E8M0)
+    return ("float32",) if x not in _CODES else E8M0 if x in FP4 else ("float32", *E8M0)
 
 
 def _scales_shape(call: Call) -> None:
@@ -207,7 +218,7 @@ DISPATCH = Rules(
     more_arrays=("window",),
     letters=_LETTERS,
     shapes={"x": "B H", "expert_ids": "B K", "expert_scales": "B K", **_SHAPES},
-    quantities={**_QUANTITIES, "hidden": lambda call: (shown(call, "x"), hidden(call))},
+    quantities={**_QUANTITIES, "hidden": ("H, the hidden size", lambda call: (shown(call, "x"), hidden(call)))},
     rules=(
         Rule("scales_given", "3.2", _scales_given, stage=NULL, depends_on="quant_mode"),
         refuses(
@@ -223,7 +234,7 @@ DISPATCH = Rules(
     ),
     last_rules=(
         forbids("scales_unused", "3.2, 2.10", "scales", {"quant_mode": (4, 5)}, _SCALES_UNUSED),
-        forbids("scales_unused", "3.2, 2.10", "scales", {"quant_mode": 0, "x.dtype": _NO_CODES}, _SCALES_UNUSED),
+        forbids("scales_unused", "3.2, 2.10", "scales", {"quant_mode": 0, "x.dtype": FLOATS}, _SCALES_UNUSED),
         refuses(
             "quantised_input", "3.2", {"quant_mode": NONZERO, "x.dtype": _CODES},
             "quant_mode={quant_mode} must be 0 for x of dtype {x.dtype}, which is quantised already",
@@ -387,7 +398,7 @@ COMBINE = Rules(
         "gamma": "H",
         **_SHAPES,
     },
-    quantities={**_QUANTITIES, "hidden": ("expand_x", 1)},
+    quantities={**_QUANTITIES, "hidden": ("H, the hidden size", extent("expand_x", 1))},
     rules=(
         requires(
             "tp_counts_given", "9.1", "tp_send_counts", {"tp_world_size": 2},
