@@ -72,7 +72,7 @@ _NORM = _operator(
 _ELASTIC = {"tp_world_size_with_elastic": Choices((0, 1))}  # [6] where elastic_info is taken
 
 # The document's era: 8 to 64 ranks, 2 to 100 MB per peer as a hard rule [14.4, column H].
-_GROUPED_MATMUL = Limits(
+GROUPED_MATMUL = Limits(
     values={
         "ep_world_size": Choices((8, 16, 32, 64)),
         "local_experts": Interval(1, 32),
@@ -90,10 +90,10 @@ _GROUPED_MATMUL = Limits(
 )
 
 # Section 13. The old tiling's upper bound, 384.
-BARRIER_DTYPES = (
+_BARRIER_DTYPES = (
     "bfloat16", "float16", "float32", "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
 )  # fmt: skip
-_BARRIER = Limits(values={"world_size": Interval(2, 384)}, dtypes={"x_ref": BARRIER_DTYPES})
+BARRIER = Limits(values={"world_size": Interval(2, 384)}, dtypes={"x_ref": _BARRIER_DTYPES})
 
 # Section 11.
 UPDATE_EXPERT = Limits(
@@ -116,9 +116,9 @@ A3 = {
     "moe_distribute_combine_add_rms_norm": _NORM,
     "moe_distribute_combine_add_rms_norm_v2": _NORM.but(values=_ELASTIC),
     "moe_update_expert": UPDATE_EXPERT,
-    "distribute_barrier_v2": _BARRIER,
+    "distribute_barrier_v2": BARRIER,
     # Section 12.1.
     "moe_distribute_buffer_reset": Limits(values={"ep_world_size": Interval(16, 128, step=16)}),
-    "grouped_mat_mul_allto_allv": _GROUPED_MATMUL,
-    "allto_allv_grouped_mat_mul": _GROUPED_MATMUL,
+    "grouped_mat_mul_allto_allv": GROUPED_MATMUL,
+    "allto_allv_grouped_mat_mul": GROUPED_MATMUL,
 }

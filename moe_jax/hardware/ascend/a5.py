@@ -4,7 +4,7 @@ Its newest sources are all there is of this product; where a document has a tabl
 """
 
 from moe_jax.hardware.ascend import buffers
-from moe_jax.hardware.ascend.a3 import BARRIER_DTYPES, UPDATE_EXPERT
+from moe_jax.hardware.ascend.a3 import BARRIER, GROUPED_MATMUL, UPDATE_EXPERT
 from moe_jax.hardware.ascend.legal import E8M0, FP4, FP8, HALVES, Choices, Interval, Limits
 
 _EXCHANGE = Limits(
@@ -28,19 +28,13 @@ _COMBINE = _EXCHANGE.but(
     dtypes={"expand_x": HALVES},  # [9.1]
 )
 
-_GROUPED_MATMUL = Limits(  # [14.4, column L]
+# [14.4, column L] Other numbers of ranks than A3, and no rule about the bytes per peer.
+_GROUPED_MATMUL = GROUPED_MATMUL.but(
     values={
         "ep_world_size": Choices((2, 4, 8, 16, 32, 64)),
-        "local_experts": Interval(1, 32),
-        "experts_by_ranks": Interval(1, 256),
-        "rows": Interval(1, 52428799),
-        "h1": Interval(1, 65535),
-        "n1": Interval(1, 65535),
-        "h2": Interval(1, 12288),
-        "n2": Interval(1, 65535),
-        "rows_per_token": Interval(2, 8),
-    },
-    dtypes={"gmm_x": HALVES},
+        "least_bytes_per_peer": None,
+        "most_bytes_per_peer": None,
+    }
 )
 # Section 14.6. Mode 1 needs hif8 data, so only mode 6 is left; its scales are those of blocks of 32.
 _QUANTISED = _GROUPED_MATMUL.but(
@@ -71,9 +65,8 @@ A5 = {
         dtypes={"expand_x": ("bfloat16",), "performance_info": None},
     ),
     "moe_update_expert": UPDATE_EXPERT,
-    "distribute_barrier_v2": Limits(
-        values={"world_size": Interval(2, 384)},
-        dtypes={"x_ref": BARRIER_DTYPES + FP8 + ("float4_e2m1fn", "int4")},
+    "distribute_barrier_v2": BARRIER.but(
+        dtypes={"x_ref": (*BARRIER.dtypes["x_ref"], *FP8, "float4_e2m1fn", "int4")},
         absent=("elastic_info",),  # [6]
     ),
     "grouped_mat_mul_allto_allv": _GROUPED_MATMUL,
