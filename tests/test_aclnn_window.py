@@ -92,7 +92,7 @@ MODES = [
 ]
 
 
-@pytest.mark.quick("fullmesh_v1-False", "fullmesh_v2-True")
+@pytest.mark.quick("fullmesh_v2-True")
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("alg", ["fullmesh_v1", "fullmesh_v2"])
 def test_windows_fit_every_message(alg, weighted):
