@@ -68,7 +68,11 @@ def fields_of(value: Any) -> dict[str, Any]:
 
 def _with_tuples(table: dict[str, Any]) -> dict[str, Any]:
     """JSON has no tuples, and static values have no lists."""
-    return {name: tuple(entry) if isinstance(entry, list) else entry for name, entry in table.items()}
+    return {name: _tuple_of(entry) for name, entry in table.items()}
+
+
+def _tuple_of(entry: Any) -> Any:
+    return tuple(map(_tuple_of, entry)) if isinstance(entry, list) else entry
 
 
 def backends_are_initialized() -> bool:

@@ -10,10 +10,10 @@ import pytest
 from jax.sharding import AbstractMesh
 
 import moe_jax as moe
+from moe_jax.hardware import MACHINES
 from moe_jax.hlo.contract import contract_of
 from moe_jax.kernels import table
 from moe_jax.plan.cost import PHASES
-from moe_jax.plan.rates import RATES
 
 TOKENS, HIDDEN, EXPERTS, TOP_K, FFN = 32, 16, 16, 2, 24
 SIZES = {"tokens_per_rank": TOKENS, "hidden": HIDDEN, "num_experts": EXPERTS, "top_k": TOP_K, "dtype": "float32"}
@@ -68,7 +68,7 @@ class Case(tuple):
         return moe.make_plan(self.mesh, **self.options)
 
     def cost(self, phase):
-        return self.plan.cost(FFN, activation=self[2], num_replicas=dict(self[0]).get("dp", 1))[phase]
+        return self.plan.cost(FFN, activation=self[2])[phase]
 
     def layer(self, phase):
         """(function, arguments): ``moe_on_mesh``, with the gradients of parameters and x in the second phase."""
@@ -235,13 +235,14 @@ def test_only_cpus_cast_rows_for_sums_of_tp_ranks():
 
 def test_seconds_and_the_bound_follow_the_rates():
     big = {"tokens_per_rank": 4096, "hidden": 4096, "num_experts": 64, "top_k": 8, "transport": "padded"}
-    for platform, rates in RATES.items():
-        for dtype, flops in (("float32", rates.flops32), ("bfloat16", rates.flops16)):
-            cost = abstract(**big, dtype=dtype).cost(2048, platform=platform)["forward"]
-            products = (cost.flops - cost.router_flops) / flops + cost.router_flops / rates.flops32
+    for name, machine in MACHINES.items():
+        for dtype, flops in (("float32", machine.flops32), ("bfloat16", machine.flops16)):
+            cost = abstract(**big, dtype=dtype).cost(2048, hardware=name)["forward"]
+            products = (cost.flops - cost.router_flops) / flops + cost.router_flops / machine.flops32
+            assert (cost.hardware, cost.platform) == (name, machine.platform)
             assert cost.compute_seconds == pytest.approx(products)
-            assert cost.memory_seconds == pytest.approx(cost.traffic_bytes / rates.memory)
-            assert cost.wire_seconds == pytest.approx(cost.wire_bytes / rates.wire)
+            assert cost.memory_seconds == pytest.approx(cost.traffic_bytes / machine.memory_bandwidth)
+            assert cost.wire_seconds == pytest.approx(cost.wire_bytes / machine.inside.bytes_per_second)
             seconds = {"compute": cost.compute_seconds, "memory": cost.memory_seconds, "wire": cost.wire_seconds}
             assert cost.bound[1] == max(seconds.values()) == seconds[cost.bound[0]]
     assert abstract(**big).cost(2048, platform="cpu")["forward"].bound[0] == "compute"
@@ -260,8 +261,10 @@ def test_a_ragged_exchange_costs_what_its_platform_asks(passes, phase):
     assert gpu.traffic_bytes == cpu.traffic_bytes
     assert tpu.traffic_bytes - cpu.traffic_bytes == int(1.4 * exchanges * 2 * (pairs + slots) * row)
     moved = exchanges * pairs * row * 7 // 8 + 7 * EXPERTS * 4  # rows, and the counts of all
-    assert gpu.wire_seconds == pytest.approx((gpu.even_wire_bytes + 49 * moved) / RATES["gpu"].wire)
-    assert tpu.wire_seconds == pytest.approx(tpu.even_wire_bytes / RATES["tpu"].wire)
+    assert gpu.wire_seconds == pytest.approx(
+        (gpu.even_wire_bytes + 49 * moved) / MACHINES["h100"].inside.bytes_per_second
+    )
+    assert tpu.wire_seconds == pytest.approx(tpu.even_wire_bytes / MACHINES["v5p"].inside.bytes_per_second)
 
 
 def test_describe_says_what_it_knows():
@@ -290,6 +293,8 @@ def test_describe_says_what_it_knows():
         ({"ffn": 24, "activation": "relu"}, "activation='relu'"),
         ({"ffn": 24, "num_replicas": 0}, "num_replicas=0"),
         ({"ffn": 24, "platform": "npu"}, "platform='npu'"),
+        ({"ffn": 24, "hardware": "h1"}, "hardware='h1'"),
+        ({"ffn": 24, "platform": "gpu", "hardware": "h100"}, "both name rates"),
     ],
 )
 def test_bad_arguments_are_named(arguments, words):

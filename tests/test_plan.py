@@ -1,15 +1,18 @@
 """Plans: a product's limits, what a row costs on the wire, what buffers take, and the choice of a transport."""
 
 import functools
+import types
+import unittest.mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import moe_jax as moe
-from moe_jax.plan.rates import RATES
+from moe_jax.hardware import MACHINES, machine_of
 
 SIZES = {"tokens_per_rank": 64, "hidden": 7168, "num_experts": 256, "top_k": 8}
 
@@ -56,31 +59,30 @@ def test_workspace_counts_the_message_of_a_quantised_row(quant, bytes_per_row):
     assert f"out {quant}" in plan.describe()
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("hardware", ["cpu", "h100"])
 @pytest.mark.parametrize("options", [{}, {"quant": "int8"}, {"top_k": 1}, {"tokens_per_rank": 4}, {"ep": 2}])
-def test_auto_takes_the_least_time_to_move_rows(monkeypatch, platform, options):
+def test_auto_takes_the_least_time_to_move_rows(hardware, options):
     """Bytes on the wire and bytes through memory, at nominal rates; the reason has them for every candidate."""
-    monkeypatch.setattr("moe_jax.plan.make._platform", lambda mesh: platform)
-    chosen = make(backend="xla", **options)
-    candidates, seconds = {"cpu": ("padded", "allgather"), "gpu": ("padded", "allgather", "ragged")}[platform], {}
+    chosen = make(hardware=hardware, **options)
+    candidates, seconds = {"cpu": ("padded", "allgather"), "h100": ("padded", "allgather", "ragged")}[hardware], {}
     for name in candidates:
-        cost = make(backend="xla", transport=name, **options).cost(0, platform=platform)["forward + backward"]
+        cost = make(hardware=hardware, transport=name, **options).cost(0)["forward + backward"]
         seconds[name] = cost.memory_seconds + cost.wire_seconds
         for figure in (f"{1e3 * seconds[name]:.3g} ms", f"{cost.even_wire_bytes:,}", f"{cost.traffic_bytes:,}"):
             assert f"{name} " in chosen.transport_reason and figure in chosen.transport_reason
     assert seconds[chosen.transport] == min(seconds.values())
-    assert RATES[platform].ragged_source in chosen.transport_reason
-    assert platform in chosen.transport_reason
+    assert f"rates of {hardware}" in chosen.transport_reason
+    assert ("2 % of" in chosen.transport_reason) == (hardware == "h100")  # where the share of the wire is from
 
 
-@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+@pytest.mark.parametrize("hardware", ["h100", "v5p", "v5e"])
 @pytest.mark.parametrize("sizes", [(1024, 32, 4, 1024), (2048, 128, 8, 2048), (7168, 64, 8, 1024)], ids=["A", "B", "C"])
-def test_auto_sends_equal_blocks_where_a_ragged_exchange_is_dear(monkeypatch, platform, sizes):
+def test_auto_sends_equal_blocks_where_a_ragged_exchange_is_dear(hardware, sizes):
     """By the compilers' own estimates on TPU, and what is published of GPUs; it was ragged before they were known."""
-    monkeypatch.setattr("moe_jax.plan.make._platform", lambda mesh: platform)
     hidden, experts, top_k, tokens = sizes
-    plan = make(ep=8, hidden=hidden, num_experts=experts, top_k=top_k, tokens_per_rank=tokens, dtype="bfloat16")
-    assert plan.transport == "padded" and "a ragged exchange" in plan.describe()
+    plan = make(ep=8, hidden=hidden, num_experts=experts, top_k=top_k, tokens_per_rank=tokens, hardware=hardware)
+    figure = "ragged_share" if plan.platform == "gpu" else "relayout_passes"
+    assert plan.transport == "padded" and plan.hardware.source_of(figure) in plan.describe()
 
 
 # Picked from a longer list for their margins: they hold the choice still, and do not show how often it is right.
@@ -157,3 +159,60 @@ def test_hierarchy_without_nodes_is_one_node():
     assert "one node" in plan.describe() and "one node" not in make(transport="padded").describe()
     nodes = moe.make_plan(AbstractMesh((2, 8, 1), ("node", "ep", "tp")), **SIZES, transport="hierarchy")
     assert nodes.transport_reason == "as asked"
+
+
+@pytest.mark.parametrize("hardware", ["h100", "v5e", "a3"])
+def test_a_plan_for_a_named_machine_is_the_same_wherever_it_is_made(hardware):
+    """On a mesh without devices and on one of CPU devices; back ends and platform are those of the machine."""
+    sizes = SIZES | {"num_experts": 16}
+    here = moe.make_plan(moe.make_mesh(ep=2, tp=2, dp=2), **sizes, hardware=hardware)
+    axes, machine = {"dp": 2, "ep": 2, "tp": 2}, MACHINES[hardware]
+    anywhere = moe.make_plan(AbstractMesh(tuple(axes.values()), tuple(axes)), **sizes, hardware=machine)
+    assert here == anywhere and here.describe(ffn=8) == anywhere.describe(ffn=8)
+    assert (here.hardware, here.platform, here.num_replicas) == (machine, machine.platform, 2)
+    assert here.backend == {"h100": "hopper", "v5e": "tpu_lite", "a3": "xla"}[hardware]
+    assert "2 replicas over dp, on " + hardware in here.describe()
+
+
+def test_a_plan_for_a_named_machine_is_that_of_a_host_with_such_devices():
+    """Devices stand in for those of the machine, under each name that JAX has for their kind."""
+    for name in ("h100", "v5p"):
+        machine = MACHINES[name]
+        named = make(hardware=name)
+        for kind in machine.kinds:
+            assert make_on(machine.platform, kind) == named
+    unlisted = make_on("gpu", "NVIDIA RTX 6000")
+    assert unlisted.hardware == machine_of("gpu", "NVIDIA RTX 6000") and unlisted.backend == "gpu"
+    assert "kind 'NVIDIA RTX 6000'" in unlisted.backend_reason
+
+
+def make_on(platform, kind):
+    """The plan that ``make`` makes on a host whose devices are of that kind."""
+    device = types.SimpleNamespace(platform=platform, device_kind=kind)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda: [device])
+        return make()
+
+
+def test_a_plan_without_a_machine_is_for_the_devices_that_are_there():
+    plan = moe.make_plan(moe.make_mesh(ep=2), **SIZES)
+    assert plan.hardware == MACHINES["cpu"] and plan == moe.make_plan(moe.make_mesh(ep=2), **SIZES, hardware="cpu")
+    assert make(ep=2).hardware == MACHINES["cpu"] and plan.num_replicas == 1
+
+
+def test_devices_of_another_platform_are_refused(monkeypatch):
+    device = types.SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
+    mesh = unittest.mock.Mock(spec=jax.sharding.Mesh, shape={"ep": 2, "tp": 1}, devices=np.array([[device]] * 2))
+    assert moe.make_plan(mesh, **SIZES, hardware="v5p").hardware.name == "v5p"
+    with pytest.raises(
+        moe.errors.InvalidArgumentError, match="hardware='h100' is of platform 'gpu' and the mesh has 'tpu'"
+    ):
+        moe.make_plan(mesh, **SIZES, hardware="h100")
+
+
+@pytest.mark.parametrize(
+    "hardware,words", [("h1000", "did you mean 'h100'"), (3, "hardware=3"), ("no/such.toml", "no/such")]
+)
+def test_a_machine_that_there_is_not_is_named(hardware, words):
+    with pytest.raises(moe.errors.InvalidArgumentError, match=words):
+        make(hardware=hardware)

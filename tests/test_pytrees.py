@@ -65,7 +65,13 @@ def filled(cls):
 PYTREES = [*classes_of(types, own_dataclass(types)), moe.Window, moe.quant.QTensor, PairMaps, GatherMaps, HierarchyMaps]
 PYTREES += classes_of(exchange, own_dataclass(exchange))
 PYTREES += classes_of(results, lambda found: hasattr(found, "_fields"))
-STATIC = [plan(), plan(transport="hierarchy", quant="int8"), moe.RouterConfig(score="sigmoid", scale=2.5)]
+STATIC = [
+    plan(),
+    plan(transport="hierarchy", quant="int8"),
+    plan(hardware="h100"),
+    plan(hardware="v7x"),
+    moe.RouterConfig(score="sigmoid", scale=2.5),
+]
 STATIC += [moe.quant.recipe(name, "bfloat16") for name in moe.quant.NAMES if name != "none"]
 
 

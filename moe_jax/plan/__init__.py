@@ -2,7 +2,7 @@
 
 ``make`` checks the arguments (``checks`` has the rules) and decides; ``plan`` is what was decided, and nothing changes
 it. ``cost``, ``workspace`` and ``describe`` are functions of a plan: what it will move, multiply and touch, at the
-nominal ``rates`` of a platform; what its buffers take; and all that in words. ``transport_table`` finds the transport
+nominal rates of its machine; what its buffers take; and all that in words. ``transport_table`` finds the transport
 that a plan names, which says what it costs.
 """
 

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
 
 from moe_jax import quant
-from moe_jax.errors import UnsupportedError, choice_violations, count_violations
+from moe_jax.errors import InvalidArgumentError, MoEError, UnsupportedError, choice_violations, count_violations
+from moe_jax.hardware import Machine, find_machine
 from moe_jax.hardware.ascend import ANY, PRODUCTS
 from moe_jax.kernels import FLOAT_DTYPES, resolve_backend, table
 
@@ -206,3 +208,33 @@ def capacity_violations(capacity_factor: Any) -> list[str]:
     if not 0 < factor < math.inf:
         return [f"capacity_factor={capacity_factor!r} must be positive and finite; 1.0 is a perfectly balanced load"]
     return []
+
+
+def find_hardware(hardware: Any) -> tuple[Machine | None, list[str]]:
+    """The machine that ``hardware`` is, names, or describes in a TOML file; or None and why there is none."""
+    if isinstance(hardware, Machine):
+        return hardware, []
+    try:
+        return find_machine(hardware), []
+    except MoEError as error:
+        return None, [str(error)]
+
+
+def machine_from(hardware: str | Machine) -> Machine:
+    """The machine of ``find_hardware``; raises InvalidArgumentError where there is none."""
+    machine, wrong = find_hardware(hardware)
+    if machine is None:
+        raise InvalidArgumentError("; ".join(wrong))
+    return machine
+
+
+def platform_violations(mesh: Mesh | AbstractMesh, machine: Machine) -> list[str]:
+    """Nothing if a plan for ``machine`` can be traced on ``mesh``: without devices, or with CPUs or its own."""
+    here = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else machine.platform
+    if here in ("cpu", machine.platform):
+        return []
+    text = (
+        f"hardware={machine.name!r} is of platform {machine.platform!r} and the mesh has {here!r} devices; leave "
+        "hardware out, or make the plan on an AbstractMesh or on emulated CPU devices"
+    )
+    return [text]

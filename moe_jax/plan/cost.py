@@ -12,7 +12,9 @@ import jax.numpy as jnp
 
 from moe_jax.config import ACTIVATIONS
 from moe_jax.errors import InvalidArgumentError, UnsupportedError, check_choice, check_count
-from moe_jax.plan.rates import RATES
+from moe_jax.hardware import Machine, machine_of
+from moe_jax.kernels.table import PLATFORMS
+from moe_jax.plan.checks import machine_from
 from moe_jax.plan.transport_table import transport_of
 from moe_jax.quant import recipe
 
@@ -28,9 +30,10 @@ class Cost:
     """One device, one phase.
 
     Beside the fields below: ``even_wire_bytes`` are those of ``wire_bytes`` that an even load fills, all but for
-    "ragged"; ``router_flops`` are those of ``flops`` that the router takes, in fp32 whatever the rows are; ``platform``
-    is the one whose nominal rates give ``compute_seconds``, ``memory_seconds`` and ``wire_seconds``, the last of
-    ``even_wire_bytes``, those of rows at the rate of a ragged exchange where they take one.
+    "ragged"; ``router_flops`` are those of ``flops`` that the router takes, in fp32 whatever the rows are; ``hardware``
+    names the machine, of ``platform``, whose nominal rates give ``compute_seconds``, ``memory_seconds`` and
+    ``wire_seconds``, the last of ``even_wire_bytes``, those of rows at the rate of a ragged exchange where they take
+    one.
 
     ``wire_bytes``: what ``moe_jax.hlo.contract`` counts as ``inline_wire_bytes`` of the compiled layer: rows, and
     beside them counts, weights, the router's statistics and the gradients of replicated parameters. A ragged exchange
@@ -52,6 +55,7 @@ class Cost:
     flops: int
     router_flops: int
     traffic_bytes: int
+    hardware: str
     platform: str
     compute_seconds: float
     memory_seconds: float
@@ -76,28 +80,43 @@ def row_bytes(name: str, hidden: int, dtype: str) -> int:
     return hidden * jnp.dtype(dtype).itemsize if chosen is None else chosen.row_bytes(hidden)
 
 
-def plan_costs(plan: "Plan", ffn: int, *, activation: str, num_replicas: int, platform: str | None) -> dict[str, Cost]:
-    """``Plan.cost``: checks the arguments, and takes the plan's own platform where none is given."""
+def plan_costs(
+    plan: "Plan",
+    ffn: int,
+    *,
+    activation: str,
+    num_replicas: int | None,
+    platform: str | None,
+    hardware: str | Machine | None,
+) -> dict[str, Cost]:
+    """``Plan.cost``: checks the arguments, and takes from the plan what is not given."""
     check_count("ffn", ffn, low=0)
     if ffn % plan.tp_size:
         raise InvalidArgumentError(f"ffn={ffn} must be divisible by tp={plan.tp_size}")
     check_choice("activation", activation, ACTIVATIONS)
+    num_replicas = plan.num_replicas if num_replicas is None else num_replicas
     check_count("num_replicas", num_replicas)
-    if platform is None:
-        platform = plan.backend if plan.backend in RATES else plan.platform
-    check_choice("platform", platform, RATES)
+    machine = plan.hardware
+    if platform is not None:
+        check_choice("platform", platform, PLATFORMS)
+        if hardware is not None:
+            raise InvalidArgumentError(
+                f"platform={platform!r} and hardware={hardware!r} both name rates; leave one out"
+            )
+        machine = machine if machine.platform == platform else machine_of(platform, "")
+    elif hardware is not None:
+        machine = machine_from(hardware)
     if plan.num_shared_ranks:
         raise UnsupportedError(
             f"num_shared_ranks={plan.num_shared_ranks}: the layer computes shared experts beside the exchange, and "
             "its cost is that of a plan with num_shared_ranks=0"
         )
-    return layer_costs(plan, platform, ffn=ffn, activation=activation, num_replicas=num_replicas)
+    return layer_costs(plan, machine, ffn=ffn, activation=activation, num_replicas=num_replicas)
 
 
-def layer_costs(plan: "Plan", platform: str, *, ffn: int, activation: str, num_replicas: int) -> dict[str, Cost]:
+def layer_costs(plan: "Plan", machine: Machine, *, ffn: int, activation: str, num_replicas: int) -> dict[str, Cost]:
     """The costs by phase; ``ffn`` 0 leaves out everything that has the width of an FFN. See ``Plan.cost``."""
-    rates = RATES[platform]
-    size = Size.of(plan, rates.widened)
+    size = Size.of(plan, machine.widened)
     transport = transport_of(plan)
     even = transport.even_size(plan, size)
     routed = _Ffn(size.multiplied, plan.num_local_experts, ffn // plan.tp_size, activation)
@@ -112,19 +131,21 @@ def layer_costs(plan: "Plan", platform: str, *, ffn: int, activation: str, num_r
         of_rows = transport.traffic_bytes if plan.exchanges else _local_traffic
         traffic = of_rows(plan, size, backward) + passes * _router_traffic(plan)
         traffic += sum(_ffn_traffic(f, plan.hidden, size.itemsize, backward) for f in (routed, shared))
-        traffic += int(transport.passes_at_ends(rates) * _ends(plan, size, backward))
+        traffic += int(transport.passes_at_ends(machine) * _ends(plan, size, backward))
         rows, even_rows = (transport.wire_bytes(plan, s, backward) for s in (size, even))
-        share = transport.wire_share(rates)
+        share = transport.wire_share(machine)
         costs[phase] = Cost(
             wire_bytes=sums + rows,
             even_wire_bytes=sums + even_rows,
             flops=flops + router,
             router_flops=router,
             traffic_bytes=traffic,
-            platform=platform,
-            compute_seconds=flops / (rates.flops32 if size.itemsize == 4 else rates.flops16) + router / rates.flops32,
-            memory_seconds=traffic / rates.memory,
-            wire_seconds=(sums + even_rows / share) / rates.wire,
+            hardware=machine.name,
+            platform=machine.platform,
+            compute_seconds=flops / (machine.flops32 if size.itemsize == 4 else machine.flops16)
+            + router / machine.flops32,
+            memory_seconds=traffic / machine.memory_bandwidth,
+            wire_seconds=(sums + even_rows / share) / machine.inside.bytes_per_second,
         )
     return costs
 

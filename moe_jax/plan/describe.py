@@ -14,7 +14,8 @@ def describe(plan: "Plan", *, ffn: int | None, activation: str) -> str:
     slack = f", {plan.pair_capacity / balanced:.2f} x the balanced load" if balanced else ""
     lines = [
         f"mesh       ep={plan.ep_size} over {'*'.join(plan.ep_axis)}, tp={plan.tp_size} over {plan.tp_axis}"
-        + (f", replicated over {'*'.join(plan.dp_axis)}" if plan.dp_axis else ""),
+        + (f", {plan.num_replicas} replicas over {'*'.join(plan.dp_axis)}" if plan.dp_axis else "")
+        + f", on {plan.hardware.name}",
         f"tokens     {plan.tokens_per_rank} per device x {plan.hidden} {plan.dtype}, top {plan.top_k} of "
         f"{plan.num_ids} experts, {plan.num_experts} routed ({plan.num_local_experts} per rank), "
         f"{plan.num_zero_experts} zero, {plan.num_copy_experts} copy, {plan.num_const_experts} constant; "
@@ -52,5 +53,5 @@ def _words(cost: Cost, *, whole: bool) -> str:
     return words + (
         f"{cost.flops:,} flops; {cost.traffic_bytes:,} B read and written; {1e3 * seconds:.3g} ms bound by {resource} "
         f"(compute {1e3 * cost.compute_seconds:.3g}, memory {1e3 * cost.memory_seconds:.3g}, wire "
-        f"{1e3 * cost.wire_seconds:.3g}, at nominal rates of {cost.platform})"
+        f"{1e3 * cost.wire_seconds:.3g}, at nominal rates of {cost.hardware})"
     )

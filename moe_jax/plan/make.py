@@ -9,12 +9,12 @@ from jax.sharding import AbstractMesh, Mesh
 
 from moe_jax.config import OVERFLOWS
 from moe_jax.errors import InvalidArgumentError, MeshError, choice_violations, flag_violations, raise_all
-from moe_jax.kernels.table import describe_backend, registrations, resolve_all
+from moe_jax.hardware import Machine, machine_of
+from moe_jax.kernels.table import PLATFORMS, describe_backend, registrations, resolve_all
 from moe_jax.mesh import mesh_violations
 from moe_jax.plan import checks
 from moe_jax.plan.cost import PHASES, balanced_rows, layer_costs
 from moe_jax.plan.plan import Plan
-from moe_jax.plan.rates import RATES
 from moe_jax.plan.transport_table import transport_names, transport_of
 
 
@@ -40,12 +40,14 @@ def make_plan(
     product: str | None = None,
     backward_quant: str = "none",
     poison: bool = False,
+    hardware: str | Machine | None = None,
 ) -> Plan:
     """Checks everything about a layer on a mesh at once, resolves every default, and returns the static plan.
 
     Args:
       mesh: has axes "ep" and "tp", may have "node" (experts spread over ("node", "ep")); any other axis replicates
-        the whole group. Only names, sizes, the platform and the kind of its devices are read.
+        the whole group. Only names, sizes, the platform and the kind of its devices are read. Devices are taken to be
+        laid out as ``make_mesh`` does it: along the last axis first, and so node by node.
       tokens_per_rank: T, tokens per device; may be 0. Fewer true tokens are given by a mask.
       hidden: H.
       num_experts: E physical routed experts, divisible by the expert-parallel size.
@@ -66,8 +68,8 @@ def make_plan(
         reduce-scatter back), "hierarchy" (a token crosses to each node of a mesh with a "node" axis once, and one
         partial sum comes back; without that axis all ranks are one node, inside which rows go from rank to rank), or
         "auto": "padded" or "allgather", or on GPU and TPU "ragged", whichever should take the least time to move rows
-        in a forward and a backward pass of the layer, by nominal rates of the mesh's platform; see
-        ``moe_jax.plan.cost``. "auto" never takes "hierarchy". Where one device holds all experts, it takes "padded".
+        in a forward and a backward pass of the layer on ``hardware``; see ``moe_jax.plan.cost``. "auto" never takes
+        "hierarchy". Where one device holds all experts, it takes "padded".
         ``Plan.describe()`` has the times of all candidates.
       overflow: "dropless": what does not fit into a round waits for the next; "drop": it is dropped and counted. Each
         pair of ranks keeps the front of its list, which is sorted by expert: the last experts of a rank lose most.
@@ -77,8 +79,14 @@ def make_plan(
         where one device holds all experts (ep = tp = 1), which exchanges nothing.
       backward_quant: recipe of the cotangents of rows, on both ways; any that ``combine_quant`` may be.
       backend: a registered back end; several joined by "+", of which the first that has a kernel serves it; or "auto":
-        those for the platform and the kind of the mesh's devices. ``Plan.describe()`` says which serves what.
+        those for the platform and the kind of ``hardware``. ``Plan.describe()`` says which serves what.
       poison: fill every slot and row that nobody may read with NaN, to prove that nobody does. For tests.
+      hardware: the machine that the plan is for: a name in ``moe_jax.hardware.MACHINES`` such as "h100", the path of a
+        TOML file that describes one, or a ``Machine``. The platform, what "auto" takes and all costs follow it, and
+        nothing of the process that makes the plan counts: the mesh may be an ``AbstractMesh``, or one of CPU devices,
+        on which the plan's program can be traced and lowered, and runs as well. Devices of any other platform than the
+        machine's are refused; within a platform the kind is not compared, and back ends are those for the machine's.
+        None: the machine that the mesh's devices are, or JAX's own where the mesh has none.
 
     Raises:
       InvalidArgumentError: lists every rule that is broken.
@@ -107,6 +115,7 @@ def make_plan(
         "num_const_experts": num_const_experts,
     }
     recipes = {"quant": quant, "combine_quant": combine_quant, "backward_quant": backward_quant}
+    given, wrong_hardware = (None, []) if hardware is None else checks.find_hardware(hardware)
     violations = [
         *wrong_mesh,
         *checks.size_violations(mesh_sizes, sizes),
@@ -118,13 +127,16 @@ def make_plan(
         *flag_violations("poison", poison),
         *checks.recipe_violations(hidden, recipes),
         *checks.product_violations(product, mesh_sizes, dtype, transport, recipes, sizes),
+        *wrong_hardware,
+        *([] if given is None or wrong_mesh else checks.platform_violations(mesh, given)),
     ]
     raise_all(violations, "make_plan", MeshError if wrong_mesh else InvalidArgumentError)
 
     # 2. Every default is resolved. NumPy's numbers become Python's, which hash and print alike.
     sizes = {name: int(value) for name, value in sizes.items()}
-    dtype, platform, kind = str(jnp.dtype(dtype)), _platform(mesh), _device_kind(mesh)
-    names = resolve_all(platform, kind) if backend == "auto" else backend
+    dtype = str(jnp.dtype(dtype))
+    machine, kind = (given, given.kinds[0] if given.kinds else "") if given else _machine_of_mesh(mesh)
+    names = _back_ends(machine, kind) if backend == "auto" else backend
     tokens, most = sizes["tokens_per_rank"], sizes["tokens_per_rank"] * sizes["top_k"]
     balanced = balanced_rows(tokens, sizes["top_k"], ep_size, sizes["num_shared_ranks"])
     pair_capacity = _pair_capacity(balanced, most, capacity_factor)
@@ -134,6 +146,7 @@ def make_plan(
         ep_axis=ep_axis,
         tp_axis="tp",
         dp_axis=tuple(name for name in shape if name not in ("node", "ep", "tp")),
+        mesh_axes=tuple((name, int(size)) for name, size in shape.items()),
         ep_size=ep_size,
         tp_size=tp_size,
         num_nodes=shape.get("node", 1),
@@ -142,10 +155,10 @@ def make_plan(
         transport_reason="as asked",
         overflow=overflow,
         pair_capacity=pair_capacity,
-        platform=platform,
+        hardware=machine,
+        platform=machine.platform,
         backend=names,
-        backend_reason=describe_backend(names)
-        + ("; as asked" if backend != "auto" else f"; for {platform} devices of kind {kind!r}"),
+        backend_reason=describe_backend(names) + ("; as asked" if backend != "auto" else _for_kind(machine, kind)),
         kernels=registrations(names),
         poison=bool(poison),
         quant=quant,
@@ -160,38 +173,45 @@ def make_plan(
     if not plan.exchanges:
         reason = "one device holds all experts, so the layer exchanges nothing"
         return dataclasses.replace(plan, transport="padded", transport_reason=reason)
-    return _with_least_time(plan, platform)
+    return _with_least_time(plan)
 
 
-def _with_least_time(plan: Plan, platform: str) -> Plan:
+def _with_least_time(plan: Plan) -> Plan:
     """``plan`` with the transport that should take the least time to move rows."""
     costs, sources = {}, []
     for name in transport_names():
         candidate = dataclasses.replace(plan, transport=name)
         transport = transport_of(candidate)
-        if not transport.automatic(platform):
+        if not transport.automatic(plan.platform):
             continue
-        sources.append(transport.source_of_rates(RATES[platform]))
-        phases = layer_costs(candidate, platform, ffn=0, activation="swiglu", num_replicas=1)
+        sources.append(transport.source_of_rates(plan.hardware))
+        phases = layer_costs(candidate, plan.hardware, ffn=0, activation="swiglu", num_replicas=plan.num_replicas)
         costs[name] = phases[PHASES[1]]
     seconds = {name: cost.memory_seconds + cost.wire_seconds for name, cost in costs.items()}
     words = ", ".join(
         f"{name} {1e3 * seconds[name]:.3g} ms for {cost.even_wire_bytes:,} bytes sent, {cost.traffic_bytes:,} touched"
         for name, cost in costs.items()
     )
-    reason = f"least time to move rows, {PHASES[1]}, at nominal rates of {platform} ({words})"
+    reason = f"least time to move rows, {PHASES[1]}, at nominal rates of {plan.hardware.name} ({words})"
     reason = "; ".join([reason, *filter(None, sources)])
     return dataclasses.replace(plan, transport=min(seconds, key=lambda name: seconds[name]), transport_reason=reason)
 
 
-def _platform(mesh: Mesh | AbstractMesh) -> str:
-    """That of the mesh's devices; where it has none, JAX's own."""
-    return mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
+def _machine_of_mesh(mesh: Mesh | AbstractMesh) -> tuple[Machine, str]:
+    """What the mesh's devices are, or JAX's own where it has none, and what JAX calls their kind."""
+    device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else jax.devices()[0]
+    return machine_of(device.platform, device.device_kind), device.device_kind
 
 
-def _device_kind(mesh: Mesh | AbstractMesh) -> str:
-    """What JAX calls the devices of the mesh; where it has none, those that are here."""
-    return (mesh.devices.flat[0] if isinstance(mesh, Mesh) else jax.devices()[0]).device_kind
+def _for_kind(machine: Machine, kind: str) -> str:
+    """Why "auto" took its back ends. JAX may have several words for one kind, so a listed one goes by its own name."""
+    is_listed = any(map(kind.startswith, machine.kinds))
+    return f"; for {machine.name}" if is_listed else f"; for {machine.platform} devices of kind {kind!r}"
+
+
+def _back_ends(machine: Machine, kind: str) -> str:
+    """The back ends that "auto" stands for; those for any platform where none can be registered for the machine's."""
+    return resolve_all(machine.platform, kind) if machine.platform in PLATFORMS else "xla"
 
 
 def _pair_capacity(balanced: float, most: int, capacity_factor: float | None) -> int:

@@ -2,8 +2,13 @@
 
 import dataclasses
 import math
+from typing import Any
+
+import jax
 
 from moe_jax import _compat
+from moe_jax.hardware import Machine
+from moe_jax.hardware.machine import Link, Torus
 from moe_jax.plan.cost import Cost, plan_costs
 from moe_jax.plan.describe import describe
 from moe_jax.plan.transport_table import transport_of
@@ -12,7 +17,6 @@ from moe_jax.quant import Recipe, recipe
 from moe_jax.types import DispatchHandle
 
 
-@_compat.exportable_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """One layer's static facts. Hashable; holds no array and no mesh. Build it with ``make_plan``.
@@ -21,6 +25,7 @@ class Plan:
       ep_axis: mesh axes over which experts are spread, outermost first: ("ep",), or ("node", "ep").
       tp_axis: the mesh axis along which experts are split; None: no such axis.
       dp_axis: mesh axes that replicate the whole group.
+      mesh_axes: all axes of the mesh with their sizes, outermost first: devices are laid out along the last one first.
       ep_size: W, ranks along ``ep_axis``, of all nodes.
       tp_size: P, ranks along ``tp_axis``.
       num_nodes: N, nodes that ``ep_axis`` spans.
@@ -41,7 +46,8 @@ class Plan:
       transport_reason: why this one, in words.
       overflow: "dropless" or "drop": what happens to rows that a round has no room for.
       pair_capacity: rows that a pair of ranks can move in a round of the layer.
-      platform: of the devices that the plan was made for: "cpu", "gpu" or "tpu".
+      hardware: the machine that the plan was made for, whose figures the cost model takes.
+      platform: that machine's: "cpu", "gpu", "tpu" or "npu".
       backend: the back end of the kernels, by name; where several share the work, joined by "+": the first that has a
         kernel serves it. Never "auto".
       backend_reason: which of them serves what, and why, in words.
@@ -53,6 +59,7 @@ class Plan:
     ep_axis: tuple[str, ...]
     tp_axis: str | None
     dp_axis: tuple[str, ...]
+    mesh_axes: tuple[tuple[str, int], ...]
     ep_size: int
     tp_size: int
     num_nodes: int
@@ -73,11 +80,17 @@ class Plan:
     transport_reason: str
     overflow: str
     pair_capacity: int
+    hardware: Machine
     platform: str
     backend: str
     backend_reason: str
     kernels: tuple[str, ...]
     poison: bool
+
+    @property
+    def num_replicas(self) -> int:
+        """Copies of the whole group: the product of the sizes of ``dp_axis``."""
+        return math.prod(size for name, size in self.mesh_axes if name in self.dp_axis)
 
     @property
     def num_local_experts(self) -> int:
@@ -194,7 +207,13 @@ class Plan:
         return workspace(self, call)
 
     def cost(
-        self, ffn: int, *, activation: str = "swiglu", num_replicas: int = 1, platform: str | None = None
+        self,
+        ffn: int,
+        *,
+        activation: str = "swiglu",
+        num_replicas: int | None = None,
+        platform: str | None = None,
+        hardware: str | Machine | None = None,
     ) -> dict[str, Cost]:
         """What one call of the layer costs one device, by phase: "forward" and "forward + backward".
 
@@ -202,9 +221,9 @@ class Plan:
           ffn: F, width of an expert, divisible by tp; a shared expert is as many times as wide as there are. 0 leaves
             out what depends on it: products of experts, and gradients of weights that are summed over devices.
           activation: as for ``moe_on_mesh``.
-          num_replicas: devices along the data-parallel axes, whose sizes a plan does not hold.
-          platform: "cpu", "gpu" or "tpu", whose nominal rates bound the time, see ``plan.rates``; None: the back end's,
-            if it is one of these, or else the plan's.
+          num_replicas: copies of the whole group; None: as many as the plan's mesh has.
+          platform: "cpu", "gpu" or "tpu": at the rates of a machine of that platform (h100, v5p); or
+          hardware: at those of this machine, as for ``make_plan``; both None: at those of ``plan.hardware``.
 
         Raises:
           InvalidArgumentError: an argument is not as above.
@@ -217,7 +236,9 @@ class Plan:
         >>> plan.cost(64)["forward"].flops
         24832
         """
-        return plan_costs(self, ffn, activation=activation, num_replicas=num_replicas, platform=platform)
+        return plan_costs(
+            self, ffn, activation=activation, num_replicas=num_replicas, platform=platform, hardware=hardware
+        )
 
     def describe(self, *, ffn: int | None = None, activation: str = "swiglu") -> str:
         """The plan in words: sizes, choices with their reasons, bytes and costs per device.
@@ -227,6 +248,16 @@ class Plan:
         return describe(self, ffn=ffn, activation=activation)
 
 
-_compat.exportable(
-    DispatchHandle, to_json=lambda aux: _compat.fields_of(aux[0]), from_json=lambda fields: (Plan(**fields),)
-)
+def _to_json(plan: Plan) -> dict[str, Any]:
+    return {**_compat.fields_of(plan), "hardware": dataclasses.asdict(plan.hardware)}
+
+
+def _from_json(fields: dict[str, Any]) -> Plan:
+    machine = dict(fields["hardware"])
+    for name, kind in (("inside", Link), ("between", Link), ("torus", Torus)):
+        machine[name] = None if machine[name] is None else kind(**machine[name])
+    return Plan(**{**fields, "hardware": Machine(**machine)})
+
+
+_compat.exportable(jax.tree_util.register_static(Plan), to_json=_to_json, from_json=_from_json)
+_compat.exportable(DispatchHandle, to_json=lambda aux: _to_json(aux[0]), from_json=lambda fields: (_from_json(fields),))

@@ -277,8 +277,9 @@ class Ragged(AllToAll):
     def automatic(self, platform):
         return platform != "cpu"  # which has no such instruction, and emulates it by equal blocks
 
-    def source_of_rates(self, rates):
-        return rates.ragged_source
+    def source_of_rates(self, machine):
+        costly = {"ragged_share": machine.ragged_share < 1, "relayout_passes": machine.relayout_passes > 0}
+        return "; ".join(machine.source_of(figure) for figure, counts in costly.items() if counts)
 
     def exchange(self, manifest, start, capacity, plan):
         return Slices(sizes=_round_sizes(manifest, start, capacity, plan))
@@ -289,11 +290,11 @@ class Ragged(AllToAll):
     def even_size(self, plan, size):
         return size._replace(sent=min(size.sent, plan.num_pairs), returned=min(size.returned, plan.num_pairs))
 
-    def passes_at_ends(self, rates):
-        return rates.ragged_passes
+    def passes_at_ends(self, machine):
+        return machine.relayout_passes
 
-    def wire_share(self, rates):
-        return rates.ragged_wire
+    def wire_share(self, machine):
+        return machine.ragged_share
 
 
 PADDED, RAGGED = Padded(), Ragged()

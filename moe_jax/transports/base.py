@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from moe_jax import collectives
 from moe_jax.derivatives import differentiated_as, take_rows
 from moe_jax.errors import InvalidArgumentError, check_type
+from moe_jax.hardware import Machine
 from moe_jax.layout import PairOrder
 from moe_jax.plan import Plan
 from moe_jax.plan.transport_table import add_transport, is_taken
@@ -144,15 +145,15 @@ class Transport(abc.ABC):
         """Whether ``make_plan(transport="auto")`` may take it for devices of ``platform``."""
         return False
 
-    def source_of_rates(self, rates: Any) -> str:
-        """Where the two figures below are from, in words; "" where they say nothing."""
+    def source_of_rates(self, machine: Machine) -> str:
+        """Where the two figures of ``machine`` below are from, in words; "" where they say nothing."""
         return ""
 
-    def passes_at_ends(self, rates: Any) -> float:
+    def passes_at_ends(self, machine: Machine) -> float:
         """How often rows are read and written at each end of an exchange between ranks, beside ``traffic_bytes``."""
         return 0.0
 
-    def wire_share(self, rates: Any) -> float:
+    def wire_share(self, machine: Machine) -> float:
         """The share of the wire's rate that rows reach."""
         return 1.0
 
