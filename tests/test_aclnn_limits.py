@@ -3,11 +3,15 @@
 The rows stand in ``limit_rows_exchange`` and ``limit_rows_others``. Hardly anything here touches a device.
 """
 
+import collections
+import contextlib
+import functools
 import inspect
 import math
 import re
 import sys
 import types
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,21 +54,49 @@ RULES = {operator: registered(operator, definition) for operator, definition in 
 ROWS = limit_rows_exchange.ROWS + limit_rows_others.ROWS
 
 
+class Case(NamedTuple):
+    """One call: a change of a row, for an operator that has the rule."""
+
+    rule: str
+    operator: str
+    product: str | None
+    change: dict[str, Any]
+    words: str
+    status: int
+
+
+@functools.cache
 def cases(column):
-    """One test per row, operator and change, the rows being those of a product that has the operator.
+    """The calls of each (rule, product): for each row, operator and change, if the product has the operator.
 
     A row holds for earlier versions too, as far as they have the rule and the parameters.
     """
+    found = collections.defaultdict(list)
     for rule, _section, operators, product, *columns, words, status in ROWS:
         for operator in versions((operators,) if isinstance(operators, str) else operators, rule, product):
             has_it = product is None or operator in PRODUCTS[product]
             if not has_it and rule != "product":
                 continue
             changes, sizes = columns[column], product if has_it else None
-            for index, change in enumerate(changes if isinstance(changes, list) else [changes]):
+            for change in changes if isinstance(changes, list) else [changes]:
                 if change is not None and call_of(operator, sizes, change) is not None:
-                    name = f"{operator}-{product}-{rule}-{index}"
-                    yield pytest.param(rule, operator, product, change, words, status, id=name)
+                    found[rule, product].append(Case(rule, operator, product, change, words, status))
+    return found
+
+
+def by_rule(column):
+    """A test for the calls of each rule: thousands of tests would cost more than what they do."""
+    return [pytest.param(found, id=f"{rule}-{product}") for (rule, product), found in cases(column).items()]
+
+
+@contextlib.contextmanager
+def about(case):
+    """Says of what fails inside which case it was."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"in {case}")
+        raise
 
 
 def versions(operators, rule, product):
@@ -78,29 +110,34 @@ def owner(rule, operator, product):
     return product if (rule, product) in RULES[operator] else None
 
 
-@pytest.mark.parametrize("rule, operator, product, change, words, status", list(cases(0)))
-def test_the_last_legal_call(rule, operator, product, change, words, status):
-    num_bytes, executor = first_phase(operator, product, change)
-    assert num_bytes >= 0 and isinstance(num_bytes, int)
-    assert executor.operator_name == operator and hash(executor) is not None
+@pytest.mark.parametrize("calls", by_rule(0))
+def test_the_last_legal_calls(calls):
+    for case in calls:
+        with about(case):
+            num_bytes, executor = first_phase(case.operator, case.product, case.change)
+            assert num_bytes >= 0 and isinstance(num_bytes, int)
+            assert executor.operator_name == case.operator and hash(executor) is not None
 
 
-@pytest.mark.parametrize("rule, operator, product, change, words, status", list(cases(1)))
-def test_the_first_illegal_call(rule, operator, product, change, words, status):
-    with pytest.raises(MoEError) as caught, jax.enable_x64(True):  # which tells int64 from int32
-        first_phase(operator, None if rule == "product" else product, change)
-    error = caught.value
-    name, _, alg = rule.partition("@")
-    assert (error.rule, error.status) == (name, status), str(error)
-    assert not alg or change["ALG"] == alg
-    assert error.product == owner(rule, operator, product)
-    assert re.search(words, str(error)), str(error)
-    assert "\n" not in str(error) and len(str(error)) < 420
+@pytest.mark.parametrize("calls", by_rule(1))
+def test_the_first_illegal_calls(calls):
+    for case in calls:
+        with about(case), jax.enable_x64(True):  # which tells int64 from int32
+            with pytest.raises(MoEError) as caught:
+                first_phase(case.operator, None if case.rule == "product" else case.product, case.change)
+            error = caught.value
+            name, _, alg = case.rule.partition("@")
+            assert (error.rule, error.status) == (name, case.status), str(error)
+            assert not alg or case.change["ALG"] == alg
+            assert error.product == owner(case.rule, case.operator, case.product)
+            assert re.search(case.words, str(error)), str(error)
+            assert "\n" not in str(error) and len(str(error)) < 420
 
 
 def test_every_rule_has_a_legal_and_an_illegal_case():
     for column in (0, 1):
-        seen = {(case.values[1], case.values[0], owner(*case.values[:3])) for case in cases(column)}
+        every = [case for found in cases(column).values() for case in found]
+        seen = {(case.operator, case.rule, owner(*case[:3])) for case in every}
         for operator, rules in RULES.items():
             needed = {rule for rule in rules if column or rule[0] != "product"}
             missing = {rule for rule in needed if (operator, *rule) not in seen}

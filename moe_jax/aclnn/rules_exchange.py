@@ -288,11 +288,6 @@ def _send_counts_size(call: Call) -> None:
         )
 
 
-def _tp_counts_size(call: Call) -> None:
-    if call["tp_world_size"] == 2:
-        check_shape("tp_send_counts", call.shape("tp_send_counts"), ((2,),))
-
-
 def _weights(call: Call) -> str:
     """[B, K], or any empty shape: a plain sum."""
     shape = call.shape("expert_scales")
@@ -338,7 +333,11 @@ _COMBINE_LAST = (
         error=ShapeError, more_words={"rows": _rows_of_lane},
     ),
     Rule("send_counts_size", "2.2", _send_counts_size),
-    Rule("tp_counts_size", "9.1", _tp_counts_size),
+    refuses(
+        "tp_counts_size", "9.1", lambda call: call["tp_world_size"] == 2 and call.shape("tp_send_counts") != (2,),
+        "tp_send_counts has shape {tp_send_counts.shape}; it must be (2,), a count per tp rank; pass dispatch's",
+        ShapeError,
+    ),
     at_least(
         "expand_scales_size", "9.1", lambda call: call.shape("expand_scales")[0], lambda call: sizes(call).capacity,
         "expand_scales has shape {expand_scales.shape}; hierarchy weights each row, so it must have at least {needed} "
