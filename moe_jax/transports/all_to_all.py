@@ -17,6 +17,7 @@ from moe_jax.collectives.exchange import Blocks, Chunks, Exchange, Receiving, Sl
 from moe_jax.derivatives import custom_gradient, take_rows
 from moe_jax.plan import Plan
 from moe_jax.plan.cost import WIDE, leaves, recoded, row_bytes, unplaced_bytes
+from moe_jax.plan.moments import Held
 from moe_jax.quant.message import join_some, split_some
 from moe_jax.transports import linear
 from moe_jax.transports.base import (
@@ -216,6 +217,34 @@ class AllToAll(Transport):
         buffers = {"send": sent * out, "arrival": inbox * out, "return": plan.num_pairs * back}
         return buffers, sent + 3 * plan.num_pairs + inbox + plan.num_rows(capacity)
 
+    def held(self, plan, capacity, platform):
+        buffers, _ = self.buffers(plan, capacity)
+        row = plan.hidden * jnp.dtype(plan.dtype).itemsize
+        inbox = plan.ep_size * capacity * row  # of this tp rank
+        slots, pairs = plan.tp_size * inbox, plan.num_pairs * row
+        returned = self.sent_rows(plan, capacity) * row
+        gathered = inbox if plan.tp_size > 1 else 0
+        out = buffers["arrival"] + max(buffers["send"] + self.moved_rows(plan, capacity, platform) * row, gathered)
+        if capacity > plan.pair_capacity and platform != "gpu":
+            # A long inbox is filled bit by bit. XLA:TPU and XLA:CPU make it out of another one, which is empty, and on
+            # CPU that stays.
+            out = out + buffers["arrival"] if platform == "cpu" else max(out, 2 * buffers["arrival"])
+        return Held(
+            out=out,
+            arrived=slots,
+            placed=slots,
+            back=max(slots + gathered, inbox + returned),
+            returned=returned,
+            collected=pairs,
+            adjoint=slots,
+            sums=0,
+            weighed=0,
+        )
+
+    def moved_rows(self, plan: Plan, capacity: int, platform: str) -> int:
+        """Rows in copies that the exchange of a round makes between outbox and inbox, on a platform."""
+        return 0
+
     def wire_bytes(self, plan, size, backward):
         world = plan.ep_size * plan.tp_size
         total = leaves("all-gather", world, plan.num_experts * WIDE)  # counts
@@ -251,6 +280,9 @@ def _pass_back(plan: Plan, size, message: int) -> int:
     return unplaced_bytes(plan, size) + moved + coded + unpacked
 
 
+_TILE_ROWS = 8  # of a TPU's tile
+
+
 class Padded(AllToAll):
     """Equal blocks where a round is short, chunks of its capacity where it is longer."""
 
@@ -267,6 +299,14 @@ class Padded(AllToAll):
     def sent_rows(self, plan, capacity):
         slots = plan.ep_size * capacity
         return slots if capacity <= plan.pair_capacity else min(slots, plan.num_pairs)
+
+    def moved_rows(self, plan, capacity, platform):
+        if capacity > plan.pair_capacity:
+            # Blocks for all ranks, and one more behind the slots, which a block that overhangs them is written into.
+            return (plan.ep_size + 1) * plan.pair_capacity
+        # Blocks that are not whole tiles are filled up on TPU, and rows copied into them.
+        filled = -(-capacity // _TILE_ROWS) * _TILE_ROWS
+        return plan.ep_size * filled if platform == "tpu" and filled > capacity else 0
 
 
 class Ragged(AllToAll):
@@ -289,6 +329,12 @@ class Ragged(AllToAll):
 
     def even_size(self, plan, size):
         return size._replace(sent=min(size.sent, plan.num_pairs), returned=min(size.returned, plan.num_pairs))
+
+    def held(self, plan, capacity, platform):
+        held = super().held(plan, capacity, platform)
+        # Where chunks of all-to-all stand for the exchange, XLA:CPU has what goes back in four copies.
+        copies = 4 if platform == "cpu" else 0
+        return held._replace(back=held.back + copies * held.returned)
 
     def passes_at_ends(self, machine):
         return machine.relayout_passes

@@ -203,6 +203,11 @@ class Hierarchy(Transport):
         integers = node_slots * (1 + plan.num_copies) + plan.tokens_per_rank * plan.num_nodes + sent + inbox + rows
         return buffers, integers
 
+    def held(self, plan, capacity, platform):
+        buffers, _ = self.buffers(plan, capacity)
+        held = super().held(plan, capacity, platform)
+        return held._replace(placed=held.arrived, adjoint=held.arrived + buffers["crossing"] // 2)
+
     def wire_bytes(self, plan, size, backward):
         nodes, inside, tp = plan.num_nodes, plan.ep_size // plan.num_nodes, plan.tp_size
         counts, entries = plan.num_experts * WIDE, plan.num_copies * WIDE  # entries: of a token
