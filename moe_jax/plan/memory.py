@@ -216,8 +216,8 @@ def _of_layer(plan: "Plan", machine: Machine, asked: Question) -> Memory:
     s = Sizes.of(_chunk_of(plan, chunks), ffn, asked.activation, asked.param_dtype, machine.platform)
     shared = plan.tokens_per_rank * ffn * plan.num_shared_experts * jnp.dtype(plan.dtype).itemsize
     kept = _kept(plan, asked, s)
-    # 2. The programs of one layer. Chunks keep what they keep one beside the other, and while one is multiplied, the next
-    #    one travels.
+    # 2. The programs of one layer. Chunks keep what they keep side by side, and while one is multiplied, the next one
+    #    travels. Each makes gradients of all weights, which are added in the end.
     tokens = plan.tokens_per_rank * plan.hidden * jnp.dtype(plan.dtype).itemsize
     stats = WIDE * (plan.num_ids + 8)
     router = 4 * WIDE * plan.tokens_per_rank * plan.num_ids + _integers(plan)
@@ -229,12 +229,12 @@ def _of_layer(plan: "Plan", machine: Machine, asked: Question) -> Memory:
     )
     backward_program = None
     if train:
-        others = (chunks - 1) * kept_bytes(s) + travelling + router + s.projections * shared
-        results = one_layer + 2 * tokens + stats
-        temporaries, moment = max(backward(s, machine.platform, results))
+        gradients = s.projections * s.weight if chunks > 1 else 0
+        others = max((chunks - 1) * kept_bytes(s) + travelling, gradients) + router + s.projections * shared
+        temporaries, moment = max(backward(s, machine.platform))
         backward_program = Program(
             arguments=one_layer + 2 * tokens,
-            results=results,
+            results=one_layer + 2 * tokens + stats,
             temporaries=temporaries + others,
             moment=moment,
         )

@@ -30,7 +30,7 @@ class Held(NamedTuple):
       collected: what is kept at the tokens for the sum over the choices of each.
       adjoint: beside rows and their cotangents, what lies there in the backward pass of a round.
       sums: of all ranks' tokens, where they are made on every rank.
-      weighed: what the gradient of the weights of choices reads, where it is made from rows of all tokens.
+      weighed: the rows of all ranks' tokens for every choice, and their sums, where both lie there at once.
     """
 
     out: int
@@ -107,6 +107,7 @@ def forward(s: Sizes, platform: str) -> Iterator[tuple[int, str]]:
     yield kept + s.rows + held.placed, "rows put where they leave from"
     yield kept + held.back, "rows on their way back"
     yield kept + held.returned + held.collected, "rows at their tokens"
+    yield kept + held.weighed, "rows weighted and summed"
     if platform == "cpu":
         # XLA:CPU multiplies in fp32, so it keeps wide copies of weights and rows, and it fills every result with zeros
         # before a loop writes it.
@@ -116,19 +117,18 @@ def forward(s: Sizes, platform: str) -> Iterator[tuple[int, str]]:
         yield wide + s.rows + s.inner + held.back, "rows on their way back"
 
 
-def backward(s: Sizes, platform: str, results: int) -> Iterator[tuple[int, str]]:
+def backward(s: Sizes, platform: str) -> Iterator[tuple[int, str]]:
     """The moments of a forward and a backward pass, each the bytes that lie in memory beside arguments and results.
 
-    Gradients of parameters are not in them: they lie in the results, which XLA:TPU alone counts from when they are
-    there; ``results`` is how much they take.
+    Gradients of parameters are not in them: they lie in the results.
     """
     held, kept = s.held, kept_bytes(s)
     base = s.wide + s.tokens  # the cotangent that all rounds read, and the router's part of that of the tokens
     casts = s.projections * s.weight if s.cast else 0
-    # XLA:TPU has the backward pass begin before the further rounds of the forward pass.
-    before = s.rows + s.column - results if platform == "tpu" else 0
     for size, moment in forward(s, platform):
-        yield before + kept - s.held.collected * s.loops + size, f"forward, kept rows beside it: {moment}"
+        yield kept - s.held.collected * s.loops + size, f"forward, kept rows beside it: {moment}"
+    if platform == "tpu":  # where the backward pass begins before the further rounds of the forward pass
+        yield kept + s.rows + s.column + held.out, "forward, cotangents beside it: rows on their way to the experts"
     yield base + kept + held.back, "the cotangents of rows on their way to the experts"
     both = 2 * s.rows + held.adjoint
     yield base + casts + both + 2 * s.inner, "the backward pass of the activation"
@@ -142,7 +142,7 @@ def backward(s: Sizes, platform: str, results: int) -> Iterator[tuple[int, str]]
     if platform == "cpu":
         wide = 2 * s.projections * s.weight if s.narrow else 0
         rows = held.adjoint + (7 * s.rows if s.narrow else 4 * s.rows)
-        gradients = s.projections * s.weight
+        gradients = s.projections * s.weight if s.loops else 0  # of a further round
         size = gradients + wide + rows + s.inner + s.column + 2 * s.wide + kept
         yield size, "the gradients of the experts"
 

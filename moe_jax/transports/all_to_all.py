@@ -224,7 +224,7 @@ class AllToAll(Transport):
         slots, pairs = plan.tp_size * inbox, plan.num_pairs * row
         returned = self.sent_rows(plan, capacity) * row
         gathered = inbox if plan.tp_size > 1 else 0
-        out = buffers["arrival"] + max(buffers["send"] + self.moved_rows(plan, capacity, platform) * row, gathered)
+        out = buffers["arrival"] + max(buffers["send"] + self.chunk_rows(plan, capacity) * row, gathered)
         if capacity > plan.pair_capacity and platform != "gpu":
             # A long inbox is filled bit by bit. XLA:TPU and XLA:CPU make it out of another one, which is empty, and on
             # CPU that stays.
@@ -241,8 +241,8 @@ class AllToAll(Transport):
             weighed=0,
         )
 
-    def moved_rows(self, plan: Plan, capacity: int, platform: str) -> int:
-        """Rows in copies that the exchange of a round makes between outbox and inbox, on a platform."""
+    def chunk_rows(self, plan: Plan, capacity: int) -> int:
+        """Rows that the exchange of a round has in memory between outbox and inbox."""
         return 0
 
     def wire_bytes(self, plan, size, backward):
@@ -280,9 +280,6 @@ def _pass_back(plan: Plan, size, message: int) -> int:
     return unplaced_bytes(plan, size) + moved + coded + unpacked
 
 
-_TILE_ROWS = 8  # of a TPU's tile
-
-
 class Padded(AllToAll):
     """Equal blocks where a round is short, chunks of its capacity where it is longer."""
 
@@ -300,13 +297,9 @@ class Padded(AllToAll):
         slots = plan.ep_size * capacity
         return slots if capacity <= plan.pair_capacity else min(slots, plan.num_pairs)
 
-    def moved_rows(self, plan, capacity, platform):
-        if capacity > plan.pair_capacity:
-            # Blocks for all ranks, and one more behind the slots, which a block that overhangs them is written into.
-            return (plan.ep_size + 1) * plan.pair_capacity
-        # Blocks that are not whole tiles are filled up on TPU, and rows copied into them.
-        filled = -(-capacity // _TILE_ROWS) * _TILE_ROWS
-        return plan.ep_size * filled if platform == "tpu" and filled > capacity else 0
+    def chunk_rows(self, plan, capacity):
+        # Blocks for all ranks, and one more behind the slots, which a block that overhangs them is written into.
+        return 0 if capacity <= plan.pair_capacity else (plan.ep_size + 1) * plan.pair_capacity
 
 
 class Ragged(AllToAll):
