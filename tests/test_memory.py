@@ -105,11 +105,13 @@ def test_the_compiler_still_says_so(name):
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
-@pytest.mark.parametrize("mesh", [{"ep": 4, "tp": 1}, {"ep": 2, "tp": 2}, {"dp": 2, "ep": 2, "tp": 1}])
-def test_state_follows_the_parameters(mesh, activation):
+@pytest.mark.parametrize(
+    "mesh,axes", [({"ep": 4, "tp": 1}, ()), ({"ep": 2, "tp": 2}, ()), ({"dp": 2, "ep": 2, "tp": 1}, ("dp",))]
+)
+def test_state_follows_the_parameters(mesh, axes, activation):
     """Weights are those of ``abstract_params`` on one device; gradients are as large; an optimiser has fp32."""
     mesh = mesh_of(**mesh)
-    plan = plan_of(mesh, num_shared_experts=1)
+    plan = plan_of(mesh, num_shared_experts=1, param_axes=axes)
     shapes = moe.abstract_params(mesh, plan, moe.RouterConfig(), ffn=48, activation=activation).values()
     parameters = sum(math.prod(of.sharding.shard_shape(of.shape)) for of in shapes)
     for optimizer, numbers in {"sgd": 0, "momentum": 1, "adam": 2, "adamw": 2}.items():

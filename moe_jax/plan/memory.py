@@ -195,6 +195,7 @@ def _parameter_extents(plan: "Plan", ffn: int, activation: str) -> dict[str, int
     extents = {
         "ids": plan.num_ids,
         "hidden": plan.hidden,
+        "expert_hidden": plan.hidden // plan.num_param_shards,
         "experts": plan.num_local_experts,
         "ffn": ffn // plan.tp_size,
         "shared_ffn": ffn * plan.num_shared_experts,
@@ -222,7 +223,9 @@ def _of_layer(plan: "Plan", machine: Machine, asked: Question) -> Memory:
     stats = WIDE * (plan.num_ids + 8)
     router = 4 * WIDE * plan.tokens_per_rank * plan.num_ids + _integers(plan)
     travelling = s.held.out if chunks > 1 else 0
-    others = (chunks - 1) * s.held.collected + travelling + router
+    # Weights of which a device holds a part are there whole for as long as a layer runs, and so are their gradients.
+    gathered = s.projections * s.weight if plan.num_param_shards > 1 else 0
+    others = (chunks - 1) * s.held.collected + travelling + router + gathered
     temporaries, moment = max(forward(s, machine.platform))
     forward_program = Program(
         arguments=one_layer + tokens, results=tokens + stats, temporaries=temporaries + others, moment=moment
@@ -231,6 +234,7 @@ def _of_layer(plan: "Plan", machine: Machine, asked: Question) -> Memory:
     if train:
         gradients = s.projections * s.weight if chunks > 1 else 0
         others = max((chunks - 1) * kept_bytes(s) + travelling, gradients) + router + s.projections * shared
+        others += 2 * gathered
         temporaries, moment = max(backward(s, machine.platform))
         backward_program = Program(
             arguments=one_layer + 2 * tokens,
