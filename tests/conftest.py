@@ -41,7 +41,15 @@ hypothesis.settings.load_profile("default")
 # of a file run too, and in all other files (on bits, roundings, the size of programs and what compilers make of them),
 # everything is optimised as users have it. JAX_DISABLE_MOST_OPTIMIZATIONS=0 or 1 in the environment decides for all
 # files instead: the step "newest" of .ci/run sets 0, so that CI runs the same tests both ways.
-LAWS_ABOUT_VALUES = {"test_derivatives", "test_fused", "test_hierarchy", "test_layer", "test_layout", "test_ragged"}
+LAWS_ABOUT_VALUES = {
+    "test_derivatives",
+    "test_dispatch",
+    "test_fused",
+    "test_hierarchy",
+    "test_layer",
+    "test_layout",
+    "test_ragged",
+}
 OPTIMISE_LESS = "jax_disable_most_optimizations"
 assert all(Path(__file__).with_name(f"{name}.py").exists() for name in LAWS_ABOUT_VALUES)
 
