@@ -44,6 +44,7 @@ hypothesis.settings.load_profile("default")
 LAWS_ABOUT_VALUES = {
     "test_derivatives",
     "test_dispatch",
+    "test_elastic",
     "test_fused",
     "test_hierarchy",
     "test_layer",
