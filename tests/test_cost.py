@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 import moe_jax as moe
-from moe_jax.hardware import MACHINES
+from moe_jax.hardware import MACHINES, Link, Machine, Torus
 from moe_jax.hlo.contract import contract_of
 from moe_jax.kernels import table
 from moe_jax.plan.cost import PHASES
@@ -112,6 +112,7 @@ CASES = {
 def test_wire_bytes_are_those_of_the_compiled_layer(case, phase):
     assert case.cost(phase).wire_bytes == contract_of(compiled(case, phase)).inline_wire_bytes > 0
     assert case.cost(phase).even_wire_bytes == case.cost(phase).wire_bytes
+    assert case.cost(phase).inside_bytes + case.cost(phase).between_bytes == case.cost(phase).wire_bytes
 
 
 @pytest.mark.quick("tp 1-forward", "tp 2-forward + backward")
@@ -125,7 +126,7 @@ def test_wire_bytes_of_the_native_ragged_exchange(mesh, phase):
     cost = case.plan.cost(FFN, platform="tpu")[phase]
     assert cost.wire_bytes == found
     ep, exchanges = mesh["ep"], 1 if phase == PHASES[0] else 2
-    unused = (ep - 1) * TOKENS * TOP_K  # of the rows of an arrival buffer, which is the operand on the way back
+    unused = (ep - 1) * TOKENS * TOP_K  # of the slots of an inbox, which is the operand on the way back
     assert cost.wire_bytes - cost.even_wire_bytes == exchanges * unused * HIDDEN * 4 * (ep - 1) // ep
 
 
@@ -216,7 +217,7 @@ def test_one_device_moves_rows_by_two_gathers(dtype, item):
         assert both.traffic_bytes == 3 * router + 2 * moved + 2 * (pairs * row + TOKENS * wide)
         assert forward.wire_bytes == both.wire_bytes == 0
         assert plan.workspace() == {
-            "send": 0, "arrival": 0, "return": pairs * row, "rows": pairs * row,
+            "outbox": 0, "inbox": 0, "return": pairs * row, "rows": pairs * row,
             "integers": 4 * (3 * pairs + 2 * EXPERTS),
         }  # fmt: skip
     assert "exchanges nothing" in abstract(ep=1).describe()
@@ -233,38 +234,204 @@ def test_only_cpus_cast_rows_for_sums_of_tp_ranks():
             assert cpu - gpu == (passes * 3 * slots * 2 * HIDDEN * 4 if (tp, dtype) == (2, "bfloat16") else 0)
 
 
+BIG = {"tokens_per_rank": 4096, "hidden": 4096, "num_experts": 64, "top_k": 8, "transport": "padded"}
+
+
 def test_seconds_and_the_bound_follow_the_rates():
-    big = {"tokens_per_rank": 4096, "hidden": 4096, "num_experts": 64, "top_k": 8, "transport": "padded"}
     for name, machine in MACHINES.items():
         for dtype, flops in (("float32", machine.flops32), ("bfloat16", machine.flops16)):
-            cost = abstract(**big, dtype=dtype).cost(2048, hardware=name)["forward"]
+            cost = abstract(**BIG, dtype=dtype).cost(2048, hardware=name)["forward"]
             products = (cost.flops - cost.router_flops) / flops + cost.router_flops / machine.flops32
             assert (cost.hardware, cost.platform) == (name, machine.platform)
             assert cost.compute_seconds == pytest.approx(products)
             assert cost.memory_seconds == pytest.approx(cost.traffic_bytes / machine.memory_bandwidth)
-            assert cost.wire_seconds == pytest.approx(cost.wire_bytes / machine.inside.bytes_per_second)
-            seconds = {"compute": cost.compute_seconds, "memory": cost.memory_seconds, "wire": cost.wire_seconds}
-            assert cost.bound[1] == max(seconds.values()) == seconds[cost.bound[0]]
-    assert abstract(**big).cost(2048, platform="cpu")["forward"].bound[0] == "compute"
-    assert abstract(**big).cost(1, platform="cpu")["forward"].bound[0] == "memory"
-    copied = abstract(tokens_per_rank=8, transport="padded").cost(2048, num_replicas=16, platform="gpu")
+            parts = {"compute": cost.compute_seconds, "memory": cost.memory_seconds, "wire": cost.wire_seconds}
+            parts["latency"] = cost.latency_seconds
+            assert cost.bound[1] == max(parts.values()) == parts[cost.bound[0]]
+    assert abstract(**BIG).cost(2048, platform="cpu")["forward"].bound[0] == "compute"
+    assert abstract(**BIG).cost(1, platform="cpu")["forward"].bound[0] == "memory"
+    copied = abstract(tokens_per_rank=8, hidden=4096).cost(2048, num_replicas=16, hardware=plain_machine())
     assert copied["forward + backward"].bound[0] == "wire"  # the gradients of the experts' weights
+
+
+def plain_machine(**figures):
+    """Round figures of no real machine, so that no fit of a real one moves a test: 4 devices in a node."""
+    figures = {
+        "name": "plain", "platform": "gpu", "flops16": 1e15, "flops32": 1e14, "memory_bytes": 2**36,
+        "memory_bandwidth": 1e12, "inside": Link(bytes_per_second=1e11, latency=1e-5),
+        "between": Link(bytes_per_second=1e10, latency=2e-5), "devices_per_node": 4, "launch_seconds": 1e-6,
+    } | figures  # fmt: skip
+    return Machine(**figures)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("transport", ["padded", "ragged", "allgather", "hierarchy"])
+def test_a_cost_is_the_sum_of_its_phases(transport, phase):
+    """Each has the time of what bounds it and of what nothing hides; bytes are those of an even load."""
+    mesh = AbstractMesh((2, 2, 4, 2), ("dp", "node", "ep", "tp"))
+    plan = moe.make_plan(mesh, **(SIZES | {"transport": transport, "num_shared_experts": 1}), hardware=plain_machine())
+    cost = plan.cost(FFN)[phase]
+    assert [p.name for p in cost.phases] == ["route", "dispatch", "products", "activation", "combine", "gradients"]
+    for p in cost.phases:
+        assert p.seconds == max(p.compute_seconds, p.memory_seconds) + p.wire_seconds + p.latency_seconds
+        assert p.bound[1] == max(p.compute_seconds, p.memory_seconds, p.wire_seconds, p.latency_seconds)
+    assert cost.seconds == pytest.approx(sum(p.seconds for p in cost.phases))
+    assert cost.flops == sum(p.flops for p in cost.phases)
+    assert cost.traffic_bytes == sum(p.traffic_bytes for p in cost.phases)
+    assert cost.inside_bytes + cost.between_bytes == cost.wire_bytes
+    assert sum(p.inside_bytes + p.between_bytes for p in cost.phases) == cost.even_wire_bytes <= cost.wire_bytes
+    by_name = {p.name: p for p in cost.phases}
+    assert bool(by_name["gradients"].seconds) == (phase == PHASES[1])
+    assert by_name["dispatch"].between_bytes and by_name["combine"].between_bytes and by_name["activation"].launches
+    assert not by_name["products"].wire_seconds and by_name["products"].flops == cost.flops - cost.router_flops
+
+
+def test_bytes_between_nodes_by_hand():
+    """8 ranks on 2 nodes of 4: of the 7 others each sends blocks to, 4 are outside; counts enter a node once."""
+    plan = abstract(transport="padded", overflow="drop", hardware=plain_machine())
+    cost = plan.cost(FFN)["forward"]
+    rows = 2 * 4 * plan.pair_capacity * HIDDEN * 4  # there and back, to four ranks
+    counts = EXPERTS * 4 * 4 // 4  # one part in four of what each of the four ranks outside says
+    sums = 2 * ((EXPERTS + 2) * 4 * 7 // 8) * 4 // 28 + 2 * ((EXPERTS + 1) * 4 * 7 // 8) * 4 // 28
+    assert cost.between_bytes == pytest.approx(rows + counts + sums, abs=3)
+    assert plan.cost(FFN, hardware="v5p")["forward"].between_bytes == 0
+    dispatch = cost.phases[1]
+    assert dispatch.between_bytes == rows // 2 and dispatch.inside_bytes == rows // 2 * 3 // 4
+    assert dispatch.wire_seconds == pytest.approx(rows / 2 / 1e10)  # both links work at once, this is the slower
+    assert dispatch.latency_seconds == pytest.approx(2e-5 + 2e-6)  # of the exchange between nodes, and two launches
+
+
+@pytest.mark.parametrize("axes,outside", [
+    ({"ep": 8, "tp": 1}, 4), ({"ep": 2, "tp": 4}, 1), ({"ep": 4, "tp": 2}, 2), ({"dp": 4, "ep": 4, "tp": 1}, 0),
+    ({"ep": 4, "tp": 1, "dp": 4}, 3), ({"node": 2, "ep": 2, "tp": 1}, 2), ({"node": 2, "ep": 8, "tp": 1}, 12),
+    ({"ep": 6, "tp": 1}, 4),
+])  # fmt: skip
+def test_who_shares_a_node_follows_from_the_order_of_the_axes(axes, outside):
+    """Nodes of 4 devices, filled along the last axis first; an axis "node" may make them smaller, never larger."""
+    mesh = AbstractMesh(tuple(axes.values()), tuple(axes))
+    plan = moe.make_plan(mesh, **(SIZES | {"num_experts": 48, "transport": "padded"}), hardware=plain_machine())
+    dispatch = plan.cost(FFN)["forward"].phases[1]
+    assert dispatch.between_bytes == outside * plan.pair_capacity * HIDDEN * 4
+
+
+def test_seconds_grow_with_bytes():
+    """With tokens, width, choices and capacity; and a wider recipe never takes less than a narrower one."""
+    machine = plain_machine()
+
+    def times(**options):
+        return [
+            c.seconds for c in abstract(**({"transport": "padded", "hardware": machine} | options)).cost(FFN).values()
+        ]
+
+    plain = times()
+    for more in ({"tokens_per_rank": 4 * TOKENS}, {"hidden": 4 * HIDDEN}, {"top_k": 4}, {"capacity_factor": 6.0}):
+        assert all(larger > smaller for larger, smaller in zip(times(**more), plain, strict=True))
+    wide = {"hidden": 4096, "tokens_per_rank": 1024}
+    narrow = {"quant": "int8", "combine_quant": "int8", "backward_quant": "int8"}
+    assert all(less < more for less, more in zip(times(**wide, **narrow), times(**wide), strict=True))
+
+
+def test_data_parallelism_adds_the_gradients_of_the_experts():
+    """Each holder of a copy hands over all of them, in fp32; in a forward pass replicas share statistics alone."""
+    plan = moe.make_plan(AbstractMesh((4, 8, 1), ("dp", "ep", "tp")), **SIZES, transport="padded")
+    alone, copied = abstract(transport="padded"), plan.cost(FFN)
+    experts = 3 * (EXPERTS // 8) * HIDDEN * FFN * 4
+    both = copied["forward + backward"].wire_bytes - alone.cost(FFN)["forward + backward"].wire_bytes
+    forward = copied["forward"].wire_bytes - alone.cost(FFN)["forward"].wire_bytes
+    assert both - forward >= 2 * experts * 3 // 4 and forward < 100
+    assert plan.num_replicas == 4 and copied == alone.cost(FFN, num_replicas=4)
+
+
+def test_latency_bounds_a_decode_step():
+    """4 tokens per device, wide as DeepSeek-V3: exchanges of nothing take as long, and products read their weights."""
+    sizes = {"tokens_per_rank": 4, "hidden": 7168, "num_experts": 256, "top_k": 8, "dtype": "bfloat16"}
+    fast = plain_machine(devices_per_node=8, inside=Link(bytes_per_second=1e12, latency=1e-5))
+    for hardware in ("h100", fast):
+        cost = abstract(**sizes, transport="padded", hardware=hardware).cost(2048)["forward"]
+        phases = {phase.name: phase for phase in cost.phases}
+        assert phases["dispatch"].bound[0] == phases["combine"].bound[0] == phases["route"].bound[0] == "latency"
+        assert phases["products"].bound[0] == "memory"
+        assert (
+            abstract(**sizes | {"tokens_per_rank": 4096}).cost(2048, hardware=hardware)["forward"].bound[0] != "latency"
+        )
+
+
+@pytest.mark.parametrize("hardware", ["h100", "b200", "mi300x"])
+def test_hierarchy_is_cheaper_between_nodes_where_a_token_has_many_choices(hardware):
+    """8 choices on 4 nodes cross 2.6 times at most as hierarchy, and 6 as padded; one choice crosses no oftener."""
+    mesh = AbstractMesh((4, 8, 1), ("node", "ep", "tp"))
+    sizes = {"tokens_per_rank": 4096, "hidden": 7168, "num_experts": 256, "dtype": "bfloat16", "capacity_factor": 1.0}
+    for top_k in (8, 1):
+        padded, hierarchy = (
+            moe.make_plan(mesh, **sizes, top_k=top_k, transport=name, hardware=hardware).cost(0)["forward + backward"]
+            for name in ("padded", "hierarchy")
+        )
+        assert (hierarchy.between_bytes < padded.between_bytes / 1.5) == (top_k == 8)
+        assert (hierarchy.seconds < padded.seconds) == (top_k == 8)
+
+
+def test_questions_before_machines_are_bought():
+    """DeepSeek-V3's layer on 64 cards, 8 in a node: what copies and int8 on the wire change, and what tp does."""
+    sizes = {"tokens_per_rank": 4096, "hidden": 7168, "num_experts": 256, "top_k": 8, "num_shared_experts": 1}
+
+    def cost(axes, **options):
+        mesh = AbstractMesh(tuple(axes.values()), tuple(axes))
+        plan = moe.make_plan(mesh, **sizes, **options, hardware="h100", transport="padded")
+        return plan.cost(2048)["forward + backward"]
+
+    copies, spread, split = (
+        cost(axes) for axes in ({"dp": 8, "ep": 8, "tp": 1}, {"ep": 64, "tp": 1}, {"ep": 32, "tp": 2})
+    )
+    # 1. Copies keep rows inside the node and pay for the gradients of experts between nodes.
+    gradients = {phase.name: phase for phase in copies.phases}["gradients"]
+    assert copies.between_bytes == pytest.approx(gradients.between_bytes, rel=0.01)
+    assert {phase.name: phase for phase in spread.phases}["dispatch"].between_bytes > spread.between_bytes / 3
+    # 2. tp sends as many rows on, and adds what its ranks share inside the node.
+    assert split.inside_bytes > spread.inside_bytes
+    # 3. A byte for a number instead of two saves almost half of the rows' bytes, and nothing of the gradients'.
+    names = ("quant", "combine_quant", "backward_quant")
+    narrow = cost({"ep": 64, "tp": 1}, **dict.fromkeys(names, "int8"))
+    assert 0.45 < narrow.wire_bytes / spread.wire_bytes < 0.55 and narrow.seconds < spread.seconds
 
 
 @pytest.mark.parametrize("passes,phase", list(enumerate(PHASES, 1)))
 def test_a_ragged_exchange_costs_what_its_platform_asks(passes, phase):
-    """On TPU passes over its rows at both ends, 1.4 times as slow as their bytes say; on GPU a 50th of the wire."""
+    """On TPU passes over its rows at both ends, some times as slow as their bytes say; on GPU a share of the wire."""
     plan = abstract(transport="ragged", backend="xla")
-    cpu, gpu, tpu = (plan.cost(FFN, platform=platform)[phase] for platform in ("cpu", "gpu", "tpu"))
+    plain = plan.cost(FFN, hardware=plain_machine(devices_per_node=8))[phase]
+    shared = plan.cost(FFN, hardware=plain_machine(devices_per_node=8, ragged_share=0.02))[phase]
+    relaid = plan.cost(FFN, hardware=plain_machine(devices_per_node=8, relayout_passes=1.5))[phase]
     row, pairs, slots = HIDDEN * 4, TOKENS * TOP_K, 8 * plan.pair_capacity
     exchanges = 2 * passes
-    assert gpu.traffic_bytes == cpu.traffic_bytes
-    assert tpu.traffic_bytes - cpu.traffic_bytes == int(1.4 * exchanges * 2 * (pairs + slots) * row)
-    moved = exchanges * pairs * row * 7 // 8 + 7 * EXPERTS * 4  # rows, and the counts of all
-    assert gpu.wire_seconds == pytest.approx(
-        (gpu.even_wire_bytes + 49 * moved) / MACHINES["h100"].inside.bytes_per_second
-    )
-    assert tpu.wire_seconds == pytest.approx(tpu.even_wire_bytes / MACHINES["v5p"].inside.bytes_per_second)
+    assert shared.traffic_bytes == plain.traffic_bytes
+    assert relaid.traffic_bytes - plain.traffic_bytes == 1.5 * exchanges * 2 * (pairs + slots) * row
+    moved = exchanges * pairs * row * 7 // 8
+    assert plain.wire_seconds == pytest.approx(plain.even_wire_bytes / 1e11)
+    assert shared.wire_seconds == pytest.approx((plain.even_wire_bytes + 49 * moved) / 1e11)
+    assert relaid.wire_seconds == plain.wire_seconds
+
+
+@pytest.mark.parametrize("transport", ["allgather", "hierarchy", "padded"])
+def test_sums_on_tpus_pass_choice_by_choice(transport):
+    """Where a token's rows are summed away from it: of each choice the row twice more, and the sum so far."""
+    plan = moe.make_plan(AbstractMesh((2, 4, 1), ("node", "ep", "tp")), **SIZES, transport=transport)
+    gpu, tpu = (plan.cost(FFN, hardware=plain_machine(platform=platform)) for platform in ("gpu", "tpu"))
+    tokens = {"allgather": 8 * TOKENS, "hierarchy": 2 * TOKENS, "padded": 0}[transport]
+    forward, both = (tpu[phase].traffic_bytes - gpu[phase].traffic_bytes for phase in PHASES)
+    assert forward == tokens * TOP_K * (2 + 1) * HIDDEN * 4
+    assert both == tokens * TOP_K * (2 * (2 + 1) + 2) * HIDDEN * 4
+
+
+def test_an_all_to_all_on_a_torus_passes_through_other_devices():
+    """Rows of padded and ragged reach a share of the links; what is gathered a larger one, that of a corner."""
+    torus = Torus(dimensions=2, wraps_from=16)
+    nodes = {"between": None, "devices_per_node": None}
+    for transport, share in (("padded", torus.all_to_all_share(8)), ("allgather", torus.gather_share(8))):
+        plan = abstract(transport=transport, hidden=4096)
+        plain, slowed = (
+            plan.cost(FFN, hardware=plain_machine(**nodes, torus=t))["forward"].phases[1] for t in (None, torus)
+        )
+        assert slowed.wire_seconds == pytest.approx(plain.wire_seconds / share) and share < 1
 
 
 def test_describe_says_what_it_knows():

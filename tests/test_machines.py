@@ -87,6 +87,20 @@ def test_an_all_to_all_on_a_torus_is_bounded_by_its_middle():
     assert MACHINES["h100"].all_to_all_share(8) == MACHINES["v5e"].all_to_all_share(1) == 1
 
 
+def test_what_is_gathered_on_a_torus_is_bounded_by_its_corners():
+    torus = Torus(dimensions=2, wraps_from=16)
+    # 2 x 4 chips of v5e: a corner has two neighbours, and links for four; in 16 x 16 all are used.
+    assert (torus.gather_share(8), torus.gather_share(256), torus.gather_share(2)) == (1 / 2, 1, 1 / 4)
+    # 2 x 2 x 2 chips of v5p have three links of six; from 4 chips on a dimension is a ring.
+    box = Torus(dimensions=3, wraps_from=4)
+    assert (box.gather_share(8), box.gather_share(64), box.gather_share(16)) == (1 / 2, 1, (1 + 1 + 2) / 6)
+    assert Torus(dimensions=3, wraps_from=4, devices_per_chip=2).gather_share(2) == 1
+    assert MACHINES["h100"].gather_share(8) == MACHINES["v5e"].gather_share(1) == 1
+    # A gather never reaches less than an all-to-all, whose bytes pass through other devices.
+    for count in (2, 4, 8, 16, 64, 256):
+        assert box.gather_share(count) >= box.all_to_all_share(count)
+
+
 def test_a_machine_of_ones_own(tmp_path):
     machine = read(tmp_path, OWN)
     assert (machine.name, machine.platform, machine.flops8, machine.between) == ("ours", "gpu", None, None)
@@ -104,6 +118,8 @@ def test_a_base_gives_the_rest(tmp_path):
     assert machine.between == dataclasses.replace(h100.between, latency=1e-6)
     changed = {"name": "ours", "flops16": 800e12, "flops8": None, "between": machine.between}
     assert machine == dataclasses.replace(h100, **changed, sources=machine.sources)
+    for said in ('between.latency = "measured"', '"between.latency" = "measured"'):
+        assert read(tmp_path, f"{text}[machine.sources]\n{said}\n").source_of("between.latency") == "measured"
     alone = read(tmp_path, '[machine]\nbase = "h100"\nbetween = "none"\ndevices_per_node = "none"\nname = "box"')
     assert (alone.name, alone.between, alone.devices_per_node) == ("box", None, None)
 
@@ -134,6 +150,7 @@ def test_a_base_gives_the_rest(tmp_path):
         (OWN + "base = 7\n", ["base=7 is no known machine"]),
         (OWN + "sources = 'me'\n", ["sources='me' must be a table"]),
         (OWN + "sources = {flops15 = 'me', flops16 = 3}\n", ["unknown key 'sources.flops15'", "sources.flops16=3"]),
+        (OWN + "sources.inside.lag = 'me'\n", ["unknown key 'sources.inside.lag'", "did you mean"]),
         (OWN + "[machin]\n", ["unknown section 'machin'", "did you mean 'machine'?"]),
         (OWN.replace("[machine]", ""), ["section 'machine' is missing"]),
         ("[machine", ["is not valid TOML"]),

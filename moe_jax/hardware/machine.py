@@ -52,9 +52,21 @@ class Torus:
         chips = math.ceil(num_devices / self.devices_per_chip)
         if num_devices < 2 or chips < 2:
             return 1.0
-        side = _longest_side(chips, self.dimensions)
+        side = max(_sides(chips, self.dimensions))
         passes = 4 if side >= self.wraps_from else 2
         return min(1.0, passes / (side * self.dimensions) * (chips - 1) / chips)
+
+    def gather_share(self, num_devices: int) -> float:
+        """The share of a device's links over which it can get what so many neighbouring devices gather or sum.
+
+        A corner of the box of chips is what limits: where a dimension is no ring, it has a neighbour on one side only,
+        and none where the box is one chip thick.
+        """
+        chips = math.ceil(num_devices / self.devices_per_chip)
+        if chips < 2:
+            return 1.0
+        sides = _sides(chips, self.dimensions)
+        return sum((side > 1) + (side >= self.wraps_from) for side in sides) / (2 * self.dimensions)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +111,7 @@ class Machine:
     relayout_passes: float = 0.0
     ragged_share: float = 1.0
     widened: tuple[str, ...] = ()
-    sources: tuple[tuple[str, str], ...] = ()
+    sources: tuple[tuple[str, str], ...] = dataclasses.field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         raise_all(figure_violations(self), f"Machine {self.name!r}")
@@ -112,6 +124,10 @@ class Machine:
     def all_to_all_share(self, num_devices: int) -> float:
         """The share of the link inside that an all-to-all among so many neighbouring devices reaches."""
         return self.torus.all_to_all_share(num_devices) if self.torus else 1.0
+
+    def gather_share(self, num_devices: int) -> float:
+        """The share of the link inside that what is gathered or summed over so many neighbouring devices reaches."""
+        return self.torus.gather_share(num_devices) if self.torus else 1.0
 
 
 # The rule of a figure, by its name: what it must be. All other figures are rates, above zero.
@@ -177,10 +193,11 @@ def _relation_violations(machine: Machine) -> list[str]:
     return found
 
 
-def _longest_side(count: int, dimensions: int) -> int:
-    """The longest side of the most even box of ``count`` chips."""
+def _sides(count: int, dimensions: int) -> tuple[int, ...]:
+    """The sides of the most even box of ``count`` chips: the one whose longest side is the shortest."""
     if dimensions == 1:
-        return count
-    sides = [side for side in range(1, math.isqrt(count) + 1) if count % side == 0]
-    sides += [count // side for side in sides]
-    return min(max(side, _longest_side(count // side, dimensions - 1)) for side in sides)
+        return (count,)
+    first = [side for side in range(1, math.isqrt(count) + 1) if count % side == 0]
+    first += [count // side for side in first]
+    boxes = ((side, *_sides(count // side, dimensions - 1)) for side in first)
+    return min(boxes, key=max)

@@ -33,8 +33,6 @@ def expert_slots(
 ) -> Array:
     """What the experts make of the rows that arrived, each in the slot that its row came in.
 
-    Call it with arguments by position.
-
     Args:
       plan, activation: static.
       experts: w_gate (if gated) and w_up [L, H, F], w_down [L, F, H]; optional b_gate, b_up [L, F], b_down [L, H].

@@ -1,11 +1,12 @@
-"""What one call of the layer costs one device: bytes on the wire, flops, memory traffic, and the time they bound.
+"""What one call of the layer costs one device: bytes on the wire, flops, memory traffic, and the time that they take.
 
 Counted is the program of ``moe_on_mesh`` with fp32 parameters and no biases, in a round under an even load. What rows
-cost, their transport knows.
+cost, their transport knows: it lists its steps, see ``moe_jax.plan.steps``.
 """
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
@@ -15,6 +16,21 @@ from moe_jax.errors import InvalidArgumentError, UnsupportedError, check_choice,
 from moe_jax.hardware import Machine, machine_of
 from moe_jax.kernels.table import PLATFORMS
 from moe_jax.plan.checks import machine_from
+from moe_jax.plan.steps import (
+    ACTIVATION,
+    COMBINE,
+    DISPATCH,
+    GRADIENTS,
+    PRODUCTS,
+    ROUTE,
+    STEP_PHASES,
+    Collective,
+    Layout,
+    Sent,
+    Step,
+    bytes_of,
+    sent_by,
+)
 from moe_jax.plan.transport_table import transport_of
 from moe_jax.quant import recipe
 
@@ -22,24 +38,68 @@ if TYPE_CHECKING:
     from moe_jax.plan.plan import Plan
 
 PHASES = ("forward", "forward + backward")
+# Kernels and steps of the router, the choice, counts and maps: as many as the compilers for v5e and H100 make of them.
+_ROUTE_LAUNCHES = {"cpu": 40, "gpu": 40, "npu": 40, "tpu": 100}
 WIDE = 4  # bytes of an integer, a weight, a term of a sum, a number in a parameter
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Cost:
-    """One device, one phase.
+class Phase:
+    """What one phase of the layer costs one device under an even load.
 
-    Beside the fields below: ``even_wire_bytes`` are those of ``wire_bytes`` that an even load fills, all but for
-    "ragged"; ``router_flops`` are those of ``flops`` that the router takes, in fp32 whatever the rows are; ``hardware``
-    names the machine, of ``platform``, whose nominal rates give ``compute_seconds``, ``memory_seconds`` and
-    ``wire_seconds``, the last of ``even_wire_bytes``, those of rows at the rate of a ragged exchange where they take
-    one.
+    Attributes:
+      name: "route" (the router, its statistics, counts and maps), "dispatch", "products", "activation", "combine" or
+        "gradients" (their sums over devices). What the backward pass does of each counts with it.
+      inside_bytes: what leaves the device for others of its node.
+      between_bytes: what leaves it for other nodes.
+      flops: of products.
+      traffic_bytes: what is read from memory and written to it.
+      launches: kernels and steps of a program that are started, and exchanges.
+      compute_seconds: of the flops, at the rate of their dtype.
+      memory_seconds: of the traffic.
+      wire_seconds: of the bytes that leave; in each exchange the slower kind of links decides.
+      latency_seconds: of exchanges and launches, however little they do.
+    """
+
+    name: str
+    inside_bytes: int
+    between_bytes: int
+    flops: int
+    traffic_bytes: int
+    launches: int
+    compute_seconds: float
+    memory_seconds: float
+    wire_seconds: float
+    latency_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """The time of the phase: products pass while memory is read; exchanges and latencies are added to that."""
+        return max(self.compute_seconds, self.memory_seconds) + self.wire_seconds + self.latency_seconds
+
+    @property
+    def bound(self) -> tuple[str, float]:
+        """What takes longest, "compute", "memory", "wire" or "latency", and the seconds that it takes by itself."""
+        return _longest(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cost:
+    """One device, one pass: "forward", or "forward + backward".
+
+    Beside the fields below: ``inside_bytes`` and ``between_bytes`` are those of ``wire_bytes`` that stay inside a node
+    and that go to other nodes, where the machine has nodes; ``even_wire_bytes`` are those of ``wire_bytes`` that an
+    even load fills, all but for "ragged"; ``router_flops`` are those of ``flops`` that the router takes, in fp32
+    whatever the rows are; ``hardware`` names the machine, of ``platform``, whose rates give all seconds; ``phases`` are
+    those of the layer in their order, under an even load, each a ``Phase``. ``seconds`` is their sum, as if nothing
+    passed while something else does but memory traffic and products; ``compute_seconds``, ``memory_seconds``,
+    ``wire_seconds`` and ``latency_seconds`` are the sums of theirs.
 
     ``wire_bytes``: what ``moe_jax.hlo.contract`` counts as ``inline_wire_bytes`` of the compiled layer: rows, and
-    beside them counts, weights, the router's statistics and the gradients of replicated parameters. A ragged exchange
-    counts with the extent of its operand, as it does there; where it is emulated, as on CPUs, it runs in a loop, and is
-    not counted there. Without tokens XLA drops sums of nothing, which are counted here. The backward pass is asked for
-    the gradients of parameters and x, and not through the losses.
+    beside them counts, weights, the router's statistics and the gradients of parameters that several devices hold. A
+    ragged exchange counts with the extent of its operand, as it does there; where it is emulated, as on CPUs, it runs
+    in a loop, and is not counted there. Without tokens XLA drops sums of nothing, which are counted here. The backward
+    pass is asked for the gradients of parameters and x, and not through the losses.
 
     ``flops``: of all products with weights, a multiplication and an addition being two. Experts multiply as many rows
     as one has under an even load, each.
@@ -52,20 +112,54 @@ class Cost:
 
     wire_bytes: int
     even_wire_bytes: int
+    inside_bytes: int
+    between_bytes: int
     flops: int
     router_flops: int
     traffic_bytes: int
     hardware: str
     platform: str
-    compute_seconds: float
-    memory_seconds: float
-    wire_seconds: float
+    phases: tuple[Phase, ...]
+
+    @property
+    def seconds(self) -> float:
+        """The estimated time: the sum over the phases."""
+        return sum(phase.seconds for phase in self.phases)
+
+    @property
+    def compute_seconds(self) -> float:
+        """Of all products."""
+        return sum(phase.compute_seconds for phase in self.phases)
+
+    @property
+    def memory_seconds(self) -> float:
+        """Of all memory traffic."""
+        return sum(phase.memory_seconds for phase in self.phases)
+
+    @property
+    def wire_seconds(self) -> float:
+        """Of all bytes that leave the device."""
+        return sum(phase.wire_seconds for phase in self.phases)
+
+    @property
+    def latency_seconds(self) -> float:
+        """Of all exchanges and launches, however little they do."""
+        return sum(phase.latency_seconds for phase in self.phases)
 
     @property
     def bound(self) -> tuple[str, float]:
-        """What takes longest, "compute", "memory" or "wire", and the seconds that it takes by itself."""
-        seconds = {"compute": self.compute_seconds, "memory": self.memory_seconds, "wire": self.wire_seconds}
-        return max(seconds.items(), key=lambda entry: entry[1])
+        """What takes longest, "compute", "memory", "wire" or "latency", and the seconds that it takes by itself."""
+        return _longest(self)
+
+
+def _longest(cost: Phase | Cost) -> tuple[str, float]:
+    seconds = {
+        "compute": cost.compute_seconds,
+        "memory": cost.memory_seconds,
+        "wire": cost.wire_seconds,
+        "latency": cost.latency_seconds,
+    }
+    return max(seconds.items(), key=lambda entry: entry[1])
 
 
 def balanced_rows(tokens: int, top_k: int, ep_size: int, num_shared_ranks: int) -> float:
@@ -115,39 +209,77 @@ def plan_costs(
 
 
 def layer_costs(plan: "Plan", machine: Machine, *, ffn: int, activation: str, num_replicas: int) -> dict[str, Cost]:
-    """The costs by phase; ``ffn`` 0 leaves out everything that has the width of an FFN. See ``Plan.cost``."""
+    """The costs of both passes; ``ffn`` 0 leaves out everything that has the width of an FFN. See ``Plan.cost``."""
     size = Size.of(plan, machine.widened)
-    transport = transport_of(plan)
-    even = transport.even_size(plan, size)
+    transport, layout = transport_of(plan), Layout.of(plan, machine, num_replicas)
     routed = _Ffn(size.multiplied, plan.num_local_experts, ffn // plan.tp_size, activation)
     shared = _Ffn(plan.tokens_per_rank, 1, ffn * plan.num_shared_experts, activation)
     costs = {}
-    for phase in PHASES:
-        backward = phase == PHASES[1]
+    for name in PHASES:
+        backward = name == PHASES[1]
+        steps = _steps(plan, size, layout, routed, shared, machine, backward)
+        even = _steps(plan, transport.even_size(plan, size), layout, routed, shared, machine, backward)
         passes = 3 if backward else 1  # the gradient of a product takes two
-        sums = _sum_wire(plan, size, routed, shared, num_replicas, backward)
         router = passes * 2 * plan.tokens_per_rank * plan.hidden * plan.num_ids
         flops = passes * sum(2 * f.projections * f.rows * plan.hidden * f.width for f in (routed, shared))
-        of_rows = transport.traffic_bytes if plan.exchanges else _local_traffic
-        traffic = of_rows(plan, size, backward) + passes * _router_traffic(plan)
-        traffic += sum(_ffn_traffic(f, plan.hidden, size.itemsize, backward) for f in (routed, shared))
-        traffic += int(transport.passes_at_ends(machine) * _ends(plan, size, backward))
-        rows, even_rows = (transport.wire_bytes(plan, s, backward) for s in (size, even))
-        share = transport.wire_share(machine)
-        costs[phase] = Cost(
-            wire_bytes=sums + rows,
-            even_wire_bytes=sums + even_rows,
+        rate = machine.flops32 if size.itemsize == 4 else machine.flops16
+        products = {ROUTE: (router, router / machine.flops32), PRODUCTS: (flops, flops / rate)}
+        inside, between = _bytes_of_all(steps, layout)
+        costs[name] = Cost(
+            wire_bytes=inside + between,
+            even_wire_bytes=sum(_bytes_of_all(even, layout)),
+            inside_bytes=inside,
+            between_bytes=between,
             flops=flops + router,
             router_flops=router,
-            traffic_bytes=traffic,
+            traffic_bytes=sum(step.traffic for step in even),
             hardware=machine.name,
             platform=machine.platform,
-            compute_seconds=flops / (machine.flops32 if size.itemsize == 4 else machine.flops16)
-            + router / machine.flops32,
-            memory_seconds=traffic / machine.memory_bandwidth,
-            wire_seconds=(sums + even_rows / share) / machine.inside.bytes_per_second,
+            phases=tuple(
+                _phase(phase, even, *products.get(phase, (0, 0.0)), layout, machine, transport.wire_share(machine))
+                for phase in STEP_PHASES
+            ),
         )
     return costs
+
+
+def rows_cost(plan: "Plan") -> Cost:
+    """Of a forward and a backward pass, all that a transport decides: everything but what has the width of an FFN."""
+    return layer_costs(plan, plan.hardware, ffn=0, activation="swiglu", num_replicas=plan.num_replicas)[PHASES[1]]
+
+
+def _bytes_of_all(steps: Iterable[Step], layout: Layout) -> tuple[int, int]:
+    """(inside, between) of all exchanges of ``steps``."""
+    pairs = [bytes_of(c, layout.group(c.axes)) for step in steps for c in step.collectives]
+    return sum(inside for inside, _ in pairs), sum(between for _, between in pairs)
+
+
+def _phase(
+    name: str,
+    steps: list[Step],
+    flops: int,
+    compute_seconds: float,
+    layout: Layout,
+    machine: Machine,
+    wire_share: float,
+) -> Phase:
+    """The sum of the steps of one phase, as time on ``machine``."""
+    steps = [step for step in steps if step.phase == name]
+    exchanges = [sent_by(c, layout, machine, wire_share) for step in steps for c in step.collectives]
+    sent = sum(exchanges, Sent())
+    traffic, launches = sum(step.traffic for step in steps), sum(step.launches for step in steps)
+    return Phase(
+        name=name,
+        inside_bytes=sent.inside,
+        between_bytes=sent.between,
+        flops=flops,
+        traffic_bytes=traffic,
+        launches=launches + sum(each.latency > 0 for each in exchanges),
+        compute_seconds=compute_seconds,
+        memory_seconds=traffic / machine.memory_bandwidth,
+        wire_seconds=sent.seconds,
+        latency_seconds=sent.latency + launches * machine.launch_seconds,
+    )
 
 
 class _Ffn(NamedTuple):
@@ -223,61 +355,89 @@ class Size(NamedTuple):
         )
 
 
-# The wire.
+# The steps that every layer has, whatever its transport is.
 
 
-def leaves(op: str, group: int, handed: int) -> int:
-    """Bytes that leave a device of a group when each hands over so many."""
-    factor = {"all-gather": group, "all-reduce": 2}.get(op, 1)
-    return factor * handed * (group - 1) // group
+def _steps(
+    plan: "Plan", size: "Size", layout: Layout, routed: "_Ffn", shared: "_Ffn", machine: Machine, backward: bool
+) -> list[Step]:
+    """All steps of the layer."""
+    transport = transport_of(plan)
+    of_rows = transport.steps(plan, size, backward) if plan.exchanges else _local_steps(plan, size, backward)
+    passes = 3 if backward else 1
+    route = Step(
+        ROUTE, traffic=passes * _router_traffic(plan), launches=_ROUTE_LAUNCHES[machine.platform] + 4 * backward
+    )
+    return [
+        route,
+        *of_rows,
+        *(transport.added_steps(plan, size, machine, backward) if plan.exchanges else []),
+        *(step for f in (routed, shared) for step in _ffn_steps(f, plan.hidden, size.itemsize, backward)),
+        *_sums(plan, size, layout, routed, shared, backward),
+    ]
 
 
-def rounds_bytes(plan: "Plan") -> int:
-    """Of the number of rounds, where the ranks do not know it from the counts that they exchange."""
-    return leaves("all-reduce", plan.ep_size * plan.tp_size, WIDE) if plan.max_rounds > 1 else 0
-
-
-def _sum_wire(plan: "Plan", size: Size, routed: _Ffn, shared: _Ffn, num_replicas: int, backward: bool) -> int:
+def _sums(plan: "Plan", size: "Size", layout: Layout, routed: "_Ffn", shared: "_Ffn", backward: bool) -> list[Step]:
     """What is summed over all devices: load and two counts; shares and a loss; gradients of replicated parameters.
 
     XLA makes one all-reduce of all that have a dtype and a group in common.
     """
-    devices = plan.ep_size * plan.tp_size * num_replicas
-    total = leaves("all-reduce", num_replicas, WIDE) + leaves("all-reduce", devices, (plan.num_ids + 2) * WIDE)
+    everyone, replicas = (*layout.replicas, *plan.exchange_axes), layout.replicas
+    rounds = Collective("all-reduce", replicas, WIDE)
+    counts = Collective("all-reduce", everyone, (plan.num_ids + 2) * WIDE)
     floats = (plan.num_ids + 1) * WIDE
     if not backward:
-        return total + leaves("all-reduce", devices, floats)
+        return [Step(ROUTE, (rounds, counts, Collective("all-reduce", everyone, floats)))]
     floats += plan.hidden * plan.num_ids * WIDE
     narrow = plan.hidden * (3 * plan.num_const_experts + shared.projections * shared.width) * size.sum_item
     sums = (floats + narrow,) if size.sum_item == WIDE else (floats, narrow)
     of_replicas = routed.projections * routed.experts * plan.hidden * routed.width * WIDE
-    total += sum(leaves("all-reduce", devices, handed) for handed in sums)
-    return total + leaves("all-reduce", num_replicas, of_replicas)
+    replicated = tuple(Collective("all-reduce", everyone, handed) for handed in sums if handed)
+    experts = (Collective("all-reduce", replicas, of_replicas),) if of_replicas else ()
+    return [Step(ROUTE, (rounds, counts)), Step(GRADIENTS, (*replicated, *experts))]
 
 
-# Memory traffic.
+def rounds_step(plan: "Plan") -> Step:
+    """The ranks agree on the number of rounds, where they do not know it from the counts that they exchange."""
+    return Step(ROUTE, (Collective("all-reduce", plan.exchange_axes, WIDE),) if plan.max_rounds > 1 else ())
 
 
-def _local_traffic(plan: "Plan", size: Size, backward: bool) -> int:
+def _local_steps(plan: "Plan", size: "Size", backward: bool) -> list[Step]:
     """Of a device that exchanges nothing: a gather each way, of rows as recipes leave them; the sum at the tokens."""
     tokens, pairs = plan.tokens_per_rank, plan.num_pairs
 
-    def out(rows, message):
-        return 2 * recoded(size, message, rows) + 2 * size.arrived * size.row
+    def out(phase, rows, message):
+        return Step(phase, (), 2 * recoded(size, message, rows) + 2 * size.arrived * size.row, launches=1)
 
-    def back(message):
-        return 2 * recoded(size, message, size.arrived) + 3 * pairs * size.row + tokens * size.wide
+    def back(phase, message):
+        traffic = 2 * recoded(size, message, size.arrived) + 3 * pairs * size.row + tokens * size.wide
+        return Step(phase, (), traffic, launches=2)
 
-    total = out(tokens, size.out) + back(size.back)
+    found = [out(DISPATCH, tokens, size.out), back(COMBINE, size.back)]
     if backward:  # cotangents take the same ways; beside that, those of pairs and of weights are made
-        total += 2 * (pairs * size.row + tokens * size.wide) + out(pairs, size.ct) + back(size.ct)
-    return total
+        beside = 2 * (pairs * size.row + tokens * size.wide)
+        found += [out(COMBINE, pairs, size.ct), Step(COMBINE, (), beside, launches=2), back(DISPATCH, size.ct)]
+    return found
 
 
-def _ends(plan: "Plan", size: Size, backward: bool) -> int:
-    """Bytes of a pass over the rows at both ends of every exchange between ranks."""
-    messages = size.out + size.back + 2 * size.ct * backward
-    return 2 * (size.sent + size.slots) * messages if plan.ep_size > 1 else 0
+def _ffn_steps(ffn: "_Ffn", hidden: int, itemsize: int, backward: bool) -> list[Step]:
+    """Each product reads two matrices and writes one; so do its two gradients. 16-bit weights are cast copies."""
+    if not ffn.width:
+        return []
+    row, inner, count = hidden * itemsize, ffn.width * itemsize, ffn.projections
+    weights = count * ffn.experts * hidden * ffn.width
+    casts = weights * (WIDE + itemsize) if itemsize != WIDE else 0
+    products, activated = casts + weights * itemsize + ffn.rows * count * (row + inner), ffn.rows * count * inner
+    launches, activations = count + (count if casts else 0), 1
+    if backward:
+        added = 3 * row if count == 3 else 0  # gate's and up's cotangents of a row
+        products += casts + 2 * weights * itemsize + ffn.rows * (2 * count * (row + inner) + added)
+        activated += ffn.rows * (3 * count - 1) * inner  # made again, and its cotangents
+        launches, activations = 3 * launches + 1, 3
+    return [Step(PRODUCTS, (), products, launches), Step(ACTIVATION, (), activated, activations)]
+
+
+# Memory traffic.
 
 
 def unplaced_bytes(plan: "Plan", size: Size) -> int:
@@ -290,18 +450,6 @@ def unplaced_bytes(plan: "Plan", size: Size) -> int:
 def recoded(size: Size, message: int, rows: int) -> int:
     """Rows into or out of a message that is no row."""
     return rows * (size.row + message) if message != size.row else 0
-
-
-def _ffn_traffic(ffn: _Ffn, hidden: int, itemsize: int, backward: bool) -> int:
-    """Each product reads two matrices and writes one; so do its two gradients. 16-bit weights are cast copies."""
-    row, inner, count = hidden * itemsize, ffn.width * itemsize, ffn.projections
-    weights = count * ffn.experts * hidden * ffn.width
-    casts = weights * (WIDE + itemsize) if itemsize != WIDE else 0
-    total = casts + weights * itemsize + ffn.rows * count * (row + 2 * inner)
-    if not backward or not ffn.width:
-        return total * bool(ffn.width)
-    added = 3 * row if count == 3 else 0  # gate's and up's cotangents of a row
-    return total + casts + 2 * weights * itemsize + ffn.rows * (2 * count * row + added + (5 * count - 1) * inner)
 
 
 def _router_traffic(plan: "Plan") -> int:

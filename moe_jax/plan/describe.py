@@ -1,11 +1,17 @@
 """A plan in words."""
 
+import dataclasses
+import math
 from typing import TYPE_CHECKING
 
-from moe_jax.plan.cost import Cost, balanced_rows
+from moe_jax.plan.cost import PHASES, Cost, balanced_rows, rows_cost
+from moe_jax.plan.steps import ACTIVATION, COMBINE, DISPATCH, PRODUCTS
 
 if TYPE_CHECKING:
     from moe_jax.plan.plan import Plan
+
+_CHUNKS = (1, 2, 4, 8)  # numbers of chunks that are compared
+_WORTH_SAYING = 0.98  # of the time; what saves less is not named
 
 
 def describe(plan: "Plan", *, ffn: int | None, activation: str) -> str:
@@ -36,7 +42,29 @@ def describe(plan: "Plan", *, ffn: int | None, activation: str) -> str:
     if ffn is not None or not plan.num_shared_ranks:
         costs = plan.cost(ffn or 0, activation=activation)
         lines += [f"cost       {phase}: {_words(cost, whole=bool(ffn))}" for phase, cost in costs.items()]
+        if ffn and plan.exchanges:
+            lines += [*_chunks_line(plan, costs[PHASES[1]]), *_capacity_line(plan, costs[PHASES[1]], balanced)]
     return "\n".join(lines)
+
+
+def cost_words(cost: Cost) -> str:
+    """The time of a candidate, and what it consists of."""
+    parts = (
+        f"{cost_bytes(cost)} sent in {_ms(cost.wire_seconds)}",
+        f"{cost.traffic_bytes:,} B touched in {_ms(cost.memory_seconds)}",
+        f"{_ms(cost.latency_seconds)} of latency",
+    )
+    return f"{_ms(cost.seconds)} ({', '.join(parts)})"
+
+
+def cost_bytes(cost: Cost) -> str:
+    """Bytes that leave a device under an even load, and which part of them goes to other nodes."""
+    outside = sum(phase.between_bytes for phase in cost.phases)
+    return f"{cost.even_wire_bytes:,} B" + (f", {outside:,} of them to other nodes," if outside else "")
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms"
 
 
 def _bytes(sizes: dict[str, int]) -> str:
@@ -49,9 +77,49 @@ def _words(cost: Cost, *, whole: bool) -> str:
     words = f"{cost.wire_bytes:,} B leave the device{even}; "
     if not whole:
         return words + f"{cost.traffic_bytes:,} B read and written but for products of experts"
-    resource, seconds = cost.bound
+    resource, _ = cost.bound
+    phases = ", ".join(f"{phase.name} {1e3 * phase.seconds:.3g}" for phase in cost.phases if phase.seconds)
     return words + (
-        f"{cost.flops:,} flops; {cost.traffic_bytes:,} B read and written; {1e3 * seconds:.3g} ms bound by {resource} "
+        f"{cost.flops:,} flops; {cost.traffic_bytes:,} B read and written; {_ms(cost.seconds)} bound by {resource} "
         f"(compute {1e3 * cost.compute_seconds:.3g}, memory {1e3 * cost.memory_seconds:.3g}, wire "
-        f"{1e3 * cost.wire_seconds:.3g}, at nominal rates of {cost.hardware})"
+        f"{1e3 * cost.wire_seconds:.3g}, latency {1e3 * cost.latency_seconds:.3g}, at nominal rates of "
+        f"{cost.hardware}; by phase: {phases})"
     )
+
+
+def _chunks_line(plan: "Plan", cost: Cost) -> list[str]:
+    """The number of chunks that should take the least time: one travels while another is multiplied."""
+    phases = {phase.name: phase for phase in cost.phases}
+    moving, computing = [phases[DISPATCH], phases[COMBINE]], [phases[PRODUCTS], phases[ACTIVATION]]
+    wire = sum(phase.wire_seconds for phase in moving)
+    work = sum(max(phase.compute_seconds, phase.memory_seconds) for phase in computing)
+    latency = sum(phase.latency_seconds for phase in (*moving, *computing))
+    # Of n chunks all but one hide the shorter of the two behind the longer; each pays for its own launches.
+    seconds = {
+        n: cost.seconds - (1 - 1 / n) * min(wire, work) + (n - 1) * latency
+        for n in _CHUNKS
+        if plan.tokens_per_rank and plan.tokens_per_rank % n == 0
+    }
+    best = min(seconds, key=lambda n: seconds[n], default=1)
+    if best == 1 or seconds[best] > _WORTH_SAYING * cost.seconds:
+        return []
+    return [
+        (
+            f"chunks     {best} would take {_ms(seconds[best])} instead of {_ms(cost.seconds)}, {PHASES[1]}, where "
+            "rows travel while others are multiplied"
+        )
+    ]
+
+
+def _capacity_line(plan: "Plan", cost: Cost, balanced: float) -> list[str]:
+    """What rows without a pair cost, where a round has room for them and its exchange carries them."""
+    least = dataclasses.replace(plan, pair_capacity=max(1, math.ceil(balanced)))
+    saved = rows_cost(plan).seconds - rows_cost(least).seconds
+    if saved < (1 - _WORTH_SAYING) * cost.seconds:
+        return []
+    return [
+        (
+            f"           capacity_factor=1.0 would take {_ms(saved)} less, {PHASES[1]}, where routes are perfectly "
+            "even, and a second round wherever they are not"
+        )
+    ]

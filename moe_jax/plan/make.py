@@ -11,9 +11,10 @@ from moe_jax.config import OVERFLOWS
 from moe_jax.errors import InvalidArgumentError, MeshError, choice_violations, flag_violations, raise_all
 from moe_jax.hardware import Machine, machine_of
 from moe_jax.kernels.table import PLATFORMS, describe_backend, registrations, resolve_all
-from moe_jax.mesh import mesh_violations
 from moe_jax.plan import checks
-from moe_jax.plan.cost import PHASES, balanced_rows, layer_costs
+from moe_jax.plan.axes import AUTO, extent, resolve_axes
+from moe_jax.plan.cost import PHASES, Cost, balanced_rows, rows_cost
+from moe_jax.plan.describe import cost_words
 from moe_jax.plan.plan import Plan
 from moe_jax.plan.transport_table import transport_names, transport_of
 
@@ -40,13 +41,16 @@ def make_plan(
     product: str | None = None,
     backward_quant: str = "none",
     poison: bool = False,
+    ep_axis: str | tuple[str, ...] = AUTO,
+    tp_axis: str | tuple[str, ...] | None = AUTO,
+    token_axes: str | tuple[str, ...] = AUTO,
+    param_axes: str | tuple[str, ...] = (),
     hardware: str | Machine | None = None,
 ) -> Plan:
     """Checks everything about a layer on a mesh at once, resolves every default, and returns the static plan.
 
     Args:
-      mesh: has axes "ep" and "tp", may have "node" (experts spread over ("node", "ep")); any other axis replicates
-        the whole group. Only names, sizes, the platform and the kind of its devices are read. Devices are taken to be
+      mesh: any mesh. Only names, sizes, the platform and the kind of its devices are read. Devices are taken to be
         laid out as ``make_mesh`` does it: along the last axis first, and so node by node.
       tokens_per_rank: T, tokens per device; may be 0. Fewer true tokens are given by a mask.
       hidden: H.
@@ -67,10 +71,10 @@ def make_plan(
       transport: "padded" (all_to_all of equal blocks), "ragged" (ragged_all_to_all), "allgather" (all tokens out,
         reduce-scatter back), "hierarchy" (a token crosses to each node of a mesh with a "node" axis once, and one
         partial sum comes back; without that axis all ranks are one node, inside which rows go from rank to rank), or
-        "auto": "padded" or "allgather", or on GPU and TPU "ragged", whichever should take the least time to move rows
-        in a forward and a backward pass of the layer on ``hardware``; see ``moe_jax.plan.cost``. "auto" never takes
-        "hierarchy". Where one device holds all experts, it takes "padded".
-        ``Plan.describe()`` has the times of all candidates.
+        "auto": whichever should take the least time to move rows in a forward and a backward pass of the layer on
+        ``hardware``, see ``moe_jax.plan.cost``; "ragged" not on CPUs, and "hierarchy" where the mesh has an axis
+        "node" alone. Where one device holds all experts, it takes "padded". ``Plan.describe()`` has the times of all
+        candidates, and says what a mesh with such an axis would change.
       overflow: "dropless": what does not fit into a round waits for the next; "drop": it is dropped and counted. Each
         pair of ranks keeps the front of its list, which is sorted by expert: the last experts of a rank lose most.
       capacity_factor: rows that a pair of ranks can move in a round of the layer, relative to the balanced load,
@@ -81,6 +85,16 @@ def make_plan(
       backend: a registered back end; several joined by "+", of which the first that has a kernel serves it; or "auto":
         those for the platform and the kind of ``hardware``. ``Plan.describe()`` says which serves what.
       poison: fill every slot and row that nobody may read with NaN, to prove that nobody does. For tests.
+      ep_axis: the axis over which experts are spread, or a tuple of several, outermost first; of several, the last one
+        lies inside a node, and the others go from node to node. "auto": "ep", or ("node", "ep") if there is a "node".
+      tp_axis: the axis along which every expert is split, or a tuple of several; None: there is none. "auto": "tp",
+        where the mesh has it.
+      token_axes: all axes over which tokens are spread, outermost first; those of ``ep_axis`` and ``tp_axis`` must be
+        among them, and any other one is a data axis, along which the whole group of ranks is there again. "auto": the
+        axes of ``ep_axis`` and ``tp_axis``, and all others before them where neither was named. What is left of the
+        mesh is left alone: every device along such an axis does the same.
+      param_axes: data axes along which the weights of experts are split as well, H of each matrix in equal parts. The
+        layer gathers them for use, and their gradients are reduced and scattered. (): a copy for every replica.
       hardware: the machine that the plan is for: a name in ``moe_jax.hardware.MACHINES`` such as "h100", the path of a
         TOML file that describes one, or a ``Machine``. The platform, what "auto" takes and all costs follow it, and
         nothing of the process that makes the plan counts: the mesh may be an ``AbstractMesh``, or one of CPU devices,
@@ -90,7 +104,7 @@ def make_plan(
 
     Raises:
       InvalidArgumentError: lists every rule that is broken.
-      MeshError: the same, where the mesh has no "ep" or no "tp" axis, or is not a mesh.
+      MeshError: the same, where it is the mesh or its axes that are wrong.
 
     >>> import moe_jax as moe
     >>> moe.emulate_devices(4)  # leave this out where there are accelerators
@@ -98,10 +112,9 @@ def make_plan(
     20
     """
     # 1. Everything that is wrong is found before anything is said.
-    wrong_mesh = mesh_violations(mesh)
+    axes, wrong_mesh = resolve_axes(mesh, ep_axis, tp_axis, token_axes, param_axes)
     shape = {} if wrong_mesh else dict(mesh.shape)
-    ep_axis = tuple(name for name in ("node", "ep") if name in shape)
-    ep_size, tp_size = math.prod(shape[name] for name in ep_axis), shape.get("tp", 1)
+    ep_size, tp_size, num_shards = (extent(names, shape) for names in (axes.ep, axes.tp, axes.params))
     mesh_sizes = None if wrong_mesh else (ep_size, tp_size)
     sizes = {
         "tokens_per_rank": tokens_per_rank,
@@ -119,6 +132,7 @@ def make_plan(
     violations = [
         *wrong_mesh,
         *checks.size_violations(mesh_sizes, sizes),
+        *checks.shard_violations(hidden, num_shards),
         *checks.dtype_violations(dtype),
         *choice_violations("transport", transport, ("auto", *transport_names())),
         *choice_violations("overflow", overflow, OVERFLOWS),
@@ -143,13 +157,14 @@ def make_plan(
     if ep_size * tp_size == 1 and overflow == "dropless":
         pair_capacity = max(1, most)  # nothing is exchanged, and all rows are there in one round
     plan = Plan(
-        ep_axis=ep_axis,
-        tp_axis="tp",
-        dp_axis=tuple(name for name in shape if name not in ("node", "ep", "tp")),
+        ep_axis=axes.ep,
+        tp_axis=axes.tp[0] if len(axes.tp) == 1 else axes.tp or None,
+        token_axes=axes.tokens,
+        param_axes=axes.params,
         mesh_axes=tuple((name, int(size)) for name, size in shape.items()),
         ep_size=ep_size,
         tp_size=tp_size,
-        num_nodes=shape.get("node", 1),
+        num_nodes=extent(axes.ep[:-1], shape),
         dtype=dtype,
         transport=transport,
         transport_reason="as asked",
@@ -182,19 +197,35 @@ def _with_least_time(plan: Plan) -> Plan:
     for name in transport_names():
         candidate = dataclasses.replace(plan, transport=name)
         transport = transport_of(candidate)
-        if not transport.automatic(plan.platform):
+        if not transport.automatic(candidate):
             continue
         sources.append(transport.source_of_rates(plan.hardware))
-        phases = layer_costs(candidate, plan.hardware, ffn=0, activation="swiglu", num_replicas=plan.num_replicas)
-        costs[name] = phases[PHASES[1]]
-    seconds = {name: cost.memory_seconds + cost.wire_seconds for name, cost in costs.items()}
+        costs[name] = rows_cost(candidate)
+    chosen = min(costs, key=lambda name: costs[name].seconds)
     words = ", ".join(
-        f"{name} {1e3 * seconds[name]:.3g} ms for {cost.even_wire_bytes:,} bytes sent, {cost.traffic_bytes:,} touched"
-        for name, cost in costs.items()
+        f"{name} {cost_words(costs[name])}" for name in sorted(costs, key=lambda name: costs[name].seconds)
     )
-    reason = f"least time to move rows, {PHASES[1]}, at nominal rates of {plan.hardware.name} ({words})"
-    reason = "; ".join([reason, *filter(None, sources)])
-    return dataclasses.replace(plan, transport=min(seconds, key=lambda name: seconds[name]), transport_reason=reason)
+    reason = f"least time to move rows, {PHASES[1]}, by the figures of {plan.hardware.name}: {words}"
+    reason = "; ".join([reason, *filter(None, [*sources, _of_nodes(plan, costs[chosen])])])
+    return dataclasses.replace(plan, transport=chosen, transport_reason=reason)
+
+
+def _of_nodes(plan: Plan, taken: Cost) -> str:
+    """What "hierarchy" would take if the mesh said which ranks share a node; "" where it would not be faster."""
+    node, inside = plan.hardware.devices_per_node, plan.ep_size * plan.tp_size
+    if plan.num_nodes > 1 or node is None or inside <= node or inside % node or node % plan.tp_size:
+        return ""
+    nodes = inside // node
+    spread = tuple(
+        axis
+        for name, size in plan.mesh_axes
+        for axis in ([("node", nodes), (name, size // nodes)] if name == "ep" else [(name, size)])
+    )
+    plan = dataclasses.replace(plan, mesh_axes=spread, ep_axis=("node", "ep"), num_nodes=nodes, transport="hierarchy")
+    cost = rows_cost(plan)
+    if cost.seconds >= taken.seconds:
+        return ""
+    return f'on a mesh with an axis "node" of {nodes}, hierarchy would take {cost_words(cost)}'
 
 
 def _machine_of_mesh(mesh: Mesh | AbstractMesh) -> tuple[Machine, str]:

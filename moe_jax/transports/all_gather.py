@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from moe_jax import collectives, layout
 from moe_jax.derivatives import differentiated_as, take_rows
 from moe_jax.plan import Plan
-from moe_jax.plan.cost import WIDE, leaves, recoded, rounds_bytes, row_bytes
+from moe_jax.plan.cost import WIDE, recoded, rounds_step, row_bytes
+from moe_jax.plan.steps import COMBINE, DISPATCH, ROUTE, Collective, Step
 from moe_jax.quant.message import join_some, split_some
 from moe_jax.transports.base import (
     Delivery,
@@ -17,6 +18,7 @@ from moe_jax.transports.base import (
     as_received,
     as_sent,
     by_token,
+    choices_apart,
     partial_sums,
     token_of,
 )
@@ -43,7 +45,7 @@ class AllGather(Transport):
 
     name = "allgather"
 
-    def automatic(self, platform):
+    def automatic(self, plan):
         return True
 
     def count(self, destination, pairs, plan):
@@ -57,7 +59,7 @@ class AllGather(Transport):
         picked = layout.gather_maps(
             manifest.known, me, num_local, start, capacity, num_rows=num_rows, source_order=order
         )
-        pair_row = picked.pair_row.reshape(plan.tp_size * plan.ep_size, plan.tokens_per_rank, plan.num_copies)
+        pair_row = picked.pair_row.reshape(plan.tp_size * plan.ep_size, plan.tokens_per_rank, plan.pairs_per_token)
         maps = GatherMaps(row_pair=picked.row_pair, pair_row=pair_row)
         return Opened(maps, picked.group_sizes, picked.recv_counts)
 
@@ -71,7 +73,7 @@ class AllGather(Transport):
             all_tokens, all_pairs = split_some(everyone, parts)
         with jax.named_scope("permute"):
             if tokens is not None:
-                all_tokens = take_rows(all_tokens, token_of(maps.row_pair, plan.num_copies), poison=plan.poison)
+                all_tokens = take_rows(all_tokens, token_of(maps.row_pair, plan.pairs_per_token), poison=plan.poison)
             if pairs is not None:
                 all_pairs = take_rows(all_pairs.reshape(-1, pairs.shape[2]), maps.row_pair, poison=plan.poison)
             return Delivery(all_tokens, all_pairs, ())
@@ -100,11 +102,11 @@ class AllGather(Transport):
             all_weights = collectives.gather_tokens(weights, plan).ravel()
         with jax.named_scope("permute"):
             scale = take_rows(all_weights, maps.row_pair, absent=0)
-            d_rows = take_rows(flat, token_of(maps.row_pair, plan.num_copies), poison=plan.poison)
+            d_rows = take_rows(flat, token_of(maps.row_pair, plan.pairs_per_token), poison=plan.poison)
             d_rows = (scale[:, None] * d_rows.astype(jnp.float32)).astype(plan.dtype)
             dots = [
                 jnp.sum(take_rows(rows, maps.pair_row[..., c], absent=0).astype(jnp.float32) * everyone, axis=-1)
-                for c in range(plan.num_copies)
+                for c in range(plan.pairs_per_token)
             ]
         with jax.named_scope("exchange"):
             return d_rows, collectives.reduce_scatter_tokens(jnp.stack(dots, axis=-1), plan)
@@ -114,26 +116,33 @@ class AllGather(Transport):
     def buffers(self, plan, capacity):
         tokens = plan.tp_size * plan.ep_size * plan.tokens_per_rank
         out = row_bytes(plan.quant, plan.hidden, plan.dtype)
-        buffers = {"arrival": tokens * out, "return": tokens * plan.hidden * WIDE}
+        buffers = {"inbox": tokens * out, "return": tokens * plan.hidden * WIDE}
         return buffers, 2 * tokens * plan.top_k + plan.num_rows(capacity)
 
-    def wire_bytes(self, plan, size, backward):
-        world, pairs = plan.ep_size * plan.tp_size, plan.num_pairs * WIDE
-        total = 2 * leaves("all-gather", world, pairs)  # destinations, weights
-        total += rounds_bytes(plan)
-        for message in (size.out, size.ct)[: 1 + backward]:
-            total += leaves("all-gather", world, plan.tokens_per_rank * message)
-            total += leaves("reduce-scatter", world, size.everyone * size.wide)
-        return total + backward * leaves("reduce-scatter", world, world * pairs)  # gradients of the weights
+    def steps(self, plan, size, backward):
+        axes, pairs = plan.exchange_axes, plan.num_pairs * WIDE
+        tokens, everyone = plan.tokens_per_rank, size.everyone * plan.pairs_per_token
+        of_pairs = Collective("all-gather", axes, pairs)  # destinations, and then weights
 
-    def traffic_bytes(self, plan, size, backward):
-        tokens, everyone = plan.tokens_per_rank, size.everyone * plan.num_copies
-        total = _pass_out(plan, size, size.out) + _pass_back(plan, size, size.back)
-        if not backward:
-            return total
-        # Of every choice of every token, <row, cotangent>.
-        total += tokens * (size.wide + size.row) + 2 * size.arrived * size.row + everyone * (size.row + size.wide)
-        return total + _pass_out(plan, size, size.ct) + _pass_back(plan, size, size.ct)
+        def out(phase, message):
+            gathered = Collective("all-gather", axes, tokens * message)
+            return Step(phase, (gathered,), _pass_out(plan, size, message), launches=1)
+
+        def back(phase, message):
+            summed = Collective("reduce-scatter", axes, size.everyone * size.wide)
+            return Step(phase, (summed,), _pass_back(plan, size, message), launches=1)
+
+        found = [rounds_step(plan), Step(ROUTE, (of_pairs,)), out(DISPATCH, size.out)]
+        found += [Step(COMBINE, (of_pairs,)), back(COMBINE, size.back)]
+        if backward:
+            # Of every choice of every token, <row, cotangent>; their sums go back as the gradients of the weights.
+            dots = tokens * (size.wide + size.row) + 2 * size.arrived * size.row + everyone * (size.row + size.wide)
+            summed = Collective("reduce-scatter", axes, plan.ep_size * plan.tp_size * pairs)
+            found += [out(COMBINE, size.ct), Step(COMBINE, (summed,), dots, launches=3), back(DISPATCH, size.ct)]
+        return found
+
+    def added_steps(self, plan, size, machine, backward):
+        return choices_apart(plan, size, size.everyone, machine, backward)
 
 
 def _pass_out(plan: Plan, size, message: int) -> int:
@@ -145,7 +154,7 @@ def _pass_out(plan: Plan, size, message: int) -> int:
 
 def _pass_back(plan: Plan, size, message: int) -> int:
     """Rows of products summed for all tokens, and the sums of the ranks added."""
-    sums = size.everyone * (plan.num_copies * size.row + size.wide)
+    sums = size.everyone * (plan.pairs_per_token * size.row + size.wide)
     moved = (size.everyone + plan.tokens_per_rank) * size.wide if plan.ep_size * plan.tp_size > 1 else 0
     return 2 * recoded(size, message, size.arrived) + sums + moved
 

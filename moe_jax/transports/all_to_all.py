@@ -16,7 +16,8 @@ from moe_jax import _compat, collectives, layout
 from moe_jax.collectives.exchange import Blocks, Chunks, Exchange, Receiving, Slices
 from moe_jax.derivatives import custom_gradient, take_rows
 from moe_jax.plan import Plan
-from moe_jax.plan.cost import WIDE, leaves, recoded, row_bytes, unplaced_bytes
+from moe_jax.plan.cost import WIDE, recoded, row_bytes, unplaced_bytes
+from moe_jax.plan.steps import COMBINE, DISPATCH, ROUTE, Collective, Step, tp_axes
 from moe_jax.quant.message import join_some, split_some
 from moe_jax.transports import linear
 from moe_jax.transports.base import (
@@ -93,14 +94,12 @@ class AllToAll(Transport):
     def longest_list(self, manifest, plan):
         return jnp.max(manifest.known.sizes)  # all ranks know all of them
 
-    def open(self, manifest, start, capacity, plan, *, num_rows):
-        exchange = self.exchange(manifest, start, capacity, plan)
-        return self._open(manifest, start, capacity, plan, num_rows, exchange)
+    def open_blocks(self, manifest, start, capacity, plan, *, num_rows):
+        return self.open(manifest, start, capacity, plan, num_rows=num_rows, exchange=Blocks())
 
-    def open_blocks(self, manifest, start, capacity, plan, *, num_rows) -> Opened:
-        return self._open(manifest, start, capacity, plan, num_rows, Blocks())
-
-    def _open(self, manifest, start, capacity, plan: Plan, num_rows, exchange):
+    def open(self, manifest, start, capacity, plan, *, num_rows, exchange: Exchange | None = None):
+        if exchange is None:
+            exchange = self.exchange(manifest, start, capacity, plan)
         compact = not exchange.in_blocks
         # 1. The sender's side: pairs sorted by destination fill the outbox, rank by rank.
         send = layout.send_maps(manifest.pairs, plan.ep_size, start, capacity, compact=compact)
@@ -110,7 +109,7 @@ class AllToAll(Transport):
         receive = layout.receive_maps(counts, start, capacity, compact=compact, num_rows=num_rows, source_order=order)
         maps = PairMaps(
             outbox_pair=send.slot_pair,
-            pair_outbox=send.pair_slot.reshape(plan.tokens_per_rank, plan.num_copies),
+            pair_outbox=send.pair_slot.reshape(plan.tokens_per_rank, plan.pairs_per_token),
             row_inbox=receive.row_slot,
             inbox_row=receive.slot_row,
             exchange=exchange,
@@ -133,7 +132,7 @@ class AllToAll(Transport):
     def send(self, tokens, pairs, maps, plan, *, ordered):
         with jax.named_scope("pack"):
             if tokens is not None:
-                tokens = take_rows(tokens, token_of(maps.outbox_pair, plan.num_copies), poison=plan.poison)
+                tokens = take_rows(tokens, token_of(maps.outbox_pair, plan.pairs_per_token), poison=plan.poison)
             if pairs is not None:
                 place = _place_of(maps.outbox_pair, plan)
                 pairs = take_rows(lax.collapse(pairs, 0, 2), place, poison=plan.poison)
@@ -213,26 +212,31 @@ class AllToAll(Transport):
         sent = self.sent_rows(plan, capacity)
         inbox = plan.tp_size * slots
         out, back = (row_bytes(name, plan.hidden, plan.dtype) for name in (plan.quant, plan.combine_quant))
-        buffers = {"send": sent * out, "arrival": inbox * out, "return": plan.num_pairs * back}
+        buffers = {"outbox": sent * out, "inbox": inbox * out, "return": plan.num_pairs * back}
         return buffers, sent + 3 * plan.num_pairs + inbox + plan.num_rows(capacity)
 
-    def wire_bytes(self, plan, size, backward):
-        world = plan.ep_size * plan.tp_size
-        total = leaves("all-gather", world, plan.num_experts * WIDE)  # counts
-        for out, back in ((size.out, size.back), (size.ct, size.ct))[: 1 + backward]:
-            total += leaves("all-to-all", plan.ep_size, size.sent * out)
-            total += leaves("all-gather", plan.tp_size, size.slots * out)
-            total += leaves("reduce-scatter", plan.tp_size, size.arrived * plan.hidden * size.sum_item)
-            total += leaves("all-to-all", plan.ep_size, size.returned * back)
-        return total
+    def steps(self, plan, size, backward):
+        ep, tp, tokens, pairs = plan.ep_axis, tp_axes(plan), plan.tokens_per_rank, plan.num_pairs
 
-    def traffic_bytes(self, plan, size, backward):
-        tokens, pairs = plan.tokens_per_rank, plan.num_pairs
-        total = _pass_out(plan, size, tokens, size.out) + _pass_back(plan, size, size.back)
-        if not backward:
-            return total
-        total += 2 * (pairs * size.row + tokens * size.wide)  # cotangents of pairs and of weights
-        return total + _pass_out(plan, size, pairs, size.ct) + _pass_back(plan, size, size.ct)
+        def out(phase, rows, message):
+            exchange = Collective("all-to-all", ep, size.sent * message, carries_rows=True)
+            gathered = Collective("all-gather", tp, size.slots * message)
+            return Step(phase, (exchange, gathered), _pass_out(plan, size, rows, message), launches=2)
+
+        def back(phase, message):
+            summed = Collective("reduce-scatter", tp, size.arrived * plan.hidden * size.sum_item)
+            exchange = Collective("all-to-all", ep, size.returned * message, carries_rows=True)
+            return Step(phase, (summed, exchange), _pass_back(plan, size, message), launches=3)
+
+        found = [
+            Step(ROUTE, (Collective("all-gather", plan.exchange_axes, plan.num_experts * WIDE),)),  # counts
+            out(DISPATCH, tokens, size.out),
+            back(COMBINE, size.back),
+        ]
+        if backward:  # beside the cotangents of rows, those of pairs and of weights
+            beside = 2 * (pairs * size.row + tokens * size.wide)
+            found += [Step(COMBINE, (), beside, launches=2), out(COMBINE, pairs, size.ct), back(DISPATCH, size.ct)]
+        return found
 
 
 def _pass_out(plan: Plan, size, rows: int, message: int) -> int:
@@ -256,7 +260,7 @@ class Padded(AllToAll):
 
     name = "padded"
 
-    def automatic(self, platform):
+    def automatic(self, plan):
         return True
 
     def exchange(self, manifest, start, capacity, plan):
@@ -274,8 +278,8 @@ class Ragged(AllToAll):
 
     name = "ragged"
 
-    def automatic(self, platform):
-        return platform != "cpu"  # which has no such instruction, and emulates it by equal blocks
+    def automatic(self, plan):
+        return plan.platform != "cpu"  # which has no such instruction, and emulates it by equal blocks
 
     def source_of_rates(self, machine):
         costly = {"ragged_share": machine.ragged_share < 1, "relayout_passes": machine.relayout_passes > 0}
@@ -290,8 +294,13 @@ class Ragged(AllToAll):
     def even_size(self, plan, size):
         return size._replace(sent=min(size.sent, plan.num_pairs), returned=min(size.returned, plan.num_pairs))
 
-    def passes_at_ends(self, machine):
-        return machine.relayout_passes
+    def added_steps(self, plan, size, machine, backward):
+        """Passes over the rows at both ends of every exchange between ranks, where they change their layout for it."""
+        if plan.ep_size == 1 or not machine.relayout_passes:
+            return []
+        ends = machine.relayout_passes * 2 * (size.sent + size.slots)
+        messages = {DISPATCH: size.out + size.ct * backward, COMBINE: size.back + size.ct * backward}
+        return [Step(phase, (), int(ends * message), launches=2) for phase, message in messages.items()]
 
     def wire_share(self, machine):
         return machine.ragged_share
@@ -309,7 +318,7 @@ def _round_sizes(manifest: Any, start: Array | int, capacity: int, plan: Plan) -
 def _place_of(pair: Array, plan: Plan) -> Array:
     """Where each pair lies in [C * T], -1 for none."""
     # Pair (t, c) has the number t * C + c, and its row lies at c * T + t.
-    return jnp.where(pair < 0, -1, pair % plan.num_copies * plan.tokens_per_rank + pair // plan.num_copies)
+    return jnp.where(pair < 0, -1, pair % plan.pairs_per_token * plan.tokens_per_rank + pair // plan.pairs_per_token)
 
 
 @custom_gradient

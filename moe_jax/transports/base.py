@@ -33,6 +33,7 @@ from moe_jax.errors import InvalidArgumentError, check_type
 from moe_jax.hardware import Machine
 from moe_jax.layout import PairOrder
 from moe_jax.plan import Plan
+from moe_jax.plan.steps import COMBINE, DISPATCH, Step
 from moe_jax.plan.transport_table import add_transport, is_taken
 from moe_jax.quant.message import split_some
 
@@ -57,8 +58,8 @@ class Delivery(NamedTuple):
     """What ``Transport.send`` brings to the experts.
 
     Attributes:
-      tokens: [M, F], of each row what its token sent; None if no token sent anything.
-      pairs: [M, G], of each row what its pair sent; None likewise.
+      tokens: [M, F], what the token of each row sent; None if tokens sent nothing.
+      pairs: [M, G], what the pair of each row sent; None if pairs sent nothing.
       note: what the exchange has to say, see ``moe_jax.collectives.exchange``; () where it has nothing to say.
     """
 
@@ -123,15 +124,12 @@ class Transport(abc.ABC):
         """Of a round of ``capacity`` rows per pair of ranks: (bytes of each buffer by purpose, integers in maps)."""
 
     @abc.abstractmethod
-    def wire_bytes(self, plan: Plan, size: Any, backward: bool) -> int:
-        """Bytes that leave a device for rows, and for what says where they go and how much they weigh.
+    def steps(self, plan: Plan, size: Any, backward: bool) -> list[Step]:
+        """What moves rows, and what says where they go and how much they weigh: exchanges and passes through memory.
 
+        The phase of a step is "route", "dispatch" or "combine", see ``moe_jax.plan.steps``; products are not in it.
         ``size``: of ``moe_jax.plan.cost``, the extents of a round; ``backward``: with the backward pass.
         """
-
-    @abc.abstractmethod
-    def traffic_bytes(self, plan: Plan, size: Any, backward: bool) -> int:
-        """Bytes of rows that pass through the memory of a device, but for products."""
 
     def sent_rows(self, plan: Plan, capacity: int) -> int:
         """Rows that the exchange of a round of ``capacity`` rows per pair of ranks hands over."""
@@ -141,20 +139,20 @@ class Transport(abc.ABC):
         """``size`` of a round under an even load, where the exchange follows the true counts."""
         return size
 
-    def automatic(self, platform: str) -> bool:
-        """Whether ``make_plan(transport="auto")`` may take it for devices of ``platform``."""
+    def automatic(self, plan: Plan) -> bool:
+        """Whether ``make_plan(transport="auto")`` may take it for such a mesh and machine."""
         return False
 
     def source_of_rates(self, machine: Machine) -> str:
-        """Where the two figures of ``machine`` below are from, in words; "" where they say nothing."""
+        """Where the figures of ``machine`` are from that the two methods below read, in words; "" for nothing."""
         return ""
 
-    def passes_at_ends(self, machine: Machine) -> float:
-        """How often rows are read and written at each end of an exchange between ranks, beside ``traffic_bytes``."""
-        return 0.0
+    def added_steps(self, plan: Plan, size: Any, machine: Machine, backward: bool) -> list[Step]:
+        """What the compiler for ``machine`` adds to ``steps``; the other arguments are those of that."""
+        return []
 
     def wire_share(self, machine: Machine) -> float:
-        """The share of the wire's rate that rows reach."""
+        """The share of the link inside a node that rows reach in exchanges that carry them, see ``Collective``."""
         return 1.0
 
     # Before a round: who sends how much to whom, and which row lies where.
@@ -188,7 +186,7 @@ class Transport(abc.ABC):
         """M, the rows of a round, those that may hold anything included."""
 
     def with_counts(self, known: Any, recv_counts: Array) -> Any:
-        """What ``count`` returned, with [P, W, L] counts that the caller has from elsewhere, where it holds such."""
+        """What ``count`` returned; if it holds the counts [P, W, L], with those that the caller has from elsewhere."""
         return known
 
     def counts_agree(self, recv_counts: Array, manifest: Any, opened_counts: Array, plan: Plan) -> Array:
@@ -205,7 +203,8 @@ class Transport(abc.ABC):
           tokens: [T, F], or None.
           pairs: [C, T, G], or None; a ``pairwise`` transport is given one of both alone.
           maps, plan: of the round.
-          ordered: False leaves everything in its inbox slot, see ``inbox_order``.
+          ordered: True puts everything in the order of the experts; False leaves it in its inbox slot, see
+            ``inbox_order``.
         """
 
     def inbox_order(self, maps: Any) -> InboxOrder | None:
@@ -255,10 +254,10 @@ class Transport(abc.ABC):
 
     def present(self, maps: Any, plan: Plan) -> Array:
         """[T, C] bool, the pairs whose own rows come back to the token in this round; none where sums come back."""
-        return jnp.zeros((plan.tokens_per_rank, plan.num_copies), bool)
+        return jnp.zeros((plan.tokens_per_rank, plan.pairs_per_token), bool)
 
     def finish(self, collected: Array, weights: Array, travelled: Array, added: list[Array] | None) -> Array:
-        """The weighted sum over the choices of each token, ascending, of rows and of what else is added.
+        """The weighted sum of rows, and of what is added beside them, over the choices of each token, k ascending.
 
         Args:
           collected: what ``together`` made of all rounds.
@@ -363,9 +362,9 @@ def as_delivered(rows: Array, recipe) -> Array:
 # Pairs.
 
 
-def token_of(pair: Array, num_copies: int) -> Array:
+def token_of(pair: Array, pairs_per_token: int) -> Array:
     """The token of each pair, -1 for none."""
-    return jnp.where(pair < 0, -1, pair // num_copies)
+    return jnp.where(pair < 0, -1, pair // pairs_per_token)
 
 
 def by_token(pairs: Array) -> Array:
@@ -375,7 +374,7 @@ def by_token(pairs: Array) -> Array:
 
 def pair_weights(combine_weights: Array, plan: Plan) -> Array:
     """[T, K] -> [T, C]: the pair of a shared expert on a rank of its own has weight 1."""
-    num_shared = plan.num_copies - plan.top_k
+    num_shared = plan.pairs_per_token - plan.top_k
     return jnp.pad(combine_weights, ((0, 0), (0, num_shared)), constant_values=1.0) if num_shared else combine_weights
 
 
@@ -405,3 +404,25 @@ def partial_sums(rows: Array, pair_row: Array, weights: Array | None) -> Array:
             term = jnp.where(here >= 0, weights[..., c], 0.0)[..., None] * term
         total = total + term
     return total
+
+
+# Costs.
+
+
+def choices_apart(plan: Plan, size: Any, tokens: int, machine: Machine, backward: bool) -> list[Step]:
+    """What ``partial_sums`` of ``tokens`` tokens touch beside the rows and the sum, on machines that gather apart.
+
+    For GPUs a gather of rows becomes part of the sum. For TPUs the rows of each choice are written and read again, and
+    the sum so far with them: by the prices of the compiler one pass for each choice.
+    """
+    if machine.platform != "tpu":
+        return []
+    choices = tokens * plan.pairs_per_token
+    sums = Step(COMBINE, (), choices * (2 * size.row + size.wide), launches=2 * plan.pairs_per_token)
+    if not backward:
+        return [sums]
+    return [
+        sums,
+        sums._replace(phase=DISPATCH),
+        Step(COMBINE, (), 2 * choices * size.row, launches=plan.pairs_per_token),
+    ]
