@@ -62,6 +62,7 @@ def plan_of(fact: dict[str, Any], mesh: Any = None) -> moe.Plan:
         dtype=fact["dtype"],
         num_shared_experts=shared,
         transport=fact["transport"],
+        hardware=fact["target"].split(":")[0],
     )
 
 

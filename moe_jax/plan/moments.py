@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
 
+from moe_jax.kernels.table import fused_kernels
 from moe_jax.plan.transport_table import transport_of
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class Sizes(NamedTuple):
       loops: whether further rounds may follow the first, so that there are loops.
       narrow: whether the rows have 16 bits.
       cast: whether weights are cast to the dtype of the rows.
+      fused: whether kernels read and write rows in their slots, and activate them too, see ``kernels.table``.
     """
 
     rows: int
@@ -72,6 +74,7 @@ class Sizes(NamedTuple):
     loops: bool
     narrow: bool
     cast: bool
+    fused: bool
 
     @classmethod
     def of(cls, plan: "Plan", ffn: int, activation: str, param_dtype: str, platform: str) -> "Sizes":
@@ -80,6 +83,7 @@ class Sizes(NamedTuple):
         hidden, columns = _filled(plan.hidden, lanes), _filled(ffn // plan.tp_size, lanes)
         num_rows = plan.num_rows(plan.pair_capacity)
         projections = 2 if activation == "gelu" else 3
+        extents = num_rows, plan.num_local_experts, plan.hidden, ffn // plan.tp_size
         return cls(
             rows=num_rows * hidden * item,
             column=num_rows * columns * item,
@@ -92,6 +96,7 @@ class Sizes(NamedTuple):
             loops=plan.exchanges and plan.max_rounds > 1,
             narrow=item < WIDE,
             cast=jnp.dtype(param_dtype) != jnp.dtype(plan.dtype),
+            fused=platform == plan.platform and bool(fused_kernels(plan.kernels, *extents, item)),
         )
 
 
@@ -100,11 +105,15 @@ def forward(s: Sizes, platform: str) -> Iterator[tuple[int, str]]:
     held, kept = s.held, s.held.collected if s.loops else 0
     casts = s.projections * s.weight if s.cast else 0
     yield kept + held.out, "rows on their way to the experts"
-    yield kept + held.arrived + s.rows, "rows put in the order of the experts"
-    yield kept + casts + s.rows + s.inner, "the first products of the experts"
-    yield kept + casts + s.inner + s.column, "the activation"
-    yield kept + casts + s.column + s.rows, "the last product of the experts"
-    yield kept + s.rows + held.placed, "rows put where they leave from"
+    if s.fused:
+        yield kept + casts + held.arrived + s.column, "the first products of the experts, and the activation"
+        yield kept + casts + s.column + held.placed, "the last product of the experts"
+    else:
+        yield kept + held.arrived + s.rows, "rows put in the order of the experts"
+        yield kept + casts + s.rows + s.inner, "the first products of the experts"
+        yield kept + casts + s.inner + s.column, "the activation"
+        yield kept + casts + s.column + s.rows, "the last product of the experts"
+        yield kept + s.rows + held.placed, "rows put where they leave from"
     yield kept + held.back, "rows on their way back"
     yield kept + held.returned + held.collected, "rows at their tokens"
     yield kept + held.weighed, "rows weighted and summed"
