@@ -123,7 +123,8 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
     hardware = "h100, v5p, a3, ...: the machine, or a TOML file that describes one (default: what is here)"
     parser.add_argument("--hardware", metavar="NAME", help=hardware)
     tokens = "tokens of each device (default: batch_size * seq_len / devices, or 512 without [train])"
-    parser.add_argument("--tokens", "--tokens-per-rank", dest="tokens", type=int, metavar="N", help=tokens)
+    parser.add_argument("--tokens", type=int, metavar="N", help=tokens)
+    parser.add_argument("--tokens-per-rank", dest="tokens", type=int, help=argparse.SUPPRESS)  # its name until now
     parser.add_argument("--dtype", choices=DTYPES, help="of the rows (default: train.dtype, or bfloat16)")
     for name, rows in (
         ("quant", "rows on their way to the experts: int8, fp8_e4m3, ..."),
