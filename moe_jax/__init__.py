@@ -18,7 +18,7 @@ from moe_jax.layer.combine import combine, combine_add_rms_norm
 from moe_jax.layer.dispatch import dequantize, dispatch, make_receive_window
 from moe_jax.layer.layer import moe_layer
 from moe_jax.layer.on_mesh import moe_on_mesh
-from moe_jax.layer.params import abstract_params, param_specs
+from moe_jax.layer.params import abstract_params, param_specs, place
 from moe_jax.layer.placement import update_expert
 from moe_jax.layer.router import route, update_selection_bias
 from moe_jax.mesh import emulate_devices, make_mesh
@@ -69,6 +69,7 @@ __all__ = [
     "moe_layer",
     "moe_on_mesh",
     "param_specs",
+    "place",
     "quant",
     "ragged_all_to_all",
     "rebalance",

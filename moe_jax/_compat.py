@@ -107,6 +107,11 @@ def lay_out(x: jax.Array, mesh: Any, spec: PartitionSpec) -> jax.Array:
     return jax.sharding.reshard(x, NamedSharding(mesh, only_axes(spec, explicit))) if explicit else x
 
 
+def unsplit(x: Any, mesh: Any) -> Any:
+    """``x`` split along no Explicit axis of ``mesh``, so that JAX slices it and changes its shape without asking."""
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec())) if explicit_axes(mesh) else x
+
+
 def name_unit_axes_as(y: jax.Array, x: jax.Array, mesh: Any) -> jax.Array:
     """``y`` with the layout of ``x`` in its type, if the two layouts differ only in axes of size 1 that they name."""
     if not explicit_axes(mesh):
@@ -150,20 +155,19 @@ def as_varying(tree: Any, axes: Any) -> Any:
     """
 
     def widen(leaf):
-        missing = tuple(a for a in axes if a not in varying_axes(leaf) and lax.axis_size(a) > 1)
-        return lax.pcast(leaf, missing, to="varying") if missing else leaf
+        missing = [axis for axis in axes if axis not in varying_axes(leaf)]
+        units = frozenset(axis for axis in missing if lax.axis_size(axis) == 1)
+        if units:
+            leaf = _retype_unit_axes_p.bind(leaf, axes=units, varying=True)
+        large = tuple(axis for axis in missing if axis not in units)
+        return lax.pcast(leaf, large, to="varying") if large else leaf
 
-    return jax.tree.map(widen, as_varying_over_units(tree, axes))
+    return jax.tree.map(widen, tree)
 
 
 def as_varying_over_units(tree: Any, axes: Any) -> Any:
     """Types every leaf as varying over those of ``axes`` that have size 1. The compiled program has no trace of it."""
-
-    def widen(leaf):
-        missing = frozenset(a for a in axes if a not in varying_axes(leaf) and lax.axis_size(a) == 1)
-        return _retype_unit_axes_p.bind(leaf, axes=missing, varying=True) if missing else leaf
-
-    return jax.tree.map(widen, tree)
+    return as_varying(tree, [axis for axis in axes if lax.axis_size(axis) == 1])
 
 
 def as_varying_alike(tree: Any, axes: Any) -> Any:

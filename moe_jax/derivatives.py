@@ -15,8 +15,9 @@ backward pass:
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,13 +30,16 @@ from moe_jax import _compat
 from moe_jax.errors import UnsupportedError
 
 Array = jax.Array
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
-class custom_gradient:
+class custom_gradient(Generic[Arguments, Result]):
     """A function with a backward pass of its own, like ``jax.custom_vjp`` but for what stands above.
 
     Every operand that has a derivative is first typed as varying over all mesh axes over which any operand varies. The
     transpose of that step is a sum over the ranks, so JAX itself sums the cotangents of operands that are replicated.
+    Arguments may be given by position or by name, and may have defaults; the two passes get all of them by position.
 
     Args:
       function: (*static, *operands) -> any pytree.
@@ -52,8 +56,9 @@ class custom_gradient:
     [12.0, 24.0, 12.0]
     """
 
-    def __init__(self, function: Callable, num_static: int = 0):
+    def __init__(self, function: Callable[Arguments, Result], num_static: int = 0):
         functools.update_wrapper(self, function)
+        self._signature = inspect.signature(function)
         self._num_static = num_static
         self._call = jax.custom_jvp(function, nondiff_argnums=tuple(range(num_static)))
         self._call.defjvp(self._differentiate, symbolic_zeros=True)
@@ -78,8 +83,10 @@ class custom_gradient:
         self._forward, self._backward = forward, backward
         self._frozen, self._refusal = frozen, refusal
 
-    def __call__(self, *args: Any) -> Any:
-        static, operands = args[: self._num_static], args[self._num_static :]
+    def __call__(self, *given: Arguments.args, **named: Arguments.kwargs) -> Result:
+        bound = self._signature.bind(*given, **named)
+        bound.apply_defaults()
+        static, operands = bound.args[: self._num_static], bound.args[self._num_static :]
         axes = _compat.union_of_varying_axes(operands)
         operands = jax.tree.map(lambda x: _compat.as_varying(x, axes) if _is_smooth(x) else x, operands)
         return self._call(*static, *operands)

@@ -20,8 +20,9 @@ class Parameter:
       name: the key in ``params``.
       part: what it belongs to: "router", "experts" (the routed ones), "shared" or "constants".
       dims: the names of its axes, outermost first:
-        "ids": E', what the router scores; "hidden": H; "experts": E, split over the expert-parallel axes; "ffn": F, the
-        width of a routed expert, split over tp; "shared_ffn": S, the width of the shared expert; "constants": Cc.
+        "ids": E', what the router scores; "hidden": H; "expert_hidden": H of an expert, split over the plan's
+        ``param_axes`` if there are any; "experts": E, split over the expert-parallel axes; "ffn": F, the width of a
+        routed expert, split over tp; "shared_ffn": S, the width of the shared expert; "constants": Cc.
       role: what one expert calls it, which is the same for routed and shared experts; "" where it is no expert's.
       into: "hidden" where it takes tokens to the inner activation, "output" where it takes that to the result; "" where
         it is no expert's.
@@ -65,12 +66,12 @@ TABLE = (
     Parameter(name="router", part="router", dims=("hidden", "ids"), fan_in="hidden"),
     Parameter(name="router_bias", part="router", dims=("ids",), optional=True),
     Parameter(name="selection_bias", part="router", dims=("ids",), needs=frozenset({"selection_bias"})),
-    _weight("w_up", "w_up", "hidden", "experts", ("experts", "hidden", "ffn")),
-    _weight("w_gate", "w_gate", "hidden", "experts", ("experts", "hidden", "ffn"), "gated"),
-    _weight("w_down", "w_down", "output", "experts", ("experts", "ffn", "hidden")),
+    _weight("w_up", "w_up", "hidden", "experts", ("experts", "expert_hidden", "ffn")),
+    _weight("w_gate", "w_gate", "hidden", "experts", ("experts", "expert_hidden", "ffn"), "gated"),
+    _weight("w_down", "w_down", "output", "experts", ("experts", "ffn", "expert_hidden")),
     _bias("b_up", "hidden", ("experts", "ffn")),
     _bias("b_gate", "hidden", ("experts", "ffn"), "gated"),
-    _bias("b_down", "output", ("experts", "hidden")),
+    _bias("b_down", "output", ("experts", "expert_hidden")),
     _weight("shared_up", "w_up", "hidden", "shared", ("hidden", "shared_ffn"), "shared"),
     _weight("shared_gate", "w_gate", "hidden", "shared", ("hidden", "shared_ffn"), "shared", "gated"),
     _weight("shared_down", "w_down", "output", "shared", ("shared_ffn", "hidden"), "shared"),

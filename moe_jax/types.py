@@ -3,7 +3,7 @@
 No leaf of what ``dispatch`` returns has rank 0: one ``PartitionSpec`` prefix such as ``P(("ep", "tp"))`` fits it all.
 ``LayerStats`` and ``Routing.losses`` are the same on every device, and hold scalars.
 T tokens per device, K choices and C pairs per token, H hidden size, W expert-parallel ranks, P tensor-parallel ranks,
-L local experts, M row capacity, A arrival capacity (rows that an exchange may deliver), S send capacity.
+L local experts, M row capacity, S outbox slots, A inbox slots (rows that an exchange may deliver).
 """
 
 import dataclasses

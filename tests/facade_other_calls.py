@@ -61,7 +61,7 @@ def one(rng: np.random.Generator) -> tuple[Case, Callable[[], str]]:
 def legal(rng: np.random.Generator) -> Case:
     """A call that its product takes."""
     operator = str(rng.choice([UPDATE, BARRIER, BARRIER_2, RESET, *ALL_FUSED]))
-    products = [None, *(name for name, product in PRODUCTS.items() if operator in product.operators)]
+    products = [None, *(name for name, product in PRODUCTS.items() if operator in product)]
     product = products[rng.integers(len(products))]
     if operator == UPDATE:
         ranks, columns = 4, int(rng.integers(2, 5))

@@ -10,9 +10,11 @@ from jax.sharding import PartitionSpec as P
 
 import moe_jax as moe
 from moe_jax.kernels import table
+from moe_jax.layer import grouping
 from moe_jax.layer.experts import activate, project_in, project_out
 from moe_jax.layer.params import param_spec
 from moe_jax.parameters import rows_of
+from moe_jax.transports import InboxOrder
 
 SIZES = {"tokens_per_rank": 64, "hidden": 128, "num_experts": 16, "top_k": 2, "dtype": "bfloat16"}
 FFN = 128
@@ -56,6 +58,27 @@ def experts(devices, rows, hidden, ffn, groups, dtype="bfloat16"):
     shapes = {"w_gate": (hidden, ffn), "w_up": (hidden, ffn), "w_down": (ffn, hidden)}
     weights = {name: placed(groups, *shape) for name, shape in shapes.items()}
     return train, (weights, placed(rows, hidden), placed(groups, dtype="int32"), placed(rows, hidden))
+
+
+def slots(devices, rows, hidden, ffn, groups, gradient, dtype="bfloat16"):
+    """Experts of rows that lie in slots on one device, forward, or with all gradients, by what a plan takes for it."""
+    device = devices[0]
+    mesh = moe.make_mesh(ep=1, devices=devices[:1])
+    plan = moe.make_plan(mesh, tokens_per_rank=rows, hidden=hidden, num_experts=groups, top_k=1, dtype=dtype)
+    forward = functools.partial(grouping.expert_slots, plan, "swiglu")
+
+    def train(experts, arrived, order, group_sizes, ct):
+        out, pull = jax.vjp(lambda *floats: forward(*floats, order, group_sizes), experts, arrived)
+        return out, pull(ct)
+
+    def placed(*shape, dtype=dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
+
+    shapes = {"w_gate": (hidden, ffn), "w_up": (hidden, ffn), "w_down": (ffn, hidden)}
+    experts = {name: placed(groups, *shape) for name, shape in shapes.items()}
+    order = InboxOrder(placed(rows, dtype="int32"), placed(rows, dtype="int32"))
+    operands = (experts, placed(rows, hidden), order, placed(groups, dtype="int32"))
+    return (train, (*operands, placed(rows, hidden))) if gradient else (forward, operands)
 
 
 def products(devices, rows, hidden, columns, groups, dtype, backend="auto"):

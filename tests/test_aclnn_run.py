@@ -126,14 +126,22 @@ def compare_combine(config, drawn, out, expected):
 def test_tp_counts():
     """By tp rank, whichever asks: the rows that came over each rank's own group."""
     config = WORLDS["tp"]
-    differ = False
+
+    def shard(drawn):
+        arrays = dispatch_arrays(config, drawn)
+        sent = aclnn.moe_distribute_dispatch_v4(
+            drawn["x"], drawn["expert_ids"], **arrays, **config.dispatch, **groups(config)
+        )
+        return sent.tp_recv_counts, sent.expert_token_nums
+
+    program, differ = over_world(config, shard), False
     for seed in range(4):
         drawn = draw(np.random.default_rng(seed), config)
-        sent, _ = world_program("tp")(over_ranks(config, drawn))
+        counts, nums = program(over_ranks(config, drawn))
         for w in range(config.world):
             rows = [np.sum((drawn["expert_ids"][:, p] == w) & drawn["x_active_mask"][:, p]) for p in range(2)]
-            np.testing.assert_array_equal(sent[0].tp_recv_counts[w], [rows, rows])
-            np.testing.assert_array_equal(sent[0].expert_token_nums[w], [[sum(rows)]] * 2)
+            np.testing.assert_array_equal(counts[w], [rows, rows])
+            np.testing.assert_array_equal(nums[w], [[sum(rows)]] * 2)
             differ |= rows[0] != rows[1]
     assert differ
 
@@ -256,7 +264,7 @@ def test_no_cost_when_off():
 
     def text(*arrays):
         program = over_world(config, functools.partial(dispatch_then_combine, config))
-        return program.lower(*arrays).compile().as_text()
+        return program.lower(*arrays).as_text()
 
     assert "callback" not in text(drawn)
     assert "callback" in text(drawn, before)
@@ -328,6 +336,7 @@ def test_counts_of_the_wrong_tp_rank_make_nan(passed_on):
 # --- update expert ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick("False-0-int32", "True-1-int32", "True-0-int64")
 @pytest.mark.parametrize("dtype", ["int32", "int64"])
 @pytest.mark.parametrize("mode", [0, 1])
 @pytest.mark.parametrize("prune", [False, True])
@@ -343,10 +352,9 @@ def test_update_expert(mode, dtype, prune):
         arrays["active_mask"] = rng.random((ranks, tokens)) < 0.7
     with jax.enable_x64(dtype == "int64"):
         numbers = {"balance_mode": mode, "world_size": ranks}
-        got = agree(*over_ep(ranks, lambda given: both("moe_update_expert", given, numbers))(arrays))
-        fixed = agree(
-            *over_ep(ranks, lambda given: both("moe_update_expert", given, numbers | {"local_rank_id": 2}))(arrays)
-        )
+        calls = (numbers, numbers | {"local_rank_id": 2})
+        outs = over_ep(ranks, lambda given: [both("moe_update_expert", given, call) for call in calls])(arrays)
+        got, fixed = (agree(*out) for out in outs)
     for rank in range(ranks):
         ids, table, *pruning = (array[rank] for array in arrays.values())
         names = ("combine_weights", "pruning_threshold", "token_mask")
@@ -394,6 +402,7 @@ def test_a_rank_that_is_an_array_with_a_value_is_checked():
 # --- barriers and the reset -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick("bfloat16", "bool", "uint32")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "bool", "int8", "uint8", "int16", "uint32"])
 def test_barriers_are_the_identity(dtype):
     raw = np.random.default_rng(0).integers(0, 256, (4, 3, 2 * jnp.dtype(dtype).itemsize)).astype(np.uint8)
@@ -567,7 +576,8 @@ def test_quantised(name, mode, kind, y_dtype, transpose, counts):
 def test_an_executor_takes_what_was_checked_and_nothing_else():
     ids, table = np.zeros((4, 2), np.int32), np.ones((3, 2), np.int32)
     _, executor = aclnn.moe_update_expert_get_workspace_size(ids, table, world_size=2, local_rank_id=0)
-    assert executor(expert_ids=ids, eplb_table=table).balanced_expert_ids.tolist() == [[1, 1]] * 4
+    run = jax.jit(lambda ids, table: executor(expert_ids=ids, eplb_table=table))
+    assert run(ids, table).balanced_expert_ids.tolist() == [[1, 1]] * 4
     for arrays, error, text in (
         ({"expert_ids": ids}, errors.MissingArgumentError, "eplb_table"),
         ({"expert_ids": ids[:2], "eplb_table": table}, errors.ShapeError, "expert_ids"),

@@ -12,6 +12,7 @@ from helpers import delayed
 
 import moe_jax as moe
 from moe_jax import _compat, aclnn, errors
+from moe_jax.recovery.window import Window
 
 H, W = 8, 4
 NAMES = {
@@ -92,7 +93,7 @@ MODES = [
 ]
 
 
-@pytest.mark.quick("fullmesh_v1-False", "fullmesh_v2-True")
+@pytest.mark.quick("fullmesh_v2-True")
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("alg", ["fullmesh_v1", "fullmesh_v2"])
 def test_windows_fit_every_message(alg, weighted):
@@ -113,6 +114,27 @@ def test_windows_fit_every_message(alg, weighted):
         if weighted:
             drawn["expert_scales"] = np.zeros((4, 3, 2), np.float32)
         jax.eval_shape(over_ep(4, functools.partial(shard, numbers=numbers)), drawn)
+
+
+@pytest.mark.parametrize("kept", ["window", "performance_info"])
+def test_without_tokens_nothing_is_written(kept):
+    """Where no rank has a token, the window and the clock come back as they were, and all else is zero."""
+    config = Config(world=2, local_experts=1, top_k=2, tokens=0, global_bs=4, expand_scales=True)
+    arrays = {"x": np.zeros((2, 1, 0, H), np.float32), "expert_ids": np.zeros((2, 1, 0, 2), np.int32)}
+    arrays["expert_scales"] = np.zeros((2, 1, 0, 2), np.float32)
+    window = Window(
+        data=np.full((2, 1, 2, H * 4 + 16), 7, np.uint8), counts=np.full((2, 1, 2), 3, np.int32),
+        step=np.full((2, 1, 1), 5, np.int32),
+    )  # fmt: skip
+    before = {"window": window, "performance_info": np.full((2, 1, 2), 9, np.int32)}[kept]
+
+    def shard(arrays, before):
+        return aclnn.moe_distribute_dispatch_v4(**arrays, **config.dispatch, **groups(config), **{kept: before})
+
+    sent = over_world(config, shard)(arrays, before)
+    jax.tree.map(np.testing.assert_array_equal, getattr(sent, kept), before)
+    assert sent.expand_x.shape == (2, 1, config.capacity, H) and sent.expand_scales.shape == (2, 1, config.capacity)
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(sent._replace(**{kept: None})))
 
 
 # --- a rank is lost ---------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The back-end table: who serves what, and that an explicit choice is an order."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -173,6 +174,38 @@ def test_what_a_product_is_added_to(accumulates):
         summed = table.call_kernel("grouped_matmul", backend, LHS, RHS, SIZES, add_to=start, transpose_rhs=False)
         np.testing.assert_array_equal(summed, reference.grouped_matmul(LHS, RHS, SIZES) + start)
     assert given == [accumulates] * 2
+
+
+@pytest.mark.parametrize("fuses", [None, lambda *extents: extents[3:] != (4, 4), lambda *extents: True])
+def test_kernels_that_spare_passes_serve_the_layer(fuses):
+    """Where ``fuses`` wants them, no row is copied and no activation stands by itself; values are the same."""
+    words = (*table.KERNELS, *table.FUSED)
+    mine, mesh, found, plan = Counting(kernels=words), moe_jax.make_mesh(ep=4), [], None
+    moe_jax.register_backend(dataclasses.replace(mine.backend, fuses=fuses))
+    for backend in ("xla", "mine"):
+        plan = moe_jax.make_plan(
+            mesh, tokens_per_rank=8, hidden=8, num_experts=8, top_k=2, dtype="float32", transport="padded",
+            capacity_factor=0.5, backend=backend,
+        )  # fmt: skip
+        assert plan.max_rounds > 1
+        init, apply = moe_jax.moe_on_mesh(mesh, plan, moe_jax.RouterConfig(), ffn=4)
+        run = jax.jit(jax.value_and_grad(lambda params, x, apply=apply: jnp.sum(apply(params, x)[0] ** 2), (0, 1)))
+        found.append(run(init(jax.random.key(0)), jax.random.normal(jax.random.key(1), (32, 8))))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *found)
+    used = {word for word in table.FUSED if mine.calls[word]}
+    fused = fuses is None or fuses(16, 2, 8, 4, 4)
+    assert used == (set(table.FUSED) if fused else set())
+    assert ("in their slots" in plan.describe()) and (", where that is taken" in plan.describe()) == (fuses is not None)
+
+
+def test_kernels_that_spare_passes_are_those_of_the_back_end_that_multiplies():
+    """A back end is not passed over because another one, named after it, spares passes."""
+    moe_jax.register_backend(Counting("plain", kernels=("grouped_matmul",)).backend)
+    extents = (16, 2, 8, 4, 4)
+    assert (
+        table.fused_kernels("plain+gpu", *extents) == () and table.fused_kernels("gpu+plain", *extents) == table.FUSED
+    )
+    assert table.fused_kernels("cpu", *extents) == ()
 
 
 def test_a_back_end_without_its_package_is_refused_with_the_line_that_installs_it():
@@ -390,6 +423,7 @@ def test_unknown_words_are_named(arguments, names):
         ({"device_kinds": ("h100", 5)}, "device_kinds of back end 'mine'"),
         ({"requires": None}, "requires of back end 'mine'"),
         ({"accumulates": 1}, "accumulates=1"),
+        ({"fuses": True}, "fuses of back end 'mine'"),
         ({"kernels": {"grouped_matmull": print}}, "kernels of back end 'mine'.*did you mean 'grouped_matmul'"),
         ({"transports": {"raged": print}}, "transports of back end 'mine'.*did you mean 'ragged'"),
         ({"platforms": ("cuda",)}, "platforms of back end 'mine'.*'cuda'"),

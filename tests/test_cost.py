@@ -126,7 +126,7 @@ def test_wire_bytes_of_the_native_ragged_exchange(mesh, phase):
     cost = case.plan.cost(FFN, platform="tpu")[phase]
     assert cost.wire_bytes == found
     ep, exchanges = mesh["ep"], 1 if phase == PHASES[0] else 2
-    unused = (ep - 1) * TOKENS * TOP_K  # of the rows of an arrival buffer, which is the operand on the way back
+    unused = (ep - 1) * TOKENS * TOP_K  # of the slots of an inbox, which is the operand on the way back
     assert cost.wire_bytes - cost.even_wire_bytes == exchanges * unused * HIDDEN * 4 * (ep - 1) // ep
 
 
@@ -217,7 +217,7 @@ def test_one_device_moves_rows_by_two_gathers(dtype, item):
         assert both.traffic_bytes == 3 * router + 2 * moved + 2 * (pairs * row + TOKENS * wide)
         assert forward.wire_bytes == both.wire_bytes == 0
         assert plan.workspace() == {
-            "send": 0, "arrival": 0, "return": pairs * row, "rows": pairs * row,
+            "outbox": 0, "inbox": 0, "return": pairs * row, "rows": pairs * row,
             "integers": 4 * (3 * pairs + 2 * EXPERTS),
         }  # fmt: skip
     assert "exchanges nothing" in abstract(ep=1).describe()

@@ -54,7 +54,7 @@ class World:
 
     def copies(self, source, ids, mask):
         """(physical rank, local expert, token, k) of all that logical rank ``source`` sends; ids and mask [T, K]."""
-        plan, num_shared = self.plan, self.plan.num_copies - K
+        plan, num_shared = self.plan, self.plan.pairs_per_token - K
         per_expert = self.shared // num_shared if num_shared else 0
         for t, k in np.ndindex(ids.shape):
             e = int(ids[t, k])

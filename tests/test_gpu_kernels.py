@@ -108,6 +108,8 @@ class Memory:
         spans = [
             np.asarray(i.start + np.arange(i.size) if hasattr(i, "size") and hasattr(i, "start") else i) for i in index
         ]
+        if any(span.ndim > 1 for span in spans):  # the caller has given each an axis of its own
+            return Block(self, np.broadcast_arrays(*spans))
         axes = sum(span.ndim for span in spans)
         seen = 0
         for place, span in enumerate(spans):
@@ -148,14 +150,16 @@ def on_a_strict_gpu(monkeypatch):
 
     def kernel(body, name, out, grid, tiles, interpret, input_output_aliases=None):
         def run(*operands):
-            result = Memory(np.full(out.shape, np.nan, out.dtype), is_result=True)
-            memories = [*map(Memory, operands), result]
+            outs = out if isinstance(out, tuple) else (out,)
+            results = [Memory(np.full(of.shape, np.nan, of.dtype), is_result=True) for of in outs]
+            memories = [*map(Memory, operands), *results]
             with jax.disable_jit():
                 for number in np.random.default_rng(0).permutation(grid):
                     monkeypatch.setattr(triton.pl, "program_id", lambda axis, number=number: jnp.int32(number))
                     body(*memories)
-            kept.append(result)
-            return jnp.asarray(result.array)
+            kept.extend(results)
+            arrays = tuple(jnp.asarray(result.array) for result in results)
+            return arrays if isinstance(out, tuple) else arrays[0]
 
         return run
 
@@ -183,6 +187,61 @@ def test_programs_touch_only_what_is_theirs(on_a_strict_gpu, transpose_rhs):
     assert (found.writes == 1).all()
     plain = rhs.swapaxes(1, 2) if transpose_rhs else rhs
     np.testing.assert_array_equal(found.array, reference.grouped_matmul_vjp(ct, lhs, plain, sizes)[1])
+
+
+def test_programs_touch_only_the_slots_of_their_rows(on_a_strict_gpu):
+    """Where rows lie in slots, other slots are neither read nor written, nor is anything at the index of no row."""
+    shape, group_sizes = (43, 18, 70), [19, 0, 1, 17]
+    (num_rows, _, columns), total, num_slots = shape, sum(group_sizes), 50
+    lhs, rhs, sizes, ct = contract.operands(0, group_sizes, jnp.float32, False, shape)
+    row_slot = np.random.default_rng(0).permutation(num_slots)[:num_rows].astype(np.int32)
+    row_slot[total:] = [-1, 2**30, num_slots, 0, -7, 3]
+    here = row_slot[:total]
+
+    def in_slots(rows):
+        slots = np.full((num_slots, rows.shape[1]), np.nan, rows.dtype)
+        slots[here] = rows[:total]
+        return slots
+
+    product = reference.grouped_matmul(lhs, rhs, sizes)[:total]
+    triton.grouped_matmul(in_slots(lhs), rhs, sizes, None, row_slot, transpose_rhs=False)
+    found = on_a_strict_gpu.pop()
+    assert (found.writes[:total] == 1).all() and not found.writes[total:].any()
+    np.testing.assert_array_equal(found.array[:total], product)
+    for start in (None, in_slots(np.nan_to_num(ct, nan=5))):
+        triton.grouped_matmul(lhs, rhs, sizes, start, row_slot, transpose_rhs=False, into=num_slots)
+        found = on_a_strict_gpu.pop()
+        assert found.array.shape == (num_slots, columns)
+        assert (found.writes[here] == 1).all() and found.writes.sum() == total * columns
+        np.testing.assert_array_equal(found.array[here], product + (0 if start is None else start[here]))
+    for slotted, operands in (("lhs", (in_slots(lhs), ct)), ("rhs", (lhs, in_slots(ct)))):
+        triton.grouped_outer(*operands, sizes, row_slot, dtype=jnp.dtype("float32"), slotted=slotted)
+        found = on_a_strict_gpu.pop()
+        assert (found.writes == 1).all()
+        np.testing.assert_array_equal(found.array, reference.grouped_matmul_vjp(ct, lhs, rhs, sizes)[1])
+    for of_lhs, slots in ((lhs, None), (in_slots(lhs), row_slot)):
+        triton.gated_matmul(of_lhs, rhs, 2 * rhs, sizes, None, None, slots, gating=jnp.multiply, keep=True)
+        for expected in (2 * product**2, 2 * product, product):
+            found = on_a_strict_gpu.pop()
+            assert (found.writes[:total] == 1).all() and not found.writes[total:].any()
+            np.testing.assert_array_equal(found.array[:total], expected)
+
+
+@pytest.mark.parametrize(
+    "extents,itemsize,fused",
+    [
+        ((5120, 4, 1024, 1024), 2, (True, True)),  # A, B and C of the benchmark, with the slack of their buffers
+        ((20480, 16, 2048, 768), 2, (True, True)),
+        ((10240, 8, 7168, 2048), 2, (True, True)),
+        ((16384, 2, 4096, 14336), 2, (False, False)),  # wide: copies cost less than products lose
+        ((16384, 2, 4096, 14336), 4, (True, True)),  # JAX's kernels take no fp32, so nothing is lost
+        ((1024, 16, 4096, 14336), 2, (True, True)),  # nor in small groups
+    ],
+)
+def test_rows_are_copied_where_jaxs_kernels_gain_more(extents, itemsize, fused):
+    found = tuple(bool(table.fused_kernels(name, *extents, itemsize)) for name in ("hopper", "blackwell"))
+    assert found == fused
+    assert table.fused_kernels("gpu", *extents, itemsize) == table.FUSED  # named, it has nothing to lose
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

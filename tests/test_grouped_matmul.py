@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from derivative_laws import holds
 from grouped_matmul_contract import GROUPS, G, H, M, N, check, lowered_text, operands, program
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +19,8 @@ from jax.sharding import PartitionSpec as P
 
 import moe_jax
 from moe_jax import _compat, errors, reference
-from moe_jax.kernels import grouped_matmuls, xla
+from moe_jax.kernels import gated_matmul, grouped_matmuls, table, xla
+from moe_jax.verify.kernels import fused_deviations
 
 BACKENDS = ("cpu", "xla", "gpu", "tpu", "auto")
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -76,6 +78,77 @@ def test_other_shapes(backend, shape, group_sizes):
         check(backend, *operands(0, group_sizes, jnp.float32, transpose_rhs, shape), transpose_rhs)
 
 
+# --- rows in slots, and the activation -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def by_xla(monkeypatch):
+    """A back end of the functions that say what such kernels compute; AMD's GPUs get them."""
+    monkeypatch.setattr(table, "_TABLE", dict(table._TABLE))
+    kernels = {word: getattr(xla, word) for word in (*table.KERNELS, *table.FUSED)}
+    moe_jax.register_backend(moe_jax.Backend(name="by_xla", kernels=kernels))
+
+
+@pytest.mark.quick("by_xla-float32-extents0", "gpu-bfloat16-extents2")
+@pytest.mark.parametrize("extents", [(20, 8, 6), (150, 70, 40), (37, 6, 5)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("backend", ["by_xla", "gpu"])
+def test_rows_in_slots_and_the_activation(by_xla, backend, dtype, extents):
+    assert fused_deviations(backend, dtype, extents) == [0.0] * 4
+
+
+def test_only_back_ends_that_bring_such_kernels_are_asked():
+    assert fused_deviations("cpu") is None
+
+
+def test_a_wrong_slot_is_found(by_xla):
+    """The law itself: of kernels that are wrong in one slot, or forget a bias."""
+    good = table._TABLE["by_xla"]
+
+    def shifted(lhs, rhs, sizes, *, row_slot, into, **static):
+        return good.kernels["slot_matmul"](
+            lhs, rhs, sizes, row_slot=row_slot if into is None else row_slot ^ 1, into=into, **static
+        )
+
+    def unbiased(*operands, up_bias, **static):
+        return good.kernels["gated_matmul"](*operands, up_bias=0 * up_bias, **static)
+
+    for word, bad in (("slot_matmul", shifted), ("gated_matmul", unbiased)):
+        kernels = {**good.kernels, word: bad}
+        moe_jax.register_backend(moe_jax.Backend(name="bad", kernels=kernels), replace=word == "gated_matmul")
+        found = np.array(fused_deviations("bad"))
+        assert np.isnan(found).any() or found.max() > 0, word
+
+
+@pytest.mark.quick("by_xla-names0")
+@pytest.mark.parametrize("names", [("gate", "up", "down"), ("lhs", "up")])
+@pytest.mark.parametrize("backend", ["by_xla", "gpu"])
+def test_every_derivative_of_rows_in_slots(by_xla, backend, names):
+    """Of lhs through two matrices, their product, and a third matrix, out of slots and into slots again."""
+    rng = np.random.default_rng(0)
+    sizes, row_slot, total = np.array([4, 0, 5], np.int32), rng.permutation(12)[:11].astype(np.int32), 9
+    here = row_slot[:total]
+    shapes = {"lhs": (12, 3), "gate": (3, 3, 4), "up": (3, 3, 4), "down": (3, 4, 2), "bias": (3, 2), "ct": (12, 2)}
+    whole = {name: rng.integers(-2, 3, shape).astype(np.float32) for name, shape in shapes.items()}
+
+    def loss(params):
+        of = {**whole, **params}
+        (hidden,) = gated_matmul(
+            backend, jnp.multiply, False, of["lhs"], (of["gate"], of["up"]), (None, None), sizes, row_slot
+        )
+        (made,) = grouped_matmuls(backend, 12, hidden, (of["down"],), (of["bias"],), sizes, row_slot)
+        return jnp.sum(made[here] * whole["ct"][here])
+
+    def formula(params):
+        of = {**whole, **params}
+        groups, rows = np.repeat(np.arange(3), sizes), of["lhs"][here]
+        a, b = (np.einsum("mh,mhn->mn", rows, of[name][groups]) for name in ("gate", "up"))
+        made = np.einsum("mh,mhn->mn", a * b, of["down"][groups]) + of["bias"][groups]
+        return np.sum(made * whole["ct"][here])
+
+    holds(loss, formula, {name: whole[name] for name in names}, rng)
+
+
 @pytest.mark.parametrize("num_written", [0, 2, 3])
 def test_zero_past_groups_selects(num_written):
     """Native kernels leave rows past the groups undefined, so zeroing must not be a product."""
@@ -99,7 +172,7 @@ def test_what_a_product_is_added_to(backend):
 
         out, pull = jax.vjp(summed, lhs, rhs, start)
         outs, pull_all = jax.vjp(
-            lambda lhs: grouped_matmuls(backend, lhs, (rhs, 2 * rhs), (None, None), group_sizes), lhs
+            lambda lhs: grouped_matmuls(backend, None, lhs, (rhs, 2 * rhs), (None, None), group_sizes), lhs
         )
         return out, *pull(ct), outs, *pull_all((ct, ct))
 

@@ -143,8 +143,8 @@ EVERY_FORM = [
 FORMS = [("gelu", True, True), ("swiglu", False, False)]
 
 
-def run_form(activation, biases, ordered, many_sizes):
-    run = with_gradients(through(make_plan(), activation))
+def run_form(activation, biases, ordered, many_sizes, **options):
+    run = with_gradients(through(make_plan(**options), activation))
     rng = np.random.default_rng([len(activation), biases, ordered])
     for sizes in many_sizes:
         compare(run, rng, sizes, activation=activation, biases=biases, ordered=ordered)
@@ -154,6 +154,20 @@ def run_form(activation, biases, ordered, many_sizes):
 @pytest.mark.parametrize("activation,biases,ordered", FORMS)
 def test_equals_a_loop_over_rows(activation, biases, ordered):
     run_form(activation, biases, ordered, SIZES.values())
+
+
+@pytest.mark.quick("swiglu-True")
+@pytest.mark.parametrize("activation,ordered", [("swiglu", True), ("swiglu", False), ("gelu", True)])
+def test_kernels_that_read_slots_and_activate_equal_a_loop_over_rows(activation, ordered):
+    """Neither a copy of rows nor a mask: what lies in other slots is NaN, and so is what kernels leave unwritten."""
+    run_form(activation, True, ordered, SIZES.values(), backend="gpu")
+
+
+@pytest.mark.slow
+def test_overflow_by_kernels_that_read_slots_equals_a_loop_over_rows():
+    run, rng = overflowing(make_plan(backend="gpu"), "swiglu"), np.random.default_rng(2)
+    for sizes in SIZES.values():
+        compare(run, rng, sizes, activation="swiglu", biases=True, ordered=True)
 
 
 @pytest.mark.slow

@@ -165,7 +165,7 @@ def check_window(case, start, capacity):
 @pytest.mark.quick("mesh0")
 @pytest.mark.parametrize("mesh", MESHES)
 def test_a_window_of_everything(mesh):
-    """The rows are the reference's own, in its order, and collect and its adjoint are exact."""
+    """The rows are the oracle's own, in its order, and collect and its adjoint are exact."""
     for pattern in (*PATTERNS, "one_node", "repeated"):
         case = Case(*mesh, pattern)
         _, got = check_window(case, 0, T * K)

@@ -118,6 +118,8 @@ def test_a_base_gives_the_rest(tmp_path):
     assert machine.between == dataclasses.replace(h100.between, latency=1e-6)
     changed = {"name": "ours", "flops16": 800e12, "flops8": None, "between": machine.between}
     assert machine == dataclasses.replace(h100, **changed, sources=machine.sources)
+    for said in ('between.latency = "measured"', '"between.latency" = "measured"'):
+        assert read(tmp_path, f"{text}[machine.sources]\n{said}\n").source_of("between.latency") == "measured"
     alone = read(tmp_path, '[machine]\nbase = "h100"\nbetween = "none"\ndevices_per_node = "none"\nname = "box"')
     assert (alone.name, alone.between, alone.devices_per_node) == ("box", None, None)
 
@@ -148,6 +150,7 @@ def test_a_base_gives_the_rest(tmp_path):
         (OWN + "base = 7\n", ["base=7 is no known machine"]),
         (OWN + "sources = 'me'\n", ["sources='me' must be a table"]),
         (OWN + "sources = {flops15 = 'me', flops16 = 3}\n", ["unknown key 'sources.flops15'", "sources.flops16=3"]),
+        (OWN + "sources.inside.lag = 'me'\n", ["unknown key 'sources.inside.lag'", "did you mean"]),
         (OWN + "[machin]\n", ["unknown section 'machin'", "did you mean 'machine'?"]),
         (OWN.replace("[machine]", ""), ["section 'machine' is missing"]),
         ("[machine", ["is not valid TOML"]),

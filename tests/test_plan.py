@@ -48,6 +48,13 @@ def test_a_product_refuses_what_its_operators_refuse(product, legal, illegal, wo
         make(**illegal, product=product)
 
 
+def test_pairs_per_token_count_shared_experts_on_ranks_of_their_own():
+    plan = make()
+    assert plan.pairs_per_token == plan.num_copies == plan.top_k  # by either name
+    shared = make(num_shared_experts=1, num_shared_ranks=1, num_experts=plan.ep_size - 1)
+    assert shared.pairs_per_token == shared.top_k + 1
+
+
 @pytest.mark.parametrize(
     "quant,bytes_per_row",
     [("none", 2 * 7168), ("int8", 7168 + 4), ("fp8_e4m3_group128", 7168 + 4 * 56), ("mx_e2m1", 3584 + 224)],
@@ -55,7 +62,7 @@ def test_a_product_refuses_what_its_operators_refuse(product, legal, illegal, wo
 def test_workspace_counts_the_message_of_a_quantised_row(quant, bytes_per_row):
     plan = make(quant=quant, transport="padded")
     slots = plan.ep_size * plan.pair_capacity
-    assert plan.workspace()["send"] == plan.workspace()["arrival"] == slots * bytes_per_row
+    assert plan.workspace()["outbox"] == plan.workspace()["inbox"] == slots * bytes_per_row
     assert plan.workspace()["rows"] == plan.num_rows(plan.pair_capacity) * 2 * 7168
     assert f"out {quant}" in plan.describe()
 
@@ -158,7 +165,7 @@ def test_hierarchy_has_a_workspace_and_says_its_nodes():
     mesh = AbstractMesh((2, 8, 1), ("node", "ep", "tp"))
     plan = moe.make_plan(mesh, **SIZES, transport="hierarchy")
     assert plan.num_nodes == 2 and plan.ep_size == 16
-    assert plan.workspace()["crossing"] == 2 * 2 * 64 * 2 * 7168  # no token crosses to a node twice
+    assert plan.workspace()["node_slots"] == 2 * 2 * 64 * 2 * 7168  # no token crosses to a node twice
 
 
 @pytest.mark.parametrize("overflow", ["dropless", "drop"])
@@ -183,12 +190,12 @@ def test_workspace_of_dispatch_is_what_a_call_makes(transport, overflow):
     assert sizes["rows"] == sent.x.shape[0] // 16 * hidden * 4
     assert (sizes == plan.workspace()) == (overflow == "drop")
     if transport == "allgather":
-        assert sizes["arrival"] == extents["pair_row"] * tokens * hidden * 4
+        assert sizes["inbox"] == extents["pair_row"] * tokens * hidden * 4
         return
-    assert sizes["arrival"] == extents["inbox_row"] * hidden * 4
-    assert sizes["send"] == extents["outbox_pair"] * hidden * 4
+    assert sizes["inbox"] == extents["inbox_row"] * hidden * 4
+    assert sizes["outbox"] == extents["outbox_pair"] * hidden * 4
     if transport == "hierarchy":
-        assert sizes["crossing"] == 2 * extents["node_outbox_token"] * hidden * 4
+        assert sizes["node_slots"] == 2 * extents["node_outbox_token"] * hidden * 4
 
 
 def test_a_plan_says_what_both_calls_take():

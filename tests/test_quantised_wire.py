@@ -54,7 +54,7 @@ def bits(codes):
 
 def smoothing(kind, rng, plan):
     """Powers of two, so that products and sums of small integers stay exact."""
-    num_rows = plan.num_copies - plan.top_k + plan.num_experts
+    num_rows = plan.pairs_per_token - plan.top_k + plan.num_experts
     shape = {"none": (1,), "one": (1,), "row": (plan.hidden,), "experts": (num_rows, plan.hidden)}[kind]
     return 2.0 ** (rng.integers(-2, 3, shape) * (kind != "none")).astype(np.float32)
 
@@ -63,7 +63,7 @@ def factors_of(origins, ids, smooth, plan):
     """[n, H] the smoothing factors of every row."""
     if smooth.ndim == 1:
         return np.broadcast_to(smooth, (len(origins), plan.hidden))
-    shared = plan.num_copies - plan.top_k
+    shared = plan.pairs_per_token - plan.top_k
     rows = [k - K if k >= K else shared + ids[w, p, t, k] for p, w, t, k in origins]
     return smooth[np.array(rows, int)].reshape(len(origins), plan.hidden)
 
@@ -111,7 +111,7 @@ def compare(plan, kind, seed, *, with_weights=True):
             elif kind == "one":
                 d_smooth[src, q] += product.sum()
             elif kind == "experts":
-                index = k - K if k >= K else plan.num_copies - plan.top_k + ids[src, q, t, k]
+                index = k - K if k >= K else plan.pairs_per_token - plan.top_k + ids[src, q, t, k]
                 d_smooth[src, q, index] += product
     np.testing.assert_array_equal(np.asarray(pulled[0]), np.asarray(jnp.asarray(d_x, plan.dtype)))
     if with_weights:

@@ -13,7 +13,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import moe_jax
-from moe_jax import _compat, errors, reference
+from moe_jax import _compat, config, errors, reference
+from moe_jax.layer import router as routers_of_layer
 
 # The library computes in fp32 and the oracle in fp64. Sums over at most 64 tokens of values near 1: a few dozen
 # roundings of 6e-8 each. Expert ids and loads are compared for equality.
@@ -25,7 +26,7 @@ GROUPINGS = [
     {"num_groups": 4, "top_groups": 2},  # "auto": top2 with a bias, max without
     {"num_groups": 8, "top_groups": 2, "group_score": "top2"},
 ]
-SCORES = ("softmax", "sigmoid", "sqrt_softplus")
+SCORES = config.SCORES
 GRID = list(itertools.product((False, True), (False, True), GROUPINGS, (False, True)))
 
 
@@ -114,6 +115,10 @@ def check_routing(routing, expected):
     for name in ("balance", "z"):
         np.testing.assert_allclose(routing.losses[name], expected.losses[name], **CLOSE)
     chex.assert_type([routing.expert_ids, routing.load, routing.combine_weights], [jnp.int32, jnp.int32, jnp.float32])
+
+
+def test_every_score_is_in_both_tables():
+    assert tuple(routers_of_layer.SCORES) == tuple(reference.routing._SCORES) == SCORES
 
 
 @pytest.mark.parametrize("mask", list(MASKS))

@@ -230,7 +230,7 @@ def test_the_gradient_of_rows_through_several_matrices_is_accumulated_by_the_ker
     matrices = tuple(jnp.ones((2, 6, width)) for width in (3, 3, 5))
 
     def pull(lhs, *cts):
-        return jax.vjp(lambda lhs: grouped_matmuls("tpu", lhs, matrices, (None,) * 3, sizes), lhs)[1](cts)[0]
+        return jax.vjp(lambda lhs: grouped_matmuls("tpu", None, lhs, matrices, (None,) * 3, sizes), lhs)[1](cts)[0]
 
     def kernels(jaxpr):
         for eqn in jaxpr.eqns:

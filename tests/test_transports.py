@@ -84,7 +84,7 @@ def test_another_transport_joins():
     with entered(ring):
         register_transport(ring)  # the same object again
         plan = moe.make_plan(mesh, **sizes, transport="ring")
-        assert "ring" in plan.describe() and plan.workspace()["send"] > 0
+        assert "ring" in plan.describe() and plan.workspace()["outbox"] > 0
         with pytest.raises(errors.InvalidArgumentError, match="'ring' of the transport is taken"):
             register_transport(Ring())
     assert "ring" not in transport_names()

@@ -6,13 +6,14 @@ axis, and the index along that axis is the rank: who passes an output or a rank 
 
 import dataclasses
 import functools
+import importlib
 import inspect
 import re
+import typing
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 from moe_jax.aclnn.check import check
-from moe_jax.aclnn.results import OUTPUTS
 from moe_jax.aclnn.rules import Call, Rules
 from moe_jax.errors import MissingArgumentError, UnexpectedArgumentError, suggest
 from moe_jax.hardware.ascend import VERSIONS, lacking, newest_of
@@ -97,7 +98,7 @@ def version(name: str, newest: Callable[..., R]) -> Callable[..., R]:
     """The earlier version ``name`` of the operator ``newest``, which lacks some of its parameters."""
     whole, lacks, new = inspect.signature(newest), lacking(name), operator_of(newest)
     signature = whole.replace(parameters=[one for one in whole.parameters.values() if one.name not in lacks])
-    old = dataclasses.replace(new, name=name, rules=new.rules.without(lacks))
+    old = dataclasses.replace(new, name=name)
     cann = "aclnn" + "".join(part.capitalize() for part in name.split("_"))
     listed = ", ".join(f"``{one}``" for one in lacks)
     text = f"``{new.name}`` without {listed}, otherwise the same.\n\n    Source: {cann}.\n    "
@@ -184,10 +185,12 @@ def stand_in(operator: str, parameters: Collection[str], name: str) -> str | Non
         return f"{_STAND_INS[name]}; leave it out"
     if name.removesuffix("_optional") in parameters:
         return f"here it is {name.removesuffix('_optional')}"
-    for output in OUTPUTS.get(newest_of(operator), ()):
-        field = next((field for field in output._fields if _bare(field) == _bare(name)), None)
-        if field is not None:
-            return f"outputs are returned, this one as {output.__name__}.{field}; leave it out"
+    function = getattr(importlib.import_module("moe_jax.aclnn"), newest_of(operator), None)
+    returned: Any = inspect.signature(function).return_annotation if function else None
+    for output in typing.get_args(returned) or (returned,):
+        for field in getattr(output, "_fields", ()):
+            if _bare(field) == _bare(name):
+                return f"outputs are returned, this one as {output.__name__}.{field}; leave it out"
     return None
 
 

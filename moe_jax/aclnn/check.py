@@ -22,7 +22,6 @@ from moe_jax.aclnn.rules import (
     make_error,
     marked,
     on,
-    shown,
 )
 from moe_jax.aclnn.workspace import sizes
 from moe_jax.errors import (
@@ -33,7 +32,7 @@ from moe_jax.errors import (
     UnsupportedError,
     suggest,
 )
-from moe_jax.hardware.ascend import PRODUCTS, QUANTITIES, megabytes
+from moe_jax.hardware.ascend import PRODUCTS, megabytes
 from moe_jax.hardware.ascend.legal import Legal
 
 _GROUP_LENGTH = 128  # the name of a group is shorter than this
@@ -70,8 +69,8 @@ def _check_product(call: Call, rules: Rules) -> None:
         if not isinstance(call.product, str) or call.product not in PRODUCTS:
             known = suggest(call.product, PRODUCTS)
             raise InvalidArgumentError(f"product={call.product!r} is unknown; {known}, or None")
-        if call.operator not in PRODUCTS[call.product].operators:
-            have = [name for name, product in PRODUCTS.items() if call.operator in product.operators]
+        if call.operator not in PRODUCTS[call.product]:
+            have = [name for name, operators in PRODUCTS.items() if call.operator in operators]
             raise make_error(
                 UnsupportedError,
                 f"product={call.product!r} does not have {call.operator}; {', '.join(have)} do, or pass product=None",
@@ -85,12 +84,13 @@ def _check_nulls(call: Call, needs: tuple[str, ...]) -> None:
         if (call.arrays[name] if name in call.arrays else call[name]) is None:
             with marked(f"null:{name}"):
                 raise MissingArgumentError(f"{name} is None, but {call.operator} needs it; pass it")
-    for product, base, limits in call.tables():
+    for product, limits in call.tables():
         for name in limits.required:
             if not call.given(name) and call.in_range("comm_alg"):
-                alg = call["comm_alg"]
-                with marked(f"null:{name}" + ("" if name in base.required else f"@{alg}"), product):
-                    raise MissingArgumentError(f"{name} is None, but comm_alg={alg!r} needs it{on(product)}; pass it")
+                with marked(f"null:{name}", product):
+                    raise MissingArgumentError(
+                        f"{name} is None, but comm_alg={call['comm_alg']!r} needs it{on(product)}; pass it"
+                    )
 
 
 def _check_groups(call: Call, rules: Rules, stage: str) -> None:
@@ -120,7 +120,7 @@ def _check_dtypes(call: Call) -> None:
         if not (hasattr(array, "shape") and hasattr(array, "dtype")):
             with marked(f"dtype:{name}"):
                 raise DtypeError(f"{name}={array!r} is no array; pass a jax or numpy array, or a jax.ShapeDtypeStruct")
-    for product, _, limits in call.tables():
+    for product, limits in call.tables():
         for key, allowed in limits.dtypes.items():
             with marked(f"dtype:{key}", product):
                 _check_dtype(call, key, allowed, product)
@@ -182,19 +182,18 @@ def _check_shapes(call: Call, rules: Rules) -> None:
 
 def _check_values(call: Call, rules: Rules, product: str | None) -> None:
     """Attributes and quantities are in the table of ``product``, and no array is given that it does not take."""
-    base, limits = next((base, limits) for owner, base, limits in call.tables() if owner == product)
+    limits = dict(call.tables())[product]
     for name in filter(call.given, limits.absent):
-        variant = "" if name in base.absent else f"@{call['comm_alg']}"
         alg = f" with comm_alg={call['comm_alg']!r}" if call.attributes.get("comm_alg") else ""
         came = getattr(call.arrays[name], "shape", call.arrays[name])
         why = f": {limits.why[name]}" if name in limits.why else ""
-        with marked(f"absent:{name}{variant}", product):
+        with marked(f"absent:{name}", product):
             raise InvalidArgumentError(
                 f"{name} was given, with shape {came}; {call.operator} takes none{on(call.product)}{alg}{why}; "
                 "pass None"
             )
     for name, legal in limits.values.items():
-        with marked(name if base.values.get(name) == legal else f"{name}@{call['comm_alg']}", product):
+        with marked(name, product):
             _check_value(call, rules, name, legal, product)
 
 
@@ -207,28 +206,24 @@ def _check_value(call: Call, rules: Rules, name: str, legal: Legal, product: str
                 f"{name}={call[name]!r} must be {legal}{on(product)}; the nearest legal value is {nearest!r}"
             )
         return
-    quantity = rules.quantities[name]
-    if callable(quantity):
-        found = quantity(call)
-    else:
-        array, axis = quantity
-        found = (shown(call, array), call.shape(array)[axis]) if call.given(array) else None
+    words, quantity = rules.quantities[name]
+    found = quantity(call)
     if found is not None and not legal.allows(found[1]):
         source, value = found
         raise ShapeError(
-            f"{source}: {value} = {QUANTITIES[name]}, must be {legal}{on(product)}; "
+            f"{source}: {value} = {words}, must be {legal}{on(product)}; "
             f"the nearest legal value is {legal.nearest(value)!r}"
         )
 
 
 def _check_buffer(call: Call) -> None:
     """HCCL_BUFFSIZE holds what the product needs for an exchange with this comm_alg."""
-    for product, base, limits in call.tables():
+    for product, limits in call.tables():
         if limits.buffer is None:
             continue
         needed = megabytes(limits.buffer(sizes(call)))
         if call["hccl_buffsize"] < needed:
-            with marked("buffer" if limits.buffer is base.buffer else f"buffer@{call['comm_alg']}", product):
+            with marked("buffer", product):
                 raise InvalidArgumentError(
                     f"hccl_buffsize={call['hccl_buffsize']} MB is too small for this call{on(product)}: it needs "
                     f"{needed} MB; set HCCL_BUFFSIZE and hccl_buffsize to {needed}"

@@ -146,24 +146,17 @@ def moe_distribute_combine_add_rms_norm_v2(
 def _total(given: dict[str, Any]) -> tuple[Array, Array, Array | None]:
     """The fp32 sums [B, H], which tokens are active [B], and the new performance_info."""
     tokens, hidden = given["expert_ids"].shape[0], given["expand_x"].shape[1]
-    world = worlds.make_world(
-        given,
-        tokens=tokens,
-        hidden=hidden,
-        top_k=given["expert_ids"].shape[1],
-        dtype=str(given["expand_x"].dtype),
-    )
+    world = worlds.make_world(given, given["expand_x"], dtype=str(given["expand_x"].dtype))
     plan = world.plan
     arrays = {name: value for name, value in given.items() if isinstance(value, jax.Array)}
     given = given | _compat.as_varying_alike(arrays, plan.exchange_axes)
-    mask = worlds.as_pair_mask(given["x_active_mask"], given["expert_ids"])
-    active = worlds.active_tokens(mask, tokens, plan, given["elastic_info"])
+    active = worlds.active_tokens(given["x_active_mask"], given["expert_ids"], plan, given["elastic_info"])
     weights = given["expert_scales"]
     if not weights.size:  # a plain sum
         weights = jnp.ones_like(given["expand_x"], shape=given["expert_ids"].shape, dtype=jnp.float32)
     if not plan.num_pairs:
         return jnp.zeros_like(weights, shape=(0, hidden)), active, given["performance_info"]
-    handle, rows, row_weights = _handle(world, given, mask)
+    handle, rows, row_weights = _handle(world, given)
     shared_x = given["shared_expert_x"]
     total, waited = combine_sum(
         rows,
@@ -178,9 +171,7 @@ def _total(given: dict[str, Any]) -> tuple[Array, Array, Array | None]:
     return total, active, waited
 
 
-def _handle(
-    world: worlds.World, given: dict[str, Any], mask: Array | None
-) -> tuple[DispatchHandle, Array, Array | None]:
+def _handle(world: worlds.World, given: dict[str, Any]) -> tuple[DispatchHandle, Array, Array | None]:
     """The handle that dispatch had, made from what it returned; the rows to send back; and their weights.
 
     Rows for which that does not fit together are NaN. Weights are those of this rank's own rows, zero for the peer's
@@ -191,7 +182,8 @@ def _handle(
     num_counts = plan.tp_size * plan.num_local_experts * plan.ep_size
     sums = given["ep_send_counts"][:num_counts].reshape(plan.tp_size, -1)  # scratch of A2's hierarchy may follow
     recv_counts = ledger.counts(sums)
-    manifest = worlds.make_manifest(world, given["expert_ids"], mask, given["elastic_info"], recv_counts=recv_counts)
+    ids, mask, table = given["expert_ids"], given["x_active_mask"], given["elastic_info"]
+    manifest = worlds.make_manifest(world, ids, mask, table, recv_counts=recv_counts)
     transport = transport_of(plan)
     opener = transport if given["performance_info"] is None else Stopwatch(transport)
     handle = open_round(opener, manifest, 0, plan.max_pair_rows, plan, num_rows=world.num_rows)
@@ -200,7 +192,7 @@ def _handle(
     row = jnp.arange(world.num_rows)
     triples = given["assist_info_for_combine"].ravel()[: 3 * capacity].reshape(capacity, 3)
     fits = triples[:, 0] == ledger.source_of_row(sums[0], capacity)
-    for column, end in ((1, plan.tokens_per_rank), (2, plan.num_copies)):
+    for column, end in ((1, plan.tokens_per_rank), (2, plan.pairs_per_token)):
         fits &= (triples[:, column] >= 0) & (triples[:, column] < end)
     if given["performance_info"] is None:  # a collective in front of the timed exchange would wait for its slow ranks
         fits &= transport.counts_agree(recv_counts, manifest, handle.recv_counts, plan)

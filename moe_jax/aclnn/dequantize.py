@@ -11,7 +11,7 @@ from moe_jax.aclnn.calls import operator_of, signature_checked
 from moe_jax.aclnn.dispatch import moe_distribute_dispatch_v4
 from moe_jax.aclnn.results import DispatchOutput, TimedDispatchOutput, WindowDispatchOutput
 from moe_jax.errors import InvalidArgumentError, check_shape
-from moe_jax.transports import Sent, carry_rows, dequantized, transport_of
+from moe_jax.transports import CodedRows, carry_rows, dequantized, transport_of
 from moe_jax.transports.manifest import open_round
 
 Array = jax.Array
@@ -67,14 +67,8 @@ def dequantize(
     operator_of(moe_distribute_dispatch_v4).call(given)
     if quant_mode == 0:
         raise InvalidArgumentError("quant_mode=0 quantises nothing: compute with sent.expand_x, which has a gradient")
-    world = worlds.make_world(
-        given,
-        tokens=x.shape[0],
-        hidden=x.shape[1],
-        top_k=expert_ids.shape[1],
-        dtype=str(x.dtype),
-        quant=worlds.dispatch_recipe(quant_mode, y_dtype),
-    )
+    recipe = worlds.dispatch_recipe(quant_mode, y_dtype)
+    world = worlds.make_world(given, x, dtype=str(x.dtype), quant=recipe)
     plan, recipe = world.plan, world.plan.dispatch_recipe
     assert recipe is not None, "quant_mode is 1 to 5 here"
     check_shape(
@@ -85,12 +79,11 @@ def dequantize(
     if not plan.num_pairs:
         return jnp.zeros_like(x, shape=(world.num_rows, plan.hidden))
     recv_counts = worlds.Ledger(plan, table).counts(sent.ep_recv_counts.reshape(plan.tp_size, -1))
-    mask = worlds.as_pair_mask(mask, expert_ids)
     manifest = worlds.make_manifest(world, expert_ids, mask, table, recv_counts=recv_counts)
     handle = open_round(transport_of(plan), manifest, 0, plan.max_pair_rows, plan, num_rows=world.num_rows)
-    carrier = carry_rows(transport_of(plan), x, handle, world.num_rows, smooth=scales)
+    gradient = carry_rows(transport_of(plan), x, handle, world.num_rows, smooth=scales)
     scale = sent.dynamic_scales
     if scale is None:  # a static scale does not travel
-        scale = jnp.zeros_like(carrier, shape=(world.num_rows, 0), dtype=recipe.scale_dtype)
+        scale = jnp.zeros_like(gradient, shape=(world.num_rows, 0), dtype=recipe.scale_dtype)
     scale = scale.reshape(world.num_rows, -1)
-    return dequantized(Sent(carrier, sent.expand_x, scale, None, None, None), plan)
+    return dequantized(CodedRows(sent.expand_x, scale, gradient), plan)

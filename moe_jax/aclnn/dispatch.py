@@ -1,6 +1,7 @@
 """MoeDistributeDispatch, under CANN's names."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from moe_jax.collectives.rendezvous import keep_where
 from moe_jax.derivatives import differentiated_as
 from moe_jax.kernels import FLOAT_DTYPES
 from moe_jax.recovery.window import Window, check_window, fresh_sources, received
-from moe_jax.transports import Sent, Stopwatch, Transport, send_as_is, send_rows, transport_of
+from moe_jax.transports import CodedRows, Sent, Stopwatch, send_as_is, send_smoothed, transport_of
 from moe_jax.transports.manifest import open_round
 from moe_jax.types import DispatchHandle
 
@@ -74,44 +75,61 @@ def moe_distribute_dispatch_v4(
     Source: aclnnMoeDistributeDispatchV4.
     """
     given = locals()
-    # 1. The plan, whose capacity is enough for all rows at once. Rows that are quantised already count as plain ones.
-    passes_through = str(x.dtype) not in FLOAT_DTYPES or (scales is not None and quant_mode == 0)
-    world = worlds.make_world(
-        given,
-        tokens=x.shape[0],
-        hidden=x.shape[1],
-        top_k=expert_ids.shape[1],
-        dtype="float32" if passes_through else str(x.dtype),
-        quant=worlds.dispatch_recipe(quant_mode, y_dtype),
-    )
-    plan, timed = world.plan, performance_info is not None
+    recipe = worlds.dispatch_recipe(quant_mode, y_dtype)
+    # Rows that are quantised already count as plain ones, and pass through.
+    ready = str(x.dtype) not in FLOAT_DTYPES or (scales is not None and quant_mode == 0)
+    world = worlds.make_world(given, x, dtype="float32" if ready else str(x.dtype), quant=recipe)
+    plan = world.plan
     if window is not None:
         check_window(window, plan.ep_size)
-    arrays = (x, expert_ids, scales, x_active_mask, expert_scales, elastic_info, window)
-    x, expert_ids, scales, mask, weights, table, window = _compat.as_varying_alike(arrays, plan.exchange_axes)
-    mask = worlds.as_pair_mask(mask, expert_ids)
-    if not plan.num_pairs:
-        return _empty(world, x, scales, weights, quant_mode, performance_info, window)
-    # 2. Who sends how many rows to whom, and the maps of a single round in which all of them travel.
+    arrays = (x, expert_ids, scales, x_active_mask, expert_scales, elastic_info, window, performance_info)
+    arrays = _compat.as_varying_alike(arrays, plan.exchange_axes)
+    run = functools.partial(_dispatch, world, ready, expert_token_nums_type)
+    if plan.num_pairs:
+        return run(*arrays)
+    # No device has a token. XLA rejects a program that communicates and has none but empty inputs: say it outright.
+    zeros = _compat.as_varying(jax.tree.map(jnp.zeros_like, jax.eval_shape(run, *arrays)), plan.exchange_axes)
+    kept = {"window": window, "performance_info": performance_info}
+    return zeros._replace(**{name: value for name, value in kept.items() if name in zeros._fields})
+
+
+def _dispatch(
+    world: worlds.World,
+    ready: bool,
+    nums_type: int,
+    x: Array,
+    expert_ids: Array,
+    scales: Array | None,
+    mask: Array | None,
+    weights: Array | None,
+    table: Array | None,
+    window: Window | None,
+    performance_info: Array | None,
+) -> DispatchOutput | TimedDispatchOutput | WindowDispatchOutput:
+    """Dispatch of checked arrays. ``ready``: rows are quantised already, or travel with scales of their own."""
+    plan, timed = world.plan, performance_info is not None
+    # 1. Who sends how many rows to whom, and the maps of a single round in which all of them travel.
     fresh = None if window is None else fresh_sources(window.step, plan.ep_axis)
     manifest = worlds.make_manifest(world, expert_ids, mask, table, fresh=fresh, timed=timed)
     transport = transport_of(plan)
     opener = Stopwatch(transport) if timed else transport
     handle = open_round(opener, manifest, 0, plan.max_pair_rows, plan, num_rows=world.num_rows)
-    # 3. CANN's counts, and the triple that travels with each row.
+    # 2. CANN's counts, and the triple that travels with each row.
     ledger = worlds.Ledger(plan, table)
-    sums = ledger.running_sums(handle.recv_counts)
     tags = _tags(handle, ledger, table)
-    # 4. The rows, into the window where there is one.
+    # 3. The rows, into the window where there is one.
     out = handle
     if window is not None:
         out = dataclasses.replace(handle, maps=transport.receiving(handle.maps, window.data))
-    if passes_through:
-        sent = _pass_through(transport, x, scales, weights, tags, out)
+    if ready:
+        tokens = (x,) if scales is None else (x, scales.reshape(scales.shape[0], -1))
+        sent = send_as_is(transport, tokens, out, weights=weights, tags=tags)
+        rows, row_scales = sent.rows[0], None if scales is None else sent.rows[1].reshape(-1, *scales.shape[1:])
     else:
-        sent = send_rows(transport, x, out, smooth=scales, weights=weights, tags=tags)
-    # 5. What arrived, as CANN lays it out.
-    result = _written(sent, handle, sums, world, expert_token_nums_type, ledger)
+        sent = send_smoothed(transport, x, out, smooth=scales, weights=weights, tags=tags)
+        rows, row_scales, _ = sent.rows if isinstance(sent.rows, CodedRows) else (sent.rows, None, None)
+    # 4. What arrived, as CANN lays it out.
+    result = _written(rows, row_scales, sent, handle, world, nums_type, ledger)
     if window is not None:
         window = received(window, sent.note, handle, plan.max_pair_rows)
         return WindowDispatchOutput(*result, window=window, num_stale=manifest.stats.num_stale)
@@ -126,24 +144,20 @@ def _tags(handle: DispatchHandle, ledger: worlds.Ledger, table: Array | None) ->
     plan = handle.plan
     me = collectives.ep_rank(plan)
     logical = me if table is None else jnp.argsort(ledger.order)[me].astype(jnp.int32)
-    shape = (plan.tokens_per_rank, plan.num_copies)
+    shape = (plan.tokens_per_rank, plan.pairs_per_token)
     rank = jnp.broadcast_to(logical, shape).astype(jnp.int32)
     token, copy = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
     return jnp.stack(_compat.as_varying((rank, token, copy), plan.exchange_axes), axis=-1)
 
 
-def _pass_through(
-    transport: Transport, x: Array, scales: Array | None, weights: Array | None, tags: Array, handle: DispatchHandle
-) -> Sent:
-    """Rows that are quantised already, of any dtype, with their scales."""
-    tokens = (x,) if scales is None else (x, scales.reshape(scales.shape[0], -1))
-    moved, row_weights, row_tags, note = send_as_is(transport, tokens, handle, weights=weights, tags=tags)
-    row_scales = moved[1].reshape(-1, *scales.shape[1:]) if scales is not None else None
-    return Sent(moved[0], moved[0], row_scales, row_weights, row_tags, note)
-
-
 def _written(
-    sent: Sent, handle: DispatchHandle, sums: Array, world: worlds.World, nums_type: int, ledger: worlds.Ledger
+    arrived: Array,
+    scale: Array | None,
+    sent: Sent,
+    handle: DispatchHandle,
+    world: worlds.World,
+    nums_type: int,
+    ledger: worlds.Ledger,
 ) -> DispatchOutput:
     """The outputs, zero where nothing arrived."""
     assert sent.tags is not None, "rows of this facade travel with their triples"
@@ -163,13 +177,12 @@ def _written(
             return differentiated_as(select, lambda array: keep_where(written, array, zero), array)
         return select(array)
 
-    assert sent.tags is not None, "every pair was sent with its triple"
     triples = rows(sent.tags[:capacity], own)
     assist = jnp.pad(triples.ravel(), (0, capacity * 125))
     nums = handle.group_sizes
     if nums_type == 0:
         nums = jnp.where(jnp.arange(nums.shape[0]) < ledger.num_slots, jnp.cumsum(nums), 0)
-    scale, weights = sent.scale, sent.weights
+    weights = sent.weights
     if scale is not None and scale.ndim == 2 and scale.shape[1] == 0:
         scale = None  # a static scale does not travel
     if scale is not None and plan.quant in ("int8", "fp8_e4m3", "fp8_e5m2"):
@@ -177,11 +190,11 @@ def _written(
     if weights is not None:
         weights = rows(weights[:capacity], own & (triples[:, 2] < plan.top_k))
     return DispatchOutput(
-        expand_x=rows(sent.rows if sent.values is None else sent.values, row < num_rows),
+        expand_x=rows(arrived, row < num_rows),
         dynamic_scales=None if scale is None else rows(scale, row < num_rows),
         assist_info_for_combine=assist,
         expert_token_nums=nums.astype(jax.dtypes.canonicalize_dtype("int64")),
-        ep_recv_counts=sums.ravel(),
+        ep_recv_counts=ledger.running_sums(handle.recv_counts).ravel(),
         tp_recv_counts=lanes if plan.tp_size > 1 else None,
         expand_scales=weights,
     )
@@ -192,40 +205,3 @@ def _zero(dtype: np.dtype) -> Array:
     if dtype.name == "float8_e8m0fnu":
         return jax.lax.bitcast_convert_type(jnp.zeros((), jnp.uint8), dtype)
     return jnp.zeros((), dtype)
-
-
-def _empty(
-    world: worlds.World,
-    x: Array,
-    scales: Array | None,
-    weights: Array | None,
-    quant_mode: int,
-    performance_info: Array | None,
-    window: Window | None,
-) -> DispatchOutput | TimedDispatchOutput | WindowDispatchOutput:
-    """What is returned where no rank has a token: zeros in the shapes of the outputs."""
-    plan, recipe = world.plan, world.plan.dispatch_recipe
-
-    def zeros(shape: tuple[int, ...], dtype: Any) -> Array:
-        return jnp.zeros_like(x, shape=shape, dtype=dtype)
-
-    values, dtype, scale = (x.shape[1],), x.dtype, None
-    if recipe is not None:
-        values, dtype = recipe.values_shape(x.shape[1]), recipe.values_dtype
-        width = recipe.scale_shape(x.shape[1])
-        per_row = quant_mode == 2
-        scale = zeros((world.num_rows, *(() if per_row else width)), recipe.scale_dtype) if width != (0,) else None
-    elif scales is not None:
-        scale = zeros((world.num_rows, *scales.shape[1:]), scales.dtype)
-    result = DispatchOutput(
-        expand_x=zeros((world.num_rows, *values), dtype),
-        dynamic_scales=scale,
-        assist_info_for_combine=zeros((world.capacity * 128,), jnp.int32),
-        expert_token_nums=zeros((plan.num_local_experts,), jax.dtypes.canonicalize_dtype("int64")),
-        ep_recv_counts=zeros((plan.tp_size * plan.num_local_experts * plan.ep_size,), jnp.int32),
-        tp_recv_counts=zeros((2,), jnp.int32) if plan.tp_size > 1 else None,
-        expand_scales=None if weights is None else zeros((world.capacity,), jnp.float32),
-    )
-    if window is not None:
-        return WindowDispatchOutput(*result, window=window, num_stale=zeros((1,), jnp.int32))
-    return result if performance_info is None else TimedDispatchOutput(*result, performance_info=performance_info)

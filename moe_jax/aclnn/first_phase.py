@@ -41,12 +41,10 @@ from moe_jax.errors import (
     MissingArgumentError,
     ShapeError,
     UnexpectedArgumentError,
-    UnsupportedError,
     suggest,
 )
-from moe_jax.hardware.ascend import ANY, Choices, lacking, newest_of
+from moe_jax.hardware.ascend import lacking, newest_of
 
-_UNREAD = ("group_list_type", "group_size", "hccl_buffsize")  # no operator reads them
 _OF_THE_PHASE = [
     inspect.Parameter("product", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=str | None),
     inspect.Parameter("hccl_buffsize", inspect.Parameter.KEYWORD_ONLY, default=200, annotation=int),
@@ -78,7 +76,6 @@ class Executor:
             such as a stream or an output.
           MissingArgumentError: an array that was, and is not given.
           ShapeError, DtypeError: an array is not like the one that was checked.
-          UnsupportedError: ``moe_jax.aclnn`` has the checks of this operator, but not the operator.
         """
         if by_position:
             raise UnexpectedArgumentError(
@@ -87,9 +84,7 @@ class Executor:
             )
         arrays = {name: array for name, array in arrays.items() if array is not None}
         self._check(arrays)
-        operator = getattr(importlib.import_module("moe_jax.aclnn"), self.operator_name, None)
-        if operator is None:
-            raise UnsupportedError(f"moe_jax.aclnn cannot run {self.operator_name}; it only checks its calls")
+        operator = getattr(importlib.import_module("moe_jax.aclnn"), self.operator_name)
         return operator(**arrays, **dict(self.attributes))
 
     def _check(self, arrays: dict[str, Any]) -> None:
@@ -118,6 +113,7 @@ class Executor:
 def first_phase_of(function: Callable[..., Any]) -> Callable[..., tuple[int, Executor]]:
     """The first phase of the operator ``function``: none of its parameters is required, and two more are taken."""
     operator, signature = operator_of(function), inspect.signature(function)
+    taken = set(signature.parameters)
     name, newest = operator.name + FIRST_PHASE, newest_of(operator.name)
     signature = signature.replace(
         parameters=[*(_optional(one, operator.arrays) for one in signature.parameters.values()), *_OF_THE_PHASE],
@@ -126,8 +122,8 @@ def first_phase_of(function: Callable[..., Any]) -> Callable[..., tuple[int, Exe
 
     def first_phase(*args: Any, **kwargs: Any) -> tuple[int, Executor]:
         call = operator.call(bind(name, signature.parameters, args, kwargs))
-        read = {key: value for key, value in call.attributes.items() if _is_read(operator.name, key, value)}
-        attributes = tuple((key, _static(value)) for key, value in read.items())
+        given = {key: value for key, value in call.attributes.items() if key in taken and value is not None}
+        attributes = tuple((key, _static(value)) for key, value in given.items())
         arrays = tuple((key, call.shape(key), call.dtype(key)) for key in call.arrays if call.given(key))
         return int(operator.num_bytes(call)), Executor(operator.name, attributes, arrays)
 
@@ -153,17 +149,6 @@ def _optional(parameter: inspect.Parameter, arrays: tuple[str, ...]) -> inspect.
     if parameter.default is not inspect.Parameter.empty:
         return parameter.replace(annotation=annotation)
     return parameter.replace(default=None, annotation=annotation if annotation is Any else annotation | None)
-
-
-def _is_read(operator: str, attribute: str, value: Any) -> bool:
-    """Whether the running operator takes an attribute.
-
-    It does not take what it lacks or does not read, nor what has a single legal value, nor None.
-    """
-    legal = ANY[operator].values.get(attribute)
-    unread = (*_UNREAD, *lacking(operator))
-    one_value = isinstance(legal, Choices) and len(legal.values) == 1
-    return value is not None and attribute not in unread and not one_value
 
 
 def _static(value: Any) -> Any:

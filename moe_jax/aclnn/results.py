@@ -161,16 +161,3 @@ class AllToAllvGroupedMatmulOutput(NamedTuple):
     gmm_y: Array
     mm_y: Array | None
     permute_out: Array | None
-
-
-# What each operator may return, by its newest version.
-OUTPUTS = {
-    "moe_distribute_dispatch_v4": (DispatchOutput, TimedDispatchOutput, WindowDispatchOutput),
-    "moe_distribute_combine_v4": (CombineOutput, TimedCombineOutput),
-    "moe_distribute_combine_add_rms_norm_v2": (AddRmsNormOutput,),
-    "moe_update_expert": (UpdateExpertOutput,),
-    "grouped_mat_mul_allto_allv": (GroupedMatmulAllToAllvOutput,),
-    "quant_grouped_mat_mul_allto_allv": (GroupedMatmulAllToAllvOutput,),
-    "allto_allv_grouped_mat_mul": (AllToAllvGroupedMatmulOutput,),
-    "allto_allv_quant_grouped_mat_mul": (AllToAllvGroupedMatmulOutput,),
-}

@@ -61,17 +61,16 @@ class Call:
 
     def in_range(self, name: str) -> bool:
         """Whether the attribute ``name`` is what every table in force allows."""
-        value, legal = self[name], [limits.values[name] for _, _, limits in self.tables() if name in limits.values]
+        value, legal = self[name], [limits.values[name] for _, limits in self.tables() if name in limits.values]
         kind = str if name in WORDS else (int, np.integer)
         return isinstance(value, kind) and not isinstance(value, bool) and all(one.allows(value) for one in legal)
 
-    def tables(self) -> Iterator[tuple[str | None, Limits, Limits]]:
-        """Every table in force, first the one that holds everywhere: its product, its base, and itself."""
-        base = ANY[self.operator]
-        yield None, base, base
+    def tables(self) -> Iterator[tuple[str | None, Limits]]:
+        """Every table in force with its product, first the one that holds everywhere."""
+        yield None, ANY[self.operator]
         if self.product is not None:
-            base = PRODUCTS[self.product].operators[self.operator]
-            yield self.product, base, base.under(self.attributes.get("comm_alg"))
+            limits = PRODUCTS[self.product][self.operator]
+            yield self.product, limits.under(self.attributes.get("comm_alg"))
 
     def worded(self, text: str, **words: Any) -> str:
         """``text`` with ``{name}`` of attributes and of ``words``, ``{name.shape}`` and ``{name.dtype}`` of arrays.
@@ -127,7 +126,6 @@ class Rule:
       check: raises a MoEError where the rule is broken.
       stage: NULL, DTYPE or REST: when it is asked.
       products: those that have the rule; None: it holds everywhere.
-      about: a parameter; versions of the operator without it have no such rule.
       depends_on: an attribute; where it is out of its own range, that is what is wrong, and this rule is not asked.
     """
 
@@ -137,7 +135,6 @@ class Rule:
     _: dataclasses.KW_ONLY
     stage: str = REST
     products: tuple[str, ...] | None = None
-    about: str | None = None
     depends_on: str | None = None
 
     def __call__(self, call: Call) -> None:
@@ -240,20 +237,19 @@ def group_size(section: str, group: str, size: str, used: Callable[[Call], bool]
 # A shape is words such as "B K". A letter that an earlier array had stands for the same extent, a new letter allows any
 # extent, and a number stands for itself. " | " stands between alternatives.
 Shape = str | Callable[[Call], str]
-Quantity = tuple[str, int] | Callable[[Call], tuple[str, int] | None]
+Quantity = Callable[[Call], tuple[str, int] | None]  # where it comes from, and how much it is; None: it is not there
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rules:
-    """How the calls of one operator are checked.
+    """How the calls of one operator are checked, and those of its earlier versions: what one lacks is not given.
 
     Attributes:
       group: the attribute that names the group of ranks, 1 to 127 characters long.
       long_group: when a longer name is found, and its code.
       shapes: by array, in the order in which they are checked.
       letters: the extents of shapes that are attributes, or follow from some.
-      quantities: what the products' tables limit besides attributes: an array and one of its axes, or a function that
-        says where the quantity comes from, and how much it is (None: it is not there).
+      quantities: what the products' tables limit besides attributes, in words and as a function of a call.
       rules: in the order in which they are checked, in each stage.
       last_rules: those that follow the product's table.
       missing_product: the code on a product that does not have the operator.
@@ -265,21 +261,12 @@ class Rules:
     long_group: tuple[str, int] = (DTYPE, BAD_PARAMETER)
     shapes: Mapping[str, Shape]
     letters: Mapping[str, Callable[[Call], int]] = dataclasses.field(default_factory=dict)
-    quantities: Mapping[str, Quantity] = dataclasses.field(default_factory=dict)
+    quantities: Mapping[str, tuple[str, Quantity]] = dataclasses.field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
     last_rules: tuple[Rule, ...] = ()
     missing_product: int = BAD_VALUE
     more_arrays: tuple[str, ...] = ()
     not_needed: tuple[str, ...] = ()
-
-    def without(self, parameters: tuple[str, ...]) -> "Rules":
-        """The rules of a version that does not have ``parameters``; they count as not given."""
-        return dataclasses.replace(
-            self,
-            shapes={name: shape for name, shape in self.shapes.items() if name not in parameters},
-            rules=tuple(rule for rule in self.rules if rule.about not in parameters),
-            last_rules=tuple(rule for rule in self.last_rules if rule.about not in parameters),
-        )
 
 
 def make_error(kind: type[MoEError], text: str, status: int | None = None) -> MoEError:
@@ -298,6 +285,11 @@ def on(product: str | None) -> str:
 def shown(call: Call, name: str) -> str:
     """An array with its shape, in words."""
     return f"{name} with shape {call.shape(name)}"
+
+
+def extent(array: str, axis: int) -> Quantity:
+    """The extent of an array, where it is given."""
+    return lambda call: (shown(call, array), call.shape(array)[axis]) if call.given(array) else None
 
 
 def canonical(dtype: Any) -> str:

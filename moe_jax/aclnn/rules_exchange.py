@@ -4,6 +4,7 @@ B tokens per rank, H hidden, K choices, W ranks, S of them for Ns shared experts
 tensor-parallel size. A rule begins with its name and the section of the CANN sheet that it is from.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -20,6 +21,7 @@ from moe_jax.aclnn.rules import (
     at_least,
     check_shape,
     dtype_name,
+    extent,
     forbids,
     group_size,
     one_of_dtypes,
@@ -30,6 +32,7 @@ from moe_jax.aclnn.rules import (
 )
 from moe_jax.aclnn.workspace import dispatch_row, hidden, sizes, tokens
 from moe_jax.errors import DtypeError, InvalidArgumentError, MissingArgumentError, ShapeError, UnsupportedError
+from moe_jax.hardware.ascend import E8M0, FLOATS, FP4, FP8
 
 _MAX_IDS = 2**31 - 1  # ids are int32
 _KINDS = ("moe_expert_num", "zero_expert_num", "copy_expert_num", "const_expert_num")
@@ -42,6 +45,10 @@ def _experts(call: Call) -> str:
     """What the number of experts per rank follows from, in words."""
     names = ("moe_expert_num", "ep_world_size", "shared_expert_rank_num")
     return ", ".join(f"{name}={call[name]}" for name in names)
+
+
+def _local_experts(call: Call) -> tuple[str, int]:
+    return _experts(call), sizes(call).local_experts
 
 
 def _num_ids(call: Call) -> int:
@@ -122,12 +129,12 @@ _RELATIONS = (
         "and not expert by expert; moe_jax.dispatch takes more",
         ShapeError, words={"experts": _experts, "local": lambda call: sizes(call).local_experts},
     ),
-)  # fmt: skip
-_PERFORMANCE_BY_RANK = forbids(
-    "performance_info_by_rank", "7", "performance_info", {"comm_alg": "hierarchy"},
-    "performance_info was given, with shape {performance_info.shape}, but with comm_alg='hierarchy' rows come through "
-    "another rank of the node, which hides whose they are; pass None, or comm_alg=''",
-    error=UnsupportedError, about="performance_info",
+    forbids(
+        "performance_info_by_rank", "7", "performance_info", {"comm_alg": "hierarchy"},
+        "performance_info was given, with shape {performance_info.shape}, but with comm_alg='hierarchy' rows come "
+        "through another rank of the node, which hides whose they are; pass None, or comm_alg=''",
+        error=UnsupportedError,
+    ),
 )  # fmt: skip
 _LETTERS = {
     "W": lambda call: call["ep_world_size"],
@@ -136,28 +143,33 @@ _LETTERS = {
 }
 _SHAPES = {"x_active_mask": "B | B K", "elastic_info": "4+2W", "performance_info": "W"}
 _QUANTITIES = {
-    "tokens": ("expert_ids", 0),
-    "top_k": ("expert_ids", 1),
-    "local_experts": lambda call: (_experts(call), sizes(call).local_experts),
-    "local_experts_with_tp": lambda call: (
-        (_experts(call), sizes(call).local_experts) if call["tp_world_size"] == 2 else None
+    "tokens": ("B, tokens per rank", extent("expert_ids", 0)),
+    "top_k": ("K, choices per token", extent("expert_ids", 1)),
+    "local_experts": ("L, experts per rank", _local_experts),
+    "local_experts_with_tp": (
+        "L, experts per rank, with tp_world_size=2",
+        lambda call: _local_experts(call) if call["tp_world_size"] == 2 else None,
     ),
-    "experts_by_ranks": lambda call: (_experts(call), sizes(call).local_experts * call["ep_world_size"]),
-    "mask_dims": lambda call: (
-        (shown(call, "x_active_mask"), len(call.shape("x_active_mask"))) if call.given("x_active_mask") else None
+    "experts_by_ranks": (
+        "experts per rank times ranks",
+        lambda call: (_experts(call), sizes(call).local_experts * call["ep_world_size"]),
     ),
-    "tp_world_size_with_elastic": lambda call: (
-        ("tp_world_size, elastic_info", call["tp_world_size"]) if call.given("elastic_info") else None
+    "mask_dims": (
+        "dimensions of x_active_mask",
+        lambda call: (
+            (shown(call, "x_active_mask"), len(call.shape("x_active_mask"))) if call.given("x_active_mask") else None
+        ),
+    ),
+    "tp_world_size_with_elastic": (
+        "tp_world_size with elastic_info",
+        lambda call: ("tp_world_size, elastic_info", call["tp_world_size"]) if call.given("elastic_info") else None,
     ),
 }
 
 
 # Dispatch.
 
-_FP4 = ("float4_e2m1fn", "uint8")  # uint8: two values per byte
-_CODES = ("float8_e4m3fn", "float8_e5m2", *_FP4)  # of rows that are quantised already
-_NO_CODES = ("float32", "bfloat16", "float16")
-_E8M0 = ("float8_e8m0fnu", "uint8")  # uint8: the byte of the exponent
+_CODES = (*FP8, *FP4)  # of rows that are quantised already
 
 
 def _scales_given(call: Call) -> None:
@@ -176,7 +188,7 @@ def _wanted_dtype(call: Call) -> str | None:
 
 def _dtypes_of_scales(call: Call) -> tuple[str, ...]:
     x = call.dtype("x")
-    return ("float32",) if x not in _CODES else _E8M0 if x in _FP4 else ("float32", *_E8M0)
+    return ("float32",) if x not in _CODES else E8M0 if x in FP4 else ("float32", *E8M0)
 
 
 def _scales_shape(call: Call) -> None:
@@ -206,7 +218,7 @@ DISPATCH = Rules(
     more_arrays=("window",),
     letters=_LETTERS,
     shapes={"x": "B H", "expert_ids": "B K", "expert_scales": "B K", **_SHAPES},
-    quantities={**_QUANTITIES, "hidden": lambda call: (shown(call, "x"), hidden(call))},
+    quantities={**_QUANTITIES, "hidden": ("H, the hidden size", lambda call: (shown(call, "x"), hidden(call)))},
     rules=(
         Rule("scales_given", "3.2", _scales_given, stage=NULL, depends_on="quant_mode"),
         refuses(
@@ -219,11 +231,10 @@ DISPATCH = Rules(
             "scales_dtype", "3.2", ("scales",), _dtypes_of_scales, "with x of dtype {x.dtype} it must be {legal}"
         ),
         *_RELATIONS,
-        _PERFORMANCE_BY_RANK,
     ),
     last_rules=(
         forbids("scales_unused", "3.2, 2.10", "scales", {"quant_mode": (4, 5)}, _SCALES_UNUSED),
-        forbids("scales_unused", "3.2, 2.10", "scales", {"quant_mode": 0, "x.dtype": _NO_CODES}, _SCALES_UNUSED),
+        forbids("scales_unused", "3.2, 2.10", "scales", {"quant_mode": 0, "x.dtype": FLOATS}, _SCALES_UNUSED),
         refuses(
             "quantised_input", "3.2", {"quant_mode": NONZERO, "x.dtype": _CODES},
             "quant_mode={quant_mode} must be 0 for x of dtype {x.dtype}, which is quantised already",
@@ -243,7 +254,7 @@ DISPATCH = Rules(
         forbids(
             "window_or_clock", "12.1", "window", {"performance_info": GIVEN},
             "window and performance_info were given; a timed exchange writes no window, so pass one",
-            error=UnsupportedError, about="performance_info",
+            error=UnsupportedError,
         ),
         refuses(
             "window_shape", "12.1", lambda call: call.given("window") and call.shape("window") != window_shape(call),
@@ -277,11 +288,6 @@ def _send_counts_size(call: Call) -> None:
         )
 
 
-def _tp_counts_size(call: Call) -> None:
-    if call["tp_world_size"] == 2:
-        check_shape("tp_send_counts", call.shape("tp_send_counts"), ((2,),))
-
-
 def _weights(call: Call) -> str:
     """[B, K], or any empty shape: a plain sum."""
     shape = call.shape("expert_scales")
@@ -311,25 +317,6 @@ def _is_small_number(value: Any) -> bool:
     return not isinstance(value, bool) and isinstance(value, (int, float)) and 0 <= value < math.inf
 
 
-_COMBINE_SHAPES = {
-    "expand_x": "A H",
-    "expert_ids": "B K",
-    "ep_send_counts": "counts",
-    "expert_scales": _weights,
-    "expand_scales": "weights",
-    "ori_x": "B H",
-    "const_expert_v": "Cc H",
-}
-_COMBINE_QUANTITIES = {**_QUANTITIES, "hidden": ("expand_x", 1)}
-_COMBINE_FIRST = (
-    requires(
-        "tp_counts_given", "9.1", "tp_send_counts", {"tp_world_size": 2},
-        "tp_send_counts is None, but tp_world_size=2 needs it; pass dispatch's",
-        error=MissingArgumentError, stage=NULL, depends_on="tp_world_size",
-    ),
-    same_dtype("same_dtype", "9.1", ("shared_expert_x", "ori_x", *_CONST, "residual_x", "gamma"), "expand_x"),
-    *_RELATIONS,
-)  # fmt: skip
 _COMBINE_LAST = (
     at_least(
         "rows", "2.3", lambda call: call.shape("expand_x")[0],
@@ -346,7 +333,11 @@ _COMBINE_LAST = (
         error=ShapeError, more_words={"rows": _rows_of_lane},
     ),
     Rule("send_counts_size", "2.2", _send_counts_size),
-    Rule("tp_counts_size", "9.1", _tp_counts_size),
+    refuses(
+        "tp_counts_size", "9.1", lambda call: call["tp_world_size"] == 2 and call.shape("tp_send_counts") != (2,),
+        "tp_send_counts has shape {tp_send_counts.shape}; it must be (2,), a count per tp rank; pass dispatch's",
+        ShapeError,
+    ),
     at_least(
         "expand_scales_size", "9.1", lambda call: call.shape("expand_scales")[0], lambda call: sizes(call).capacity,
         "expand_scales has shape {expand_scales.shape}; hierarchy weights each row, so it must have at least {needed} "
@@ -373,18 +364,18 @@ _COMBINE_LAST = (
     *(
         requires(
             "special_inputs", "5, 9.5", "ori_x", {number: NONZERO},
-            f"ori_x is None, but {number}={{{number}}} experts read the tokens; pass them", about="ori_x",
+            f"ori_x is None, but {number}={{{number}}} experts read the tokens; pass them",
         )
         for number in ("copy_expert_num", "const_expert_num")
     ),
     *(
         requires(
             "special_inputs", "5, 9.5", name, {"const_expert_num": NONZERO},
-            f"{name} is None, but const_expert_num={{const_expert_num}} needs it", about="ori_x",
+            f"{name} is None, but const_expert_num={{const_expert_num}} needs it",
         )
         for name in _CONST
     ),
-    Rule("const_shapes", "5", _const_shapes, about="const_expert_v"),
+    Rule("const_shapes", "5", _const_shapes),
     refuses(
         "quantised_wire_without_tp", "9.5", {"comm_quant_mode": NONZERO, "tp_world_size": 2},
         "comm_quant_mode={comm_quant_mode} must be 0 with tp_world_size=2, where rows are added on the way",
@@ -394,22 +385,32 @@ _COMBINE_LAST = (
 COMBINE = Rules(
     group="group_ep",
     letters=_LETTERS,
-    shapes={**_COMBINE_SHAPES, **_SHAPES},
-    quantities=_COMBINE_QUANTITIES,
-    rules=(*_COMBINE_FIRST, _PERFORMANCE_BY_RANK),
+    shapes={
+        "expand_x": "A H",
+        "expert_ids": "B K",
+        "ep_send_counts": "counts",
+        "expert_scales": _weights,
+        "expand_scales": "weights",
+        "ori_x": "B H",
+        "const_expert_v": "Cc H",
+        "residual_x": "B 1 H",
+        "gamma": "H",
+        **_SHAPES,
+    },
+    quantities={**_QUANTITIES, "hidden": ("H, the hidden size", extent("expand_x", 1))},
+    rules=(
+        requires(
+            "tp_counts_given", "9.1", "tp_send_counts", {"tp_world_size": 2},
+            "tp_send_counts is None, but tp_world_size=2 needs it; pass dispatch's",
+            error=MissingArgumentError, stage=NULL, depends_on="tp_world_size",
+        ),
+        same_dtype("same_dtype", "9.1", ("shared_expert_x", "ori_x", *_CONST, "residual_x", "gamma"), "expand_x"),
+        *_RELATIONS,
+    ),
     last_rules=_COMBINE_LAST,
-)
+)  # fmt: skip
 _NORM_EPS = refuses(
     "norm_eps", "10", lambda call: not _is_small_number(call["norm_eps"]),
     "norm_eps={norm_eps!r} must be a number of at least 0, such as 1e-6",
 )  # fmt: skip
-_NORM_SHAPES = {"residual_x": "B 1 H", "gamma": "H", "x_active_mask": "B | B K", "elastic_info": "4+2W"}
-ADD_RMS_NORM = Rules(
-    group="group_ep",
-    letters=_LETTERS,
-    shapes={**_COMBINE_SHAPES, **_NORM_SHAPES},
-    quantities=_COMBINE_QUANTITIES,
-    rules=_COMBINE_FIRST,
-    last_rules=(*_COMBINE_LAST, _NORM_EPS),
-    missing_product=BAD_PARAMETER,
-)
+ADD_RMS_NORM = dataclasses.replace(COMBINE, last_rules=(*_COMBINE_LAST, _NORM_EPS), missing_product=BAD_PARAMETER)

@@ -23,6 +23,7 @@ from moe_jax.aclnn.rules import (
     Rule,
     Rules,
     check_shape,
+    extent,
     forbids,
     group_size,
     make_error,
@@ -33,6 +34,7 @@ from moe_jax.aclnn.rules import (
 )
 from moe_jax.aclnn.workspace import columns, counts, token_rows
 from moe_jax.errors import DtypeError, InvalidArgumentError, MissingArgumentError, ShapeError
+from moe_jax.hardware.ascend import E8M0, FP8
 
 _LISTS = ("send_counts", "recv_counts")
 _TRANSPOSED = {"gmm_weight": "trans_gmm_weight", "mm_weight": "trans_mm_weight"}
@@ -135,17 +137,20 @@ def _columns(name: str) -> Quantity:
 
 
 _QUANTITIES = {
-    "local_experts": ("gmm_weight", 0),
-    "experts_by_ranks": lambda call: (shown(call, "gmm_weight"), call.shape("gmm_weight")[0] * call["ep_world_size"]),
-    "rows": lambda call: ("the counts", token_rows(call)),
-    "h1": ("gmm_x", 1),
-    "n1": _columns("gmm_weight"),
-    "h2": ("mm_x", 1),
-    "n2": _columns("mm_weight"),
-    "rows_per_token": _of_tokens(lambda rows, num_tokens: rows // num_tokens),
-    "row_remainder": _of_tokens(lambda rows, num_tokens: rows % num_tokens),
-    "least_bytes_per_peer": _bytes_per_peer(min),
-    "most_bytes_per_peer": _bytes_per_peer(max),
+    "local_experts": ("L, experts per rank", extent("gmm_weight", 0)),
+    "experts_by_ranks": (
+        "experts per rank times ranks",
+        lambda call: (shown(call, "gmm_weight"), call.shape("gmm_weight")[0] * call["ep_world_size"]),
+    ),
+    "rows": ("BSK, rows on the token side", lambda call: ("the counts", token_rows(call))),
+    "h1": ("H1, the width of gmm_x", extent("gmm_x", 1)),
+    "n1": ("N1, the columns of gmm_weight", _columns("gmm_weight")),
+    "h2": ("H2, the width of mm_x", extent("mm_x", 1)),
+    "n2": ("N2, the columns of mm_weight", _columns("mm_weight")),
+    "rows_per_token": ("K = BSK // BS", _of_tokens(lambda rows, num_tokens: rows // num_tokens)),
+    "row_remainder": ("BSK % BS", _of_tokens(lambda rows, num_tokens: rows % num_tokens)),
+    "least_bytes_per_peer": ("the fewest bytes exchanged with one rank", _bytes_per_peer(min)),
+    "most_bytes_per_peer": ("the most bytes exchanged with one rank", _bytes_per_peer(max)),
 }
 
 
@@ -196,15 +201,13 @@ GROUPED = _grouped((same_dtype("same_dtype", "14.4", ("gmm_weight", "mm_x", "mm_
 
 # The quantised siblings: data of one byte or less, and scales beside it.
 
-_FP8 = ("float8_e4m3fn", "float8_e5m2")
-_E8M0 = ("float8_e8m0fnu", "uint8")
 _SCALES = ("gmm_x_scale", "gmm_weight_scale", "mm_x_scale", "mm_weight_scale")
 
 
 def _alike(call: Call) -> tuple[str, ...]:
     """fp8 in any mix, or one dtype throughout."""
     dtype = call.dtype("gmm_x")
-    return _FP8 if dtype in _FP8 else (dtype,)
+    return FP8 if dtype in FP8 else (dtype,)
 
 
 def _quant_modes(call: Call) -> None:
@@ -254,12 +257,12 @@ QUANTISED = _grouped(
         ),
         one_of_dtypes(
             "mode_dtypes", "14.6", ("gmm_x",),
-            lambda call: ("int8", *_FP8) if call["gmm_x_quant_mode"] == 1 else (*_FP8, "float4_e2m1fn"),
+            lambda call: ("int8", *FP8) if call["gmm_x_quant_mode"] == 1 else (*FP8, "float4_e2m1fn"),
             "with gmm_x_quant_mode={gmm_x_quant_mode} it must be {legal}", depends_on="gmm_x_quant_mode",
         ),
         one_of_dtypes(
             "scale_dtypes", "14.6", _SCALES,
-            lambda call: ("float32",) if call["gmm_x_quant_mode"] == 1 else _E8M0,
+            lambda call: ("float32",) if call["gmm_x_quant_mode"] == 1 else E8M0,
             "with gmm_x_quant_mode={gmm_x_quant_mode} it must be {legal}", depends_on="gmm_x_quant_mode",
         ),
         refuses(

@@ -18,13 +18,11 @@ from moe_jax.aclnn.rules import (
     Rule,
     Rules,
     at_least,
-    check_shape,
+    extent,
     forbids,
     group_size,
-    make_error,
     refuses,
     requires,
-    shown,
 )
 from moe_jax.errors import InvalidArgumentError, ShapeError
 
@@ -62,14 +60,18 @@ UPDATE_EXPERT = Rules(
         "active_mask": "B",
     },
     quantities={
-        "tokens": ("expert_ids", 0),
-        "top_k": ("expert_ids", 1),
-        "logical_experts": ("eplb_table", 0),
-        "table_columns": ("eplb_table", 1),
-        "table_columns_by_token": lambda call: (
-            (shown(call, "eplb_table"), call.shape("eplb_table")[1]) if call["balance_mode"] == 1 else None
+        "tokens": ("B, tokens per rank", extent("expert_ids", 0)),
+        "top_k": ("K, choices per token", extent("expert_ids", 1)),
+        "logical_experts": ("E, the rows of eplb_table", extent("eplb_table", 0)),
+        "table_columns": ("F, the columns of eplb_table", extent("eplb_table", 1)),
+        "table_columns_by_token": (
+            "F, the columns of eplb_table, with balance_mode=1",
+            lambda call: extent("eplb_table", 1)(call) if call["balance_mode"] == 1 else None,
         ),
-        "ranks": lambda call: ("world_size", call["world_size"]) if _reads_ranks(call) and _is_whole(call) else None,
+        "ranks": (
+            "ranks, which balance_mode=0 reads",
+            lambda call: ("world_size", call["world_size"]) if _reads_ranks(call) and _is_whole(call) else None,
+        ),
     },
     rules=(
         refuses(
@@ -124,20 +126,16 @@ BARRIER = Rules(
 
 # The reset of a buffer. Its mask's shape has the code of a dtype [12.1].
 
-
-def _mask_shape(call: Call) -> None:
-    try:
-        check_shape("elastic_info", call.shape("elastic_info"), ((call["ep_world_size"],),))
-    except ShapeError as error:
-        raise make_error(ShapeError, str(error), BAD_PARAMETER) from None
-
-
 BUFFER_RESET = Rules(
     group="group_ep",
     more_arrays=("time_out",),
     shapes={"time_out": "1"},
     rules=(
-        Rule("mask_shape", "12.1", _mask_shape, stage=DTYPE),
+        refuses(
+            "mask_shape", "12.1", lambda call: call.shape("elastic_info") != (call["ep_world_size"],),
+            "elastic_info has shape {elastic_info.shape}; it must be ({ep_world_size},): pass a number for each rank",
+            ShapeError, stage=DTYPE, status=BAD_PARAMETER,
+        ),
         forbids(
             "time_out_of_a_wait", "12.1", "time_out", {"need_sync": 0},
             "time_out was given, but need_sync=0 waits for nobody; pass None, or need_sync=1",

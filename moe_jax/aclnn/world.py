@@ -59,20 +59,19 @@ class World:
         return self.capacity * self.plan.tp_size
 
 
-def make_world(
-    given: Mapping[str, Any], *, tokens: int, hidden: int, top_k: int, dtype: str, quant: str = "none"
-) -> World:
+def make_world(given: Mapping[str, Any], rows: Array, *, dtype: str, quant: str = "none") -> World:
     """The plan of one call, and its capacity. Group names are bound mesh axes, whose index is the rank.
 
     Args:
       given: the arguments of the operator by name. Dispatch and combine name the attributes of their exchange alike,
         and those are read here; ``comm_quant_mode`` is combine's alone.
-      tokens, hidden, top_k, dtype: of the rows that travel.
+      rows: [.., H] that travel, as ``dtype``.
       quant: the recipe of dispatched rows.
 
     Raises:
       MeshError: a group is not bound here.
     """
+    (tokens, top_k), hidden = given["expert_ids"].shape, rows.shape[1]
     ep_size, tp_size = given["ep_world_size"], max(given["tp_world_size"], 1)
     ep_axes = _compat.bound_axes(given["group_ep"], "group_ep")
     tp_axes = _compat.bound_axes(given["group_tp"], "group_tp") if tp_size > 1 else ()
@@ -92,7 +91,8 @@ def make_world(
         combine_quant=_COMBINE_RECIPES[given.get("comm_quant_mode", 0)],
         transport=_TRANSPORTS[given["comm_alg"] or ""],
     )
-    plan = dataclasses.replace(plan, ep_axis=ep_axes, tp_axis=tp_axes[0] if tp_axes else None)
+    tp_axis = tp_axes[0] if tp_axes else None
+    plan = dataclasses.replace(plan, ep_axis=ep_axes, tp_axis=tp_axis, token_axes=(*ep_axes, *tp_axes))
     most = given["global_bs"] // ep_size if given["global_bs"] else tokens
     return World(plan, most * ep_size * min(plan.num_local_experts, top_k))
 
@@ -104,9 +104,10 @@ def as_pair_mask(x_active_mask: Array | None, expert_ids: Array) -> Array | None
     return jnp.arange(expert_ids.shape[0]) < jnp.sum(x_active_mask)
 
 
-def active_tokens(mask: Array | None, tokens: int, plan: Plan, elastic_info: Array | None) -> Array:
+def active_tokens(x_active_mask: Array | None, expert_ids: Array, plan: Plan, elastic_info: Array | None) -> Array:
     """[B] bool, the tokens whose rows combine writes; none on a rank that was removed."""
-    active = jnp.ones(tokens, bool) if mask is None else mask if mask.ndim == 1 else jnp.any(mask, axis=1)
+    mask = as_pair_mask(x_active_mask, expert_ids)
+    active = jnp.ones(len(expert_ids), bool) if mask is None else mask if mask.ndim == 1 else jnp.any(mask, axis=1)
     if elastic_info is None:
         return active
     return active & (read_table(elastic_info, plan).logical[collectives.ep_rank(plan)] >= 0)
@@ -115,7 +116,7 @@ def active_tokens(mask: Array | None, tokens: int, plan: Plan, elastic_info: Arr
 def make_manifest(
     world: World,
     expert_ids: Array,
-    mask: Array | None,
+    x_active_mask: Array | None,
     elastic_info: Array | None,
     *,
     recv_counts: Array | None = None,
@@ -126,6 +127,7 @@ def make_manifest(
     plan = world.plan
     transport = transport_of(plan)
     counter = Stopwatch(transport) if timed else transport
+    mask = as_pair_mask(x_active_mask, expert_ids)
     manifest = count_pairs(counter, expert_ids, plan, token_mask=mask, rank_table=elastic_info, fresh=fresh)
     if recv_counts is not None:
         manifest = manifest._replace(known=transport.with_counts(manifest.known, recv_counts))

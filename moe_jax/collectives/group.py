@@ -1,5 +1,6 @@
 """The collectives of a plan: what its ranks gather, sum and tell each other."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ def check_axes(plan: "Plan", *, replicas: bool = False) -> None:
             f"with axes {axes}, or use moe_jax.moe_on_mesh"
         )
     ep_size = _compat.group_size(plan.ep_axis)
-    tp_size = 1 if plan.tp_axis is None else lax.axis_size(plan.tp_axis)
+    tp_size = _compat.group_size(plan.tp_axes)
     if (ep_size, tp_size) != (plan.ep_size, plan.tp_size):
         raise MeshError(
             f"the mesh has ep={ep_size}, tp={tp_size} and the plan was made for ep={plan.ep_size}, "
@@ -44,7 +45,7 @@ def ep_rank(plan: "Plan") -> Array:
 
 def tp_rank(plan: "Plan") -> Array:
     """This device's tensor-parallel rank, traced."""
-    return jnp.int32(0) if plan.tp_axis is None else lax.axis_index(plan.tp_axis)
+    return lax.axis_index(plan.tp_axes) if plan.tp_axes else jnp.int32(0)
 
 
 def rank_along(axes: tuple[str, ...]) -> Array:
@@ -81,24 +82,20 @@ def sum_over_tokens(x: Array, plan: "Plan") -> Array:
 
 def gather_counts(send_counts: Array, plan: "Plan") -> Array:
     """[W, L] pairs of this rank by destination -> [P, W, W, L] of all ranks of the group, which all know the same."""
-
-    def gather(counts, axes):
-        return lax.all_gather(counts, axes, to="invarying")
-
-    everyone = _without_unit_axes(gather, send_counts, _token_axes(plan))
+    everyone = _without_unit_axes(functools.partial(lax.all_gather, to="invarying"), send_counts, _token_axes(plan))
     return everyone.reshape(plan.tp_size, plan.ep_size, *send_counts.shape)
 
 
 def exchange_counts(send_counts: Array, plan: "Plan") -> Array:
     """[W, L] pairs of this rank by destination -> [P, W, L] pairs for this rank's experts by source."""
     received = lax.all_to_all(send_counts, plan.ep_axis, 0, 0, tiled=True) if plan.ep_size > 1 else send_counts
-    return lax.all_gather(received, plan.tp_axis) if plan.tp_size > 1 else received[None]
+    return lax.all_gather(received, plan.tp_axes) if plan.tp_size > 1 else received[None]
 
 
 def exchange_counts_timed(send_counts: Array, plan: "Plan") -> tuple[Array, Array]:
     """As ``exchange_counts``, and [W] i32 microseconds that this rank waited for each."""
     received, microseconds = timed_all_to_all(send_counts, plan.ep_axis)
-    return lax.all_gather(received, plan.tp_axis) if plan.tp_size > 1 else received[None], microseconds
+    return lax.all_gather(received, plan.tp_axes) if plan.tp_size > 1 else received[None], microseconds
 
 
 def swap_with_peers(entries: Array, axes: tuple[str, ...]) -> Array:
@@ -113,12 +110,19 @@ def gather_sizes(sizes: Array, axes: tuple[str, ...]) -> Array:
 
 def gather_tp(rows: Array, plan: "Plan") -> Array:
     """[A, ...] of each tp rank -> [P * A, ...] of all, in rank order."""
-    return gather_rows(plan.tp_axis, True, rows) if plan.tp_size > 1 else rows
+    return gather_rows(plan.tp_axes, True, rows) if plan.tp_size > 1 else rows
 
 
 def reduce_scatter_tp(rows: Array, plan: "Plan") -> Array:
     """[P * A, H] partial sums -> this rank's [A, H], summed over tp."""
-    return lax.psum_scatter(rows, plan.tp_axis, tiled=True) if plan.tp_size > 1 else rows
+    return lax.psum_scatter(rows, plan.tp_axes, tiled=True) if plan.tp_size > 1 else rows
+
+
+def gather_params(weights: Array, axis: int, plan: "Plan") -> Array:
+    """Weights of which each replica has an equal part along ``axis`` -> the whole, on every one of them."""
+    if plan.num_param_shards == 1:
+        return weights
+    return lax.all_gather(weights, plan.param_axes, axis=axis, tiled=True)
 
 
 def gather_tokens(x: Array, plan: "Plan") -> Array:
@@ -132,4 +136,4 @@ def reduce_scatter_tokens(x: Array, plan: "Plan") -> Array:
 
 
 def _token_axes(plan: "Plan") -> tuple[str, ...]:
-    return plan.ep_axis if plan.tp_axis is None else (plan.tp_axis, *plan.ep_axis)
+    return (*plan.tp_axes, *plan.ep_axis)

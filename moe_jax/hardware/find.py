@@ -23,8 +23,8 @@ def find_machine(name_or_path: str | os.PathLike[str]) -> Machine:
 
     A file has a table ``[machine]`` with the fields of ``Machine``; ``inside``, ``between`` and ``torus`` are tables
     of their own. ``base = "h100"`` takes every figure that is not given from that machine; "none" says that there is no
-    such figure. ``name`` is the file's own where it is missing. Figures come from ``[machine.sources]``, by field, or
-    else from the file.
+    such figure. ``name`` is the file's own where it is missing. Figures come from ``[machine.sources]``, by field such
+    as ``between.latency``, or else from the file.
 
     Raises:
       InvalidArgumentError: it is neither a known name nor the path of a TOML file.
@@ -77,7 +77,7 @@ def _read(path: Path) -> Machine:
     if not isinstance(table, dict):
         raise ConfigError(f"{path}: section 'machine' is missing; put the figures under [machine]")
     figures = dict(table)
-    base, said = figures.pop("base", None), figures.pop("sources", {})
+    base, said = figures.pop("base", None), _flat(figures.pop("sources", {}))
     figures.setdefault("name", path.stem)
     basis = MACHINES.get(base) if isinstance(base, str) else None
     # 1. Whatever is wrong in the file is said at once.
@@ -135,6 +135,15 @@ def _build(cls: type, table: dict[str, Any], base: Any, *, has_base: bool, prefi
         return (dataclasses.replace(base, **values) if has_base else cls(**values)), []
     except InvalidArgumentError as error:  # figures that do not fit each other
         return None, [str(error)]
+
+
+def _flat(said: Any) -> Any:
+    """Sources by figure, whether the file names a figure of a part "between.latency" or in a table of the part."""
+    if not isinstance(said, dict):
+        return said
+    flat = {name: text for name, text in said.items() if not (name in PARTS and isinstance(text, dict))}
+    parts = [(part, texts) for part, texts in said.items() if part not in flat]
+    return flat | {f"{part}.{name}": text for part, texts in parts for name, text in texts.items()}
 
 
 def _source_violations(said: Any) -> list[str]:

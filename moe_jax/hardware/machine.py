@@ -111,7 +111,7 @@ class Machine:
     relayout_passes: float = 0.0
     ragged_share: float = 1.0
     widened: tuple[str, ...] = ()
-    sources: tuple[tuple[str, str], ...] = ()
+    sources: tuple[tuple[str, str], ...] = dataclasses.field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         raise_all(figure_violations(self), f"Machine {self.name!r}")

@@ -1,8 +1,11 @@
 """The machines that are known by name, with a source for every figure.
 
-Rates of products are without sparsity. A link's rate is one way, of one device: half of what is advertised for both.
-Figures that nobody publishes are assumed, and their sources say so.
+Rates of products are without sparsity. A link's rate is one way, of one device: half of what is advertised for both,
+and of that the share which exchanges were published to reach. Figures that nobody publishes are assumed, and their
+sources say so.
 """
+
+import dataclasses
 
 from moe_jax.hardware.gpu import GPUS
 from moe_jax.hardware.machine import Link, Machine, Torus
@@ -12,13 +15,56 @@ GIB = 2**30
 _GPU_LAUNCH = 3e-6
 _NPU_LAUNCH = 5e-6
 
-_RAGGED_GPU = ("ragged_share", "openxla/xla#33386: a ragged exchange reaches 2 % of NVLink inside a node of B200")
+_RAGGED_GPU = (
+    "ragged_share",
+    "openxla/xla#33386: a ragged exchange inside a node of B200 reaches 2 % of NVLink's rate; over what others reach",
+)
 _RELAYOUT_TPU = (
     "relayout_passes",
     "libtpu 0.0.42 gives the passes to and from a row in tiles of its own 1.4 times as long as their bytes take",
 )
 _NO_RELAYOUT = ("relayout_passes", "its rows lie one after the other in memory, with nothing between")
 _NOT_WIDENED = ("widened", "none: sums over ranks are made in the dtype of their terms")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reached:
+    """What exchanges reach of a kind of link, fitted to what others published (``moe_jax.tools.published``).
+
+    Attributes:
+      share: of the rate that is advertised, in an exchange of many bytes.
+      latency: seconds, however few bytes.
+      source: the rows that gave both figures.
+    """
+
+    share: float
+    latency: float
+    source: str
+
+
+REACHED = {
+    "NVLink": Reached(share=0.701, latency=27.5e-6, source="fitted to the rows of DeepEP V1 on 8 H800"),
+    # In both of DeepEP's tables: 400 Gb/s of ConnectX-7.
+    "RDMA": Reached(share=0.880, latency=28.7e-6, source="fitted to the rows of DeepEP V1 on 16 to 256 H800"),
+    "Infinity Fabric": Reached(share=0.644, latency=19.0e-6, source="fitted to the rows of mori on 8 MI300X"),
+    "HCCS": Reached(share=0.600, latency=52.1e-6, source="fitted to the rows of sgl-kernel-npu on 8 and 32 dies of A3"),
+}
+
+
+def reached_link(kind: str, nominal: float) -> Link:
+    """The link of a kind in ``REACHED`` whose advertised rate is ``nominal`` bytes per second one way."""
+    return Link(bytes_per_second=REACHED[kind].share * nominal, latency=REACHED[kind].latency)
+
+
+def _link_sources(part: str, kind: str, advertised: str, about: str = "") -> tuple[tuple[str, str], ...]:
+    """The sources of a link of a kind in ``REACHED``."""
+    fitted = REACHED[kind].source + about
+    return (
+        (f"{part}.bytes_per_second", f"{REACHED[kind].share:.1%} of {advertised}; the share is {fitted}"),
+        (f"{part}.latency", fitted),
+    )
+
+
 _GPU_LAUNCH_SOURCE = ("launch_seconds", "assumed: a kernel of a CUDA or HIP graph with its gap to the next")
 
 
@@ -36,18 +82,18 @@ def _nvidia(
         flops8=flops8,
         memory_bytes=GPUS[name].device_memory_size,
         memory_bandwidth=GPUS[name].memory_bandwidth,
-        inside=Link(bytes_per_second=nvlink, latency=10e-6),
-        between=Link(bytes_per_second=nic, latency=20e-6),
+        inside=reached_link("NVLink", nvlink),
+        between=reached_link("RDMA", nic),
         devices_per_node=node,
         launch_seconds=_GPU_LAUNCH,
-        ragged_share=0.02,
+        ragged_share=0.02 / REACHED["NVLink"].share,
         sources=(
             ("flops16, flops32, flops8", f"NVIDIA's data sheet: BF16, FP32 and {eight} without sparsity"),
             ("memory_bytes, memory_bandwidth", GPUS[name].source),
-            ("inside.bytes_per_second", "NVIDIA's data sheet: half of NVLink's bandwidth both ways"),
-            ("inside.latency", "assumed"),
-            ("between.bytes_per_second", f"NVIDIA's DGX data sheet: a network card of {nic * 8e-9:.0f} Gb/s per GPU"),
-            ("between.latency", "assumed"),
+            *_link_sources("inside", "NVLink", "half of NVLink's bandwidth both ways by NVIDIA's data sheet"),
+            *_link_sources(
+                "between", "RDMA", f"a network card of {nic * 8e-9:.0f} Gb/s per GPU, by NVIDIA's DGX data sheet"
+            ),
             ("devices_per_node", f"NVIDIA's data sheet: {node} GPUs share a domain of NVLink"),
             _GPU_LAUNCH_SOURCE,
             _RAGGED_GPU if name == "b200" else (_RAGGED_GPU[0], _RAGGED_GPU[1] + "; assumed of this card too"),
@@ -109,14 +155,14 @@ def _ascend(
         flops8=flops8,
         memory_bytes=int(memory_gib * GIB),
         memory_bandwidth=bandwidth,
-        inside=Link(bytes_per_second=inside, latency=15e-6),
-        between=Link(bytes_per_second=between, latency=25e-6),
+        inside=reached_link("HCCS", inside),
+        between=reached_link("RDMA", between),
         devices_per_node=node,
         launch_seconds=_NPU_LAUNCH,
         sources=(
             *sources,
             ("flops32", "assumed: a quarter of the 16-bit rate"),
-            ("inside.latency, between.latency, launch_seconds", "assumed"),
+            ("launch_seconds", "assumed"),
             ("relayout_passes, ragged_share", "assumed: CANN's operators send rows as they lie"),
             _NOT_WIDENED,
         ),
@@ -132,18 +178,18 @@ _MI300X = Machine(
     flops8=2614.9e12,
     memory_bytes=192 * GIB,
     memory_bandwidth=5.3e12,
-    inside=Link(bytes_per_second=7 * 64e9, latency=10e-6),
-    between=Link(bytes_per_second=50e9, latency=20e-6),
+    inside=reached_link("Infinity Fabric", 7 * 64e9),
+    between=reached_link("RDMA", 50e9),
     devices_per_node=8,
     launch_seconds=_GPU_LAUNCH,
-    ragged_share=0.02,
+    ragged_share=0.02 / REACHED["Infinity Fabric"].share,
     sources=(
         ("flops16, flops32, flops8", "AMD's data sheet: peak BF16, FP32 matrix and FP8 without sparsity"),
         ("memory_bytes, memory_bandwidth", "AMD's data sheet: 192 GB of HBM3, 5.3 TB/s"),
-        ("inside.bytes_per_second", "AMD's data sheet: seven Infinity Fabric links, each 64 GB/s one way"),
-        ("inside.latency", "assumed"),
-        ("between.bytes_per_second", "assumed: a network card of 400 Gb/s per GPU, as on AMD's reference platform"),
-        ("between.latency", "assumed"),
+        *_link_sources(
+            "inside", "Infinity Fabric", "seven Infinity Fabric links, each 64 GB/s one way by AMD's data sheet"
+        ),
+        *_link_sources("between", "RDMA", "a network card of 400 Gb/s per GPU, as where mori was measured"),
         ("devices_per_node", "AMD's data sheet of the platform: 8 GPUs, each linked to each other"),
         _GPU_LAUNCH_SOURCE,
         (_RAGGED_GPU[0], _RAGGED_GPU[1] + "; assumed of this card too"),
@@ -175,6 +221,7 @@ _CPU = Machine(
     ),
 )
 
+_ASSUMED = "; assumed of this device too"
 _A3_PAPER = (
     "Serving Large Language Models on Huawei CloudMatrix384, arXiv:2506.12708, for one of the two dies of a 910C"
 )
@@ -219,8 +266,10 @@ MACHINES: dict[str, Machine] = {
             sources=(
                 ("flops16, memory_bytes, memory_bandwidth", "assumed: as of one die of a 910C"),
                 ("flops8", "assumed: INT8, twice the 16-bit rate"),
-                ("inside.bytes_per_second", "half of the 392 GB/s that Huawei gives for seven HCCS links both ways"),
-                ("between.bytes_per_second", "Huawei's Atlas 800T A2: a 200 Gb/s RoCE port per NPU"),
+                *_link_sources(
+                    "inside", "HCCS", "half of the 392 GB/s that Huawei gives for seven HCCS links both ways", _ASSUMED
+                ),
+                *_link_sources("between", "RDMA", "a 200 Gb/s RoCE port per NPU: Huawei's Atlas 800T A2", _ASSUMED),
                 ("devices_per_node", "Huawei's Atlas 800T A2: 8 NPUs"),
             ),
         ),
@@ -228,8 +277,10 @@ MACHINES: dict[str, Machine] = {
             "a3", flops16=376e12, flops8=752e12, memory_gib=64, bandwidth=1.6e12, inside=196e9, between=25e9, node=768,
             sources=(
                 ("flops16, flops8, memory_bytes, memory_bandwidth", _A3_PAPER),
-                ("inside.bytes_per_second", f"{_A3_PAPER}: half of a package's 392 GB/s one way over the unified bus"),
-                ("between.bytes_per_second", f"{_A3_PAPER}: half of a package's 400 Gb/s RoCE"),
+                *_link_sources(
+                    "inside", "HCCS", f"half of a package's 392 GB/s one way over the unified bus ({_A3_PAPER})"
+                ),
+                *_link_sources("between", "RDMA", f"half of a package's 400 Gb/s RoCE ({_A3_PAPER})", _ASSUMED),
                 ("devices_per_node", "384 packages of two dies share a unified bus"),
             ),
         ),
@@ -239,8 +290,10 @@ MACHINES: dict[str, Machine] = {
             sources=(
                 ("flops8, memory_bytes, memory_bandwidth", _A5_TALK),
                 ("flops16", "assumed: half of the FP8 rate"),
-                ("inside.bytes_per_second", f"{_A5_TALK}: half of an interconnect of 2 TB/s, taken as both ways"),
-                ("between.bytes_per_second", "assumed: a port of 400 Gb/s"),
+                *_link_sources(
+                    "inside", "HCCS", f"half of an interconnect of 2 TB/s, taken as both ways ({_A5_TALK})", _ASSUMED
+                ),
+                *_link_sources("between", "RDMA", "a port of 400 Gb/s, which is assumed", _ASSUMED),
                 ("devices_per_node", "Huawei's announcement of the Atlas 950 SuperPoD: 8192 NPUs"),
             ),
         ),

@@ -7,13 +7,14 @@ makes a kernel an operation of a program, which is interpreted where its platfor
 """
 
 from moe_jax.kernels import cpu, gpu, tokamax, tpu, xla
-from moe_jax.kernels.grouped_matmul import FLOAT_DTYPES, grouped_matmul, grouped_matmuls, grouped_outer
+from moe_jax.kernels.grouped_matmul import FLOAT_DTYPES, gated_matmul, grouped_matmul, grouped_matmuls, grouped_outer
 from moe_jax.kernels.table import (
     Backend,
     backend_names,
     check_backend,
     describe_backend,
     find_transport,
+    fused_kernels,
     register_backend,
     resolve_backend,
 )
@@ -25,6 +26,8 @@ __all__ = [
     "check_backend",
     "describe_backend",
     "find_transport",
+    "fused_kernels",
+    "gated_matmul",
     "grouped_matmul",
     "grouped_matmuls",
     "grouped_outer",

@@ -6,6 +6,7 @@ GPUs XLA's products run instead, since nobody has measured our tiles there.
 
 import functools
 import importlib
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,39 +29,86 @@ def grouped_matmul(
     rhs: jax.Array,
     group_sizes: jax.Array,
     *,
-    transpose_rhs: bool,
     add_to: jax.Array | None = None,
+    row_slot: jax.Array | None = None,
+    into: int | None = None,
+    **static: Any,
 ) -> jax.Array:
-    """lhs [M, H], rhs [G, H, N] ([G, N, H] if ``transpose_rhs``), group_sizes [G] -> [M, N], plus ``add_to`` [M, N].
-
-    ``kernel``: "module.function" in ``moe_jax.kernels``.
-    """
-    shape = (lhs.shape[0], rhs.shape[1 if transpose_rhs else 2])
-
-    def by_xla(lhs, rhs, group_sizes, *added):
-        return sum(added, xla.grouped_matmul(lhs, rhs, group_sizes, transpose_rhs=transpose_rhs))
-
-    @sequential_vmap
-    def run(*operands):
-        call = functools.partial(_call, kernel, transpose_rhs=transpose_rhs, precision=_precision())
-        return kernel_call(
-            call, *operands, shape=shape, dtype=lhs.dtype, platforms=("cuda",), others=(("rocm", by_xla),)
-        )
-
-    return run(lhs, rhs, group_sizes, *(() if add_to is None else (add_to,)))
+    """The kernels "grouped_matmul" and "slot_matmul" of ``Backend``; ``kernel`` is as for ``_imported``."""
+    num_rows = (lhs if row_slot is None else row_slot).shape[0] if into is None else into
+    shape = (num_rows, rhs.shape[1 if static["transpose_rhs"] else 2])
+    if row_slot is not None:
+        static |= {"into": into}
+    more = {"add_to": add_to, "row_slot": row_slot}
+    return _run(kernel, xla.slot_matmul, (lhs, rhs, group_sizes), more, static, shape=shape, dtype=lhs.dtype)
 
 
-def grouped_outer(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, dtype: Any) -> jax.Array:
-    """lhs [M, H], rhs [M, N], group_sizes [G] -> [G, H, N] in ``dtype``."""
+def grouped_outer(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    dtype: Any,
+    row_slot: jax.Array | None = None,
+    slotted: str = "",
+) -> jax.Array:
+    """The kernels "grouped_outer" and "slot_outer" of ``Backend``."""
     shape = (*group_sizes.shape, lhs.shape[1], rhs.shape[1])
+    static = {"dtype": jnp.dtype(dtype), "slotted": slotted}
+    operands, more = (lhs, rhs, group_sizes), {"row_slot": row_slot}
+    return _run("triton.grouped_outer", xla.slot_outer, operands, more, static, shape=shape, dtype=dtype)
+
+
+def gated_matmul(
+    lhs: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    gating: Callable,
+    keep: bool,
+    gate_bias: jax.Array | None = None,
+    up_bias: jax.Array | None = None,
+    row_slot: jax.Array | None = None,
+) -> tuple[jax.Array, ...]:
+    """The kernel "gated_matmul" of ``Backend``."""
+    shape = ((lhs if row_slot is None else row_slot).shape[0], up.shape[2])
+    more = {"gate_bias": gate_bias, "up_bias": up_bias, "row_slot": row_slot}
+    return _run(
+        "triton.gated_matmul",
+        xla.gated_matmul,
+        (lhs, gate, up, group_sizes),
+        more,
+        {"gating": gating, "keep": keep},
+        shape=shape,
+        dtype=lhs.dtype,
+        num_results=3 if keep else 1,
+    )
+
+
+def _run(
+    kernel: str,
+    by_xla: Callable,
+    operands: tuple[jax.Array, ...],
+    more: dict[str, jax.Array | None],
+    static: dict[str, Any],
+    **results: Any,
+) -> Any:
+    """``kernel``, as for ``_imported``, on NVIDIA's GPUs, and ``by_xla`` on AMD's: of operands, and of more by keyword.
+
+    ``results``: as for ``kernel_call``.
+    """
+    given = {name: operand for name, operand in more.items() if operand is not None}
 
     @sequential_vmap
     def run(*operands):
-        call = functools.partial(_call, "triton.grouped_outer", dtype=jnp.dtype(dtype), precision=_precision())
-        by_xla = functools.partial(xla.grouped_outer, dtype=dtype)
-        return kernel_call(call, *operands, shape=shape, dtype=dtype, platforms=("cuda",), others=(("rocm", by_xla),))
+        call = functools.partial(
+            _call, functools.partial(_imported, kernel), tuple(given), precision=_precision(), **static
+        )
+        others = (("rocm", functools.partial(_call, by_xla, tuple(given), **static)),)
+        return kernel_call(call, *operands, platforms=("cuda",), others=others, **results)
 
-    return run(lhs, rhs, group_sizes)
+    return run(*operands, *given.values())
 
 
 def _precision() -> str | None:
@@ -68,10 +116,16 @@ def _precision() -> str | None:
     return _compat.config_value("jax_default_matmul_precision")
 
 
-def _call(kernel: str, *operands: jax.Array, **static: Any) -> jax.Array:
-    """Calls ``kernel``, "module.function". Its module is imported only now: it brings Pallas, which takes a second."""
-    module, function = kernel.split(".")
-    return getattr(importlib.import_module(f"moe_jax.kernels.{module}"), function)(*operands, **static)
+def _call(kernel: Callable, names: tuple[str, ...], *operands: jax.Array, **static: Any) -> Any:
+    """Calls ``kernel`` with operands by position, of which the last are given by ``names``."""
+    split = len(operands) - len(names)
+    return kernel(*operands[:split], **dict(zip(names, operands[split:], strict=True)), **static)
+
+
+def _imported(name: str, *operands: Any, **keywords: Any) -> Any:
+    """Calls "module.function" of ``moe_jax.kernels``, imported only now: it brings Pallas, which takes a second."""
+    module, function = name.split(".")
+    return getattr(importlib.import_module(f"moe_jax.kernels.{module}"), function)(*operands, **keywords)
 
 
 def jax_has_mosaic_kernels() -> bool:
@@ -89,8 +143,15 @@ def _backend(name: str, device_kinds: tuple[str, ...], matmul: str, about: str) 
         name=name,
         platforms=("gpu",),
         device_kinds=device_kinds,
-        kernels={"grouped_matmul": functools.partial(grouped_matmul, matmul), "grouped_outer": grouped_outer},
+        kernels={
+            "grouped_matmul": functools.partial(grouped_matmul, matmul),
+            "grouped_outer": grouped_outer,
+            "slot_matmul": functools.partial(grouped_matmul, _TRITON),
+            "slot_outer": grouped_outer,
+            "gated_matmul": gated_matmul,
+        },
         accumulates=True,
+        fuses=None if matmul == _TRITON else functools.partial(_imported, matmul.replace("_matmul", "_fuses")),
         about=about,
     )
 

@@ -6,7 +6,9 @@ nobody runs. The kernel itself is a function of one device: inside it no operand
 since the interpreter's loops want all that they carry to vary alike.
 """
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +25,13 @@ def kernel_call(
     dtype,
     platforms: tuple[str, ...],
     others: tuple[tuple[str, Callable], ...] = (),
-) -> jax.Array:
-    """``call(*operands, interpret=...)``, a ``pallas_call`` with one result, typed as varying wherever an operand does.
+    num_results: int | None = None,
+) -> Any:
+    """``call(*operands, interpret=...)``, a ``pallas_call``; its results are typed as varying wherever an operand does.
 
     Args:
-      call: (*operands, interpret: bool) -> an array.
-      shape, dtype: of the result.
+      call: (*operands, interpret: bool) -> an array, or a tuple of ``num_results`` of them.
+      shape, dtype: of each result.
       platforms: the platforms that the kernel compiles for, as JAX names them when it lowers: "tpu", "cuda", "rocm".
       others: pairs of a platform and a function of the operands, which does the work there instead of the kernel.
 
@@ -36,7 +39,10 @@ def kernel_call(
     """
     axes = union_of_varying_axes(operands)
     (out_type,) = jax.make_jaxpr(lambda: as_varying(jnp.zeros(shape, dtype), axes))().out_avals
-    return _kernel_p.bind(*operands, call=call, out_type=out_type, platforms=platforms, others=others)
+    found = _kernel_p.bind(
+        *operands, call=call, out_types=(out_type,) * (num_results or 1), platforms=platforms, others=others
+    )
+    return found[0] if num_results is None else tuple(found)
 
 
 def result_type(shape: tuple[int, ...], dtype, like: jax.Array) -> jax.ShapeDtypeStruct:
@@ -45,22 +51,26 @@ def result_type(shape: tuple[int, ...], dtype, like: jax.Array) -> jax.ShapeDtyp
 
 
 _kernel_p = Primitive("moe_kernel")
-_kernel_p.def_abstract_eval(lambda *operands, call, out_type, platforms, others: out_type)
+_kernel_p.multiple_results = True
+_kernel_p.def_abstract_eval(lambda *operands, call, out_types, platforms, others: out_types)
 _kernel_p.def_impl(
     lambda *operands, **static: jax.jit(lambda *operands: _kernel_p.bind(*operands, **static))(*operands)
 )
 
 
 def _lower_for(platform: str | None) -> Callable:
-    def lower(context, *values, call, out_type, platforms, others):
+    def lower(context, *values, call, out_types, platforms, others):
+        function = dict(others).get(platform, functools.partial(call, interpret=platform not in platforms))
+
         def run(*operands):
-            return call(*operands, interpret=platform not in platforms)
+            found = function(*operands)
+            return found if isinstance(found, tuple) else (found,)
 
         # Kernels count in 32 bits, also where JAX is told to have 64.
         with lowering_for(platform), jax.enable_x64(False):
-            alike = {"avals_in": [on_one_device(of) for of in context.avals_in], "avals_out": [on_one_device(out_type)]}
-            function = dict(others).get(platform, run)
-            return mlir.lower_fun(function, multiple_results=False)(context.replace(**alike), *values)
+            avals = {"avals_in": context.avals_in, "avals_out": out_types}
+            alike = {name: [on_one_device(of) for of in types] for name, types in avals.items()}
+            return mlir.lower_fun(run, multiple_results=True)(context.replace(**alike), *values)
 
     return lower
 

@@ -4,6 +4,9 @@ These kernels fit 16-bit rows whose extents are multiples of their tiles, in gro
 through as many tiles as there could be, ceil(M / tile) + G - 1, and multiply all of them, so that rows past the sum of
 the groups cost as much as others. They are taken where the G - 1 additional tiles are at most an eighth of all.
 
+They want rows in order, and make no activation. Where the copies and the activation would take longer than what they
+gain on Triton, a back end takes Triton's kernels alone, which need none of these; see ``Backend.fuses``.
+
 What the kernels ask of their operands, and what they leave undone, was read in their source. They cannot be
 interpreted, so the test of these calls puts functions in their place that leave the same things undone. The kernels
 were compiled for these GPUs, and never run.
@@ -21,12 +24,16 @@ from typing import Any
 import jax
 from jax.sharding import ManualAxisType
 
-from moe_jax.hardware import GPUS
+from moe_jax.hardware import GPUS, MACHINES
 from moe_jax.hlo.cost import declare_flops
 from moe_jax.kernels import triton
 
 _STEPS = 64  # columns of the contracted axis that are taken at a time: 128 bytes, a swizzled row of shared memory
 _STAGES = 4  # how many such steps are in shared memory at once, at most 32 KiB each
+_FLOPS_PER_BYTE = (
+    290  # of 16-bit numbers at peak, per byte to or from memory: 989 / 3.35 on an H100, 2250 / 8 on a B200
+)
+_GAIN = 0.2  # of the time at peak that JAX's kernels save, if they reach 0.7 of it and Triton 0.6; nobody measured it
 _MOST_GROUPS = 128  # more are refused: the kernels unroll their search for the group of a tile
 
 
@@ -44,7 +51,7 @@ def hopper_matmul(
     (num_rows, contracted), num_groups = lhs.shape, rhs.shape[0]
     columns = rhs.shape[1 if transpose_rhs else 2]
     tile, width = _row_tile(num_rows, num_groups, (128, 64)), _divisor(columns, (128, 64))
-    fits = contracted % _STEPS == 0 and contracted > _STEPS and _are_narrow(lhs, rhs)
+    fits = _fits_hopper(num_rows, num_groups, contracted, columns) and _are_narrow(lhs, rhs)
     if interpret or add_to is not None or tile is None or width is None or not fits:
         return triton.grouped_matmul(
             lhs, rhs, group_sizes, add_to, transpose_rhs=transpose_rhs, precision=precision, interpret=interpret
@@ -77,16 +84,8 @@ def blackwell_matmul(
     """As ``triton.grouped_matmul``, which does additions and transposed matrices: this kernel has neither."""
     (num_rows, contracted), num_groups, columns = lhs.shape, rhs.shape[0], rhs.shape[2]
     tile = 256  # the rows of two cores together; JAX's code for one core alone cannot be traced
-    fits = num_rows % tile == columns % tile == contracted % _STEPS == 0 and _row_tile(num_rows, num_groups, (tile,))
-    if (
-        interpret
-        or add_to is not None
-        or transpose_rhs
-        or not fits
-        or not columns
-        or not contracted
-        or not _are_narrow(lhs, rhs)
-    ):
+    fits = _fits_blackwell(num_rows, num_groups, contracted, columns) and _are_narrow(lhs, rhs)
+    if interpret or add_to is not None or transpose_rhs or not fits:
         return triton.grouped_matmul(
             lhs, rhs, group_sizes, add_to, transpose_rhs=transpose_rhs, precision=precision, interpret=interpret
         )
@@ -103,6 +102,41 @@ def blackwell_matmul(
     )
     with declare_flops(2 * triton.max_tiles(num_rows, num_groups, tile) * tile * contracted * columns):
         return product(lhs, rhs, group_sizes, config)
+
+
+def hopper_fuses(num_rows: int, num_groups: int, hidden: int, ffn: int, itemsize: int) -> bool:
+    """``Backend.fuses`` of Hopper's: whether Triton alone, without the copies, is taken to be faster."""
+    return _fuses("h100", _fits_hopper, num_rows, num_groups, hidden, ffn, itemsize)
+
+
+def blackwell_fuses(num_rows: int, num_groups: int, hidden: int, ffn: int, itemsize: int) -> bool:
+    """The same for Blackwell's."""
+    return _fuses("b200", _fits_blackwell, num_rows, num_groups, hidden, ffn, itemsize)
+
+
+def _fuses(machine: str, fits: Callable, num_rows: int, num_groups: int, hidden: int, ffn: int, itemsize: int) -> bool:
+    """Compares the seconds that a row costs the experts either way.
+
+    JAX's kernels want rows in order, and make no activation: a row is copied before and after, and the activation reads
+    two rows of the inner width and writes one. What the kernels gain on Triton is a share of the time of the products.
+    """
+    if itemsize != 2 or not all(fits(num_rows, num_groups, *pair) for pair in ((hidden, ffn), (ffn, hidden))):
+        return True
+    rates = MACHINES[machine]
+    copies = itemsize * (4 * hidden + 3 * ffn) / rates.memory_bandwidth
+    products = 3 * 2 * hidden * ffn / rates.flops16
+    return copies >= products * _GAIN
+
+
+def _fits_hopper(num_rows: int, num_groups: int, contracted: int, columns: int) -> bool:
+    fits = contracted % _STEPS == 0 and contracted > _STEPS and _divisor(columns, (128, 64)) is not None
+    return fits and _row_tile(num_rows, num_groups, (128, 64)) is not None
+
+
+def _fits_blackwell(num_rows: int, num_groups: int, contracted: int, columns: int) -> bool:
+    tile = 256
+    fits = num_rows % tile == columns % tile == contracted % _STEPS == 0 and columns > 0 and contracted > 0
+    return fits and _row_tile(num_rows, num_groups, (tile,)) is not None
 
 
 def _are_narrow(*operands: jax.Array) -> bool:

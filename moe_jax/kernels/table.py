@@ -26,6 +26,7 @@ from moe_jax.errors import (
 )
 
 KERNELS = ("grouped_matmul", "grouped_outer")
+FUSED = ("slot_matmul", "slot_outer", "gated_matmul")  # what a back end may bring beside them
 TRANSPORTS = ("padded", "ragged")
 PLATFORMS = ("cpu", "gpu", "tpu")
 AND = "+"  # joins the names of back ends that share the work
@@ -39,7 +40,9 @@ class Backend:
     """Implementations for one kind of hardware.
 
     A kernel that a back end leaves out is refused when that back end is named, and served by another under "auto".
-    A transport that it leaves out is served by the portable collectives of ``moe_jax.collectives``.
+    A transport that it leaves out is served by the portable collectives of ``moe_jax.collectives``. The last three
+    kernels below spare passes over rows. Only those of the back end that serves "grouped_matmul" are used; where it
+    leaves them out, rows are copied into their order and back, and the activation is an operation of its own.
 
     Args:
       name: how users and plans call it; not "auto", and without a "+".
@@ -51,9 +54,21 @@ class Backend:
         "grouped_matmul": (lhs [M, H], rhs [G, H, N] or [G, N, H], group_sizes [G], *, transpose_rhs) -> [M, N] in
         lhs.dtype, accumulated in fp32; rows past sum(group_sizes) may be NaN and must not influence other rows;
         "grouped_outer": (lhs [M, H], rhs [M, N], group_sizes [G], *, dtype) -> [G, H, N], the sum over each group's
-        rows of lhs_row^T rhs_row; an empty group gives zeros; rows past the sum may be NaN.
+        rows of lhs_row^T rhs_row; an empty group gives zeros; rows past the sum may be NaN;
+        "slot_matmul": as "grouped_matmul", with row_slot [M] i32, into and add_to as further keywords. If into is None,
+        row m of lhs [A, H] is lhs[row_slot[m]]. Else row m of the result belongs to its slot row_slot[m], and the
+        result and add_to are [into, N]. No slot has two rows; row_slot may hold anything past the sum, slots without a
+        row may hold NaN, and slots of the result without a row may hold anything;
+        "slot_outer": as "grouped_outer", with the keywords row_slot [M] i32 and slotted, "lhs" or "rhs", the operand
+        whose rows lie in slots;
+        "gated_matmul": (lhs, gate [G, H, N], up [G, H, N], group_sizes, *, gating, keep, gate_bias, up_bias, row_slot)
+        -> a tuple (gating(a, b),), or (a, b, gating(a, b)) if keep, of the two products a and b [M, N], each with its
+        bias [G, N] if that is not None, and rounded once. gating: a function of two arrays, entry by entry; row_slot:
+        None, or as for "slot_matmul" with into=None.
       accumulates: whether "grouped_matmul" also takes the keyword add_to, [M, N] in lhs.dtype, which it adds to the
         product in fp32 before it rounds once. Other back ends are served by an addition of the rounded product.
+      fuses: whether to use those three for experts of given extents: (num_rows, num_groups, hidden, ffn, itemsize) ->
+        bool; None: always.
       about: a few words on the kernels, for ``Plan.describe()``.
       requires: a package that the kernels import, as pip calls it. Without it the back end is refused.
       transports: by name:
@@ -70,6 +85,7 @@ class Backend:
     device_kinds: tuple[str, ...] = ()
     kernels: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
     accumulates: bool = False
+    fuses: Callable[[int, int, int, int, int], bool] | None = None
     about: str = ""
     requires: str = ""
     transports: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
@@ -87,7 +103,10 @@ class Backend:
             if not isinstance(getattr(self, what), str):
                 raise InvalidArgumentError(f"{what} of back end {self.name!r}: {getattr(self, what)!r} is not a string")
         check_flag("accumulates", self.accumulates)
-        for field, given, known in (("kernels", self.kernels, KERNELS), ("transports", self.transports, TRANSPORTS)):
+        if self.fuses is not None and not callable(self.fuses):
+            raise InvalidArgumentError(f"fuses of back end {self.name!r}: {self.fuses!r}; pass a function, or None")
+        kernels = KERNELS + FUSED
+        for field, given, known in (("kernels", self.kernels, kernels), ("transports", self.transports, TRANSPORTS)):
             what = f"{field} of back end {self.name!r}"
             _check_words(what, given, known, Mapping)
             for word, function in given.items():
@@ -237,13 +256,30 @@ def resolve_all(platform: str, device_kind: str | None) -> str:
     return AND.join(name for name in reversed(_TABLE) if name in used)
 
 
+def fused_kernels(
+    backend: str | tuple[str, ...], num_rows: int, num_groups: int, hidden: int, ffn: int, itemsize: int
+) -> tuple[str, ...]:
+    """Which of ``FUSED`` are to be used for experts of these extents.
+
+    ``backend``: the registrations of a plan, or a name that is not "auto".
+    """
+    chosen = _first_with("grouped_matmul", backend)
+    if chosen.fuses is not None and not chosen.fuses(num_rows, num_groups, hidden, ffn, itemsize):
+        return ()
+    return tuple(word for word in FUSED if word in chosen.kernels)
+
+
 def describe_backend(name: str) -> str:
     """Which back end serves which product, in words, for a name that is not "auto"."""
     rows, weights = resolve_backend("grouped_matmul", name), resolve_backend("grouped_outer", name)
     served = [(rows, "products of rows"), (weights, "gradients of weights")]
     if rows is weights:
         served = [(rows, "products of rows and gradients of weights")]
-    return "; ".join(f"{words} by {b.name}" + (f" ({b.about})" if b.about else "") for b, words in served)
+    text = "; ".join(f"{words} by {b.name}" + (f" ({b.about})" if b.about else "") for b, words in served)
+    if all(word in rows.kernels for word in FUSED):
+        text += "; rows are multiplied in their slots, and activated, without further passes over them"
+        text += ", where that is taken to be faster" if rows.fuses else ""
+    return text
 
 
 def find_transport(transport: str, backend: str | tuple[str, ...]) -> Callable | None:
@@ -263,15 +299,19 @@ def call_kernel(
     *operands: jax.Array,
     add_to: jax.Array | None = None,
     **static: Any,
-) -> jax.Array:
+) -> Any:
     """Runs ``kernel`` on a back end.
 
     Args:
       kernel: its name.
       backend: the registrations of a plan, ``plan.kernels``; or a name, which means what it means now. "auto" is
         decided by the platform that the program is lowered for.
-      operands, static: what ``Backend`` says of that kernel.
-      add_to: for "grouped_matmul" alone, see ``Backend``.
+      operands, static: what ``Backend`` says of that kernel. Kernels of ``FUSED`` get other things by keyword as well,
+        and are called where ``fused_kernels`` names them.
+      add_to: for "grouped_matmul" and "slot_matmul" alone, see ``Backend``.
+
+    Returns:
+      What the kernel returns: an array, or a tuple of arrays for "gated_matmul".
     """
     if backend == "auto":
         # Every branch is traced, and only the one of the platform is lowered.
@@ -282,7 +322,7 @@ def call_kernel(
     function = functools.partial(chosen.kernels[kernel], *operands, **static)
     if add_to is None:
         return function()
-    return function(add_to=add_to) if chosen.accumulates else function() + add_to
+    return function(add_to=add_to) if chosen.accumulates or kernel in FUSED else function() + add_to
 
 
 def _branch(kernel: str, name: str, static: dict[str, Any]) -> Callable[..., jax.Array]:

@@ -4,7 +4,7 @@ A program of the kernel makes one tile of the result. The tiles of a group begin
 has ceil(s / tile) of them, and there are at most ceil(M / tile) + G - 1 in all: that many programs start for each block
 of columns. Each program finds its tile in ``group_sizes`` itself; where there is no tile left for it, it does nothing.
 What lies outside a group or an array is masked when it is loaded, so that it is never multiplied, and no operand has to
-be padded or copied.
+be padded or copied. Rows may also lie in slots, in any order: a program then reads them, or writes them, by an index.
 
 Sums are fp32, and so are the products of fp32 operands, unless another precision is asked for.
 
@@ -37,6 +37,7 @@ class Tiles:
     Attributes:
       rows, columns: the extents of a tile of the result.
       steps: how much of the contracted axis is taken at a time.
+      products: how many products of the same rows are made at once, each of a tile of so many columns.
       stages: how many such steps are in shared memory at once. The largest tiles take 3 * 64 * (128 + 128) * 2 bytes =
         96 KiB of it. A block may have 163 KiB on an A100, 227 on an H100 or a B200, and 99 on a consumer's Ampere or
         Ada.
@@ -45,21 +46,25 @@ class Tiles:
     rows: int
     columns: int
     steps: int
+    products: int = 1
     stages: int = 3
 
     @property
     def warps(self) -> int:
         """How many warps of 32 threads make a tile. Of four, a thread would keep 128 sums of the largest: too many."""
-        return 8 if self.rows * self.columns > 64 * 128 else 4
+        return 8 if self.rows * self.columns * self.products > 64 * 128 else 4
 
 
-def tiles_of_matmul(num_rows: int, num_groups: int, contracted: int, columns: int, itemsize: int) -> Tiles:
-    """The tiles of ``grouped_matmul``, where the rows of the result are in groups."""
+def tiles_of_matmul(
+    num_rows: int, num_groups: int, contracted: int, columns: int, itemsize: int, products: int = 1
+) -> Tiles:
+    """The tiles of ``grouped_matmul`` and of ``gated_matmul``, where the rows of the result are in groups."""
     tile, steps = _largest(itemsize)
     return Tiles(
         rows=_part_of_group(num_rows, num_groups, tile),
-        columns=_at_most(tile, columns),
+        columns=_at_most(tile // products, columns),
         steps=_at_most(steps, contracted),
+        products=products,
     )
 
 
@@ -102,78 +107,204 @@ def grouped_matmul(
     rhs: jax.Array,
     group_sizes: jax.Array,
     add_to: jax.Array | None = None,
+    row_slot: jax.Array | None = None,
     *,
     transpose_rhs: bool,
+    into: int | None = None,
     precision: str | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """lhs [M, H], rhs [G, H, N] ([G, N, H] if ``transpose_rhs``), group_sizes [G] -> [M, N], plus ``add_to`` [M, N].
 
-    Rows past the sum are not written. ``precision``: of fp32 operands, as for ``jax.lax.dot_general``; None: fp32.
-    ``interpret``: runs the kernel as a JAX function, on any platform.
+    Rows past the sum are not written. With ``row_slot`` [M] the rows on one side lie in slots: those of ``lhs`` [A, H];
+    or, with ``into`` = A, those of the result [A, N], and of ``add_to``. Slots that belong to no row are neither read
+    nor written. ``precision``: of fp32 operands, as for ``jax.lax.dot_general``; None: fp32. ``interpret``: runs the
+    kernel as a JAX function, on any platform.
     """
-    (num_rows, contracted), num_groups = lhs.shape, rhs.shape[0]
     columns = rhs.shape[1 if transpose_rhs else 2]
-    out = result_type((num_rows, columns), lhs.dtype, lhs)
-    if not num_rows * columns * contracted:
-        return jnp.zeros(out.shape, out.dtype) if add_to is None else add_to
-    tiles = tiles_of_matmul(num_rows, num_groups, contracted, columns, lhs.dtype.itemsize)
-    row_tiles, column_tiles = max_tiles(num_rows, num_groups, tiles.rows), math.ceil(columns / tiles.columns)
+    out_rows = (lhs if row_slot is None else row_slot).shape[0] if into is None else into
+    return _products_of_rows(
+        "grouped_matmul",
+        lhs,
+        (rhs,),
+        (),
+        group_sizes,
+        add_to,
+        row_slot,
+        out=(result_type((out_rows, columns), lhs.dtype, lhs),),
+        finish=lambda total: (total,),
+        transpose_rhs=transpose_rhs,
+        reads_slots=row_slot is not None and into is None,
+        precision=precision,
+        interpret=interpret,
+    )[0]
 
-    def grouped_matmul_kernel(lhs_ref, rhs_ref, sizes_ref, *refs):
-        *start_refs, out_ref = refs
+
+def gated_matmul(
+    lhs: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    group_sizes: jax.Array,
+    gate_bias: jax.Array | None = None,
+    up_bias: jax.Array | None = None,
+    row_slot: jax.Array | None = None,
+    *,
+    gating: Callable[[jax.Array, jax.Array], jax.Array],
+    keep: bool,
+    precision: str | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, ...]:
+    """``gating(lhs @ gate + gate_bias, lhs @ up + up_bias)``, group by group, in one kernel.
+
+    Args:
+      lhs: [M, H]; with ``row_slot`` [M] its rows lie in slots [A, H].
+      gate, up: [G, H, N].
+      group_sizes: [G]; rows past the sum are not written.
+      gate_bias, up_bias: [G, N] each, or None for both.
+      gating: maps both products, rounded to the dtype of ``lhs``, to the result, entry by entry.
+      keep: whether the two products are written as well; then they come first.
+      precision, interpret: as for ``grouped_matmul``.
+
+    Returns:
+      A tuple of one array [M, N], or of three.
+    """
+    num_rows = (lhs if row_slot is None else row_slot).shape[0]
+
+    def finish(*totals):
+        products = tuple(total.astype(lhs.dtype) for total in totals)
+        return (*products, gating(*products)) if keep else (gating(*products),)
+
+    return _products_of_rows(
+        "gated_matmul",
+        lhs,
+        (gate, up),
+        () if gate_bias is None or up_bias is None else (gate_bias, up_bias),
+        group_sizes,
+        None,
+        row_slot,
+        out=(result_type((num_rows, up.shape[2]), lhs.dtype, lhs),) * (3 if keep else 1),
+        finish=finish,
+        transpose_rhs=False,
+        reads_slots=row_slot is not None,
+        precision=precision,
+        interpret=interpret,
+    )
+
+
+def _products_of_rows(
+    name: str,
+    lhs: jax.Array,
+    matrices: tuple[jax.Array, ...],
+    biases: tuple[jax.Array, ...],
+    group_sizes: jax.Array,
+    add_to: jax.Array | None,
+    row_slot: jax.Array | None,
+    *,
+    out: tuple[jax.ShapeDtypeStruct, ...],
+    finish: Callable[..., tuple[jax.Array, ...]],
+    transpose_rhs: bool,
+    reads_slots: bool,
+    precision: str | None,
+    interpret: bool,
+) -> tuple[jax.Array, ...]:
+    """One kernel that multiplies the same rows with each of several matrices, and makes results of the products.
+
+    ``out``: the types of the results; ``finish``: makes a tile of each from the fp32 tiles of the products, with biases
+    and ``add_to`` in them. ``reads_slots``: whether it is ``lhs`` whose rows lie in slots, and not the results.
+    """
+    num_rows = (lhs if row_slot is None else row_slot).shape[0]
+    contracted, num_groups = lhs.shape[1], group_sizes.shape[0]
+    columns = out[0].shape[1]
+    if not num_rows * columns:
+        return tuple(jnp.zeros(of.shape, of.dtype) for of in out) if add_to is None else (add_to,)
+    if not contracted:  # a sum of nothing is a sum of zeros
+        contracted, lhs = 1, jnp.zeros((lhs.shape[0], 1), lhs.dtype)
+        matrices = tuple(
+            jnp.zeros((num_groups, *((columns, 1) if transpose_rhs else (1, columns))), lhs.dtype) for _ in matrices
+        )
+    tiles = tiles_of_matmul(num_rows, num_groups, contracted, columns, lhs.dtype.itemsize, len(matrices))
+    row_tiles, column_tiles = max_tiles(num_rows, num_groups, tiles.rows), math.ceil(columns / tiles.columns)
+    num_slots = lhs.shape[0] if reads_slots else out[0].shape[0]
+
+    def kernel(*refs):
+        refs = iter(refs)
+        lhs_ref, sizes_ref = next(refs), next(refs)
+        rhs_refs, bias_refs = [next(refs) for _ in matrices], [next(refs) for _ in biases]
+        slots_ref = None if row_slot is None else next(refs)
+        start_ref = None if add_to is None else next(refs)
+        out_refs = list(refs)
         place, column_block = _swizzled(pl.program_id(0), row_tiles, column_tiles)
         group, first, end, is_there = _find_tile(_load_sizes(sizes_ref, num_groups), tiles.rows, place)
 
         @pl.when(is_there)
         def _():
             rows, row_mask = pl.ds(first, tiles.rows), first + _arange(tiles.rows) < end
+            read_from = write_to = rows
+            if slots_ref is not None:
+                # What lies behind the last slot is masked on a GPU, and dropped by the interpreter.
+                slots = plgpu.load(slots_ref.at[rows], mask=row_mask, other=num_slots)
+                read_from, write_to = (slots, rows) if reads_slots else (rows, slots)
             wanted, column_mask = _block(column_block, tiles.columns, columns)
 
-            def step(number, total):
+            def step(number, totals):
                 inner, inner_mask = _block(number, tiles.steps, contracted)
-                left = _load(lhs_ref.at[rows, inner], row_mask, inner_mask)
-                if transpose_rhs:
-                    right = _load(rhs_ref.at[group, wanted, inner], column_mask, inner_mask)
-                else:
-                    right = _load(rhs_ref.at[group, inner, wanted], inner_mask, column_mask)
-                return total + _dot(left, right, (1, 1 if transpose_rhs else 0), precision)
+                left = _load(_at(lhs_ref, read_from, inner), row_mask, inner_mask)
+                found = []
+                for ref, total in zip(rhs_refs, totals, strict=True):
+                    if transpose_rhs:
+                        right = _load(ref.at[group, wanted, inner], column_mask, inner_mask)
+                    else:
+                        right = _load(ref.at[group, inner, wanted], inner_mask, column_mask)
+                    found.append(total + _dot(left, right, (1, 1 if transpose_rhs else 0), precision))
+                return tuple(found)
 
-            total = jnp.zeros((tiles.rows, tiles.columns), jnp.float32)
-            for ref in start_refs:
-                total += _load(ref.at[rows, wanted], row_mask, column_mask)
-            total = lax.fori_loop(_i32(0), _i32(math.ceil(contracted / tiles.steps)), step, total)
-            _store(out_ref.at[rows, wanted], total, row_mask, column_mask)
+            totals = (jnp.zeros((tiles.rows, tiles.columns), jnp.float32),) * len(matrices)
+            if start_ref is not None:
+                totals = (totals[0] + _load(_at(start_ref, write_to, wanted), row_mask, column_mask),)
+            totals = lax.fori_loop(_i32(0), _i32(math.ceil(contracted / tiles.steps)), step, totals)
+            if bias_refs:
+                totals = tuple(
+                    total + _load(ref.at[pl.ds(group, 1), wanted], None, column_mask)
+                    for ref, total in zip(bias_refs, totals, strict=True)
+                )
+            for ref, result in zip(out_refs, finish(*totals), strict=True):
+                _store(_at(ref, write_to, wanted), result, row_mask, column_mask)
 
-    operands = (lhs, rhs, group_sizes, *(() if add_to is None else (add_to,)))
+    optional = [operand for operand in (row_slot, add_to) if operand is not None]
+    operands = (lhs, group_sizes, *matrices, *biases, *optional)
     # A program reads a tile of add_to and writes the same tile of the result, so both may lie in one place.
     call = _kernel(
-        grouped_matmul_kernel,
-        "grouped_matmul",
+        kernel,
+        name,
         out,
         row_tiles * column_tiles,
         tiles,
         interpret,
-        input_output_aliases={} if add_to is None else {3: 0},
+        input_output_aliases={} if add_to is None else {len(operands) - 1: 0},
     )
-    with declare_flops(2 * num_multiplied(num_rows, num_groups, tiles.rows) * contracted * columns):
-        return call(*operands)
+    with declare_flops(2 * num_multiplied(num_rows, num_groups, tiles.rows) * contracted * columns * len(matrices)):
+        return tuple(call(*operands))
 
 
 def grouped_outer(
     lhs: jax.Array,
     rhs: jax.Array,
     group_sizes: jax.Array,
+    row_slot: jax.Array | None = None,
     *,
     dtype: Any,
+    slotted: str = "",
     precision: str | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """lhs [M, H], rhs [M, N], group_sizes [G] -> [G, H, N] in ``dtype``; ``precision``, ``interpret`` as above.
 
+    With ``row_slot`` [M] the rows of one operand lie in slots [A, ...]; ``slotted`` says of which: "lhs" or "rhs".
     A program goes through all rows of its group, so there are no partial sums, and the result is always the same.
     """
-    (num_rows, height), width, num_groups = lhs.shape, rhs.shape[1], group_sizes.shape[0]
+    num_rows = (lhs if row_slot is None else row_slot).shape[0]
+    height, width, num_groups = lhs.shape[1], rhs.shape[1], group_sizes.shape[0]
+    num_slots = (lhs if slotted == "lhs" else rhs).shape[0]
     out = result_type((num_groups, height, width), dtype, lhs)
     if not num_rows * height * width:
         return jnp.zeros(out.shape, out.dtype)
@@ -181,7 +312,8 @@ def grouped_outer(
     row_tiles, column_tiles = math.ceil(height / tiles.rows), math.ceil(width / tiles.columns)
     of_group = row_tiles * column_tiles
 
-    def grouped_outer_kernel(lhs_ref, rhs_ref, sizes_ref, out_ref):
+    def grouped_outer_kernel(lhs_ref, rhs_ref, sizes_ref, *refs):
+        *slot_refs, out_ref = refs
         group = lax.div(pl.program_id(0), _i32(of_group))
         row_block, column_block = _swizzled(lax.rem(pl.program_id(0), _i32(of_group)), row_tiles, column_tiles)
         sizes = _load_sizes(sizes_ref, num_groups)
@@ -192,8 +324,12 @@ def grouped_outer(
         def step(number, total):
             at = first + number * tiles.steps
             inner, inner_mask = pl.ds(at, tiles.steps), at + _arange(tiles.steps) < first + size
-            left = _load(lhs_ref.at[inner, rows], inner_mask, row_mask)
-            right = _load(rhs_ref.at[inner, columns], inner_mask, column_mask)
+            left_from = right_from = inner
+            for ref in slot_refs:
+                slots = plgpu.load(ref.at[inner], mask=inner_mask, other=num_slots)
+                left_from, right_from = (slots, inner) if slotted == "lhs" else (inner, slots)
+            left = _load(_at(lhs_ref, left_from, rows), inner_mask, row_mask)
+            right = _load(_at(rhs_ref, right_from, columns), inner_mask, column_mask)
             return total + _dot(left, right, (0, 0), precision)
 
         total = jnp.zeros((tiles.rows, tiles.columns), jnp.float32)
@@ -202,7 +338,7 @@ def grouped_outer(
 
     call = _kernel(grouped_outer_kernel, "grouped_outer", out, num_groups * of_group, tiles, interpret)
     with declare_flops(2 * num_multiplied(num_rows, num_groups, tiles.steps) * height * width):
-        return call(lhs, rhs, group_sizes)
+        return call(lhs, rhs, group_sizes, *(() if row_slot is None else (row_slot,)))
 
 
 def _kernel(kernel: Callable, name: str, out: Any, grid: int, tiles: Tiles, interpret: bool, **more: Any) -> Callable:
@@ -272,6 +408,13 @@ def _block(number: jax.Array, size: int, extent: int) -> tuple[Any, jax.Array | 
     """Where block ``number`` lies along an axis, and which of its places are inside; None if all of every block are."""
     inside = None if extent % size == 0 else number * size + _arange(size) < extent
     return pl.ds(number * size, size), inside
+
+
+def _at(ref, rows: Any, columns: Any) -> Any:
+    """A block of a matrix: columns that follow each other, of rows that do so too, or that an array lists."""
+    if isinstance(rows, pl.Slice):
+        return ref.at[rows, columns]
+    return ref.at[rows[:, None], (columns.start + _arange(columns.size))[None, :]]
 
 
 def _load(at, rows: jax.Array | None, columns: jax.Array | None) -> jax.Array:

@@ -54,6 +54,72 @@ def grouped_outer(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, dty
     return masked_outer(_outer_product, lhs, rhs, group_sizes, dtype)
 
 
+# What the kernels of other back ends that read and write slots, or make the activation as well, compute in one.
+
+
+def slot_matmul(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    transpose_rhs: bool,
+    row_slot: jax.Array | None = None,
+    into: int | None = None,
+    add_to: jax.Array | None = None,
+) -> jax.Array:
+    """The kernel "slot_matmul" of ``Backend``; without ``row_slot``, "grouped_matmul" with ``add_to``."""
+    if row_slot is not None and into is None:
+        lhs = jnp.take(lhs, row_slot, axis=0, mode="clip")
+    product = grouped_matmul(lhs, rhs, group_sizes, transpose_rhs=transpose_rhs)
+    if row_slot is not None and into is not None:
+        is_row = jnp.arange(row_slot.shape[0]) < jnp.sum(group_sizes)
+        slots = jnp.zeros_like(product, shape=(into, product.shape[1]))
+        product = slots.at[jnp.where(is_row, row_slot, into)].set(product, mode="drop")
+    return product if add_to is None else product + add_to
+
+
+def slot_outer(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    dtype,
+    row_slot: jax.Array | None = None,
+    slotted: str = "",
+) -> jax.Array:
+    """The kernel "slot_outer" of ``Backend``; without ``row_slot``, "grouped_outer"."""
+    if row_slot is not None:
+        lhs, rhs = (
+            jnp.take(rows, row_slot, axis=0, mode="clip") if name == slotted else rows
+            for name, rows in (("lhs", lhs), ("rhs", rhs))
+        )
+    return grouped_outer(lhs, rhs, group_sizes, dtype=dtype)
+
+
+def gated_matmul(
+    lhs: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    gating: Callable,
+    keep: bool,
+    gate_bias: jax.Array | None = None,
+    up_bias: jax.Array | None = None,
+    row_slot: jax.Array | None = None,
+) -> tuple[jax.Array, ...]:
+    """The kernel "gated_matmul" of ``Backend``, with each bias by itself."""
+    rows = lhs if row_slot is None else jnp.take(lhs, row_slot, axis=0, mode="clip")
+    products = []
+    for rhs, bias in ((gate, gate_bias), (up, up_bias)):
+        product = grouped_matmul(rows, rhs, group_sizes, transpose_rhs=False)
+        if bias is not None:
+            ones = jnp.ones_like(rows, shape=(rows.shape[0], 1))
+            product = product + grouped_matmul(ones, bias[:, None], group_sizes, transpose_rhs=False)
+        products.append(product)
+    return (*products, gating(*products)) if keep else (gating(*products),)
+
+
 BACKEND = Backend(
     name="xla",
     kernels={"grouped_matmul": grouped_matmul, "grouped_outer": grouped_outer},

@@ -166,12 +166,13 @@ def combine_sum(
     # The weight of a pair that contributes nothing may be anything, NaN included.
     weights = pair_weights(combine_weights, plan)
     travelled = transport.present(handle.maps, plan)
-    contributes = jnp.pad(handle.expert_ids >= plan.num_experts, ((0, 0), (0, plan.num_copies - plan.top_k)))
+    contributes = jnp.pad(handle.expert_ids >= plan.num_experts, ((0, 0), (0, plan.pairs_per_token - plan.top_k)))
     contributes |= travelled
     timed = handle
     if performance_info is not None:
         timed = dataclasses.replace(handle, maps=transport.timed(handle.maps))
-    collected, note = collect_rows(transport, rows, weights if row_weights is None else row_weights, timed)
+    weights_of_rows = weights if row_weights is None else row_weights
+    collected, note = collect_rows(transport, ordered=True, rows=rows, weights=weights_of_rows, handle=timed)
     if performance_info is not None:
         performance_info = performance_info + note.astype(performance_info.dtype)
     total = finish(transport, collected, jnp.where(contributes, weights, 0.0), travelled, terms, plan)

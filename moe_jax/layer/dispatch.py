@@ -22,7 +22,7 @@ from moe_jax.errors import (
 from moe_jax.plan import Plan
 from moe_jax.quant.message import Part
 from moe_jax.recovery.window import Window, fresh_sources, make_window, received
-from moe_jax.transports import Sent, Stopwatch, dequantized, send_rows, transport_of
+from moe_jax.transports import CodedRows, Stopwatch, dequantized, send_smoothed, transport_of
 from moe_jax.transports.manifest import count_pairs, open_round, read_table
 from moe_jax.types import Dispatched
 
@@ -122,7 +122,8 @@ def _dispatch(
     out = handle
     if window is not None:
         out = dataclasses.replace(handle, maps=transport.receiving(handle.maps, window.data))
-    sent = send_rows(transport, x, out, smooth=smooth_scales, weights=combine_weights)
+    sent = send_smoothed(transport, x, out, smooth=smooth_scales, weights=combine_weights)
+    x, scales, gradient = sent.rows if isinstance(sent.rows, CodedRows) else (sent.rows, None, None)
     # 3. What is kept from step to step.
     if window is not None:
         window = received(window, sent.note, handle, plan.dispatch_capacity)
@@ -130,13 +131,13 @@ def _dispatch(
         waited = manifest.known.waited + sent.note
         performance_info = performance_info + waited.astype(performance_info.dtype)
     return Dispatched(
-        x=sent.rows if sent.values is None else sent.values,
-        scales=sent.scale,
+        x=x,
+        scales=scales,
         group_sizes=handle.group_sizes,
         handle=dataclasses.replace(handle, maps=transport.plain(handle.maps)),
         stats=manifest.stats,
         row_weights=sent.weights,
-        gradient=None if sent.values is None else sent.rows,
+        gradient=gradient,
         window=window,
         performance_info=performance_info,
     )
@@ -152,11 +153,9 @@ def dequantize(dispatched: Dispatched) -> Array:
       InvalidArgumentError: not what ``dispatch`` returned.
     """
     check_type("dispatched", dispatched, Dispatched, "pass what dispatch returned")
-    plan = dispatched.handle.plan
-    if dispatched.scales is None or dispatched.gradient is None:
+    if dispatched.scales is None or dispatched.gradient is None:  # both are there where the wire is quantised
         return dispatched.x
-    assert dispatched.gradient is not None, "dispatch gives quantised rows zeros that carry their gradient"
-    return dequantized(Sent(dispatched.gradient, dispatched.x, dispatched.scales, None, None, None), plan)
+    return dequantized(CodedRows(dispatched.x, dispatched.scales, dispatched.gradient), dispatched.handle.plan)
 
 
 def make_receive_window(plan: Plan, *, with_weights: bool = False) -> Window:
@@ -221,7 +220,7 @@ def _check_smooth(plan: Plan, smooth_scales):
     if recipe is None or not recipe.takes_smooth:
         raise InvalidArgumentError(f"smooth_scales was given, but quant={plan.quant!r} takes none; leave it out")
     check_array("smooth_scales", smooth_scales)
-    rows = plan.num_copies - plan.top_k + plan.num_experts
+    rows = plan.pairs_per_token - plan.top_k + plan.num_experts
     legal = [(1,), (plan.hidden,), (rows, plan.hidden)]
     if smooth_scales.shape not in legal:
         raise ShapeError(

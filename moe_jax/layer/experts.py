@@ -1,12 +1,14 @@
 """Feed-forward experts: many at once over grouped rows, and one for every token."""
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax import _compat
-from moe_jax.kernels import grouped_matmuls
+from moe_jax.kernels import gated_matmul, grouped_matmuls
 from moe_jax.parameters import rows_of
 
 Array = jax.Array
@@ -46,7 +48,11 @@ def split_by_projection(experts: dict[str, Array]) -> tuple[dict[str, Array], di
 
 
 def project_in(
-    experts: dict[str, Array], rows: Array, group_sizes: Array, kernels: tuple[str, ...]
+    experts: dict[str, Array],
+    rows: Array,
+    group_sizes: Array,
+    kernels: tuple[str, ...],
+    row_slot: Array | None = None,
 ) -> tuple[Array | None, Array]:
     """(gate, up), [M, F] each: rows through w_gate and w_up of their experts, plus b_gate and b_up where there are any.
 
@@ -56,24 +62,69 @@ def project_in(
         backward.
       group_sizes: [L] i32, rows of each expert.
       kernels: those of the plan.
+      row_slot: [M] i32: ``rows`` lie in slots [A, H], each in its own, for kernels that can read them there; None: they
+        lie in order.
 
     Returns:
       Both in the dtype of ``rows``; gate is None without w_gate.
     """
-    gated = "w_gate" in experts
-    weights = _cast(experts, ("w_gate", "w_up") if gated else ("w_up",), rows)
-    biases = _cast(experts, ("b_gate", "b_up") if gated else ("b_up",), rows)
-    projected = grouped_matmuls(kernels, rows, weights, biases, group_sizes)
-    return projected if gated else (None, *projected)
+    weights, biases = _inner_parameters(experts, rows)
+    projected = grouped_matmuls(kernels, None, rows, weights, biases, group_sizes, row_slot)
+    return projected if "w_gate" in experts else (None, *projected)
 
 
-def project_out(experts: dict[str, Array], hidden: Array, group_sizes: Array, kernels: tuple[str, ...]) -> Array:
+def project_in_and_activate(
+    experts: dict[str, Array],
+    rows: Array,
+    group_sizes: Array,
+    kernels: tuple[str, ...],
+    row_slot: Array | None,
+    *,
+    activation: str,
+    keep: bool,
+    fused: bool,
+) -> tuple[tuple[Array | None, Array] | None, Array]:
+    """What ``project_in`` gives, if ``keep``, and ``activate`` of it.
+
+    ``fused``: whether the back end shall make both in one kernel, which wants gated experts.
+    """
+    if not fused:
+        inner = project_in(experts, rows, group_sizes, kernels, row_slot)
+        return (inner if keep else None), activate(*inner, activation)
+    weights, biases = _inner_parameters(experts, rows)
+    *inner, hidden = gated_matmul(kernels, _gating(activation), keep, rows, weights, biases, group_sizes, row_slot)
+    return ((inner[0], inner[1]) if keep else None), hidden
+
+
+@functools.cache
+def _gating(activation: str) -> Callable[[Array, Array], Array]:
+    """``activate`` as a function of arrays alone: one object for each name, so that JAX finds programs again."""
+    return lambda gate, up: activate(gate, up, activation)
+
+
+def project_out(
+    experts: dict[str, Array],
+    hidden: Array,
+    group_sizes: Array,
+    kernels: tuple[str, ...],
+    row_slot: Array | None = None,
+    num_slots: int | None = None,
+) -> Array:
     """[M, F] -> [M, H]: inner activations through w_down of their experts, plus b_down if there is one.
 
-    ``experts``: w_down [L, F, H] and optional b_down [L, H]; the other arguments are those of ``project_in``.
+    ``experts``: w_down [L, F, H] and optional b_down [L, H]; ``row_slot``: the result is [num_slots, H], each row in
+    its slot, by kernels that can write them there; the other arguments are those of ``project_in``.
     """
     weights, biases = _cast(experts, ("w_down",), hidden), _cast(experts, ("b_down",), hidden)
-    return grouped_matmuls(kernels, hidden, weights, biases, group_sizes)[0]
+    into = None if row_slot is None else num_slots
+    return grouped_matmuls(kernels, into, hidden, weights, biases, group_sizes, row_slot)[0]
+
+
+def _inner_parameters(experts: dict[str, Array], like: Array) -> tuple[tuple[Array | None, ...], ...]:
+    """The weights of the inner projections, gate before up, and their biases, None where there are none."""
+    names = ("gate", "up") if "w_gate" in experts else ("up",)
+    weights, biases = (_cast(experts, tuple(f"{kind}_{name}" for name in names), like) for kind in "wb")
+    return weights, biases
 
 
 def _cast(experts: dict[str, Array], names: tuple[str, ...], like: Array) -> tuple[Array | None, ...]:

@@ -6,7 +6,7 @@ activation, and computes the activation again.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,8 @@ from jax import lax
 
 from moe_jax import _compat
 from moe_jax.derivatives import custom_gradient, take_rows
-from moe_jax.layer.experts import activate, project_in, project_out, split_by_projection
+from moe_jax.kernels import fused_kernels
+from moe_jax.layer.experts import activate, project_in, project_in_and_activate, project_out, split_by_projection
 from moe_jax.plan import Plan
 from moe_jax.transports import InboxOrder
 
@@ -32,8 +33,6 @@ def expert_slots(
 ) -> Array:
     """What the experts make of the rows that arrived, each in the slot that its row came in.
 
-    Call it with arguments by position.
-
     Args:
       plan, activation: static.
       experts: w_gate (if gated) and w_up [L, H, F], w_down [L, F, H]; optional b_gate, b_up [L, F], b_down [L, H].
@@ -44,20 +43,56 @@ def expert_slots(
     Returns:
       [A, H] in the dtype of ``arrived``. Differentiable in ``experts`` and ``arrived``.
     """
-    return _forward(plan, activation, experts, arrived, order, group_sizes)[0]
+    return _forward(plan, activation, experts, arrived, order, group_sizes, keep=False)[0]
 
 
-def _forward(plan: Plan, activation, experts, arrived, order, group_sizes):
+class _Way(NamedTuple):
+    """What the kernels of the plan do by themselves.
+
+    Attributes:
+      copies: the order that rows are copied into before the products, and out of after them; None: they are not.
+      row_slot: [M] i32, the slot of each row, for kernels that read and write rows in slots; None: they do not.
+      activates: whether one kernel makes the inner projections and the activation.
+    """
+
+    copies: InboxOrder | None
+    row_slot: Array | None
+    activates: bool
+
+
+def _way(plan: Plan, experts: dict[str, Array], slots: Array, order: InboxOrder | None) -> _Way:
+    """``slots``: [A, H], what arrived, or its cotangent."""
+    num_rows = slots.shape[0] if order is None else order.row_inbox.shape[0]
+    (num_groups, hidden, ffn), itemsize = experts["w_up"].shape, slots.dtype.itemsize
+    fused = fused_kernels(plan.kernels, num_rows, num_groups, hidden, ffn, itemsize)
+    activates = "gated_matmul" in fused and "w_gate" in experts
+    if order is None or not {"slot_matmul", "slot_outer"} <= set(fused):
+        return _Way(order, None, activates)
+    return _Way(None, order.row_inbox, activates)
+
+
+def _forward(plan: Plan, activation, experts, arrived, order, group_sizes, keep=True):
     with jax.named_scope("experts"):
-        rows = _rows(arrived, order, plan)
-        inner = project_in(experts, rows, group_sizes, plan.kernels)
-        made = project_out(experts, activate(*inner, activation), group_sizes, plan.kernels)
-        return _slots(made, order, plan), (experts, rows, inner, order, group_sizes)
+        way = _way(plan, experts, arrived, order)
+        rows = _rows(arrived, way.copies, plan)
+        inner, hidden = project_in_and_activate(
+            experts,
+            rows,
+            group_sizes,
+            plan.kernels,
+            way.row_slot,
+            activation=activation,
+            keep=keep,
+            fused=way.activates,
+        )
+        made = project_out(experts, hidden, group_sizes, plan.kernels, way.row_slot, arrived.shape[0])
+        return _slots(made, way.copies, plan), (experts, rows, inner, order, group_sizes)
 
 
 def _backward(plan: Plan, activation, residuals, ct):
     # With the rows of each expert l: inner = rows @ w_in[l], hidden = activation(inner), made = hidden @ w_out[l], with
-    # biases added. w_in is w_up, and w_gate beside it if gated; w_out is w_down. From ct [M, H], picked out of slots:
+    # biases added. w_in is w_up, and w_gate beside it if gated; w_out is w_down. Where kernels read and write slots,
+    # rows, made, ct and d_rows lie in slots. From ct [M, H], picked out of slots:
     # d_w_out[l] = hidden^T @ ct         # [F, H], over the rows of l; d_b_down[l] is the sum of ct
     # d_hidden = ct @ w_out[l]^T         # [M, F]
     # d_inner = activation'(inner)^T d_hidden    # [M, F] for each projection
@@ -66,15 +101,20 @@ def _backward(plan: Plan, activation, residuals, ct):
     experts, rows, inner, order, group_sizes = residuals
     of_inner, of_out = split_by_projection(experts)
     with jax.named_scope("experts"):
+        way = _way(plan, experts, ct, order)
         hidden, pull_hidden = jax.vjp(lambda inner: activate(inner[0], inner[1], activation), inner)
         pull_out = jax.vjp(
-            lambda weights, hidden: project_out(weights, hidden, group_sizes, plan.kernels), of_out, hidden
+            lambda weights, hidden: project_out(weights, hidden, group_sizes, plan.kernels, way.row_slot, ct.shape[0]),
+            of_out,
+            hidden,
         )[1]
-        d_of_out, d_hidden = pull_out(_rows(ct, order, plan))
+        d_of_out, d_hidden = pull_out(_rows(ct, way.copies, plan))
         (d_inner,) = pull_hidden(d_hidden)
-        pull_in = jax.vjp(lambda weights, rows: project_in(weights, rows, group_sizes, plan.kernels), of_inner, rows)[1]
+        pull_in = jax.vjp(
+            lambda weights, rows: project_in(weights, rows, group_sizes, plan.kernels, way.row_slot), of_inner, rows
+        )[1]
         d_of_inner, d_rows = pull_in(d_inner)
-        return {**d_of_out, **d_of_inner}, _slots(d_rows, order, plan), None, None
+        return {**d_of_out, **d_of_inner}, _slots(d_rows, way.copies, plan), None, None
 
 
 expert_slots.defvjp(_forward, _backward)
@@ -91,7 +131,7 @@ def overflow_slots(
     """What ``expert_slots`` gives, without a derivative, and ``arrived`` itself where no row came."""
 
     def run(arrived, experts):
-        return _forward(plan, activation, experts, arrived, order, group_sizes)[0]
+        return _forward(plan, activation, experts, arrived, order, group_sizes, keep=False)[0]
 
     return _if_any(group_sizes, run, arrived, experts)
 
@@ -114,9 +154,10 @@ def add_overflow_gradients(
 
     def run(carry, read):
         (grads, ct), (experts, arrived) = carry, read
-        rows = _rows(arrived, order, plan)
+        way = _way(plan, experts, arrived, order)
+        rows = _rows(arrived, way.copies, plan)
         with jax.named_scope("experts"):
-            inner = project_in(experts, rows, group_sizes, plan.kernels)
+            inner = project_in(experts, rows, group_sizes, plan.kernels, way.row_slot)
         residuals = experts, rows, inner, order, group_sizes
         more, d_arrived, *_ = _backward(plan, activation, residuals, ct)
         return jax.tree.map(jnp.add, grads, more), d_arrived

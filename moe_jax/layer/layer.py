@@ -16,7 +16,7 @@ from moe_jax.errors import (
     check_type,
 )
 from moe_jax.layer.experts import shared_ffn
-from moe_jax.layer.params import check_layer_plan, check_params, check_router
+from moe_jax.layer.params import check_layer_plan, check_params, check_router, gathered
 from moe_jax.layer.placement import BALANCES, check_table, instances_of
 from moe_jax.layer.rounds import routed_sum
 from moe_jax.layer.router import choose_experts
@@ -94,9 +94,7 @@ def moe_layer(
     check_dtype("x", x, (plan.dtype,), "the plan's dtype: cast x, or make a plan with dtype=...")
     if token_mask is not None:
         check_mask("token_mask", token_mask, x.shape[:1], "[T]")
-    check_params(
-        params, plan, router, activation, num_experts=plan.num_local_experts, where="on each device", table=table
-    )
+    check_params(params, plan, router, activation, on_device=True, table=table)
     check_router(router, plan, None if table is None else table.shape[0])
     if table is not None:
         check_table(table)
@@ -143,7 +141,7 @@ def layer_of_shard(
     routing = choose_experts(logits, router, plan.top_k, bias, token_mask, plan.token_axes)
     expert_ids = routing.expert_ids if table is None else _instances_of(routing.expert_ids, table, balance, plan)
     # 3. Tokens go to their experts and come back as weighted sums, in rounds.
-    experts = weights_of("experts", params)
+    experts = gathered(weights_of("experts", params), plan)
     if "b_down" in experts:  # what the tp ranks make is summed, so only the first of them adds this bias
         experts["b_down"] = jnp.where(collectives.tp_rank(plan) == 0, experts["b_down"], 0.0)
     given = weights_of("constants", params)

@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from moe_jax import _compat
 from moe_jax.config import RouterConfig
-from moe_jax.errors import check_array, check_choice, check_dtype, check_mask, check_rank, check_shape
+from moe_jax.errors import ShapeError, check_array, check_choice, check_dtype, check_mask, check_shape
 from moe_jax.layer.layer import check_chunks, layer_of_shard
 from moe_jax.layer.params import abstract_params, check_params, check_width, draw, param_spec
 from moe_jax.layer.placement import BALANCES, check_table
@@ -31,11 +31,13 @@ def moe_on_mesh(
     use_bias: bool = False,
     num_logical_experts: int | None = None,
     chunks: int = 1,
+    param_dtype: str = "float32",
 ) -> tuple[Callable, Callable]:
     """The MoE layer on global arrays: ``init(key) -> params`` and ``apply(params, x) -> (y, stats)``.
 
-    Expert weights are sharded over the expert-parallel axes and, along their FFN axis, over tp; router and shared
-    expert are replicated. Values do not depend on the mesh, but for the last bits, which are the compiler's. ``apply``
+    Expert weights are sharded over the expert-parallel axes and, along their FFN axis, over tp, and along H over
+    ``plan.param_axes``; router and shared expert are replicated. Along axes of the mesh that the plan leaves alone, all
+    devices do the same. Values do not depend on the mesh, but for the last bits, which are the compiler's. ``apply``
     may be jitted, differentiated, scanned and rematerialised. Called by itself, it is one program, compiled once.
 
     Args:
@@ -50,14 +52,18 @@ def moe_on_mesh(
       num_logical_experts: experts that the router scores, where ``apply`` is given a ``table`` of their instances;
         None: it scores the plan's experts.
       chunks: parts in which the tokens of a device pass, see ``moe_layer``.
+      param_dtype: "float32", "bfloat16" or "float16", of the parameters that ``init`` makes; ``apply`` takes any.
 
     Returns:
-      init: key -> dict of fp32 arrays: router [H, E'], w_gate (if gated), w_up [E, H, F], w_down [E, F, H],
-        selection_bias [E] if the router has one, shared_gate (if gated), shared_up, shared_down if there are shared
-        experts, and router_bias, b_gate, b_up, b_down with ``use_bias``.
-      apply: (params, x [N, H] in ``plan.dtype``, token_mask [N] bool or None) -> (y [N, H], LayerStats), with N =
-        tokens_per_rank * number of devices; y is sharded over every axis of the mesh. Its keywords ``table``,
-        ``balance`` and ``rank_table`` are those of ``moe_layer``, the same on every device.
+      init: key -> dict of arrays in ``param_dtype``: router [H, E'], w_gate (if gated), w_up [E, H, F],
+        w_down [E, F, H], selection_bias [E] if the router has one, shared_gate (if gated), shared_up, shared_down if
+        there are shared experts, and router_bias, b_gate, b_up, b_down with ``use_bias``.
+      apply: (params, x [..., H] in ``plan.dtype``, token_mask [...] bool or None) -> (y [..., H], LayerStats). Tokens
+        may have any leading shape, and there may be as many as the devices along ``plan.token_axes`` have room for,
+        tokens_per_rank each; they are spread evenly over these devices, and where there are fewer, the rest is padding
+        that goes nowhere and counts nowhere. So the same parameters serve plans of any size, such as one for long
+        prompts and one for single steps. y is sharded over ``plan.token_axes``. The keywords ``table``, ``balance``
+        and ``rank_table`` are those of ``moe_layer``, the same on every device.
 
     Raises:
       InvalidArgumentError: ``ffn`` is not divisible by tp, the activation is unknown, ``chunks`` does not divide T, or
@@ -81,14 +87,15 @@ def moe_on_mesh(
         activation=activation,
         use_bias=use_bias,
         num_logical_experts=num_logical_experts,
+        param_dtype=param_dtype,
     )
     check_chunks(chunks, plan)
-    num_tokens = plan.tokens_per_rank * math.prod(mesh.shape.values())
+    num_tokens = plan.tokens_per_rank * plan.ep_size * plan.tp_size * plan.num_replicas
     specs = {row.name: _split(param_spec(row.name, plan), mesh) for row in TABLE}
     tokens, everywhere = _split(PartitionSpec(plan.token_axes), mesh), PartitionSpec()
     # Compiled once, and not at every call of ``init``.
     drawn = jax.jit(
-        lambda key: draw(key, {name: of.shape for name, of in shapes.items()}),
+        lambda key: draw(key, shapes),
         out_shardings={name: of.sharding for name, of in shapes.items()},
     )
 
@@ -124,21 +131,46 @@ def moe_on_mesh(
         balance: str = "rank",
         rank_table: Array | None = None,
     ) -> tuple[Array, LayerStats]:
-        check_rank("x", x, 2, "[N, H]")
-        check_shape("x", x, (num_tokens, plan.hidden), "[N, H], N = tokens_per_rank * devices; pad and use token_mask")
+        check_array("x", x)
+        lead = x.shape[:-1]
+        check_shape("x", x, (*lead, plan.hidden), "[..., H]")
         check_dtype("x", x, (plan.dtype,), "the plan's dtype: cast x, or make a plan with dtype=...")
+        if math.prod(lead) > num_tokens:
+            raise ShapeError(
+                f"x has {math.prod(lead)} tokens, and the plan has room for {num_tokens}: tokens_per_rank="
+                f"{plan.tokens_per_rank} on each of {num_tokens // max(plan.tokens_per_rank, 1)} devices; make a plan "
+                "with more tokens_per_rank, whose layer takes the same parameters"
+            )
         if token_mask is not None:
-            check_mask("token_mask", token_mask, (num_tokens,), "[N]")
+            check_mask("token_mask", token_mask, lead, "the shape of x without H")
         check_choice("balance", balance, BALANCES)  # static, so it must be hashable
         if rank_table is not None:
             check_array("rank_table", rank_table)
-        check_params(params, plan, router, activation, num_experts=plan.num_experts, where="over the mesh", table=table)
+        check_params(params, plan, router, activation, on_device=False, table=table)
         check_width(f"params: 'w_up' has shape {params['w_up'].shape}; its width", params["w_up"].shape[-1], plan)
         if table is not None:
             check_table(table)
-        return layer(params, x, token_mask, table, rank_table, balance=balance)
+        if lead == (num_tokens,):
+            return layer(params, x, token_mask, table, rank_table, balance=balance)
+        x, token_mask = _as_tokens(x, token_mask, num_tokens, mesh)
+        y, stats = layer(params, x, token_mask, table, rank_table, balance=balance)
+        return _compat.unsplit(y, mesh)[: math.prod(lead)].reshape((*lead, plan.hidden)), stats
 
     return init, apply
+
+
+def _as_tokens(
+    x: Array, token_mask: Array | None, num_tokens: int, mesh: Mesh | AbstractMesh
+) -> tuple[Array, Array | None]:
+    """x [..., H] and its mask as [N, H] and [N], padded to ``num_tokens``; the mask says what is padding."""
+    given = math.prod(x.shape[:-1])
+    x = jnp.reshape(_compat.unsplit(x, mesh), (given, x.shape[-1]))
+    if token_mask is not None:
+        token_mask = jnp.reshape(_compat.unsplit(token_mask, mesh), (given,))
+    if given == num_tokens:
+        return x, token_mask
+    mask = jnp.ones(given, bool) if token_mask is None else token_mask
+    return jnp.pad(x, ((0, num_tokens - given), (0, 0))), jnp.pad(mask, (0, num_tokens - given))
 
 
 def _split(spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> PartitionSpec:

@@ -10,8 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from moe_jax import collectives
 from moe_jax.config import ACTIVATIONS, RouterConfig, router_violations
 from moe_jax.errors import (
     InvalidArgumentError,
@@ -28,9 +30,10 @@ from moe_jax.errors import (
     raise_all,
     suggest,
 )
+from moe_jax.kernels import FLOAT_DTYPES
 from moe_jax.layer.experts import is_gated
-from moe_jax.mesh import check_mesh
-from moe_jax.parameters import BY_NAME, TABLE, Parameter
+from moe_jax.mesh import mesh_violations
+from moe_jax.parameters import BY_NAME, TABLE, Parameter, rows_of
 from moe_jax.plan import Plan
 
 Array = jax.Array
@@ -41,8 +44,8 @@ def param_specs(
 ) -> dict[str, PartitionSpec]:
     """How the parameters of ``moe_on_mesh`` lie on the mesh of ``plan``, by name.
 
-    Expert weights are split over the expert-parallel axes and, along F, over tp; all others are replicated. The
-    arguments are those of ``moe_on_mesh``.
+    Expert weights are split over the expert-parallel axes and, along F, over tp; along H over ``plan.param_axes``, if
+    there are any. All others are replicated. The arguments are those of ``moe_on_mesh``.
 
     Raises:
       InvalidArgumentError, MissingArgumentError, UnsupportedError: as ``moe_on_mesh``.
@@ -70,6 +73,7 @@ def abstract_params(
     activation: str = "swiglu",
     use_bias: bool = False,
     num_logical_experts: int | None = None,
+    param_dtype: str = "float32",
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """The parameters of ``moe_on_mesh`` without their values: shapes, dtypes and shardings, by name.
 
@@ -93,6 +97,7 @@ def abstract_params(
     check_flag("use_bias", use_bias)
     check_count("ffn", ffn)
     check_width(f"ffn={ffn}", ffn, plan)
+    check_choice("param_dtype", param_dtype, FLOAT_DTYPES)
     if num_logical_experts is not None:
         check_count("num_logical_experts", num_logical_experts)
     check_router(router, plan, num_logical_experts)
@@ -100,7 +105,7 @@ def abstract_params(
     abstract = {}
     for row in drawn_rows(plan, router, activation, use_bias):
         shape, sharding = tuple(extents[dim] for dim in row.dims), NamedSharding(mesh, param_spec(row.name, plan))
-        abstract[row.name] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+        abstract[row.name] = jax.ShapeDtypeStruct(shape, jnp.dtype(param_dtype), sharding=sharding)
     return abstract
 
 
@@ -109,44 +114,102 @@ def drawn_rows(plan: Plan, router: RouterConfig, activation: str, use_bias: bool
     return [row for row in _known_rows(plan, router, activation) if use_bias or not row.optional]
 
 
-def draw(key: Array, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
-    """First values in fp32: normal weights of variance 1 / fan-in, and zeros where nothing is summed over.
+def draw(key: Array, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
+    """First values: normal weights of variance 1 / fan-in, drawn in fp32, and zeros where nothing is summed over.
 
     Each parameter draws from a key of its own, made from its name, so that none depends on which others there are.
     """
     params = {}
-    for name, shape in shapes.items():
+    for name, of in abstract.items():
         row = BY_NAME[name]
+        values = jnp.zeros(of.shape, jnp.float32)
         if row.fan_in:
             own_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
-            fan_in = shape[row.dims.index(row.fan_in)]
-            params[name] = jax.random.normal(own_key, shape, jnp.float32) / math.sqrt(fan_in)
-        else:
-            params[name] = jnp.zeros(shape, jnp.float32)
+            values = jax.random.normal(own_key, of.shape, jnp.float32) / math.sqrt(of.shape[row.dims.index(row.fan_in)])
+        params[name] = values.astype(of.dtype)
     return params
+
+
+def place(params: Mapping[str, Any], mesh: Mesh, plan: Plan) -> dict[str, Array]:
+    """Parameters that come from elsewhere, such as a checkpoint, laid out over the mesh as ``moe_on_mesh`` wants them.
+
+    An array of JAX's own moves from device to device. Of any other array only the parts are read whose devices belong
+    to this process, so a memory-mapped file is read in parts, and each process may hold the experts of its own devices
+    alone.
+
+    Args:
+      params: whole arrays by name, in any float dtype, which they keep; see ``moe_on_mesh`` for names and shapes. There
+        may be fewer than a layer needs.
+      mesh: the mesh that the plan was made from.
+      plan: static.
+
+    Raises:
+      InvalidArgumentError: lists every name that no layer knows, and every array that cannot be that of ``plan``.
+      MeshError: the mesh is not the plan's.
+
+    >>> import numpy as np, moe_jax as moe
+    >>> moe.emulate_devices(2)  # leave this out where there are accelerators
+    >>> mesh = moe.make_mesh(ep=2)
+    >>> plan = moe.make_plan(mesh, tokens_per_rank=4, hidden=8, num_experts=4, top_k=2)
+    >>> moe.place({"w_down": np.ones((4, 32, 8), np.float32)}, mesh, plan)["w_down"].sharding.spec[0]
+    'ep'
+    """
+    check_layer_plan(plan)
+    check_mesh_of(mesh, plan)
+    check_type("params", params, Mapping, "pass a dict of arrays by name")
+    rows = {name: BY_NAME[name] for name in params if name in BY_NAME}
+    found = [f"{name!r} is unknown; {suggest(name, BY_NAME)}" for name in params if name not in BY_NAME]
+    extents: dict[str, Any] = extents_of(plan, ffn=0)
+    extents |= {dim: _width(params, dim) for dim in ("ffn", "shared_ffn", "ids")}
+    found += _misshapen(params, rows, extents, "over the mesh")
+    raise_all(found, "params")
+    if isinstance(extents["ffn"], int):
+        check_width(f"params: an expert is {extents['ffn']} wide, which", extents["ffn"], plan)
+
+    def placed(name: str, array: Any) -> Array:
+        sharding = NamedSharding(mesh, param_spec(name, plan))
+        if isinstance(array, Array):
+            return jax.device_put(array, sharding)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: np.asarray(array[index]))
+
+    return {name: placed(name, array) for name, array in params.items()}
 
 
 def param_spec(name: str, plan: Plan) -> PartitionSpec:
     """How the parameter ``name`` of the layer lies on the mesh of ``plan``."""
-    axes = {"experts": plan.ep_axis, "ffn": plan.tp_axis}
-    split = [axes.get(dim) for dim in BY_NAME[name].dims]
+    axes = {"experts": plan.ep_axis, "ffn": plan.tp_axis, "expert_hidden": plan.param_axes}
+    split = [axes.get(dim) or None for dim in BY_NAME[name].dims]
     return PartitionSpec(*split) if any(split) else PartitionSpec()
 
 
+def gathered(experts: dict[str, Array], plan: Plan) -> dict[str, Array]:
+    """The experts' weights by role, whole along H: gathered over ``plan.param_axes``, where they are split.
+
+    The adjoint sums the gradients of all replicas, and leaves every device its part.
+    """
+    split = {row.role: row.dims.index("expert_hidden") for row in rows_of("experts") if "expert_hidden" in row.dims}
+    with jax.named_scope("gather_params"):
+        return {
+            role: collectives.gather_params(weights, split[role], plan) if role in split else weights
+            for role, weights in experts.items()
+        }
+
+
 def extents_of(
-    plan: Plan, *, ffn: int, num_experts: int | None = None, num_logical_experts: int | None = None
+    plan: Plan, *, ffn: int, num_logical_experts: int | None = None, on_device: bool = False
 ) -> dict[str, int]:
     """The extent of every axis in the table.
 
     Args:
       ffn: F; the shared expert is as many times as wide as the plan has shared experts.
-      num_experts: how many routed experts the weights hold; None: all of the plan's.
       num_logical_experts: the experts that the router scores; None: it scores the instances themselves.
+      on_device: whether the experts are those of one device, with the part of H that it holds, and not all of them.
     """
     return {
         "ids": num_scored(plan, num_logical_experts),
         "hidden": plan.hidden,
-        "experts": plan.num_experts if num_experts is None else num_experts,
+        "expert_hidden": plan.hidden // (plan.num_param_shards if on_device else 1),
+        "experts": plan.num_local_experts if on_device else plan.num_experts,
         "ffn": ffn,
         "shared_ffn": ffn * plan.num_shared_experts,
         "constants": plan.num_const_experts,
@@ -172,16 +235,12 @@ def check_layer_plan(plan: Plan) -> None:
 
 def check_mesh_of(mesh: Mesh | AbstractMesh, plan: Plan) -> None:
     """Raises unless ``plan`` was made from a mesh such as ``mesh``."""
-    check_mesh(mesh)
-    ep_size = math.prod(mesh.shape.get(axis, 0) for axis in plan.ep_axis)
-    if (ep_size, mesh.shape.get(plan.tp_axis), set(mesh.axis_names)) != (
-        plan.ep_size,
-        plan.tp_size,
-        set(plan.token_axes),
-    ):
+    for text in mesh_violations(mesh):
+        raise MeshError(text)
+    if dict(mesh.shape) != dict(plan.mesh_axes):
         raise MeshError(
-            f"mesh has axes {dict(mesh.shape)} and the plan was made for ep={plan.ep_size}, tp={plan.tp_size} over "
-            f"{plan.token_axes}; make the plan from this mesh"
+            f"mesh has axes {dict(mesh.shape)} and the plan was made for ep={plan.ep_size}, tp={plan.tp_size} on one "
+            f"with {dict(plan.mesh_axes)}; make the plan from this mesh"
         )
 
 
@@ -204,30 +263,42 @@ def check_params(
     router: RouterConfig,
     activation: str,
     *,
-    num_experts: int,
-    where: str,
+    on_device: bool,
     table: Array | None = None,
 ) -> None:
-    """Raises one error that lists all that is wrong with ``params``, of which ``num_experts`` experts lie ``where``."""
+    """Raises one error that lists all that is wrong with ``params``, those of one device or of the whole mesh."""
     check_type("params", params, dict, "pass a dict of arrays by name")
     if table is not None:
         check_rank("table", table, 2, "[E_logical, F]")
     num_logical_experts = None if table is None else table.shape[0]
-    extents: dict[str, Any] = extents_of(plan, ffn=0, num_experts=num_experts, num_logical_experts=num_logical_experts)
+    where = "on each device" if on_device else "over the mesh"
+    extents: dict[str, Any] = extents_of(plan, ffn=0, num_logical_experts=num_logical_experts, on_device=on_device)
     extents |= {"ffn": _width(params, "ffn"), "shared_ffn": _width(params, "shared_ffn")}
     rows = {row.name: row for row in _known_rows(plan, router, activation)}
     found = [f"{name!r} is unknown here; {suggest(name, rows)}" for name in params if name not in rows]
+    found += _misshapen(params, rows, extents, where)
     for name, row in rows.items():
-        shape = tuple(extents[dim] for dim in row.dims)
+        if name not in params and not row.optional:
+            shape = tuple(extents[dim] for dim in row.dims)
+            found.append(f"{name!r} is missing; its shape {where} is {shape}")
+    raise_all(found, "params")
+
+
+def _misshapen(
+    params: Mapping[str, Any], rows: Mapping[str, Parameter], extents: Mapping[str, Any], where: str
+) -> list[str]:
+    """What is wrong with the shapes and dtypes of those ``params`` that are in ``rows``."""
+    found = []
+    for name in rows:
         if name in params:
             try:
-                check_shape(repr(name), params[name], shape, f"its extents {where}")
+                check_shape(
+                    repr(name), params[name], tuple(extents[dim] for dim in rows[name].dims), f"its extents {where}"
+                )
                 check_dtype(repr(name), params[name], (jnp.floating,))
             except MoEError as error:
                 found.append(str(error))
-        elif not row.optional:
-            found.append(f"{name!r} is missing; its shape {where} is {shape}")
-    raise_all(found, "params")
+    return found
 
 
 def _known_rows(plan: Plan, router: RouterConfig, activation: str) -> tuple[Parameter, ...]:

@@ -87,11 +87,11 @@ def _round(
     # 1. Which pairs travel in this round, and where their rows lie.
     handle = open_round(transport, manifest, index * plan.pair_capacity, plan.pair_capacity, plan)
     # 2. Token rows [T, H] to inbox slots [A, H]. They stay there: the experts pick them out in their order.
-    arrived = dequantized(send_rows(transport, x, handle, ordered=False), plan)
+    arrived = dequantized(send_rows(transport, plan.dispatch_recipe, ordered=False, x=x, handle=handle).rows, plan)
     # 3. Through the experts, into the same slots.
     made = through(plan, activation, experts, arrived, transport.inbox_order(handle.maps), handle.group_sizes)
     # 4. Back to the tokens.
-    collected, _ = collect_rows(transport, made, weights, handle, ordered=False)
+    collected, _ = collect_rows(transport, ordered=False, rows=made, weights=weights, handle=handle)
     return collected if earlier is None else transport.together(earlier, collected, handle.maps)
 
 
@@ -110,10 +110,10 @@ def _add_overflow_round(plan: Plan, activation: str, index, grads, ct, experts, 
     order = transport.inbox_order(handle.maps)
 
     def sent(x):
-        return dequantized(send_rows(transport, x, handle, ordered=False), plan)
+        return dequantized(send_rows(transport, plan.dispatch_recipe, ordered=False, x=x, handle=handle).rows, plan)
 
     def returned(made, weights):
-        return collect_rows(transport, made, weights, handle, ordered=False)[0]
+        return collect_rows(transport, ordered=False, rows=made, weights=weights, handle=handle)[0]
 
     # 2. Token rows to inbox slots.
     arrived, pull_sent = jax.vjp(sent, x)

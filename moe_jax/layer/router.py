@@ -2,7 +2,8 @@
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -94,15 +95,15 @@ def choose_experts(
 ) -> Routing:
     """``route`` of arguments that have been checked; ``axes``: the mesh axes over which the tokens are spread."""
     with jax.named_scope("route"):
-        logits = logits.astype(jnp.float32)
+        logits, score = logits.astype(jnp.float32), SCORES[router.score]
         if token_mask is not None:  # padding may hold anything, and its gradient is zero
             logits = jnp.where(token_mask[:, None], logits, 0.0)
-        scores = _scores(logits, router.score)
+        scores = score.of(logits)
         expert_ids = _choose(*lax.stop_gradient((logits, scores, bias)), router, top_k)
         if router.renormalize:
-            weights = _shares(_take_columns(logits, expert_ids), router.score)
+            weights = _shares(_take_columns(logits, expert_ids), score.log)
         elif router.topk_first:
-            weights = _scores(_take_columns(logits, expert_ids), router.score)
+            weights = score.of(_take_columns(logits, expert_ids))
         else:
             weights = _take_columns(scores, expert_ids)
         weights = weights * router.scale
@@ -188,9 +189,10 @@ def _choose(
 
 
 def _group_keys(keys: Sequence[jax.Array], selection: jax.Array, router: RouterConfig) -> list[jax.Array]:
-    """What groups are compared by: keys [T, G], most important first.
+    """What groups are compared by: keys [T, G], the most important one first.
 
-    ``keys`` and ``selection`` [T, G, E / G] are those of their experts; the last key is the logits where scores count.
+    ``keys`` and ``selection`` [T, G, E / G] belong to the experts of each group. Where scores are compared, the last of
+    ``keys`` is the logits.
     """
     pair = router.resolved_group_score == "top2" and selection.shape[-1] > 1
     best = _best(keys, 2 if pair else 1)  # [T, G, 1 or 2]
@@ -201,9 +203,10 @@ def _group_keys(keys: Sequence[jax.Array], selection: jax.Array, router: RouterC
     if router.topk_first:
         return [total]
     logits = jnp.moveaxis(keys[-1], -1, 0)  # [2, T, G]: the logits of the best experts, and of the second best
-    log_sum = jnp.logaddexp(*_log_scores(logits, router.score))
-    if router.score == "sigmoid":  # their sum saturates at 2: compare the distance from there as well
-        log_sum -= jnp.logaddexp(*_log_scores(-logits, router.score))
+    score = SCORES[router.score]
+    log_sum = jnp.logaddexp(*score.log(logits))
+    if score.log_rest is not None:  # their sum saturates at 2: compare the distance from there as well
+        log_sum -= jnp.logaddexp(*score.log_rest(logits))
     return [total, _comparable(log_sum), *logits]
 
 
@@ -244,16 +247,28 @@ def _best(keys: Sequence[jax.Array], count: int) -> jax.Array:
     return chosen
 
 
-def _scores(logits: jax.Array, score: str) -> jax.Array:
-    if score == "softmax":
-        return _shares(logits, score)
-    if score == "sigmoid":
-        return _sigmoid(logits)
-    # Far below zero softplus(x) is exp(x), and its root exp(x / 2). softplus itself vanishes at half the logit at which
-    # exp(x / 2) does, and from there on its root would be 0, where it has no slope.
-    small = logits < _SMALL
-    root = jnp.sqrt(jax.nn.softplus(jnp.where(small, 0.0, logits)))
-    return jnp.where(small, jnp.exp(0.5 * jnp.where(small, logits, 0.0)), root)
+class Score(NamedTuple):
+    """What the router asks of a score: functions of fp32 logits [..., E].
+
+    Attributes:
+      of: the score. It grows with the logit.
+      log: its logarithm, up to a term that all experts of a token share. Scores may vanish in fp32 where this does not.
+      log_rest: the logarithm of 1 minus the score, for a score that comes so near to 1 that fp32 takes it for 1; None
+        for others.
+      is_share: whether the scores of a token add up to 1.
+    """
+
+    of: Callable[[jax.Array], jax.Array]
+    log: Callable[[jax.Array], jax.Array]
+    log_rest: Callable[[jax.Array], jax.Array] | None = None
+    is_share: bool = False
+
+
+def _shares(logits: jax.Array, log_score: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Scores divided by their sum on the last axis, also where all vanish in fp32; equal where all logits are -inf."""
+    excluded = logits == -jnp.inf  # their derivative would be NaN, so they are kept out of it
+    logs = jnp.where(excluded, -jnp.inf, log_score(jnp.where(excluded, 0.0, logits)))
+    return jax.nn.softmax(jnp.where(jnp.all(excluded, axis=-1, keepdims=True), 0.0, logs), axis=-1)
 
 
 @jax.custom_jvp
@@ -269,21 +284,24 @@ def _sigmoid_jvp(primals, tangents):
     return _sigmoid(x), tangent * _sigmoid(x) * _sigmoid(-x)
 
 
-def _shares(logits: jax.Array, score: str) -> jax.Array:
-    """Scores divided by their sum on the last axis, also where all vanish in fp32; equal where all logits are -inf."""
-    excluded = logits == -jnp.inf  # their derivative would be NaN, so they are kept out of it
-    logs = jnp.where(excluded, -jnp.inf, _log_scores(jnp.where(excluded, 0.0, logits), score))
-    return jax.nn.softmax(jnp.where(jnp.all(excluded, axis=-1, keepdims=True), 0.0, logs), axis=-1)
+def _sqrt_softplus(logits: jax.Array) -> jax.Array:
+    # Far below zero softplus(x) is exp(x), and its root exp(x / 2). softplus itself vanishes at half the logit at which
+    # exp(x / 2) does, and from there on its root would be 0, where it has no slope.
+    small = logits < _SMALL
+    root = jnp.sqrt(jax.nn.softplus(jnp.where(small, 0.0, logits)))
+    return jnp.where(small, jnp.exp(0.5 * jnp.where(small, logits, 0.0)), root)
 
 
-def _log_scores(logits: jax.Array, score: str) -> jax.Array:
-    """The logarithm of ``_scores``; for softmax up to a term that is the same for all experts of a token."""
-    if score == "softmax":
-        return logits
-    if score == "sigmoid":
-        return jax.nn.log_sigmoid(logits)
+def _log_sqrt_softplus(logits: jax.Array) -> jax.Array:
     small = logits < _SMALL
     return 0.5 * jnp.where(small, logits, jnp.log(jax.nn.softplus(jnp.where(small, 0.0, logits))))
+
+
+SCORES = {
+    "softmax": Score(of=lambda x: _shares(x, lambda x: x), log=lambda x: x, is_share=True),
+    "sigmoid": Score(of=_sigmoid, log=jax.nn.log_sigmoid, log_rest=lambda x: jax.nn.log_sigmoid(-x)),
+    "sqrt_softplus": Score(of=_sqrt_softplus, log=_log_sqrt_softplus),
+}
 
 
 @custom_gradient
@@ -323,7 +341,8 @@ def _losses(
 ) -> tuple[dict[str, jax.Array], jax.Array]:
     """Losses and load, [E] i32, over the active tokens of all ranks along ``axes``."""
     num_experts, top_k = logits.shape[1], expert_ids.shape[1]
-    shares = scores if router.score == "softmax" else _shares(logits, router.score)
+    score = SCORES[router.score]
+    shares = scores if score.is_share else _shares(logits, score.log)
     load = count_each(expert_ids, num_experts)
     num_active = jnp.sum(active, dtype=jnp.int32)
     share_sum = jnp.sum(jnp.where(active[:, None], shares, 0.0), axis=0)

@@ -23,6 +23,13 @@ def whole_sizes(sizes: Mapping[str, Any]) -> dict[str, int]:
     return {name: int(value) for name, value in sizes.items() if not count_violations(name, value, _least(name))}
 
 
+def shard_violations(hidden: Any, num_shards: int) -> list[str]:
+    """The rule of the weights that are split along ``param_axes`` into ``num_shards`` parts."""
+    if count_violations("hidden", hidden, 1) or hidden % num_shards == 0:
+        return []
+    return [f"hidden={hidden} must be divisible by {num_shards}, the number of devices along param_axes"]
+
+
 def _least(name: str) -> int:
     """The smallest value that the size ``name`` may have."""
     return int(name in _AT_LEAST_ONE)
@@ -159,7 +166,7 @@ def product_violations(
         back = known["combine_quant"]
         values["comm_quant_mode"] = (f"combine_quant={back!r}", _COMBINE_MODES.get(back, -1))
     for operator in ("moe_distribute_dispatch_v4", "moe_distribute_combine_v4"):
-        limits = PRODUCTS[product].operators[operator].under("hierarchy" if transport == "hierarchy" else "")
+        limits = PRODUCTS[product][operator].under("hierarchy" if transport == "hierarchy" else "")
         for quantity, legal in {**ANY[operator].values, **limits.values}.items():
             what, value = values.get(quantity, ("", None))
             if value is not None and not legal.allows(value):

@@ -11,8 +11,8 @@ from moe_jax.config import OVERFLOWS
 from moe_jax.errors import InvalidArgumentError, MeshError, choice_violations, flag_violations, raise_all
 from moe_jax.hardware import Machine, machine_of
 from moe_jax.kernels.table import PLATFORMS, describe_backend, registrations, resolve_all
-from moe_jax.mesh import mesh_violations
 from moe_jax.plan import checks
+from moe_jax.plan.axes import AUTO, extent, resolve_axes
 from moe_jax.plan.cost import PHASES, Cost, balanced_rows, rows_cost
 from moe_jax.plan.describe import cost_words
 from moe_jax.plan.plan import Plan
@@ -41,13 +41,16 @@ def make_plan(
     product: str | None = None,
     backward_quant: str = "none",
     poison: bool = False,
+    ep_axis: str | tuple[str, ...] = AUTO,
+    tp_axis: str | tuple[str, ...] | None = AUTO,
+    token_axes: str | tuple[str, ...] = AUTO,
+    param_axes: str | tuple[str, ...] = (),
     hardware: str | Machine | None = None,
 ) -> Plan:
     """Checks everything about a layer on a mesh at once, resolves every default, and returns the static plan.
 
     Args:
-      mesh: has axes "ep" and "tp", may have "node" (experts spread over ("node", "ep")); any other axis replicates
-        the whole group. Only names, sizes, the platform and the kind of its devices are read. Devices are taken to be
+      mesh: any mesh. Only names, sizes, the platform and the kind of its devices are read. Devices are taken to be
         laid out as ``make_mesh`` does it: along the last axis first, and so node by node.
       tokens_per_rank: T, tokens per device; may be 0. Fewer true tokens are given by a mask.
       hidden: H.
@@ -82,6 +85,16 @@ def make_plan(
       backend: a registered back end; several joined by "+", of which the first that has a kernel serves it; or "auto":
         those for the platform and the kind of ``hardware``. ``Plan.describe()`` says which serves what.
       poison: fill every slot and row that nobody may read with NaN, to prove that nobody does. For tests.
+      ep_axis: the axis over which experts are spread, or a tuple of several, outermost first; of several, the last one
+        lies inside a node, and the others go from node to node. "auto": "ep", or ("node", "ep") if there is a "node".
+      tp_axis: the axis along which every expert is split, or a tuple of several; None: there is none. "auto": "tp",
+        where the mesh has it.
+      token_axes: all axes over which tokens are spread, outermost first; those of ``ep_axis`` and ``tp_axis`` must be
+        among them, and any other one is a data axis, along which the whole group of ranks is there again. "auto": the
+        axes of ``ep_axis`` and ``tp_axis``, and all others before them where neither was named. What is left of the
+        mesh is left alone: every device along such an axis does the same.
+      param_axes: data axes along which the weights of experts are split as well, H of each matrix in equal parts. The
+        layer gathers them for use, and their gradients are reduced and scattered. (): a copy for every replica.
       hardware: the machine that the plan is for: a name in ``moe_jax.hardware.MACHINES`` such as "h100", the path of a
         TOML file that describes one, or a ``Machine``. The platform, what "auto" takes and all costs follow it, and
         nothing of the process that makes the plan counts: the mesh may be an ``AbstractMesh``, or one of CPU devices,
@@ -91,7 +104,7 @@ def make_plan(
 
     Raises:
       InvalidArgumentError: lists every rule that is broken.
-      MeshError: the same, where the mesh has no "ep" or no "tp" axis, or is not a mesh.
+      MeshError: the same, where it is the mesh or its axes that are wrong.
 
     >>> import moe_jax as moe
     >>> moe.emulate_devices(4)  # leave this out where there are accelerators
@@ -99,10 +112,9 @@ def make_plan(
     20
     """
     # 1. Everything that is wrong is found before anything is said.
-    wrong_mesh = mesh_violations(mesh)
+    axes, wrong_mesh = resolve_axes(mesh, ep_axis, tp_axis, token_axes, param_axes)
     shape = {} if wrong_mesh else dict(mesh.shape)
-    ep_axis = tuple(name for name in ("node", "ep") if name in shape)
-    ep_size, tp_size = math.prod(shape[name] for name in ep_axis), shape.get("tp", 1)
+    ep_size, tp_size, num_shards = (extent(names, shape) for names in (axes.ep, axes.tp, axes.params))
     mesh_sizes = None if wrong_mesh else (ep_size, tp_size)
     sizes = {
         "tokens_per_rank": tokens_per_rank,
@@ -120,6 +132,7 @@ def make_plan(
     violations = [
         *wrong_mesh,
         *checks.size_violations(mesh_sizes, sizes),
+        *checks.shard_violations(hidden, num_shards),
         *checks.dtype_violations(dtype),
         *choice_violations("transport", transport, ("auto", *transport_names())),
         *choice_violations("overflow", overflow, OVERFLOWS),
@@ -144,13 +157,14 @@ def make_plan(
     if ep_size * tp_size == 1 and overflow == "dropless":
         pair_capacity = max(1, most)  # nothing is exchanged, and all rows are there in one round
     plan = Plan(
-        ep_axis=ep_axis,
-        tp_axis="tp",
-        dp_axis=tuple(name for name in shape if name not in ("node", "ep", "tp")),
+        ep_axis=axes.ep,
+        tp_axis=axes.tp[0] if len(axes.tp) == 1 else axes.tp or None,
+        token_axes=axes.tokens,
+        param_axes=axes.params,
         mesh_axes=tuple((name, int(size)) for name, size in shape.items()),
         ep_size=ep_size,
         tp_size=tp_size,
-        num_nodes=shape.get("node", 1),
+        num_nodes=extent(axes.ep[:-1], shape),
         dtype=dtype,
         transport=transport,
         transport_reason="as asked",

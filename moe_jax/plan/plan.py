@@ -22,9 +22,11 @@ class Plan:
     """One layer's static facts. Hashable; holds no array and no mesh. Build it with ``make_plan``.
 
     Attributes:
-      ep_axis: mesh axes over which experts are spread, outermost first: ("ep",), or ("node", "ep").
-      tp_axis: the mesh axis along which experts are split; None: no such axis.
-      dp_axis: mesh axes that replicate the whole group.
+      ep_axis: mesh axes over which experts are spread, outermost first: ("ep",), or ("node", "ep"). Of several, the
+        last one lies inside a node, and the others go from node to node.
+      tp_axis: the mesh axis along which experts are split, or a tuple of several; None: no such axis.
+      token_axes: mesh axes over which tokens are spread, outermost first; all of the exchange are among them.
+      param_axes: those of ``dp_axis`` along which the weights of experts are split as well, and gathered for use.
       mesh_axes: all axes of the mesh with their sizes, outermost first: devices are laid out along the last one first.
       ep_size: W, ranks along ``ep_axis``, of all nodes.
       tp_size: P, ranks along ``tp_axis``.
@@ -57,8 +59,9 @@ class Plan:
     """
 
     ep_axis: tuple[str, ...]
-    tp_axis: str | None
-    dp_axis: tuple[str, ...]
+    tp_axis: str | tuple[str, ...] | None
+    token_axes: tuple[str, ...]
+    param_axes: tuple[str, ...]
     mesh_axes: tuple[tuple[str, int], ...]
     ep_size: int
     tp_size: int
@@ -88,6 +91,21 @@ class Plan:
     poison: bool
 
     @property
+    def tp_axes(self) -> tuple[str, ...]:
+        """``tp_axis`` as a tuple: empty where there is none."""
+        return () if self.tp_axis is None else (self.tp_axis,) if isinstance(self.tp_axis, str) else self.tp_axis
+
+    @property
+    def dp_axis(self) -> tuple[str, ...]:
+        """Mesh axes that replicate the whole group of ranks, each copy with tokens of its own."""
+        return tuple(name for name in self.token_axes if name not in self.exchange_axes)
+
+    @property
+    def num_param_shards(self) -> int:
+        """Parts into which the weights of an expert are split along ``param_axes``."""
+        return math.prod(size for name, size in self.mesh_axes if name in self.param_axes)
+
+    @property
     def num_replicas(self) -> int:
         """Copies of the whole group: the product of the sizes of ``dp_axis``."""
         return math.prod(size for name, size in self.mesh_axes if name in self.dp_axis)
@@ -98,9 +116,14 @@ class Plan:
         return self.num_experts // (self.ep_size - self.num_shared_ranks)
 
     @property
-    def num_copies(self) -> int:
+    def pairs_per_token(self) -> int:
         """C, the pairs of a token that may travel: K choices, and each shared expert that has ranks of its own."""
         return self.top_k + (self.num_shared_experts if self.num_shared_ranks else 0)
+
+    @property
+    def num_copies(self) -> int:
+        """The old name of ``pairs_per_token``."""
+        return self.pairs_per_token
 
     @property
     def num_ids(self) -> int:
@@ -110,7 +133,7 @@ class Plan:
     @property
     def num_pairs(self) -> int:
         """The pairs of one device: the most that it can send."""
-        return self.tokens_per_rank * self.num_copies
+        return self.tokens_per_rank * self.pairs_per_token
 
     @property
     def max_pair_rows(self) -> int:
@@ -130,12 +153,7 @@ class Plan:
     @property
     def exchange_axes(self) -> tuple[str, ...]:
         """Axes over which rows move: expert parallel, then tensor parallel."""
-        return self.ep_axis if self.tp_axis is None else (*self.ep_axis, self.tp_axis)
-
-    @property
-    def token_axes(self) -> tuple[str, ...]:
-        """Axes over which tokens are spread: data parallel, then the exchange axes."""
-        return (*self.dp_axis, *self.exchange_axes)
+        return (*self.ep_axis, *self.tp_axes)
 
     @property
     def max_rounds(self) -> int:
@@ -161,7 +179,7 @@ class Plan:
 
     @property
     def sums_at_experts(self) -> bool:
-        """Whether a token's rows are summed where they were made, rather than at the token."""
+        """Whether the rows of a token are summed on their way back, by rank or by node, rather than at the token."""
         return not transport_of(self).pairwise
 
     def num_rows(self, capacity: int) -> int:
@@ -174,9 +192,10 @@ class Plan:
         They are counted as the program describes them, from sizes alone; each buffer counts once, and those of one call
         are counted as if all were there at the same time. By key:
 
-        - "send": rows, or messages of a quantised wire, packed for other ranks; "crossing" instead of it for those
-          between nodes, both ways. Not for "allgather", which sends the tokens as they are.
-        - "arrival": what came from all ranks, of all tp ranks.
+        - "outbox": rows, or messages of a quantised wire, packed for other ranks. "allgather" has none: it sends the
+          tokens as they are.
+        - "inbox": what came from all ranks, of all tp ranks.
+        - "node_slots": of "hierarchy", the tokens packed for other nodes, and those that came from them.
         - "rows": the M rows in the order of the experts, in ``plan.dtype``.
         - "return": rows, or sums of rows, on their way back to the tokens.
         - "integers": which row lies where, and the counts.

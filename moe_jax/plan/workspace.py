@@ -18,7 +18,7 @@ def workspace(plan: "Plan", call: str) -> dict[str, int]:
     row = plan.hidden * jnp.dtype(plan.dtype).itemsize
     rows = plan.num_rows(capacity)
     if call == "layer" and not plan.exchanges:
-        buffers = {"send": 0, "arrival": 0, "return": plan.num_pairs * row}
+        buffers = {"outbox": 0, "inbox": 0, "return": plan.num_pairs * row}
         integers = 2 * rows + plan.num_pairs
     else:
         buffers, integers = transport_of(plan).buffers(plan, capacity)

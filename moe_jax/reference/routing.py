@@ -10,24 +10,56 @@ z loss, DeepSeek-V3 (arXiv 2412.19437) section 2.1.2 for sigmoid scores, groups 
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from moe_jax import errors
 from moe_jax.reference import elementwise as ew
 
+
+class _Score(NamedTuple):
+    """A score as a function of the logits [E] of one token, with all that is derived from it.
+
+    Attributes:
+      of: the score.
+      vjp: (cotangent of the scores, logits) -> cotangent of the logits.
+      log, log_grad: its logarithm and the derivative of that. Shares of a sum are taken between logarithms, as scores
+        may vanish. The logarithm of a softmax lacks a constant here, which drops out of shares.
+      rest, log_rest: 1 minus the score and the logarithm of that, where scores come so near to 1 that a float64 takes
+        them for 1; None for others.
+    """
+
+    of: Callable[[np.ndarray], np.ndarray]
+    vjp: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    log: Callable[[np.ndarray], np.ndarray]
+    log_grad: Callable[[np.ndarray], np.ndarray]
+    rest: Callable[[np.ndarray], np.ndarray] | None = None
+    log_rest: Callable[[np.ndarray], np.ndarray] | None = None
+
+
 _SCORES = {
-    "softmax": (lambda x: _shares(x, "softmax"), lambda ct, x: _shares_vjp(ct, x, "softmax")),
-    "sigmoid": (ew.sigmoid, lambda ct, x: ct * ew.sigmoid_grad(x)),
-    "sqrt_softplus": (ew.sqrt_softplus, lambda ct, x: ct * ew.sqrt_softplus_grad(x)),
-}
-# The logarithms of the scores and their derivatives. Shares of a sum are taken between these, as scores may vanish; the
-# constant that the logarithm of a softmax lacks drops out.
-_LOG_SCORES = {
-    "softmax": (lambda x: x, np.ones_like),
-    "sigmoid": (lambda x: -np.logaddexp(0.0, -x), lambda x: ew.sigmoid(-x)),
-    "sqrt_softplus": (lambda x: 0.5 * _log_softplus(x), lambda x: 0.5 * _log_softplus_grad(x)),
+    "softmax": _Score(
+        of=lambda x: _shares(x, "softmax"),
+        vjp=lambda ct, x: _shares_vjp(ct, x, "softmax"),
+        log=lambda x: x,
+        log_grad=np.ones_like,
+    ),
+    "sigmoid": _Score(
+        of=ew.sigmoid,
+        vjp=lambda ct, x: ct * ew.sigmoid_grad(x),
+        log=lambda x: -np.logaddexp(0.0, -x),
+        log_grad=lambda x: ew.sigmoid(-x),
+        rest=lambda x: ew.sigmoid(-x),
+        log_rest=lambda x: -np.logaddexp(0.0, x),
+    ),
+    "sqrt_softplus": _Score(
+        of=ew.sqrt_softplus,
+        vjp=lambda ct, x: ct * ew.sqrt_softplus_grad(x),
+        log=lambda x: 0.5 * _log_softplus(x),
+        log_grad=lambda x: 0.5 * _log_softplus_grad(x),
+    ),
 }
 
 
@@ -55,13 +87,16 @@ def route(
 
     Experts come best first; ties go to the lower index. ``bias`` steers the selection only: it enters neither the
     weights nor the losses. The logits of an inactive token are never read. A token whose logits are all -inf has equal
-    shares, and neither a z loss nor a gradient. NaN is chosen as +inf is.
+    shares, and neither a z loss nor a gradient. A NaN is chosen as +inf would be.
 
-    No score that saturates or vanishes in float64 decides. Experts are compared by their logits where no sum is
-    involved, as scores grow with logits. Sums (a score and its bias, the best two of a group) of scores in float64 are
-    compared with twice the digits of a float64, and a sigmoid near 1 enters them as 1 minus its distance from 1. Where
-    sums with scores are equal even so, the greater logit decides, or between groups the greater sum of scores as taken
-    between logarithms, then the greater logits.
+    A choice never depends on rounding: a score that saturates or vanishes in float64 does not decide. Experts are
+    compared as follows.
+
+    1. Scores grow with logits. So where nothing is added to a score, the logits themselves are compared.
+    2. Where something is added (the bias to a score; the best two scores of a group to each other), the sums are
+       compared with twice the digits of a float64. A score near 1 enters them as 1 minus its distance from 1.
+    3. Where such sums are equal even so, the expert with the greater logit wins. Between groups the logarithm of the
+       sum of the scores decides first, and then the greater logits.
 
     Args:
       logits: [N, E] float.
@@ -167,7 +202,7 @@ def active_tokens(num_tokens: int, token_mask: np.ndarray | None) -> np.ndarray:
 def select_experts(logits: np.ndarray, router: Any, *, top_k: int, bias: np.ndarray | None = None) -> np.ndarray:
     """The expert ids [K] of one token with ``logits`` [E], best first, ties to the lower index."""
     num_experts = len(logits)
-    terms = logits[:, None] if router.topk_first else _split_scores(logits, router.score)
+    terms = logits[:, None] if router.topk_first else _split_scores(logits, _SCORES[router.score])
     if router.selection_bias:
         terms = np.concatenate([terms, np.asarray(bias, np.float64)[:, None]], axis=1)
         keys = [(*_exact_sum(terms[e]), *([] if router.topk_first else [logits[e]])) for e in range(num_experts)]
@@ -185,7 +220,7 @@ def expert_weights(logits: np.ndarray, expert_ids: np.ndarray, router: Any) -> n
     """The combine weights [K] of one token with ``logits`` [E] that goes to ``expert_ids`` [K]."""
     if router.renormalize:
         return _shares(logits[expert_ids], router.score) * router.scale
-    score, _ = _SCORES[router.score]
+    score = _SCORES[router.score].of
     values = score(logits[expert_ids]) if router.topk_first else score(logits)[expert_ids]
     return values * router.scale
 
@@ -194,14 +229,14 @@ def _shares(logits: np.ndarray, score: str) -> np.ndarray:
     """The scores of ``logits`` divided by their sum; equal shares where no logit is above -inf."""
     if _is_empty(logits):
         return np.full(len(logits), 1.0 / len(logits))
-    return ew.softmax(_LOG_SCORES[score][0](logits))
+    return ew.softmax(_SCORES[score].log(logits))
 
 
 def _shares_vjp(ct: np.ndarray, logits: np.ndarray, score: str) -> np.ndarray:
+    """The cotangent of ``logits`` in ``_shares``."""
     if _is_empty(logits):
         return np.zeros(len(logits))
-    log_score, log_score_grad = _LOG_SCORES[score]
-    return ew.softmax_vjp(ct, log_score(logits)) * log_score_grad(logits)
+    return ew.softmax_vjp(ct, _SCORES[score].log(logits)) * _SCORES[score].log_grad(logits)
 
 
 def _is_empty(logits: np.ndarray) -> bool:
@@ -220,12 +255,16 @@ def _log_softplus_grad(x: np.ndarray) -> np.ndarray:
     return np.where(x < -40.0, 1.0, ew.sigmoid(bounded) / np.logaddexp(0.0, bounded))
 
 
-def _split_scores(logits: np.ndarray, score: str) -> np.ndarray:
-    """[E, 2]: two numbers for each expert whose sum is its score: where many may be near 1, 1 and minus the rest."""
-    value, distance = _SCORES[score][0](logits), np.zeros(len(logits))
-    if score == "sigmoid":
-        near_one = logits > 0.0
-        value, distance = np.where(near_one, 1.0, value), np.where(near_one, ew.sigmoid(-logits), 0.0)
+def _split_scores(logits: np.ndarray, score: _Score) -> np.ndarray:
+    """[E, 2]: two numbers for each expert, whose sum is its score.
+
+    They are 1 and minus the rest where a score lies near 1, so that its distance from 1 is not lost; else the score and
+    0.
+    """
+    value, distance = score.of(logits), np.zeros(len(logits))
+    if score.rest is not None:
+        near_one = value > 0.5
+        value, distance = np.where(near_one, 1.0, value), np.where(near_one, score.rest(logits), 0.0)
     return np.stack([value, -distance], axis=1)
 
 
@@ -249,10 +288,10 @@ def _group_key(group: np.ndarray, keys: list[tuple], terms: np.ndarray, logits: 
     total = _exact_sum(terms[best])
     if router.topk_first:
         return total
-    log_score = _LOG_SCORES[router.score][0]
-    log_sum = np.logaddexp.reduce(log_score(logits[best]))
-    if router.score == "sigmoid":  # both ends of the sum: its logarithm and that of its distance from 2
-        log_sum -= np.logaddexp.reduce(log_score(-logits[best]))
+    score = _SCORES[router.score]
+    log_sum = np.logaddexp.reduce(score.log(logits[best]))
+    if score.log_rest is not None:  # the sum may also come near 2: the logarithm of its distance from there decides too
+        log_sum -= np.logaddexp.reduce(score.log_rest(logits[best]))
     return (*total, log_sum, *logits[best])
 
 
@@ -263,8 +302,8 @@ def _top(keys: list[tuple], count: int) -> list[int]:
 
 
 def _expert_weights_vjp(ct: np.ndarray, logits: np.ndarray, expert_ids: np.ndarray, router: Any) -> np.ndarray:
-    ct = ct * router.scale
-    _, score_vjp = _SCORES[router.score]
+    """The cotangent of ``logits`` in ``expert_weights``."""
+    ct, score_vjp = ct * router.scale, _SCORES[router.score].vjp
     scattered = np.zeros_like(logits)
     if router.renormalize:
         scattered[expert_ids] = _shares_vjp(ct, logits[expert_ids], router.score)

@@ -11,7 +11,7 @@ from moe_jax.transports.all_to_all import PADDED, RAGGED
 from moe_jax.transports.base import InboxOrder, Transport, register_transport
 from moe_jax.transports.collect import collect_rows
 from moe_jax.transports.hierarchy import HIERARCHY
-from moe_jax.transports.send import Sent, carry_rows, dequantized, send_as_is, send_rows
+from moe_jax.transports.send import CodedRows, Sent, carry_rows, dequantized, send_as_is, send_rows, send_smoothed
 from moe_jax.transports.stopwatch import Stopwatch
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "HIERARCHY",
     "PADDED",
     "RAGGED",
+    "CodedRows",
     "InboxOrder",
     "Sent",
     "Stopwatch",
@@ -29,6 +30,7 @@ __all__ = [
     "register_transport",
     "send_as_is",
     "send_rows",
+    "send_smoothed",
     "transport_names",
     "transport_of",
 ]

@@ -59,7 +59,7 @@ class AllGather(Transport):
         picked = layout.gather_maps(
             manifest.known, me, num_local, start, capacity, num_rows=num_rows, source_order=order
         )
-        pair_row = picked.pair_row.reshape(plan.tp_size * plan.ep_size, plan.tokens_per_rank, plan.num_copies)
+        pair_row = picked.pair_row.reshape(plan.tp_size * plan.ep_size, plan.tokens_per_rank, plan.pairs_per_token)
         maps = GatherMaps(row_pair=picked.row_pair, pair_row=pair_row)
         return Opened(maps, picked.group_sizes, picked.recv_counts)
 
@@ -73,7 +73,7 @@ class AllGather(Transport):
             all_tokens, all_pairs = split_some(everyone, parts)
         with jax.named_scope("permute"):
             if tokens is not None:
-                all_tokens = take_rows(all_tokens, token_of(maps.row_pair, plan.num_copies), poison=plan.poison)
+                all_tokens = take_rows(all_tokens, token_of(maps.row_pair, plan.pairs_per_token), poison=plan.poison)
             if pairs is not None:
                 all_pairs = take_rows(all_pairs.reshape(-1, pairs.shape[2]), maps.row_pair, poison=plan.poison)
             return Delivery(all_tokens, all_pairs, ())
@@ -102,11 +102,11 @@ class AllGather(Transport):
             all_weights = collectives.gather_tokens(weights, plan).ravel()
         with jax.named_scope("permute"):
             scale = take_rows(all_weights, maps.row_pair, absent=0)
-            d_rows = take_rows(flat, token_of(maps.row_pair, plan.num_copies), poison=plan.poison)
+            d_rows = take_rows(flat, token_of(maps.row_pair, plan.pairs_per_token), poison=plan.poison)
             d_rows = (scale[:, None] * d_rows.astype(jnp.float32)).astype(plan.dtype)
             dots = [
                 jnp.sum(take_rows(rows, maps.pair_row[..., c], absent=0).astype(jnp.float32) * everyone, axis=-1)
-                for c in range(plan.num_copies)
+                for c in range(plan.pairs_per_token)
             ]
         with jax.named_scope("exchange"):
             return d_rows, collectives.reduce_scatter_tokens(jnp.stack(dots, axis=-1), plan)
@@ -116,12 +116,12 @@ class AllGather(Transport):
     def buffers(self, plan, capacity):
         tokens = plan.tp_size * plan.ep_size * plan.tokens_per_rank
         out = row_bytes(plan.quant, plan.hidden, plan.dtype)
-        buffers = {"arrival": tokens * out, "return": tokens * plan.hidden * WIDE}
+        buffers = {"inbox": tokens * out, "return": tokens * plan.hidden * WIDE}
         return buffers, 2 * tokens * plan.top_k + plan.num_rows(capacity)
 
     def steps(self, plan, size, backward):
         axes, pairs = plan.exchange_axes, plan.num_pairs * WIDE
-        tokens, everyone = plan.tokens_per_rank, size.everyone * plan.num_copies
+        tokens, everyone = plan.tokens_per_rank, size.everyone * plan.pairs_per_token
         of_pairs = Collective("all-gather", axes, pairs)  # destinations, and then weights
 
         def out(phase, message):
@@ -154,7 +154,7 @@ def _pass_out(plan: Plan, size, message: int) -> int:
 
 def _pass_back(plan: Plan, size, message: int) -> int:
     """Rows of products summed for all tokens, and the sums of the ranks added."""
-    sums = size.everyone * (plan.num_copies * size.row + size.wide)
+    sums = size.everyone * (plan.pairs_per_token * size.row + size.wide)
     moved = (size.everyone + plan.tokens_per_rank) * size.wide if plan.ep_size * plan.tp_size > 1 else 0
     return 2 * recoded(size, message, size.arrived) + sums + moved
 

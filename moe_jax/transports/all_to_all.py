@@ -94,14 +94,12 @@ class AllToAll(Transport):
     def longest_list(self, manifest, plan):
         return jnp.max(manifest.known.sizes)  # all ranks know all of them
 
-    def open(self, manifest, start, capacity, plan, *, num_rows):
-        exchange = self.exchange(manifest, start, capacity, plan)
-        return self._open(manifest, start, capacity, plan, num_rows, exchange)
+    def open_blocks(self, manifest, start, capacity, plan, *, num_rows):
+        return self.open(manifest, start, capacity, plan, num_rows=num_rows, exchange=Blocks())
 
-    def open_blocks(self, manifest, start, capacity, plan, *, num_rows) -> Opened:
-        return self._open(manifest, start, capacity, plan, num_rows, Blocks())
-
-    def _open(self, manifest, start, capacity, plan: Plan, num_rows, exchange):
+    def open(self, manifest, start, capacity, plan, *, num_rows, exchange: Exchange | None = None):
+        if exchange is None:
+            exchange = self.exchange(manifest, start, capacity, plan)
         compact = not exchange.in_blocks
         # 1. The sender's side: pairs sorted by destination fill the outbox, rank by rank.
         send = layout.send_maps(manifest.pairs, plan.ep_size, start, capacity, compact=compact)
@@ -111,7 +109,7 @@ class AllToAll(Transport):
         receive = layout.receive_maps(counts, start, capacity, compact=compact, num_rows=num_rows, source_order=order)
         maps = PairMaps(
             outbox_pair=send.slot_pair,
-            pair_outbox=send.pair_slot.reshape(plan.tokens_per_rank, plan.num_copies),
+            pair_outbox=send.pair_slot.reshape(plan.tokens_per_rank, plan.pairs_per_token),
             row_inbox=receive.row_slot,
             inbox_row=receive.slot_row,
             exchange=exchange,
@@ -134,7 +132,7 @@ class AllToAll(Transport):
     def send(self, tokens, pairs, maps, plan, *, ordered):
         with jax.named_scope("pack"):
             if tokens is not None:
-                tokens = take_rows(tokens, token_of(maps.outbox_pair, plan.num_copies), poison=plan.poison)
+                tokens = take_rows(tokens, token_of(maps.outbox_pair, plan.pairs_per_token), poison=plan.poison)
             if pairs is not None:
                 place = _place_of(maps.outbox_pair, plan)
                 pairs = take_rows(lax.collapse(pairs, 0, 2), place, poison=plan.poison)
@@ -214,7 +212,7 @@ class AllToAll(Transport):
         sent = self.sent_rows(plan, capacity)
         inbox = plan.tp_size * slots
         out, back = (row_bytes(name, plan.hidden, plan.dtype) for name in (plan.quant, plan.combine_quant))
-        buffers = {"send": sent * out, "arrival": inbox * out, "return": plan.num_pairs * back}
+        buffers = {"outbox": sent * out, "inbox": inbox * out, "return": plan.num_pairs * back}
         return buffers, sent + 3 * plan.num_pairs + inbox + plan.num_rows(capacity)
 
     def steps(self, plan, size, backward):
@@ -320,7 +318,7 @@ def _round_sizes(manifest: Any, start: Array | int, capacity: int, plan: Plan) -
 def _place_of(pair: Array, plan: Plan) -> Array:
     """Where each pair lies in [C * T], -1 for none."""
     # Pair (t, c) has the number t * C + c, and its row lies at c * T + t.
-    return jnp.where(pair < 0, -1, pair % plan.num_copies * plan.tokens_per_rank + pair // plan.num_copies)
+    return jnp.where(pair < 0, -1, pair % plan.pairs_per_token * plan.tokens_per_rank + pair // plan.pairs_per_token)
 
 
 @custom_gradient

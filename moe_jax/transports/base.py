@@ -58,8 +58,8 @@ class Delivery(NamedTuple):
     """What ``Transport.send`` brings to the experts.
 
     Attributes:
-      tokens: [M, F], of each row what its token sent; None if no token sent anything.
-      pairs: [M, G], of each row what its pair sent; None likewise.
+      tokens: [M, F], what the token of each row sent; None if tokens sent nothing.
+      pairs: [M, G], what the pair of each row sent; None if pairs sent nothing.
       note: what the exchange has to say, see ``moe_jax.collectives.exchange``; () where it has nothing to say.
     """
 
@@ -186,7 +186,7 @@ class Transport(abc.ABC):
         """M, the rows of a round, those that may hold anything included."""
 
     def with_counts(self, known: Any, recv_counts: Array) -> Any:
-        """What ``count`` returned, with [P, W, L] counts that the caller has from elsewhere, where it holds such."""
+        """What ``count`` returned; if it holds the counts [P, W, L], with those that the caller has from elsewhere."""
         return known
 
     def counts_agree(self, recv_counts: Array, manifest: Any, opened_counts: Array, plan: Plan) -> Array:
@@ -203,7 +203,8 @@ class Transport(abc.ABC):
           tokens: [T, F], or None.
           pairs: [C, T, G], or None; a ``pairwise`` transport is given one of both alone.
           maps, plan: of the round.
-          ordered: False leaves everything in its inbox slot, see ``inbox_order``.
+          ordered: True puts everything in the order of the experts; False leaves it in its inbox slot, see
+            ``inbox_order``.
         """
 
     def inbox_order(self, maps: Any) -> InboxOrder | None:
@@ -253,10 +254,10 @@ class Transport(abc.ABC):
 
     def present(self, maps: Any, plan: Plan) -> Array:
         """[T, C] bool, the pairs whose own rows come back to the token in this round; none where sums come back."""
-        return jnp.zeros((plan.tokens_per_rank, plan.num_copies), bool)
+        return jnp.zeros((plan.tokens_per_rank, plan.pairs_per_token), bool)
 
     def finish(self, collected: Array, weights: Array, travelled: Array, added: list[Array] | None) -> Array:
-        """The weighted sum over the choices of each token, ascending, of rows and of what else is added.
+        """The weighted sum of rows, and of what is added beside them, over the choices of each token, k ascending.
 
         Args:
           collected: what ``together`` made of all rounds.
@@ -361,9 +362,9 @@ def as_delivered(rows: Array, recipe) -> Array:
 # Pairs.
 
 
-def token_of(pair: Array, num_copies: int) -> Array:
+def token_of(pair: Array, pairs_per_token: int) -> Array:
     """The token of each pair, -1 for none."""
-    return jnp.where(pair < 0, -1, pair // num_copies)
+    return jnp.where(pair < 0, -1, pair // pairs_per_token)
 
 
 def by_token(pairs: Array) -> Array:
@@ -373,7 +374,7 @@ def by_token(pairs: Array) -> Array:
 
 def pair_weights(combine_weights: Array, plan: Plan) -> Array:
     """[T, K] -> [T, C]: the pair of a shared expert on a rank of its own has weight 1."""
-    num_shared = plan.num_copies - plan.top_k
+    num_shared = plan.pairs_per_token - plan.top_k
     return jnp.pad(combine_weights, ((0, 0), (0, num_shared)), constant_values=1.0) if num_shared else combine_weights
 
 
@@ -416,8 +417,12 @@ def choices_apart(plan: Plan, size: Any, tokens: int, machine: Machine, backward
     """
     if machine.platform != "tpu":
         return []
-    choices = tokens * plan.num_copies
-    sums = Step(COMBINE, (), choices * (2 * size.row + size.wide), launches=2 * plan.num_copies)
+    choices = tokens * plan.pairs_per_token
+    sums = Step(COMBINE, (), choices * (2 * size.row + size.wide), launches=2 * plan.pairs_per_token)
     if not backward:
         return [sums]
-    return [sums, sums._replace(phase=DISPATCH), Step(COMBINE, (), 2 * choices * size.row, launches=plan.num_copies)]
+    return [
+        sums,
+        sums._replace(phase=DISPATCH),
+        Step(COMBINE, (), 2 * choices * size.row, launches=plan.pairs_per_token),
+    ]

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 
-from moe_jax import _compat
 from moe_jax.derivatives import custom_gradient
 from moe_jax.transports.base import Transport
 from moe_jax.types import DispatchHandle
@@ -14,24 +13,19 @@ from moe_jax.types import DispatchHandle
 Array = jax.Array
 
 
+@functools.partial(custom_gradient, num_static=2)
 def collect_rows(
-    transport: Transport, rows: Array, combine_weights: Array, handle: DispatchHandle, *, ordered: bool = True
+    transport: Transport, ordered: bool, rows: Array, weights: Array, handle: DispatchHandle
 ) -> tuple[Array, Any]:
     """Expert rows [M, H] of one round -> what ``Transport.finish`` takes, and the note of the exchange.
 
     What comes back is [C, T, H] at the tokens, or fp32 sums [T, H] of a transport that is not pairwise. Differentiable
-    in both arrays. Weights are [T, C]; if the transport ``takes_row_weights``, also [M], those that
-    came with the rows. ``ordered``: as for ``send_rows``.
+    in rows and weights. Weights are [T, C]; if the transport ``takes_row_weights``, also [M], those that came with the
+    rows. ``ordered``: as for ``send_rows``.
     """
-    rows, combine_weights = _compat.as_varying((rows, combine_weights), handle.plan.exchange_axes)
-    return _collect(transport, ordered, rows, combine_weights, handle)
-
-
-@functools.partial(custom_gradient, num_static=2)
-def _collect(transport, ordered, rows, weights, handle):
-    plan = handle.plan
-    recipe = plan.combine_recipe
+    plan, recipe = handle.plan, handle.plan.combine_recipe
     collected, _, note = transport.collect(rows, weights, None, handle.maps, plan, ordered=ordered, recipe=recipe)
+    assert collected is not None, "rows were given"
     return collected, note
 
 
@@ -39,7 +33,7 @@ def _collect_forward(transport, ordered, rows, weights, handle):
     # A pairwise transport does not read the weights here, so their cotangent needs no rows.
     kept = rows[:0] if transport.pairwise else rows
     plain = dataclasses.replace(handle, maps=transport.plain(handle.maps))  # nobody times the exchange of cotangents
-    return _collect(transport, ordered, rows, weights, handle), (kept, weights, plain)
+    return collect_rows(transport, ordered, rows, weights, handle), (kept, weights, plain)
 
 
 def _collect_backward(transport, ordered, residuals, cts):
@@ -50,4 +44,4 @@ def _collect_backward(transport, ordered, residuals, cts):
     return d_rows, d_weights, None
 
 
-_collect.defvjp(_collect_forward, _collect_backward)
+collect_rows.defvjp(_collect_forward, _collect_backward)

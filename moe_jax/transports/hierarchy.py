@@ -86,7 +86,7 @@ class Hierarchy(Transport):
 
     def count(self, destination, pairs, plan):
         """[T, C] the destinations of this rank's pairs: ``open`` exchanges what it needs of them."""
-        return pairs, destination.reshape(plan.tokens_per_rank, plan.num_copies)
+        return pairs, destination.reshape(plan.tokens_per_rank, plan.pairs_per_token)
 
     def open(self, manifest, start, capacity, plan, *, num_rows):
         order = manifest.source_order
@@ -184,8 +184,8 @@ class Hierarchy(Transport):
         both = jnp.concatenate([dots, weights[:, None]], axis=1)
         # The rows and the weights of the tp ranks are partial sums. Ranks may order rows differently, but not slots, so
         # slots are added up.
-        if plan.tp_axis is not None and plan.tp_size > 1:
-            slots = collectives.sum_over(take_rows(both, maps.inbox_row, absent=0), plan.tp_axis)
+        if plan.tp_size > 1:
+            slots = collectives.sum_over(take_rows(both, maps.inbox_row, absent=0), plan.tp_axes)
             both = take_rows(_compat.as_varying(slots, plan.exchange_axes), maps.row_inbox, absent=0)
         d_weights = jnp.where(maps.row_inbox >= 0, both[:, 0], 0.0)
         return (both[:, 1:] * row_ct).astype(rows.dtype), d_weights
@@ -195,22 +195,22 @@ class Hierarchy(Transport):
     def buffers(self, plan, capacity):
         slots, rows = plan.ep_size * capacity, plan.num_rows(capacity)
         node_slots = plan.num_nodes * min(plan.tokens_per_rank, plan.ep_size // plan.num_nodes * capacity)
-        sent = min(slots, node_slots * plan.num_copies) if capacity > plan.pair_capacity else slots
+        sent = min(slots, node_slots * plan.pairs_per_token) if capacity > plan.pair_capacity else slots
         row = plan.hidden * jnp.dtype(plan.dtype).itemsize
         out, back = (row_bytes(name, plan.hidden, plan.dtype) for name in (plan.quant, plan.combine_quant))
         inbox = plan.tp_size * slots
         buffers = {
-            "crossing": 2 * node_slots * out,
-            "send": sent * out,
-            "arrival": inbox * out,
+            "node_slots": 2 * node_slots * out,
+            "outbox": sent * out,
+            "inbox": inbox * out,
             "return": sent * row + node_slots * (WIDE * plan.hidden + back),
         }
-        integers = node_slots * (1 + plan.num_copies) + plan.tokens_per_rank * plan.num_nodes + sent + inbox + rows
+        integers = node_slots * (1 + plan.pairs_per_token) + plan.tokens_per_rank * plan.num_nodes + sent + inbox + rows
         return buffers, integers
 
     def steps(self, plan, size, backward):
         across, inside, tp = _across(plan), _inside(plan), tp_axes(plan)
-        counts, entries = plan.num_experts * WIDE, plan.num_copies * WIDE  # entries: of a token
+        counts, entries = plan.num_experts * WIDE, plan.pairs_per_token * WIDE  # entries: of a token
         of_pairs = Collective("all-to-all", across, size.node_slots * entries)  # destinations, and then weights
 
         def out(phase, message, beside_token, beside_row):
@@ -262,7 +262,7 @@ def _pass_out(plan: Plan, size, message: int) -> int:
 def _pass_back(plan: Plan, size, message: int) -> int:
     """Rows of products inside their node, summed there, and the sums of the nodes added."""
     inside = 2 * size.slots * size.row if plan.ep_size > plan.num_nodes else 0
-    sums = size.node_slots * (plan.num_copies * size.row + size.wide + 3 * message)
+    sums = size.node_slots * (plan.pairs_per_token * size.row + size.wide + 3 * message)
     return unplaced_bytes(plan, size) + inside + sums + plan.tokens_per_rank * (plan.num_nodes * message + size.wide)
 
 
@@ -310,7 +310,7 @@ def open_hierarchy(
       source_order: as for ``layout.receive_maps``.
     """
     destination = _compat.as_varying(destination, plan.exchange_axes)
-    (tokens, num_copies), num_local = destination.shape, plan.num_local_experts
+    (tokens, pairs_per_token), num_local = destination.shape, plan.num_local_experts
     num_nodes = collectives.group_size(_across(plan))
     per_node = plan.ep_size // num_nodes
     compact = capacity > plan.pair_capacity
@@ -328,7 +328,7 @@ def open_hierarchy(
         crossed = collectives.swap_with_peers(leaving, _across(plan)) if _across(plan) else leaving
     # 3. The outbox for the ranks of this node, filled like that of any all-to-all; the counts say what arrives.
     with jax.named_scope("layout"):
-        block = num_nodes * min(capacity, tokens * num_copies)
+        block = num_nodes * min(capacity, tokens * pairs_per_token)
         inner_pairs = layout.sort_pairs(crossed.ravel(), per_node * num_local)
         inner = layout.send_maps(inner_pairs, per_node, 0, block, compact=compact)
         _, arriving = layout.clip_to_stretch(recv_counts, start, capacity)
@@ -341,7 +341,7 @@ def open_hierarchy(
         node_outbox_token=node_outbox_token,
         token_node_outbox=token_node_outbox,
         outbox_pair=inner.slot_pair,
-        pair_outbox=inner.pair_slot.reshape(-1, num_copies),
+        pair_outbox=inner.pair_slot.reshape(-1, pairs_per_token),
         row_inbox=row_inbox,
         inbox_row=inbox_row,
         exchange=exchange,

@@ -1,8 +1,7 @@
 """The linear maps that the derivatives of sending and collecting are made of: rows of floats, unweighted.
 
 ``send`` and ``collect`` are each other's adjoint, and the rules of ``send_rows`` and ``collect_rows`` are made of them.
-They move rows as a ``recipe`` rounds them, which counts as identity. Call them with arguments by position, static ones
-first.
+They move rows as a ``recipe`` rounds them, which counts as identity. Static arguments come first.
 """
 
 import functools

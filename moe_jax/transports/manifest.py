@@ -89,7 +89,7 @@ def count_pairs(
         pairs=pairs,
         send_counts=send_counts,
         known=known,
-        travels=travels.reshape(plan.tokens_per_rank, plan.num_copies),
+        travels=travels.reshape(plan.tokens_per_rank, plan.pairs_per_token),
         source_order=None if ranks is None else source_order(ranks, plan),
         stats=_compat.as_varying(stats, plan.exchange_axes),
     )
@@ -135,11 +135,11 @@ def source_order(ranks: RankTable, plan: Plan) -> Array:
 
 
 def _destinations(chosen: Array, token_mask: Array | None, plan: Plan, ranks: RankTable | None) -> Array:
-    """[T * num_copies] flat expert slot, rank * L + local expert, of every pair; -1 where none travels.
+    """[T * pairs_per_token] flat expert slot, rank * L + local expert, of every pair; -1 where none travels.
 
     Routed expert e lives in slot S * L + e, behind the S ranks of shared experts. Weightless experts get no row.
     """
-    num_local, num_shared, me = plan.num_local_experts, plan.num_copies - plan.top_k, collectives.ep_rank(plan)
+    num_local, num_shared, me = plan.num_local_experts, plan.pairs_per_token - plan.top_k, collectives.ep_rank(plan)
     num_experts, shared_ranks = plan.num_experts, plan.num_shared_ranks
     if ranks is not None:
         num_experts, shared_ranks, me = ranks.num_experts, ranks.num_shared_ranks, ranks.logical[me]

@@ -5,7 +5,7 @@
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from moe_jax import _compat
 from moe_jax.derivatives import custom_gradient, take_rows
 from moe_jax.plan import Plan
-from moe_jax.quant import QTensor
+from moe_jax.quant import QTensor, Recipe
 from moe_jax.quant.message import join, join_some, split, split_some
 from moe_jax.transports import linear
 from moe_jax.transports.base import Transport, only_present, pair_weights
@@ -22,105 +22,93 @@ from moe_jax.types import DispatchHandle
 Array = jax.Array
 
 
-class Sent(NamedTuple):
-    """Rows at their experts. Quantised ones are constants to JAX: their gradient flows through ``rows``.
+class CodedRows(NamedTuple):
+    """Rows of a quantised wire. Their codes and scales are constants to JAX; ``dequantized`` makes rows of all three.
 
     Attributes:
-      rows: [M, H] in ``plan.dtype``; zeros where the rows are quantised.
-      values: [M, V], codes of quantised rows.
+      values: [M, V], the codes.
       scale: [M, S], their scales.
-      weights: [M] f32, the combine weight of each row, if weights were given.
-      tags: [M, G] i32, if tags were given.
+      gradient: [M, H] zeros in ``plan.dtype``, through which the gradient of the rows flows.
+    """
+
+    values: Array
+    scale: Array
+    gradient: Array
+
+
+_Rows = TypeVar("_Rows")
+
+
+class Sent(NamedTuple, Generic[_Rows]):
+    """What has come to the experts.
+
+    Attributes:
+      rows: [M, H] in ``plan.dtype``, or CodedRows where the plan quantises; of ``send_as_is`` a tuple of arrays.
+      weights: [M] f32, the combine weight of each row; None if no weights were given.
+      tags: [M, G] i32; None if no tags were given.
       note: what the exchange has to say, see ``moe_jax.collectives.exchange``.
     """
 
-    rows: Array
-    values: Array | None
-    scale: Array | None
+    rows: _Rows
     weights: Array | None
     tags: Array | None
     note: Any
 
 
-def send_rows(
+def send_smoothed(
     transport: Transport,
     x: Array,
     handle: DispatchHandle,
     *,
-    smooth: Array | None = None,
-    weights: Array | None = None,
+    smooth: Array | None,
+    weights: Array | None,
     tags: Array | None = None,
-    ordered: bool = True,
-) -> Sent:
-    """Sends every pair of the handle's round to its row, with all that belongs to it in one message.
+) -> Sent[Array | CodedRows]:
+    """``send_rows`` as the plan quantises, with smoothing factors that may differ from expert to expert.
 
     Args:
-      transport: of the handle's plan.
-      x: [T, H].
-      handle: of the round.
-      smooth: f32 [1], [H] or [R, H], factors of the rows before they are quantised, R by ``smooth_rows``.
-      weights: [T, K] f32.
-      tags: [T, C, G] i32, carried along.
-      ordered: False leaves the rows in their inbox slots, see ``Transport.inbox_order``; not with factors by expert.
-
-    Returns:
-      Sent. Differentiable in x, smooth and weights.
+      transport, x, handle, weights, tags: as for ``send_rows``.
+      smooth: f32 factors that multiply the rows before they are quantised: [1], [H], or [R, H] with a row for each
+        expert, in the order of ``smooth_rows``; or None.
     """
-    x, smooth, weights, tags = _compat.as_varying((x, smooth, weights, tags), handle.plan.exchange_axes)
+    recipe = handle.plan.dispatch_recipe
     if smooth is None or smooth.ndim == 1 or transport.pairwise:
-        return _send(transport, True, ordered, x, smooth, weights, tags, handle)
+        return send_rows(transport, recipe, True, x, handle, smooth, weights, tags)
     # Here a token travels once for all its experts, and the rank of each expert smooths and quantises the row there.
     factor = smooth_rows(handle)[..., None]
     tags = factor if tags is None else jnp.concatenate([factor, tags], axis=-1)
-    sent = _send(transport, False, True, x, None, weights, tags, handle)
+    sent = send_rows(transport, None, True, x, handle, weights=weights, tags=tags)
     row, tags = sent.tags[:, 0], sent.tags[:, 1:] if sent.tags.shape[1] > 1 else None
-    rows, values, scale = _quantize_rows(handle.plan.dispatch_recipe, sent.rows, _row_factors(smooth, row, handle))
-    return sent._replace(rows=rows, values=values, scale=scale, tags=tags)
+    return sent._replace(rows=_quantize_rows(recipe, sent.rows, _row_factors(smooth, row, handle)), tags=tags)
 
 
 def carry_rows(
     transport: Transport, x: Array, handle: DispatchHandle, num_rows: int, *, smooth: Array | None = None
 ) -> Array:
-    """Zeros [num_rows, H] that carry the gradient of rows that ``send_rows(x, handle, smooth=smooth)`` has sent.
+    """Zeros [num_rows, H] that carry the gradient of rows that ``send_smoothed`` has sent.
 
-    The forward pass moves nothing. The backward pass takes cotangents back as that of ``send_rows`` does.
+    The forward pass moves nothing. The backward pass takes cotangents back as that of ``send_smoothed`` does.
     """
     plan = handle.plan
-    x, smooth = _compat.as_varying((x, smooth), plan.exchange_axes)
     if smooth is None or smooth.ndim == 1 or transport.pairwise:
         return _carry(transport, num_rows, x, smooth, handle)
     row = smooth_rows(handle).T[..., None].astype(jnp.float32)
     rows, row = linear.send(transport, plan, True, None, x, None, row, handle.maps)
-    return _quantize_rows(plan.dispatch_recipe, rows, _row_factors(smooth, row[:, 0].astype(jnp.int32), handle))[0]
+    factors = _row_factors(smooth, row[:, 0].astype(jnp.int32), handle)
+    return _quantize_rows(plan.dispatch_recipe, rows, factors).gradient
 
 
-def send_as_is(
-    transport: Transport,
-    tokens: tuple[Array, ...],
-    handle: DispatchHandle,
-    *,
-    weights: Array | None = None,
-    tags: Array | None = None,
-) -> tuple[tuple[Array, ...], Array | None, Array | None, Any]:
-    """Arrays [T, n] of any dtypes to the rows [M, n] of their pairs, bit by bit, in one message.
-
-    Returns:
-      (the arrays, weights [M], tags, note) as ``send_rows`` has them. Differentiable in floats.
-    """
-    return _send_as_is(transport, *_compat.as_varying((tokens, weights, tags), handle.plan.exchange_axes), handle)
-
-
-def dequantized(sent: Sent, plan: Plan) -> Array:
+def dequantized(rows: Array | CodedRows, plan: Plan) -> Array:
     """The rows [M, H] in ``plan.dtype`` as the experts see them: about x, or x times its smoothing factors."""
-    recipe = plan.dispatch_recipe
-    if recipe is None or sent.values is None or sent.scale is None:
-        return sent.rows
-    rows = recipe.dequantize(QTensor(values=sent.values, scale=sent.scale)).astype(plan.dtype)
-    return _attach(jax.lax.stop_gradient(rows), sent.rows)
+    if not isinstance(rows, CodedRows):
+        return rows
+    assert plan.dispatch_recipe is not None, "rows are coded by the plan's recipe"
+    values = plan.dispatch_recipe.dequantize(QTensor(values=rows.values, scale=rows.scale)).astype(plan.dtype)
+    return _attach(jax.lax.stop_gradient(values), rows.gradient)
 
 
 def _row_factors(smooth: Array, row: Array, handle: DispatchHandle) -> Array:
-    """The factors of every row that came, given the row of ``smooth`` that each takes; zeros elsewhere. [M, H]."""
+    """[M, H] the factors of every row that came, zeros elsewhere. ``row`` [M]: which row of ``smooth`` it takes."""
     written = jnp.arange(row.shape[0]) < jnp.sum(handle.group_sizes)
     return take_rows(smooth, jnp.where(written, row, -1), absent=0)
 
@@ -131,7 +119,7 @@ def smooth_rows(handle: DispatchHandle) -> Array:
     Without ranks for shared experts, the row of expert e is e; with them, shared expert s has row s, and e row Ns + e.
     """
     plan = handle.plan
-    num_shared = plan.num_copies - plan.top_k
+    num_shared = plan.pairs_per_token - plan.top_k
     ids = handle.expert_ids
     routed = jnp.where((ids >= 0) & (ids < plan.num_experts), num_shared + ids, -1)
     shared = jnp.broadcast_to(jnp.arange(num_shared, dtype=jnp.int32), (ids.shape[0], num_shared))
@@ -142,16 +130,39 @@ def smooth_rows(handle: DispatchHandle) -> Array:
 
 
 @functools.partial(custom_gradient, num_static=3)
-def _send(transport, quantised, ordered, x, smooth, weights, tags, handle):
+def send_rows(
+    transport: Transport,
+    recipe: Recipe | None,
+    ordered: bool,
+    x: Array,
+    handle: DispatchHandle,
+    smooth: Array | None = None,
+    weights: Array | None = None,
+    tags: Array | None = None,
+) -> Sent[Array | CodedRows]:
+    """Sends every pair of the handle's round to its row, with all that belongs to it in one message.
+
+    Args:
+      transport: of the handle's plan.
+      recipe: how rows are quantised; None: they travel as they are.
+      ordered: False leaves the rows in their inbox slots, see ``Transport.inbox_order``.
+      x: [T, H].
+      handle: of the round.
+      smooth: as for ``send_smoothed``; a row for each expert only if the transport is ``pairwise``.
+      weights: [T, K] f32.
+      tags: [T, C, G] i32, carried along.
+
+    Returns:
+      Sent. Differentiable in x, smooth and weights.
+    """
     plan = handle.plan
-    recipe = plan.dispatch_recipe if quantised else None
-    # 1. What each token sends; or what each pair sends, where each pair has factors of its own.
+    # 1. What each token sends. Where each pair has factors of its own, it is the pairs that send.
     tokens, own_messages = x, None
     with jax.named_scope("quantize"):
         if recipe is not None and smooth is not None and smooth.ndim == 2:
             factors = take_rows(smooth, smooth_rows(handle).T.ravel())
-            message = recipe.pack(recipe.quantize(jnp.tile(x, (plan.num_copies, 1)), smooth=factors))
-            tokens, own_messages = None, message.reshape(plan.num_copies, x.shape[0], message.shape[1])
+            message = recipe.pack(recipe.quantize(jnp.tile(x, (plan.pairs_per_token, 1)), smooth=factors))
+            tokens, own_messages = None, message.reshape(plan.pairs_per_token, x.shape[0], message.shape[1])
         elif recipe is not None:
             tokens = recipe.pack(recipe.quantize(x, smooth=smooth))
     per_pair = [own_messages, *_of_pairs(weights, tags, plan)]
@@ -159,14 +170,16 @@ def _send(transport, quantised, ordered, x, smooth, weights, tags, handle):
     # 2. To the rows.
     rows, pair_rows, note = transport.send(tokens, pairs, handle.maps, plan, ordered=ordered)
     # 3. What each row got.
-    own_messages, row_weights, row_tags = [None] * 3 if held is None else split_some(pair_rows, held)
+    own_messages, row_weights, row_tags = [None] * 3
+    if held is not None and pair_rows is not None:
+        own_messages, row_weights, row_tags = split_some(pair_rows, held)
     row_weights = None if row_weights is None else row_weights[:, 0]
     message: Any = own_messages if tokens is None else rows
     if recipe is None:
-        return Sent(message, None, None, row_weights, row_tags, note)
+        return Sent(message, row_weights, row_tags, note)
     q = recipe.unpack(message, plan.hidden)
-    carrier = jnp.zeros_like(q.values, shape=(q.values.shape[0], plan.hidden), dtype=plan.dtype)
-    return Sent(carrier, q.values, q.scale, row_weights, row_tags, note)
+    gradient = jnp.zeros_like(q.values, shape=(q.values.shape[0], plan.hidden), dtype=plan.dtype)
+    return Sent(CodedRows(q.values, q.scale, gradient), row_weights, row_tags, note)
 
 
 def _of_pairs(weights: Array | None, tags: Array | None, plan: Plan) -> list[Array | None]:
@@ -175,13 +188,13 @@ def _of_pairs(weights: Array | None, tags: Array | None, plan: Plan) -> list[Arr
     return [weights, None if tags is None else jnp.swapaxes(tags, 0, 1)]
 
 
-def _send_forward(transport, quantised, ordered, x, smooth, weights, tags, handle):
-    sent = _send(transport, quantised, ordered, x, smooth, weights, tags, handle)
+def _send_forward(transport, recipe, ordered, x, handle, smooth, weights, tags):
+    sent = send_rows(transport, recipe, ordered, x, handle, smooth, weights, tags)
     kept = dataclasses.replace(handle, maps=transport.plain(handle.maps))  # nobody times the exchange of cotangents
     return sent, (x if smooth is not None else x[:0], smooth, weights, kept)
 
 
-def _send_backward(transport, quantised, ordered, residuals, ct):
+def _send_backward(transport, recipe, ordered, residuals, ct):
     # With s[c, t] the smoothing factors of a pair, ones without any:
     # d_x[t] = sum over the pairs c of t of s[c, t] * ct at the row of (t, c)    # [T, H] from [M, H]
     # d_smooth = sum over the pairs that take a factor of x[t] * ct at their row    # [1], [H] or [R, H]
@@ -189,7 +202,8 @@ def _send_backward(transport, quantised, ordered, residuals, ct):
     x, smooth, weights, handle = residuals
     plan, maps = handle.plan, handle.maps
     scalars = None if weights is None else ct.weights[:, None]
-    collected, d_weights = linear.collect(transport, plan, ordered, plan.backward_recipe, ct.rows, scalars, maps)
+    ct_rows = ct.rows.gradient if isinstance(ct.rows, CodedRows) else ct.rows
+    collected, d_weights = linear.collect(transport, plan, ordered, plan.backward_recipe, ct_rows, scalars, maps)
     d_weights = None if weights is None else d_weights[: plan.top_k, :, 0].T
     d_smooth = None
     if smooth is not None and smooth.ndim == 2:
@@ -204,7 +218,7 @@ def _send_backward(transport, quantised, ordered, residuals, ct):
         products = jnp.sum(total * x.astype(jnp.float32), axis=0)
         d_smooth = products if smooth.shape[0] == plan.hidden else jnp.sum(products)[None]
         total = total * smooth
-    return total.astype(plan.dtype), d_smooth, d_weights, None, None
+    return total.astype(plan.dtype), None, d_smooth, d_weights, None
 
 
 _CODES = (
@@ -213,7 +227,14 @@ _CODES = (
     "...), whose gradient passes straight through the rounding; or put jax.lax.stop_gradient around codes and scales, "
     "also where they are results of a jax.custom_vjp of yours, which fills in zeros for results that nothing uses"
 )
-_send.defvjp(_send_forward, _send_backward, frozen=lambda sent: (sent.values, sent.scale), refusal=_CODES)
+
+
+def _codes_of(rows: Array | CodedRows) -> tuple[Array, ...]:
+    """The constants among rows."""
+    return (rows.values, rows.scale) if isinstance(rows, CodedRows) else ()
+
+
+send_rows.defvjp(_send_forward, _send_backward, frozen=lambda sent: _codes_of(sent.rows), refusal=_CODES)
 
 
 @functools.partial(custom_gradient, num_static=2)
@@ -226,7 +247,7 @@ def _carry_forward(transport, num_rows, x, smooth, handle):
 
 
 def _carry_backward(transport, num_rows, residuals, ct):
-    d_x, d_smooth, *_ = _send_backward(transport, True, True, residuals, Sent(ct, *[None] * 5))
+    d_x, _, d_smooth, *_ = _send_backward(transport, None, True, residuals, Sent(ct, None, None, None))
     return d_x, d_smooth, None
 
 
@@ -236,50 +257,61 @@ _carry.defvjp(_carry_forward, _carry_backward)
 @functools.partial(custom_gradient, num_static=1)
 def _quantize_rows(recipe, rows, factors):
     q = recipe.quantize(rows, smooth=factors)
-    return jnp.zeros_like(rows), q.values, q.scale
+    return CodedRows(q.values, q.scale, jnp.zeros_like(rows))
 
 
 def _quantize_forward(recipe, rows, factors):
     return _quantize_rows(recipe, rows, factors), (rows, factors)
 
 
-def _quantize_backward(recipe, residuals, cts):
+def _quantize_backward(recipe, residuals, ct):
     rows, factors = residuals
-    # d_rows = ct * factors, d_factors = ct * rows    # [M, H], ct that of the carrier
-    ct = cts[0].astype(jnp.float32)
+    # d_rows = ct * factors, d_factors = ct * rows    # [M, H], ct that of what carries the gradient
+    ct = ct.gradient.astype(jnp.float32)
     written = jnp.any(factors != 0, axis=1, keepdims=True)  # other rows may hold anything
     d_factors = jnp.where(written, ct * rows.astype(jnp.float32), 0.0)
     return (ct * factors).astype(rows.dtype), d_factors
 
 
-_quantize_rows.defvjp(_quantize_forward, _quantize_backward, frozen=lambda out: out[1:], refusal=_CODES)
+_quantize_rows.defvjp(_quantize_forward, _quantize_backward, frozen=_codes_of, refusal=_CODES)
 
 
 @functools.partial(custom_gradient, num_static=1)
-def _send_as_is(transport, tokens, weights, tags, handle):
+def send_as_is(
+    transport: Transport,
+    tokens: tuple[Array, ...],
+    handle: DispatchHandle,
+    weights: Array | None = None,
+    tags: Array | None = None,
+) -> Sent[tuple[Array, ...]]:
+    """Arrays [T, n] of any dtypes to the rows [M, n] of their pairs, bit by bit, in one message.
+
+    Weights and tags are as for ``send_rows``. Differentiable in floats.
+    """
     message, parts = join(tokens)
     per_pair = _of_pairs(weights, tags, handle.plan)
     pairs, held = (None, None) if all(part is None for part in per_pair) else join_some(per_pair)
     rows, pair_rows, note = transport.send(message, pairs, handle.maps, handle.plan, ordered=True)
-    row_weights, row_tags = [None] * 2 if held is None else split_some(pair_rows, held)
-    return tuple(split(rows, parts)), None if row_weights is None else row_weights[:, 0], row_tags, note
+    assert rows is not None, "every token sends its arrays"
+    row_weights, row_tags = [None] * 2 if held is None or pair_rows is None else split_some(pair_rows, held)
+    return Sent(tuple(split(rows, parts)), None if row_weights is None else row_weights[:, 0], row_tags, note)
 
 
-def _as_is_forward(transport, tokens, weights, tags, handle):
+def _as_is_forward(transport, tokens, handle, weights, tags):
     kept = dataclasses.replace(handle, maps=transport.plain(handle.maps))
-    return _send_as_is(transport, tokens, weights, tags, handle), (tokens, weights, kept)
+    return send_as_is(transport, tokens, handle, weights, tags), (tokens, weights, kept)
 
 
-def _as_is_backward(transport, residuals, cts):
+def _as_is_backward(transport, residuals, ct):
     # d_tokens[i][t] = sum over the pairs c of t of ct[i] at the row of (t, c)    # [T, n_i] from [M, n_i], of floats
     # d_weights[t, c] = ct_weights at the row of (t, c)    # [T, K] from [M]
     tokens, weights, handle = residuals
     plan = handle.plan
     floats = [jnp.issubdtype(part.dtype, jnp.floating) for part in tokens]
-    columns = [ct.astype(jnp.float32) for ct, is_float in zip(cts[0], floats, strict=True) if is_float]
-    columns = columns or [jnp.zeros_like(handle.group_sizes, shape=(len(cts[0][0]), 1), dtype=jnp.float32)]
+    columns = [part.astype(jnp.float32) for part, is_float in zip(ct.rows, floats, strict=True) if is_float]
+    columns = columns or [jnp.zeros_like(handle.group_sizes, shape=(len(ct.rows[0]), 1), dtype=jnp.float32)]
     rows = jnp.concatenate(columns, axis=1)
-    scalars = None if weights is None else cts[1][:, None]
+    scalars = None if weights is None else ct.weights[:, None]
     collected, d_weights = linear.collect(transport, plan, True, None, rows, scalars, handle.maps)
     total = transport.total(collected, handle.maps)
     d_tokens, start = [], 0
@@ -287,10 +319,10 @@ def _as_is_backward(transport, residuals, cts):
         width = part.shape[1] if is_float else 0
         d_tokens.append(total[:, start : start + width].astype(part.dtype) if is_float else None)
         start += width
-    return tuple(d_tokens), None if weights is None else d_weights[: plan.top_k, :, 0].T, None, None
+    return tuple(d_tokens), None, None if weights is None else d_weights[: plan.top_k, :, 0].T, None
 
 
-_send_as_is.defvjp(_as_is_forward, _as_is_backward)
+send_as_is.defvjp(_as_is_forward, _as_is_backward)
 
 
 @jax.custom_jvp

@@ -84,10 +84,10 @@ class Exchange:
             return max(deviation(a, b) for a, b in pairs)
 
         want_rows, want_weights = reference.combine_vjp(ct_y, want.rows, weights, want)
-        self._add("dispatch = reference", deviation(sizes, want.group_sizes), ranked(sent, want.rows))
-        self._add("combine = reference", deviation(y, reference.combine(want.rows, weights, want)))
+        self._add("dispatch = oracle", deviation(sizes, want.group_sizes), ranked(sent, want.rows))
+        self._add("combine = oracle", deviation(y, reference.combine(want.rows, weights, want)))
         self._add(
-            "gradients of both = reference",
+            "gradients of both = oracle",
             deviation(d_x, reference.dispatch_vjp(written(ct_rows), want, TOKENS)),
             ranked(d_rows, want_rows),
             deviation(d_weights, want_weights),

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import reference
-from moe_jax.kernels import grouped_matmul
+from moe_jax.kernels import gated_matmul, grouped_matmul, grouped_matmuls, resolve_backend
+from moe_jax.kernels.table import FUSED
 from moe_jax.quant.schemes import named_recipe
 from moe_jax.verify.cases import deviation, integers
 
@@ -30,8 +31,7 @@ def grouped_matmul_deviations(
     rows, hidden, columns = extents
     rng, found = np.random.default_rng(1), []
     program = jax.jit(functools.partial(_product_and_gradients, backend))
-    uneven = [rows // 4, 0, rows // 2 - 1, rows // 10]
-    for group_sizes in (uneven, [0, 0, 0, 0], [0, rows, 0, 0], [1, 1, 1, rows - 3]):
+    for group_sizes in _ways_of_grouping(rows):
         lhs, rhs, ct = integers(rng, rows, hidden), integers(rng, 4, hidden, columns), integers(rng, rows, columns)
         total, sizes = sum(group_sizes), np.array(group_sizes, np.int32)
         lhs[total:] = np.nan
@@ -40,13 +40,145 @@ def grouped_matmul_deviations(
         want_lhs, want_rhs = reference.grouped_matmul_vjp(ct, lhs, rhs, sizes)
         expected = reference.grouped_matmul(lhs, rhs, sizes)
         pairs = ((product[:total], expected[:total]), (d_lhs[:total], want_lhs[:total]), (d_rhs, want_rhs))
-        found.append(max(deviation(got, np.asarray(want, got.dtype)) for got, want in pairs))
+        found.append(_worst(pairs))
     return found
+
+
+def _worst(pairs) -> float:
+    """The largest deviation of pairs of (what came, what should come); NaN if there is one."""
+    return float(np.max([deviation(got, np.asarray(want, got.dtype)) for got, want in pairs]))
 
 
 def _product_and_gradients(backend, lhs, rhs, ct, sizes):
     product, pull = jax.vjp(lambda a, b: grouped_matmul(a, b, sizes, backend=backend), lhs, rhs)
     return product, *pull(ct)
+
+
+def fused_deviations(
+    backend: str, dtype: str = "float32", extents: tuple[int, int, int] = (20, 8, 6)
+) -> list[float] | None:
+    """The same for products of rows that lie in slots, and for those that make the activation as well.
+
+    Rows are read from slots, and written to slots; other slots are NaN, and where a row lies that is in no group is any
+    number. The activation is the product of both projections, which keeps numbers whole. They are as small as sums in
+    16 bits need.
+
+    Args:
+      backend: its name in the table; not "auto".
+      dtype, extents: as for ``grouped_matmul_deviations``.
+
+    Returns:
+      A deviation for each way in which rows fall into groups; None if the back end brings no such kernels.
+    """
+    has = {word for word in FUSED if resolve_backend("grouped_matmul", backend).has(word)}
+    if not has:
+        return None
+    rows = extents[0]
+    rng, found = np.random.default_rng(2), []
+    for group_sizes in _ways_of_grouping(rows):
+        total, sizes = sum(group_sizes), np.array(group_sizes, np.int32)
+        num_slots = rows + 3
+        row_slot = rng.permutation(num_slots)[:rows].astype(np.int32)
+        here = row_slot[:total].copy()
+        row_slot[total:] = rng.choice([-1, 0, num_slots, 2**30], rows - total)
+        case = _Case(rng, total, extents, sizes, dtype)
+
+        def in_slots(of_rows, here=here, num_slots=num_slots):
+            slots = np.full((num_slots, of_rows.shape[1]), np.nan, np.float32)
+            slots[here] = of_rows[: len(here)]
+            return slots
+
+        pairs = []
+        if {"slot_matmul", "slot_outer"} <= has:
+            expected = case.product()
+            # 1. Rows come from slots; their cotangents go there.
+            got = _run_slots(backend, None, *case.arrays(in_slots(case.lhs), case.rhs[0], case.ct), sizes, row_slot)
+            pairs += zip((got[0][:total], got[1][here], *got[2:]), expected, strict=True)
+            # 2. Results go to slots; their cotangents come from there.
+            operands = case.arrays(case.lhs, case.rhs[0], in_slots(case.ct))
+            got = _run_slots(backend, num_slots, *operands, sizes, row_slot)
+            pairs += zip((got[0][here], got[1][:total], *got[2:]), expected, strict=True)
+        if "gated_matmul" in has:
+            # 3. The activation, of rows in order with the products kept, and of rows in slots.
+            for keep, of_lhs, places, slots in (
+                (True, case.lhs, slice(total), None),
+                (False, in_slots(case.lhs), here, row_slot),
+            ):
+                operands = case.arrays(of_lhs, *case.rhs, *case.bias, case.ct)
+                made, (d_lhs, *others) = _run_gated(backend, keep, *operands, sizes, slots)
+                got = (*(out[:total] for out in made), d_lhs[places], *others)
+                pairs += zip(got, case.gated(keep), strict=True)
+        found.append(_worst(pairs))
+    return found
+
+
+def _ways_of_grouping(rows: int) -> tuple[list[int], ...]:
+    return [rows // 4, 0, rows // 2 - 1, rows // 10], [0, 0, 0, 0], [0, rows, 0, 0], [1, 1, 1, rows - 3]
+
+
+class _Case:
+    """Small whole numbers, and what must come of them. Rows past the groups are NaN in ``lhs`` and ``ct``."""
+
+    def __init__(self, rng, total: int, extents: tuple[int, int, int], sizes: np.ndarray, dtype: str):
+        rows, hidden, columns = extents
+        density = min(1.0, (8 / max(hidden, columns)) ** 0.5)  # a sum of products has a handful of terms
+
+        def whole(*shape):
+            return (rng.integers(-1, 2, shape) * (rng.random(shape) < density)).astype(np.float32)
+
+        self.total, self.sizes, self.dtype = total, sizes, dtype
+        self.lhs, self.ct = whole(rows, hidden), whole(rows, columns)
+        self.lhs[total:] = self.ct[total:] = np.nan
+        self.rhs = tuple(whole(len(sizes), hidden, columns) for _ in range(2))
+        self.bias = tuple(whole(len(sizes), columns) for _ in range(2))
+
+    def arrays(self, *given):
+        return tuple(jnp.asarray(a, self.dtype) for a in given)
+
+    def product(self):
+        """The product with the first matrices, and both gradients."""
+        d_lhs, d_rhs = reference.grouped_matmul_vjp(self.ct, self.lhs, self.rhs[0], self.sizes)
+        return reference.grouped_matmul(self.lhs, self.rhs[0], self.sizes)[: self.total], d_lhs[: self.total], d_rhs
+
+    def gated(self, keep: bool):
+        """The product of both products with their biases, after these if ``keep``, and all gradients.
+
+        ``ct`` is the cotangent of each of the results.
+        """
+        groups = np.repeat(np.arange(len(self.sizes)), self.sizes)
+        a, b = (
+            reference.grouped_matmul(self.lhs, rhs, self.sizes)[: self.total] + bias[groups]
+            for rhs, bias in zip(self.rhs, self.bias, strict=True)
+        )
+        cts = (self.ct[: self.total] * (other + keep) for other in (b, a))
+        d_lhs, d_rhs, d_bias = 0.0, [], []
+        for ct, rhs in zip(cts, self.rhs, strict=True):
+            of_lhs, of_rhs = reference.grouped_matmul_vjp(ct, self.lhs[: self.total], rhs, self.sizes)
+            of_bias = np.zeros(self.bias[0].shape)
+            np.add.at(of_bias, groups, ct)
+            d_lhs, d_rhs, d_bias = d_lhs + of_lhs, [*d_rhs, of_rhs], [*d_bias, of_bias]
+        return (*((a, b) if keep else ()), a * b, d_lhs, *d_rhs, *d_bias)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_slots(backend, into, lhs, rhs, ct, sizes, row_slot):
+    def product(lhs, rhs):
+        return grouped_matmuls(backend, into, lhs, (rhs,), (None,), sizes, row_slot)[0]
+
+    out, pull = jax.vjp(product, lhs, rhs)
+    return out, *pull(ct)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_gated(backend, keep, lhs, gate, up, gate_bias, up_bias, ct, sizes, row_slot):
+    def gated(lhs, gate, up, gate_bias, up_bias):
+        biases = (gate_bias, up_bias)
+        return gated_matmul(backend, jnp.multiply, keep, lhs, (gate, up), biases, sizes, row_slot)
+
+    operands = (lhs, gate, up, gate_bias, up_bias)
+    made, pull = jax.vjp(gated, *operands)
+    cts = (ct,) * len(made)
+    return (made if keep else gated(*operands)), pull(cts)  # undifferentiated, another kernel runs
 
 
 def recipe_deviations(name: str) -> list[float]:

@@ -105,24 +105,24 @@ def _show(check: Check, json_lines: bool) -> None:
 
 
 def _checks(mesh: Mesh, backend: str) -> Iterator[Check]:
-    yield _timed("grouped matmul and gradients = reference", backend, 0.0, lambda: grouped_matmul_deviations(backend))
+    yield _timed("grouped matmul and gradients = oracle", backend, 0.0, lambda: grouped_matmul_deviations(backend))
     for name in quant.NAMES[1:]:
-        yield _timed("codes, scales and rows = reference", name, 0.0, lambda name=name: recipe_deviations(name))
+        yield _timed("codes, scales and rows = oracle", name, 0.0, lambda name=name: recipe_deviations(name))
     transports = (*TRANSPORTS, "hierarchy") if "node" in mesh.shape else TRANSPORTS
     if "dp" not in mesh.shape:  # the oracle knows no replicas
-        yield _timed("ragged all-to-all = reference", "ragged", 0.0, lambda: ragged_deviations(mesh))
+        yield _timed("ragged all-to-all = oracle", "ragged", 0.0, lambda: ragged_deviations(mesh))
         sent = {}
         for transport in transports:
             errors = Exchange(mesh, transport, backend)
-            for law in ("dispatch = reference", "combine = reference", "gradients of both = reference"):
+            for law in ("dispatch = oracle", "combine = oracle", "gradients of both = oracle"):
                 yield _timed(law, transport, 0.0, lambda law=law, errors=errors: errors.of(law))
             yield _timed("<dispatch x, y> = <x, combine y>", transport, 0.0, errors.adjoint)
             sent[transport] = errors.rows
         yield _timed("dispatch: same bits on every transport", "all", 0.0, lambda: same_bits(sent))
     for transport in transports:
         layer = Layer(mesh, transport, backend)
-        yield _timed("layer = reference", transport, TOLERANCE, layer.values)
-        yield _timed("every gradient of the layer = reference", transport, TOLERANCE, layer.gradients)
+        yield _timed("layer = oracle", transport, TOLERANCE, layer.values)
+        yield _timed("every gradient of the layer = oracle", transport, TOLERANCE, layer.gradients)
         yield _timed("nothing dropped, every choice counted", transport, 0.0, layer.counts)
         yield _timed("two runs: same bits", transport, 0.0, layer.repeated)
 

@@ -1,7 +1,7 @@
 """Atlas A2 (910B). Sections in brackets are those of the CANN sheet; the documents' own era wins over later."""
 
 from moe_jax.hardware.ascend import buffers
-from moe_jax.hardware.ascend.legal import Choices, Interval, Limits, Product
+from moe_jax.hardware.ascend.legal import HALVES, Choices, Interval, Limits
 
 # comm_alg "" and "fullmesh" [2.2, 8]: "" means fullmesh, since no environment variable is read here.
 _FULLMESH = Limits(
@@ -33,7 +33,6 @@ _HIERARCHY = {
 _WHY = {  # the document takes it with any comm_alg, the sheet does not with hierarchy [2.2]
     "x_active_mask": "it sends every token, and comm_alg='fullmesh' those of a mask [B]",
 }
-_HALVES = ("float16", "bfloat16")
 
 
 def _operator(values, dtypes, *, hierarchy, absent, required):
@@ -49,23 +48,19 @@ def _operator(values, dtypes, *, hierarchy, absent, required):
     return base.but(variants={"hierarchy": with_hierarchy})
 
 
-A2 = Product(
-    name="a2",
-    title="Atlas A2 (910B)",
-    operators={
-        "moe_distribute_dispatch_v4": _operator(
-            {"quant_mode": Choices((0, 2))},  # [2.2, 3.2]
-            {"x": _HALVES, "y_dtype:2": ("int8",), "scales": ("float32",)},  # [2.2, 3.2]
-            hierarchy={},
-            absent=("scales",),  # [2.2]
-            required=("expert_scales",),  # [2.2, 8]
-        ),
-        "moe_distribute_combine_v4": _operator(
-            {"comm_quant_mode": Choices((0,))},  # [9.5]
-            {"expand_x": _HALVES},  # [9.1]
-            hierarchy={"comm_quant_mode": Choices((0, 2))},  # [9.3]
-            absent=(),
-            required=("expand_scales",),  # [8, 9.1]
-        ),
-    },
-)
+A2 = {
+    "moe_distribute_dispatch_v4": _operator(
+        {"quant_mode": Choices((0, 2))},  # [2.2, 3.2]
+        {"x": HALVES, "y_dtype:2": ("int8",), "scales": ("float32",)},  # [2.2, 3.2]
+        hierarchy={},
+        absent=("scales",),  # [2.2]
+        required=("expert_scales",),  # [2.2, 8]
+    ),
+    "moe_distribute_combine_v4": _operator(
+        {"comm_quant_mode": Choices((0,))},  # [9.5]
+        {"expand_x": HALVES},  # [9.1]
+        hierarchy={"comm_quant_mode": Choices((0, 2))},  # [9.3]
+        absent=(),
+        required=("expand_scales",),  # [8, 9.1]
+    ),
+}

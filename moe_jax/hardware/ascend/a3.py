@@ -4,7 +4,7 @@ The document calls expertScales of dispatch unsupported, but its own sample pass
 """
 
 from moe_jax.hardware.ascend import buffers
-from moe_jax.hardware.ascend.legal import Choices, Interval, Limits, Product
+from moe_jax.hardware.ascend.legal import HALVES, Choices, Interval, Limits
 
 # comm_alg "" and "fullmesh_v1" [2.2, 8].
 _FULLMESH = Limits(
@@ -39,7 +39,6 @@ _HIERARCHY = {
     "const_expert_num": Choices((0,)),
     "tp_world_size": Choices((0, 1)),  # no TP domain in its buffer rule
 }
-_HALVES = ("float16", "bfloat16")
 
 
 def _operator(values, dtypes, required, **others):
@@ -55,12 +54,12 @@ def _operator(values, dtypes, required, **others):
 
 _DISPATCH = {
     "values": {"quant_mode": Choices((0, 2))},  # [2.2, 3.2] static quantisation is refused
-    "dtypes": {"x": _HALVES, "y_dtype:2": ("int8",), "scales": ("float32",)},  # [2.2, 3.2]
+    "dtypes": {"x": HALVES, "y_dtype:2": ("int8",), "scales": ("float32",)},  # [2.2, 3.2]
     "required": ("expert_scales",),  # [8]
 }
 _COMBINE = {
     "values": {"comm_quant_mode": Choices((0, 2))},  # [9.3]
-    "dtypes": {"expand_x": _HALVES},  # [9.1]
+    "dtypes": {"expand_x": HALVES},  # [9.1]
     "required": ("expand_scales",),  # [8, 9.1]
 }
 _NORM = _operator(
@@ -73,7 +72,7 @@ _NORM = _operator(
 _ELASTIC = {"tp_world_size_with_elastic": Choices((0, 1))}  # [6] where elastic_info is taken
 
 # The document's era: 8 to 64 ranks, 2 to 100 MB per peer as a hard rule [14.4, column H].
-_GROUPED_MATMUL = Limits(
+GROUPED_MATMUL = Limits(
     values={
         "ep_world_size": Choices((8, 16, 32, 64)),
         "local_experts": Interval(1, 32),
@@ -87,14 +86,14 @@ _GROUPED_MATMUL = Limits(
         "least_bytes_per_peer": Interval(2 * buffers.MB),
         "most_bytes_per_peer": Interval(0, 100 * buffers.MB),
     },
-    dtypes={"gmm_x": _HALVES},
+    dtypes={"gmm_x": HALVES},
 )
 
 # Section 13. The old tiling's upper bound, 384.
-BARRIER_DTYPES = (
+_BARRIER_DTYPES = (
     "bfloat16", "float16", "float32", "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
 )  # fmt: skip
-_BARRIER = Limits(values={"world_size": Interval(2, 384)}, dtypes={"x_ref": BARRIER_DTYPES})
+BARRIER = Limits(values={"world_size": Interval(2, 384)}, dtypes={"x_ref": _BARRIER_DTYPES})
 
 # Section 11.
 UPDATE_EXPERT = Limits(
@@ -107,23 +106,19 @@ UPDATE_EXPERT = Limits(
     },
 )
 
-A3 = Product(
-    name="a3",
-    title="Atlas A3 (910_93)",
-    operators={
-        "moe_distribute_dispatch_v4": _operator(**_DISPATCH),
-        "moe_distribute_combine_v4": _operator(**_COMBINE),
-        # Section 6: V3 takes elastic_info, which V4 reserves again.
-        "moe_distribute_dispatch_v3": _operator(**_DISPATCH, absent=()).but(values=_ELASTIC),
-        "moe_distribute_combine_v3": _operator(**_COMBINE, absent=()).but(values=_ELASTIC),
-        # Section 10; here V2 takes elastic_info [6].
-        "moe_distribute_combine_add_rms_norm": _NORM,
-        "moe_distribute_combine_add_rms_norm_v2": _NORM.but(values=_ELASTIC),
-        "moe_update_expert": UPDATE_EXPERT,
-        "distribute_barrier_v2": _BARRIER,
-        # Section 12.1.
-        "moe_distribute_buffer_reset": Limits(values={"ep_world_size": Interval(16, 128, step=16)}),
-        "grouped_mat_mul_allto_allv": _GROUPED_MATMUL,
-        "allto_allv_grouped_mat_mul": _GROUPED_MATMUL,
-    },
-)
+A3 = {
+    "moe_distribute_dispatch_v4": _operator(**_DISPATCH),
+    "moe_distribute_combine_v4": _operator(**_COMBINE),
+    # Section 6: V3 takes elastic_info, which V4 reserves again.
+    "moe_distribute_dispatch_v3": _operator(**_DISPATCH, absent=()).but(values=_ELASTIC),
+    "moe_distribute_combine_v3": _operator(**_COMBINE, absent=()).but(values=_ELASTIC),
+    # Section 10; here V2 takes elastic_info [6].
+    "moe_distribute_combine_add_rms_norm": _NORM,
+    "moe_distribute_combine_add_rms_norm_v2": _NORM.but(values=_ELASTIC),
+    "moe_update_expert": UPDATE_EXPERT,
+    "distribute_barrier_v2": BARRIER,
+    # Section 12.1.
+    "moe_distribute_buffer_reset": Limits(values={"ep_world_size": Interval(16, 128, step=16)}),
+    "grouped_mat_mul_allto_allv": GROUPED_MATMUL,
+    "allto_allv_grouped_mat_mul": GROUPED_MATMUL,
+}

@@ -4,13 +4,8 @@ Its newest sources are all there is of this product; where a document has a tabl
 """
 
 from moe_jax.hardware.ascend import buffers
-from moe_jax.hardware.ascend.a3 import BARRIER_DTYPES, UPDATE_EXPERT
-from moe_jax.hardware.ascend.legal import Choices, Interval, Limits, Product
-
-_HALVES = ("float16", "bfloat16")
-_FP8 = ("float8_e4m3fn", "float8_e5m2")
-_FP4 = ("float4_e2m1fn", "uint8")  # uint8: two values per byte
-_E8M0 = ("float8_e8m0fnu", "uint8")  # uint8: the exponent's byte
+from moe_jax.hardware.ascend.a3 import BARRIER, GROUPED_MATMUL, UPDATE_EXPERT
+from moe_jax.hardware.ascend.legal import E8M0, FP4, FP8, HALVES, Choices, Interval, Limits
 
 _EXCHANGE = Limits(
     values={
@@ -30,71 +25,58 @@ _EXCHANGE = Limits(
 )
 _COMBINE = _EXCHANGE.but(
     values={"comm_quant_mode": Choices((0, 2, 3, 4))},  # [9.3]
-    dtypes={"expand_x": _HALVES},  # [9.1]
+    dtypes={"expand_x": HALVES},  # [9.1]
 )
 
-_GROUPED_MATMUL = Limits(  # [14.4, column L]
+# [14.4, column L] Other numbers of ranks than A3, and no rule about the bytes per peer.
+_GROUPED_MATMUL = GROUPED_MATMUL.but(
     values={
         "ep_world_size": Choices((2, 4, 8, 16, 32, 64)),
-        "local_experts": Interval(1, 32),
-        "experts_by_ranks": Interval(1, 256),
-        "rows": Interval(1, 52428799),
-        "h1": Interval(1, 65535),
-        "n1": Interval(1, 65535),
-        "h2": Interval(1, 12288),
-        "n2": Interval(1, 65535),
-        "rows_per_token": Interval(2, 8),
-    },
-    dtypes={"gmm_x": _HALVES},
+        "least_bytes_per_peer": None,
+        "most_bytes_per_peer": None,
+    }
 )
 # Section 14.6. Mode 1 needs hif8 data, so only mode 6 is left; its scales are those of blocks of 32.
 _QUANTISED = _GROUPED_MATMUL.but(
     values={"ep_world_size": Choices((2, 4, 8, 16, 32, 64, 128, 256))},
-    dtypes={"gmm_x": (*_FP8, "float4_e2m1fn")},
+    dtypes={"gmm_x": (*FP8, "float4_e2m1fn")},
 )
 
-A5 = Product(
-    name="a5",
-    title="Ascend 950 (A5)",
-    operators={
-        "moe_distribute_dispatch_v4": _EXCHANGE.but(
-            dtypes={
-                "x": _HALVES + _FP8 + _FP4,  # [2.2]
-                "scales": ("float32", *_E8M0),  # [2.2]
-                "y_dtype:1": ("int8",),  # [3.2]
-                "y_dtype:2": ("int8", *_FP8),
-                "y_dtype:3": _FP8,
-                "y_dtype:4": _FP8,
-                "y_dtype:5": _FP8,
-            },
-        ),
-        "moe_distribute_combine_v4": _COMBINE,
-        # Section 10, newest: no ranks for shared experts, nothing quantised on the wire.
-        "moe_distribute_combine_add_rms_norm_v2": _COMBINE.but(
-            values={
-                "comm_quant_mode": Choices((0,)),
-                "shared_expert_rank_num": Choices((0,)),
-                "experts_by_ranks": None,  # it is moe_expert_num here
-            },
-            dtypes={"expand_x": ("bfloat16",), "performance_info": None},
-        ),
-        "moe_update_expert": UPDATE_EXPERT,
-        "distribute_barrier_v2": Limits(
-            values={"world_size": Interval(2, 384)},
-            dtypes={"x_ref": BARRIER_DTYPES + _FP8 + ("float4_e2m1fn", "int4")},
-            absent=("elastic_info",),  # [6]
-        ),
-        "grouped_mat_mul_allto_allv": _GROUPED_MATMUL,
-        "allto_allv_grouped_mat_mul": _GROUPED_MATMUL.but(
-            values={
-                "local_experts": Interval(1, 48),
-                "experts_by_ranks": Interval(1, 384),
-                "row_remainder": Choices((0,)),
-            }
-        ),
-        "quant_grouped_mat_mul_allto_allv": _QUANTISED,
-        "allto_allv_quant_grouped_mat_mul": _QUANTISED,
-    },
-    # Section 13: it has V2, which its own extension serves; V1's document knows A3 alone.
-    lacks=("distribute_barrier",),
-)
+A5 = {
+    "moe_distribute_dispatch_v4": _EXCHANGE.but(
+        dtypes={
+            "x": HALVES + FP8 + FP4,  # [2.2]
+            "scales": ("float32", *E8M0),  # [2.2]
+            "y_dtype:1": ("int8",),  # [3.2]
+            "y_dtype:2": ("int8", *FP8),
+            "y_dtype:3": FP8,
+            "y_dtype:4": FP8,
+            "y_dtype:5": FP8,
+        },
+    ),
+    "moe_distribute_combine_v4": _COMBINE,
+    # Section 10, newest: no ranks for shared experts, nothing quantised on the wire.
+    "moe_distribute_combine_add_rms_norm_v2": _COMBINE.but(
+        values={
+            "comm_quant_mode": Choices((0,)),
+            "shared_expert_rank_num": Choices((0,)),
+            "experts_by_ranks": None,  # it is moe_expert_num here
+        },
+        dtypes={"expand_x": ("bfloat16",), "performance_info": None},
+    ),
+    "moe_update_expert": UPDATE_EXPERT,
+    "distribute_barrier_v2": BARRIER.but(
+        dtypes={"x_ref": (*BARRIER.dtypes["x_ref"], *FP8, "float4_e2m1fn", "int4")},
+        absent=("elastic_info",),  # [6]
+    ),
+    "grouped_mat_mul_allto_allv": _GROUPED_MATMUL,
+    "allto_allv_grouped_mat_mul": _GROUPED_MATMUL.but(
+        values={
+            "local_experts": Interval(1, 48),
+            "experts_by_ranks": Interval(1, 384),
+            "row_remainder": Choices((0,)),
+        }
+    ),
+    "quant_grouped_mat_mul_allto_allv": _QUANTISED,
+    "allto_allv_quant_grouped_mat_mul": _QUANTISED,
+}

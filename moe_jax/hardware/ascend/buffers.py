@@ -22,7 +22,6 @@ class Sizes:
       shared_expert_rank_num: S.
       tp_world_size: T.
       global_bs: as CANN has it; 0: that of `tokens`.
-      x_bytes: sizeof(dtype of x).
     """
 
     tokens: int
@@ -34,7 +33,6 @@ class Sizes:
     shared_expert_rank_num: int = 0
     tp_world_size: int = 0
     global_bs: int = 0
-    x_bytes: int = 2
 
     @property
     def local_experts(self) -> int:
@@ -48,21 +46,11 @@ class Sizes:
 
     @property
     def capacity(self) -> int:
-        """A, the rows that every rank can receive, whatever its role."""
-        return max(self.shared_capacity, self.routed_capacity)
+        """A, the rows that every rank can receive, whatever its role: Bmax * W * min(L, K).
 
-    @property
-    def routed_capacity(self) -> int:
-        """A of a rank with routed experts: Bmax * W * min(L, K)."""
+        A rank with a shared expert receives no more: Bmax * ceil(W / P) rows, with P ranks per shared expert.
+        """
         return self.max_tokens * self.ep_world_size * min(self.local_experts, self.top_k)
-
-    @property
-    def shared_capacity(self) -> int:
-        """A of a rank with a shared expert: Bmax * ceil(W / P), P = S / Ns; 0 without such ranks."""
-        if not self.shared_expert_rank_num:
-            return 0
-        ranks_per_expert = self.shared_expert_rank_num // self.shared_expert_num
-        return self.max_tokens * -(-self.ep_world_size // ranks_per_expert)
 
 
 def align(value: int, multiple: int) -> int:
@@ -104,7 +92,7 @@ def fullmesh_a2(sizes: Sizes) -> int:
 
 def hierarchy_a2(sizes: Sizes) -> int:
     """What A2 needs with commAlg "hierarchy"."""
-    row = sizes.hidden * sizes.x_bytes + 4 * align(sizes.top_k, 8) * 4
+    row = 2 * sizes.hidden + 4 * align(sizes.top_k, 8) * 4
     return sizes.moe_expert_num * sizes.tokens * row + 104 * MB
 
 

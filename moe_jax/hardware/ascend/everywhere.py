@@ -3,13 +3,9 @@
 Sections in brackets are those of the CANN sheet. Relations between arguments are the rules of ``moe_jax.aclnn``.
 """
 
-from moe_jax.hardware.ascend.legal import Choices, Interval, Limits
+from moe_jax.hardware.ascend.legal import E8M0, FLOATS, FP4, FP8, Choices, Interval, Limits
 from moe_jax.hardware.ascend.versions import with_versions
 
-_FLOATS = ("float32", "bfloat16", "float16")
-_FP8 = ("float8_e4m3fn", "float8_e5m2")
-_FP4 = ("float4_e2m1fn", "uint8")  # uint8: two values per byte
-_E8M0 = ("float8_e8m0fnu", "uint8")  # uint8: the exponent's byte
 _COUNT = Interval(0)
 
 _EXCHANGE = Limits(
@@ -39,7 +35,7 @@ _EXCHANGE = Limits(
 _COMBINE = _EXCHANGE.but(
     values={"comm_quant_mode": Choices((0, 2, 3, 4)), "out_dtype": Choices((0,)), "group_list_type": Choices((0, 1))},
     dtypes={
-        "expand_x": _FLOATS,
+        "expand_x": FLOATS,
         "assist_info_for_combine": ("int32",),
         "ep_send_counts": ("int32",),
         "tp_send_counts": ("int32",),
@@ -50,7 +46,7 @@ _COMBINE = _EXCHANGE.but(
 _BARRIER = Limits(values={"world_size": Interval(1)})
 _GROUPED_MATMUL = Limits(
     values={name: Interval(1) for name in ("ep_world_size", "local_experts", "h1", "n1", "h2", "n2")},
-    dtypes={"gmm_x": _FLOATS},
+    dtypes={"gmm_x": FLOATS},
 )
 _QUANTISED = _GROUPED_MATMUL.but(
     values={
@@ -60,7 +56,7 @@ _QUANTISED = _GROUPED_MATMUL.but(
         "comm_quant_dtype": Choices((-1,)),
         "group_size": Choices((0,)),
     },
-    dtypes={"gmm_x": ("int8", *_FP8, "float4_e2m1fn"), "y_dtype": ("float16", "bfloat16")},  # [14.6]
+    dtypes={"gmm_x": ("int8", *FP8, "float4_e2m1fn"), "y_dtype": ("float16", "bfloat16")},  # [14.6]
     absent=("comm_quant_scale",),
 )
 
@@ -68,14 +64,14 @@ _NEWEST = {
     "moe_distribute_dispatch_v4": _EXCHANGE.but(
         values={"quant_mode": Interval(0, 5), "expert_token_nums_type": Choices((0, 1))},  # [2.2, 3.2]
         dtypes={
-            "x": _FLOATS + _FP8 + _FP4,  # [2.2]
-            "scales": ("float32", *_E8M0),  # [3.2]
+            "x": FLOATS + FP8 + FP4,  # [2.2]
+            "scales": ("float32", *E8M0),  # [3.2]
             "window": ("uint8",),  # of messages, whatever rows they hold
             "y_dtype:1": ("int8",),  # [3.2] and below
-            "y_dtype:2": ("int8", *_FP8),
-            "y_dtype:3": _FP8,
-            "y_dtype:4": _FP8 + _FP4,
-            "y_dtype:5": _FP8,
+            "y_dtype:2": ("int8", *FP8),
+            "y_dtype:3": FP8,
+            "y_dtype:4": FP8 + FP4,
+            "y_dtype:5": FP8,
         },
     ),
     "moe_distribute_combine_v4": _COMBINE,
@@ -91,7 +87,7 @@ _NEWEST = {
         dtypes={
             "expert_ids": ("int32", "int64"),
             "eplb_table": ("int32",),
-            "expert_scales": _FLOATS,
+            "expert_scales": FLOATS,
             "pruning_threshold": ("float32",),
             "active_mask": ("bool",),
         },

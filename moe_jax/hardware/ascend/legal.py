@@ -9,6 +9,13 @@ from typing import Any, TypeVar
 from moe_jax.hardware.ascend.buffers import Sizes
 
 T = TypeVar("T")
+# Dtypes that belong together.
+HALVES = ("float16", "bfloat16")
+FLOATS = ("float32", "bfloat16", "float16")
+FP8 = ("float8_e4m3fn", "float8_e5m2")
+FP4 = ("float4_e2m1fn", "uint8")  # uint8: two values per byte
+E8M0 = ("float8_e8m0fnu", "uint8")  # uint8: the exponent's byte
+
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -76,7 +83,8 @@ class Limits:
     """What one operator takes on one product, or on any of them (``everywhere``).
 
     Attributes:
-      values: what is legal for each quantity, which is an attribute or one of ``QUANTITIES``.
+      values: what is legal for each quantity, which is an attribute, or follows from the arguments as the rules of
+        ``moe_jax.aclnn`` say under its name.
       dtypes: what is legal for each array; "y_dtype:2" stands for the dtype of the output in quant_mode 2.
       absent: optional arrays that it does not take.
       why: for an array of ``absent``, the reason, where there is more to say.
@@ -105,18 +113,6 @@ class Limits:
             self, values=_merged(self.values, values), dtypes=_merged(self.dtypes, dtypes), **others
         )
 
-    def without(self, parameters: tuple[str, ...]) -> "Limits":
-        """The limits of a version that does not have ``parameters``."""
-        return Limits(
-            values={name: legal for name, legal in self.values.items() if name not in parameters},
-            dtypes={name: allowed for name, allowed in self.dtypes.items() if name not in parameters},
-            absent=tuple(name for name in self.absent if name not in parameters),
-            why=self.why,
-            required=tuple(name for name in self.required if name not in parameters),
-            buffer=self.buffer,
-            variants={alg: limits.without(parameters) for alg, limits in self.variants.items()},
-        )
-
     def under(self, comm_alg: Any) -> "Limits":
         """The limits in force with ``comm_alg``."""
         return self.variants.get(comm_alg, self) if isinstance(comm_alg, str) else self
@@ -124,46 +120,3 @@ class Limits:
 
 def _merged(old: Mapping[str, T], new: Mapping[str, T | None]) -> dict[str, T]:
     return {name: legal for name, legal in {**old, **new}.items() if legal is not None}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Product:
-    """One product, with the limits of each operator that it has.
-
-    Attributes:
-      name: its short form.
-      title: as people call it.
-      operators: its operators, by their names in snake_case.
-      lacks: earlier versions of its operators that it does not have.
-    """
-
-    name: str
-    title: str
-    operators: Mapping[str, Limits]
-    lacks: tuple[str, ...] = ()
-
-
-# Quantities that are no attribute, in words.
-QUANTITIES = {
-    "tokens": "B, tokens per rank",
-    "hidden": "H, the hidden size",
-    "top_k": "K, choices per token",
-    "local_experts": "L, experts per rank",
-    "experts_by_ranks": "experts per rank times ranks",
-    "local_experts_with_tp": "L, experts per rank, with tp_world_size=2",
-    "tp_world_size_with_elastic": "tp_world_size with elastic_info",
-    "mask_dims": "dimensions of x_active_mask",
-    "rows": "BSK, rows on the token side",
-    "h1": "H1, the width of gmm_x",
-    "h2": "H2, the width of mm_x",
-    "n1": "N1, the columns of gmm_weight",
-    "n2": "N2, the columns of mm_weight",
-    "rows_per_token": "K = BSK // BS",
-    "row_remainder": "BSK % BS",
-    "least_bytes_per_peer": "the fewest bytes exchanged with one rank",
-    "most_bytes_per_peer": "the most bytes exchanged with one rank",
-    "logical_experts": "E, the rows of eplb_table",
-    "table_columns": "F, the columns of eplb_table",
-    "ranks": "ranks, which balance_mode=0 reads",
-    "table_columns_by_token": "F, the columns of eplb_table, with balance_mode=1",
-}

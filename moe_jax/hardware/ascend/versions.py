@@ -54,10 +54,10 @@ def lacking(operator: str) -> tuple[str, ...]:
 def with_versions(operators: Mapping[str, Limits], lacks: tuple[str, ...] = ()) -> dict[str, Limits]:
     """``operators``, and the earlier versions of each with the limits of the newest one, or with their own if given.
 
-    Versions that ``lacks`` names are left out.
+    What a version lacks counts as not given, so limits of that do no harm. Versions that ``lacks`` names are left out.
     """
     found = dict(operators)
     for name, version in VERSIONS.items():
         if version.newest in operators:
             found.setdefault(name, operators[version.newest])
-    return {name: limits.without(lacking(name)) for name, limits in found.items() if name not in lacks}
+    return {name: limits for name, limits in found.items() if name not in lacks}

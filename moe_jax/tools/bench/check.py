@@ -55,7 +55,7 @@ def check_layer(setting: Setting, results: Any) -> None:
     options = {"top_k": plan.top_k, "activation": setting.workload.activation}
     # Weights are a softmax over the chosen experts, so experts that none of these tokens chose may be left out.
     expected, _ = reference.moe_layer(params, _wide(data.x[spots]), RouterConfig(), **options)
-    _compare("the layer", "the float64 reference", "y", y[spots], expected, tolerance(plan.dtype, plan.quant))
+    _compare("the layer", "the float64 oracle", "y", y[spots], expected, tolerance(plan.dtype, plan.quant))
 
 
 def check_limit(setting: Setting, y: jax.Array) -> None:
@@ -76,7 +76,7 @@ def check_limit(setting: Setting, y: jax.Array) -> None:
         row = _wide(data.rows[device, local, :1])
         expected = reference.expert_ffn(row, weights, setting.workload.activation)
         got = y[device, local, :1]
-        _compare("the dense limit", "the float64 reference", "y", got, expected, TOLERANCES[plan.dtype])
+        _compare("the dense limit", "the float64 oracle", "y", got, expected, TOLERANCES[plan.dtype])
 
 
 def check_agreement(setting: Setting, program: Program, layer: Any, results: Any) -> str | None:

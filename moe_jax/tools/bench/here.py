@@ -31,7 +31,7 @@ from moe_jax.tools.bench.programs import LAYER, LIMIT, PASSES, Program, compile_
 from moe_jax.tools.bench.run import emit, open_lines
 from moe_jax.tools.bench.workloads import Workload
 from moe_jax.verify.cases import deviation
-from moe_jax.verify.kernels import grouped_matmul_deviations, recipe_deviations
+from moe_jax.verify.kernels import fused_deviations, grouped_matmul_deviations, recipe_deviations
 from moe_jax.verify.layer import Layer
 
 MAX_SECONDS = 540.0  # a step that does not fit any more is left out
@@ -183,13 +183,16 @@ def product_checks(backend: str, dtype: str, extents: Sequence[tuple[int, int, i
     for sizes in extents:
         found = grouped_matmul_deviations(backend, dtype, sizes)
         subject = f"{backend} {dtype} {' x '.join(map(str, sizes))}"
-        yield _check("grouped matmul and gradients = reference", subject, found, 0.0)
+        yield _check("grouped matmul and gradients = oracle", subject, found, 0.0)
+        fused = fused_deviations(backend, dtype, sizes)
+        if fused is not None:
+            yield _check("rows in slots, and activated = oracle", subject, fused, 0.0)
 
 
 def recipe_checks() -> Iterator[Row]:
     """What a quantised wire carries, to the bit."""
     for name in RECIPES:
-        yield _check("codes, scales and rows = reference", name, recipe_deviations(name), 0.0)
+        yield _check("codes, scales and rows = oracle", name, recipe_deviations(name), 0.0)
 
 
 def layer_checks(mesh: Mesh, dtype: str, wire: str, small: bool) -> Iterator[Row]:
@@ -199,8 +202,8 @@ def layer_checks(mesh: Mesh, dtype: str, wire: str, small: bool) -> Iterator[Row
     precision = "highest" if dtype == "float32" else "default"
     with jax.default_matmul_precision(precision):
         layer = Layer(mesh, "auto", "auto", dtype=dtype, quant=wire, combine_quant=wire, **sizes)
-        yield _check("layer = reference", subject, layer.values(), limit)
-        yield _check("every gradient of the layer = reference", subject, layer.gradients(), limit)
+        yield _check("layer = oracle", subject, layer.values(), limit)
+        yield _check("every gradient of the layer = oracle", subject, layer.gradients(), limit)
         yield _check("nothing dropped, every choice counted", subject, layer.counts(), 0.0)
 
 

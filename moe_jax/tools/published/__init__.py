@@ -1,0 +1,5 @@
+"""What others published of exchanges and of models, beside what the planner predicts: ``plan --published``."""
+
+from moe_jax.tools.published.table import run
+
+__all__ = ["run"]

@@ -1,0 +1,96 @@
+"""The time of an exchange by the links of a machine, and the fit of a link to published lines."""
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from moe_jax.tools.published.rows import (
+    COMBINE,
+    DISPATCH,
+    PUBLISHED_MACHINES,
+    ROW_BYTES,
+    TOP_K,
+    Published,
+)
+
+
+class Moved(NamedTuple):
+    """Rows of one rank in one exchange: what leaves it inside its node and for other nodes, and what is counted."""
+
+    inside: float
+    between: float
+    counted: float
+
+
+def moved(line: Published) -> Moved:
+    """Rows that an exchange moves when every choice of experts is as likely as any other."""
+    node = min(PUBLISHED_MACHINES[line.machine].devices_per_node or line.ranks, line.ranks)
+    nodes, tokens = line.ranks // node, line.tokens
+    # Of the nodes a token's experts stand on some only, and so on some of the ranks.
+    share = min(line.groups or nodes, nodes) / nodes
+    to_ranks, to_nodes = (_places(round(n * share), round(line.experts * share)) for n in (line.ranks, nodes))
+    counted = tokens * {"ranks": to_ranks, "nodes": to_nodes}.get(line.counts, float(TOP_K))
+    if line.rows == "pairs":
+        # 1. Each row goes straight to its expert's rank.
+        pairs = tokens * TOP_K / line.ranks
+        return Moved(pairs * (node - 1), pairs * (line.ranks - node), counted)
+    # 2. A row goes to each node once, to the rank there that stands where its own stands here; that one hands it on,
+    # to every rank that wants it, and is with one in ``node`` that rank itself.
+    return Moved(tokens * to_ranks * (node - 1) / node, tokens * to_nodes * (nodes - 1) / nodes, counted)
+
+
+def _places(count: int, experts: int) -> float:
+    """On how many of ``count`` places the TOP_K different experts of a token stand, each place having as many."""
+    elsewhere = math.comb(experts - experts // count, TOP_K) / math.comb(experts, TOP_K)
+    return count * (1 - elsewhere)
+
+
+def published_seconds(line: Published, way: str) -> float:
+    """The published time: given as one, or what the published bandwidth needs for the bytes that it counts."""
+    value = line.published(way)
+    assert value is not None  # asked for what is published
+    if line.counts == "time":
+        return value * 1e-6
+    return moved(line).counted * ROW_BYTES[line.dtype(way)] / (value * 1e9)
+
+
+def predicted_seconds(line: Published, way: str) -> float:
+    """What passes over the slower link at its rate, and the latency of the farther one. They work at the same time."""
+    machine, rows, size = PUBLISHED_MACHINES[line.machine], moved(line), ROW_BYTES[line.dtype(way)]
+    seconds, latency = rows.inside * size / machine.inside.bytes_per_second, machine.inside.latency
+    if rows.between:
+        assert machine.between is not None  # it has nodes
+        seconds = max(seconds, rows.between * size / machine.between.bytes_per_second)
+        latency = machine.between.latency
+    return seconds + latency
+
+
+def ways(line: Published) -> list[str]:
+    """Of dispatch and combine what is published."""
+    return [way for way in (DISPATCH, COMBINE) if line.published(way) is not None]
+
+
+def error(line: Published, way: str) -> float:
+    """How far the prediction is from the published time, as a share of that: 0.1 where it is 10 % longer."""
+    return predicted_seconds(line, way) / published_seconds(line, way) - 1
+
+
+def fit_link(lines: Iterable[Published]) -> tuple[float, float]:
+    """The link that fits lines best: what its rate is over that of their machines, and its latency in seconds.
+
+    Least squares of the relative errors of bytes / (factor * rate) + latency, over all that the lines publish; they
+    must all fit the same kind of link.
+    """
+    terms = []
+    for line in lines:
+        machine, rows = PUBLISHED_MACHINES[line.machine], moved(line)
+        link, count = (machine.between, rows.between) if line.fits == "RDMA" else (machine.inside, rows.inside)
+        assert link is not None  # the line crosses it
+        for way in ways(line):
+            seconds = published_seconds(line, way)
+            terms.append((count * ROW_BYTES[line.dtype(way)] / link.bytes_per_second / seconds, 1e-6 / seconds))
+    matrix = np.array(terms)
+    slowness, microseconds = np.linalg.lstsq(matrix, np.ones(len(matrix)), rcond=None)[0]
+    return float(1 / slowness), float(microseconds * 1e-6)

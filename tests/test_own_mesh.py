@@ -1,0 +1,254 @@
+"""A layer on meshes that people have: any names and any roles of axes, any shape of x, weights split over data axes.
+
+The law: values and gradients are those of the float64 oracle, which knows no mesh, whatever the axes are called,
+whether several share a role, and whatever other axes there are.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import moe_jax as moe
+from moe_jax import _compat, reference
+
+H, F, E, K = 8, 4, 8, 2
+SIZES = {"hidden": H, "num_experts": E, "top_k": K, "dtype": "float32"}
+TOLERANCE = 1e-5  # fp32 against float64, of the largest entry
+
+
+def mesh_of(types=AxisType.Auto, **axes):
+    kinds = (types,) * len(axes)
+    return Mesh(
+        np.array(jax.devices()[: np.prod(list(axes.values()))]).reshape(*axes.values()), tuple(axes), axis_types=kinds
+    )
+
+
+def assert_close(got, expected):
+    got, expected = np.asarray(got, np.float64), np.asarray(expected)
+    chex.assert_equal_shape([got, expected])
+    assert np.abs(got - expected).max() <= TOLERANCE * np.abs(expected).max()
+
+
+def check(mesh, plan, lead=None, **layer):
+    """Values and all gradients of the layer on global tokens [*lead, H] beside the oracle."""
+    init, apply = moe.moe_on_mesh(mesh, plan, moe.RouterConfig(), ffn=F, **layer)
+    rng = np.random.default_rng(0)
+    lead = lead or (plan.tokens_per_rank * plan.ep_size * plan.tp_size * plan.num_replicas,)
+    x, ct = (rng.normal(size=(*lead, H)).astype(np.float32) for _ in range(2))
+    params = init(jax.random.key(0))
+
+    def loss(params, x):
+        y, _ = apply(params, x)
+        return jnp.sum(_compat.unsplit(y, mesh) * ct), y
+
+    (_, y), (d_params, d_x) = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, x)
+    whole = {name: np.asarray(value) for name, value in params.items()}
+    rows, row_ct = x.reshape(-1, H), ct.reshape(-1, H)
+    expected, _ = reference.moe_layer(whole, rows, moe.RouterConfig(), top_k=K)
+    wanted_params, wanted_x = reference.moe_layer_vjp(whole, rows, row_ct, moe.RouterConfig(), top_k=K)
+    assert_close(y, expected.reshape(x.shape))
+    assert_close(d_x, wanted_x.reshape(x.shape))
+    for name in params:
+        assert_close(d_params[name], wanted_params[name])
+        assert d_params[name].sharding.is_equivalent_to(params[name].sharding, params[name].ndim)
+    return params
+
+
+@pytest.mark.parametrize("types", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)])
+def test_axes_of_any_name_and_no_tensor_parallel_axis(types):
+    mesh = mesh_of(types, data=2, expert=4)
+    plan = moe.make_plan(
+        mesh, tokens_per_rank=4, ep_axis="expert", tp_axis=None, token_axes=("data", "expert"), **SIZES
+    )
+    assert plan.dp_axis == ("data",) and plan.tp_axis is None and plan.tp_size == 1 and plan.num_replicas == 2
+    params = check(mesh, plan)
+    assert params["w_up"].sharding.spec[0] == "expert"
+
+
+def test_a_mesh_without_tp_needs_no_names():
+    mesh = mesh_of(ep=2)
+    plan = moe.make_plan(mesh, tokens_per_rank=4, **SIZES)
+    assert plan.tp_axis is None and plan.exchange_axes == ("ep",)
+    check(mesh, plan)
+
+
+@pytest.mark.parametrize(
+    "transport", ["padded", *(pytest.param(t, marks=pytest.mark.slow) for t in ("allgather", "ragged"))]
+)
+def test_several_axes_share_a_role_in_any_order(transport):
+    mesh = mesh_of(a=2, b=2, c=2)
+    plan = moe.make_plan(mesh, tokens_per_rank=2, ep_axis=("c",), tp_axis=("b", "a"), transport=transport, **SIZES)
+    assert (plan.ep_size, plan.tp_size, plan.tp_axis) == (2, 4, ("b", "a"))
+    check(mesh, plan)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["padded", "hierarchy"])
+def test_experts_over_two_axes_against_their_order_in_the_mesh(transport):
+    mesh = mesh_of(inner=2, outer=2)
+    plan = moe.make_plan(mesh, tokens_per_rank=4, ep_axis=("outer", "inner"), transport=transport, **SIZES)
+    assert plan.num_nodes == 2
+    check(mesh, plan)
+
+
+def test_an_axis_that_is_not_named_is_left_alone():
+    mesh = mesh_of(stage=2, ep=2)
+    plan = moe.make_plan(mesh, tokens_per_rank=4, ep_axis="ep", **SIZES)
+    assert plan.token_axes == ("ep",) and plan.num_replicas == 1
+    check(mesh, plan)
+
+
+def test_a_shard_map_that_is_manual_over_some_axes_only():
+    mesh = mesh_of(stage=2, ep=2)
+    plan = moe.make_plan(mesh, tokens_per_rank=4, ep_axis="ep", **SIZES)
+    specs = moe.param_specs(plan, moe.RouterConfig())
+    init, _ = moe.moe_on_mesh(mesh, plan, moe.RouterConfig(), ffn=F)
+    params, x = init(jax.random.key(0)), np.random.default_rng(0).normal(size=(8, H)).astype(np.float32)
+
+    def shard(params, x):
+        return moe.moe_layer(params, x, plan, moe.RouterConfig())[0]
+
+    mapped = jax.shard_map(shard, mesh=mesh, in_specs=(specs, P("ep")), out_specs=P("ep"), axis_names={"ep"})
+    got = jax.jit(mapped)({name: jnp.asarray(value) for name, value in params.items()}, x)
+    whole = {name: np.asarray(value) for name, value in params.items()}
+    assert_close(got, reference.moe_layer(whole, x, moe.RouterConfig(), top_k=K)[0])
+
+
+@pytest.mark.parametrize("types", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)])
+def test_weights_split_over_data_axes_are_gathered_and_their_gradients_scattered(types):
+    mesh = mesh_of(types, data=2, ep=2, tp=2)
+    plan = moe.make_plan(mesh, tokens_per_rank=2, param_axes="data", **SIZES)
+    params = check(mesh, plan, use_bias=True)
+    for name, shape in {"w_up": (4, 4, 2), "w_down": (4, 2, 4), "b_down": (4, 4), "b_up": (4, 2)}.items():
+        assert params[name].addressable_shards[0].data.shape == shape
+
+
+@pytest.mark.parametrize("lead", [(3, 5), (), pytest.param((2, 2, 4), marks=pytest.mark.slow), (1,)])
+def test_tokens_of_any_leading_shape_and_number(lead):
+    mesh = mesh_of(ep=4)
+    check(mesh, moe.make_plan(mesh, tokens_per_rank=4, **SIZES), lead=lead)
+
+
+@pytest.mark.slow
+def test_tokens_of_any_leading_shape_along_explicit_axes():
+    mesh = mesh_of(AxisType.Explicit, ep=4)
+    check(mesh, moe.make_plan(mesh, tokens_per_rank=4, **SIZES), lead=(3, 5))
+
+
+def test_padding_counts_nowhere():
+    mesh = mesh_of(ep=2)
+    plan = moe.make_plan(mesh, tokens_per_rank=4, **SIZES)
+    init, apply = moe.moe_on_mesh(mesh, plan, moe.RouterConfig(), ffn=F)
+    params, x = init(jax.random.key(0)), jnp.ones((5, H))
+    mask = np.array([True, True, False, True, True])
+    y, stats = jax.jit(apply)(params, x, mask)
+    assert stats.load.sum() == 4 * K and stats.num_dropped == 0
+    assert not np.asarray(y[2]).any() and np.asarray(y[3]).any()
+    assert apply(params, x[:0])[0].shape == (0, H)
+
+
+def test_more_tokens_than_the_plan_has_room_for_are_refused():
+    mesh = mesh_of(ep=2)
+    init, apply = moe.moe_on_mesh(mesh, moe.make_plan(mesh, tokens_per_rank=4, **SIZES), moe.RouterConfig(), ffn=F)
+    with pytest.raises(moe.errors.ShapeError, match=r"x has 9 tokens.*room for 8.*more tokens_per_rank"):
+        apply(init(jax.random.key(0)), jnp.ones((3, 3, H)))
+
+
+def test_plans_of_two_sizes_share_parameters():
+    mesh = mesh_of(ep=2)
+    plans = [moe.make_plan(mesh, tokens_per_rank=tokens, **SIZES) for tokens in (8, 1)]
+    layers = [moe.moe_on_mesh(mesh, plan, moe.RouterConfig(), ffn=F) for plan in plans]
+    params, x = layers[0][0](jax.random.key(0)), np.random.default_rng(0).normal(size=(16, H)).astype(np.float32)
+    prefill, step = layers[0][1](params, x)[0], layers[1][1](params, x[3:5])[0]
+    assert_close(step, prefill[3:5])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_parameters_have_the_dtype_that_was_chosen(dtype):
+    mesh = mesh_of(ep=2)
+    plan = moe.make_plan(mesh, tokens_per_rank=4, **SIZES)
+    init, _ = moe.moe_on_mesh(mesh, plan, moe.RouterConfig(), ffn=F, param_dtype=dtype)
+    abstract = moe.abstract_params(mesh, plan, moe.RouterConfig(), ffn=F, param_dtype=dtype)
+    params = init(jax.random.key(0))
+    assert {name: (v.shape, v.dtype, v.sharding) for name, v in params.items()} == {
+        name: (v.shape, v.dtype, v.sharding) for name, v in abstract.items()
+    }
+    assert all(value.dtype == dtype for value in params.values())
+
+
+class Watched(np.ndarray):
+    """An array on disk, of which every part that is read is noted."""
+
+    read: list
+
+    def __getitem__(self, index):
+        self.read.append(np.asarray(super().__getitem__(index)).size)
+        return super().__getitem__(index)
+
+
+def test_place_reads_the_parts_of_the_devices_that_are_here():
+    mesh = mesh_of(ep=4, tp=2)
+    plan = moe.make_plan(mesh, tokens_per_rank=4, **SIZES)
+    rng = np.random.default_rng(0)
+    loaded = {"w_up": (E, H, F), "w_gate": (E, H, F), "w_down": (E, F, H), "router": (H, E), "b_down": (E, H)}
+    loaded = {name: rng.normal(size=shape).astype(np.float32) for name, shape in loaded.items()}
+    watched = loaded["w_up"].view(Watched)
+    watched.read = []
+    placed = moe.place(loaded | {"w_up": watched}, mesh, plan)
+    assert max(watched.read) == E * H * F // 8
+    specs = moe.param_specs(plan, moe.RouterConfig(), use_bias=True)
+    for name, value in loaded.items():
+        np.testing.assert_array_equal(placed[name], value)
+        assert placed[name].sharding == NamedSharding(mesh, specs[name])
+    again = moe.place(placed, mesh, plan)
+    assert again["w_up"].sharding == placed["w_up"].sharding
+
+
+def test_place_names_everything_that_does_not_fit():
+    mesh = mesh_of(ep=4, tp=2)
+    plan = moe.make_plan(mesh, tokens_per_rank=4, **SIZES)
+    wrong = {
+        "w_up": np.ones((E, H, F)),
+        "w_gate": np.ones((E, H + 1, F)),
+        "w_dwn": np.ones(3),
+        "router": np.ones((H, E), int),
+    }
+    with pytest.raises(moe.errors.InvalidArgumentError) as caught:
+        moe.place(wrong, mesh, plan)
+    for words in ("'w_gate' has shape", "'w_dwn' is unknown; ", "w_down", "'router' has dtype int64"):
+        assert words in str(caught.value)
+    with pytest.raises(moe.errors.InvalidArgumentError, match="3 wide, which must be divisible by tp=2"):
+        moe.place({"w_up": np.ones((E, H, 3))}, mesh, plan)
+
+
+REFUSED = {
+    "no such axis": (
+        {"ep_axis": "expert"},
+        r"ep_axis='expert': the mesh has no axis 'expert', only \('data', 'ep', 'tp'\)",
+    ),
+    "two roles": ({"ep_axis": "ep", "tp_axis": "ep"}, "axis 'ep' is in ep_axis and in tp_axis"),
+    "twice": ({"ep_axis": ("ep", "ep")}, "names an axis twice"),
+    "no name": ({"ep_axis": 3}, "must be the name of a mesh axis"),
+    "no axis": ({"ep_axis": ()}, "axis of size 1 will do"),
+    "tokens not everywhere": ({"token_axes": ("data", "ep")}, r"token_axes=\('data', 'ep'\) lacks 'tp'"),
+    "weights along the exchange": ({"param_axes": "ep"}, "param_axes='ep': axis 'ep' must be one of token_axes"),
+    "weights along an axis without tokens": (
+        {"param_axes": "data", "ep_axis": "ep"},
+        "axis 'data' must be one of token_axes",
+    ),
+    "hidden": (
+        {"param_axes": "data", "hidden": 7},
+        "hidden=7 must be divisible by 2, the number of devices along param_axes",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_roles_that_cannot_be_are_refused(name):
+    given, words = REFUSED[name]
+    with pytest.raises(moe.errors.MoEError, match=words):
+        moe.make_plan(AbstractMesh((2, 2, 2), ("data", "ep", "tp")), tokens_per_rank=4, **SIZES | given)
