@@ -295,12 +295,16 @@ class Ragged(AllToAll):
         return size._replace(sent=min(size.sent, plan.num_pairs), returned=min(size.returned, plan.num_pairs))
 
     def added_steps(self, plan, size, machine, backward):
-        """Passes over the rows at both ends of every exchange between ranks, where they change their layout for it."""
+        """Passes over the rows at both ends of every exchange between ranks, where they change their layout for it.
+
+        The compilers for v5e and v5p make 7 steps of that for each exchange.
+        """
         if plan.ep_size == 1 or not machine.relayout_passes:
             return []
         ends = machine.relayout_passes * 2 * (size.sent + size.slots)
         messages = {DISPATCH: size.out + size.ct * backward, COMBINE: size.back + size.ct * backward}
-        return [Step(phase, (), int(ends * message), launches=2) for phase, message in messages.items()]
+        launches = 7 * (1 + backward)
+        return [Step(phase, (), int(ends * message), launches) for phase, message in messages.items()]
 
     def wire_share(self, machine):
         return machine.ragged_share
