@@ -17,7 +17,7 @@ from moe_jax.collectives.exchange import Blocks, Chunks, Exchange, Receiving, Sl
 from moe_jax.derivatives import custom_gradient, take_rows
 from moe_jax.plan import Plan
 from moe_jax.plan.cost import WIDE, recoded, row_bytes, unplaced_bytes
-from moe_jax.plan.steps import COMBINE, DISPATCH, ROUTE, Collective, Step, tp_axes
+from moe_jax.plan.steps import COMBINE, DISPATCH, ROUTE, Collective, Step
 from moe_jax.quant.message import join_some, split_some
 from moe_jax.transports import linear
 from moe_jax.transports.base import (
@@ -216,7 +216,7 @@ class AllToAll(Transport):
         return buffers, sent + 3 * plan.num_pairs + inbox + plan.num_rows(capacity)
 
     def steps(self, plan, size, backward):
-        ep, tp, tokens, pairs = plan.ep_axis, tp_axes(plan), plan.tokens_per_rank, plan.num_pairs
+        ep, tp, tokens, pairs = plan.ep_axis, plan.tp_axes, plan.tokens_per_rank, plan.num_pairs
 
         def out(phase, rows, message):
             exchange = Collective("all-to-all", ep, size.sent * message, carries_rows=True)
