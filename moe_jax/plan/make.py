@@ -73,8 +73,8 @@ def make_plan(
         partial sum comes back; without that axis all ranks are one node, inside which rows go from rank to rank), or
         "auto": whichever should take the least time to move rows in a forward and a backward pass of the layer on
         ``hardware``, see ``moe_jax.plan.cost``; "ragged" not on CPUs, and "hierarchy" only where experts are spread
-        over several axes. Where one device holds all experts, it takes "padded". ``Plan.describe()`` has the times of all
-        candidates, and says what a mesh with such an axis would change.
+        over several axes. Where one device holds all experts, it takes "padded". ``Plan.describe()`` has the times of
+        all candidates, and says what an axis of nodes would change.
       overflow: "dropless": what does not fit into a round waits for the next; "drop": it is dropped and counted. Each
         pair of ranks keeps the front of its list, which is sorted by expert: the last experts of a rank lose most.
       capacity_factor: rows that a pair of ranks can move in a round of the layer, relative to the balanced load,
