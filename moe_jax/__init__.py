@@ -17,6 +17,7 @@ from moe_jax.kernels import Backend, grouped_matmul, register_backend, resolve_b
 from moe_jax.layer.combine import combine, combine_add_rms_norm
 from moe_jax.layer.dispatch import dequantize, dispatch, make_receive_window
 from moe_jax.layer.layer import moe_layer
+from moe_jax.layer.mapped import map_experts
 from moe_jax.layer.on_mesh import moe_on_mesh
 from moe_jax.layer.params import abstract_params, param_specs, place
 from moe_jax.layer.placement import update_expert
@@ -66,6 +67,7 @@ __all__ = [
     "make_plan",
     "make_rank_table",
     "make_receive_window",
+    "map_experts",
     "moe_layer",
     "moe_on_mesh",
     "param_specs",

@@ -156,6 +156,11 @@ def differentiated_as(plain: Callable, function: Callable, *operands: Any) -> An
     return call(*operands)
 
 
+def without_float0(cotangents: Any) -> Any:
+    """``cotangents`` with None in place of those of integers, which have none: so that they can be added and kept."""
+    return jax.tree.map(lambda ct: None if ct.dtype == jax.dtypes.float0 else ct, cotangents)
+
+
 def take_rows(rows: Array, index: Array, *, absent: float | None = None, poison: bool = False) -> Array:
     """``rows[index]`` along the first axis: the one gather by an index in which -1 means "none".
 

@@ -1,5 +1,8 @@
 """Eight emulated devices for every test, and the same generated cases on every run. Real ones for ``-m gpu``."""
 
+import os
+from pathlib import Path
+
 import hypothesis
 import jax
 import pytest
@@ -31,10 +34,39 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("default")
 
 
+# Most of what the default line costs is compilation, and a fifth of that is spent on making machine code fast. The
+# files below compile much, and their laws are about values: small integers, whose sums are exact in any order, or a
+# tolerance that says why. In the default line, and there alone, their machine code is not optimised. What XLA does
+# before it makes machine code stays the same, and so does what a test may read in a compiled program. Where slow tests
+# of a file run too, and in all other files (on bits, roundings, the size of programs and what compilers make of them),
+# everything is optimised as users have it. JAX_DISABLE_MOST_OPTIMIZATIONS=0 or 1 in the environment decides for all
+# files instead: the step "newest" of .ci/run sets 0, so that CI runs the same tests both ways.
+LAWS_ABOUT_VALUES = {
+    "test_derivatives",
+    "test_dispatch",
+    "test_elastic",
+    "test_fused",
+    "test_hierarchy",
+    "test_layer",
+    "test_layout",
+    "test_ragged",
+}
+OPTIMISE_LESS = "jax_disable_most_optimizations"
+assert all(Path(__file__).with_name(f"{name}.py").exists() for name in LAWS_ABOUT_VALUES)
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _release_compiled_programs():
-    """A compiled program holds memory mappings while it is cached, and Linux allows a process 65530 of them."""
+def _compile(request):
+    """Decides how much the programs of a file are optimised, and forgets them after it.
+
+    A compiled program holds memory mappings while it is cached, and Linux allows a process 65530 of them.
+    """
+    before = jax.config.read(OPTIMISE_LESS)
+    if request.module.__name__ in LAWS_ABOUT_VALUES and OPTIMISE_LESS.upper() not in os.environ:
+        mine = (item for item in request.session.items if item.path == request.path)
+        jax.config.update(OPTIMISE_LESS, not any(item.get_closest_marker("slow") for item in mine))
     yield
+    jax.config.update(OPTIMISE_LESS, before)
     jax.clear_caches()
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from layer_cases import make_params
 
 import moe_jax
 from moe_jax import errors, reference
@@ -255,7 +256,8 @@ def test_a_layer_mixes_what_back_ends_bring(capacity):
     assert plan.backend == "mover+mine+cpu"
     assert "products of rows by mine; gradients of weights by cpu" in plan.describe()
     init, apply = moe_jax.moe_on_mesh(mesh, plan, moe_jax.RouterConfig(), ffn=4)
-    gradient = jax.jit(jax.grad(lambda params: apply(params, jnp.ones((16, 8)))[0].sum()))(init(jax.random.key(0)))
+    params = make_params(init, np.random.default_rng(0))
+    gradient = jax.jit(jax.grad(lambda params: apply(params, jnp.ones((16, 8)))[0].sum()))(params)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
     assert mine.calls["grouped_matmul"] > 0
     assert {shape[1] for shape in calls} == {plan.pair_capacity}

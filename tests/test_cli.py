@@ -47,12 +47,13 @@ sample_bytes = 0
 
 
 SAMPLING = MINIATURE.replace("sample_bytes = 0", "sample_bytes = 4")
+MESH = ("--mesh", "ep=2")
 TWO_LAYERS = MINIATURE.replace("layers = 1", "layers = 2")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def compile_once(tmp_path_factory):
-    """Programs that several tests share are compiled once."""
+    """Programs that several tests share are compiled once: what everybody runs trains on MESH alone."""
     options = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
@@ -88,7 +89,7 @@ def train(folder, capsys, *options):
 
 def test_training_learns_and_leaves_a_report(folder, capsys):
     (folder / "mini.toml").write_text(SAMPLING)
-    events = train(folder, capsys, "--out", folder / "run")
+    events = train(folder, capsys, *MESH, "--out", folder / "run")
     assert events["code"] == 0
     losses = [record["loss"] for record in events["step"]]
     assert len(losses) == 20 and abs(losses[0] - np.log(256)) < 0.3 and losses[-1] < losses[0] - 0.5
@@ -116,13 +117,13 @@ def test_training_learns_and_leaves_a_report(folder, capsys):
 
 def test_resume_is_bit_exact(folder, capsys):
     (folder / "mini.toml").write_text(SAMPLING)
-    through = train(folder, capsys, "--mesh", "ep=1", "--out", folder / "through", "--steps", 6)
-    train(folder, capsys, "--mesh", "ep=1", "--out", folder / "stopped", "--steps", 3)
-    resumed = train(folder, capsys, "--mesh", "ep=1", "--out", folder / "stopped", "--steps", 6, "--resume")
+    through = train(folder, capsys, *MESH, "--out", folder / "through", "--steps", 6)
+    train(folder, capsys, *MESH, "--out", folder / "stopped", "--steps", 3)
+    resumed = train(folder, capsys, *MESH, "--out", folder / "stopped", "--steps", 6, "--resume")
     assert [(r["step"], r["loss"]) for r in resumed["step"]] == [(r["step"], r["loss"]) for r in through["step"][3:]]
     assert resumed["validation"] == through["validation"] and resumed["sample"] == through["sample"]
     assert (folder / "through" / "checkpoint.moe").read_bytes() == (folder / "stopped" / "checkpoint.moe").read_bytes()
-    again = train(folder, capsys, "--mesh", "ep=1", "--out", folder / "stopped", "--steps", 6, "--resume")
+    again = train(folder, capsys, *MESH, "--out", folder / "stopped", "--steps", 6, "--resume")
     assert "step" not in again and again["validation"] == through["validation"]
 
 
@@ -160,12 +161,12 @@ def test_every_mesh_trains_alike(folder, capsys):
 
 def test_runs_without_out_are_kept_apart(folder, capsys):
     """Run twice, nothing is lost and nothing refused; --resume goes on with the last one."""
-    saved = [train(folder, capsys, "--mesh", "ep=1", "--steps", steps)["saved"][0] for steps in (1, 2)]
+    saved = [train(folder, capsys, *MESH, "--steps", steps)["saved"][0] for steps in (1, 2)]
     assert [(event["step"], event["path"]) for event in saved] == [
         (1, "runs/mini/checkpoint.moe"),
         (2, "runs/mini-2/checkpoint.moe"),
     ]
-    events = train(folder, capsys, "--mesh", "ep=1", "--steps", 3, "--resume")
+    events = train(folder, capsys, *MESH, "--steps", 3, "--resume")
     assert [record["step"] for record in events["step"]] == [3]
     assert any("resuming runs/mini-2 after step 2" in note["text"] for note in events["note"])
 
@@ -181,9 +182,9 @@ def test_a_diverging_run_stops_and_keeps_its_last_checkpoint(folder, capsys):
 
 
 def test_a_new_run_never_replaces_one_and_a_refused_resume_names_the_key(folder, capsys):
-    train(folder, capsys, "--mesh", "ep=1", "--out", "run", "--steps", 1)
+    train(folder, capsys, *MESH, "--out", "run", "--steps", 1)
     before = (folder / "run" / "checkpoint.moe").read_bytes()
-    arguments = ["train", "mini.toml", "--data", "text", "--mesh", "ep=1", "--out", "run"]
+    arguments = ["train", "mini.toml", "--data", "text", *MESH, "--out", "run"]
     assert main(arguments) == 2
     assert "run: holds a run, which a new one would replace; add --resume" in capsys.readouterr().err
     assert main([*arguments, "--resume", "--seed", "7"]) == 2
@@ -201,7 +202,7 @@ def test_data_that_fails_during_a_run_costs_no_step(folder, capsys, monkeypatch)
 
     train_batch = loop.train_batch
     monkeypatch.setattr(loop, "train_batch", read_batch)
-    assert train(folder, capsys, "--mesh", "ep=1")["saved"][-1]["step"] == 2
+    assert train(folder, capsys, *MESH)["saved"][-1]["step"] == 2
     assert read_step(folder / "runs" / "mini" / "checkpoint.moe") == 2
     assert (folder / "runs" / "mini" / "report.png").exists()
 
@@ -288,7 +289,26 @@ def test_a_signal_while_compiling_is_answered_and_a_second_one_leaves_at_once(fo
         assert "left at once" in process.stderr.read()
 
 
-def test_a_reader_that_leaves_costs_no_step(folder):
+def test_a_reader_that_leaves_costs_no_step(folder, capsys, monkeypatch):
+    """Standard output is a pipe here, and its other end is closed after the second step."""
+
+    def read_batch(corpus, *, step, **options):
+        if step == 2:
+            os.close(reader)
+        return train_batch(corpus, step=step, **options)
+
+    reader, writer = os.pipe()
+    train_batch = loop.train_batch
+    monkeypatch.setattr(loop, "train_batch", read_batch)
+    with os.fdopen(writer, "w") as pipe, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", pipe)
+        assert main(["train", "mini.toml", "--data", "text", "--json", *MESH]) == 141
+    assert capsys.readouterr().err == "moe_jax: stopped: whoever read standard output has closed it\n"
+    assert 2 <= read_step(folder / "runs" / "mini" / "checkpoint.moe") < 20
+
+
+@pytest.mark.slow
+def test_a_process_whose_reader_leaves_ends_orderly(folder):
     with start(folder, "--steps", "100000", stderr=subprocess.PIPE) as process:
         until(process, step=2)
         process.stdout.close()
@@ -312,7 +332,7 @@ def test_a_signal_after_the_last_step(folder, capsys, monkeypatch, task, done):
     honest = loop.Job.tell
     monkeypatch.setattr(loop.Job, "tell", tell)
     (folder / "mini.toml").write_text(SAMPLING)
-    events = train(folder, capsys, "--mesh", "ep=1", "--steps", 2)
+    events = train(folder, capsys, *MESH, "--steps", 2)
     assert events["code"] == 143 and events["interrupted"] == [{"event": "interrupted", "step": 2}]
     assert ("validation" in events) == (task == "sampling") and "sample" not in events
     assert read_step(folder / "runs" / "mini" / "checkpoint.moe") == 2
@@ -408,10 +428,10 @@ def test_resume_without_a_checkpoint(folder, capsys):
 
 
 def test_resume_beside_damaged_metrics(folder, capsys):
-    train(folder, capsys, "--mesh", "ep=1", "--out", folder / "run", "--steps", 1)
+    train(folder, capsys, *MESH, "--out", folder / "run", "--steps", 1)
     (folder / "run" / "metrics.jsonl").write_text("{}\n")
     arguments = ["train", str(folder / "mini.toml"), "--data", str(folder / "text"), "--out", str(folder / "run")]
-    assert main([*arguments, "--mesh", "ep=1", "--steps", "2", "--resume"]) == 2
+    assert main([*arguments, *MESH, "--steps", "2", "--resume"]) == 2
     text = capsys.readouterr().err
     assert "metrics.jsonl: line 1 is not a record" in text and text.count("\n") == 1
 

@@ -121,9 +121,13 @@ def test_a_killed_rank_takes_no_expert_with_it():
 
 @pytest.mark.parametrize("transport", MOSTLY_PADDED)
 def test_a_quantised_wire_loses_nothing_of_what_it_can_hold(transport):
-    """Rows and cotangents that the recipes represent exactly: the layer must agree with the oracle to fp32."""
+    """Rows and cotangents that the recipes represent exactly: the layer must agree with the oracle to fp32.
+
+    One round holds every pair: that further rounds add up does not depend on the wire, and is shown without codes.
+    """
     rng = np.random.default_rng(2)
-    _, apply = make(mesh_of(EP, TP), num_experts=EXPERTS, transport=transport, quant="int8", num_logical_experts=None)
+    one_round = {"num_experts": EXPERTS, "num_logical_experts": None, "capacity_factor": float(EP)}
+    _, apply = make(mesh_of(EP, TP), transport=transport, quant="int8", **one_round)
     params = logical_params(rng)
     x, mask = steered_tokens("random", rng, T * EP * TP, EP)
     x = np.clip(np.rint(x * 32), -127, 127)
@@ -155,7 +159,9 @@ def test_a_quantised_way_back_stays_within_its_error(options):
     assert errors[1] > TOLERANCE  # rows that come back make the gradient of their weights
 
 
+@pytest.mark.slow
 def test_over_nodes():
+    """On the transport of nodes; everybody runs dispatch and combine of it, and its transport contract."""
     rng = np.random.default_rng(4)
     mesh = moe.make_mesh(ep=EP, nodes=2, tp=TP)
     _, apply = make(mesh, num_experts=EXPERTS, num_logical_experts=None, transport="hierarchy", capacity_factor=1.0)
@@ -168,7 +174,7 @@ def test_over_nodes():
 
 def test_bad_input():
     init, apply = make(mesh_of(EP, TP))
-    params = init(jax.random.key(0))
+    params = make_params(init, np.random.default_rng(0))
     x = jnp.zeros((T * EP * TP, H))
     with pytest.raises(moe.MoEError, match="'router' has shape"):
         apply(params, x)  # its router scores logical experts, and no table says where they are

@@ -48,6 +48,7 @@ def test_first_values_are_those_of_all_time():
     assert not any(params[name].any() for name in ZEROS)
 
 
+@pytest.mark.quick("swiglu-True", "gelu-False")
 @pytest.mark.parametrize("use_bias", [False, True])
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 def test_abstract_params_are_those_that_init_makes(activation, use_bias):

@@ -80,13 +80,13 @@ def lowered(platform, **sizes):
 @pytest.mark.quick("padded")
 @pytest.mark.parametrize("transport", [*TRANSPORTS, "hierarchy"])
 def test_lowered_program_grows_with_nothing(transport):
-    """The same operations for 16 and 64 ranks, 64 and 1024 tokens, 64 and 512 experts."""
+    """The same operations for 2, 16 and 64 ranks, 64 and 1024 tokens, 128 and 512 experts."""
     sizes = {"ep": 16, "tokens_per_rank": 1024, "num_experts": 512}
     sizes |= {"nodes": 2} if transport == "hierarchy" else {}
     sizes |= {"hidden": 512, "dtype": "float32", "transport": transport}
     expected = lowered("cpu", **sizes)
     assert expected["stablehlo.while"] and expected["stablehlo.dot_general"]
-    for change in ({"ep": 64}, {"ep": 2}, {"tokens_per_rank": 64}, {"num_experts": 64}):
+    for change in ({"ep": 64, "tokens_per_rank": 64, "num_experts": 128}, {"ep": 2}):
         assert lowered("cpu", **(sizes | change)) == expected, change
 
 
@@ -153,7 +153,7 @@ def test_skew_takes_no_more_memory(phase):
     assert any_skew.temporary_bytes <= 1.35 * one_round.temporary_bytes
 
 
-@pytest.mark.quick("W1-forward", "W2-forward", "W2-forward + backward", "W3-forward")
+@pytest.mark.quick("W1-forward", "W2-forward", "W2-forward + backward")
 @pytest.mark.parametrize("phase", PASSES)
 @pytest.mark.parametrize("name", ["W1", "W2", "W3"])
 def test_equal_blocks_send_little_more_than_the_rows(name, phase):

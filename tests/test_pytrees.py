@@ -135,7 +135,8 @@ def test_a_whole_program_exports():
     np.testing.assert_array_equal(y, x * weights.sum(axis=1, keepdims=True))
 
     init, apply = moe.moe_on_mesh(mesh, plan(transport="padded"), moe.RouterConfig(), ffn=4)
-    params = init(jax.random.key(0))
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    params = jax.tree.map(lambda made: small_integers(rng, made.shape, made.dtype), shapes)
     y, stats = read_back(apply, params, x)
     assert isinstance(stats, moe.LayerStats) and int(stats.load.sum()) == W * T * K
     np.testing.assert_array_equal(y, apply(params, x)[0])

@@ -15,6 +15,7 @@ GIB = 2**30
 _GPU_LAUNCH = 3e-6
 _NPU_LAUNCH = 5e-6
 
+_ASSUMED = "; assumed of this device too"
 _RAGGED_GPU = (
     "ragged_share",
     "openxla/xla#33386: a ragged exchange inside a node of B200 reaches 2 % of NVLink's rate; over what others reach",
@@ -47,6 +48,10 @@ REACHED = {
     # In both of DeepEP's tables: 400 Gb/s of ConnectX-7.
     "RDMA": Reached(share=0.880, latency=28.7e-6, source="fitted to the rows of DeepEP V1 on 16 to 256 H800"),
     "Infinity Fabric": Reached(share=0.644, latency=19.0e-6, source="fitted to the rows of mori on 8 MI300X"),
+    # Over the links that are there: of a torus of three dimensions, two of a chip's six.
+    "ICI": Reached(
+        share=0.892, latency=13.2e-6, source="fitted to the rows of accelerator-microbenchmarks on 4 chips of Ironwood"
+    ),
     "HCCS": Reached(share=0.600, latency=52.1e-6, source="fitted to the rows of sgl-kernel-npu on 8 and 32 dies of A3"),
 }
 
@@ -90,13 +95,18 @@ def _nvidia(
         sources=(
             ("flops16, flops32, flops8", f"NVIDIA's data sheet: BF16, FP32 and {eight} without sparsity"),
             ("memory_bytes, memory_bandwidth", GPUS[name].source),
-            *_link_sources("inside", "NVLink", "half of NVLink's bandwidth both ways by NVIDIA's data sheet"),
+            *_link_sources(
+                "inside",
+                "NVLink",
+                "half of NVLink's bandwidth both ways by NVIDIA's data sheet",
+                _ASSUMED if name == "a100" else "",
+            ),
             *_link_sources(
                 "between", "RDMA", f"a network card of {nic * 8e-9:.0f} Gb/s per GPU, by NVIDIA's DGX data sheet"
             ),
             ("devices_per_node", f"NVIDIA's data sheet: {node} GPUs share a domain of NVLink"),
             _GPU_LAUNCH_SOURCE,
-            _RAGGED_GPU if name == "b200" else (_RAGGED_GPU[0], _RAGGED_GPU[1] + "; assumed of this card too"),
+            _RAGGED_GPU if name == "b200" else (_RAGGED_GPU[0], _RAGGED_GPU[1] + _ASSUMED),
             _NO_RELAYOUT,
             _NOT_WIDENED,
         ),
@@ -119,7 +129,7 @@ def _tpu(
         flops8=flops8,
         memory_bytes=int(memory_gib * GIB),
         memory_bandwidth=bandwidth,
-        inside=Link(bytes_per_second=ici, latency=5e-6),
+        inside=reached_link("ICI", ici),
         torus=torus,
         launch_seconds=1830 / clock,
         relayout_passes=1.4,
@@ -127,8 +137,12 @@ def _tpu(
             ("flops16, flops8, memory_bandwidth", documented),
             ("flops32", "six passes of bf16 products"),
             ("memory_bytes", "what libtpu 0.0.42 lets a program use, by its message about one that is too large"),
-            ("inside.bytes_per_second", f"{documented}: half of the bidirectional ICI bandwidth"),
-            ("inside.latency", "assumed"),
+            *_link_sources(
+                "inside",
+                "ICI",
+                f"half of the bidirectional ICI bandwidth in {documented}",
+                "" if name == "v7x" else _ASSUMED,
+            ),
             ("between, devices_per_node", "none: a slice is one network"),
             ("torus", f"{documented}: chips in a torus; how an all-to-all loads it follows from its shape"),
             (
@@ -192,7 +206,7 @@ _MI300X = Machine(
         *_link_sources("between", "RDMA", "a network card of 400 Gb/s per GPU, as where mori was measured"),
         ("devices_per_node", "AMD's data sheet of the platform: 8 GPUs, each linked to each other"),
         _GPU_LAUNCH_SOURCE,
-        (_RAGGED_GPU[0], _RAGGED_GPU[1] + "; assumed of this card too"),
+        (_RAGGED_GPU[0], _RAGGED_GPU[1] + _ASSUMED),
         _NO_RELAYOUT,
         _NOT_WIDENED,
     ),
@@ -221,7 +235,6 @@ _CPU = Machine(
     ),
 )
 
-_ASSUMED = "; assumed of this device too"
 _A3_PAPER = (
     "Serving Large Language Models on Huawei CloudMatrix384, arXiv:2506.12708, for one of the two dies of a 910C"
 )

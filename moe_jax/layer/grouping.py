@@ -4,6 +4,7 @@ Nothing here communicates. Rows lie expert after expert. The backward pass keeps
 activation, and computes the activation again.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -74,7 +75,7 @@ def _way(plan: Plan, experts: dict[str, Array], slots: Array, order: InboxOrder 
 def _forward(plan: Plan, activation, experts, arrived, order, group_sizes, keep=True):
     with jax.named_scope("experts"):
         way = _way(plan, experts, arrived, order)
-        rows = _rows(arrived, way.copies, plan)
+        rows = rows_of_slots(arrived, way.copies, plan)
         inner, hidden = project_in_and_activate(
             experts,
             rows,
@@ -86,7 +87,7 @@ def _forward(plan: Plan, activation, experts, arrived, order, group_sizes, keep=
             fused=way.activates,
         )
         made = project_out(experts, hidden, group_sizes, plan.kernels, way.row_slot, arrived.shape[0])
-        return _slots(made, way.copies, plan), (experts, rows, inner, order, group_sizes)
+        return slots_of_rows(made, way.copies, plan), (experts, rows, inner, order, group_sizes)
 
 
 def _backward(plan: Plan, activation, residuals, ct):
@@ -108,13 +109,13 @@ def _backward(plan: Plan, activation, residuals, ct):
             of_out,
             hidden,
         )[1]
-        d_of_out, d_hidden = pull_out(_rows(ct, way.copies, plan))
+        d_of_out, d_hidden = pull_out(rows_of_slots(ct, way.copies, plan))
         (d_inner,) = pull_hidden(d_hidden)
         pull_in = jax.vjp(
             lambda weights, rows: project_in(weights, rows, group_sizes, plan.kernels, way.row_slot), of_inner, rows
         )[1]
         d_of_inner, d_rows = pull_in(d_inner)
-        return {**d_of_out, **d_of_inner}, _slots(d_rows, way.copies, plan), None, None
+        return {**d_of_out, **d_of_inner}, slots_of_rows(d_rows, way.copies, plan), None, None
 
 
 expert_slots.defvjp(_forward, _backward)
@@ -155,7 +156,7 @@ def add_overflow_gradients(
     def run(carry, read):
         (grads, ct), (experts, arrived) = carry, read
         way = _way(plan, experts, arrived, order)
-        rows = _rows(arrived, way.copies, plan)
+        rows = rows_of_slots(arrived, way.copies, plan)
         with jax.named_scope("experts"):
             inner = project_in(experts, rows, group_sizes, plan.kernels, way.row_slot)
         residuals = experts, rows, inner, order, group_sizes
@@ -176,11 +177,36 @@ def _if_any(group_sizes: Array, run: Callable, init: Any, read: Any) -> Any:
         return lax.fori_loop(0, turns, lambda turn, carry: run(carry, _compat.late(turn, read)), init)
 
 
-def _rows(slots: Array, order: InboxOrder | None, plan: Plan) -> Array:
+@dataclasses.dataclass(frozen=True)
+class ExpertKind:
+    """What a round does with the rows that arrived. Static; two kinds are equal if their parts are.
+
+    Attributes:
+      slots: (plan, what, params, arrived [A, H], order, group_sizes) -> [A, H'], what the experts make of the rows,
+        each in the slot that its row came in. Differentiable in params and arrived.
+      overflow_slots: the same without a derivative, for rounds that keep nothing.
+      add_overflow_gradients: (plan, what, grads, params, arrived, ct [A, H'], order, group_sizes) -> (``grads`` plus
+        those of params, d_arrived [A, H]), which computes the experts again.
+      what: says to all three which experts of this kind they are.
+    """
+
+    slots: Callable
+    overflow_slots: Callable
+    add_overflow_gradients: Callable
+    what: Any
+
+
+@functools.cache
+def feed_forward(activation: str) -> ExpertKind:
+    """The feed-forward experts of the layer, whose parameters are those of ``expert_slots``."""
+    return ExpertKind(expert_slots, overflow_slots, add_overflow_gradients, activation)
+
+
+def rows_of_slots(slots: Array, order: InboxOrder | None, plan: Plan) -> Array:
     """[A, H] -> [M, H], the rows in the order of the experts. Past the last one they may hold anything."""
     return slots if order is None else take_rows(slots, order.row_inbox, poison=plan.poison)
 
 
-def _slots(rows: Array, order: InboxOrder | None, plan: Plan) -> Array:
+def slots_of_rows(rows: Array, order: InboxOrder | None, plan: Plan) -> Array:
     """[M, H] -> [A, H], each row in its slot. Slots that no row came in may hold anything."""
     return rows if order is None else take_rows(rows, order.inbox_row, poison=plan.poison)

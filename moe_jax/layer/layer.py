@@ -16,6 +16,7 @@ from moe_jax.errors import (
     check_type,
 )
 from moe_jax.layer.experts import shared_ffn
+from moe_jax.layer.grouping import feed_forward
 from moe_jax.layer.params import check_layer_plan, check_params, check_router, gathered
 from moe_jax.layer.placement import BALANCES, check_table, instances_of
 from moe_jax.layer.rounds import routed_sum
@@ -148,7 +149,7 @@ def layer_of_shard(
     constants = Constants(*(given[name].astype(plan.dtype) if given else None for name in _CONSTANTS))
     experts, constants, weights = _compat.as_varying((experts, constants, routing.combine_weights), plan.token_axes)
     total, num_dropped, num_rounds = routed_sum(
-        expert_ids, experts, constants, x, weights, plan, activation=activation, rank_table=rank_table, chunks=chunks
+        expert_ids, experts, constants, x, weights, plan, feed_forward(activation), rank_table=rank_table, chunks=chunks
     )
     # 4. The shared expert adds its part where the token is.
     if plan.num_shared_experts:

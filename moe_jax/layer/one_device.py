@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from moe_jax import layout
 from moe_jax.derivatives import custom_gradient, take_rows
-from moe_jax.layer.grouping import expert_slots
+from moe_jax.layer.grouping import ExpertKind
 from moe_jax.layer.weightless import Constants, weightless_term, weightless_terms
 from moe_jax.plan import Plan
 from moe_jax.transports.base import as_delivered, rows_if, token_of
@@ -33,13 +33,12 @@ class _Places(NamedTuple):
 
 def local_sum(
     expert_ids: Array,
-    experts: dict[str, Array],
+    experts: Any,
     constants: Constants,
     x: Array,
     weights: Array,
     plan: Plan,
-    *,
-    activation: str,
+    kind: ExpertKind,
 ) -> tuple[Array, Array]:
     """What routed and weightless experts add for each token, where ``plan.exchanges`` is false.
 
@@ -48,12 +47,13 @@ def local_sum(
 
     Args:
       expert_ids, weights: [T, K] i32 and f32. An id that is none of the plan's adds nothing.
-      experts: as for ``expert_slots``; constants: in ``plan.dtype``.
+      experts: the parameters of ``kind``; constants: in ``plan.dtype``.
       x: [T, H] in ``plan.dtype``.
-      plan, activation: static.
+      plan, kind: static.
 
     Returns:
-      ([T, H] fp32, i32 pairs that were dropped). Differentiable in every float array, in both modes, to any order.
+      ([T, H] fp32, or [T, H'] if the experts make rows of another width; i32 pairs that were dropped). Differentiable
+      in every float array, in both modes, to any order.
     """
     with jax.named_scope("layout"):
         is_routed = (expert_ids >= 0) & (expert_ids < plan.num_experts)
@@ -67,7 +67,7 @@ def local_sum(
     added = weightless_terms(expert_ids, x, constants, plan)
     with jax.named_scope("permute"):
         rows = _spread(plan, as_delivered(x, plan.dispatch_recipe).astype(plan.dtype), places)
-    made = expert_slots(plan, activation, experts, rows, None, group_sizes)
+    made = kind.slots(plan, kind.what, experts, rows, None, group_sizes)
     with jax.named_scope("combine_sum"):
         total = _weighted_sum(plan, as_delivered(made, plan.combine_recipe), weights, added, places)
     return total, jnp.sum(pairs.counts - group_sizes, dtype=jnp.int32)

@@ -7,15 +7,16 @@ nothing and runs again in the backward pass, so that memory does not grow with t
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from moe_jax import _compat
-from moe_jax.derivatives import custom_gradient, first_order_only
+from moe_jax.derivatives import custom_gradient, first_order_only, without_float0
 from moe_jax.layer.combine import finish
-from moe_jax.layer.grouping import add_overflow_gradients, expert_slots, overflow_slots
+from moe_jax.layer.grouping import ExpertKind
 from moe_jax.layer.one_device import local_sum
 from moe_jax.layer.weightless import Constants, weightless_terms
 from moe_jax.plan import Plan
@@ -27,13 +28,13 @@ Array = jax.Array
 
 def routed_sum(
     expert_ids: Array,
-    experts: dict[str, Array],
+    experts: Any,
     constants: Constants,
     x: Array,
     weights: Array,
     plan: Plan,
+    kind: ExpertKind,
     *,
-    activation: str,
     rank_table: Array | None,
     chunks: int,
 ) -> tuple[Array, Array, Array]:
@@ -41,9 +42,9 @@ def routed_sum(
 
     Args:
       expert_ids, weights: [T, K] i32 and f32.
-      experts: as for ``expert_slots``; constants: in ``plan.dtype``.
+      experts: the parameters of ``kind``; constants: in ``plan.dtype``.
       x: [T, H] in ``plan.dtype``.
-      plan, activation: static.
+      plan, kind: static.
       rank_table: as for ``dispatch``; the table of a single rank can only say that this rank is there.
       chunks: a divisor of T; each chunk of the tokens passes by itself, with its share of ``plan.pair_capacity``.
 
@@ -61,7 +62,7 @@ def routed_sum(
         ids_here, x_here, weights_here = (a[start : start + tokens] for a in (expert_ids, x, weights))
         if not plan.exchanges:
             operands = (ids_here, experts, constants, x_here, weights_here)
-            found.append((*local_sum(*operands, chunk_plan, activation=activation), jnp.ones((), jnp.int32)))
+            found.append((*local_sum(*operands, chunk_plan, kind), jnp.ones((), jnp.int32)))
             continue
         transport = transport_of(chunk_plan)
         manifest = count_pairs(transport, ids_here, chunk_plan, rank_table=rank_table)
@@ -69,19 +70,19 @@ def routed_sum(
         manifest = _compat.as_varying(manifest, plan.token_axes)
         terms = weightless_terms(manifest.expert_ids, x_here, constants, chunk_plan)
         terms = _compat.as_varying(terms, plan.token_axes)
-        total = _routed_sum(chunk_plan, activation, experts, x_here, weights_here, terms, manifest, num_rounds)
+        total = _routed_sum(chunk_plan, kind, experts, x_here, weights_here, terms, manifest, num_rounds)
         found.append((total, manifest.stats.num_dropped[0], num_rounds))
     totals, dropped, rounds = zip(*found, strict=True)
     return jnp.concatenate(totals), functools.reduce(jnp.add, dropped), functools.reduce(jnp.maximum, rounds)
 
 
 def _round(
-    through: Callable, plan: Plan, activation: str, index, experts, x, weights, manifest: Manifest, earlier=None
+    through: Callable, plan: Plan, kind: ExpertKind, index, experts, x, weights, manifest: Manifest, earlier=None
 ) -> Array:
     """Round ``index``: sends its pairs to the experts, and collects what they make.
 
     ``earlier`` is what the rounds before collected, and the result includes it; None in the first round. ``through`` is
-    ``expert_slots``, or ``overflow_slots`` in a round that keeps no residuals.
+    ``kind.slots``, or ``kind.overflow_slots`` in a round that keeps no residuals.
     """
     transport = transport_of(plan)
     # 1. Which pairs travel in this round, and where their rows lie.
@@ -89,13 +90,13 @@ def _round(
     # 2. Token rows [T, H] to inbox slots [A, H]. They stay there: the experts pick them out in their order.
     arrived = dequantized(send_rows(transport, plan.dispatch_recipe, ordered=False, x=x, handle=handle).rows, plan)
     # 3. Through the experts, into the same slots.
-    made = through(plan, activation, experts, arrived, transport.inbox_order(handle.maps), handle.group_sizes)
+    made = through(plan, kind.what, experts, arrived, transport.inbox_order(handle.maps), handle.group_sizes)
     # 4. Back to the tokens.
     collected, _ = collect_rows(transport, ordered=False, rows=made, weights=weights, handle=handle)
     return collected if earlier is None else transport.together(earlier, collected, handle.maps)
 
 
-def _add_overflow_round(plan: Plan, activation: str, index, grads, ct, experts, x, weights, manifest: Manifest):
+def _add_overflow_round(plan: Plan, kind: ExpertKind, index, grads, ct, experts, x, weights, manifest: Manifest):
     """Computes an overflow round again, and adds its gradients to ``grads``, those of experts, x and weights.
 
     ``ct`` is that of what all rounds collected. Steps 1 to 3 are those of ``_round``.
@@ -119,11 +120,11 @@ def _add_overflow_round(plan: Plan, activation: str, index, grads, ct, experts, 
     arrived, pull_sent = jax.vjp(sent, x)
     # 3. Through the experts. Where sums are made at the tokens, the adjoint of collecting does not read what the
     #    experts made, and the compiler leaves this step out.
-    made = overflow_slots(plan, activation, experts, arrived, order, handle.group_sizes)
+    made = kind.overflow_slots(plan, kind.what, experts, arrived, order, handle.group_sizes)
     # 4. Back through collecting, through the experts and through sending.
     d_made, more_weights = jax.vjp(returned, made, weights)[1](ct)
-    d_experts, d_arrived = add_overflow_gradients(
-        plan, activation, d_experts, experts, arrived, d_made, order, handle.group_sizes
+    d_experts, d_arrived = kind.add_overflow_gradients(
+        plan, kind.what, d_experts, experts, arrived, d_made, order, handle.group_sizes
     )
     (more_x,) = pull_sent(d_arrived)
     return d_experts, d_x + more_x, d_weights + more_weights
@@ -140,14 +141,14 @@ def _loop(overflow: Callable, plan: Plan) -> Callable:
 
 
 @functools.partial(custom_gradient, num_static=2)
-def _routed_sum(plan: Plan, activation, experts, x, weights, terms, manifest, num_rounds):
+def _routed_sum(plan: Plan, kind, experts, x, weights, terms, manifest, num_rounds):
     """[T, H] fp32. The first round is inline and keeps its residuals; the others are a loop that keeps none."""
-    collected = _round(expert_slots, plan, activation, 0, experts, x, weights, manifest)
-    collected = _overflow_rounds(plan, activation, collected, num_rounds, manifest, experts, x, weights)
+    collected = _round(kind.slots, plan, kind, 0, experts, x, weights, manifest)
+    collected = _overflow_rounds(plan, kind, collected, num_rounds, manifest, experts, x, weights)
     return finish(transport_of(plan), collected, weights, manifest.travels, terms, plan)
 
 
-def _overflow_rounds(plan: Plan, activation, collected, num_rounds, *operands):
+def _overflow_rounds(plan: Plan, kind, collected, num_rounds, *operands):
     """Adds what the further rounds collect to what the first one ``collected``."""
 
     def overflow(collected, num_rounds, manifest, experts, x, weights):
@@ -155,7 +156,7 @@ def _overflow_rounds(plan: Plan, activation, collected, num_rounds, *operands):
             index, collected = state
             late_experts, late_x = _compat.late(index, (experts, x))
             return index + 1, _round(
-                overflow_slots, plan, activation, index, late_experts, late_x, weights, manifest, collected
+                kind.overflow_slots, plan, kind, index, late_experts, late_x, weights, manifest, collected
             )
 
         return lax.while_loop(lambda state: state[0] < num_rounds, turn, (jnp.ones_like(num_rounds), collected))[1]
@@ -163,15 +164,15 @@ def _overflow_rounds(plan: Plan, activation, collected, num_rounds, *operands):
     return _loop(overflow, plan)(collected, num_rounds, *operands) if plan.max_rounds > 1 else collected
 
 
-def _routed_forward(plan: Plan, activation, experts, x, weights, terms, manifest, num_rounds):
-    first = functools.partial(_round, expert_slots, plan, activation, 0, manifest=manifest)
+def _routed_forward(plan: Plan, kind, experts, x, weights, terms, manifest, num_rounds):
+    first = functools.partial(_round, kind.slots, plan, kind, 0, manifest=manifest)
     collected, pull_first = jax.vjp(first, experts, x, weights)
-    collected = _overflow_rounds(plan, activation, collected, num_rounds, manifest, experts, x, weights)
+    collected = _overflow_rounds(plan, kind, collected, num_rounds, manifest, experts, x, weights)
     total = finish(transport_of(plan), collected, weights, manifest.travels, terms, plan)
     return total, (pull_first, collected, experts, x, weights, terms, manifest, num_rounds)
 
 
-def _routed_backward(plan: Plan, activation, residuals, ct):
+def _routed_backward(plan: Plan, kind, residuals, ct):
     # d_collected, d_weights, d_terms: through the sum at the tokens, from ct [T, H]
     # d_experts, d_x, d_weights: summed over the rounds, each of them computed again but for the first
     pull_first, collected, experts, x, weights, terms, manifest, num_rounds = residuals
@@ -181,16 +182,14 @@ def _routed_backward(plan: Plan, activation, residuals, ct):
 
     pull_finish = jax.vjp(finished, collected, weights, terms)[1]
     d_collected, d_weights, d_terms = pull_finish(ct)
-    grads = pull_first(d_collected)
+    grads = without_float0(pull_first(d_collected))
 
     def overflow(grads, num_rounds, manifest, pull_finish, *operands):
         def turn(state):
             index, grads = state
             ct, experts, x, weights = _compat.late(index, operands)
             d_collected = pull_finish(ct)[0]
-            return index + 1, _add_overflow_round(
-                plan, activation, index, grads, d_collected, experts, x, weights, manifest
-            )
+            return index + 1, _add_overflow_round(plan, kind, index, grads, d_collected, experts, x, weights, manifest)
 
         return lax.while_loop(lambda state: state[0] < num_rounds, turn, (jnp.ones_like(num_rounds), grads))[1]
 

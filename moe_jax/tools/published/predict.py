@@ -6,9 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moe_jax.tools.published import gathers
+from moe_jax.tools.published.gathers import GATHERED
 from moe_jax.tools.published.rows import (
     COMBINE,
     DISPATCH,
+    PUBLISHED,
     PUBLISHED_MACHINES,
     ROW_BYTES,
     TOP_K,
@@ -77,20 +80,27 @@ def error(line: Published, way: str) -> float:
     return predicted_seconds(line, way) / published_seconds(line, way) - 1
 
 
-def fit_link(lines: Iterable[Published]) -> tuple[float, float]:
-    """The link that fits lines best: what its rate is over that of their machines, and its latency in seconds.
+def points_of(kind: str) -> list[tuple[float, float]]:
+    """What fits a kind of link: seconds that the bytes of a line take at its rate, and the published seconds."""
+    points = [
+        (gathers.seconds_at_rate(line), gathers.published_seconds(line)) for line in GATHERED if line.fits == kind
+    ]
+    for line in PUBLISHED:
+        if line.fits == kind:
+            machine, rows = PUBLISHED_MACHINES[line.machine], moved(line)
+            link, count = (machine.between, rows.between) if kind == "RDMA" else (machine.inside, rows.inside)
+            assert link is not None  # the line crosses it
+            for way in ways(line):
+                at_rate = count * ROW_BYTES[line.dtype(way)] / link.bytes_per_second
+                points.append((at_rate, published_seconds(line, way)))
+    return points
 
-    Least squares of the relative errors of bytes / (factor * rate) + latency, over all that the lines publish; they
-    must all fit the same kind of link.
+
+def fit(points: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    """The link that fits points best: its rate over the one that they are of, and its latency in seconds.
+
+    Least squares of the relative errors of at_rate / factor + latency.
     """
-    terms = []
-    for line in lines:
-        machine, rows = PUBLISHED_MACHINES[line.machine], moved(line)
-        link, count = (machine.between, rows.between) if line.fits == "RDMA" else (machine.inside, rows.inside)
-        assert link is not None  # the line crosses it
-        for way in ways(line):
-            seconds = published_seconds(line, way)
-            terms.append((count * ROW_BYTES[line.dtype(way)] / link.bytes_per_second / seconds, 1e-6 / seconds))
-    matrix = np.array(terms)
+    matrix = np.array([(at_rate / seconds, 1e-6 / seconds) for at_rate, seconds in points])
     slowness, microseconds = np.linalg.lstsq(matrix, np.ones(len(matrix)), rcond=None)[0]
     return float(1 / slowness), float(microseconds * 1e-6)

@@ -1,26 +1,30 @@
-"""The tables of ``plan --published``: what others published, what the planner predicts, and how far it is off."""
+"""The tables: what others published, what the planner predicts, and how far it is off."""
 
 import json
 import statistics
 from typing import Any
 
 from moe_jax.hardware.machines import REACHED
+from moe_jax.tools.published import gathers
+from moe_jax.tools.published.gathers import GATHERED, Gathered
 from moe_jax.tools.published.models import TRAINED, Trained, tokens_per_second_at_most
 from moe_jax.tools.published.predict import error, predicted_seconds, published_seconds, ways
 from moe_jax.tools.published.rows import COMBINE, DISPATCH, PUBLISHED, SOURCES, Published
 
 
 def run(json_lines: bool) -> int:
-    """Prints both tables, or one JSON object for every exchange and every run that was published."""
+    """Prints all tables, or one JSON object for every exchange and every run that was published."""
     if json_lines:
-        for values in (*map(exchange_values, _all_ways()), *map(model_values, TRAINED)):
+        for values in (*map(exchange_values, _all_ways()), *map(gather_values, GATHERED), *map(model_values, TRAINED)):
             print(json.dumps(values))
         return 0
     print("what exchanges reach of links")
     print("\n".join(link_lines()))
     print("\ndispatch and combine: published, predicted and error; microseconds")
     print("\n".join(exchange_lines()))
-    print("\n".join(("", *summary_lines(), "", "sources:", *(f"  {name}: {text}" for name, text in SOURCES.items()))))
+    print("\nall-gathers between TPUs: published, predicted and error; microseconds")
+    print("\n".join(gather_lines()))
+    print("\n".join(("", *summary_lines(), "", "sources:", *(f"  {text}" for text in source_lines()))))
     print("\ntraining: tokens per second and chip, published and at most")
     print("\n".join(model_lines()))
     return 0
@@ -52,16 +56,34 @@ def exchange_lines() -> list[str]:
     return _markdown(head, lines, left={0, 1, 4, 11})
 
 
+def gather_lines() -> list[str]:
+    """One line for each published all-gather, in the columns of a Markdown table."""
+    head = ["machine", "slice", "chips", "bytes", "all-gather", "predicted", "error", "use"]
+    lines = []
+    for line in GATHERED:
+        shapes = ["x".join(map(str, sides)) for sides in (line.slice_, line.chips)]
+        seconds = (gathers.published_seconds(line), gathers.predicted_seconds(line))
+        cells = [line.machine, *shapes, str(line.arrived), *(f"{value * 1e6:.0f}" for value in seconds)]
+        lines.append([*cells, f"{gathers.error(line):+.0%}", use_of(line)])
+    return _markdown(head, lines, left={0, 1, 2, len(head) - 1})
+
+
+def source_lines() -> list[str]:
+    return [f"{name}: {text}" for name, text in (*SOURCES.items(), ("all-gathers", gathers.SOURCE))]
+
+
 def summary_lines() -> list[str]:
     """How large the errors are, of all lines that were used alike."""
+    found = [(line.fits, line.note, abs(error(line, way))) for line, way in _all_ways()]
+    found += [(line.fits, "", abs(gathers.error(line))) for line in GATHERED]
     groups = {
-        "fitted": [line for line in PUBLISHED if line.fits],
-        "kept out, of links like the fitted ones": [line for line in PUBLISHED if not (line.fits or line.note)],
-        "kept out, of others": [line for line in PUBLISHED if line.note],
+        "fitted": [value for fits, _, value in found if fits],
+        "kept out, of links like the fitted ones": [value for fits, note, value in found if not (fits or note)],
+        "kept out, of others": [value for _, note, value in found if note],
     }
     lines = []
     for name, group in groups.items():
-        errors = sorted(abs(error(line, way)) for line in group for way in ways(line))
+        errors = sorted(group)
         near = sum(value <= 0.1 for value in errors)
         text = f"median error {statistics.median(errors):.0%}, largest {errors[-1]:.0%}, {near} within 10 %"
         lines.append(f"{name}: {len(errors)} times, {text}")
@@ -99,6 +121,21 @@ def exchange_values(entry: tuple[Published, str]) -> dict[str, Any]:
     }
 
 
+def gather_values(line: Gathered) -> dict[str, Any]:
+    return {
+        "event": "published_gather",
+        "machine": line.machine,
+        "slice": line.slice_,
+        "chips": line.chips,
+        "bytes": line.arrived,
+        "published_seconds": gathers.published_seconds(line),
+        "predicted_seconds": gathers.predicted_seconds(line),
+        "error": gathers.error(line),
+        "use": use_of(line),
+        "source": gathers.SOURCE,
+    }
+
+
 def model_values(run_: Trained) -> dict[str, Any]:
     return {
         "event": "published_model",
@@ -112,7 +149,7 @@ def model_values(run_: Trained) -> dict[str, Any]:
     }
 
 
-def use_of(line: Published) -> str:
+def use_of(line: Published | Gathered) -> str:
     """What the line was used for: to fit a kind of link, or to see how right such fits are."""
     return f"fits {line.fits}" if line.fits else "kept out"
 

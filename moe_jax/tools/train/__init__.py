@@ -1,4 +1,5 @@
-"""The training main job: a byte-level decoder whose feed-forward layers are Mixture-of-Experts layers on a mesh.
+"""Training from the command line: a byte-level decoder whose feed-forward layers are MoE layers on a mesh.
 
-`loop.train` runs it; the other modules are one concept each. Needs the `train` extra (optax, rich, matplotlib).
+`loop.train` runs the whole job, and every other module holds one concept of it. Training needs the packages of the
+extra `train` (optax, rich, matplotlib).
 """

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Writing files so that each appears whole or not at all."""
 
 import os
 import tempfile
@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Opens a temporary file beside `path`; on success it is synced and renamed to `path`, else it is removed.
+    """Opens a temporary file beside `path`, which replaces `path` if the block succeeds and is removed if it fails.
 
     A reader, or a run killed at any moment, sees either the old content of `path` or the new one.
     """
@@ -29,7 +29,10 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def remove_unfinished(*paths: Path) -> None:
-    """Removes what killed processes had begun to write for `paths`; call it where nobody else writes them."""
+    """Removes the temporary files of killed processes that were writing `paths`.
+
+    Nobody else may be writing one of `paths` meanwhile: their temporary file would be removed, too.
+    """
     for path in paths:
         for temporary in path.parent.iterdir():
             if temporary.name.startswith(_prefix(path)):
@@ -42,14 +45,14 @@ def _prefix(path: Path) -> str:
 
 
 def _umask() -> int:
-    """The permission bits that new files do not get (there is no way to read them but to set them)."""
+    """The permission bits that new files do not get. The system tells them only to a process that sets them."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes the rename itself durable, where the system lets a folder be opened."""
+    """Writes the folder's new entry to the disk, so that a rename survives a crash, where a folder can be opened."""
     if os.name != "posix":
         return
     handle = os.open(folder, os.O_RDONLY)

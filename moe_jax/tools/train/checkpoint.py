@@ -20,15 +20,18 @@ from moe_jax.tools.train.atomic import atomic_write
 
 MAGIC = b"MOEJAX02"
 _LENGTH = struct.Struct("<Q")
-# What may change between a checkpoint and the run that resumes it: none of it alters the function that is trained.
+# These entries of the configuration may change between a checkpoint and the run that resumes it, because none of them
+# alters the function that is trained.
 _FREE_MOE = ("transport", "backend")
 _FREE_TRAIN = ("eval_batches", "log_every", "save_seconds", "save_every", "sample_bytes")
 
-Identity = dict[str, Any]  # "section.key" -> its value, and "data" -> which bytes: what a checkpoint belongs to
+# What a checkpoint belongs to: each "section.key" of the configuration with its value, and "data" with a description of
+# the bytes that the run trains on.
+Identity = dict[str, Any]
 
 
 def identify(config: Config, data: str) -> Identity:
-    """The identity of a run. The mesh is no part of it: the same parameters may continue on another mesh."""
+    """The identity of a run. The mesh is no part of the identity: a run may be resumed on another mesh."""
     values = asdict(config)
     del values["mesh"]
     for section, names in (("moe", _FREE_MOE), ("train", _FREE_TRAIN)):
@@ -42,7 +45,7 @@ def save(path: Path, state: Any, *, step: int, identity: Identity) -> None:
     """Writes `state`, any pytree of arrays, after `step` finished steps; the file at `path` is replaced as a whole.
 
     Raises:
-      CheckpointError: the file cannot be written; an older one at `path` is then untouched.
+      CheckpointError: the file cannot be written. An older checkpoint at `path` is then untouched.
     """
     leaves = {name: np.asarray(leaf) for name, leaf in _named_leaves(state)}
     entries = [{"name": name, "dtype": leaf.dtype.name, "shape": leaf.shape} for name, leaf in leaves.items()]
@@ -78,7 +81,8 @@ def restore(path: Path, like: Any, *, identity: Identity) -> tuple[Any, int]:
     for (_, dtype, shape), leaf in zip(expected, jax.tree.leaves(like), strict=True):
         array = np.frombuffer(body, dtype, int(np.prod(shape)), offset).reshape(shape)
         offset += array.nbytes
-        # An owned, writable copy: on the CPU a device array may otherwise share the bytes of the file, and be donated.
+        # JAX gets a writable copy of its own. On the CPU a device array may otherwise share the bytes that were read,
+        # and the training step, which takes its state as a donation, would write into them.
         arrays.append(jax.device_put(array.copy(), leaf.sharding))
     return jax.tree.unflatten(jax.tree.structure(like), arrays), header["step"]
 
@@ -93,7 +97,7 @@ def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], bytes]:
-    """(header, leaves' bytes) of a file whose checksum holds."""
+    """Checks the checksum of the file at `path` and returns its header and the bytes of all leaves."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -123,6 +127,6 @@ def _check_identity(path: Path, stored: Identity, expected: Identity) -> None:
 
 
 def _show(identity: Identity, name: str) -> str:
-    """A value as TOML writes it; "nothing" where this side has no such key, or leaves it out."""
+    """The value of a key as TOML writes it, or "nothing" if this identity lacks the key or its value is None."""
     value = identity.get(name)
     return "nothing" if value is None else json.dumps(value, ensure_ascii=False)

@@ -1,7 +1,7 @@
 """The byte corpus: which bytes are trained on, which are held out, and the batch of every step.
 
 A batch is a pure function of (corpus, seed, step): there is no reader state, so a resumed run sees the same bytes.
-Only the windows of a batch are ever in memory, so the corpus may be larger than that.
+Only the windows of one batch are in memory at a time, so the corpus may be larger than the memory.
 """
 
 import hashlib
@@ -18,10 +18,10 @@ import numpy as np
 from moe_jax.errors import DataError
 
 HELD_OUT = 0.05
-MIN_FILES_TO_SPLIT = 20  # below this many files the tail of the bytes is held out, not whole files
-# Not in the standard corpus: other people's packages, tests, and tables that are generated rather than written.
+MIN_FILES_TO_SPLIT = 20  # of fewer files the last bytes are held out instead of whole files
+# The standard corpus leaves out other people's packages, tests, and tables that were generated rather than written.
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data"})
-BLOCK = 64 * 1024 * 1024  # bytes that are read at once where all of them are read
+BLOCK = 64 * 1024 * 1024  # this many bytes are read at once when the whole corpus is read
 _KINDS = {
     stat.S_IFCHR: "a character device",
     stat.S_IFBLK: "a block device",
@@ -32,14 +32,14 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Span:
-    """`length` bytes of a file, from its byte `start` on."""
+    """A stretch of a file: `length` bytes, of which the first is the file's byte `start`."""
 
     path: str
     start: int
     length: int
 
     def read(self, offset: int, length: int) -> bytes:
-        """`length` bytes from byte `offset` of the span on."""
+        """Reads `length` bytes, of which the first is byte `offset` of the span."""
         try:
             with open(self.path, "rb") as file:
                 file.seek(self.start + offset)
@@ -59,14 +59,14 @@ class Text:
 
     @cached_property
     def _ends(self) -> np.ndarray:
-        """Where each span ends in the whole: inclusive prefix sums of the lengths, [num_spans] i64."""
+        """Where each span ends in the whole text: the inclusive prefix sums of the lengths, [num_spans] i64."""
         return np.cumsum([span.length for span in self.spans], dtype=np.int64)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self.spans else 0
 
     def read(self, start: int, length: int) -> bytes:
-        """`length` bytes from byte `start` on; they may lie in several files."""
+        """Reads `length` bytes, of which the first is byte `start` of the text. They may lie in several files."""
         parts = []
         index = int(np.searchsorted(self._ends, start, side="right"))  # the span that holds byte `start`
         while length > 0:
@@ -80,7 +80,13 @@ class Text:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Bytes to train on and bytes to validate on. `left_out` names what lies below a folder and is not read."""
+    """The bytes to train on and the bytes to validate on.
+
+    Attributes:
+      train: the training bytes.
+      held_out: the validation bytes; none of them is a training byte.
+      left_out: names of files and folders that lie below the folder of the corpus and are not read.
+    """
 
     train: Text
     held_out: Text
@@ -88,11 +94,11 @@ class Corpus:
 
 
 def load_corpus(path: str | Path | None, seq_len: int) -> Corpus:
-    """Finds the bytes of a file, a folder (all its files, sorted by name) or, for None, Python's standard library.
+    """Finds the bytes of a file, or of all files below a folder, sorted by name; None: of Python's standard library.
 
-    Below a folder, hidden files and folders, links to folders, and what is no file (reading a pipe could wait for ever)
-    are left out. About 5 % of the bytes are held out: whole files, picked by the hash of their names, or the tail of
-    few files. No content is read here.
+    Hidden files and folders, links to folders, and pipes, sockets and devices (reading a pipe could wait for ever) are
+    left out. About 5 % of the bytes are held out: whole files that are picked by the hash of their names or, where
+    there are only a few files, the last bytes of all. No content is read here.
 
     Raises:
       DataError: there is nothing to read at the path, or either part is too small for a window of `seq_len` + 1 bytes.
@@ -115,7 +121,7 @@ def load_corpus(path: str | Path | None, seq_len: int) -> Corpus:
 
 
 def digest(corpus: Corpus, tell: Callable[[str, int, int], None]) -> str:
-    """The SHA-256 of the whole content; `tell` hears how far reading has come, in MiB.
+    """The SHA-256 of the whole content. Calls `tell` with the number of MiB that are read so far and that there are.
 
     Raises:
       DataError: a file cannot be read, or has become shorter.
@@ -140,7 +146,7 @@ def train_batch(corpus: Corpus, *, seed: int, step: int, batch_size: int, seq_le
 
 
 def eval_batch(corpus: Corpus, *, index: int, num_batches: int, batch_size: int, seq_len: int) -> np.ndarray:
-    """Batch `index` of `num_batches`; windows lie evenly over the held-out bytes: [batch_size, seq_len + 1] i32."""
+    """Batch `index` of `num_batches`, with windows evenly over the held-out bytes: [batch_size, seq_len + 1] i32."""
     starts = np.linspace(0, len(corpus.held_out) - seq_len - 1, num_batches * batch_size).astype(np.int64)
     return _windows(corpus.held_out, starts[index * batch_size : (index + 1) * batch_size], seq_len)
 
@@ -151,7 +157,7 @@ def _windows(text: Text, starts: np.ndarray, seq_len: int) -> np.ndarray:
 
 
 def _list_files(root: Path, *, standard_library: bool) -> tuple[list[str], list[str]]:
-    """(files to read, what is left out): names relative to `root`, sorted; [""] where `root` is itself a file."""
+    """Names of the files to read and of what is left out, relative to `root` and sorted; [""] if `root` is a file."""
     mode = _mode(root)
     if stat.S_ISREG(mode):
         return [""], []
@@ -183,7 +189,7 @@ def _is_text(name: str, standard_library: bool) -> bool:
 
 
 def _is_regular(path: str) -> bool:
-    """False for pipes, sockets and devices. What cannot be asked passes: reading it gives the better error."""
+    """False for pipes, sockets and devices. A path that cannot be examined passes: reading it tells more."""
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
     except OSError:
@@ -200,7 +206,7 @@ def _mode(root: Path) -> int:
 
 
 def _size(path: Path) -> int:
-    """The size of a file that can be opened: better told now than in the middle of a run."""
+    """The size of a file. The file is opened for it, so that an unreadable one is reported before the run begins."""
     try:
         with path.open("rb") as file:
             return os.fstat(file.fileno()).st_size
@@ -217,7 +223,7 @@ def _unreadable(path: str | Path, error: OSError) -> DataError:
 
 
 def _split(root: Path, sizes: dict[str, int]) -> tuple[Text, Text]:
-    """(training bytes, held-out bytes) of the files, sizes by name in order; no byte is in both."""
+    """Splits the files, given by their names and sizes, into training bytes and held-out bytes; no byte is in both."""
     total = sum(sizes.values())
     spans = {name: Span(str(root / name), 0, size) for name, size in sizes.items() if size}
     if len(sizes) < MIN_FILES_TO_SPLIT:
@@ -235,7 +241,7 @@ def _split(root: Path, sizes: dict[str, int]) -> tuple[Text, Text]:
 
 
 def _cut(spans: list[Span], size: int) -> tuple[Text, Text]:
-    """The first `size` bytes, and the rest; a span may fall into both."""
+    """Splits spans into their first `size` bytes and the rest. One span may be divided between the two."""
     before, after = [], []
     for span in spans:
         head = min(size, span.length)

@@ -1,4 +1,4 @@
-"""The packages of the `train` extra: imported only when training runs, with one clear sentence where one is missing."""
+"""The packages of the `train` extra. They are imported when training runs; one sentence reports a missing one."""
 
 from importlib import import_module
 from types import ModuleType
@@ -9,7 +9,7 @@ REMEDY = "run: pip install 'moe_jax[train]'"
 
 
 def require(name: str, purpose: str) -> ModuleType:
-    """The module `name`; raises UnsupportedError, saying what it is needed for, where it is not installed."""
+    """Imports the module `name`; if it is not installed, raises UnsupportedError, which says what it is needed for."""
     module = find(name)
     if module is None:
         raise UnsupportedError(f"{purpose} needs {name.partition('.')[0]}, which is not installed; {REMEDY}")
@@ -17,7 +17,7 @@ def require(name: str, purpose: str) -> ModuleType:
 
 
 def find(name: str) -> ModuleType | None:
-    """The module `name`, or None where its package is not installed; any other import failure is raised as it is."""
+    """Imports the module `name`; None if its package is not installed. Any other failure of the import is raised."""
     try:
         return import_module(name)
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""The folder of a run: which one it is, what it holds, and that no other run loses its work to this one."""
+"""The folder of a run: how it is chosen, which files it holds, and what keeps other runs from overwriting it."""
 
 import os
 import re
@@ -20,7 +20,12 @@ class _BusyError(CheckpointError):
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where a run keeps what it leaves behind; `note` says why this folder, if that needs saying."""
+    """The folder in which a run keeps its files.
+
+    Attributes:
+      path: the folder.
+      note: a sentence on why this folder was chosen, for the person who started the run; empty where that is plain.
+    """
 
     path: Path
     note: str = ""
@@ -44,12 +49,12 @@ class RunFolder:
 
 @contextmanager
 def open_folder(out: str | Path | None, name: str, *, resume: bool) -> Iterator[RunFolder]:
-    """The folder of a run, made where it does not exist, and locked against other runs until the context ends.
+    """Makes the folder of a run if it does not exist, and locks it against other runs until the context ends.
 
     Args:
-      out: the folder. To be resumed it must hold a checkpoint; for a new run it must hold none.
-      name: without `out`, a new run takes `runs/NAME`, or the first of `runs/NAME-2`, `runs/NAME-3`, ... that is
-        empty, and a resumed one takes whichever of them was saved last.
+      out: the folder. It must hold a checkpoint if the run is resumed, and none if the run is new.
+      name: without `out`, a new run takes the first of the folders `runs/NAME`, `runs/NAME-2`, `runs/NAME-3`, ... that
+        is empty, and a resumed run takes the one of these folders whose checkpoint was saved last.
       resume: whether the run goes on from a checkpoint.
 
     Raises:
@@ -68,7 +73,7 @@ def open_folder(out: str | Path | None, name: str, *, resume: bool) -> Iterator[
 
 
 def _checked(path: Path, resume: bool) -> RunFolder:
-    """The folder that the person named."""
+    """The folder that the person named, after checking that it holds a checkpoint, or none, as the run needs."""
     folder = RunFolder(path)
     exists = folder.checkpoint.exists()
     if resume and not exists:
@@ -83,7 +88,7 @@ def _checked(path: Path, resume: bool) -> RunFolder:
 
 
 def _last_saved(name: str) -> RunFolder:
-    """Of the folders that a run called `name` takes without --out, the one whose checkpoint is the youngest."""
+    """The folder whose checkpoint is the youngest, among those that runs called `name` take without --out."""
     pattern = re.compile(re.escape(name) + r"(-\d+)?")
     paths = [path for path in (RUNS.iterdir() if RUNS.is_dir() else ()) if pattern.fullmatch(path.name)]
     folders = [folder for folder in map(RunFolder, paths) if folder.checkpoint.is_file()]
@@ -93,7 +98,7 @@ def _last_saved(name: str) -> RunFolder:
 
 
 def _claim_first_free(name: str, stack: ExitStack) -> RunFolder:
-    """An empty folder for a new run; what claims it is put on `stack`."""
+    """Finds an empty folder for a new run and locks it. Closing `stack` ends the lock."""
     for number in count(1):
         path = RUNS / (name if number == 1 else f"{name}-{number}")
         if path.exists() and not path.is_dir():
@@ -109,7 +114,7 @@ def _claim_first_free(name: str, stack: ExitStack) -> RunFolder:
 
 @contextmanager
 def _claim(path: Path) -> Iterator[None]:
-    """Makes the folder and locks it; in the end a folder that was made for nothing is removed."""
+    """Makes the folder and locks it. At the end, a folder that was made here and is still empty is removed."""
     created = not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -122,13 +127,13 @@ def _claim(path: Path) -> Iterator[None]:
             yield
     finally:
         if created:
-            with suppress(OSError):  # it is not empty: the run left something in it
+            with suppress(OSError):  # the folder is not empty: the run left something in it
                 path.rmdir()
 
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Holds the folder against other processes. The system ends the lock of a process that ends, however it ends."""
+    """Locks the folder against other processes. When a process ends, even by a kill, the system ends its locks."""
     if os.name != "posix":
         yield
         return

@@ -1,8 +1,8 @@
-"""Ctrl-C, SIGTERM and SIGHUP as data: the first asks the run to stop where it is safe, a later one leaves at once.
+"""Ctrl-C, SIGTERM and SIGHUP: the first signal asks the run to stop where it is safe, a later one ends it at once.
 
 A Python signal handler runs only when the main thread is back in the interpreter, and XLA may compile for minutes
-before it is. So the handlers do nothing, and a thread reads the wake-up socket that Python's C handler
-writes to at once.
+before that. So the Python handlers here do nothing. Instead a thread reads the wake-up socket, to which Python's own
+handler in C writes the number of the signal at once.
 """
 
 import os
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-# What a person types, what a cluster sends before it takes a machine away, what a terminal sends when it closes.
+# A person types Ctrl-C, a cluster sends SIGTERM before it takes a machine away, a closing terminal sends SIGHUP.
 NAMES = {"SIGINT": "Ctrl-C", "SIGTERM": "SIGTERM", "SIGHUP": "SIGHUP"}  # Windows lacks SIGHUP
 SIGNALS = {getattr(signal, name): shown for name, shown in NAMES.items() if hasattr(signal, name)}
 # A terminal and a program that passes signals on often deliver one request twice; that is not a second request.
@@ -23,7 +23,7 @@ ECHO_SECONDS = 0.5
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and has come to a place where it can."""
+    """Raised where a run that was asked to stop can do so."""
 
 
 @dataclass
@@ -31,8 +31,8 @@ class Interrupt:
     """Whether the run was asked to stop, and what it is doing meanwhile.
 
     Attributes:
-      signum: the signal that asked; 0: none so far.
-      doing: what the run is doing, as in "compiling the step": for the answer to whoever asks it to stop.
+      signum: the number of the signal that asked the run to stop; 0: none has come so far.
+      doing: what the run is doing, such as "compiling the step". The answer to the signal quotes it.
     """
 
     signum: int = 0
@@ -40,7 +40,7 @@ class Interrupt:
 
     @property
     def exit_code(self) -> int:
-        """128 and the number of the signal, as shells count: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
+        """128 plus the number of the signal, as shells have it: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
         return 128 + self.signum
 
     def check(self) -> None:
@@ -51,10 +51,10 @@ class Interrupt:
 
 @contextmanager
 def catch_interrupt(say: Callable[[str], None]) -> Iterator[Interrupt]:
-    """Within this context the first signal sets `signum`, and `say` gets a sentence; a later one ends the process.
+    """Within this context the first signal sets `signum` and is answered through `say`; a later one ends the process.
 
-    A signal that the process was started to ignore stays ignored (nohup ignores SIGHUP), and what a program
-    around Python handles stays with it. Signals reach only the main thread; in another one nothing is caught.
+    A signal that the process was started to ignore stays ignored (nohup has SIGHUP ignored), and one whose handler was
+    not installed by Python keeps that handler. Signals reach only the main thread; in another one none is caught.
     """
     interrupt = Interrupt()
     if threading.current_thread() is not threading.main_thread():
@@ -73,7 +73,7 @@ def catch_interrupt(say: Callable[[str], None]) -> Iterator[Interrupt]:
         for number, handler in previous.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(wakeup)
-        writer.close()  # which ends the watcher
+        writer.close()  # this ends the watcher's loop
         watcher.join()
         reader.close()
 
@@ -89,7 +89,8 @@ def _watch(reader: socket.socket, interrupt: Interrupt, say: Callable[[str], Non
         for number in filter(SIGNALS.__contains__, numbers):
             if not interrupt.signum:
                 asked_at, interrupt.signum = time.monotonic(), number
-                with suppress(OSError, ValueError):  # the terminal may be gone: that is what SIGHUP says
+                # Nobody hears the sentence where the terminal has closed, which is what SIGHUP reports.
+                with suppress(OSError, ValueError):
                     say(
                         f"{SIGNALS[number]} while {interrupt.doing}: the run stops as soon as that is done, and keeps "
                         "what it has learnt; a second one leaves at once and saves nothing"
@@ -102,7 +103,7 @@ def _leave(signum: int) -> None:
     """Ends the process from this thread, whatever the main thread is doing."""
     try:
         if sys.stdout.isatty():
-            os.write(sys.stdout.fileno(), b"\x1b[?25h\n")  # shows the cursor, which a live line hides
+            os.write(sys.stdout.fileno(), b"\x1b[?25h\n")  # shows the cursor again, which a live line hides
         os.write(sys.stderr.fileno(), b"moe_jax: left at once; what came after the last checkpoint is lost\n")
     finally:
         os._exit(128 + signum)

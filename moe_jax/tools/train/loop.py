@@ -30,7 +30,7 @@ PROMPT_BYTES = 16
 
 @dataclass
 class Job:
-    """What a run is asked to do, where it leaves its work, and whom it tells about it; all of it is fixed."""
+    """What a run is asked to do, where it leaves its work, and whom it tells about it. No field changes later."""
 
     config: Config
     model: ModelConfig  # the section [model] of `config`
@@ -43,7 +43,7 @@ class Job:
     interrupt: Interrupt
 
     def tell(self, task: str, done: int = 0, total: int | None = None) -> None:
-        """Says what is under way; whoever asked the run to stop gets their wish here."""
+        """Says which task begins or how far it has come. Here is also where a run that was asked to stop does so."""
         self.interrupt.check()
         self.interrupt.doing = task
         self.progress.task(task, done, total)
@@ -51,7 +51,7 @@ class Job:
 
 @dataclass
 class Run:
-    """A run in progress: the last three fields move, the rest is fixed."""
+    """A run in progress. Only `state`, `done_steps` and `saved_steps` change."""
 
     job: Job
     decoder: Decoder
@@ -60,14 +60,14 @@ class Run:
     metrics: MetricsFile
     state: TrainState
     done_steps: int
-    saved_steps: int  # what the checkpoint in the folder holds; 0: there is none
+    saved_steps: int  # the steps of the checkpoint in the folder; 0: there is no checkpoint
 
     def batch(self, array: np.ndarray) -> jax.Array:
-        """A host batch [B, S + 1] on the mesh, spread over all devices."""
+        """Puts a batch [B, S + 1] of the host on the mesh, spread over all devices."""
         return jax.device_put(array, self.decoder.over_batch)
 
     def save(self) -> None:
-        """Brings the checkpoint up to date, and says so."""
+        """Saves the state, and says so, if steps were taken since the last checkpoint."""
         if self.saved_steps == self.done_steps:
             return
         path = self.job.folder.checkpoint
@@ -92,16 +92,16 @@ def train(
 
     The checkpoint is saved at the end, every `config.train.save_seconds` and `save_every` steps, when the run is asked
     to stop, and when the data, the metrics or standard output fail. A run that is killed loses what came after the last
-    one.
+    checkpoint.
 
     Args:
-      config: with [model] and [train].
+      config: a configuration with the sections [model] and [train].
       data: a file or folder of text; None: the sources of Python's standard library.
       steps: stop after this many steps of the schedule; None: `config.train.steps`. The schedule itself does not
         change, so stopping early and resuming is the same as going through.
       out: folder for the checkpoint, the metrics and the report; None: see `name`.
-      name: without `out`, a new run takes the first empty folder of `runs/NAME`, `runs/NAME-2`, ..., and a resumed one
-        takes the one of them that was saved last.
+      name: without `out`, a new run takes the first empty folder of `runs/NAME`, `runs/NAME-2`, ..., and a resumed run
+        takes the one of these folders that was saved last.
       resume: go on from the checkpoint in the folder, bit by bit as if the run had not stopped.
       json_lines: print JSON lines instead of text.
 
@@ -132,7 +132,7 @@ def _check_apart(folder: RunFolder, data: str | Path | None) -> None:
 
 
 def _carry_out(job: Job) -> int:
-    """The whole run; returns the exit code."""
+    """Does all that a job asks for, and returns the exit code."""
     run = None
     try:
         run = _start(job)
@@ -141,7 +141,7 @@ def _carry_out(job: Job) -> int:
                 _take_steps(run)
                 _finish(run)
             finally:
-                if run.done_steps and run.saved_steps == run.done_steps:  # else it failed, and an error follows
+                if run.done_steps and run.saved_steps == run.done_steps:  # or the run failed, and an error follows
                     job.progress.task("drawing the report")
                     job.progress.note(write_report(job.folder.report, run.metrics.records()))
     except Stopped:
@@ -156,7 +156,7 @@ def _carry_out(job: Job) -> int:
 
 
 def _start(job: Job) -> Run:
-    """All that comes before the first step is compiled."""
+    """Prepares a run: reads the data, makes or restores the state, and opens the metrics. No step is compiled yet."""
     config, corpus, folder = job.config, job.corpus, job.folder
     if folder.note:
         job.progress.note(folder.note)
@@ -190,7 +190,7 @@ def _start(job: Job) -> Run:
 
 
 def _take_steps(run: Run) -> None:
-    """Trains up to `num_steps` and saves; raises Stopped, after saving too, if the run was asked to stop before."""
+    """Trains up to `num_steps` and saves. If the run is asked to stop earlier, saves too and raises Stopped."""
     job = run.job
     if run.done_steps >= job.num_steps:
         job.progress.note(f"the checkpoint has {run.done_steps} steps already; nothing is left to train")
@@ -204,7 +204,7 @@ def _take_steps(run: Run) -> None:
     except CheckpointError:
         raise
     except OSError:
-        # The data, the metrics or standard output failed. That is no fault of the parameters, so they are kept.
+        # Reading the data, or writing the metrics or standard output, failed. The parameters are whole: save them.
         run.save()
         raise
     run.save()
@@ -212,7 +212,7 @@ def _take_steps(run: Run) -> None:
 
 
 def _step_until(run: Run, step: Callable) -> None:
-    """Steps until `num_steps` or until asked to stop, and saves when it is time."""
+    """Takes steps until there are `num_steps` or the run is asked to stop, and saves whenever a checkpoint is due."""
     train = run.job.train
     saved_at = time.monotonic()
     while run.done_steps < run.job.num_steps and not run.job.interrupt.signum:
@@ -227,7 +227,7 @@ def _step_until(run: Run, step: Callable) -> None:
 
 
 def _one_step(run: Run, step: Callable) -> Record:
-    """Takes one step and waits for it: steps queued behind one another can starve emulated devices of threads."""
+    """Takes one step and waits for its end, because queued steps can starve emulated devices of threads."""
     config, seq_len = run.job.train, run.job.model.seq_len
     begin = time.perf_counter()
     host_batch = train_batch(
@@ -264,7 +264,7 @@ def make_record(metrics: StepMetrics, *, step: int, tokens_per_s: float) -> Reco
 
 
 def _finish(run: Run) -> None:
-    """Validation loss and sample: told, and kept in the metrics."""
+    """Computes the validation loss and a sample of text, tells both, and writes both to the metrics."""
     loss = _validate(run)
     run.job.progress.result("validation", f"validation loss {loss:.3f}", loss=loss)
     run.metrics.append({"step": run.done_steps, "validation_loss": loss})

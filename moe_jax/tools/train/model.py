@@ -1,4 +1,6 @@
-"""A byte-level decoder: embedding, blocks of attention and Mixture-of-Experts, head. Functions on a dict of arrays.
+"""A byte-level decoder: an embedding, blocks of attention and Mixture-of-Experts, and a head.
+
+Parameters are a dict of arrays, and the model is functions of them.
 
 B sequences, S positions, H hidden size, V vocabulary, A heads of size D, L layers, E experts. Parameters are float32;
 activations have `dtype`. The batch is spread over all axes of the mesh, so N = B * S tokens split evenly over devices.
@@ -25,7 +27,7 @@ Params = dict[str, Any]
 class ModelStats:
     """What the layers did in one forward pass."""
 
-    load: jax.Array  # [L, E] i32, token copies that each expert received
+    load: jax.Array  # [L, E] i32, how many pairs (token, choice) each expert received
     num_dropped: jax.Array  # scalar i32, summed over layers
     num_rounds: jax.Array  # scalar i32, the largest over layers
     balance: jax.Array  # scalar f32, summed over layers
@@ -34,7 +36,7 @@ class ModelStats:
 
 @dataclass(frozen=True)
 class Decoder:
-    """The model on one mesh: `init` makes parameters, `logits` runs them. The mesh changes last bits at most."""
+    """The model on one mesh: `init` makes its parameters, `logits` runs it. Another mesh changes last bits at most."""
 
     config: ModelConfig
     dtype: jnp.dtype
@@ -48,11 +50,11 @@ class Decoder:
 
     @property
     def over_batch(self) -> NamedSharding:
-        """Sharding of an array whose first dimension is the batch: over all mesh axes."""
+        """The sharding of an array whose first dimension is the batch, which is split over all axes of the mesh."""
         return NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names))
 
     def init(self, key: jax.Array) -> Params:
-        """Parameters for `key`: dense ones replicated, those of the experts sharded as the layer wants them."""
+        """Draws parameters from `key`. Dense ones are replicated; those of experts are sharded as the layer wants."""
         dense_key, *layer_keys = jax.random.split(key, 1 + self.config.layers)
         params = jax.jit(lambda k: _init_dense(k, self.config), out_shardings=self.replicated)(dense_key)
         for block, layer_key in zip(params["blocks"], layer_keys, strict=True):
@@ -119,14 +121,14 @@ def make_layer_plan(
 
 
 def rms_norm(x: jax.Array, gain: jax.Array) -> jax.Array:
-    """x [..., H] / sqrt(mean(x^2) + 1e-6) * gain [H], computed in float32, in the dtype of x."""
+    """x [..., H] / sqrt(mean(x^2) + 1e-6) * gain [H], computed in float32 and returned in the dtype of x."""
     wide = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
     return (wide * scale * gain).astype(x.dtype)
 
 
 def rotate(x: jax.Array, theta: float) -> jax.Array:
-    """Rotary positions: turns the pair (i, i + D/2) of x [B, S, A, D] at position s by s * theta^(-2i/D)."""
+    """Rotary positions: turns the pair (i, i + D/2) of x [B, S, A, D] at position s by the angle s * theta^(-2i/D)."""
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * frequency  # [S, D/2]
@@ -144,7 +146,7 @@ def attention(block: Params, x: jax.Array, config: ModelConfig) -> jax.Array:
 
 
 def _init_dense(key: jax.Array, config: ModelConfig) -> Params:
-    """All parameters but those of the experts, float32."""
+    """Draws all parameters but those of the experts, in float32."""
     embedding_key, head_key, *block_keys = jax.random.split(key, 2 + config.layers)
     shape = (config.vocab, config.hidden)
     params = {
@@ -153,7 +155,8 @@ def _init_dense(key: jax.Array, config: ModelConfig) -> Params:
         "final_norm": jnp.ones(config.hidden, jnp.float32),
     }
     if not config.tied_head:
-        params["head"] = _normal(head_key, shape[::-1], 1 / config.hidden)  # starts near a uniform guess
+        # The head is so small at first that every byte is about as likely as any other.
+        params["head"] = _normal(head_key, shape[::-1], 1 / config.hidden)
     return params
 
 
@@ -174,7 +177,7 @@ def _normal(key: jax.Array, shape: tuple[int, ...], scale: float) -> jax.Array:
 
 
 def _gather_stats(layers: list[moe.LayerStats]) -> ModelStats:
-    """One ModelStats from every layer's stats."""
+    """Puts the stats of all layers together."""
     return ModelStats(
         load=jnp.stack([stats.load for stats in layers]),
         num_dropped=_total([stats.num_dropped for stats in layers]),

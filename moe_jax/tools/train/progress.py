@@ -1,4 +1,4 @@
-"""What the person sees while training: a live line on a terminal, plain lines elsewhere, JSON lines on request."""
+"""What a person sees of a run: a live line on a terminal, plain lines elsewhere, and JSON lines on request."""
 
 import json
 import os
@@ -10,14 +10,14 @@ from moe_jax.errors import DataError
 from moe_jax.tools.train.extras import REMEDY, find
 
 Record = dict[str, Any]
-SILENT_SECONDS = 20.0  # plain lines come at least so often while anything moves
+SILENT_SECONDS = 20.0  # while anything moves, a plain line is printed at least this often
 
 
 class Progress(Protocol):
-    """Receives what happens, from the thread that trains and from the one that watches for signals.
+    """Shows what happens. The thread that trains and the thread that watches for signals call it.
 
-    `step` gets every step's record; `task` what else takes time, with how much of it is done where that is known;
-    `note` a sentence; `result` an outcome.
+    `step` is called with the record of every step; `task` with the name of anything else that takes time, and with how
+    much of it is done where that is known; `note` with a sentence; `result` with an outcome.
     """
 
     def step(self, record: Record) -> None: ...
@@ -32,7 +32,7 @@ class Progress(Protocol):
 
 
 def make_progress(*, json_lines: bool, log_every: int, num_steps: int) -> Progress:
-    """JSON lines if asked for; else a live line where standard output is a terminal; else a line every `log_every`."""
+    """Chooses JSON lines if asked for, otherwise a live line on a terminal, otherwise lines every `log_every` steps."""
     if json_lines:
         return JsonProgress()
     if not sys.stdout.isatty():
@@ -44,7 +44,7 @@ def make_progress(*, json_lines: bool, log_every: int, num_steps: int) -> Progre
 
 
 def describe(record: Record, num_steps: int) -> str:
-    """One line: step, loss, speed, imbalance (largest load of an expert over the mean load), dropped copies."""
+    """One line: step, loss, speed, imbalance (largest load of an expert over the mean load) and dropped pairs."""
     return (
         f"step {record['step']:>{len(str(num_steps))}}/{num_steps}  loss {record['loss']:.4f}  "
         f"{record['tokens_per_s']:,.0f} tokens/s  imbalance {record['imbalance']:.2f}  dropped {record['dropped']}"
@@ -56,17 +56,18 @@ def _describe_task(name: str, done: int, total: int | None) -> str:
 
 
 def _print_line(text: str) -> None:
-    """One write for the line and its end, so that lines of two threads do not mix.
+    """Writes a line and its end by one call, so that lines of two threads do not mix.
 
     Raises:
       BrokenPipeError: nobody reads standard output any more.
-      DataError: it cannot be written for another reason.
+      DataError: the line cannot be written for another reason.
     """
     try:
         sys.stdout.write(f"{text}\n")
         sys.stdout.flush()
     except OSError as error:
-        # Later lines go nowhere: the run must be able to save, and Python to flush what is left when it exits.
+        # From here on lines go to the null device. Otherwise the next line would stop the run before it has saved, and
+        # Python would fail when it flushes standard output at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             raise
@@ -96,7 +97,7 @@ class JsonProgress:
 
 
 class PlainProgress:
-    """Lines on standard output.
+    """Prints lines on standard output.
 
     There is one for every `log_every`-th step, the first and the last, one for the start of every task, and one more
     wherever nothing was said for SILENT_SECONDS.
@@ -136,7 +137,7 @@ class PlainProgress:
 
 
 class LiveProgress:
-    """A bar for what is under way that is redrawn in place; all that is to stay scrolls above it."""
+    """Redraws a bar for what is under way in place. Lines that are to stay scroll above the bar."""
 
     def __init__(self, num_steps: int) -> None:
         from rich.console import Console
@@ -171,7 +172,8 @@ class LiveProgress:
 
     def _show(self, name: str, description: str, done: int, total: int | None) -> None:
         if name != self._name:
-            self._bar.reset(self._row, total=total, completed=done)  # the time that is left is that of this task
+            # The time that is left is then estimated from this task alone.
+            self._bar.reset(self._row, total=total, completed=done)
         self._name = name
         self._bar.update(self._row, completed=done, total=total, description=description)
 

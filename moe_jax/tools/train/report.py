@@ -16,18 +16,19 @@ from moe_jax.tools.train.atomic import atomic_write
 from moe_jax.tools.train.extras import REMEDY, find
 from moe_jax.tools.train.sample import printable
 
-LINE_LENGTH, MAX_LINES = 110, 30  # of a sample in the picture
+LINE_LENGTH, MAX_LINES = 110, 30  # the room for a sample in the picture
 
 Record = dict[str, Any]
 
 
 class MetricsFile:
-    """`metrics.jsonl`, one line per step, and one each for a validation loss and a sample, with the step they follow.
+    """The file `metrics.jsonl`: one line per step, and one for every validation loss and sample, with its last step.
 
-    A resumed run keeps the records up to its step and drops the rest; nothing is written before the first record.
+    A resumed run keeps the records of the steps that its checkpoint holds and drops later ones. The file is not touched
+    before the first new record is written.
 
     Raises:
-      DataError: the path is no regular file, or holds something else than such records.
+      DataError: the path is no regular file, or the file holds something else than such records.
     """
 
     def __init__(self, path: Path, *, done_steps: int) -> None:
@@ -38,16 +39,16 @@ class MetricsFile:
         self._file: FileIO | None = None
 
     def append(self, record: Record) -> None:
-        """Adds a line, whole or not at all.
+        """Adds a record as a line, whole or not at all.
 
         Raises:
-          DataError: there is no room for it.
+          DataError: there is no room for the line.
         """
         try:
             if self._file is None:
                 self._file = self._open()
             end, line = self._file.tell(), _line(record)
-            if self._file.write(line) != len(line):  # one write, so a killed run tears at most the last line
+            if self._file.write(line) != len(line):  # in one call, so that a kill tears the last line at most
                 self._file.truncate(end)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
@@ -67,7 +68,7 @@ class MetricsFile:
 
 
 def write_report(path: Path, records: list[Record]) -> str:
-    """Draws the losses, the heat map of expert load over steps and the last sample; returns what was done, in words."""
+    """Draws the losses, the load of every expert over steps and the last sample; returns a sentence on the outcome."""
     if find("matplotlib") is None:
         return f"matplotlib is not installed, so {path} was not drawn; {REMEDY}"
     steps = [record for record in records if "load" in record]
@@ -92,7 +93,7 @@ def write_report(path: Path, records: list[Record]) -> str:
         place = {"va": "top", "transform": axes.transAxes}
         axes.text(0, 1, "\n".join(sample), family="monospace", fontsize=8, parse_math=False, **place)
     try:
-        # A sample may hold characters that the font lacks: a box stands for each, and that needs no warning.
+        # The font may lack characters of a sample. A box is drawn for each of them, and nobody needs a warning.
         with warnings.catch_warnings(action="ignore"), atomic_write(path) as file:
             figure.savefig(file, format="png", dpi=110)
     except OSError as error:
@@ -112,14 +113,14 @@ def _draw_loss(axes: Any, steps: list[Record], validations: list[Record]) -> Non
 
 
 def _lines(sample: str) -> list[str]:
-    """A sample as lines that there is room for in the picture."""
+    """Breaks a sample into lines, and cuts it to as many as the picture has room for."""
     text = printable(sample).expandtabs(4)
     lines = [part for line in text.split("\n") for part in textwrap.wrap(line, LINE_LENGTH) or [""]]
     return lines[:MAX_LINES] + ["..."] * (len(lines) > MAX_LINES)
 
 
 def _draw_load(axes: Any, records: list[Record]) -> Any:
-    """Rows: the experts of every layer, layer by layer; columns: steps; 1 is a perfectly even load."""
+    """Draws an image with a row for every expert, layer by layer, and a column for every step; 1 is an even load."""
     load = np.array([r["load"] for r in records], np.float64)  # [steps, L, E]
     num_layers, num_experts = load.shape[1:]
     relative = load / np.maximum(load.mean(axis=-1, keepdims=True), 1e-9)
@@ -143,10 +144,10 @@ def _line(record: Record) -> bytes:
 
 
 def _read_records(path: Path) -> list[Record]:
-    """All whole records; a last line that was cut off by a killed run is left out.
+    """Reads all whole records. A last line without an end, which a killed run leaves, is skipped.
 
     Raises:
-      DataError: the file cannot be read, or any other line is not a record.
+      DataError: the file cannot be read, or another line is not a record.
     """
     if not path.exists():
         return []
@@ -168,7 +169,7 @@ def _read_records(path: Path) -> list[Record]:
 
 
 def _parse(line: bytes) -> Record | None:
-    """The record on a line, None where it holds something else."""
+    """The record on a line; None if the line holds something else."""
     try:
         record = json.loads(line)
         if "sample" in record:

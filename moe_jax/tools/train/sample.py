@@ -10,7 +10,7 @@ from moe_jax.tools.train.model import Decoder, Params
 
 
 def compile_next_byte(decoder: Decoder, params: Params, *, batch_size: int) -> Callable:
-    """Compiles next_byte(params, tokens [B, S] i32, position, key data) -> a byte sampled after `position` of row 0."""
+    """Compiles next_byte(params, tokens [B, S] i32, position, key data): draws the byte after `position` of row 0."""
 
     def next_byte(params, tokens, position, key):
         logits, _ = decoder.logits(params, tokens)
@@ -35,12 +35,12 @@ def sample_text(
     seed: int,
     tell: Callable[[str, int, int], None],
 ) -> str:
-    """`prompt` and `num_bytes` sampled bytes after it, as text; bytes that are no UTF-8 show as the replacement mark.
+    """Samples `num_bytes` bytes after `prompt`, and returns both as text. Bytes that are no UTF-8 become U+FFFD.
 
-    `tell` hears how many bytes are there before each one.
+    `tell` is called before every byte, with the number of bytes that are sampled so far.
 
-    The batch is the one that the model was planned for, so nothing is planned anew; every row holds the same text and
-    row 0 is read. Text longer than the window is seen through its last `seq_len` bytes.
+    The model runs on the batch size that it was planned for, so that no other plan is needed: every row holds the same
+    text, and row 0 is read. Of a text longer than `seq_len` the model sees the last `seq_len` bytes.
     """
     next_byte = compile_next_byte(decoder, params, batch_size=batch_size)
     seq_len, text = decoder.config.seq_len, list(prompt)
@@ -57,5 +57,5 @@ def sample_text(
 
 
 def printable(text: str) -> str:
-    r"""`text` with what could steer a terminal written as escapes, such as \x1b; line breaks and tabs stay."""
+    r"""Writes characters that could steer a terminal as escapes, such as \x1b; line breaks and tabs stay."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)

@@ -1,4 +1,4 @@
-"""One training step: loss, gradients, AdamW and the selection bias, compiled with the state donated."""
+"""One training step: the loss, its gradients, AdamW and the selection bias. The compiled step takes over its state."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,16 +18,21 @@ BIAS = "selection_bias"
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """All that a step reads and writes; what a checkpoint holds."""
+    """All that a step reads and writes, which is what a checkpoint holds.
 
-    params: Params  # float32 masters
-    opt_state: Any  # optax's moments, sharded like the parameters, and its step counter
+    Attributes:
+      params: the parameters in float32; the model casts them to its dtype.
+      opt_state: the moments of optax, sharded like the parameters, and its counter of steps.
+    """
+
+    params: Params
+    opt_state: Any
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepMetrics:
-    """What one step measured, before its update; replicated."""
+    """What one step measured before it changed the parameters. All arrays are replicated."""
 
     loss: jax.Array  # scalar f32, cross-entropy in nats per byte
     grad_norm: jax.Array  # scalar f32, before clipping
@@ -35,7 +40,10 @@ class StepMetrics:
 
 
 def make_optimizer(train: TrainConfig) -> Any:
-    """AdamW with clipping, linear warm-up to `learning_rate` and cosine decay to `final_rate` of it at `steps`."""
+    """AdamW with clipped gradients. The rate rises linearly to `learning_rate`, then falls to `final_rate` times that.
+
+    The rise takes `warmup_steps`; the fall is a cosine that ends at `steps`.
+    """
     optax = require("optax", "training")
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=train.learning_rate / (train.warmup_steps + 1),
@@ -51,20 +59,20 @@ def make_optimizer(train: TrainConfig) -> Any:
 
 
 def init_state(decoder: Decoder, optimizer: Any, seed: int) -> TrainState:
-    """The state before the first step; moments are placed like the parameters they belong to."""
+    """The state before the first step. Moments are sharded like the parameters that they belong to."""
     params = decoder.init(jax.random.key(seed))
     place = lambda leaf: leaf if leaf.ndim else jax.device_put(leaf, decoder.replicated)  # noqa: E731
     return TrainState(params, jax.tree.map(place, optimizer.init(params)))
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Mean over logits [B, S, V] f32 of -log softmax at targets [B, S] i32: a scalar, nats per byte."""
+    """The mean of -log softmax(logits [B, S, V] f32) at targets [B, S] i32: a scalar, in nats per byte."""
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - picked)
 
 
 def compile_step(decoder: Decoder, optimizer: Any, config: Config, state: TrainState) -> Callable:
-    """Compiles step(state, batch [B, S + 1] i32) -> (state, StepMetrics) for the given state, which it donates."""
+    """Compiles step(state, batch [B, S + 1] i32) -> (state, StepMetrics). The step reuses the old state's memory."""
 
     def loss_fn(params, batch):
         logits, stats = decoder.logits(params, batch[:, :-1])
@@ -102,7 +110,7 @@ def _batch_like(decoder: Decoder, config: Config) -> jax.ShapeDtypeStruct:
 
 
 def _update_biases(params: Params, load: jax.Array, rate: float) -> Params:
-    """Moves each layer's selection bias, where there is one, against its load [L, E]; no gradient is involved."""
+    """Moves the selection bias of each layer that has one against the layer's row of load [L, E], without gradients."""
     blocks = []
     for block, layer_load in zip(params["blocks"], load, strict=True):
         layer = dict(block["moe"])
@@ -113,7 +121,7 @@ def _update_biases(params: Params, load: jax.Array, rate: float) -> Params:
 
 
 def _decays(params: Params) -> Any:
-    """True for weight matrices; False for norms, biases and the embedding."""
+    """Which parameters decay: True for weight matrices; False for norms, biases and the embedding."""
 
     def decays(path, leaf):
         name = path[-1].key

@@ -1,0 +1,166 @@
+"""Experts of your own in the rounds of the layer: any differentiable function of rows and group sizes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax import _compat, collectives
+from moe_jax.derivatives import without_float0
+from moe_jax.errors import InvalidArgumentError, ShapeError, UnsupportedError, check_dtype, check_mask, check_shape
+from moe_jax.layer.grouping import ExpertKind, rows_of_slots, slots_of_rows
+from moe_jax.layer.layer import check_chunks
+from moe_jax.layer.params import check_layer_plan
+from moe_jax.layer.rounds import routed_sum
+from moe_jax.layer.weightless import Constants
+from moe_jax.layout import count_each
+from moe_jax.plan import Plan
+from moe_jax.transports import InboxOrder
+from moe_jax.types import LayerStats
+
+Array = jax.Array
+
+
+def map_experts(
+    fn: Callable[[Any, Array, Array], Array],
+    params: Any,
+    x: Array,
+    expert_ids: Array,
+    combine_weights: Array,
+    plan: Plan,
+    *,
+    token_mask: Array | None = None,
+    rank_table: Array | None = None,
+    chunks: int = 1,
+) -> tuple[Array, LayerStats]:
+    """The rounds of ``moe_layer`` around experts of your own. Call it per shard, inside ``shard_map``.
+
+    ``y[t] = sum_k combine_weights[t, k] * expert[expert_ids[t, k]](x[t])``, in fp32 over ascending k, rounded once,
+    where the experts are what ``fn`` makes of rows. With overflow="dropless" the result is exact at any skew, in
+    bounded memory: rows come in rounds, and ``fn`` is called in each of them.
+
+    Args:
+      fn: (params, rows [M, H] in ``plan.dtype``, group_sizes [L] i32) -> [M, H'] floats. Rows lie expert after expert,
+        ``group_sizes`` of them for each of the L experts of this rank; those past their sum are zeros, and what ``fn``
+        makes of them counts nowhere. A row's result must depend on that row and on its expert only. With tp > 1 every
+        tp rank gets the same rows, and their results are added. ``fn`` is static: what it reads must come as
+        ``params``, since it can be called again in the backward pass. ``moe_jax.grouped_matmul`` multiplies such rows.
+      params: any pytree of this shard's arrays. Integers and codes have no gradient.
+      x: [T, H] in ``plan.dtype``.
+      expert_ids: [T, K] i32; -1 for none. Ids of zero and copy experts follow those of the plan's experts.
+      combine_weights: [T, K] f32.
+      plan: static, without constant experts and without shared experts on ranks of their own.
+      token_mask: [T] bool; false = padding, which goes nowhere and whose result is zero.
+      rank_table, chunks: as for ``moe_layer``.
+
+    Returns:
+      y [T, H'] in ``plan.dtype``, and LayerStats over all tokens of the mesh, without losses. Differentiable in
+      ``params``, ``x`` and ``combine_weights``; forward mode and derivatives of higher order need a plan with
+      ``plan.max_rounds == 1``.
+
+    Raises:
+      ShapeError, DtypeError, InvalidArgumentError, MeshError: an argument, or what ``fn`` makes, is not as above.
+      UnsupportedError: the plan has experts that this function does not serve.
+
+    >>> import jax, jax.numpy as jnp, moe_jax as moe
+    >>> from jax.sharding import PartitionSpec as P
+    >>> moe.emulate_devices(2)  # leave this out where there are accelerators
+    >>> mesh = moe.make_mesh(ep=2)
+    >>> plan = moe.make_plan(mesh, tokens_per_rank=2, hidden=4, num_experts=4, top_k=1, dtype="float32")
+    >>> def experts(weights, rows, group_sizes):
+    ...     return jnp.tanh(moe.grouped_matmul(rows, weights, group_sizes))
+    >>> def layer(weights, x, ids):
+    ...     return moe.map_experts(experts, weights, x, ids, jnp.ones((2, 1)), plan)[0]
+    >>> mapped = jax.shard_map(layer, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+    >>> mapped(jnp.ones((4, 4, 3)), jnp.ones((4, 4)), jnp.array([[3], [0], [1], [2]])).shape
+    (4, 3)
+    """
+    check_layer_plan(plan)
+    if plan.num_const_experts:
+        raise UnsupportedError(
+            f"plan.num_const_experts={plan.num_const_experts}: constant experts have parameters, which map_experts "
+            "does not take; use moe_layer, or add what they give outside"
+        )
+    if not callable(fn):
+        raise InvalidArgumentError(f"fn={fn!r} must be a function of (params, rows, group_sizes)")
+    check_chunks(chunks, plan)
+    collectives.check_axes(plan, replicas=True)
+    check_shape("x", x, (plan.tokens_per_rank, plan.hidden), "[T, H], fixed by the plan; pad and use token_mask")
+    check_dtype("x", x, (plan.dtype,), "the plan's dtype: cast x, or make a plan with dtype=...")
+    check_choices(expert_ids, combine_weights, plan)
+    if token_mask is not None:
+        check_mask("token_mask", token_mask, x.shape[:1], "[T]")
+    axes_of_tokens = _compat.union_of_varying_axes((x, expert_ids, combine_weights, token_mask, rank_table))
+    # 1. Padding goes nowhere, and may hold anything.
+    if token_mask is not None:
+        x = jnp.where(token_mask[:, None], x, jnp.zeros((), x.dtype))
+        expert_ids = jnp.where(token_mask[:, None], expert_ids, -1)
+    load = collectives.sum_over_tokens(count_each(expert_ids, plan.num_ids), plan)
+    # 2. Tokens go to their experts and come back as weighted sums, in rounds.
+    operands = _compat.as_varying((expert_ids, params, x, combine_weights.astype(jnp.float32)), plan.token_axes)
+    expert_ids, params, x, weights = operands
+    kind, no_constants = mapped(fn), Constants(None, None, None)
+    total, num_dropped, num_rounds = routed_sum(
+        expert_ids, params, no_constants, x, weights, plan, kind, rank_table=rank_table, chunks=chunks
+    )
+    if not plan.num_pairs:  # no device has a token, so nobody has asked the experts how wide their rows are
+        width = jax.eval_shape(fn, params, x, jnp.zeros(plan.num_local_experts, jnp.int32)).shape[1]
+        total = jnp.zeros_like(total, shape=(plan.tokens_per_rank, width))
+    if token_mask is not None:
+        total = jnp.where(token_mask[:, None], total, 0.0)
+    stats = LayerStats(
+        num_dropped=collectives.sum_over_tokens(num_dropped, plan),
+        num_rounds=collectives.max_over_replicas(num_rounds, plan),
+        load=load,
+        losses={},
+    )
+    return _compat.drop_unit_axes((total.astype(plan.dtype), stats), axes_of_tokens)
+
+
+def check_choices(expert_ids: Array, combine_weights: Array, plan: Plan) -> None:
+    """Raises unless these are choices of ``plan`` that somebody made outside."""
+    shape = (plan.tokens_per_rank, plan.top_k)
+    check_shape("expert_ids", expert_ids, shape, "[T, K], fixed by the plan; -1 for a choice that is none")
+    check_dtype("expert_ids", expert_ids, ("int32",), "cast it with .astype(jnp.int32)")
+    check_shape("combine_weights", combine_weights, shape, "[T, K], as expert_ids")
+    check_dtype("combine_weights", combine_weights, (jnp.floating,))
+
+
+def mapped(fn: Callable[[Any, Array, Array], Array]) -> ExpertKind:
+    """The experts that ``fn`` of ``map_experts`` computes."""
+    return ExpertKind(_mapped_slots, _mapped_slots, _add_mapped_gradients, fn)
+
+
+def _mapped_slots(plan: Plan, fn: Callable, params: Any, arrived: Array, order: InboxOrder | None, group_sizes: Array):
+    """[A, H] -> [A, H'], what ``fn`` makes of each row, in the slot that the row came in."""
+    with jax.named_scope("experts"):
+        rows = rows_of_slots(arrived, order, plan)
+        # Rows past the last one hold anything, NaN too. A function of the user's may sum over them in its gradient, so
+        # they are zeros for it, and so are the cotangents of what it makes of them.
+        written = (jnp.arange(rows.shape[0]) < jnp.sum(group_sizes))[:, None]
+        made = fn(params, jnp.where(written, rows, jnp.zeros((), rows.dtype)), group_sizes)
+        shape = getattr(made, "shape", None)
+        if shape is None or len(shape) != 2 or shape[0] != rows.shape[0]:
+            raise ShapeError(
+                f"fn returned {type(made).__name__ if shape is None else f'an array of shape {shape}'}; it must return "
+                f"[M, H'] with M={rows.shape[0]}, a row for each row that it was given"
+            )
+        check_dtype("what fn returned", made, (jnp.floating,))
+        if plan.num_copy_experts and shape[1] != plan.hidden:
+            raise ShapeError(
+                f"fn returned rows of width {shape[1]}, and plan.num_copy_experts={plan.num_copy_experts} experts add "
+                f"tokens of width {plan.hidden}; return rows of that width"
+            )
+        return slots_of_rows(jnp.where(written, made, jnp.zeros((), made.dtype)).astype(plan.dtype), order, plan)
+
+
+def _add_mapped_gradients(plan: Plan, fn, grads, params, arrived, ct, order, group_sizes):
+    """``add_overflow_gradients`` of an ``ExpertKind``."""
+
+    # d_params, d_arrived: the adjoint of ``_mapped_slots``, from ct    # [A, H] from [A, H']
+    def through(params, arrived):
+        return _mapped_slots(plan, fn, params, arrived, order, group_sizes)
+
+    more, d_arrived = jax.vjp(through, params, arrived)[1](ct)
+    return jax.tree.map(jnp.add, grads, without_float0(more)), d_arrived
