@@ -6,6 +6,7 @@ is no longer than ``plan.pair_capacity``, as in the layer, and else chunks of th
 
 import abc
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -273,13 +274,25 @@ class Padded(AllToAll):
         return slots if capacity <= plan.pair_capacity else min(slots, plan.num_pairs)
 
 
+# In larger slices libtpu 0.0.42 refuses a ragged exchange: "not supported in limited ICI routing settings".
+_MOST_DEVICES = {"v5e": 16}
+
+
 class Ragged(AllToAll):
     """Slices of true length in one exchange."""
 
     name = "ragged"
 
+    def remark(self, plan):
+        most = _MOST_DEVICES.get(plan.hardware.name)
+        if most is None or _num_devices(plan) <= most:
+            return ""
+        return f"the compiler for {plan.hardware.name} refuses a ragged exchange on more than {most} devices"
+
     def automatic(self, plan):
-        return plan.platform != "cpu"  # which has no such instruction, and emulates it by equal blocks
+        return plan.platform != "cpu" and not self.remark(
+            plan
+        )  # which has no such instruction, and emulates it by equal blocks
 
     def source_of_rates(self, machine):
         costly = {"ragged_share": machine.ragged_share < 1, "relayout_passes": machine.relayout_passes > 0}
@@ -311,6 +324,10 @@ class Ragged(AllToAll):
 
 
 PADDED, RAGGED = Padded(), Ragged()
+
+
+def _num_devices(plan: Plan) -> int:
+    return math.prod(size for _, size in plan.mesh_axes)
 
 
 def _round_sizes(manifest: Any, start: Array | int, capacity: int, plan: Plan) -> Array:
