@@ -83,6 +83,8 @@ class Sizes(NamedTuple):
         hidden, columns = _filled(plan.hidden, lanes), _filled(ffn // plan.tp_size, lanes)
         num_rows = plan.num_rows(plan.pair_capacity)
         projections = 2 if activation == "gelu" else 3
+        held = transport_of(plan).held(plan, plan.pair_capacity, platform) if plan.exchanges else _held_alone(plan)
+        in_slots = plan.exchanges and not held.sums and platform == plan.platform
         extents = num_rows, plan.num_local_experts, plan.hidden, ffn // plan.tp_size
         return cls(
             rows=num_rows * hidden * item,
@@ -92,11 +94,11 @@ class Sizes(NamedTuple):
             projections=projections,
             tokens=plan.tokens_per_rank * hidden * item,
             wide=plan.tokens_per_rank * hidden * WIDE,
-            held=transport_of(plan).held(plan, plan.pair_capacity, platform) if plan.exchanges else _held_alone(plan),
+            held=held,
             loops=plan.exchanges and plan.max_rounds > 1,
             narrow=item < WIDE,
             cast=jnp.dtype(param_dtype) != jnp.dtype(plan.dtype),
-            fused=platform == plan.platform and bool(fused_kernels(plan.kernels, *extents, item)),
+            fused=in_slots and bool(fused_kernels(plan.kernels, *extents, item)),
         )
 
 
