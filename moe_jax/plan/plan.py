@@ -239,7 +239,7 @@ class Plan:
 
         A ``Cost`` has seconds by phase of the layer ("route", "dispatch", ...) and what bounds them, and the bytes that
         stay inside a node apart from those that go to other nodes. Which ranks share a node follows from
-        ``mesh_axes`` and ``devices_per_node`` of the machine; an axis "node" of the mesh says it by itself.
+        ``mesh_axes`` and ``devices_per_node`` of the machine; where ``ep_axis`` has several axes, these say it.
 
         Args:
           ffn: F, width of an expert, divisible by tp; a shared expert is as many times as wide as there are. 0 leaves
