@@ -18,6 +18,7 @@ from moe_jax.collectives.exchange import Blocks, Chunks, Exchange, Receiving, Sl
 from moe_jax.derivatives import custom_gradient, take_rows
 from moe_jax.plan import Plan
 from moe_jax.plan.cost import WIDE, recoded, row_bytes, unplaced_bytes
+from moe_jax.plan.moments import Held
 from moe_jax.plan.steps import COMBINE, DISPATCH, ROUTE, Collective, Step
 from moe_jax.quant.message import join_some, split_some
 from moe_jax.transports import linear
@@ -216,6 +217,34 @@ class AllToAll(Transport):
         buffers = {"outbox": sent * out, "inbox": inbox * out, "return": plan.num_pairs * back}
         return buffers, sent + 3 * plan.num_pairs + inbox + plan.num_rows(capacity)
 
+    def held(self, plan, capacity, platform):
+        buffers, _ = self.buffers(plan, capacity)
+        row = plan.hidden * jnp.dtype(plan.dtype).itemsize
+        inbox = plan.ep_size * capacity * row  # of this tp rank
+        slots, pairs = plan.tp_size * inbox, plan.num_pairs * row
+        returned = self.sent_rows(plan, capacity) * row
+        gathered = inbox if plan.tp_size > 1 else 0
+        out = buffers["inbox"] + max(buffers["outbox"] + self.chunk_rows(plan, capacity) * row, gathered)
+        if capacity > plan.pair_capacity and platform != "gpu":
+            # A long inbox is filled bit by bit. XLA:TPU and XLA:CPU make it out of another one, which is empty, and on
+            # CPU that stays.
+            out = out + buffers["inbox"] if platform == "cpu" else max(out, 2 * buffers["inbox"])
+        return Held(
+            out=out,
+            arrived=slots,
+            placed=slots,
+            back=max(slots + gathered, inbox + returned),
+            returned=returned,
+            collected=pairs,
+            adjoint=slots,
+            sums=0,
+            weighed=0,
+        )
+
+    def chunk_rows(self, plan: Plan, capacity: int) -> int:
+        """Rows that the exchange of a round has in memory between outbox and inbox."""
+        return 0
+
     def steps(self, plan, size, backward):
         ep, tp, tokens, pairs = plan.ep_axis, plan.tp_axes, plan.tokens_per_rank, plan.num_pairs
 
@@ -273,6 +302,10 @@ class Padded(AllToAll):
         slots = plan.ep_size * capacity
         return slots if capacity <= plan.pair_capacity else min(slots, plan.num_pairs)
 
+    def chunk_rows(self, plan, capacity):
+        # Blocks for all ranks, and one more behind the slots, which a block that overhangs them is written into.
+        return 0 if capacity <= plan.pair_capacity else (plan.ep_size + 1) * plan.pair_capacity
+
 
 # In larger slices libtpu 0.0.42 refuses a ragged exchange: "not supported in limited ICI routing settings".
 _MOST_DEVICES = {"v5e": 16}
@@ -306,6 +339,12 @@ class Ragged(AllToAll):
 
     def even_size(self, plan, size):
         return size._replace(sent=min(size.sent, plan.num_pairs), returned=min(size.returned, plan.num_pairs))
+
+    def held(self, plan, capacity, platform):
+        held = super().held(plan, capacity, platform)
+        # Where chunks of all-to-all stand for the exchange, XLA:CPU has what goes back in four copies.
+        copies = 4 if platform == "cpu" else 0
+        return held._replace(back=held.back + copies * held.returned)
 
     def added_steps(self, plan, size, machine, backward):
         """Passes over the rows at both ends of every exchange between ranks, where they change their layout for it.

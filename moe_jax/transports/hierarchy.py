@@ -208,6 +208,11 @@ class Hierarchy(Transport):
         integers = node_slots * (1 + plan.pairs_per_token) + plan.tokens_per_rank * plan.num_nodes + sent + inbox + rows
         return buffers, integers
 
+    def held(self, plan, capacity, platform):
+        buffers, _ = self.buffers(plan, capacity)
+        held = super().held(plan, capacity, platform)
+        return held._replace(placed=held.arrived, adjoint=held.arrived + buffers["node_slots"] // 2)
+
     def steps(self, plan, size, backward):
         across, inside, tp = _across(plan), _inside(plan), plan.tp_axes
         counts, entries = plan.num_experts * WIDE, plan.pairs_per_token * WIDE  # entries: of a token
