@@ -99,6 +99,20 @@ def test_the_screen_says_what_decides(capsys):
     assert max(map(len, text.splitlines())) <= 120
 
 
+def test_the_bound_is_the_link_that_decides():
+    """A native ragged exchange reaches 2 % of NVLink, so that rows inside a node may take longer than all others."""
+    path = str(ROOT / "configs" / "gpt_oss_120b.toml")
+    asked = question("ep=32", path=path)
+    assert asked.plan().transport == "ragged"
+    dispatch = figures.predict(asked)["time"][figures.FORWARD]["phases"]["dispatch"]
+    inside = dispatch["inside_bytes"] / H100.inside.bytes_per_second
+    between = dispatch["between_bytes"] / H100.between.bytes_per_second
+    assert inside < between < inside / H100.ragged_share
+    assert dispatch["bound"] == "wire in node"
+    whole = dataclasses.replace(asked, machine=dataclasses.replace(H100, ragged_share=1.0))
+    assert figures.predict(whole)["time"][figures.FORWARD]["phases"]["dispatch"]["bound"] == "wire between nodes"
+
+
 def test_the_plan_follows_the_machine_and_the_replicas(capsys):
     """A machine's name makes its plan, wherever it is made; replicas have their gradients summed."""
 

@@ -91,8 +91,7 @@ def _bound(cost: Cost | Phase, machine: Machine) -> str:
     name, seconds = cost.bound
     if name != "wire" or machine.between is None:
         return name if seconds else ""
-    inside = cost.inside_bytes / machine.inside.bytes_per_second
-    return "wire between nodes" if cost.between_bytes / machine.between.bytes_per_second > inside else "wire in node"
+    return "wire between nodes" if 2 * cost.between_seconds > cost.wire_seconds else "wire in node"
 
 
 def memory_of(question: Question, plan: Plan, layers: int) -> Memory:
