@@ -83,6 +83,9 @@ def test_numbers_in_words():
     ]  # fmt: skip
     assert words.error(100, 110) == "+10.0 %" and words.error(0, 110) == "-"
     assert (words.less(75, 100), words.less(103, 100)) == ("25 % less", "3.0 % more")
+    assert [words.many(n, noun) for n, noun in ((1, "mesh"), (2, "mesh"), (1, "layer"), (1200, "token"))] == [
+        "1 mesh", "2 meshes", "1 layer", "1,200 tokens",
+    ]  # fmt: skip
 
 
 def test_the_screen_says_what_decides(capsys):

@@ -100,8 +100,8 @@ def _screen(question: Question, path: str, found: Found, unquantised: Found | No
         ),
         _labelled(
             "mesh",
-            f"{mesh_words(question.mesh)}: {found['experts_per_rank']} experts per rank; {question.tokens} tokens per "
-            f"device, {question.dtype}",
+            f"{mesh_words(question.mesh)}: {words.many(found['experts_per_rank'], 'expert')} per rank; "
+            f"{question.tokens} tokens per device, {question.dtype}",
         ),
         _labelled("transport", f"{found['transport']}: {_short(found['transport_reason'])}"),
         "",
