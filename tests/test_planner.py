@@ -174,6 +174,18 @@ def test_a_quantised_wire_is_compared_with_one_that_is_not(capsys):
     assert "saves" not in capsys.readouterr().out
 
 
+def test_json_has_all_that_the_screen_has(capsys):
+    arguments = ["plan", DEEPSEEK, "--mesh", "ep=64", "--hardware", "h100", "--json"]
+    assert main([*arguments, "--quant", "int8", "--describe"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["unquantised"] == figures.predict(question("ep=64"))["time"]
+    assert values["unquantised"][figures.FORWARD]["seconds"] > values["time"][figures.FORWARD]["seconds"]
+    assert values["description"] == question("ep=64", quant="int8").plan().describe(ffn=2048)
+    assert main(arguments) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["unquantised"] is values["description"] is values["compiled"] is None
+
+
 def test_where_nothing_is_trained_the_forward_pass_counts(capsys, folder):
     arguments = [DEEPSEEK, "--hardware", "h100", "--optimizer", "none"]
     assert main(["plan", *arguments, "--mesh", "ep=64"]) == 0

@@ -57,16 +57,21 @@ def run(
     target = find_compiler(machine, shape.num_devices) if compiled else None
     if compiled:
         check_fits(question, plan)
+    description = plan.describe(ffn=config.moe.ffn, activation=config.moe.activation) if describe else None
     if json_lines:
-        told = None if target is None else compile_layer(question, target)
-        print(json.dumps({"event": "plan", **_values(question, plan), **found, "compiled": told}))
+        others = {
+            "unquantised": None if unquantised is None else unquantised["time"],
+            "compiled": None if target is None else compile_layer(question, target),
+            "description": description,
+        }
+        print(json.dumps({"event": "plan", **_values(question, plan), **found, **others}))
         return 0
     print("\n".join(_screen(question, path, found, unquantised)), flush=True)
     if target is not None:
         print(f"\n{'compiling':<{_LABEL}} for {target.name}: a minute or more per pass", flush=True)
         print("\n".join(compared(found, compile_layer(question, target))))
-    if describe:
-        print("\n" + plan.describe(ffn=config.moe.ffn, activation=config.moe.activation))
+    if description is not None:
+        print("\n" + description)
     return 0
 
 
