@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax import _compat, collectives
-from moe_jax.config import ACTIVATIONS, RouterConfig
+from moe_jax.activations import Choice, check_activation
+from moe_jax.config import RouterConfig
 from moe_jax.errors import (
     InvalidArgumentError,
     check_choice,
@@ -37,7 +38,7 @@ def moe_layer(
     plan: Plan,
     router: RouterConfig,
     *,
-    activation: str = "swiglu",
+    activation: Choice = "swiglu",
     token_mask: Array | None = None,
     table: Array | None = None,
     balance: str = "rank",
@@ -62,7 +63,12 @@ def moe_layer(
         const_v [Cc, H], replicated.
       x: [T, H] in ``plan.dtype``.
       plan, router: static.
-      activation: "swiglu", "gelu" or "clamped_swiglu"; see ``experts.activate``.
+      activation: what an expert does between its projections. Gated: "swiglu" (silu(gate) * up), "geglu", "geglu_tanh",
+        "reglu", "relu2_gated" (relu(gate)^2 * up), "clamped_swiglu" or a ``ClampedSwiGLU``. Without a gate: "silu",
+        "gelu" (by erf), "gelu_tanh", "relu", "relu2". Or an elementwise function of (gate, up), or of (up) alone for
+        experts without a gate: fp32 in, floats of the same shape out, differentiated by JAX. It is static, so give the
+        same object each time, and what it reads beside its arguments must be constants. Rows past the last one may hold
+        anything. Kernels fuse the names that they know; a function is an operation of its own.
       token_mask: [T] bool; false = padding: it goes nowhere, counts nowhere and its result is zero.
       table: [E_logical, F] i32, the instances of each logical expert, see ``update_expert``. Then the router scores
         logical experts (E' = E_logical plus the weightless ones), and ``plan.num_experts`` counts instances.
@@ -80,14 +86,15 @@ def moe_layer(
 
     Raises:
       InvalidArgumentError: lists everything that is wrong with ``params``; lists every way in which the router's groups
-        do not fit the plan; an unknown activation; chunks that do not divide T.
+        do not fit the plan; an unknown activation, or a function that takes neither one array nor two; chunks that do
+        not divide T.
       MissingArgumentError, ShapeError, DtypeError, MeshError: as for ``dispatch``.
       UnsupportedError: the plan puts shared experts on ranks of their own; or somebody asks for a derivative that needs
         a plan of one round.
     """
     check_layer_plan(plan)
     check_type("router", router, RouterConfig, "build one with moe_jax.RouterConfig(...)")
-    check_choice("activation", activation, ACTIVATIONS)
+    check_activation(activation)
     check_choice("balance", balance, BALANCES)
     check_chunks(chunks, plan)
     collectives.check_axes(plan, replicas=True)
@@ -122,7 +129,7 @@ def layer_of_shard(
     *,
     plan: Plan,
     router: RouterConfig,
-    activation: str,
+    activation: Choice,
     balance: str,
     chunks: int,
 ) -> tuple[Array, LayerStats]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from moe_jax import _compat
+from moe_jax.activations import Choice
 from moe_jax.config import RouterConfig
 from moe_jax.errors import ShapeError, check_array, check_choice, check_dtype, check_mask, check_shape
 from moe_jax.layer.layer import check_chunks, layer_of_shard
@@ -27,7 +28,7 @@ def moe_on_mesh(
     router: RouterConfig,
     *,
     ffn: int = 1024,
-    activation: str = "swiglu",
+    activation: Choice = "swiglu",
     use_bias: bool = False,
     num_logical_experts: int | None = None,
     chunks: int = 1,
@@ -47,7 +48,7 @@ def moe_on_mesh(
         inside ``jax.sharding.use_abstract_mesh(mesh)`` alone.
       plan, router: static.
       ffn: F, width of an expert, divisible by tp. A shared expert has width F * ``plan.num_shared_experts``.
-      activation: "swiglu", "gelu" or "clamped_swiglu".
+      activation: a name or a function, see ``moe_layer``.
       use_bias: whether ``init`` makes the optional biases (zero at first).
       num_logical_experts: experts that the router scores, where ``apply`` is given a ``table`` of their instances;
         None: it scores the plan's experts.

@@ -14,7 +14,8 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax import collectives
-from moe_jax.config import ACTIVATIONS, RouterConfig, router_violations
+from moe_jax.activations import Choice, activation_of, check_activation
+from moe_jax.config import RouterConfig, router_violations
 from moe_jax.errors import (
     InvalidArgumentError,
     MeshError,
@@ -31,7 +32,6 @@ from moe_jax.errors import (
     suggest,
 )
 from moe_jax.kernels import FLOAT_DTYPES
-from moe_jax.layer.experts import is_gated
 from moe_jax.mesh import mesh_violations
 from moe_jax.parameters import BY_NAME, TABLE, Parameter, rows_of
 from moe_jax.plan import Plan
@@ -40,7 +40,7 @@ Array = jax.Array
 
 
 def param_specs(
-    plan: Plan, router: RouterConfig, *, activation: str = "swiglu", use_bias: bool = False
+    plan: Plan, router: RouterConfig, *, activation: Choice = "swiglu", use_bias: bool = False
 ) -> dict[str, PartitionSpec]:
     """How the parameters of ``moe_on_mesh`` lie on the mesh of ``plan``, by name.
 
@@ -59,7 +59,7 @@ def param_specs(
     """
     check_layer_plan(plan)
     check_type("router", router, RouterConfig, "build one with moe_jax.RouterConfig(...)")
-    check_choice("activation", activation, ACTIVATIONS)
+    check_activation(activation)
     check_flag("use_bias", use_bias)
     return {row.name: param_spec(row.name, plan) for row in drawn_rows(plan, router, activation, use_bias)}
 
@@ -70,7 +70,7 @@ def abstract_params(
     router: RouterConfig,
     *,
     ffn: int = 1024,
-    activation: str = "swiglu",
+    activation: Choice = "swiglu",
     use_bias: bool = False,
     num_logical_experts: int | None = None,
     param_dtype: str = "float32",
@@ -93,7 +93,7 @@ def abstract_params(
     check_layer_plan(plan)
     check_type("router", router, RouterConfig, "build one with moe_jax.RouterConfig(...)")
     check_mesh_of(mesh, plan)
-    check_choice("activation", activation, ACTIVATIONS)
+    check_activation(activation)
     check_flag("use_bias", use_bias)
     check_count("ffn", ffn)
     check_width(f"ffn={ffn}", ffn, plan)
@@ -109,7 +109,7 @@ def abstract_params(
     return abstract
 
 
-def drawn_rows(plan: Plan, router: RouterConfig, activation: str, use_bias: bool) -> list[Parameter]:
+def drawn_rows(plan: Plan, router: RouterConfig, activation: Choice, use_bias: bool) -> list[Parameter]:
     """The parameters that ``init`` makes: all that the layer knows, the optional ones ``use_bias`` decides about."""
     return [row for row in _known_rows(plan, router, activation) if use_bias or not row.optional]
 
@@ -202,11 +202,11 @@ def extents_of(
 
     Args:
       ffn: F; the shared expert is as many times as wide as the plan has shared experts.
-      num_logical_experts: the experts that the router scores; None: it scores the instances themselves.
+      num_logical_experts: the experts that the router scores beside the weightless ones; None: it scores instances.
       on_device: whether the experts are those of one device, with the part of H that it holds, and not all of them.
     """
     return {
-        "ids": num_scored(plan, num_logical_experts),
+        "ids": plan.num_ids + (0 if num_logical_experts is None else num_logical_experts - plan.num_experts),
         "hidden": plan.hidden,
         "expert_hidden": plan.hidden // (plan.num_param_shards if on_device else 1),
         "experts": plan.num_local_experts if on_device else plan.num_experts,
@@ -214,11 +214,6 @@ def extents_of(
         "shared_ffn": ffn * plan.num_shared_experts,
         "constants": plan.num_const_experts,
     }
-
-
-def num_scored(plan: Plan, num_logical_experts: int | None) -> int:
-    """E': how many ids the router scores, those of weightless experts included; None: it scores instances."""
-    return plan.num_ids + (0 if num_logical_experts is None else num_logical_experts - plan.num_experts)
 
 
 def check_layer_plan(plan: Plan) -> None:
@@ -252,7 +247,7 @@ def check_width(what: str, ffn: int, plan: Plan) -> None:
 
 def check_router(router: RouterConfig, plan: Plan, num_logical_experts: int | None) -> None:
     """Raises one error that lists every way in which ``router`` cannot choose among the ids of ``plan``."""
-    scored = num_scored(plan, num_logical_experts)
+    scored = extents_of(plan, ffn=0, num_logical_experts=num_logical_experts)["ids"]
     experts = f"the {scored} experts that the router scores"
     raise_all(router_violations(router, scored, experts, plan.top_k, "plan.top_k"), "router and plan")
 
@@ -261,7 +256,7 @@ def check_params(
     params: Any,
     plan: Plan,
     router: RouterConfig,
-    activation: str,
+    activation: Choice,
     *,
     on_device: bool,
     table: Array | None = None,
@@ -301,10 +296,10 @@ def _misshapen(
     return found
 
 
-def _known_rows(plan: Plan, router: RouterConfig, activation: str) -> tuple[Parameter, ...]:
+def _known_rows(plan: Plan, router: RouterConfig, activation: Choice) -> tuple[Parameter, ...]:
     """The parameters that a layer with this plan, router and activation knows."""
     facts = {
-        "gated": is_gated(activation),
+        "gated": activation_of(activation).gated,
         "selection_bias": router.selection_bias,
         "shared": plan.num_shared_experts > 0,
         "constants": plan.num_const_experts > 0,

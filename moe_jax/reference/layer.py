@@ -30,7 +30,7 @@ def moe_layer(
     router: Any,
     *,
     top_k: int,
-    activation: str = "swiglu",
+    activation: Any = "swiglu",
     bias: np.ndarray | None = None,
     token_mask: np.ndarray | None = None,
     special: WeightlessExperts | None = None,
@@ -80,7 +80,7 @@ def moe_layer_vjp(
     router: Any,
     *,
     top_k: int,
-    activation: str = "swiglu",
+    activation: Any = "swiglu",
     bias: np.ndarray | None = None,
     token_mask: np.ndarray | None = None,
     ct_balance: float = 0.0,
@@ -114,7 +114,7 @@ def moe_layer_vjp(
 
 
 def combine_weights_vjp(
-    params: Params, x: np.ndarray, ct_y: np.ndarray, routing: routing_lib.Routing, *, activation: str = "swiglu"
+    params: Params, x: np.ndarray, ct_y: np.ndarray, routing: routing_lib.Routing, *, activation: Any = "swiglu"
 ) -> np.ndarray:
     """The cotangent of ``combine_weights`` in ``moe_layer``: <ct_y_t, expert_{id_tk}(x_t)> for every pair.
 
@@ -171,7 +171,7 @@ def _router_vjp(params: Params, x: np.ndarray, ct_logits: np.ndarray, ct_params:
 
 
 def _shared_vjp(
-    params: Params, x: np.ndarray, ct: np.ndarray, activation: str, ct_params: dict[str, np.ndarray]
+    params: Params, x: np.ndarray, ct: np.ndarray, activation: Any, ct_params: dict[str, np.ndarray]
 ) -> np.ndarray:
     if not (shared := weights_of("shared", params)):
         return np.zeros(x.shape)
@@ -182,7 +182,7 @@ def _shared_vjp(
 
 
 def _routed_vjp(
-    params: Params, x: np.ndarray, ct: np.ndarray, expert: int, activation: str, ct_params: dict[str, np.ndarray]
+    params: Params, x: np.ndarray, ct: np.ndarray, expert: int, activation: Any, ct_params: dict[str, np.ndarray]
 ) -> np.ndarray:
     ct_x, cts = expert_ffn_vjp(ct[None], x[None], _routed_weights(params, expert), activation)
     for name, value in cts.items():
