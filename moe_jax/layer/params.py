@@ -40,7 +40,7 @@ Array = jax.Array
 
 
 def param_specs(
-    plan: Plan, router: RouterConfig, *, activation: Choice = "swiglu", use_bias: bool = False
+    plan: Plan, router: RouterConfig | None, *, activation: Choice = "swiglu", use_bias: bool = False
 ) -> dict[str, PartitionSpec]:
     """How the parameters of ``moe_on_mesh`` lie on the mesh of ``plan``, by name.
 
@@ -58,7 +58,8 @@ def param_specs(
     True
     """
     check_layer_plan(plan)
-    check_type("router", router, RouterConfig, "build one with moe_jax.RouterConfig(...)")
+    if router is not None:
+        check_type("router", router, RouterConfig, "build one with moe_jax.RouterConfig(...), or None")
     check_activation(activation)
     check_flag("use_bias", use_bias)
     return {row.name: param_spec(row.name, plan) for row in drawn_rows(plan, router, activation, use_bias)}
@@ -67,7 +68,7 @@ def param_specs(
 def abstract_params(
     mesh: Mesh | AbstractMesh,
     plan: Plan,
-    router: RouterConfig,
+    router: RouterConfig | None,
     *,
     ffn: int = 1024,
     activation: Choice = "swiglu",
@@ -91,7 +92,8 @@ def abstract_params(
     (4, 32, 8)
     """
     check_layer_plan(plan)
-    check_type("router", router, RouterConfig, "build one with moe_jax.RouterConfig(...)")
+    if router is not None:
+        check_type("router", router, RouterConfig, "build one with moe_jax.RouterConfig(...), or None")
     check_mesh_of(mesh, plan)
     check_activation(activation)
     check_flag("use_bias", use_bias)
@@ -100,7 +102,8 @@ def abstract_params(
     check_choice("param_dtype", param_dtype, FLOAT_DTYPES)
     if num_logical_experts is not None:
         check_count("num_logical_experts", num_logical_experts)
-    check_router(router, plan, num_logical_experts)
+    if router is not None:
+        check_router(router, plan, num_logical_experts)
     extents = extents_of(plan, ffn=int(ffn), num_logical_experts=num_logical_experts)
     abstract = {}
     for row in drawn_rows(plan, router, activation, use_bias):
@@ -109,7 +112,7 @@ def abstract_params(
     return abstract
 
 
-def drawn_rows(plan: Plan, router: RouterConfig, activation: Choice, use_bias: bool) -> list[Parameter]:
+def drawn_rows(plan: Plan, router: RouterConfig | None, activation: Choice, use_bias: bool) -> list[Parameter]:
     """The parameters that ``init`` makes: all that the layer knows, the optional ones ``use_bias`` decides about."""
     return [row for row in _known_rows(plan, router, activation) if use_bias or not row.optional]
 
@@ -255,13 +258,17 @@ def check_router(router: RouterConfig, plan: Plan, num_logical_experts: int | No
 def check_params(
     params: Any,
     plan: Plan,
-    router: RouterConfig,
+    router: RouterConfig | None,
     activation: Choice,
     *,
     on_device: bool,
     table: Array | None = None,
+    routed: bool = False,
 ) -> None:
-    """Raises one error that lists all that is wrong with ``params``, those of one device or of the whole mesh."""
+    """Raises one error that lists all that is wrong with ``params``, those of one device or of the whole mesh.
+
+    ``routed``: whether choices are made outside, so that the router's parameters may be there, or not.
+    """
     check_type("params", params, dict, "pass a dict of arrays by name")
     if table is not None:
         check_rank("table", table, 2, "[E_logical, F]")
@@ -270,10 +277,12 @@ def check_params(
     extents: dict[str, Any] = extents_of(plan, ffn=0, num_logical_experts=num_logical_experts, on_device=on_device)
     extents |= {"ffn": _width(params, "ffn"), "shared_ffn": _width(params, "shared_ffn")}
     rows = {row.name: row for row in _known_rows(plan, router, activation)}
+    if routed:
+        rows |= {row.name: row for row in rows_of("router")}
     found = [f"{name!r} is unknown here; {suggest(name, rows)}" for name in params if name not in rows]
     found += _misshapen(params, rows, extents, where)
     for name, row in rows.items():
-        if name not in params and not row.optional:
+        if name not in params and not row.optional and not (routed and row.part == "router"):
             shape = tuple(extents[dim] for dim in row.dims)
             found.append(f"{name!r} is missing; its shape {where} is {shape}")
     raise_all(found, "params")
@@ -296,16 +305,16 @@ def _misshapen(
     return found
 
 
-def _known_rows(plan: Plan, router: RouterConfig, activation: Choice) -> tuple[Parameter, ...]:
-    """The parameters that a layer with this plan, router and activation knows."""
+def _known_rows(plan: Plan, router: RouterConfig | None, activation: Choice) -> tuple[Parameter, ...]:
+    """The parameters that a layer with this plan, router (None: the choices are made outside) and activation knows."""
     facts = {
         "gated": activation_of(activation).gated,
-        "selection_bias": router.selection_bias,
+        "selection_bias": router is not None and router.selection_bias,
         "shared": plan.num_shared_experts > 0,
         "constants": plan.num_const_experts > 0,
     }
     hold = {fact for fact, holds in facts.items() if holds}
-    return tuple(row for row in TABLE if row.needs <= hold)
+    return tuple(row for row in TABLE if row.needs <= hold and (router is not None or row.part != "router"))
 
 
 def _width(params: Mapping[str, Any], dim: str) -> int | str:
