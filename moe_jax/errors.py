@@ -64,6 +64,10 @@ class UnsupportedError(MoEError, NotImplementedError):
     """A legal request that this version or this back end cannot serve."""
 
 
+class MemoryLimitError(MoEError, MemoryError):
+    """What was asked for does not fit the memory of the devices."""
+
+
 class CompilationError(MoEError, RuntimeError):
     """A compiler refuses a program, or ends without a result."""
 

@@ -42,14 +42,23 @@ hypothesis.settings.load_profile("default")
 # everything is optimised as users have it. JAX_DISABLE_MOST_OPTIMIZATIONS=0 or 1 in the environment decides for all
 # files instead: the step "newest" of .ci/run sets 0, so that CI runs the same tests both ways.
 LAWS_ABOUT_VALUES = {
+    "test_aclnn_run",
+    "test_add_rms_norm",
     "test_derivatives",
     "test_dispatch",
     "test_elastic",
     "test_fused",
     "test_hierarchy",
     "test_layer",
+    "test_layer_tables",
     "test_layout",
+    "test_map_experts",
+    "test_one_device",
+    "test_own_mesh",
     "test_ragged",
+    "test_transports",
+    "test_update_expert",
+    "test_weightless",
 }
 OPTIMISE_LESS = "jax_disable_most_optimizations"
 assert all(Path(__file__).with_name(f"{name}.py").exists() for name in LAWS_ABOUT_VALUES)

@@ -96,6 +96,9 @@ CASES = {
     "padded, tp, bf16, shared": Case({"ep": 4, "tp": 2}, transport="padded", **SHARED),
     "padded, quantised": Case({"ep": 4}, transport="padded", **CODED),
     "padded, replicas, fp16, special, gelu": Case({"ep": 2, "tp": 2, "dp": 2}, "gelu", transport="padded", **FP16),
+    "padded, weights split over replicas": Case(
+        {"ep": 2, "tp": 2, "dp": 2}, transport="padded", param_axes="dp", **DROP
+    ),
     "allgather": Case({"ep": 8}, transport="allgather"),
     "allgather, tp, bf16, shared": Case({"ep": 2, "tp": 2}, transport="allgather", **SHARED),
     "allgather, quantised": Case({"ep": 4}, transport="allgather", **CODED),
@@ -340,6 +343,20 @@ def test_data_parallelism_adds_the_gradients_of_the_experts():
     forward = copied["forward"].wire_bytes - alone.cost(FFN)["forward"].wire_bytes
     assert both - forward >= 2 * experts * 3 // 4 and forward < 100
     assert plan.num_replicas == 4 and copied == alone.cost(FFN, num_replicas=4)
+
+
+def test_weights_split_over_replicas_are_gathered_and_their_gradients_scattered():
+    """A forward pass gathers what others hold; a backward pass leaves each its part, added over other replicas."""
+    mesh = AbstractMesh((2, 4, 8, 1), ("pod", "data", "ep", "tp"))
+    split, whole = (
+        moe.make_plan(mesh, **SIZES, transport="padded", param_axes=axes).cost(FFN) for axes in ("data", ())
+    )
+    experts = 3 * (EXPERTS // 8) * HIDDEN * FFN * 4
+    forward, both = (split[phase].wire_bytes - whole[phase].wire_bytes for phase in PHASES)
+    assert forward == experts * 3 // 4
+    assert both == forward + experts * 3 // 4 + 2 * (experts // 4) // 2 - 2 * experts * 7 // 8
+    phases = {phase.name: phase for phase in split["forward"].phases}
+    assert phases["products"].inside_bytes == forward and phases["products"].wire_seconds > 0
 
 
 def test_latency_bounds_a_decode_step():

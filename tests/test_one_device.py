@@ -19,6 +19,7 @@ from layer_cases import compare, make, make_params, steered_tokens, value_and_gr
 import moe_jax as moe
 from moe_jax import errors, reference
 from moe_jax.hlo.contract import contract_of
+from moe_jax.layer.grouping import feed_forward
 from moe_jax.layer.rounds import routed_sum
 from moe_jax.layer.weightless import Constants
 from moe_jax.tools.bench.programs import with_backward
@@ -58,8 +59,8 @@ def program(plan, chunks):
 
     def device(ids, experts, x, weights, ct):
         def added(experts, x, weights):
-            options = {"activation": "swiglu", "rank_table": None, "chunks": chunks}
-            y, *counts = routed_sum(ids, experts, constants, x, weights, plan, **options)
+            kind, options = feed_forward("swiglu"), {"rank_table": None, "chunks": chunks}
+            y, *counts = routed_sum(ids, experts, constants, x, weights, plan, kind, **options)
             return y, counts
 
         constants = Constants(None, None, None)
@@ -143,7 +144,7 @@ def test_second_derivatives_read_no_row_that_is_not_there():
     def device(ids, experts, x, weights, w_down):
         constants, options = Constants(None, None, None), {"rank_table": None}
         experts = experts | {"w_down": w_down}
-        return routed_sum(ids, experts, constants, x, weights, plan, activation="swiglu", chunks=1, **options)[0]
+        return routed_sum(ids, experts, constants, x, weights, plan, feed_forward("swiglu"), chunks=1, **options)[0]
 
     run = over_mesh(mesh_of(1, 1), device)
     fixed = jax.tree.map(lambda a: a[None, None], (ids, experts, x))

@@ -133,6 +133,17 @@ def test_auto_weighs_hierarchy_where_the_mesh_spans_nodes():
         assert "would take" not in inside.transport_reason
 
 
+def test_auto_leaves_out_what_the_compiler_refuses():
+    """A ragged exchange between more than 16 v5e; who asks for it is told."""
+    large = make(ep=64, tokens_per_rank=1024, hardware="v5e")
+    assert large.transport == "padded" and "ragged" not in large.transport_reason
+    assert "ragged" in make(ep=16, hardware="v5e").transport_reason
+    words = "refuses a ragged exchange on more than 16 devices"
+    assert words in make(ep=64, hardware="v5e", transport="ragged").transport_reason
+    for other in ({"ep": 16, "hardware": "v5e"}, {"ep": 64, "hardware": "v5p"}):
+        assert words not in make(**other, transport="ragged").transport_reason
+
+
 def test_describe_names_chunks_and_capacity_where_they_matter():
     """Rows that travel while others are multiplied; rows of an exchange that carry nothing."""
     big = make(ep=8, tokens_per_rank=4096, hardware="v5e", transport="padded").describe(ffn=2048)

@@ -373,6 +373,7 @@ def _steps(
         *of_rows,
         *(transport.added_steps(plan, size, machine, backward) if plan.exchanges else []),
         *(step for f in (routed, shared) for step in _ffn_steps(f, plan.hidden, size.itemsize, backward)),
+        _gathers(plan, layout, routed),
         *_sums(plan, size, layout, routed, shared, backward),
     ]
 
@@ -391,10 +392,27 @@ def _sums(plan: "Plan", size: "Size", layout: Layout, routed: "_Ffn", shared: "_
     floats += plan.hidden * plan.num_ids * WIDE
     narrow = plan.hidden * (3 * plan.num_const_experts + shared.projections * shared.width) * size.sum_item
     sums = (floats + narrow,) if size.sum_item == WIDE else (floats, narrow)
-    of_replicas = routed.projections * routed.experts * plan.hidden * routed.width * WIDE
-    replicated = tuple(Collective("all-reduce", everyone, handed) for handed in sums if handed)
-    experts = (Collective("all-reduce", replicas, of_replicas),) if of_replicas else ()
-    return [Step(ROUTE, (rounds, counts)), Step(GRADIENTS, (*replicated, *experts))]
+    # Of weights that are split over replicas each device gets its part of the sum, which is then added over the others.
+    of_experts = _expert_weights(plan, routed) * WIDE
+    others = tuple(name for name in replicas if name not in layout.params)
+    experts = (
+        Collective("reduce-scatter", layout.params, of_experts),
+        Collective("all-reduce", others, of_experts // layout.group(layout.params).size),
+    )
+    replicated = tuple(Collective("all-reduce", everyone, handed) for handed in sums)
+    exchanges = tuple(exchange for exchange in (*replicated, *experts) if exchange.handed)
+    return [Step(ROUTE, (rounds, counts)), Step(GRADIENTS, exchanges)]
+
+
+def _gathers(plan: "Plan", layout: Layout, routed: "_Ffn") -> Step:
+    """The weights of experts made whole, where they are split over replicas: one gather for each projection."""
+    part = _expert_weights(plan, routed) * WIDE // routed.projections // layout.group(layout.params).size
+    return Step(PRODUCTS, (Collective("all-gather", layout.params, part),) * (routed.projections if part else 0))
+
+
+def _expert_weights(plan: "Plan", routed: "_Ffn") -> int:
+    """Numbers in the weights of a device's routed experts, whole along H."""
+    return routed.projections * routed.experts * plan.hidden * routed.width
 
 
 def rounds_step(plan: "Plan") -> Step:

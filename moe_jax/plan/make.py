@@ -72,9 +72,9 @@ def make_plan(
         reduce-scatter back), "hierarchy" (a token crosses to each node of a mesh with a "node" axis once, and one
         partial sum comes back; without that axis all ranks are one node, inside which rows go from rank to rank), or
         "auto": whichever should take the least time to move rows in a forward and a backward pass of the layer on
-        ``hardware``, see ``moe_jax.plan.cost``; "ragged" not on CPUs, and "hierarchy" where the mesh has an axis
-        "node" alone. Where one device holds all experts, it takes "padded". ``Plan.describe()`` has the times of all
-        candidates, and says what a mesh with such an axis would change.
+        ``hardware``, see ``moe_jax.plan.cost``; "ragged" not on CPUs, and "hierarchy" only where experts are spread
+        over several axes. Where one device holds all experts, it takes "padded". ``Plan.describe()`` has the times of
+        all candidates, and says what an axis of nodes would change.
       overflow: "dropless": what does not fit into a round waits for the next; "drop": it is dropped and counted. Each
         pair of ranks keeps the front of its list, which is sorted by expert: the last experts of a rank lose most.
       capacity_factor: rows that a pair of ranks can move in a round of the layer, relative to the balanced load,
@@ -213,15 +213,24 @@ def _with_least_time(plan: Plan) -> Plan:
 def _of_nodes(plan: Plan, taken: Cost) -> str:
     """What "hierarchy" would take if the mesh said which ranks share a node; "" where it would not be faster."""
     node, inside = plan.hardware.devices_per_node, plan.ep_size * plan.tp_size
-    if plan.num_nodes > 1 or node is None or inside <= node or inside % node or node % plan.tp_size:
+    if plan.ep_axis[:-1] or "node" in dict(plan.mesh_axes):
         return ""
-    nodes = inside // node
-    spread = tuple(
-        axis
-        for name, size in plan.mesh_axes
-        for axis in ([("node", nodes), (name, size // nodes)] if name == "ep" else [(name, size)])
+    if node is None or inside <= node or inside % node or node % plan.tp_size:
+        return ""
+    ep, nodes = plan.ep_axis[-1], inside // node
+    sizes = dict(plan.mesh_axes) | {"node": nodes, ep: plan.ep_size // nodes}
+
+    def spread(names):
+        return tuple(each for name in names for each in (("node", ep) if name == ep else (name,)))
+
+    plan = dataclasses.replace(
+        plan,
+        mesh_axes=tuple((name, sizes[name]) for name in spread(name for name, _ in plan.mesh_axes)),
+        ep_axis=("node", ep),
+        token_axes=spread(plan.token_axes),
+        num_nodes=nodes,
+        transport="hierarchy",
     )
-    plan = dataclasses.replace(plan, mesh_axes=spread, ep_axis=("node", "ep"), num_nodes=nodes, transport="hierarchy")
     cost = rows_cost(plan)
     if cost.seconds >= taken.seconds:
         return ""

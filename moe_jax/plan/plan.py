@@ -12,6 +12,7 @@ from moe_jax.hardware import Machine
 from moe_jax.hardware.machine import Link, Torus
 from moe_jax.plan.cost import Cost, plan_costs
 from moe_jax.plan.describe import describe
+from moe_jax.plan.memory import Memory, Question, plan_memory
 from moe_jax.plan.transport_table import transport_of
 from moe_jax.plan.workspace import workspace
 from moe_jax.quant import Recipe, recipe
@@ -239,7 +240,7 @@ class Plan:
 
         A ``Cost`` has seconds by phase of the layer ("route", "dispatch", ...) and what bounds them, and the bytes that
         stay inside a node apart from those that go to other nodes. Which ranks share a node follows from
-        ``mesh_axes`` and ``devices_per_node`` of the machine; an axis "node" of the mesh says it by itself.
+        ``mesh_axes`` and ``devices_per_node`` of the machine; where ``ep_axis`` has several axes, these say it.
 
         Args:
           ffn: F, width of an expert, divisible by tp; a shared expert is as many times as wide as there are. 0 leaves
@@ -263,6 +264,64 @@ class Plan:
         return plan_costs(
             self, ffn, activation=activation, num_replicas=num_replicas, platform=platform, hardware=hardware
         )
+
+    def memory(
+        self,
+        ffn: int,
+        *,
+        activation: Choice = "swiglu",
+        layers: int = 1,
+        optimizer: str = "adamw",
+        param_dtype: str = "float32",
+        remat: bool = False,
+        call: str = "layer",
+        chunks: int = 1,
+        hardware: Machine | str | None = None,
+    ) -> Memory:
+        """What one device holds at the largest moment, in bytes, as the compiler of its platform places arrays.
+
+        Args:
+          ffn: F, width of an expert, divisible by tp; a shared expert is as many times as wide as there are.
+          activation: as for ``moe_on_mesh``.
+          layers: how many layers like this one the model has.
+          optimizer: "adamw" or "adam" (two fp32 numbers for each parameter), "momentum" (one), "sgd" (none), or "none":
+            inference, where there are no gradients and nothing is kept.
+          param_dtype: of the parameters but the router's, which are fp32.
+          remat: whether each layer is computed again in the backward pass (``jax.checkpoint``), and keeps its input
+            alone.
+          call: "layer", or "dispatch": a call of ``dispatch`` alone, which has room for the worst skew. It has neither
+            parameters nor layers, and depends on the plan and ``hardware`` alone.
+          chunks: as for ``moe_on_mesh``.
+          hardware: a ``moe_jax.hardware.Machine``, its name, or the path of a TOML file; None: the plan's.
+
+        Returns:
+          A ``Memory``. ``memory.fits()`` says whether the machine has that much, ``memory.check_fits()`` raises where
+          it has not, and ``memory.smallest_change()`` says what would help. docs/planner.md says how right it all is.
+
+        Raises:
+          InvalidArgumentError: an argument is not as above.
+          UnsupportedError: the plan puts shared experts on ranks of their own, which the layer does not serve.
+
+        >>> import moe_jax as moe
+        >>> moe.emulate_devices(2)  # leave this out where there are accelerators
+        >>> sizes = {"tokens_per_rank": 4, "hidden": 8, "num_experts": 4, "top_k": 2, "dtype": "float32"}
+        >>> plan = moe.make_plan(moe.make_mesh(ep=2), **sizes)
+        >>> memory = plan.memory(64, hardware="h100")
+        >>> memory.weights, memory.gradients, memory.optimizer, memory.fits()
+        (12416, 12416, 24832, True)
+        """
+        asked = Question(
+            ffn=ffn,
+            activation=activation,
+            layers=layers,
+            optimizer=optimizer,
+            param_dtype=param_dtype,
+            remat=remat,
+            call=call,
+            chunks=chunks,
+            hardware=hardware,
+        )
+        return plan_memory(self, asked)
 
     def describe(self, *, ffn: int | None = None, activation: Choice = "swiglu") -> str:
         """The plan in words: sizes, choices with their reasons, bytes and costs per device.

@@ -74,29 +74,33 @@ class Layout(NamedTuple):
     Attributes:
       axes: names and sizes of the mesh axes, outermost first.
       replicas: the axes that replicate the whole group.
+      params: those of them along which the weights of experts are split as well.
       node: devices that share a node; a number that no mesh reaches where all of them do.
     """
 
     axes: tuple[tuple[str, int], ...]
     replicas: tuple[str, ...]
+    params: tuple[str, ...]
     node: int
 
     @classmethod
     def of(cls, plan: "Plan", machine: Machine, num_replicas: int) -> "Layout":
         """The layout of the plan's mesh on ``machine``.
 
-        A mesh with an axis "node" says itself which devices share one, but a node never has more devices than the
-        machine's. Any other number of replicas than the plan's is that of an outermost axis in place of its own.
+        Where experts are spread over several axes, the last of them lies inside a node and the others go from node to
+        node; but a node never has more devices than the machine's. Any other number of replicas than the plan's is that
+        of an outermost axis in place of its own, whose devices hold the weights of their experts whole.
         """
-        axes, replicas = plan.mesh_axes, plan.dp_axis
+        axes, replicas, params = plan.mesh_axes, plan.dp_axis, plan.param_axes
         if num_replicas != plan.num_replicas:
-            replicas = ("replicas",)
+            replicas, params = ("replicas",), ()
             axes = (("replicas", num_replicas), *(axis for axis in axes if axis[0] not in plan.dp_axis))
-        names = [name for name, _ in axes]
+        names, across = [name for name, _ in axes], plan.ep_axis[:-1]
         node = machine.devices_per_node or math.prod(size for _, size in axes)
-        if machine.between is not None and "node" in names:
-            node = min(node, math.prod(size for _, size in axes[names.index("node") + 1 :]))
-        return cls(axes, replicas, node)
+        if machine.between is not None and across:
+            innermost = max(names.index(name) for name in across)
+            node = min(node, math.prod(size for _, size in axes[innermost + 1 :]))
+        return cls(axes, replicas, params, node)
 
     def group(self, axes: tuple[str, ...]) -> Group:
         """The group of a rank along ``axes``."""
@@ -118,11 +122,6 @@ def _group(axes: tuple[tuple[str, int], ...], names: frozenset[str], node: int) 
     keys = np.arange(len(rows))[:, None] * (nodes.max() + 1) + rows
     _, members = np.unique(keys, return_counts=True)
     return Group(size, size - int(members.min()), span)
-
-
-def tp_axes(plan: "Plan") -> tuple[str, ...]:
-    """The axis along which experts are split, as a tuple; empty where there is none."""
-    return plan.exchange_axes[len(plan.ep_axis) :]
 
 
 def leaves(op: str, size: int, handed: int) -> int:

@@ -7,6 +7,7 @@ from moe_jax import collectives, layout
 from moe_jax.derivatives import differentiated_as, take_rows
 from moe_jax.plan import Plan
 from moe_jax.plan.cost import WIDE, recoded, rounds_step, row_bytes
+from moe_jax.plan.moments import Held
 from moe_jax.plan.steps import COMBINE, DISPATCH, ROUTE, Collective, Step
 from moe_jax.quant.message import join_some, split_some
 from moe_jax.transports.base import (
@@ -118,6 +119,23 @@ class AllGather(Transport):
         out = row_bytes(plan.quant, plan.hidden, plan.dtype)
         buffers = {"inbox": tokens * out, "return": tokens * plan.hidden * WIDE}
         return buffers, 2 * tokens * plan.top_k + plan.num_rows(capacity)
+
+    def held(self, plan, capacity, platform):
+        tokens = plan.tp_size * plan.ep_size * plan.tokens_per_rank
+        row, wide = plan.hidden * jnp.dtype(plan.dtype).itemsize, plan.hidden * WIDE
+        buffers, _ = self.buffers(plan, capacity)
+        return Held(
+            out=buffers["inbox"] + plan.tokens_per_rank * row,
+            arrived=buffers["inbox"],
+            placed=buffers["return"],
+            back=buffers["return"] + plan.tokens_per_rank * wide,
+            returned=0,
+            collected=plan.tokens_per_rank * wide,
+            adjoint=tokens * (row + wide),
+            sums=buffers["return"],
+            # XLA:TPU gathers the rows of all choices first, where others read them inside of what they make.
+            weighed=tokens * (plan.pairs_per_token * row + wide) if platform == "tpu" else 0,
+        )
 
     def steps(self, plan, size, backward):
         axes, pairs = plan.exchange_axes, plan.num_pairs * WIDE

@@ -6,6 +6,7 @@ is no longer than ``plan.pair_capacity``, as in the layer, and else chunks of th
 
 import abc
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,8 @@ from moe_jax.collectives.exchange import Blocks, Chunks, Exchange, Receiving, Sl
 from moe_jax.derivatives import custom_gradient, take_rows
 from moe_jax.plan import Plan
 from moe_jax.plan.cost import WIDE, recoded, row_bytes, unplaced_bytes
-from moe_jax.plan.steps import COMBINE, DISPATCH, ROUTE, Collective, Step, tp_axes
+from moe_jax.plan.moments import Held
+from moe_jax.plan.steps import COMBINE, DISPATCH, ROUTE, Collective, Step
 from moe_jax.quant.message import join_some, split_some
 from moe_jax.transports import linear
 from moe_jax.transports.base import (
@@ -215,8 +217,36 @@ class AllToAll(Transport):
         buffers = {"outbox": sent * out, "inbox": inbox * out, "return": plan.num_pairs * back}
         return buffers, sent + 3 * plan.num_pairs + inbox + plan.num_rows(capacity)
 
+    def held(self, plan, capacity, platform):
+        buffers, _ = self.buffers(plan, capacity)
+        row = plan.hidden * jnp.dtype(plan.dtype).itemsize
+        inbox = plan.ep_size * capacity * row  # of this tp rank
+        slots, pairs = plan.tp_size * inbox, plan.num_pairs * row
+        returned = self.sent_rows(plan, capacity) * row
+        gathered = inbox if plan.tp_size > 1 else 0
+        out = buffers["inbox"] + max(buffers["outbox"] + self.chunk_rows(plan, capacity) * row, gathered)
+        if capacity > plan.pair_capacity and platform != "gpu":
+            # A long inbox is filled bit by bit. XLA:TPU and XLA:CPU make it out of another one, which is empty, and on
+            # CPU that stays.
+            out = out + buffers["inbox"] if platform == "cpu" else max(out, 2 * buffers["inbox"])
+        return Held(
+            out=out,
+            arrived=slots,
+            placed=slots,
+            back=max(slots + gathered, inbox + returned),
+            returned=returned,
+            collected=pairs,
+            adjoint=slots,
+            sums=0,
+            weighed=0,
+        )
+
+    def chunk_rows(self, plan: Plan, capacity: int) -> int:
+        """Rows that the exchange of a round has in memory between outbox and inbox."""
+        return 0
+
     def steps(self, plan, size, backward):
-        ep, tp, tokens, pairs = plan.ep_axis, tp_axes(plan), plan.tokens_per_rank, plan.num_pairs
+        ep, tp, tokens, pairs = plan.ep_axis, plan.tp_axes, plan.tokens_per_rank, plan.num_pairs
 
         def out(phase, rows, message):
             exchange = Collective("all-to-all", ep, size.sent * message, carries_rows=True)
@@ -272,14 +302,30 @@ class Padded(AllToAll):
         slots = plan.ep_size * capacity
         return slots if capacity <= plan.pair_capacity else min(slots, plan.num_pairs)
 
+    def chunk_rows(self, plan, capacity):
+        # Blocks for all ranks, and one more behind the slots, which a block that overhangs them is written into.
+        return 0 if capacity <= plan.pair_capacity else (plan.ep_size + 1) * plan.pair_capacity
+
+
+# In larger slices libtpu 0.0.42 refuses a ragged exchange: "not supported in limited ICI routing settings".
+_MOST_DEVICES = {"v5e": 16}
+
 
 class Ragged(AllToAll):
     """Slices of true length in one exchange."""
 
     name = "ragged"
 
+    def remark(self, plan):
+        most = _MOST_DEVICES.get(plan.hardware.name)
+        if most is None or _num_devices(plan) <= most:
+            return ""
+        return f"the compiler for {plan.hardware.name} refuses a ragged exchange on more than {most} devices"
+
     def automatic(self, plan):
-        return plan.platform != "cpu"  # which has no such instruction, and emulates it by equal blocks
+        return plan.platform != "cpu" and not self.remark(
+            plan
+        )  # which has no such instruction, and emulates it by equal blocks
 
     def source_of_rates(self, machine):
         costly = {"ragged_share": machine.ragged_share < 1, "relayout_passes": machine.relayout_passes > 0}
@@ -294,19 +340,33 @@ class Ragged(AllToAll):
     def even_size(self, plan, size):
         return size._replace(sent=min(size.sent, plan.num_pairs), returned=min(size.returned, plan.num_pairs))
 
+    def held(self, plan, capacity, platform):
+        held = super().held(plan, capacity, platform)
+        # Where chunks of all-to-all stand for the exchange, XLA:CPU has what goes back in four copies.
+        copies = 4 if platform == "cpu" else 0
+        return held._replace(back=held.back + copies * held.returned)
+
     def added_steps(self, plan, size, machine, backward):
-        """Passes over the rows at both ends of every exchange between ranks, where they change their layout for it."""
+        """Passes over the rows at both ends of every exchange between ranks, where they change their layout for it.
+
+        The compilers for v5e and v5p make 7 steps of that for each exchange.
+        """
         if plan.ep_size == 1 or not machine.relayout_passes:
             return []
         ends = machine.relayout_passes * 2 * (size.sent + size.slots)
         messages = {DISPATCH: size.out + size.ct * backward, COMBINE: size.back + size.ct * backward}
-        return [Step(phase, (), int(ends * message), launches=2) for phase, message in messages.items()]
+        launches = 7 * (1 + backward)
+        return [Step(phase, (), int(ends * message), launches) for phase, message in messages.items()]
 
     def wire_share(self, machine):
         return machine.ragged_share
 
 
 PADDED, RAGGED = Padded(), Ragged()
+
+
+def _num_devices(plan: Plan) -> int:
+    return math.prod(size for _, size in plan.mesh_axes)
 
 
 def _round_sizes(manifest: Any, start: Array | int, capacity: int, plan: Plan) -> Array:

@@ -33,6 +33,7 @@ from moe_jax.errors import InvalidArgumentError, check_type
 from moe_jax.hardware import Machine
 from moe_jax.layout import PairOrder
 from moe_jax.plan import Plan
+from moe_jax.plan.moments import Held
 from moe_jax.plan.steps import COMBINE, DISPATCH, Step
 from moe_jax.plan.transport_table import add_transport, is_taken
 from moe_jax.quant.message import split_some
@@ -122,6 +123,28 @@ class Transport(abc.ABC):
     @abc.abstractmethod
     def buffers(self, plan: Plan, capacity: int) -> tuple[dict[str, int], int]:
         """Of a round of ``capacity`` rows per pair of ranks: (bytes of each buffer by purpose, integers in maps)."""
+
+    def held(self, plan: Plan, capacity: int, platform: str) -> Held:
+        """What lies in memory while the rows of a round of ``capacity`` rows per pair of ranks travel.
+
+        ``platform``: whose compiler places it, "cpu", "gpu", "tpu" or "npu". The body takes every buffer to be there on
+        the way that it is for, and sums to come back.
+        """
+        buffers, _ = self.buffers(plan, capacity)
+        back = buffers.get("return", 0)
+        arrived, out = buffers.get("inbox", 0), sum(buffers.values()) - back
+        wide = 4 * plan.tokens_per_rank * plan.hidden
+        return Held(
+            out=out,
+            arrived=arrived,
+            placed=back,
+            back=back + wide,
+            returned=0,
+            collected=wide,
+            adjoint=arrived + back,
+            sums=0,
+            weighed=0,
+        )
 
     @abc.abstractmethod
     def steps(self, plan: Plan, size: Any, backward: bool) -> list[Step]:

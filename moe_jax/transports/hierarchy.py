@@ -26,7 +26,7 @@ from moe_jax.collectives.exchange import Blocks, Chunks, Exchange
 from moe_jax.derivatives import take_rows
 from moe_jax.plan import Plan
 from moe_jax.plan.cost import WIDE, recoded, rounds_step, row_bytes, unplaced_bytes
-from moe_jax.plan.steps import COMBINE, DISPATCH, ROUTE, Collective, Step, tp_axes
+from moe_jax.plan.steps import COMBINE, DISPATCH, ROUTE, Collective, Step
 from moe_jax.quant.message import join_some, split_some
 from moe_jax.transports import linear
 from moe_jax.transports.base import (
@@ -208,8 +208,13 @@ class Hierarchy(Transport):
         integers = node_slots * (1 + plan.pairs_per_token) + plan.tokens_per_rank * plan.num_nodes + sent + inbox + rows
         return buffers, integers
 
+    def held(self, plan, capacity, platform):
+        buffers, _ = self.buffers(plan, capacity)
+        held = super().held(plan, capacity, platform)
+        return held._replace(placed=held.arrived, adjoint=held.arrived + buffers["node_slots"] // 2)
+
     def steps(self, plan, size, backward):
-        across, inside, tp = _across(plan), _inside(plan), tp_axes(plan)
+        across, inside, tp = _across(plan), _inside(plan), plan.tp_axes
         counts, entries = plan.num_experts * WIDE, plan.pairs_per_token * WIDE  # entries: of a token
         of_pairs = Collective("all-to-all", across, size.node_slots * entries)  # destinations, and then weights
 
