@@ -1,6 +1,7 @@
 """The differentiable MoE layer: route, send tokens through their experts in rounds, add the shared experts."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from moe_jax.activations import Choice, check_activation
 from moe_jax.config import RouterConfig
 from moe_jax.errors import (
     InvalidArgumentError,
+    check_array,
     check_choice,
     check_count,
     check_dtype,
@@ -48,6 +50,7 @@ def moe_layer(
     rank_table: Array | None = None,
     chunks: int = 1,
     routing: Routing | tuple[Array, Array] | None = None,
+    router_x: Array | None = None,
 ) -> tuple[Array, LayerStats]:
     """One Mixture-of-Experts layer. Call it per shard, inside ``shard_map`` with ``check_vma=True``.
 
@@ -87,10 +90,13 @@ def moe_layer(
         ``Routing``, whose losses are then those of the result. Ids are what the router would choose: logical ones with
         ``table``; those of weightless experts follow the others. ``router`` may then be None, and the router's
         parameters may be left out; those that are there are not read.
+      router_x: [T, H_r] in any float dtype, what the router sees where that is not what the experts see, such as a
+        token before it is projected to H, or under another norm; params["router"] is then [H_r, E']. Not with
+        ``routing``.
 
     Returns:
-      y [T, H] in ``plan.dtype``, and LayerStats over all tokens of the mesh. Differentiable in x and every float
-      parameter except ``selection_bias``, and in the weights of ``routing``, with whose tuple there are no losses.
+      y [T, H] in ``plan.dtype``, and LayerStats over all tokens of the mesh. Differentiable in x, ``router_x``, the
+      weights of ``routing`` and every float parameter except ``selection_bias``. A tuple ``routing`` has no losses.
       Forward mode and derivatives of higher order need a plan with ``plan.max_rounds == 1``.
 
     Raises:
@@ -112,10 +118,14 @@ def moe_layer(
     check_dtype("x", x, (plan.dtype,), "the plan's dtype: cast x, or make a plan with dtype=...")
     if token_mask is not None:
         check_mask("token_mask", token_mask, x.shape[:1], "[T]")
+    if router_x is not None:
+        check_router_x(router_x, x.shape[:1], routing)
     choices = None if routing is None else choices_of(routing)
     if choices is not None:
         check_choices(*choices, (plan.tokens_per_rank, plan.top_k))
-    check_params(params, plan, router, activation, on_device=True, table=table, routed=routing is not None)
+    check_params(
+        params, plan, router, activation, on_device=True, table=table, routed=choices is not None, router_x=router_x
+    )
     if router is not None:
         check_router(router, plan, None if table is None else table.shape[0])
     if table is not None:
@@ -127,6 +137,7 @@ def moe_layer(
         table,
         rank_table,
         choices,
+        router_x,
         plan=plan,
         router=router,
         activation=activation,
@@ -143,6 +154,7 @@ def layer_of_shard(
     table: Array | None,
     rank_table: Array | None,
     choices: tuple[Array, Array] | None,
+    router_x: Array | None,
     *,
     plan: Plan,
     router: RouterConfig | None,
@@ -155,16 +167,18 @@ def layer_of_shard(
     Between collectives every value is typed as varying over all axes of the plan. Results leave as the tokens came:
     over an axis of one device they vary only if an operand does, whatever the parameters do.
     """
-    axes_of_tokens = _compat.union_of_varying_axes((x, token_mask, table, rank_table, choices))
+    axes_of_tokens = _compat.union_of_varying_axes((x, token_mask, table, rank_table, choices, router_x))
     # 1. Operands. Parameters are typed as varying over axes of size 1, or JAX would sum their gradients there.
-    x = _compat.as_varying(x, plan.token_axes)
+    x, router_x = _compat.as_varying((x, router_x), plan.token_axes)
     params = _compat.as_varying_over_units(params, plan.token_axes)
     if token_mask is not None:  # padding may hold anything; from here on it is zero
         x = jnp.where(token_mask[:, None], x, jnp.zeros((), x.dtype))
+        if router_x is not None:
+            router_x = jnp.where(token_mask[:, None], router_x, jnp.zeros((), router_x.dtype))
     # 2. Every token chooses its experts, or has done so, and a table says which instances of them compute.
     if choices is None:
         assert router is not None  # as has been checked
-        logits, bias = router_logits(params, x), params.get("selection_bias")
+        logits, bias = router_logits(params, x if router_x is None else router_x), params.get("selection_bias")
         routing = choose_experts(logits, router, plan.top_k, bias, token_mask, plan.token_axes)
     else:
         routing = _routing_of(choices, token_mask, table, plan)
@@ -224,6 +238,15 @@ def choices_of(routing: Routing | tuple[Array, Array]) -> tuple[Array, Array]:
     return routing[0], routing[1]
 
 
+def check_router_x(router_x: Array, lead: tuple[int, ...], routing: Any) -> None:
+    """Raises unless ``router_x`` is something that a router can see of tokens of the shape ``lead``."""
+    check_array("router_x", router_x)
+    check_shape("router_x", router_x, (*lead, *router_x.shape[-1:]), "[T, H_r], as many tokens as x")
+    check_dtype("router_x", router_x, (jnp.floating,))
+    if routing is not None:
+        raise InvalidArgumentError("router_x was given beside routing=, which needs no router; leave one of them out")
+
+
 def check_choices(expert_ids: Array, combine_weights: Array, shape: tuple[int, ...]) -> None:
     """Raises unless these are choices of ``shape``, [T, K] on a device, that somebody made outside."""
     check_shape("expert_ids", expert_ids, shape, "[T, K], fixed by the plan; -1 for a choice that is none")
@@ -242,7 +265,7 @@ def check_chunks(chunks: int, plan: Plan) -> None:
 
 
 def router_logits(params: dict[str, Array], x: Array) -> Array:
-    """fp32 logits [T, E] at full precision: a choice must not depend on the back end's fast modes."""
+    """fp32 logits [T, E] of x [T, H_r], at full precision: a choice must not depend on the back end's fast modes."""
     with jax.named_scope("router"):
         logits = jnp.matmul(
             x.astype(jnp.float32), params["router"].astype(jnp.float32), precision=lax.Precision.HIGHEST

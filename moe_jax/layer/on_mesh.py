@@ -21,7 +21,7 @@ from moe_jax.errors import (
     check_mask,
     check_shape,
 )
-from moe_jax.layer.layer import check_choices, check_chunks, choices_of, layer_of_shard
+from moe_jax.layer.layer import check_choices, check_chunks, check_router_x, choices_of, layer_of_shard
 from moe_jax.layer.params import abstract_params, check_params, check_width, draw, param_spec
 from moe_jax.layer.placement import BALANCES, check_table
 from moe_jax.parameters import TABLE
@@ -42,6 +42,7 @@ def moe_on_mesh(
     num_logical_experts: int | None = None,
     chunks: int = 1,
     param_dtype: str = "float32",
+    router_hidden: int | None = None,
 ) -> tuple[Callable, Callable]:
     """The MoE layer on global arrays: ``init(key) -> params`` and ``apply(params, x) -> (y, stats)``.
 
@@ -63,9 +64,10 @@ def moe_on_mesh(
         None: it scores the plan's experts.
       chunks: parts in which the tokens of a device pass, see ``moe_layer``.
       param_dtype: "float32", "bfloat16" or "float16", of the parameters that ``init`` makes; ``apply`` takes any.
+      router_hidden: H_r, where ``apply`` is given ``router_x`` [..., H_r], which the router sees instead of x; None: H.
 
     Returns:
-      init: key -> dict of arrays in ``param_dtype``: router [H, E'], w_gate (if gated), w_up [E, H, F],
+      init: key -> dict of arrays in ``param_dtype``: router [H_r, E'], w_gate (if gated), w_up [E, H, F],
         w_down [E, F, H], selection_bias [E] if the router has one, shared_gate (if gated), shared_up, shared_down if
         there are shared experts, and router_bias, b_gate, b_up, b_down with ``use_bias``.
       apply: (params, x [..., H] in ``plan.dtype``, token_mask [...] bool or None) -> (y [..., H], LayerStats). Tokens
@@ -73,8 +75,9 @@ def moe_on_mesh(
         tokens_per_rank each; they are spread evenly over these devices, and where there are fewer, the rest is padding
         that goes nowhere and counts nowhere. So the same parameters serve plans of any size, such as one for long
         prompts and one for single steps. y is sharded over ``plan.token_axes``. The keywords ``table``, ``balance``
-        and ``rank_table`` are those of ``moe_layer``, the same on every device; so is ``routing``, choices that were
-        made outside, (expert_ids [..., K], combine_weights [..., K]) or a ``Routing`` of such arrays.
+        and ``rank_table`` are those of ``moe_layer``, the same on every device. ``routing`` and ``router_x`` are
+        too, but have the leading shape of x: (expert_ids [..., K], combine_weights [..., K]) or a ``Routing`` of such
+        arrays; and [..., H_r].
 
     Raises:
       InvalidArgumentError: ``ffn`` is not divisible by tp, the activation is unknown, ``chunks`` does not divide T, or
@@ -99,6 +102,7 @@ def moe_on_mesh(
         use_bias=use_bias,
         num_logical_experts=num_logical_experts,
         param_dtype=param_dtype,
+        router_hidden=router_hidden,
     )
     check_chunks(chunks, plan)
     num_tokens = plan.tokens_per_rank * plan.ep_size * plan.tp_size * plan.num_replicas
@@ -115,7 +119,7 @@ def moe_on_mesh(
         return drawn(key)
 
     @functools.partial(jax.jit, static_argnames="balance")
-    def layer(params, x, token_mask, table, rank_table, choices, balance):
+    def layer(params, x, token_mask, table, rank_table, choices, router_x, balance):
         """The layer as one program, where it is not part of a larger one."""
         in_specs = (
             {name: specs[name] for name in params},
@@ -124,8 +128,9 @@ def moe_on_mesh(
             None if table is None else everywhere,
             None if rank_table is None else everywhere,
             None if choices is None else (tokens, tokens),
+            None if router_x is None else tokens,
         )
-        given = (params, x, token_mask, table, rank_table, choices)
+        given = (params, x, token_mask, table, rank_table, choices, router_x)
         given = jax.tree.map(lambda array, spec: _compat.lay_out(array, mesh, spec), given, in_specs)
         shard = functools.partial(
             layer_of_shard, plan=plan, router=router, activation=activation, balance=balance, chunks=chunks
@@ -143,6 +148,7 @@ def moe_on_mesh(
         balance: str = "rank",
         rank_table: Array | None = None,
         routing: Routing | tuple[Array, Array] | None = None,
+        router_x: Array | None = None,
     ) -> tuple[Array, LayerStats]:
         check_array("x", x)
         lead = x.shape[:-1]
@@ -164,13 +170,26 @@ def moe_on_mesh(
             check_choices(*choices, (*lead, plan.top_k))
         elif router is None:
             raise MissingArgumentError("routing is missing: this layer was made with router=None; pass routing=(...)")
-        check_params(params, plan, router, activation, on_device=False, table=table, routed=choices is not None)
+        if router_x is not None:
+            check_router_x(router_x, lead, routing)
+        elif router_hidden is not None and routing is None:
+            raise MissingArgumentError(f"router_x is missing: this layer was made with router_hidden={router_hidden}")
+        check_params(
+            params,
+            plan,
+            router,
+            activation,
+            on_device=False,
+            table=table,
+            routed=choices is not None,
+            router_x=router_x,
+        )
         check_width(f"params: 'w_up' has shape {params['w_up'].shape}; its width", params["w_up"].shape[-1], plan)
         if table is not None:
             check_table(table)
         if lead != (num_tokens,):
-            x, token_mask, choices = _as_tokens(x, token_mask, choices, num_tokens, mesh)
-        y, stats = layer(params, x, token_mask, table, rank_table, choices, balance=balance)
+            x, token_mask, choices, router_x = _as_tokens(x, token_mask, choices, router_x, num_tokens, mesh)
+        y, stats = layer(params, x, token_mask, table, rank_table, choices, router_x, balance=balance)
         if lead != (num_tokens,):
             y = _compat.unsplit(y, mesh)[: math.prod(lead)].reshape((*lead, plan.hidden))
         return y, dataclasses.replace(stats, losses=routing.losses) if isinstance(routing, Routing) else stats
@@ -182,10 +201,11 @@ def _as_tokens(
     x: Array,
     token_mask: Array | None,
     choices: tuple[Array, Array] | None,
+    router_x: Array | None,
     num_tokens: int,
     mesh: Mesh | AbstractMesh,
-) -> tuple[Array, Array | None, tuple[Array, Array] | None]:
-    """x [..., H], its mask and choices as [N, H], [N] and [N, K], padded; the mask says what is padding."""
+) -> tuple[Array, Array | None, tuple[Array, Array] | None, Array | None]:
+    """All of these [..., X] as [N, X], with padding up to ``num_tokens`` of them; the mask says what is padding."""
     given = math.prod(x.shape[:-1])
     if token_mask is None and given < num_tokens:
         token_mask = jnp.ones(x.shape[:-1], bool)
@@ -194,7 +214,7 @@ def _as_tokens(
         array = jnp.reshape(_compat.unsplit(array, mesh), (given, *array.shape[lead:]))
         return jnp.pad(array, ((0, num_tokens - given), *[(0, 0)] * (array.ndim - 1)))
 
-    return jax.tree.map(functools.partial(rows, lead=x.ndim - 1), (x, token_mask, choices))
+    return jax.tree.map(functools.partial(rows, lead=x.ndim - 1), (x, token_mask, choices, router_x))
 
 
 def _split(spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> PartitionSpec:

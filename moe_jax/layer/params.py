@@ -75,6 +75,7 @@ def abstract_params(
     use_bias: bool = False,
     num_logical_experts: int | None = None,
     param_dtype: str = "float32",
+    router_hidden: int | None = None,
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """The parameters of ``moe_on_mesh`` without their values: shapes, dtypes and shardings, by name.
 
@@ -104,7 +105,11 @@ def abstract_params(
         check_count("num_logical_experts", num_logical_experts)
     if router is not None:
         check_router(router, plan, num_logical_experts)
-    extents = extents_of(plan, ffn=int(ffn), num_logical_experts=num_logical_experts)
+    if router_hidden is not None:
+        check_count("router_hidden", router_hidden)
+        if router is None:
+            raise InvalidArgumentError(f"router_hidden={router_hidden} was given and router is None; leave one out")
+    extents = extents_of(plan, ffn=int(ffn), num_logical_experts=num_logical_experts, router_hidden=router_hidden)
     abstract = {}
     for row in drawn_rows(plan, router, activation, use_bias):
         shape, sharding = tuple(extents[dim] for dim in row.dims), NamedSharding(mesh, param_spec(row.name, plan))
@@ -163,7 +168,7 @@ def place(params: Mapping[str, Any], mesh: Mesh, plan: Plan) -> dict[str, Array]
     rows = {name: BY_NAME[name] for name in params if name in BY_NAME}
     found = [f"{name!r} is unknown; {suggest(name, BY_NAME)}" for name in params if name not in BY_NAME]
     extents: dict[str, Any] = extents_of(plan, ffn=0)
-    extents |= {dim: _width(params, dim) for dim in ("ffn", "shared_ffn", "ids")}
+    extents |= {dim: _width(params, dim) for dim in ("ffn", "shared_ffn", "ids", "router_hidden")}
     found += _misshapen(params, rows, extents, "over the mesh")
     raise_all(found, "params")
     if isinstance(extents["ffn"], int):
@@ -199,7 +204,12 @@ def gathered(experts: dict[str, Array], plan: Plan) -> dict[str, Array]:
 
 
 def extents_of(
-    plan: Plan, *, ffn: int, num_logical_experts: int | None = None, on_device: bool = False
+    plan: Plan,
+    *,
+    ffn: int,
+    num_logical_experts: int | None = None,
+    on_device: bool = False,
+    router_hidden: int | None = None,
 ) -> dict[str, int]:
     """The extent of every axis in the table.
 
@@ -207,10 +217,12 @@ def extents_of(
       ffn: F; the shared expert is as many times as wide as the plan has shared experts.
       num_logical_experts: the experts that the router scores beside the weightless ones; None: it scores instances.
       on_device: whether the experts are those of one device, with the part of H that it holds, and not all of them.
+      router_hidden: the width of what the router sees; None: it sees the tokens.
     """
     return {
         "ids": plan.num_ids + (0 if num_logical_experts is None else num_logical_experts - plan.num_experts),
         "hidden": plan.hidden,
+        "router_hidden": plan.hidden if router_hidden is None else router_hidden,
         "expert_hidden": plan.hidden // (plan.num_param_shards if on_device else 1),
         "experts": plan.num_local_experts if on_device else plan.num_experts,
         "ffn": ffn,
@@ -264,18 +276,28 @@ def check_params(
     on_device: bool,
     table: Array | None = None,
     routed: bool = False,
+    router_x: Array | None = None,
 ) -> None:
     """Raises one error that lists all that is wrong with ``params``, those of one device or of the whole mesh.
 
     ``routed``: whether choices are made outside, so that the router's parameters may be there, or not.
+    ``router_x``: what the router sees instead of the tokens, [..., H_r].
     """
     check_type("params", params, dict, "pass a dict of arrays by name")
     if table is not None:
         check_rank("table", table, 2, "[E_logical, F]")
     num_logical_experts = None if table is None else table.shape[0]
     where = "on each device" if on_device else "over the mesh"
-    extents: dict[str, Any] = extents_of(plan, ffn=0, num_logical_experts=num_logical_experts, on_device=on_device)
-    extents |= {"ffn": _width(params, "ffn"), "shared_ffn": _width(params, "shared_ffn")}
+    extents: dict[str, Any] = extents_of(
+        plan,
+        ffn=0,
+        num_logical_experts=num_logical_experts,
+        on_device=on_device,
+        router_hidden=None if router_x is None else router_x.shape[-1],
+    )
+    extents |= {dim: _width(params, dim) for dim in ("ffn", "shared_ffn")}
+    if routed:  # nobody reads the router
+        extents["router_hidden"] = _width(params, "router_hidden")
     rows = {row.name: row for row in _known_rows(plan, router, activation)}
     if routed:
         rows |= {row.name: row for row in rows_of("router")}

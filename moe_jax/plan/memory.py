@@ -195,6 +195,7 @@ def _parameter_extents(plan: "Plan", ffn: int, activation: Choice) -> dict[str, 
     extents = {
         "ids": plan.num_ids,
         "hidden": plan.hidden,
+        "router_hidden": plan.hidden,
         "expert_hidden": plan.hidden // plan.num_param_shards,
         "experts": plan.num_local_experts,
         "ffn": ffn // plan.tp_size,

@@ -35,6 +35,7 @@ def moe_layer(
     token_mask: np.ndarray | None = None,
     special: WeightlessExperts | None = None,
     routing: tuple[np.ndarray, np.ndarray] | None = None,
+    router_x: np.ndarray | None = None,
 ) -> tuple[np.ndarray, routing_lib.Routing]:
     """y_t = shared(x_t) + sum over k ascending of weight_tk * expert_{id_tk}(x_t).
 
@@ -52,6 +53,7 @@ def moe_layer(
         vjp is written for them.)
       routing: (expert_ids [N, K], combine_weights [N, K]), choices made outside, -1 for none; ``router`` is not read,
         and the router's parameters need not be there.
+      router_x: [N, H_r], what the router sees; None: it sees x.
 
     Returns:
       y [N, H] f64 and the ``Routing``.
@@ -62,7 +64,7 @@ def moe_layer(
     """
     x = np.asarray(x, np.float64)
     if routing is None:
-        logits = _logits(params, x, token_mask)
+        logits = _logits(params, x if router_x is None else np.asarray(router_x, np.float64), token_mask)
         bias = _selection_bias(params, bias)
         chosen = routing_lib.route(logits, router, top_k=top_k, bias=bias, token_mask=token_mask)
     else:
@@ -96,23 +98,26 @@ def moe_layer_vjp(
     ct_balance: float = 0.0,
     ct_z: float = 0.0,
     routing: tuple[np.ndarray, np.ndarray] | None = None,
+    router_x: np.ndarray | None = None,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The cotangents of ``params`` and ``x`` in ``moe_layer``, through the experts, the weights and both losses.
 
     Args:
-      params, x, router, top_k, activation, bias, token_mask, routing: as given to ``moe_layer``.
+      params, x, router, top_k, activation, bias, token_mask, routing, router_x: as given to ``moe_layer``.
       ct_y: [N, H], cotangent of y; inactive tokens are not read.
       ct_balance, ct_z: cotangents of ``losses["balance"]`` and ``losses["z"]``.
 
     Returns:
       A dict of f64 cotangents with the keys and shapes of ``params`` (zero for ``selection_bias``, which only steers
       the choice), and ct_x [N, H] f64, zero for inactive tokens. With ``routing`` the router's parameters have
-      zeros, and ``combine_weights_vjp`` has the cotangents of the weights.
+      zeros, and ``combine_weights_vjp`` has the cotangents of the weights. With ``router_x`` ct_x is [N, H + H_r], the
+      cotangents of x and of ``router_x`` side by side.
     """
     x, ct_y = np.asarray(x, np.float64), np.asarray(ct_y, np.float64)
+    seen = x if router_x is None else np.asarray(router_x, np.float64)
     ct_logits = None
     if routing is None:
-        logits = _logits(params, x, token_mask)
+        logits = _logits(params, seen, token_mask)
         options = {"top_k": top_k, "bias": _selection_bias(params, bias), "token_mask": token_mask}
         chosen = routing_lib.route(logits, router, **options)
         ct_weights = combine_weights_vjp(params, x, ct_y, chosen, activation=activation)
@@ -120,16 +125,16 @@ def moe_layer_vjp(
     else:
         chosen = _given(params, routing, len(params["w_up"]), token_mask)
     ct_params = {name: np.zeros(np.shape(value)) for name, value in params.items()}
-    ct_x = np.zeros(x.shape)
+    ct_x, ct_seen = np.zeros(x.shape), np.zeros(seen.shape)
     for t in routing_lib.active_tokens(len(x), token_mask):
         if ct_logits is not None:
-            ct_x[t] += _router_vjp(params, x[t], ct_logits[t], ct_params)
+            ct_seen[t] = _router_vjp(params, seen[t], ct_logits[t], ct_params)
         ct_x[t] += _shared_vjp(params, x[t], ct_y[t], activation, ct_params)
         for e, weight in zip(chosen.expert_ids[t], chosen.combine_weights[t], strict=True):
             if e < 0:
                 continue
             ct_x[t] += _routed_vjp(params, x[t], weight * ct_y[t], e, activation, ct_params)
-    return ct_params, ct_x
+    return ct_params, ct_x + ct_seen if router_x is None else np.concatenate([ct_x, ct_seen], axis=1)
 
 
 def combine_weights_vjp(
@@ -154,7 +159,7 @@ def combine_weights_vjp(
 
 
 def _logits(params: Params, x: np.ndarray, token_mask: np.ndarray | None) -> np.ndarray:
-    """x @ router + router_bias, [N, E]; zero for inactive tokens, whose x may hold anything."""
+    """x [N, H_r] @ router + router_bias, [N, E]; zero for inactive tokens, whose x may hold anything."""
     _check_keys(params, routed=False)
     weight = np.asarray(params["router"], np.float64)
     logits = np.zeros((len(x), weight.shape[1]))
