@@ -355,7 +355,7 @@ def test_plain_output_ends_with_loss_and_sample(tmp_path):
 
 
 def test_plan(capsys):
-    assert main(["plan", str(ROOT / "configs" / "deepseek_v3.toml")]) == 0
+    assert main(["plan", str(ROOT / "configs" / "deepseek_v3.toml"), "--describe"]) == 0
     text = capsys.readouterr().out
     assert "ep=32 over node*ep" in text and "512 per device x 7168 bfloat16, top 8 of 256" in text
     assert text.count("flops; ") == 2 and "bound by" in text
@@ -444,10 +444,10 @@ def test_a_process_reports_bad_input_without_a_traceback():
 
 
 def test_help(capsys):
-    for command in ([], ["train"], ["verify"], ["plan"], ["bench"]):
+    for command in ([], ["train"], ["verify"], ["plan"], ["sweep"], ["bench"]):
         with pytest.raises(SystemExit) as caught:
             main([*command, "--help"])
         assert caught.value.code == 0
         text = capsys.readouterr().out
-        words = ["train", "verify", "plan", "bench"] if not command else ["--mesh", "--json"]
+        words = ["train", "verify", "plan", "sweep", "bench"] if not command else ["--mesh", "--json"]
         assert all(word in text for word in words)

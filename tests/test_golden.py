@@ -9,6 +9,8 @@ and looks at the difference that ``git diff tests/golden`` shows before it is co
 
 import difflib
 import os
+import re
+import shlex
 from pathlib import Path
 
 import jax
@@ -42,20 +44,29 @@ PLANS = {
         | {"overflow": "drop", "dtype": "float32"},
     ),
 }
-COMMANDS = ([], ["train"], ["verify"], ["plan"], ["bench"], ["eplb"])
+COMMANDS = ([], ["train"], ["verify"], ["plan"], ["sweep"], ["bench"], ["eplb"])
+HOW_TO = ROOT / "docs" / "how_to" / "compare_meshes.md"
+# A command in a block of its own, and the block of what it prints below it.
+PRINTED = re.compile(r"(?<=```sh\npython -m moe_jax )(?P<command>[^\n]*)\n```\n\n```text\n(?P<text>.*?)```", re.DOTALL)
 
 
 def compare(name: str, text: str) -> None:
     """Fails with the difference if the file says something else; writes the file if it is to be renewed."""
     path = GOLDEN / name
+    compare_file(path, path.read_text() if path.exists() else "", text)
+
+
+def compare_file(path: Path, frozen: str, text: str) -> None:
+    """``compare`` for any file, which says ``frozen`` so far."""
     if os.environ.get(RENEW):
         path.write_text(text)
-    frozen = path.read_text() if path.exists() else ""
+        return
     if text != frozen:
-        lines = difflib.unified_diff(frozen.splitlines(), text.splitlines(), f"tests/golden/{name}", "now", lineterm="")
+        name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
+        lines = difflib.unified_diff(frozen.splitlines(), text.splitlines(), str(name), "now", lineterm="")
         pytest.fail(
             "\n".join(lines)
-            + f"\n\nThis is not what tests/golden/{name} says. If the change is meant, renew the file and commit it:\n"
+            + f"\n\nThis is not what {name} says. If the change is meant, renew the file and commit it:\n"
             f"    {RENEW}=1 python -m pytest tests/test_golden.py",
             pytrace=False,
         )
@@ -104,9 +115,25 @@ def test_plans_in_words():
     compare("describe.txt", "\n".join(parts))
 
 
-def test_the_plan_command(capsys):
-    assert main(["plan", str(ROOT / "configs" / "deepseek_v3.toml")]) == 0
+def test_the_plan_command(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert main(["plan", "configs/deepseek_v3.toml", "--hardware", "v5p", "--describe"]) == 0
     compare("cli_plan.txt", capsys.readouterr().out)
+
+
+def test_the_how_to_shows_what_commands_print(capsys, monkeypatch, tmp_path):
+    """In a folder of its own, so that no row of an earlier sweep is there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+
+    def printed(block):
+        assert main(shlex.split(block["command"])) == 0
+        return f"{block['command']}\n```\n\n```text\n{capsys.readouterr().out}```"
+
+    before = HOW_TO.read_text()
+    after, count = PRINTED.subn(printed, before)
+    assert count == 3  # one for each question that the page answers
+    compare_file(HOW_TO, before, after)
 
 
 def test_help_of_every_command(capsys, monkeypatch):

@@ -26,7 +26,7 @@ from moe_jax.errors import CompilationError, InvalidArgumentError, MeshError, Un
 from moe_jax.hardware import GPUS
 from moe_jax.targets import target as target_module
 from moe_jax.targets.compile import _job_of_function
-from moe_jax.targets.target import find_target
+from moe_jax.targets.target import find_target, name_target
 
 ALONE = ["v5e:1x1", "v5p:1x1x1", "v6e:1x1", "h100:1"]
 ELSEWHERE = ["v5e:2x4", "v5p:2x2x2", "v6e:2x4", "a100:8", "h100:8", "h200:8", "b200:8", "gb200:8"]
@@ -211,6 +211,36 @@ def test_targets_by_name():
     assert find_target("h100:4").topology["topology"] == "1x1x4"
     assert find_target("h100:16").topology["topology"] == "1x2x8"
     assert find_target("cpu:3").num_devices == 3
+
+
+def test_the_target_of_so_many_devices():
+    """Each has as many devices as were asked for, on the topology that is most nearly square or a cube."""
+    for kind, counts in (("v5e", (1, 2, 4, 8, 16, 32, 64, 128, 256)), ("v5p", (1, 2, 4, 8, 16, 64, 256, 512))):
+        for count in counts:
+            assert find_target(name_target(kind, count)).num_devices == count
+    names = [name_target(*asked) for asked in (("v5e", 32), ("v5p", 4), ("v5p", 16), ("v5p", 256), ("cpu", 3))]
+    assert names == ["v5e:4x8", "v5p:2x2x1", "v5p:2x2x4", "v5p:4x8x8", "cpu:3"]
+    for asked, text in {("v5e", 6): "a multiple of them", ("h100", 12): "a multiple", ("v5", 4): "v5p"}.items():
+        with pytest.raises(InvalidArgumentError, match=text):
+            name_target(*asked)
+
+
+@pytest.mark.compilers
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["v5e", "v5p", "v6e"])
+def test_named_topologies_are_the_compilers(kind):
+    """In a process of its own, since the compiler wants an environment of its own."""
+    needs(name_target(kind, 4))
+    names = [name_target(kind, count) for count in (1, 2, 4, 8, 16, 32, 64, 128, 256)]
+    program = (
+        "from jax.experimental import topologies; from moe_jax.targets.target import find_target\n"
+        f"for name in {names!r}:\n"
+        "    target = find_target(name)\n"
+        "    devices = topologies.get_topology_desc(platform='tpu', **target.topology).devices\n"
+        "    assert len(devices) == target.num_devices, name\n"
+    )
+    environment = {**find_target(names[0]).environment(), "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
 
 
 @pytest.mark.parametrize("target,extra", [("v5e:2x4", "aot-tpu"), ("h100:8", "aot-gpu")])

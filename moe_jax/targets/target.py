@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from moe_jax import _compat
-from moe_jax.errors import InvalidArgumentError, UnsupportedError, suggest
+from moe_jax.errors import InvalidArgumentError, UnsupportedError, check_choice, check_count, suggest
 from moe_jax.hardware import GPUS, TPUS
 
 _GPUS_OF_A_HOST = 8
@@ -107,6 +107,41 @@ def find_target(name: str) -> Target:
     extents = f"1x{hosts}x{count // hosts}"  # slices, hosts, devices of a host
     topology = {"topology_name": "", "target_config": GPUS[kind].target_config(), "topology": extents}
     return Target(name=name, platform="gpu", num_devices=count, topology=topology)
+
+
+def name_target(kind: str, num_devices: int) -> str:
+    """The target of ``num_devices`` of a kind: "h100:64", and of TPUs the topology whose sides differ least.
+
+    Raises:
+      InvalidArgumentError: there is no such kind, or no topology of so many TPUs.
+
+    >>> from moe_jax.targets.target import name_target
+    >>> name_target("v5p", 64), name_target("v5e", 8), name_target("h100", 16)
+    ('v5p:4x4x4', 'v5e:2x4', 'h100:16')
+    """
+    check_choice("kind", kind, ("cpu", *TPUS, *GPUS))
+    check_count("num_devices", num_devices)
+    if kind not in TPUS:
+        return find_target(f"{kind}:{num_devices}").name
+    flat = TPUS[kind].count("x") == 1
+    if num_devices < _TPUS_OF_A_HOST:
+        return f"{kind}:1x{num_devices}" if flat else f"{kind}:1x1x{num_devices}"
+    # A host is 2 x 2 chips. Among all ways to lay hosts side by side, the one that is most nearly square or a cube.
+    hosts, left = divmod(num_devices, _TPUS_OF_A_HOST)
+    if left:
+        raise InvalidArgumentError(
+            f"num_devices={num_devices}: a host has {_TPUS_OF_A_HOST} {kind} chips; ask for a multiple of them"
+        )
+    shapes = [
+        (2 * i, 2 * j) if flat else (2 * i, 2 * j, k)
+        for i in range(1, hosts + 1)
+        for j in range(i, hosts // i + 1)
+        for k in ((1,) if flat else (hosts // (i * j),))
+        if i * j * k == hosts
+    ]
+    sides = min(shapes, key=lambda shape: (sum(shape), shape))
+    ordered = sides if sides[-1] == 1 else sorted(sides)  # the first two sides hold whole hosts
+    return f"{kind}:{'x'.join(map(str, ordered))}"
 
 
 def _is_installed(module: str) -> bool:

@@ -8,23 +8,17 @@ reads any more.
 import argparse
 import dataclasses
 import functools
-import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from moe_jax.config import DTYPES, Config, MeshConfig, ModelConfig, load_config, override, parse_mesh
-from moe_jax.errors import ConfigError, InvalidArgumentError, MoEError, check_count
+from moe_jax.config import DTYPES, Config, load_config, override, parse_mesh
+from moe_jax.errors import InvalidArgumentError, MoEError, check_count
 
 if TYPE_CHECKING:  # a command imports only what it needs, so that bad input is told at once
-    from jax.sharding import AbstractMesh
-
-    from moe_jax.plan import Plan
-
-PLAN_TOKENS = 512  # tokens per device of a shape that has no [train] section
-PLAN_DTYPE = "bfloat16"
+    from moe_jax.tools.planner.question import Terms
 
 
 class _Parser(argparse.ArgumentParser):
@@ -62,6 +56,7 @@ def _make_parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_verify(commands)
     _add_plan(commands)
+    _add_sweep(commands)
     _add_bench(commands)
     _add_eplb(commands)
     return parser
@@ -91,18 +86,60 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_plan(commands: argparse._SubParsersAction) -> None:
-    text = "print what a layer of CONFIG would do on its mesh: sizes, choices with reasons, bytes; needs no devices"
-    parser = commands.add_parser("plan", help=text, description=text, allow_abbrev=False)
-    parser.add_argument("config", metavar="CONFIG", help="TOML with [moe] and [model]: configs/deepseek_v3.toml")
+    text = "whether a layer of CONFIG fits on a mesh of some machine, how long it takes, and what bounds it"
+    parser = commands.add_parser("plan", help=text, description=text + "; needs no devices", allow_abbrev=False)
     parser.add_argument(
-        "--tokens-per-rank",
-        type=int,
-        metavar="N",
-        help=f"tokens per device (default: batch_size * seq_len / devices, or {PLAN_TOKENS} without [train])",
+        "config", metavar="CONFIG", nargs="?", help="TOML with [moe] and [model]: configs/deepseek_v3.toml"
     )
-    parser.add_argument("--dtype", choices=DTYPES, help=f"of the rows (default: train.dtype, or {PLAN_DTYPE})")
     _add_mesh_and_json(parser)
-    parser.set_defaults(command=_plan)
+    _add_question(parser)
+    compiled = "compile the layer with the machine's real compiler, and put its figures beside the estimates"
+    parser.add_argument("--compile", action="store_true", help=compiled)
+    described = "also print what the plan is: sizes, choices with reasons, bytes, exact counts"
+    parser.add_argument("--describe", action="store_true", help=described)
+    published = "instead: exchanges and training runs that others published, beside what the planner predicts for them"
+    parser.add_argument("--published", action="store_true", help=published)
+    parser.set_defaults(command=functools.partial(_plan, parser))
+
+
+def _add_sweep(commands: argparse._SubParsersAction) -> None:
+    text = "plans of CONFIG on several meshes beside each other, ranked, with a picture"
+    parser = commands.add_parser("sweep", help=text, description=text, allow_abbrev=False)
+    parser.add_argument("config", metavar="CONFIG", help="TOML with [moe] and [model]: configs/deepseek_v3.toml")
+    mesh = "a mesh to try, as often as there are meshes: axes ep, tp, nodes, dp; nodes not named: the machine's"
+    parser.add_argument("--mesh", action="append", default=[], metavar="ep=8,dp=8", help=mesh)
+    devices = "try all meshes of N devices that make sense: ep divides the experts, tp the width of one, dp is the rest"
+    parser.add_argument("--devices", type=int, metavar="N", help=devices)
+    _add_question(parser)
+    parser.add_argument("--compile", action="store_true", help="also compile the layer, by the machine's real compiler")
+    run = "also time the layer on the devices that are here, which must be of the machine's platform"
+    parser.add_argument("--run", action="store_true", help=run)
+    top = "compile and run only the N meshes that are predicted best (default: all of --mesh, 3 with --devices)"
+    parser.add_argument("--top", type=int, metavar="N", help=top)
+    out = "for sweep.jsonl, by which an interrupted sweep goes on, and sweep.png (default: sweeps/CONFIG)"
+    parser.add_argument("--out", metavar="DIR", help=out)
+    parser.add_argument("--json", action="store_true", help="print JSON lines")
+    parser.set_defaults(command=_sweep)
+
+
+def _add_question(parser: argparse.ArgumentParser) -> None:
+    """What a plan and a sweep can be asked about, beside the mesh."""
+    hardware = "h100, v5p, a3, ...: the machine, or a TOML file that describes one (default: what is here)"
+    parser.add_argument("--hardware", metavar="NAME", help=hardware)
+    tokens = "tokens of each device (default: batch_size * seq_len / devices, or 512 without [train])"
+    parser.add_argument("--tokens", type=int, metavar="N", help=tokens)
+    parser.add_argument("--tokens-per-rank", dest="tokens", type=int, help=argparse.SUPPRESS)  # its name until now
+    parser.add_argument("--dtype", choices=DTYPES, help="of the rows (default: train.dtype, or bfloat16)")
+    for name, rows in (
+        ("quant", "rows on their way to the experts: int8, fp8_e4m3, ..."),
+        ("combine-quant", "rows on their way back"),
+        ("backward-quant", "cotangents of rows, both ways"),
+    ):
+        parser.add_argument(f"--{name}", default="none", metavar="Q", help=f"recipe of {rows} (default: none)")
+    parser.add_argument("--layers", type=int, metavar="N", help="layers in memory at a time (default: model.layers)")
+    optimizer = "whose state is in memory: adamw, sgd, none, ... (default: adamw)"
+    parser.add_argument("--optimizer", default="adamw", metavar="NAME", help=optimizer)
+    parser.add_argument("--remat", action="store_true", help="compute the layer again in the backward pass")
 
 
 def _add_bench(commands: argparse._SubParsersAction) -> None:
@@ -180,20 +217,66 @@ def _verify(arguments: argparse.Namespace) -> int:
     return verify.run(mesh, arguments.backend, arguments.json)
 
 
-def _plan(arguments: argparse.Namespace) -> int:
-    config = _load(arguments)
-    if config.model is None:
-        raise ConfigError(f"{arguments.config}: has no [model] section; a plan needs model.hidden")
-    plan = _make_plan(config, config.model, arguments.tokens_per_rank, arguments.dtype)
-    experts = {"ffn": config.moe.ffn, "activation": config.moe.activation}
-    if arguments.json:
-        costs = {phase: dataclasses.asdict(cost) for phase, cost in plan.cost(**experts).items()}
-        workspaces = {"workspace": plan.workspace(), "dispatch_workspace": plan.workspace("dispatch")}
-        values = {**dataclasses.asdict(plan), **workspaces, "cost": costs}
-        print(json.dumps({"event": "plan", **values}))
-    else:
-        print(plan.describe(**experts))
-    return 0
+def _plan(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    if arguments.published:
+        given = [name for name, value in vars(arguments).items() if value != parser.get_default(name)]
+        if others := sorted({*given} - {"published", "json", "command"}):
+            other = "CONFIG" if others[0] == "config" else f"--{others[0].replace('_', '-')}"
+            raise InvalidArgumentError(
+                f"{other} does not go with --published, which has a list of its own; leave it out"
+            )
+        from moe_jax.tools import published
+
+        return published.run(json_lines=arguments.json)
+    if arguments.config is None:
+        parser.error("the following arguments are required: CONFIG")
+    config = load_config(arguments.config)
+    from moe_jax.tools.planner import screen
+
+    return screen.run(
+        config,
+        arguments.config,
+        arguments.mesh,
+        arguments.hardware,
+        _terms(arguments),
+        compiled=arguments.compile,
+        describe=arguments.describe,
+        json_lines=arguments.json,
+    )
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config)
+    from moe_jax.tools.planner import sweep
+
+    return sweep.run(
+        config,
+        arguments.config,
+        arguments.mesh,
+        arguments.hardware,
+        _terms(arguments),
+        num_devices=arguments.devices,
+        compiled=arguments.compile,
+        run=arguments.run,
+        top=arguments.top,
+        out=arguments.out or str(Path("sweeps") / Path(arguments.config).stem),
+        json_lines=arguments.json,
+    )
+
+
+def _terms(arguments: argparse.Namespace) -> "Terms":
+    from moe_jax.tools.planner.question import Terms
+
+    return Terms(
+        tokens=arguments.tokens,
+        dtype=arguments.dtype,
+        quant=arguments.quant,
+        combine_quant=arguments.combine_quant,
+        backward_quant=arguments.backward_quant,
+        layers=arguments.layers,
+        optimizer=arguments.optimizer,
+        remat=arguments.remat,
+    )
 
 
 def _eplb(arguments: argparse.Namespace) -> int:
@@ -262,26 +345,6 @@ def _refuse(parser: argparse.ArgumentParser, arguments: argparse.Namespace, *unr
             raise InvalidArgumentError(
                 f"{option} does not go with --target {target}, whose list is prepared; leave it out"
             )
-
-
-def _make_plan(config: Config, model: ModelConfig, tokens_per_rank: int | None, dtype: str | None) -> "Plan":
-    """The plan of one layer on a mesh of which only the shape exists, so it may be larger than this machine."""
-    from moe_jax.tools.train.model import make_layer_plan
-
-    train, num_devices = config.train, config.mesh.num_devices
-    if tokens_per_rank is None:
-        tokens_per_rank = train.batch_size * model.seq_len // num_devices if train else PLAN_TOKENS
-    dtype = dtype or (train.dtype if train else PLAN_DTYPE)
-    return make_layer_plan(config, model, _abstract_mesh(config.mesh), tokens_per_rank=tokens_per_rank, dtype=dtype)
-
-
-def _abstract_mesh(shape: MeshConfig) -> "AbstractMesh":
-    """The axes that `make_mesh` would build, without devices."""
-    from jax.sharding import AbstractMesh
-
-    axes = {"dp": shape.dp, "node": shape.nodes, "ep": shape.ep // shape.nodes, "tp": shape.tp}
-    kept = {name: size for name, size in axes.items() if size > 1 or name in ("ep", "tp")}
-    return AbstractMesh(tuple(kept.values()), tuple(kept))
 
 
 def _load(arguments: argparse.Namespace) -> Config:

@@ -1,9 +1,11 @@
 """Writing files so that each appears whole or not at all."""
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,6 +28,20 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         os.unlink(temporary)
         raise
     _sync_folder(path.parent)
+
+
+def append_line(file: FileIO, line: bytes) -> None:
+    """Adds ``line`` at the end of a file that is open for appending, unbuffered: whole, or not at all.
+
+    It is one write, so a killed run tears at most the last line of the file.
+
+    Raises:
+      OSError: there is no room for it.
+    """
+    end = file.tell()
+    if file.write(line) != len(line):
+        file.truncate(end)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def remove_unfinished(*paths: Path) -> None:

@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 import moe_jax as moe
 from moe_jax.config import Config, ModelConfig, TrainConfig
 from moe_jax.errors import ConfigError
+from moe_jax.hardware import Machine
 
 Params = dict[str, Any]
 
@@ -102,9 +103,21 @@ def build_decoder(config: Config, mesh: Mesh) -> Decoder:
 
 
 def make_layer_plan(
-    config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh, *, tokens_per_rank: int, dtype: str
+    config: Config,
+    model: ModelConfig,
+    mesh: Mesh | AbstractMesh,
+    *,
+    tokens_per_rank: int,
+    dtype: str,
+    quant: str = "none",
+    combine_quant: str = "none",
+    backward_quant: str = "none",
+    hardware: Machine | None = None,
 ) -> moe.Plan:
-    """The plan of one layer of `config`, in the decoder `model`, with `tokens_per_rank` tokens on every device."""
+    """The plan of one layer of `config`, in the decoder `model`, with `tokens_per_rank` tokens on every device.
+
+    The recipes of the wire and the machine are as for `make_plan`.
+    """
     return moe.make_plan(
         mesh,
         tokens_per_rank=tokens_per_rank,
@@ -117,6 +130,10 @@ def make_layer_plan(
         overflow=config.moe.overflow,
         capacity_factor=config.moe.capacity_factor,
         backend=config.moe.backend,
+        quant=quant,
+        combine_quant=combine_quant,
+        backward_quant=backward_quant,
+        hardware=hardware,
     )
 
 

@@ -1,8 +1,6 @@
 """What a run leaves behind in its folder: `metrics.jsonl`, one record per step, and `report.png`, drawn from it."""
 
-import errno
 import json
-import os
 import textwrap
 import warnings
 from io import FileIO
@@ -12,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.errors import DataError
-from moe_jax.tools.train.atomic import atomic_write
+from moe_jax.tools.train.atomic import append_line, atomic_write
 from moe_jax.tools.train.extras import REMEDY, find
 from moe_jax.tools.train.sample import printable
 
@@ -47,10 +45,7 @@ class MetricsFile:
         try:
             if self._file is None:
                 self._file = self._open()
-            end, line = self._file.tell(), _line(record)
-            if self._file.write(line) != len(line):  # in one call, so that a kill tears the last line at most
-                self._file.truncate(end)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            append_line(self._file, _line(record))
         except OSError as error:
             raise DataError(f"{self._path}: cannot be written ({error.strerror}); make room, or change --out") from None
 

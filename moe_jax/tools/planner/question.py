@@ -1,0 +1,168 @@
+"""What is asked of the planner: one layer of a configuration, on one mesh, of one machine."""
+
+import dataclasses
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, Mesh
+
+import moe_jax as moe
+from moe_jax.config import Config, MeshConfig, ModelConfig
+from moe_jax.errors import ConfigError, InvalidArgumentError, check_choice, check_count
+from moe_jax.hardware import Machine, machine_of
+from moe_jax.plan.cost import PHASES
+from moe_jax.plan.memory import OPTIMIZERS
+from moe_jax.tools.train.model import make_layer_plan
+
+TOKENS = 512  # per device, of a shape that has no [train] section
+DTYPE = "bfloat16"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Terms:
+    """What may be asked beside the mesh and the machine; None leaves it to the configuration.
+
+    Attributes:
+      tokens: of each device; None: those of the [train] section, or ``TOKENS``.
+      dtype: of the rows; None: that of the [train] section, or ``DTYPE``.
+      quant, combine_quant, backward_quant: recipes of rows, as for ``make_plan``.
+      layers: how many such layers are in memory at a time; None: those of the model.
+      optimizer, remat: as for ``Plan.memory``.
+    """
+
+    tokens: int | None = None
+    dtype: str | None = None
+    quant: str = "none"
+    combine_quant: str = "none"
+    backward_quant: str = "none"
+    layers: int | None = None
+    optimizer: str = "adamw"
+    remat: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Question:
+    """One layer on one mesh of one machine; plain data, so that the process that compiles can be handed one.
+
+    Attributes:
+      config: the configuration, with the mesh that is asked about, and without [train], which has said what it says.
+      machine: what the mesh is made of.
+      terms: all else, with nothing left open.
+    """
+
+    config: Config
+    machine: Machine
+    terms: Terms
+
+    @property
+    def mesh(self) -> MeshConfig:
+        return self.config.mesh
+
+    @property
+    def model(self) -> ModelConfig:
+        assert self.config.model is not None, "a question is only made of a configuration that has a model"
+        return self.config.model
+
+    @property
+    def tokens(self) -> int:
+        assert self.terms.tokens is not None, "a question leaves nothing open"
+        return self.terms.tokens
+
+    @property
+    def dtype(self) -> str:
+        assert self.terms.dtype is not None, "a question leaves nothing open"
+        return self.terms.dtype
+
+    @property
+    def layers(self) -> int:
+        assert self.terms.layers is not None, "a question leaves nothing open"
+        return self.terms.layers
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """The passes that are asked about, the one that counts last: without an optimizer nothing is trained."""
+        return PHASES[:1] if self.terms.optimizer == "none" else PHASES
+
+    def plan(self, mesh: Mesh | None = None) -> moe.Plan:
+        """The plan of the layer on ``mesh``; None: on one of which only the shape exists, however large it is."""
+        return make_layer_plan(
+            self.config,
+            self.model,
+            self._abstract_mesh() if mesh is None else mesh,
+            tokens_per_rank=self.tokens,
+            dtype=self.dtype,
+            quant=self.terms.quant,
+            combine_quant=self.terms.combine_quant,
+            backward_quant=self.terms.backward_quant,
+            hardware=self.machine,
+        )
+
+    def unquantised(self) -> "Question | None":
+        """The same of rows that travel as they are; None where they do."""
+        terms = dataclasses.replace(self.terms, quant="none", combine_quant="none", backward_quant="none")
+        return None if terms == self.terms else dataclasses.replace(self, terms=terms)
+
+    def asked(self, by: str) -> dict[str, Any]:
+        """Everything that the answer follows from, who gives it (``by``) and the code of this package included."""
+        values = dataclasses.asdict(self)
+        del values["machine"]["sources"]
+        return {**values, "by": by, "code": _digest()}
+
+    def _abstract_mesh(self) -> AbstractMesh:
+        """The axes that ``make_mesh`` would build, without devices."""
+        shape = self.mesh
+        axes = {"dp": shape.dp, "node": shape.nodes, "ep": shape.ep // shape.nodes, "tp": shape.tp}
+        kept = {name: size for name, size in axes.items() if size > 1 or name in ("ep", "tp")}
+        return AbstractMesh(tuple(kept.values()), tuple(kept))
+
+
+def ask(config: Config, path: str, machine: Machine, mesh: MeshConfig, terms: Terms) -> Question:
+    """The question, with everything filled in that ``terms`` leaves open; what the plan checks is not checked here.
+
+    Args:
+      config, path: the configuration, and the file that it came from.
+      machine: see ``find_machine`` and ``machine_here``.
+      mesh: instead of that of ``config``.
+      terms: what else is asked.
+
+    Raises:
+      ConfigError: the configuration has no [model] section.
+      InvalidArgumentError: a number is too small, or the batch of the [train] section does not spread evenly over
+        ``mesh``.
+    """
+    if config.model is None:
+        raise ConfigError(f"{path}: has no [model] section; a plan needs model.hidden")
+    check_choice("optimizer", terms.optimizer, OPTIMIZERS)
+    if config.moe.ffn % mesh.tp:
+        raise InvalidArgumentError(f"ffn={config.moe.ffn} must be divisible by tp={mesh.tp}; take another tp")
+    train, tokens, dtype, layers = config.train, terms.tokens, terms.dtype, terms.layers
+    if tokens is None and train is not None:
+        dataclasses.replace(config, mesh=mesh)  # raises if devices would get different numbers of tokens
+        tokens = train.batch_size * config.model.seq_len // mesh.num_devices
+    if layers is not None:
+        check_count("layers", layers)
+    filled = dataclasses.replace(
+        terms,
+        tokens=TOKENS if tokens is None else tokens,
+        dtype=dtype or (train.dtype if train else DTYPE),
+        layers=config.model.layers if layers is None else layers,
+    )
+    return Question(config=dataclasses.replace(config, mesh=mesh, train=None), machine=machine, terms=filled)
+
+
+@functools.cache
+def _digest() -> str:
+    """What tells this code from any other: a row that other code made answers nothing."""
+    found = hashlib.sha256()
+    for file in sorted(Path(moe.__file__).parent.rglob("*.py")):
+        found.update(file.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def machine_here() -> Machine:
+    """What JAX's own devices are."""
+    device = jax.devices()[0]
+    return machine_of(device.platform, device.device_kind)
