@@ -97,8 +97,9 @@ def map_experts(
         x = jnp.where(token_mask[:, None], x, jnp.zeros((), x.dtype))
         expert_ids = jnp.where(token_mask[:, None], expert_ids, -1)
     load = collectives.sum_over_tokens(count_each(expert_ids, plan.num_ids), plan)
+    weights = jnp.where(expert_ids == -1, 0.0, combine_weights.astype(jnp.float32))  # there anything may stand
     # 2. Tokens go to their experts and come back as weighted sums, in rounds.
-    operands = _compat.as_varying((expert_ids, params, x, combine_weights.astype(jnp.float32)), plan.token_axes)
+    operands = _compat.as_varying((expert_ids, params, x, weights), plan.token_axes)
     expert_ids, params, x, weights = operands
     kind, no_constants = mapped(fn), Constants(None, None, None)
     total, num_dropped, num_rounds = routed_sum(

@@ -38,7 +38,19 @@ OPTIMIZERS = {"none": 0, "sgd": 0, "momentum": 1, "adam": 2, "adamw": 2}  # fp32
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Question:
-    """The arguments of ``Plan.memory``, which says what they are."""
+    """The arguments of ``Plan.memory``, which says more of each.
+
+    Attributes:
+      ffn: the width of an expert.
+      activation: that of the experts.
+      layers: layers that are in memory together.
+      optimizer: whose state is kept.
+      param_dtype: of the parameters.
+      remat: whether a layer is computed again in the backward pass.
+      call: "layer" or "dispatch".
+      chunks: parts in which the tokens pass.
+      hardware: the machine; None: the plan's.
+    """
 
     ffn: int
     activation: Choice

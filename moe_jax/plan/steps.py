@@ -146,7 +146,14 @@ def bytes_of(collective: Collective, group: Group) -> tuple[int, int]:
 
 
 class Sent(NamedTuple):
-    """What the exchanges of some steps come to: bytes inside nodes and between them, seconds of both, latencies."""
+    """What the exchanges of some steps come to.
+
+    Attributes:
+      inside: bytes that leave a device inside nodes.
+      between: bytes that leave it for other nodes.
+      seconds: what they take, without latencies.
+      latency: seconds that exchanges take however small they are.
+    """
 
     inside: int = 0
     between: int = 0
