@@ -58,6 +58,7 @@ class Phase:
       compute_seconds: of the flops, at the rate of their dtype.
       memory_seconds: of the traffic.
       wire_seconds: of the bytes that leave; in each exchange the slower kind of links decides.
+      between_seconds: those of ``wire_seconds`` in which the links between nodes are the slower ones.
       latency_seconds: of exchanges and launches, however little they do.
     """
 
@@ -70,6 +71,7 @@ class Phase:
     compute_seconds: float
     memory_seconds: float
     wire_seconds: float
+    between_seconds: float
     latency_seconds: float
 
     @property
@@ -93,7 +95,7 @@ class Cost:
     whatever the rows are; ``hardware`` names the machine, of ``platform``, whose rates give all seconds; ``phases`` are
     those of the layer in their order, under an even load, each a ``Phase``. ``seconds`` is their sum, as if nothing
     passed while something else does but memory traffic and products; ``compute_seconds``, ``memory_seconds``,
-    ``wire_seconds`` and ``latency_seconds`` are the sums of theirs.
+    ``wire_seconds``, ``between_seconds`` and ``latency_seconds`` are the sums of theirs.
 
     ``wire_bytes``: what ``moe_jax.hlo.contract`` counts as ``inline_wire_bytes`` of the compiled layer: rows, and
     beside them counts, weights, the router's statistics and the gradients of parameters that several devices hold. A
@@ -140,6 +142,11 @@ class Cost:
     def wire_seconds(self) -> float:
         """Of all bytes that leave the device."""
         return sum(phase.wire_seconds for phase in self.phases)
+
+    @property
+    def between_seconds(self) -> float:
+        """Of ``wire_seconds``, those in which the links between nodes are the slower ones."""
+        return sum(phase.between_seconds for phase in self.phases)
 
     @property
     def latency_seconds(self) -> float:
@@ -278,6 +285,7 @@ def _phase(
         compute_seconds=compute_seconds,
         memory_seconds=traffic / machine.memory_bandwidth,
         wire_seconds=sent.seconds,
+        between_seconds=sent.between_seconds,
         latency_seconds=sent.latency + launches * machine.launch_seconds,
     )
 

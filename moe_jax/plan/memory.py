@@ -7,8 +7,8 @@ compilers' own figures, in ``tests/data/compiled_memory.json``.
 
 import dataclasses
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -138,27 +138,24 @@ class Memory:
         Nothing is compiled for that.
         """
         found = _machine(machine, self.machine)
-        if self.peak > found.memory_bytes:
-            raise MemoryLimitError(
-                f"{self.moment} takes {self.peak / 1e9:.2f} GB per device, and one of {found.name} has "
-                f"{found.memory_bytes / 1e9:.2f} GB; {self.smallest_change(found)}"
-            )
+        if not self.fits(found):
+            raise self.refusal(found, self.smallest_change(found))
 
     def smallest_change(self, machine: Machine | str | None = None) -> str:
         """In words the first of the small changes after which it fits; "it fits" where it does.
 
         Tried are ``remat=True``, a capacity factor of 1, more chunks, a larger ep, a larger tp and fewer tokens, twice
-        as many of each before four times as many; then the same with ``remat=True`` beside it.
+        as many of each before four times as many, and each by itself before the same with ``remat=True`` beside it.
+        The plan's transport is kept; "auto" may take another one after the change, and with it other memory.
         """
         found = _machine(machine, self.machine)
-        if self.fits(found):
-            return "it fits"
-        for words, memory in _changes(self):
-            if memory.fits(found):
-                return f"it fits with {words}: {memory.peak / 1e9:.2f} GB"
-        return (
-            "none of remat=True, capacity_factor=1.0, more chunks, a larger ep or tp and fewer tokens, by a factor of "
-            "up to 64, makes it fit: take a smaller model, or a machine with more memory"
+        return "it fits" if self.fits(found) else smallest_change(self, found, lambda change: change.memory)
+
+    def refusal(self, machine: Machine, change: str) -> MemoryLimitError:
+        """What says that it does not fit ``machine``, and that ``change`` would help."""
+        return MemoryLimitError(
+            f"{self.moment} takes {self.peak / 1e9:.2f} GB per device, and one of {machine.name} has "
+            f"{machine.memory_bytes / 1e9:.2f} GB; {change}"
         )
 
 
@@ -357,35 +354,69 @@ def _chunk_of(plan: "Plan", chunks: int) -> "Plan":
 # Changes that may help.
 
 
-def _changes(memory: Memory) -> Iterator[tuple[str, Memory]]:
-    """What could be changed, in words, and the memory afterwards: smaller changes first."""
+class Change(NamedTuple):
+    """One thing that may be changed, and perhaps remat beside it.
+
+    Attributes:
+      name: "remat", "capacity_factor", "chunks", "ep", "tp" or "tokens_per_rank".
+      value: what it becomes.
+      memory: afterwards, on the plan with its transport and the order of its axes kept.
+    """
+
+    name: str
+    value: float
+    memory: Memory
+
+    def words(self, before: Memory) -> str:
+        """What is other than ``before``: "remat=True and ep=128"."""
+        beside = self.name != "remat" and self.memory.question.remat and not before.question.remat
+        return f"{'remat=True and ' if beside else ''}{self.name}={self.value}"
+
+
+def smallest_change(before: Memory, machine: Machine, memory_of: Callable[[Change], Memory | None]) -> str:
+    """``Memory.smallest_change``, where ``memory_of`` says what a change comes to; None: it cannot be made."""
+    for change in _changes(before):
+        after = memory_of(change)
+        if after is not None and after.fits(machine):
+            return f"it fits with {change.words(before)}: {after.peak / 1e9:.2f} GB"
+    return (
+        "none of remat=True, capacity_factor=1.0, more chunks, a larger ep or tp and fewer tokens, by a factor of "
+        "up to 64, makes it fit: take a smaller model, or a machine with more memory"
+    )
+
+
+def _changes(memory: Memory) -> Iterator[Change]:
+    """What could be changed: smaller changes first."""
     plan, asked = memory.plan, memory.question
-    recomputed = dataclasses.replace(asked, remat=True)
-    may_recompute = memory.backward is not None and not asked.remat
-    if may_recompute:
-        yield "remat=True", plan_memory(plan, recomputed)
-    yield from _single_changes(plan, asked)
-    if may_recompute:
-        for words, changed in _single_changes(plan, recomputed):
-            yield f"remat=True and {words}", changed
+    questions = [asked]
+    if memory.backward is not None and not asked.remat:
+        questions.append(dataclasses.replace(asked, remat=True))
+        yield Change("remat", True, plan_memory(plan, questions[-1]))
+    for factor in (1, 2, 4, 8, 16, 32, 64):
+        for question in questions:
+            yield from _single_changes(plan, question, factor)
 
 
-def _single_changes(plan: "Plan", asked: Question) -> Iterator[tuple[str, Memory]]:
-    """``_changes`` of one thing."""
-    balanced = math.ceil(balanced_rows(plan.tokens_per_rank, plan.top_k, plan.ep_size, plan.num_shared_ranks))
-    if 0 < balanced < plan.pair_capacity:
-        yield "capacity_factor=1.0", plan_memory(dataclasses.replace(plan, pair_capacity=balanced), asked)
-    for factor in (2, 4, 8, 16, 32, 64):
-        if asked.call == "layer" and plan.tokens_per_rank % (factor * asked.chunks) == 0:
-            more = dataclasses.replace(asked, chunks=factor * asked.chunks)
-            yield f"chunks={more.chunks}", plan_memory(plan, more)
-        if plan.num_shared_ranks == 0 and plan.num_experts % (factor * plan.ep_size) == 0:
-            yield f"ep={factor * plan.ep_size}", plan_memory(_resized(plan, ep_size=factor * plan.ep_size), asked)
-        if plan.tp_axis is not None and asked.ffn % (factor * plan.tp_size) == 0:
-            yield f"tp={factor * plan.tp_size}", plan_memory(_resized(plan, tp_size=factor * plan.tp_size), asked)
-        if plan.tokens_per_rank >= factor * asked.chunks and plan.tokens_per_rank % (factor * asked.chunks) == 0:
-            fewer = _resized(plan, tokens_per_rank=plan.tokens_per_rank // factor)
-            yield f"tokens_per_rank={fewer.tokens_per_rank}", plan_memory(fewer, asked)
+def _single_changes(plan: "Plan", asked: Question, factor: int) -> Iterator[Change]:
+    """Those of one thing by ``factor``; by 1, that which changes no size."""
+    if factor == 1:
+        balanced = math.ceil(balanced_rows(plan.tokens_per_rank, plan.top_k, plan.ep_size, plan.num_shared_ranks))
+        if 0 < balanced < plan.pair_capacity:
+            even = dataclasses.replace(plan, pair_capacity=balanced)
+            yield Change("capacity_factor", 1.0, plan_memory(even, asked))
+        return
+    if asked.call == "layer" and plan.tokens_per_rank % (factor * asked.chunks) == 0:
+        more = dataclasses.replace(asked, chunks=factor * asked.chunks)
+        yield Change("chunks", more.chunks, plan_memory(plan, more))
+    if plan.num_shared_ranks == 0 and plan.num_experts % (factor * plan.ep_size) == 0:
+        wider = _resized(plan, ep_size=factor * plan.ep_size)
+        yield Change("ep", wider.ep_size, plan_memory(wider, asked))
+    if plan.tp_axis is not None and asked.ffn % (factor * plan.tp_size) == 0:
+        wider = _resized(plan, tp_size=factor * plan.tp_size)
+        yield Change("tp", wider.tp_size, plan_memory(wider, asked))
+    if plan.tokens_per_rank >= factor * asked.chunks and plan.tokens_per_rank % (factor * asked.chunks) == 0:
+        fewer = _resized(plan, tokens_per_rank=plan.tokens_per_rank // factor)
+        yield Change("tokens_per_rank", fewer.tokens_per_rank, plan_memory(fewer, asked))
 
 
 def _resized(plan: "Plan", **sizes: int) -> "Plan":
