@@ -146,14 +146,14 @@ def place(params: Mapping[str, Any], mesh: Mesh, plan: Plan) -> dict[str, Array]
     alone.
 
     Args:
-      params: whole arrays by name, in any float dtype, which they keep; see ``moe_on_mesh`` for names and shapes. There
-        may be fewer than a layer needs.
+      params: whole arrays by name, in any float dtype, which they keep (float64 needs JAX's 64-bit types, else it
+        becomes float32); see ``moe_on_mesh`` for names and shapes. There may be fewer than a layer needs.
       mesh: the mesh that the plan was made from.
       plan: static.
 
     Raises:
       InvalidArgumentError: lists every name that no layer knows, and every array that cannot be that of ``plan``.
-      MeshError: the mesh is not the plan's.
+      MeshError: the mesh is not the plan's, or has no devices.
 
     >>> import numpy as np, moe_jax as moe
     >>> moe.emulate_devices(2)  # leave this out where there are accelerators
@@ -164,6 +164,8 @@ def place(params: Mapping[str, Any], mesh: Mesh, plan: Plan) -> dict[str, Array]
     """
     check_layer_plan(plan)
     check_mesh_of(mesh, plan)
+    if not isinstance(mesh, Mesh):
+        raise MeshError("mesh is an AbstractMesh, which has no devices to place arrays on; pass the jax.sharding.Mesh")
     check_type("params", params, Mapping, "pass a dict of arrays by name")
     rows = {name: BY_NAME[name] for name in params if name in BY_NAME}
     found = [f"{name!r} is unknown; {suggest(name, BY_NAME)}" for name in params if name not in BY_NAME]
@@ -340,9 +342,12 @@ def _known_rows(plan: Plan, router: RouterConfig | None, activation: Choice) -> 
 
 
 def _width(params: Mapping[str, Any], dim: str) -> int | str:
-    """The extent of ``dim`` in the first well-formed matrix that has it; the letter F, to be printed, if none has."""
-    for row in TABLE:
+    """The extent of ``dim`` in the first well-formed array that has it; the letter F, to be printed, if none has.
+
+    Matrices come first, so that of a matrix and a bias that do not fit, it is the bias that is wrong.
+    """
+    for row in sorted(TABLE, key=lambda row: not row.fan_in):
         shape = getattr(params.get(row.name), "shape", ())
-        if dim in row.dims and row.fan_in and len(shape) > 1:
+        if dim in row.dims and (len(shape) > 1 if row.fan_in else len(shape) == len(row.dims)):
             return shape[row.dims.index(dim) - len(row.dims)]
     return "F"
