@@ -475,7 +475,7 @@ def test_describe_says_what_it_knows():
         ({"ffn": -1}, "ffn=-1"),
         ({"ffn": 2.0}, "ffn=2.0"),
         ({"ffn": 25}, "ffn=25 must be divisible by tp=2"),
-        ({"ffn": 24, "activation": "relu"}, "activation='relu'"),
+        ({"ffn": 24, "activation": "elu"}, "activation='elu'"),
         ({"ffn": 24, "num_replicas": 0}, "num_replicas=0"),
         ({"ffn": 24, "platform": "npu"}, "platform='npu'"),
         ({"ffn": 24, "hardware": "h1"}, "hardware='h1'"),

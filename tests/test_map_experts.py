@@ -36,7 +36,13 @@ def drawn(rng, ep, tp, pattern):
     }
     ids = draw_ids(pattern, rng, (tokens, K), E, ep)
     weights, x, ct = (small_integers(rng, shape) for shape in ((tokens, K), (tokens, H), (tokens, WIDE)))
-    return params, x, ids, weights, ct
+    return (
+        params,
+        x,
+        ids,
+        np.where(ids < 0, np.nan, weights).astype(np.float32),
+        ct,
+    )  # a weight of no choice is anything
 
 
 def oracle(params, x, ids, weights, ct, tp=1):
@@ -81,6 +87,7 @@ def check(ep, tp, pattern, **options):
     sizes = {"tokens_per_rank": T, "hidden": H, "num_experts": E, "top_k": K, "dtype": "float32", "poison": True}
     plan = moe.make_plan(mesh, **sizes | options)
     params, x, ids, weights, ct = drawn(np.random.default_rng(0), ep, tp, pattern)
+    weights[ids < 0] = np.nan  # of a choice that is none, anything
     layer = on_mesh(mesh, plan, chunks=chunks)
 
     def loss(floats, x, weights):
@@ -113,7 +120,7 @@ def test_values_and_gradients_on_every_mesh(ep, tp, pattern):
 
 def test_one_device_and_results_of_tp_ranks_are_added():
     check(1, 1, "masked")
-    check(2, 2, "random")
+    check(2, 2, "masked")
 
 
 @pytest.mark.slow
@@ -164,6 +171,26 @@ def test_no_tokens_at_all():
     params, *_ = drawn(np.random.default_rng(0), 2, 1, "random")
     y, stats = on_mesh(mesh, plan)(params, jnp.ones((0, H)), jnp.ones((0, K), jnp.int32), jnp.ones((0, K)))
     assert y.shape == (0, WIDE) and not stats.load.any()
+    with pytest.raises(moe.errors.ShapeError, match="fn returned tuple"):
+        layer = on_mesh(mesh, plan, lambda p, rows, n: (rows,))
+        layer(params, jnp.ones((0, H)), jnp.ones((0, K), jnp.int32), jnp.ones((0, K)))
+
+
+@pytest.mark.parametrize("ep,factor", [(1, 1.0), (2, 0.5), (2, 2.0)])
+def test_traced_values_from_outside_are_refused_on_every_mesh(ep, factor):
+    """Whether they could be read would else depend on the number of rounds, and a gradient on the mesh."""
+    mesh = mesh_of(ep, 1)
+    plan = moe.make_plan(
+        mesh, tokens_per_rank=T, hidden=H, num_experts=E, top_k=K, dtype="float32", capacity_factor=factor
+    )
+    _, x, ids, weights, _ = drawn(np.random.default_rng(0), ep, 1, "random")
+
+    def total(scale):
+        return on_mesh(mesh, plan, lambda p, rows, n: rows * scale)((), x, ids, weights)[0].sum()
+
+    jax.eval_shape(lambda: total(np.float32(3)))  # a value that is known may be read
+    with pytest.raises(moe.errors.InvalidArgumentError, match=r"fn='<lambda>' reads traced values.*float32\[\]"):
+        jax.eval_shape(jax.grad(total), 3.0)
 
 
 WRONG = {

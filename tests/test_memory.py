@@ -131,6 +131,7 @@ def test_state_follows_the_parameters(mesh, axes, activation):
     [
         ({}, {}),
         ({"num_shared_experts": 1}, {"activation": "gelu"}),
+        ({"num_shared_experts": 1}, {"activation": "relu2_gated"}),
         ({"transport": "allgather", "dtype": "float32"}, {"activation": "clamped_swiglu"}),
         pytest.param({"transport": "hierarchy"}, {"chunks": 2}, marks=pytest.mark.slow),
         pytest.param({"num_shared_experts": 2}, {}, marks=pytest.mark.slow),
@@ -275,7 +276,7 @@ def test_nothing_is_compiled(monkeypatch):
         ({"param_dtype": "int8"}, "param_dtype='int8'"),
         ({"remat": 1}, "remat=1 must be True or False"),
         ({"chunks": 3}, "chunks=3 does not divide tokens_per_rank=64"),
-        ({"activation": "relu"}, "activation='relu'"),
+        ({"activation": "elu"}, "activation='elu'"),
         ({"hardware": "h1000"}, "hardware='h1000'"),
     ],
 )

@@ -208,6 +208,18 @@ def test_place_reads_the_parts_of_the_devices_that_are_here():
     assert again["w_up"].sharding == placed["w_up"].sharding
 
 
+def test_place_takes_biases_alone():
+    mesh = mesh_of(ep=4, tp=2)
+    plan = moe.make_plan(mesh, tokens_per_rank=4, **SIZES)
+    shapes = {"router_bias": (E,), "selection_bias": (E,), "b_up": (E, F), "b_gate": (E, F), "b_down": (E, H)}
+    for name, shape in shapes.items():
+        assert moe.place({name: np.ones(shape)}, mesh, plan)[name].shape == shape
+    with pytest.raises(moe.errors.InvalidArgumentError, match="'b_up' has shape"):
+        moe.place({"b_up": np.ones((E, F + 2)), "w_up": np.ones((E, H, F))}, mesh, plan)
+    with pytest.raises(moe.errors.MeshError, match="mesh is an AbstractMesh, which has no devices"):
+        moe.place({"w_up": np.ones((E, H, F))}, mesh.abstract_mesh, plan)
+
+
 def test_place_names_everything_that_does_not_fit():
     mesh = mesh_of(ep=4, tp=2)
     plan = moe.make_plan(mesh, tokens_per_rank=4, **SIZES)

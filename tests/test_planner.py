@@ -499,6 +499,12 @@ def test_a_layer_is_timed_here():
         assert len(times["all_seconds"]) == here.REPEATS and min(times["all_seconds"]) <= times["seconds"] > 0
 
 
+def test_what_others_published_stands_beside_predictions(capsys):
+    assert main(["plan", "--published", "--json"]) == 0
+    events = [json.loads(line)["event"] for line in capsys.readouterr().out.splitlines()]
+    assert {"published_exchange", "published_gather", "published_model"} == set(events) and len(events) > 150
+
+
 # Bad input.
 
 
@@ -513,6 +519,9 @@ def test_a_layer_is_timed_here():
         (["plan", DEEPSEEK, "--hardware", "h100", "--quant", "int9"], "quant='int9' is unknown"),
         (["plan", DEEPSEEK, "--hardware", "h100", "--layers", "0"], "layers=0 must be a whole number of at least 1"),
         (["plan", DEEPSEEK, "--hardware", "h100", "--optimizer", "adm"], "optimizer='adm' is unknown"),
+        (["plan"], "the following arguments are required: CONFIG"),
+        (["plan", DEEPSEEK, "--published"], "CONFIG does not go with --published"),
+        (["plan", "--published", "--mesh", "ep=8"], "--mesh does not go with --published"),
         (["sweep", DEEPSEEK, "--hardware", "h100"], "sweep has no mesh"),
         (["sweep", DEEPSEEK, "--hardware", "h10", "--mesh", "ep=8"], "hardware='h10' is no known machine"),
         (["sweep", DEEPSEEK, "--hardware", "h100", "--mesh", "ep=8", "--mesh", "ep=5"], "not divisible by ep=5"),

@@ -5,12 +5,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
+from jax.extend.core import jaxpr_as_fun
 
 from moe_jax import _compat, collectives
 from moe_jax.derivatives import without_float0
 from moe_jax.errors import InvalidArgumentError, ShapeError, UnsupportedError, check_dtype, check_mask, check_shape
 from moe_jax.layer.grouping import ExpertKind, rows_of_slots, slots_of_rows
-from moe_jax.layer.layer import check_chunks
+from moe_jax.layer.layer import check_choices, check_chunks
 from moe_jax.layer.params import check_layer_plan
 from moe_jax.layer.rounds import routed_sum
 from moe_jax.layer.weightless import Constants
@@ -44,12 +46,13 @@ def map_experts(
       fn: (params, rows [M, H] in ``plan.dtype``, group_sizes [L] i32) -> [M, H'] floats. Rows lie expert after expert,
         ``group_sizes`` of them for each of the L experts of this rank; those past their sum are zeros, and what ``fn``
         makes of them counts nowhere. A row's result must depend on that row and on its expert only. With tp > 1 every
-        tp rank gets the same rows, and their results are added. ``fn`` is static: what it reads must come as
-        ``params``, since it can be called again in the backward pass. ``moe_jax.grouped_matmul`` multiplies such rows.
+        tp rank gets the same rows, and their results are added. ``fn`` is static: traced values that it reads must come
+        as ``params``, since it can be called again in the backward pass. ``moe_jax.grouped_matmul`` multiplies such
+        rows.
       params: any pytree of this shard's arrays. Integers and codes have no gradient.
       x: [T, H] in ``plan.dtype``.
       expert_ids: [T, K] i32; -1 for none. Ids of zero and copy experts follow those of the plan's experts.
-      combine_weights: [T, K] f32.
+      combine_weights: [T, K] f32; those of choices that are none may be anything.
       plan: static, without constant experts and without shared experts on ranks of their own.
       token_mask: [T] bool; false = padding, which goes nowhere and whose result is zero.
       rank_table, chunks: as for ``moe_layer``.
@@ -60,7 +63,8 @@ def map_experts(
       ``plan.max_rounds == 1``.
 
     Raises:
-      ShapeError, DtypeError, InvalidArgumentError, MeshError: an argument, or what ``fn`` makes, is not as above.
+      ShapeError, DtypeError, InvalidArgumentError, MeshError: an argument, or what ``fn`` makes or reads, is not as
+        above.
       UnsupportedError: the plan has experts that this function does not serve.
 
     >>> import jax, jax.numpy as jnp, moe_jax as moe
@@ -88,7 +92,7 @@ def map_experts(
     collectives.check_axes(plan, replicas=True)
     check_shape("x", x, (plan.tokens_per_rank, plan.hidden), "[T, H], fixed by the plan; pad and use token_mask")
     check_dtype("x", x, (plan.dtype,), "the plan's dtype: cast x, or make a plan with dtype=...")
-    check_choices(expert_ids, combine_weights, plan)
+    check_choices(expert_ids, combine_weights, (plan.tokens_per_rank, plan.top_k))
     if token_mask is not None:
         check_mask("token_mask", token_mask, x.shape[:1], "[T]")
     axes_of_tokens = _compat.union_of_varying_axes((x, expert_ids, combine_weights, token_mask, rank_table))
@@ -96,16 +100,18 @@ def map_experts(
     if token_mask is not None:
         x = jnp.where(token_mask[:, None], x, jnp.zeros((), x.dtype))
         expert_ids = jnp.where(token_mask[:, None], expert_ids, -1)
+    combine_weights = jnp.where(expert_ids >= 0, combine_weights, 0)  # a weight of no choice may be NaN
     load = collectives.sum_over_tokens(count_each(expert_ids, plan.num_ids), plan)
+    weights = jnp.where(expert_ids == -1, 0.0, combine_weights.astype(jnp.float32))  # there anything may stand
     # 2. Tokens go to their experts and come back as weighted sums, in rounds.
-    operands = _compat.as_varying((expert_ids, params, x, combine_weights.astype(jnp.float32)), plan.token_axes)
+    operands = _compat.as_varying((expert_ids, params, x, weights), plan.token_axes)
     expert_ids, params, x, weights = operands
     kind, no_constants = mapped(fn), Constants(None, None, None)
     total, num_dropped, num_rounds = routed_sum(
         expert_ids, params, no_constants, x, weights, plan, kind, rank_table=rank_table, chunks=chunks
     )
     if not plan.num_pairs:  # no device has a token, so nobody has asked the experts how wide their rows are
-        width = jax.eval_shape(fn, params, x, jnp.zeros(plan.num_local_experts, jnp.int32)).shape[1]
+        width = _made(plan, fn, params, x, jnp.zeros(plan.num_local_experts, jnp.int32)).shape[1]
         total = jnp.zeros_like(total, shape=(plan.tokens_per_rank, width))
     if token_mask is not None:
         total = jnp.where(token_mask[:, None], total, 0.0)
@@ -116,15 +122,6 @@ def map_experts(
         losses={},
     )
     return _compat.drop_unit_axes((total.astype(plan.dtype), stats), axes_of_tokens)
-
-
-def check_choices(expert_ids: Array, combine_weights: Array, plan: Plan) -> None:
-    """Raises unless these are choices of ``plan`` that somebody made outside."""
-    shape = (plan.tokens_per_rank, plan.top_k)
-    check_shape("expert_ids", expert_ids, shape, "[T, K], fixed by the plan; -1 for a choice that is none")
-    check_dtype("expert_ids", expert_ids, ("int32",), "cast it with .astype(jnp.int32)")
-    check_shape("combine_weights", combine_weights, shape, "[T, K], as expert_ids")
-    check_dtype("combine_weights", combine_weights, (jnp.floating,))
 
 
 def mapped(fn: Callable[[Any, Array, Array], Array]) -> ExpertKind:
@@ -139,7 +136,15 @@ def _mapped_slots(plan: Plan, fn: Callable, params: Any, arrived: Array, order: 
         # Rows past the last one hold anything, NaN too. A function of the user's may sum over them in its gradient, so
         # they are zeros for it, and so are the cotangents of what it makes of them.
         written = (jnp.arange(rows.shape[0]) < jnp.sum(group_sizes))[:, None]
-        made = fn(params, jnp.where(written, rows, jnp.zeros((), rows.dtype)), group_sizes)
+        made = _made(plan, fn, params, jnp.where(written, rows, jnp.zeros((), rows.dtype)), group_sizes)
+        return slots_of_rows(jnp.where(written, made, jnp.zeros((), made.dtype)).astype(plan.dtype), order, plan)
+
+
+def _made(plan: Plan, fn: Callable, params: Any, rows: Array, group_sizes: Array) -> Array:
+    """[M, H] -> [M, H'], what ``fn`` makes of rows; raises where it makes something else, or reads what it may not."""
+
+    def checked(params, rows, group_sizes):
+        made = fn(params, rows, group_sizes)
         shape = getattr(made, "shape", None)
         if shape is None or len(shape) != 2 or shape[0] != rows.shape[0]:
             raise ShapeError(
@@ -152,7 +157,17 @@ def _mapped_slots(plan: Plan, fn: Callable, params: Any, arrived: Array, order: 
                 f"fn returned rows of width {shape[1]}, and plan.num_copy_experts={plan.num_copy_experts} experts add "
                 f"tokens of width {plan.hidden}; return rows of that width"
             )
-        return slots_of_rows(jnp.where(written, made, jnp.zeros((), made.dtype)).astype(plan.dtype), order, plan)
+        return made
+
+    program = jax.make_jaxpr(checked)(params, rows, group_sizes)
+    # Constants of the program that are traced are values from outside. Whether they could be read, and differentiated,
+    # would depend on the number of rounds, so they never can.
+    if traced := [jax.typeof(value).str_short() for value in program.consts if isinstance(value, Tracer)]:
+        raise InvalidArgumentError(
+            f"fn={getattr(fn, '__name__', fn)!r} reads traced values that are not its arguments: {', '.join(traced)}; "
+            "make them part of params, which fn is given, or compute them inside fn"
+        )
+    return jaxpr_as_fun(program)(*jax.tree.leaves((params, rows, group_sizes)))[0]
 
 
 def _add_mapped_gradients(plan: Plan, fn, grads, params, arrived, ct, order, group_sizes):

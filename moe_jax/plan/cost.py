@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
 
-from moe_jax.config import ACTIVATIONS
+from moe_jax.activations import Choice, activation_of, check_activation
 from moe_jax.errors import InvalidArgumentError, UnsupportedError, check_choice, check_count
 from moe_jax.hardware import Machine, machine_of
 from moe_jax.kernels.table import PLATFORMS
@@ -185,7 +185,7 @@ def plan_costs(
     plan: "Plan",
     ffn: int,
     *,
-    activation: str,
+    activation: Choice,
     num_replicas: int | None,
     platform: str | None,
     hardware: str | Machine | None,
@@ -194,7 +194,7 @@ def plan_costs(
     check_count("ffn", ffn, low=0)
     if ffn % plan.tp_size:
         raise InvalidArgumentError(f"ffn={ffn} must be divisible by tp={plan.tp_size}")
-    check_choice("activation", activation, ACTIVATIONS)
+    check_activation(activation)
     num_replicas = plan.num_replicas if num_replicas is None else num_replicas
     check_count("num_replicas", num_replicas)
     machine = plan.hardware
@@ -215,7 +215,7 @@ def plan_costs(
     return layer_costs(plan, machine, ffn=ffn, activation=activation, num_replicas=num_replicas)
 
 
-def layer_costs(plan: "Plan", machine: Machine, *, ffn: int, activation: str, num_replicas: int) -> dict[str, Cost]:
+def layer_costs(plan: "Plan", machine: Machine, *, ffn: int, activation: Choice, num_replicas: int) -> dict[str, Cost]:
     """The costs of both passes; ``ffn`` 0 leaves out everything that has the width of an FFN. See ``Plan.cost``."""
     size = Size.of(plan, machine.widened)
     transport, layout = transport_of(plan), Layout.of(plan, machine, num_replicas)
@@ -296,11 +296,11 @@ class _Ffn(NamedTuple):
     rows: int  # of all of them
     experts: int
     width: int
-    activation: str
+    activation: Choice
 
     @property
     def projections(self) -> int:
-        return 2 if self.activation == "gelu" else 3
+        return 3 if activation_of(self.activation).gated else 2
 
 
 class Size(NamedTuple):

@@ -10,9 +10,10 @@ import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
-from moe_jax.config import ACTIVATIONS
+from moe_jax.activations import Choice, activation_of, check_activation
 from moe_jax.errors import (
     InvalidArgumentError,
     MemoryLimitError,
@@ -33,15 +34,26 @@ if TYPE_CHECKING:
 
 CALLS = ("layer", "dispatch")
 OPTIMIZERS = {"none": 0, "sgd": 0, "momentum": 1, "adam": 2, "adamw": 2}  # fp32 numbers kept for each parameter
-_SHARED_STEPS = {"swiglu": 5, "gelu": 3, "clamped_swiglu": 8}  # [T, S] in fp32 that are kept of the shared expert
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Question:
-    """The arguments of ``Plan.memory``, which says what they are."""
+    """The arguments of ``Plan.memory``, which says more of each.
+
+    Attributes:
+      ffn: the width of an expert.
+      activation: that of the experts.
+      layers: layers that are in memory together.
+      optimizer: whose state is kept.
+      param_dtype: of the parameters.
+      remat: whether a layer is computed again in the backward pass.
+      call: "layer" or "dispatch".
+      chunks: parts in which the tokens pass.
+      hardware: the machine; None: the plan's.
+    """
 
     ffn: int
-    activation: str
+    activation: Choice
     layers: int
     optimizer: str
     param_dtype: str
@@ -151,7 +163,7 @@ def plan_memory(plan: "Plan", asked: Question) -> Memory:
     """``Plan.memory``: checks the arguments, and counts."""
     check_choice("call", asked.call, CALLS)
     check_count("ffn", asked.ffn, low=0)
-    check_choice("activation", asked.activation, ACTIVATIONS)
+    check_activation(asked.activation)
     check_count("layers", asked.layers)
     check_choice("optimizer", asked.optimizer, OPTIMIZERS)
     check_choice("param_dtype", asked.param_dtype, FLOAT_DTYPES)
@@ -181,10 +193,10 @@ def _machine(asked: Machine | str | None, default: Machine) -> Machine:
     return asked if isinstance(asked, Machine) else find_machine(asked)
 
 
-def _parameter_extents(plan: "Plan", ffn: int, activation: str) -> dict[str, int]:
+def _parameter_extents(plan: "Plan", ffn: int, activation: Choice) -> dict[str, int]:
     """The number of parameters on one device, by the name of each that the layer always has."""
     facts = {
-        "gated": activation != "gelu",
+        "gated": activation_of(activation).gated,
         "shared": plan.num_shared_experts > 0,
         "constants": plan.num_const_experts > 0,
     }
@@ -192,6 +204,7 @@ def _parameter_extents(plan: "Plan", ffn: int, activation: str) -> dict[str, int
     extents = {
         "ids": plan.num_ids,
         "hidden": plan.hidden,
+        "router_hidden": plan.hidden,
         "expert_hidden": plan.hidden // plan.num_param_shards,
         "experts": plan.num_local_experts,
         "ffn": ffn // plan.tp_size,
@@ -309,9 +322,17 @@ def _kept(plan: "Plan", asked: Question, s: Sizes) -> int:
     rows = asked.chunks * (kept_bytes(s) + s.rows * (plan.exchanges and not transport_of(plan).pairwise))
     # The shared expert is differentiated by JAX, which keeps every step of the activation.
     width = asked.ffn * plan.num_shared_experts
-    shared = tokens * width * (_SHARED_STEPS[asked.activation] * WIDE + item)
+    shared = tokens * width * (_steps_bytes(asked.activation) + item)
     casts = s.projections * plan.hidden * width * item if s.cast else 0
     return inputs + router + rows + shared + casts + _integers(plan)
+
+
+def _steps_bytes(activation: Choice) -> int:
+    """Bytes that JAX keeps of each entry that goes through the activation: its steps, but no scalars."""
+    function, gated, _ = activation_of(activation)
+    inputs = [jax.ShapeDtypeStruct((1, 2), jnp.float32)] * (2 if gated else 1)
+    kept = jax.eval_shape(lambda *inputs: jax.vjp(function, *inputs)[1], *inputs)
+    return sum(array.dtype.itemsize for array in jax.tree.leaves(kept) if array.shape)
 
 
 def _integers(plan: "Plan") -> int:
