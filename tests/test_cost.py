@@ -305,6 +305,16 @@ def test_bytes_between_nodes_by_hand():
     assert dispatch.latency_seconds == pytest.approx(2e-5 + 2e-6)  # of the exchange between nodes, and two launches
 
 
+def test_whole_groups_share_a_node():
+    """Groups of 3 in nodes of 4: one device of each node stays unused, and no group reaches into the next node."""
+    sizes = SIZES | {"num_experts": 6}
+    for axes, outside in (((("dp", 2), ("ep", 3)), False), ((("dp", 2), ("ep", 6)), True)):
+        names, extents = zip(*axes, strict=True)
+        plan = moe.make_plan(AbstractMesh(extents, names), **sizes, hardware=plain_machine())
+        dispatch = plan.cost(FFN)["forward"].phases[1]
+        assert bool(dispatch.between_bytes) == outside
+
+
 @pytest.mark.parametrize("axes,outside", [
     ({"ep": 8, "tp": 1}, 4), ({"ep": 2, "tp": 4}, 1), ({"ep": 4, "tp": 2}, 2), ({"dp": 4, "ep": 4, "tp": 1}, 0),
     ({"ep": 4, "tp": 1, "dp": 4}, 3), ({"node": 2, "ep": 2, "tp": 1}, 2), ({"node": 2, "ep": 8, "tp": 1}, 12),

@@ -88,8 +88,9 @@ class Layout(NamedTuple):
         """The layout of the plan's mesh on ``machine``.
 
         Where experts are spread over several axes, the last of them lies inside a node and the others go from node to
-        node; but a node never has more devices than the machine's. Any other number of replicas than the plan's is that
-        of an outermost axis in place of its own, whose devices hold the weights of their experts whole.
+        node; but a node never has more devices than the machine's, and no group that has room in one reaches into the
+        next: devices that would be a part of one stay unused. Any other number of replicas than the plan's is that of
+        an outermost axis in place of its own, whose devices hold the weights of their experts whole.
         """
         axes, replicas, params = plan.mesh_axes, plan.dp_axis, plan.param_axes
         if num_replicas != plan.num_replicas:
@@ -100,6 +101,10 @@ class Layout(NamedTuple):
         if machine.between is not None and across:
             innermost = max(names.index(name) for name in across)
             node = min(node, math.prod(size for _, size in axes[innermost + 1 :]))
+        last = max((place for place, name in enumerate(names) if name in replicas), default=-1)
+        group = math.prod(size for _, size in axes[last + 1 :])
+        if group <= node:
+            node -= node % group
         return cls(axes, replicas, params, node)
 
     def group(self, axes: tuple[str, ...]) -> Group:
