@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from moe_jax import _compat
 from moe_jax.config import RouterConfig
-from moe_jax.errors import ShapeError, check_array, check_choice, check_dtype, check_mask, check_shape
+from moe_jax.errors import MeshError, ShapeError, check_array, check_choice, check_dtype, check_mask, check_shape
 from moe_jax.layer.layer import check_chunks, layer_of_shard
 from moe_jax.layer.params import abstract_params, check_params, check_width, draw, param_spec
 from moe_jax.layer.placement import BALANCES, check_table
@@ -69,7 +69,7 @@ def moe_on_mesh(
       InvalidArgumentError: ``ffn`` is not divisible by tp, the activation is unknown, ``chunks`` does not divide T, or
         the router's groups and the plan's experts and ``top_k`` do not fit (one error lists all that does not);
         ``init`` and ``apply`` check their own arguments: DtypeError and others.
-      MeshError: the mesh is not the plan's.
+      MeshError: the mesh is not the plan's; ``apply`` is called inside a ``shard_map``.
       UnsupportedError: the plan puts shared experts on ranks of their own.
 
     >>> import jax, jax.numpy as jnp, moe_jax as moe
@@ -131,6 +131,11 @@ def moe_on_mesh(
         balance: str = "rank",
         rank_table: Array | None = None,
     ) -> tuple[Array, LayerStats]:
+        if around := _compat.manual_axes():
+            raise MeshError(
+                f"apply of moe_on_mesh was called inside a shard_map over {around}, and makes one itself; in there, "
+                f"call moe_layer on the part of one device, with that shard_map over {plan.token_axes} too"
+            )
         check_array("x", x)
         lead = x.shape[:-1]
         check_shape("x", x, (*lead, plan.hidden), "[..., H]")
