@@ -213,6 +213,20 @@ def test_padding_counts_nowhere():
     assert apply(params, x[:0])[0].shape == (0, H)
 
 
+def test_few_tokens_are_spread_evenly():
+    """Eight tokens of one expert: two on each device fit into a round of two, and eight on the first would be cut."""
+    mesh = mesh_of(ep=4)
+    sizes: dict[str, Any] = SIZES | {"top_k": 1}
+    plan = moe.make_plan(mesh, tokens_per_rank=8, overflow="drop", capacity_factor=1.0, **sizes)
+    assert plan.pair_capacity == 2
+    init, apply = moe.moe_on_mesh(mesh, plan, moe.RouterConfig(), ffn=F)
+    params = init(jax.random.key(0))
+    x = np.random.default_rng(0).random((4, 2, H)).astype(np.float32)
+    y, stats = apply(params | {"router": jnp.zeros((H, E)).at[:, 3].set(1.0)}, x)
+    assert stats.num_dropped == 0 and stats.load[3] == 8
+    assert np.asarray(y).any(axis=-1).all()
+
+
 def test_more_tokens_than_the_plan_has_room_for_are_refused():
     mesh = mesh_of(ep=2)
     init, apply = moe.moe_on_mesh(mesh, moe.make_plan(mesh, tokens_per_rank=4, **SIZES), moe.RouterConfig(), ffn=F)

@@ -157,25 +157,45 @@ def moe_on_mesh(
             check_table(table)
         if lead == (num_tokens,):
             return layer(params, x, token_mask, table, rank_table, balance=balance)
-        x, token_mask = _as_tokens(x, token_mask, num_tokens, mesh)
+        x, token_mask = _as_tokens(x, token_mask, plan.tokens_per_rank, num_tokens, mesh)
         y, stats = layer(params, x, token_mask, table, rank_table, balance=balance)
-        return _compat.unsplit(y, mesh)[: math.prod(lead)].reshape((*lead, plan.hidden)), stats
+        return _as_given(_compat.unsplit(y, mesh), plan.tokens_per_rank, lead), stats
 
     return init, apply
 
 
 def _as_tokens(
-    x: Array, token_mask: Array | None, num_tokens: int, mesh: Mesh | AbstractMesh
+    x: Array, token_mask: Array | None, per_device: int, num_tokens: int, mesh: Mesh | AbstractMesh
 ) -> tuple[Array, Array | None]:
-    """x [..., H] and its mask as [N, H] and [N], padded to ``num_tokens``; the mask says what is padding."""
+    """x [..., H] and its mask as [N, H] and [N], padded to ``num_tokens``; the mask says what is padding.
+
+    Every device gets the same number of tokens, but for the last ones that have some, and padding behind them.
+    """
     given = math.prod(x.shape[:-1])
     x = jnp.reshape(_compat.unsplit(x, mesh), (given, x.shape[-1]))
     if token_mask is not None:
         token_mask = jnp.reshape(_compat.unsplit(token_mask, mesh), (given,))
     if given == num_tokens:
         return x, token_mask
-    mask = jnp.ones(given, bool) if token_mask is None else token_mask
-    return jnp.pad(x, ((0, num_tokens - given), (0, 0))), jnp.pad(mask, (0, num_tokens - given))
+    devices = num_tokens // per_device
+    share = -(-given // devices)
+
+    def padded(array):
+        rest = [(0, 0)] * (array.ndim - 1)
+        array = jnp.pad(array, ((0, devices * share - given), *rest)).reshape(devices, share, *array.shape[1:])
+        return jnp.pad(array, ((0, 0), (0, per_device - share), *rest)).reshape(num_tokens, *array.shape[2:])
+
+    return padded(x), padded(jnp.ones(given, bool) if token_mask is None else token_mask)
+
+
+def _as_given(y: Array, per_device: int, lead: tuple[int, ...]) -> Array:
+    """[N, H] -> [*lead, H]: what the layer made of the tokens of ``_as_tokens``, without padding."""
+    num_tokens, hidden = y.shape
+    given = math.prod(lead)
+    if given < num_tokens:
+        devices = num_tokens // per_device
+        y = y.reshape(devices, per_device, hidden)[:, : -(-given // devices)].reshape(-1, hidden)[:given]
+    return y.reshape(*lead, hidden)
 
 
 def _split(spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> PartitionSpec:
