@@ -6,6 +6,7 @@ touches no device and no environment variable.
 """
 
 from moe_jax import aclnn, errors, quant, reference
+from moe_jax.activations import ClampedSwiGLU
 from moe_jax.balance import Placement, expected_imbalance, rebalance
 from moe_jax.collectives import ragged_all_to_all
 from moe_jax.config import RouterConfig, load_config
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Backend",
     "BarrierTimeoutError",
+    "ClampedSwiGLU",
     "Contract",
     "DispatchHandle",
     "Dispatched",

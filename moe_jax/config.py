@@ -13,12 +13,12 @@ import typing
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
-from moe_jax import _compat
+from moe_jax import _compat, activations
 from moe_jax.errors import ConfigError, InvalidArgumentError, raise_all, suggest
 
 SCORES = ("softmax", "sigmoid", "sqrt_softplus")
 GROUP_SCORES = ("auto", "max", "top2")
-ACTIVATIONS = ("swiglu", "gelu", "clamped_swiglu")
+ACTIVATIONS = tuple(activations.TABLE)
 TRANSPORTS = ("auto", "padded", "ragged", "allgather", "hierarchy")
 OVERFLOWS = ("dropless", "drop")
 DTYPES = ("float32", "bfloat16")
@@ -124,7 +124,7 @@ class MoEConfig(_Checked):
     Attributes:
       num_experts, top_k: routed experts, and how many of them a token goes to.
       ffn: the width of an expert.
-      activation: "swiglu", "gelu" or "clamped_swiglu".
+      activation: a name of `moe_layer`, such as "swiglu" or "gelu".
       num_shared_experts: experts that every token goes to.
       transport, overflow, capacity_factor, backend: as for `make_plan`.
       balance_loss, z_loss: weights of the router's losses in the training loss.

@@ -20,7 +20,8 @@ class Parameter:
       name: the key in ``params``.
       part: what it belongs to: "router", "experts" (the routed ones), "shared" or "constants".
       dims: the names of its axes, outermost first:
-        "ids": E', what the router scores; "hidden": H; "expert_hidden": H of an expert, split over the plan's
+        "ids": E', what the router scores; "router_hidden": H_r, the width of what it sees, H if those are the tokens;
+        "hidden": H; "expert_hidden": H of an expert, split over the plan's
         ``param_axes`` if there are any; "experts": E, split over the expert-parallel axes; "ffn": F, the width of a
         routed expert, split over tp; "shared_ffn": S, the width of the shared expert; "constants": Cc.
       role: what one expert calls it, which is the same for routed and shared experts; "" where it is no expert's.
@@ -63,7 +64,7 @@ def _constant(name: str) -> Parameter:
 
 
 TABLE = (
-    Parameter(name="router", part="router", dims=("hidden", "ids"), fan_in="hidden"),
+    Parameter(name="router", part="router", dims=("router_hidden", "ids"), fan_in="router_hidden"),
     Parameter(name="router_bias", part="router", dims=("ids",), optional=True),
     Parameter(name="selection_bias", part="router", dims=("ids",), needs=frozenset({"selection_bias"})),
     _weight("w_up", "w_up", "hidden", "experts", ("experts", "expert_hidden", "ffn")),

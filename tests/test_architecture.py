@@ -16,7 +16,7 @@ ROOT = Path(moe_jax.__file__).parent
 LAYERS = [
     {"errors"},
     {"_compat", "parameters"},
-    {"hlo", "derivatives"},
+    {"hlo", "derivatives", "activations"},
     {"config", "types", "reference", "layout", "quant", "hardware"},
     {"mesh", "kernels", "elastic", "targets", "balance"},
     {"plan", "collectives"},

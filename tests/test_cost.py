@@ -301,6 +301,7 @@ def test_bytes_between_nodes_by_hand():
     dispatch = cost.phases[1]
     assert dispatch.between_bytes == rows // 2 and dispatch.inside_bytes == rows // 2 * 3 // 4
     assert dispatch.wire_seconds == pytest.approx(rows / 2 / 1e10)  # both links work at once, this is the slower
+    assert dispatch.between_seconds == dispatch.wire_seconds
     assert dispatch.latency_seconds == pytest.approx(2e-5 + 2e-6)  # of the exchange between nodes, and two launches
 
 
@@ -474,7 +475,7 @@ def test_describe_says_what_it_knows():
         ({"ffn": -1}, "ffn=-1"),
         ({"ffn": 2.0}, "ffn=2.0"),
         ({"ffn": 25}, "ffn=25 must be divisible by tp=2"),
-        ({"ffn": 24, "activation": "relu"}, "activation='relu'"),
+        ({"ffn": 24, "activation": "elu"}, "activation='elu'"),
         ({"ffn": 24, "num_replicas": 0}, "num_replicas=0"),
         ({"ffn": 24, "platform": "npu"}, "platform='npu'"),
         ({"ffn": 24, "hardware": "h1"}, "hardware='h1'"),

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, AxisType
 import moe_jax as moe
 from moe_jax.errors import InvalidArgumentError, MemoryLimitError, UnsupportedError
 from moe_jax.hardware import MACHINES, find_machine
-from moe_jax.plan.memory import OPTIMIZERS, _resized
+from moe_jax.plan.memory import OPTIMIZERS, _changes, _resized
 
 WITHIN = 0.10
 # Programs so small that the whole of them lies in the 128 MiB of fast memory of a v5e, whose copies count in its peak.
@@ -131,6 +131,7 @@ def test_state_follows_the_parameters(mesh, axes, activation):
     [
         ({}, {}),
         ({"num_shared_experts": 1}, {"activation": "gelu"}),
+        ({"num_shared_experts": 1}, {"activation": "relu2_gated"}),
         ({"transport": "allgather", "dtype": "float32"}, {"activation": "clamped_swiglu"}),
         pytest.param({"transport": "hierarchy"}, {"chunks": 2}, marks=pytest.mark.slow),
         pytest.param({"num_shared_experts": 2}, {}, marks=pytest.mark.slow),
@@ -237,6 +238,15 @@ def test_a_change_is_the_plan_that_would_be_made(before, tokens):
         assert abs(changed.pair_capacity - made.pair_capacity) <= 1, name
 
 
+def test_smaller_changes_come_first():
+    """Twice as many ranks with remat is less than four times as many without."""
+    memory = large().memory(2048, layers=8, hardware="h100")
+    words = [change.words(memory) for change in _changes(memory)]
+    assert words[0] == "remat=True" and len(set(words)) == len(words)
+    order = ["capacity_factor=1.0", "ep=32", "remat=True and ep=32", "ep=64", "remat=True and ep=64"]
+    assert [word for word in words if word in order] == order
+
+
 def test_what_no_change_helps():
     memory = large().memory(2048, layers=10**6, hardware="v5e")
     assert "makes it fit: take a smaller model" in memory.smallest_change()
@@ -266,7 +276,7 @@ def test_nothing_is_compiled(monkeypatch):
         ({"param_dtype": "int8"}, "param_dtype='int8'"),
         ({"remat": 1}, "remat=1 must be True or False"),
         ({"chunks": 3}, "chunks=3 does not divide tokens_per_rank=64"),
-        ({"activation": "relu"}, "activation='relu'"),
+        ({"activation": "elu"}, "activation='elu'"),
         ({"hardware": "h1000"}, "hardware='h1000'"),
     ],
 )

@@ -84,7 +84,7 @@ MESH = AbstractMesh((2, 2), ("ep", "tp"), axis_types=(jax.sharding.AxisType.Auto
     [
         ({"plan": None}, MissingArgumentError, "plan is None.*make_plan"),
         ({"router": "softmax"}, InvalidArgumentError, "router is a str.*RouterConfig"),
-        ({"activation": "relu"}, InvalidArgumentError, "activation='relu' is unknown.*swiglu"),
+        ({"activation": "elu"}, InvalidArgumentError, "activation='elu' is unknown.*swiglu"),
         ({"use_bias": 1}, InvalidArgumentError, "use_bias=1 must be True or False"),
         ({"plan": make(MESH, quant="int8_static")}, UnsupportedError, "plan.quant='int8_static' needs scales"),
         ({"ffn": 3}, InvalidArgumentError, "ffn=3 must be divisible by tp=2"),

@@ -245,6 +245,14 @@ def test_a_plan_for_a_named_machine_is_the_same_wherever_it_is_made(hardware):
     assert "2 replicas over dp, on " + hardware in here.describe()
 
 
+def test_a_named_machine_asks_no_devices(monkeypatch):
+    """A plan for another machine is arithmetic: JAX, whose start fixes the number of devices, is not started."""
+    for name in ("devices", "local_devices", "default_backend"):
+        monkeypatch.setattr(jax, name, lambda *args, name=name, **kwargs: pytest.fail(f"jax.{name} was called"))
+    plan = moe.make_plan(AbstractMesh((2, 8, 1), ("node", "ep", "tp")), **SIZES, hardware="h100")
+    assert plan.cost(64) and plan.memory(64) and plan.describe(ffn=64)
+
+
 def test_a_plan_for_a_named_machine_is_that_of_a_host_with_such_devices():
     """Devices stand in for those of the machine, under each name that JAX has for their kind."""
     for name in ("h100", "v5p"):

@@ -14,7 +14,7 @@ from moe_jax.errors import CompilationError, DataError
 from moe_jax.hardware import MACHINES
 from moe_jax.tools.cli import main
 from moe_jax.tools.planner import compiled, figures, here, picture, screen, sweep, words
-from moe_jax.tools.planner.meshes import MIN_WIDTH, mesh_words, on_nodes, read_mesh, sensible_meshes
+from moe_jax.tools.planner.meshes import MIN_WIDTH, mesh_words, on_nodes, read_mesh, resized, sensible_meshes
 from moe_jax.tools.planner.question import Terms, ask
 from moe_jax.tools.planner.rows import RowsFile
 
@@ -83,6 +83,9 @@ def test_numbers_in_words():
     ]  # fmt: skip
     assert words.error(100, 110) == "+10.0 %" and words.error(0, 110) == "-"
     assert (words.less(75, 100), words.less(103, 100)) == ("25 % less", "3.0 % more")
+    assert [words.many(n, noun) for n, noun in ((1, "mesh"), (2, "mesh"), (1, "layer"), (1200, "token"))] == [
+        "1 mesh", "2 meshes", "1 layer", "1,200 tokens",
+    ]  # fmt: skip
 
 
 def test_the_screen_says_what_decides(capsys):
@@ -97,6 +100,56 @@ def test_the_screen_says_what_decides(capsys):
         assert words.milliseconds(found["time"][phase]["seconds"]) in text
     assert len(text.splitlines()) < 50
     assert max(map(len, text.splitlines())) <= 120
+
+
+def test_the_bound_is_the_link_that_decides():
+    """A native ragged exchange reaches 2 % of NVLink, so that rows inside a node may take longer than all others."""
+    path = str(ROOT / "configs" / "gpt_oss_120b.toml")
+    asked = question("ep=32", path=path)
+    assert asked.plan().transport == "ragged"
+    dispatch = figures.predict(asked)["time"][figures.FORWARD]["phases"]["dispatch"]
+    inside = dispatch["inside_bytes"] / H100.inside.bytes_per_second
+    between = dispatch["between_bytes"] / H100.between.bytes_per_second
+    assert inside < between < inside / H100.ragged_share
+    assert dispatch["bound"] == "wire in node"
+    whole = dataclasses.replace(asked, machine=dataclasses.replace(H100, ragged_share=1.0))
+    assert figures.predict(whole)["time"][figures.FORWARD]["phases"]["dispatch"]["bound"] == "wire between nodes"
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "hardware", "terms"),
+    [
+        ("qwen3_30b_a3b", "ep=1,tp=4,dp=2", "h100", {"tokens": 4096}),
+        ("mixtral_8x7b", "ep=2,dp=4", "v7x", {"tokens": 4096}),
+        ("mixtral_8x7b", "ep=1,tp=8", "v5e", {}),
+        ("deepseek_v3", "ep=1,tp=2,dp=4", "a3", {"tokens": 16384, "layers": 1}),
+    ],
+)
+def test_the_smallest_change_is_what_a_plan_with_it_says(name, mesh, hardware, terms):
+    """The plan is made anew: the best transport may be another one then, which holds other memory."""
+    asked = question(mesh, hardware, str(ROOT / "configs" / f"{name}.toml"), **terms)
+    change = figures.predict(asked)["memory"]["all"]["smallest_change"]
+    remat, key, value, size = re.fullmatch(
+        r"it fits with (remat=True)?(?: and )?(\w+)?=?(\S+)?: (\S+) GB", change
+    ).groups()
+    changed = dataclasses.replace(asked, terms=dataclasses.replace(asked.terms, remat=remat is not None))
+    if key in ("ep", "tp"):
+        extents = {"ep": asked.mesh.ep, "tp": asked.mesh.tp, "dp": asked.mesh.dp, key: int(value)}
+        text = ",".join(f"{axis}={extent}" for axis, extent in extents.items())
+        config = dataclasses.replace(changed.config, mesh=read_mesh(text, asked.machine))
+        changed = dataclasses.replace(changed, config=config)
+    elif key == "tokens_per_rank":
+        changed = dataclasses.replace(changed, terms=dataclasses.replace(changed.terms, tokens=int(value)))
+    else:
+        assert key is None, f"{key} is not asked for here"
+    memory = figures.predict(changed)["memory"]["all"]
+    assert memory["fits"] and f"{memory['peak'] / 1e9:.2f}" == size
+
+
+def test_nodes_follow_a_change_unless_they_were_asked_for():
+    changes = {("ep=8", "ep"): 8, ("ep=8,nodes=2", "ep"): 2, ("ep=8", "tp"): 8, ("ep=4", "ep"): 8}
+    for (text, axis), nodes in changes.items():
+        assert resized(read_mesh(text, H100), H100, **{axis: 64 if axis == "ep" else 8}).nodes == nodes
 
 
 def test_the_plan_follows_the_machine_and_the_replicas(capsys):
@@ -119,6 +172,18 @@ def test_a_quantised_wire_is_compared_with_one_that_is_not(capsys):
     assert len(lines) == 2 and all("% less" in line for line in lines)
     assert main(["plan", DEEPSEEK, "--mesh", "ep=64", "--hardware", "h100"]) == 0
     assert "saves" not in capsys.readouterr().out
+
+
+def test_json_has_all_that_the_screen_has(capsys):
+    arguments = ["plan", DEEPSEEK, "--mesh", "ep=64", "--hardware", "h100", "--json"]
+    assert main([*arguments, "--quant", "int8", "--describe"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["unquantised"] == figures.predict(question("ep=64"))["time"]
+    assert values["unquantised"][figures.FORWARD]["seconds"] > values["time"][figures.FORWARD]["seconds"]
+    assert values["description"] == question("ep=64", quant="int8").plan().describe(ffn=2048)
+    assert main(arguments) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["unquantised"] is values["description"] is values["compiled"] is None
 
 
 def test_where_nothing_is_trained_the_forward_pass_counts(capsys, folder):
@@ -434,6 +499,12 @@ def test_a_layer_is_timed_here():
         assert len(times["all_seconds"]) == here.REPEATS and min(times["all_seconds"]) <= times["seconds"] > 0
 
 
+def test_what_others_published_stands_beside_predictions(capsys):
+    assert main(["plan", "--published", "--json"]) == 0
+    events = [json.loads(line)["event"] for line in capsys.readouterr().out.splitlines()]
+    assert {"published_exchange", "published_gather", "published_model"} == set(events) and len(events) > 150
+
+
 # Bad input.
 
 
@@ -448,6 +519,9 @@ def test_a_layer_is_timed_here():
         (["plan", DEEPSEEK, "--hardware", "h100", "--quant", "int9"], "quant='int9' is unknown"),
         (["plan", DEEPSEEK, "--hardware", "h100", "--layers", "0"], "layers=0 must be a whole number of at least 1"),
         (["plan", DEEPSEEK, "--hardware", "h100", "--optimizer", "adm"], "optimizer='adm' is unknown"),
+        (["plan"], "the following arguments are required: CONFIG"),
+        (["plan", DEEPSEEK, "--published"], "CONFIG does not go with --published"),
+        (["plan", "--published", "--mesh", "ep=8"], "--mesh does not go with --published"),
         (["sweep", DEEPSEEK, "--hardware", "h100"], "sweep has no mesh"),
         (["sweep", DEEPSEEK, "--hardware", "h10", "--mesh", "ep=8"], "hardware='h10' is no known machine"),
         (["sweep", DEEPSEEK, "--hardware", "h100", "--mesh", "ep=8", "--mesh", "ep=5"], "not divisible by ep=5"),

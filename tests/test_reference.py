@@ -11,7 +11,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from moe_jax import errors, reference
+import moe_jax as moe
+from moe_jax import activations, errors, reference
+from moe_jax.layer.experts import is_gated
 
 # Central differences in float64: the truncation error is O(STEP^2), the rounding error about 1e-16 / STEP.
 STEP = 1e-5
@@ -460,7 +462,7 @@ def test_grouped_matmul_refuses(sizes):
 
 def ffn_weights(rng, activation, biases, hidden=3, ffn=4):
     weights = {"w_up": rng.normal(size=(hidden, ffn)), "w_down": rng.normal(size=(ffn, hidden))}
-    if activation != "gelu":
+    if is_gated(activation):
         weights["w_gate"] = rng.normal(size=(hidden, ffn))
     if biases:
         weights |= {name.replace("w_", "b_"): rng.normal(size=value.shape[1]) for name, value in weights.items()}
@@ -468,7 +470,7 @@ def ffn_weights(rng, activation, biases, hidden=3, ffn=4):
 
 
 @pytest.mark.parametrize("biases", [False, True])
-@pytest.mark.parametrize("activation", ["swiglu", "gelu", "clamped_swiglu"])
+@pytest.mark.parametrize("activation", [*activations.TABLE, moe.ClampedSwiGLU(5.0, alpha=1.0, shift=0.0)], ids=str)
 def test_expert_ffn_vjp(activation, biases):
     rng = np.random.default_rng(5)
     weights = ffn_weights(rng, activation, biases)
@@ -501,7 +503,7 @@ def test_activations_by_hand():
 @pytest.mark.parametrize(
     ("names", "activation", "error"),
     [
-        (("w_up", "w_down"), "relu", errors.InvalidArgumentError),
+        (("w_up", "w_down"), "elu", errors.InvalidArgumentError),
         (("w_up", "w_down"), "swiglu", errors.MissingArgumentError),
         (("w_gate", "w_up", "w_down"), "gelu", errors.InvalidArgumentError),
     ],

@@ -1,41 +1,39 @@
 """Feed-forward experts: many at once over grouped rows, and one for every token."""
 
 import functools
-import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax import _compat
+from moe_jax.activations import Choice, activation_of
+from moe_jax.errors import check_dtype, check_shape
 from moe_jax.kernels import gated_matmul, grouped_matmuls
 from moe_jax.parameters import rows_of
 
 Array = jax.Array
 
-_LIMIT, _ALPHA = 7.0, 1.702  # where the clamped SwiGLU of gpt-oss clips, and the factor in its sigmoid
 
-
-def is_gated(activation: str) -> bool:
+def is_gated(activation: Choice) -> bool:
     """Whether the activation multiplies two projections, so that experts have a ``w_gate``."""
-    return activation != "gelu"
+    return activation_of(activation).gated
 
 
-def activate(gate: Array | None, up: Array, activation: str) -> Array:
-    """The hidden activation of an expert, in fp32, rounded to the dtype of ``up``.
+def activate(gate: Array | None, up: Array, activation: Choice) -> Array:
+    """The hidden activation of an expert, computed in fp32 and rounded to the dtype of ``up``.
 
-    "swiglu": silu(gate) * up. "gelu": the exact (erf) GELU of up; gate is None. "clamped_swiglu" (gpt-oss): with
-    g = min(gate, 7) and u = clip(up, -7, 7): g * sigmoid(1.702 g) * (u + 1).
+    ``gate`` is None where the activation takes ``up`` alone. Rows that hold anything give anything, in themselves only,
+    since activations are elementwise.
+
+    Raises:
+      ShapeError, DtypeError: a function of a user's own makes no floats of the shape of ``up``.
     """
-    wide = up.astype(jnp.float32)
-    if activation == "gelu":
-        return (0.5 * wide * (1.0 + _compat.erf(wide / math.sqrt(2.0)))).astype(up.dtype)
-    assert gate is not None  # every other activation has one
-    gate = gate.astype(jnp.float32)
-    if activation == "swiglu":
-        return (gate * jax.nn.sigmoid(gate) * wide).astype(up.dtype)
-    gate, wide = jnp.minimum(gate, _LIMIT), jnp.clip(wide, -_LIMIT, _LIMIT)
-    return (gate * jax.nn.sigmoid(_ALPHA * gate) * (wide + 1.0)).astype(up.dtype)
+    function = activation_of(activation).function
+    made = function(*(array.astype(jnp.float32) for array in (gate, up) if array is not None))
+    if not isinstance(activation, str):
+        check_shape("what activation returned", made, up.shape, "the shape of up", "an activation is elementwise")
+        check_dtype("what activation returned", made, (jnp.floating,))
+    return made.astype(up.dtype)
 
 
 def split_by_projection(experts: dict[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -80,13 +78,13 @@ def project_in_and_activate(
     kernels: tuple[str, ...],
     row_slot: Array | None,
     *,
-    activation: str,
+    activation: Choice,
     keep: bool,
     fused: bool,
 ) -> tuple[tuple[Array | None, Array] | None, Array]:
     """What ``project_in`` gives, if ``keep``, and ``activate`` of it.
 
-    ``fused``: whether the back end shall make both in one kernel, which wants gated experts.
+    ``fused``: whether the back end shall make both in one kernel, for an activation that is ``fusible``.
     """
     if not fused:
         inner = project_in(experts, rows, group_sizes, kernels, row_slot)
@@ -97,7 +95,7 @@ def project_in_and_activate(
 
 
 @functools.cache
-def _gating(activation: str) -> Callable[[Array, Array], Array]:
+def _gating(activation: Choice) -> Callable[[Array, Array], Array]:
     """``activate`` as a function of arrays alone: one object for each name, so that JAX finds programs again."""
     return lambda gate, up: activate(gate, up, activation)
 
@@ -132,7 +130,7 @@ def _cast(experts: dict[str, Array], names: tuple[str, ...], like: Array) -> tup
     return tuple(experts[name].astype(like.dtype) if name in experts else None for name in names)
 
 
-def shared_ffn(weights: dict[str, Array], x: Array, *, activation: str) -> Array:
+def shared_ffn(weights: dict[str, Array], x: Array, *, activation: Choice) -> Array:
     """The shared expert: every token through one FFN.
 
     Args:

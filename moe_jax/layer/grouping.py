@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax import _compat
+from moe_jax.activations import Choice, activation_of
 from moe_jax.derivatives import custom_gradient, take_rows
 from moe_jax.kernels import fused_kernels
 from moe_jax.layer.experts import activate, project_in, project_in_and_activate, project_out, split_by_projection
@@ -26,7 +27,7 @@ Array = jax.Array
 @functools.partial(custom_gradient, num_static=2)
 def expert_slots(
     plan: Plan,
-    activation: str,
+    activation: Choice,
     experts: dict[str, Array],
     arrived: Array,
     order: InboxOrder | None,
@@ -61,12 +62,12 @@ class _Way(NamedTuple):
     activates: bool
 
 
-def _way(plan: Plan, experts: dict[str, Array], slots: Array, order: InboxOrder | None) -> _Way:
+def _way(plan: Plan, activation: Choice, experts: dict[str, Array], slots: Array, order: InboxOrder | None) -> _Way:
     """``slots``: [A, H], what arrived, or its cotangent."""
     num_rows = slots.shape[0] if order is None else order.row_inbox.shape[0]
     (num_groups, hidden, ffn), itemsize = experts["w_up"].shape, slots.dtype.itemsize
     fused = fused_kernels(plan.kernels, num_rows, num_groups, hidden, ffn, itemsize)
-    activates = "gated_matmul" in fused and "w_gate" in experts
+    activates = "gated_matmul" in fused and activation_of(activation).fusible
     if order is None or not {"slot_matmul", "slot_outer"} <= set(fused):
         return _Way(order, None, activates)
     return _Way(None, order.row_inbox, activates)
@@ -74,7 +75,7 @@ def _way(plan: Plan, experts: dict[str, Array], slots: Array, order: InboxOrder 
 
 def _forward(plan: Plan, activation, experts, arrived, order, group_sizes, keep=True):
     with jax.named_scope("experts"):
-        way = _way(plan, experts, arrived, order)
+        way = _way(plan, activation, experts, arrived, order)
         rows = rows_of_slots(arrived, way.copies, plan)
         inner, hidden = project_in_and_activate(
             experts,
@@ -102,7 +103,7 @@ def _backward(plan: Plan, activation, residuals, ct):
     experts, rows, inner, order, group_sizes = residuals
     of_inner, of_out = split_by_projection(experts)
     with jax.named_scope("experts"):
-        way = _way(plan, experts, ct, order)
+        way = _way(plan, activation, experts, ct, order)
         hidden, pull_hidden = jax.vjp(lambda inner: activate(inner[0], inner[1], activation), inner)
         pull_out = jax.vjp(
             lambda weights, hidden: project_out(weights, hidden, group_sizes, plan.kernels, way.row_slot, ct.shape[0]),
@@ -123,7 +124,7 @@ expert_slots.defvjp(_forward, _backward)
 
 def overflow_slots(
     plan: Plan,
-    activation: str,
+    activation: Choice,
     experts: dict[str, Array],
     arrived: Array,
     order: InboxOrder | None,
@@ -139,7 +140,7 @@ def overflow_slots(
 
 def add_overflow_gradients(
     plan: Plan,
-    activation: str,
+    activation: Choice,
     grads: dict[str, Array],
     experts: dict[str, Array],
     arrived: Array,
@@ -155,7 +156,7 @@ def add_overflow_gradients(
 
     def run(carry, read):
         (grads, ct), (experts, arrived) = carry, read
-        way = _way(plan, experts, arrived, order)
+        way = _way(plan, activation, experts, arrived, order)
         rows = rows_of_slots(arrived, way.copies, plan)
         with jax.named_scope("experts"):
             inner = project_in(experts, rows, group_sizes, plan.kernels, way.row_slot)
@@ -196,8 +197,7 @@ class ExpertKind:
     what: Any
 
 
-@functools.cache
-def feed_forward(activation: str) -> ExpertKind:
+def feed_forward(activation: Choice) -> ExpertKind:
     """The feed-forward experts of the layer, whose parameters are those of ``expert_slots``."""
     return ExpertKind(expert_slots, overflow_slots, add_overflow_gradients, activation)
 

@@ -1,13 +1,18 @@
 """The differentiable MoE layer: route, send tokens through their experts in rounds, add the shared experts."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from moe_jax import _compat, collectives
-from moe_jax.config import ACTIVATIONS, RouterConfig
+from moe_jax.activations import Choice, check_activation
+from moe_jax.config import RouterConfig
 from moe_jax.errors import (
     InvalidArgumentError,
+    check_array,
     check_choice,
     check_count,
     check_dtype,
@@ -22,9 +27,10 @@ from moe_jax.layer.placement import BALANCES, check_table, instances_of
 from moe_jax.layer.rounds import routed_sum
 from moe_jax.layer.router import choose_experts
 from moe_jax.layer.weightless import Constants
+from moe_jax.layout import count_each
 from moe_jax.parameters import weights_of
 from moe_jax.plan import Plan
-from moe_jax.types import LayerStats
+from moe_jax.types import LayerStats, Routing
 
 Array = jax.Array
 
@@ -35,14 +41,16 @@ def moe_layer(
     params: dict[str, Array],
     x: Array,
     plan: Plan,
-    router: RouterConfig,
+    router: RouterConfig | None,
     *,
-    activation: str = "swiglu",
+    activation: Choice = "swiglu",
     token_mask: Array | None = None,
     table: Array | None = None,
     balance: str = "rank",
     rank_table: Array | None = None,
     chunks: int = 1,
+    routing: Routing | tuple[Array, Array] | None = None,
+    router_x: Array | None = None,
 ) -> tuple[Array, LayerStats]:
     """One Mixture-of-Experts layer. Call it per shard, inside ``shard_map`` with ``check_vma=True``.
 
@@ -62,7 +70,12 @@ def moe_layer(
         const_v [Cc, H], replicated.
       x: [T, H] in ``plan.dtype``.
       plan, router: static.
-      activation: "swiglu", "gelu" or "clamped_swiglu"; see ``experts.activate``.
+      activation: what an expert does between its projections. Gated: "swiglu" (silu(gate) * up), "geglu", "geglu_tanh",
+        "reglu", "relu2_gated" (relu(gate)^2 * up), "clamped_swiglu" or a ``ClampedSwiGLU``. Without a gate: "silu",
+        "gelu" (by erf), "gelu_tanh", "relu", "relu2". Or an elementwise function of (gate, up), or of (up) alone for
+        experts without a gate: fp32 in, floats of the same shape out, differentiated by JAX. It is static, so give the
+        same object each time, and what it reads beside its arguments must be constants. Rows past the last one may hold
+        anything. Kernels fuse the names that they know; a function is an operation of its own.
       token_mask: [T] bool; false = padding: it goes nowhere, counts nowhere and its result is zero.
       table: [E_logical, F] i32, the instances of each logical expert, see ``update_expert``. Then the router scores
         logical experts (E' = E_logical plus the weightless ones), and ``plan.num_experts`` counts instances.
@@ -72,22 +85,32 @@ def moe_layer(
       chunks: a divisor of T. The tokens pass in this many chunks, each with its share of ``plan.pair_capacity``, and
         no chunk waits for another: while one is multiplied, the next can travel. Values are those of chunks=1, except
         that overflow="drop" may drop other pairs. ``num_rounds`` is that of the chunk that needed most.
+      routing: choices that were made outside, for hash layers, replayed routes and routers of your own: (expert_ids
+        [T, K] i32, -1 for a choice that goes nowhere and counts nowhere; combine_weights [T, K] float), or a
+        ``Routing``, whose losses are then those of the result. Ids are what the router would choose: logical ones with
+        ``table``; those of weightless experts follow the others. ``router`` may then be None, and the router's
+        parameters may be left out; those that are there are not read.
+      router_x: [T, H_r] in any float dtype, what the router sees where that is not what the experts see, such as a
+        token before it is projected to H, or under another norm; params["router"] is then [H_r, E']. Not with
+        ``routing``.
 
     Returns:
-      y [T, H] in ``plan.dtype``, and LayerStats over all tokens of the mesh. Differentiable in x and every float
-      parameter except ``selection_bias``. Forward mode and derivatives of higher order need a plan with
-      ``plan.max_rounds == 1``.
+      y [T, H] in ``plan.dtype``, and LayerStats over all tokens of the mesh. Differentiable in x, ``router_x``, the
+      weights of ``routing`` and every float parameter except ``selection_bias``. A tuple ``routing`` has no losses.
+      Forward mode and derivatives of higher order need a plan with ``plan.max_rounds == 1``.
 
     Raises:
       InvalidArgumentError: lists everything that is wrong with ``params``; lists every way in which the router's groups
-        do not fit the plan; an unknown activation; chunks that do not divide T.
+        do not fit the plan; an unknown activation, or a function that takes neither one array nor two; chunks that do
+        not divide T.
       MissingArgumentError, ShapeError, DtypeError, MeshError: as for ``dispatch``.
       UnsupportedError: the plan puts shared experts on ranks of their own; or somebody asks for a derivative that needs
         a plan of one round.
     """
     check_layer_plan(plan)
-    check_type("router", router, RouterConfig, "build one with moe_jax.RouterConfig(...)")
-    check_choice("activation", activation, ACTIVATIONS)
+    if router is not None or routing is None:
+        check_type("router", router, RouterConfig, "build one with moe_jax.RouterConfig(...), or pass routing=")
+    check_activation(activation)
     check_choice("balance", balance, BALANCES)
     check_chunks(chunks, plan)
     collectives.check_axes(plan, replicas=True)
@@ -95,22 +118,33 @@ def moe_layer(
     check_dtype("x", x, (plan.dtype,), "the plan's dtype: cast x, or make a plan with dtype=...")
     if token_mask is not None:
         check_mask("token_mask", token_mask, x.shape[:1], "[T]")
-    check_params(params, plan, router, activation, on_device=True, table=table)
-    check_router(router, plan, None if table is None else table.shape[0])
+    if router_x is not None:
+        check_router_x(router_x, x.shape[:1], routing)
+    choices = None if routing is None else choices_of(routing)
+    if choices is not None:
+        check_choices(*choices, (plan.tokens_per_rank, plan.top_k))
+    check_params(
+        params, plan, router, activation, on_device=True, table=table, routed=choices is not None, router_x=router_x
+    )
+    if router is not None:
+        check_router(router, plan, None if table is None else table.shape[0])
     if table is not None:
         check_table(table)
-    return layer_of_shard(
+    y, stats = layer_of_shard(
         params,
         x,
         token_mask,
         table,
         rank_table,
+        choices,
+        router_x,
         plan=plan,
         router=router,
         activation=activation,
         balance=balance,
         chunks=chunks,
     )
+    return y, dataclasses.replace(stats, losses=routing.losses) if isinstance(routing, Routing) else stats
 
 
 def layer_of_shard(
@@ -119,10 +153,12 @@ def layer_of_shard(
     token_mask: Array | None,
     table: Array | None,
     rank_table: Array | None,
+    choices: tuple[Array, Array] | None,
+    router_x: Array | None,
     *,
     plan: Plan,
-    router: RouterConfig,
-    activation: str,
+    router: RouterConfig | None,
+    activation: Choice,
     balance: str,
     chunks: int,
 ) -> tuple[Array, LayerStats]:
@@ -131,15 +167,21 @@ def layer_of_shard(
     Between collectives every value is typed as varying over all axes of the plan. Results leave as the tokens came:
     over an axis of one device they vary only if an operand does, whatever the parameters do.
     """
-    axes_of_tokens = _compat.union_of_varying_axes((x, token_mask, table, rank_table))
+    axes_of_tokens = _compat.union_of_varying_axes((x, token_mask, table, rank_table, choices, router_x))
     # 1. Operands. Parameters are typed as varying over axes of size 1, or JAX would sum their gradients there.
-    x = _compat.as_varying(x, plan.token_axes)
+    x, router_x = _compat.as_varying((x, router_x), plan.token_axes)
     params = _compat.as_varying_over_units(params, plan.token_axes)
     if token_mask is not None:  # padding may hold anything; from here on it is zero
         x = jnp.where(token_mask[:, None], x, jnp.zeros((), x.dtype))
-    # 2. Every token chooses its experts, and a table says which instances of them compute.
-    logits, bias = router_logits(params, x), params.get("selection_bias")
-    routing = choose_experts(logits, router, plan.top_k, bias, token_mask, plan.token_axes)
+        if router_x is not None:
+            router_x = jnp.where(token_mask[:, None], router_x, jnp.zeros((), router_x.dtype))
+    # 2. Every token chooses its experts, or has done so, and a table says which instances of them compute.
+    if choices is None:
+        assert router is not None  # as has been checked
+        logits, bias = router_logits(params, x if router_x is None else router_x), params.get("selection_bias")
+        routing = choose_experts(logits, router, plan.top_k, bias, token_mask, plan.token_axes)
+    else:
+        routing = _routing_of(choices, token_mask, table, plan)
     expert_ids = routing.expert_ids if table is None else _instances_of(routing.expert_ids, table, balance, plan)
     # 3. Tokens go to their experts and come back as weighted sums, in rounds.
     experts = gathered(weights_of("experts", params), plan)
@@ -165,6 +207,17 @@ def layer_of_shard(
     return _compat.drop_unit_axes((total.astype(plan.dtype), stats), axes_of_tokens)
 
 
+def _routing_of(choices: tuple[Array, Array], token_mask: Array | None, table: Array | None, plan: Plan) -> Routing:
+    """Choices made outside as a router would have made them: padding has none, and what is none has no weight."""
+    expert_ids, weights = _compat.as_varying(choices, plan.token_axes)
+    if token_mask is not None:
+        expert_ids = jnp.where(token_mask[:, None], expert_ids, -1)
+    weights = jnp.where(expert_ids >= 0, weights.astype(jnp.float32), 0.0)
+    num_ids = plan.num_ids + (0 if table is None else table.shape[0] - plan.num_experts)
+    load = collectives.sum_over_tokens(count_each(expert_ids, num_ids), plan)
+    return Routing(expert_ids=expert_ids, combine_weights=weights, losses={}, load=load)
+
+
 def _instances_of(expert_ids: Array, table: Array, balance: str, plan: Plan) -> Array:
     """Ids of logical experts -> ids of their instances; weightless experts are numbered behind either."""
     num_logical = table.shape[0]
@@ -172,6 +225,34 @@ def _instances_of(expert_ids: Array, table: Array, balance: str, plan: Plan) -> 
     rank = collectives.ep_rank(plan)
     ids = instances_of(jnp.where(is_logical, expert_ids, -1), table, rank, plan.ep_size, balance)
     return jnp.where(is_logical, ids, expert_ids - num_logical + plan.num_experts)
+
+
+def choices_of(routing: Routing | tuple[Array, Array]) -> tuple[Array, Array]:
+    """The ids and weights of an argument ``routing``."""
+    if isinstance(routing, Routing):
+        return routing.expert_ids, routing.combine_weights
+    if not isinstance(routing, tuple | list) or len(routing) != 2:
+        raise InvalidArgumentError(
+            f"routing is a {type(routing).__name__}; pass a tuple (expert_ids, combine_weights), or a moe_jax.Routing"
+        )
+    return routing[0], routing[1]
+
+
+def check_router_x(router_x: Array, lead: tuple[int, ...], routing: Any) -> None:
+    """Raises unless ``router_x`` is something that a router can see of tokens of the shape ``lead``."""
+    check_array("router_x", router_x)
+    check_shape("router_x", router_x, (*lead, *router_x.shape[-1:]), "[T, H_r], as many tokens as x")
+    check_dtype("router_x", router_x, (jnp.floating,))
+    if routing is not None:
+        raise InvalidArgumentError("router_x was given beside routing=, which needs no router; leave one of them out")
+
+
+def check_choices(expert_ids: Array, combine_weights: Array, shape: tuple[int, ...]) -> None:
+    """Raises unless these are choices of ``shape``, [T, K] on a device, that somebody made outside."""
+    check_shape("expert_ids", expert_ids, shape, "[T, K], fixed by the plan; -1 for a choice that is none")
+    check_dtype("expert_ids", expert_ids, ("int32",), "cast it with .astype(jnp.int32)")
+    check_shape("combine_weights", combine_weights, shape, "[T, K], as expert_ids")
+    check_dtype("combine_weights", combine_weights, (jnp.floating,))
 
 
 def check_chunks(chunks: int, plan: Plan) -> None:
@@ -184,7 +265,7 @@ def check_chunks(chunks: int, plan: Plan) -> None:
 
 
 def router_logits(params: dict[str, Array], x: Array) -> Array:
-    """fp32 logits [T, E] at full precision: a choice must not depend on the back end's fast modes."""
+    """fp32 logits [T, E] of x [T, H_r], at full precision: a choice must not depend on the back end's fast modes."""
     with jax.named_scope("router"):
         logits = jnp.matmul(
             x.astype(jnp.float32), params["router"].astype(jnp.float32), precision=lax.Precision.HIGHEST

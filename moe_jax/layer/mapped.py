@@ -12,7 +12,7 @@ from moe_jax import _compat, collectives
 from moe_jax.derivatives import without_float0
 from moe_jax.errors import InvalidArgumentError, ShapeError, UnsupportedError, check_dtype, check_mask, check_shape
 from moe_jax.layer.grouping import ExpertKind, rows_of_slots, slots_of_rows
-from moe_jax.layer.layer import check_chunks
+from moe_jax.layer.layer import check_choices, check_chunks
 from moe_jax.layer.params import check_layer_plan
 from moe_jax.layer.rounds import routed_sum
 from moe_jax.layer.weightless import Constants
@@ -92,7 +92,7 @@ def map_experts(
     collectives.check_axes(plan, replicas=True)
     check_shape("x", x, (plan.tokens_per_rank, plan.hidden), "[T, H], fixed by the plan; pad and use token_mask")
     check_dtype("x", x, (plan.dtype,), "the plan's dtype: cast x, or make a plan with dtype=...")
-    check_choices(expert_ids, combine_weights, plan)
+    check_choices(expert_ids, combine_weights, (plan.tokens_per_rank, plan.top_k))
     if token_mask is not None:
         check_mask("token_mask", token_mask, x.shape[:1], "[T]")
     axes_of_tokens = _compat.union_of_varying_axes((x, expert_ids, combine_weights, token_mask, rank_table))
@@ -102,8 +102,9 @@ def map_experts(
         expert_ids = jnp.where(token_mask[:, None], expert_ids, -1)
     combine_weights = jnp.where(expert_ids >= 0, combine_weights, 0)  # a weight of no choice may be NaN
     load = collectives.sum_over_tokens(count_each(expert_ids, plan.num_ids), plan)
+    weights = jnp.where(expert_ids == -1, 0.0, combine_weights.astype(jnp.float32))  # there anything may stand
     # 2. Tokens go to their experts and come back as weighted sums, in rounds.
-    operands = _compat.as_varying((expert_ids, params, x, combine_weights.astype(jnp.float32)), plan.token_axes)
+    operands = _compat.as_varying((expert_ids, params, x, weights), plan.token_axes)
     expert_ids, params, x, weights = operands
     kind, no_constants = mapped(fn), Constants(None, None, None)
     total, num_dropped, num_rounds = routed_sum(
@@ -121,15 +122,6 @@ def map_experts(
         losses={},
     )
     return _compat.drop_unit_axes((total.astype(plan.dtype), stats), axes_of_tokens)
-
-
-def check_choices(expert_ids: Array, combine_weights: Array, plan: Plan) -> None:
-    """Raises unless these are choices of ``plan`` that somebody made outside."""
-    shape = (plan.tokens_per_rank, plan.top_k)
-    check_shape("expert_ids", expert_ids, shape, "[T, K], fixed by the plan; -1 for a choice that is none")
-    check_dtype("expert_ids", expert_ids, ("int32",), "cast it with .astype(jnp.int32)")
-    check_shape("combine_weights", combine_weights, shape, "[T, K], as expert_ids")
-    check_dtype("combine_weights", combine_weights, (jnp.floating,))
 
 
 def mapped(fn: Callable[[Any, Array, Array], Array]) -> ExpertKind:

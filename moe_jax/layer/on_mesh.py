@@ -1,5 +1,6 @@
 """The layer over global arrays: one shard_map around ``moe_layer``, and parameters placed for it."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -9,14 +10,24 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from moe_jax import _compat
+from moe_jax.activations import Choice
 from moe_jax.config import RouterConfig
-from moe_jax.errors import MeshError, ShapeError, check_array, check_choice, check_dtype, check_mask, check_shape
-from moe_jax.layer.layer import check_chunks, layer_of_shard
+from moe_jax.errors import (
+    MeshError,
+    MissingArgumentError,
+    ShapeError,
+    check_array,
+    check_choice,
+    check_dtype,
+    check_mask,
+    check_shape,
+)
+from moe_jax.layer.layer import check_choices, check_chunks, check_router_x, choices_of, layer_of_shard
 from moe_jax.layer.params import abstract_params, check_params, check_width, draw, param_spec
 from moe_jax.layer.placement import BALANCES, check_table
 from moe_jax.parameters import TABLE
 from moe_jax.plan import Plan
-from moe_jax.types import LayerStats
+from moe_jax.types import LayerStats, Routing
 
 Array = jax.Array
 
@@ -24,14 +35,15 @@ Array = jax.Array
 def moe_on_mesh(
     mesh: Mesh | AbstractMesh,
     plan: Plan,
-    router: RouterConfig,
+    router: RouterConfig | None,
     *,
     ffn: int = 1024,
-    activation: str = "swiglu",
+    activation: Choice = "swiglu",
     use_bias: bool = False,
     num_logical_experts: int | None = None,
     chunks: int = 1,
     param_dtype: str = "float32",
+    router_hidden: int | None = None,
 ) -> tuple[Callable, Callable]:
     """The MoE layer on global arrays: ``init(key) -> params`` and ``apply(params, x) -> (y, stats)``.
 
@@ -45,17 +57,18 @@ def moe_on_mesh(
         ``jax.set_mesh``. Arguments may be laid out over it in any way: ``apply`` moves what lies elsewhere. To trace
         and lower, an AbstractMesh will do; where its axes are Explicit, which is the default of newer JAX, JAX lowers
         inside ``jax.sharding.use_abstract_mesh(mesh)`` alone.
-      plan, router: static.
+      plan, router: static. Without a router, None, there are no parameters for one, and ``apply`` needs ``routing``.
       ffn: F, width of an expert, divisible by tp. A shared expert has width F * ``plan.num_shared_experts``.
-      activation: "swiglu", "gelu" or "clamped_swiglu".
+      activation: a name or a function, see ``moe_layer``.
       use_bias: whether ``init`` makes the optional biases (zero at first).
       num_logical_experts: experts that the router scores, where ``apply`` is given a ``table`` of their instances;
         None: it scores the plan's experts.
       chunks: parts in which the tokens of a device pass, see ``moe_layer``.
       param_dtype: "float32", "bfloat16" or "float16", of the parameters that ``init`` makes; ``apply`` takes any.
+      router_hidden: H_r, where ``apply`` is given ``router_x`` [..., H_r], which the router sees instead of x; None: H.
 
     Returns:
-      init: key -> dict of arrays in ``param_dtype``: router [H, E'], w_gate (if gated), w_up [E, H, F],
+      init: key -> dict of arrays in ``param_dtype``: router [H_r, E'], w_gate (if gated), w_up [E, H, F],
         w_down [E, F, H], selection_bias [E] if the router has one, shared_gate (if gated), shared_up, shared_down if
         there are shared experts, and router_bias, b_gate, b_up, b_down with ``use_bias``.
       apply: (params, x [..., H] in ``plan.dtype``, token_mask [...] bool or None) -> (y [..., H], LayerStats). Tokens
@@ -63,7 +76,9 @@ def moe_on_mesh(
         tokens_per_rank each; they are spread evenly over these devices, and where there are fewer, the rest is padding
         that goes nowhere and counts nowhere. So the same parameters serve plans of any size, such as one for long
         prompts and one for single steps. y is sharded over ``plan.token_axes``. The keywords ``table``, ``balance``
-        and ``rank_table`` are those of ``moe_layer``, the same on every device.
+        and ``rank_table`` are those of ``moe_layer``, the same on every device. ``routing`` and ``router_x`` are
+        too, but have the leading shape of x: (expert_ids [..., K], combine_weights [..., K]) or a ``Routing`` of such
+        arrays; and [..., H_r].
 
     Raises:
       InvalidArgumentError: ``ffn`` is not divisible by tp, the activation is unknown, ``chunks`` does not divide T, or
@@ -88,6 +103,7 @@ def moe_on_mesh(
         use_bias=use_bias,
         num_logical_experts=num_logical_experts,
         param_dtype=param_dtype,
+        router_hidden=router_hidden,
     )
     check_chunks(chunks, plan)
     num_tokens = plan.tokens_per_rank * plan.ep_size * plan.tp_size * plan.num_replicas
@@ -104,7 +120,7 @@ def moe_on_mesh(
         return drawn(key)
 
     @functools.partial(jax.jit, static_argnames="balance")
-    def layer(params, x, token_mask, table, rank_table, balance):
+    def layer(params, x, token_mask, table, rank_table, choices, router_x, balance):
         """The layer as one program, where it is not part of a larger one."""
         in_specs = (
             {name: specs[name] for name in params},
@@ -112,8 +128,10 @@ def moe_on_mesh(
             None if token_mask is None else tokens,
             None if table is None else everywhere,
             None if rank_table is None else everywhere,
+            None if choices is None else (tokens, tokens),
+            None if router_x is None else tokens,
         )
-        given = (params, x, token_mask, table, rank_table)
+        given = (params, x, token_mask, table, rank_table, choices, router_x)
         given = jax.tree.map(lambda array, spec: _compat.lay_out(array, mesh, spec), given, in_specs)
         shard = functools.partial(
             layer_of_shard, plan=plan, router=router, activation=activation, balance=balance, chunks=chunks
@@ -130,6 +148,8 @@ def moe_on_mesh(
         table: Array | None = None,
         balance: str = "rank",
         rank_table: Array | None = None,
+        routing: Routing | tuple[Array, Array] | None = None,
+        router_x: Array | None = None,
     ) -> tuple[Array, LayerStats]:
         if around := _compat.manual_axes():
             raise MeshError(
@@ -151,41 +171,66 @@ def moe_on_mesh(
         check_choice("balance", balance, BALANCES)  # static, so it must be hashable
         if rank_table is not None:
             check_array("rank_table", rank_table)
-        check_params(params, plan, router, activation, on_device=False, table=table)
+        choices = None if routing is None else choices_of(routing)
+        if choices is not None:
+            check_choices(*choices, (*lead, plan.top_k))
+        elif router is None:
+            raise MissingArgumentError("routing is missing: this layer was made with router=None; pass routing=(...)")
+        if router_x is not None:
+            check_router_x(router_x, lead, routing)
+        elif router_hidden is not None and routing is None:
+            raise MissingArgumentError(f"router_x is missing: this layer was made with router_hidden={router_hidden}")
+        check_params(
+            params,
+            plan,
+            router,
+            activation,
+            on_device=False,
+            table=table,
+            routed=choices is not None,
+            router_x=router_x,
+        )
         check_width(f"params: 'w_up' has shape {params['w_up'].shape}; its width", params["w_up"].shape[-1], plan)
         if table is not None:
             check_table(table)
-        if lead == (num_tokens,):
-            return layer(params, x, token_mask, table, rank_table, balance=balance)
-        x, token_mask = _as_tokens(x, token_mask, plan.tokens_per_rank, num_tokens, mesh)
-        y, stats = layer(params, x, token_mask, table, rank_table, balance=balance)
-        return _as_given(_compat.unsplit(y, mesh), plan.tokens_per_rank, lead), stats
+        if lead != (num_tokens,):
+            operands = (x, token_mask, choices, router_x)
+            x, token_mask, choices, router_x = _as_tokens(*operands, plan.tokens_per_rank, num_tokens, mesh)
+        y, stats = layer(params, x, token_mask, table, rank_table, choices, router_x, balance=balance)
+        if lead != (num_tokens,):
+            y = _as_given(_compat.unsplit(y, mesh), plan.tokens_per_rank, lead)
+        return y, dataclasses.replace(stats, losses=routing.losses) if isinstance(routing, Routing) else stats
 
     return init, apply
 
 
 def _as_tokens(
-    x: Array, token_mask: Array | None, per_device: int, num_tokens: int, mesh: Mesh | AbstractMesh
-) -> tuple[Array, Array | None]:
-    """x [..., H] and its mask as [N, H] and [N], padded to ``num_tokens``; the mask says what is padding.
+    x: Array,
+    token_mask: Array | None,
+    choices: tuple[Array, Array] | None,
+    router_x: Array | None,
+    per_device: int,
+    num_tokens: int,
+    mesh: Mesh | AbstractMesh,
+) -> tuple[Array, Array | None, tuple[Array, Array] | None, Array | None]:
+    """All of these [..., X] as [N, X], with padding up to ``num_tokens`` of them; the mask says what is padding.
 
     Every device gets the same number of tokens, but for the last ones that have some, and padding behind them.
     """
     given = math.prod(x.shape[:-1])
-    x = jnp.reshape(_compat.unsplit(x, mesh), (given, x.shape[-1]))
-    if token_mask is not None:
-        token_mask = jnp.reshape(_compat.unsplit(token_mask, mesh), (given,))
-    if given == num_tokens:
-        return x, token_mask
-    devices = num_tokens // per_device
-    share = -(-given // devices)
+    if token_mask is None and given < num_tokens:
+        token_mask = jnp.ones(x.shape[:-1], bool)
 
-    def padded(array):
-        rest = [(0, 0)] * (array.ndim - 1)
+    def rows(array: Array, lead: int) -> Array:
+        array = jnp.reshape(_compat.unsplit(array, mesh), (given, *array.shape[lead:]))
+        if given == num_tokens:
+            return array
+        devices, rest = num_tokens // per_device, [(0, 0)] * (array.ndim - 1)
+        share = -(-given // devices)
         array = jnp.pad(array, ((0, devices * share - given), *rest)).reshape(devices, share, *array.shape[1:])
         return jnp.pad(array, ((0, 0), (0, per_device - share), *rest)).reshape(num_tokens, *array.shape[2:])
 
-    return padded(x), padded(jnp.ones(given, bool) if token_mask is None else token_mask)
+    return jax.tree.map(functools.partial(rows, lead=x.ndim - 1), (x, token_mask, choices, router_x))
 
 
 def _as_given(y: Array, per_device: int, lead: tuple[int, ...]) -> Array:

@@ -14,7 +14,8 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax import collectives
-from moe_jax.config import ACTIVATIONS, RouterConfig, router_violations
+from moe_jax.activations import Choice, activation_of, check_activation
+from moe_jax.config import RouterConfig, router_violations
 from moe_jax.errors import (
     InvalidArgumentError,
     MeshError,
@@ -31,7 +32,6 @@ from moe_jax.errors import (
     suggest,
 )
 from moe_jax.kernels import FLOAT_DTYPES
-from moe_jax.layer.experts import is_gated
 from moe_jax.mesh import mesh_violations
 from moe_jax.parameters import BY_NAME, TABLE, Parameter, rows_of
 from moe_jax.plan import Plan
@@ -40,7 +40,7 @@ Array = jax.Array
 
 
 def param_specs(
-    plan: Plan, router: RouterConfig, *, activation: str = "swiglu", use_bias: bool = False
+    plan: Plan, router: RouterConfig | None, *, activation: Choice = "swiglu", use_bias: bool = False
 ) -> dict[str, PartitionSpec]:
     """How the parameters of ``moe_on_mesh`` lie on the mesh of ``plan``, by name.
 
@@ -58,8 +58,9 @@ def param_specs(
     True
     """
     check_layer_plan(plan)
-    check_type("router", router, RouterConfig, "build one with moe_jax.RouterConfig(...)")
-    check_choice("activation", activation, ACTIVATIONS)
+    if router is not None:
+        check_type("router", router, RouterConfig, "build one with moe_jax.RouterConfig(...), or None")
+    check_activation(activation)
     check_flag("use_bias", use_bias)
     return {row.name: param_spec(row.name, plan) for row in drawn_rows(plan, router, activation, use_bias)}
 
@@ -67,13 +68,14 @@ def param_specs(
 def abstract_params(
     mesh: Mesh | AbstractMesh,
     plan: Plan,
-    router: RouterConfig,
+    router: RouterConfig | None,
     *,
     ffn: int = 1024,
-    activation: str = "swiglu",
+    activation: Choice = "swiglu",
     use_bias: bool = False,
     num_logical_experts: int | None = None,
     param_dtype: str = "float32",
+    router_hidden: int | None = None,
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """The parameters of ``moe_on_mesh`` without their values: shapes, dtypes and shardings, by name.
 
@@ -91,17 +93,23 @@ def abstract_params(
     (4, 32, 8)
     """
     check_layer_plan(plan)
-    check_type("router", router, RouterConfig, "build one with moe_jax.RouterConfig(...)")
+    if router is not None:
+        check_type("router", router, RouterConfig, "build one with moe_jax.RouterConfig(...), or None")
     check_mesh_of(mesh, plan)
-    check_choice("activation", activation, ACTIVATIONS)
+    check_activation(activation)
     check_flag("use_bias", use_bias)
     check_count("ffn", ffn)
     check_width(f"ffn={ffn}", ffn, plan)
     check_choice("param_dtype", param_dtype, FLOAT_DTYPES)
     if num_logical_experts is not None:
         check_count("num_logical_experts", num_logical_experts)
-    check_router(router, plan, num_logical_experts)
-    extents = extents_of(plan, ffn=int(ffn), num_logical_experts=num_logical_experts)
+    if router is not None:
+        check_router(router, plan, num_logical_experts)
+    if router_hidden is not None:
+        check_count("router_hidden", router_hidden)
+        if router is None:
+            raise InvalidArgumentError(f"router_hidden={router_hidden} was given and router is None; leave one out")
+    extents = extents_of(plan, ffn=int(ffn), num_logical_experts=num_logical_experts, router_hidden=router_hidden)
     abstract = {}
     for row in drawn_rows(plan, router, activation, use_bias):
         shape, sharding = tuple(extents[dim] for dim in row.dims), NamedSharding(mesh, param_spec(row.name, plan))
@@ -109,7 +117,7 @@ def abstract_params(
     return abstract
 
 
-def drawn_rows(plan: Plan, router: RouterConfig, activation: str, use_bias: bool) -> list[Parameter]:
+def drawn_rows(plan: Plan, router: RouterConfig | None, activation: Choice, use_bias: bool) -> list[Parameter]:
     """The parameters that ``init`` makes: all that the layer knows, the optional ones ``use_bias`` decides about."""
     return [row for row in _known_rows(plan, router, activation) if use_bias or not row.optional]
 
@@ -162,7 +170,7 @@ def place(params: Mapping[str, Any], mesh: Mesh, plan: Plan) -> dict[str, Array]
     rows = {name: BY_NAME[name] for name in params if name in BY_NAME}
     found = [f"{name!r} is unknown; {suggest(name, BY_NAME)}" for name in params if name not in BY_NAME]
     extents: dict[str, Any] = extents_of(plan, ffn=0)
-    extents |= {dim: _width(params, dim) for dim in ("ffn", "shared_ffn", "ids")}
+    extents |= {dim: _width(params, dim) for dim in ("ffn", "shared_ffn", "ids", "router_hidden")}
     found += _misshapen(params, rows, extents, "over the mesh")
     raise_all(found, "params")
     if isinstance(extents["ffn"], int):
@@ -198,29 +206,31 @@ def gathered(experts: dict[str, Array], plan: Plan) -> dict[str, Array]:
 
 
 def extents_of(
-    plan: Plan, *, ffn: int, num_logical_experts: int | None = None, on_device: bool = False
+    plan: Plan,
+    *,
+    ffn: int,
+    num_logical_experts: int | None = None,
+    on_device: bool = False,
+    router_hidden: int | None = None,
 ) -> dict[str, int]:
     """The extent of every axis in the table.
 
     Args:
       ffn: F; the shared expert is as many times as wide as the plan has shared experts.
-      num_logical_experts: the experts that the router scores; None: it scores the instances themselves.
+      num_logical_experts: the experts that the router scores beside the weightless ones; None: it scores instances.
       on_device: whether the experts are those of one device, with the part of H that it holds, and not all of them.
+      router_hidden: the width of what the router sees; None: it sees the tokens.
     """
     return {
-        "ids": num_scored(plan, num_logical_experts),
+        "ids": plan.num_ids + (0 if num_logical_experts is None else num_logical_experts - plan.num_experts),
         "hidden": plan.hidden,
+        "router_hidden": plan.hidden if router_hidden is None else router_hidden,
         "expert_hidden": plan.hidden // (plan.num_param_shards if on_device else 1),
         "experts": plan.num_local_experts if on_device else plan.num_experts,
         "ffn": ffn,
         "shared_ffn": ffn * plan.num_shared_experts,
         "constants": plan.num_const_experts,
     }
-
-
-def num_scored(plan: Plan, num_logical_experts: int | None) -> int:
-    """E': how many ids the router scores, those of weightless experts included; None: it scores instances."""
-    return plan.num_ids + (0 if num_logical_experts is None else num_logical_experts - plan.num_experts)
 
 
 def check_layer_plan(plan: Plan) -> None:
@@ -254,7 +264,7 @@ def check_width(what: str, ffn: int, plan: Plan) -> None:
 
 def check_router(router: RouterConfig, plan: Plan, num_logical_experts: int | None) -> None:
     """Raises one error that lists every way in which ``router`` cannot choose among the ids of ``plan``."""
-    scored = num_scored(plan, num_logical_experts)
+    scored = extents_of(plan, ffn=0, num_logical_experts=num_logical_experts)["ids"]
     experts = f"the {scored} experts that the router scores"
     raise_all(router_violations(router, scored, experts, plan.top_k, "plan.top_k"), "router and plan")
 
@@ -262,25 +272,41 @@ def check_router(router: RouterConfig, plan: Plan, num_logical_experts: int | No
 def check_params(
     params: Any,
     plan: Plan,
-    router: RouterConfig,
-    activation: str,
+    router: RouterConfig | None,
+    activation: Choice,
     *,
     on_device: bool,
     table: Array | None = None,
+    routed: bool = False,
+    router_x: Array | None = None,
 ) -> None:
-    """Raises one error that lists all that is wrong with ``params``, those of one device or of the whole mesh."""
+    """Raises one error that lists all that is wrong with ``params``, those of one device or of the whole mesh.
+
+    ``routed``: whether choices are made outside, so that the router's parameters may be there, or not.
+    ``router_x``: what the router sees instead of the tokens, [..., H_r].
+    """
     check_type("params", params, dict, "pass a dict of arrays by name")
     if table is not None:
         check_rank("table", table, 2, "[E_logical, F]")
     num_logical_experts = None if table is None else table.shape[0]
     where = "on each device" if on_device else "over the mesh"
-    extents: dict[str, Any] = extents_of(plan, ffn=0, num_logical_experts=num_logical_experts, on_device=on_device)
-    extents |= {"ffn": _width(params, "ffn"), "shared_ffn": _width(params, "shared_ffn")}
+    extents: dict[str, Any] = extents_of(
+        plan,
+        ffn=0,
+        num_logical_experts=num_logical_experts,
+        on_device=on_device,
+        router_hidden=None if router_x is None else router_x.shape[-1],
+    )
+    extents |= {dim: _width(params, dim) for dim in ("ffn", "shared_ffn")}
+    if routed:  # nobody reads the router
+        extents["router_hidden"] = _width(params, "router_hidden")
     rows = {row.name: row for row in _known_rows(plan, router, activation)}
+    if routed:
+        rows |= {row.name: row for row in rows_of("router")}
     found = [f"{name!r} is unknown here; {suggest(name, rows)}" for name in params if name not in rows]
     found += _misshapen(params, rows, extents, where)
     for name, row in rows.items():
-        if name not in params and not row.optional:
+        if name not in params and not row.optional and not (routed and row.part == "router"):
             shape = tuple(extents[dim] for dim in row.dims)
             found.append(f"{name!r} is missing; its shape {where} is {shape}")
     raise_all(found, "params")
@@ -303,16 +329,16 @@ def _misshapen(
     return found
 
 
-def _known_rows(plan: Plan, router: RouterConfig, activation: str) -> tuple[Parameter, ...]:
-    """The parameters that a layer with this plan, router and activation knows."""
+def _known_rows(plan: Plan, router: RouterConfig | None, activation: Choice) -> tuple[Parameter, ...]:
+    """The parameters that a layer with this plan, router (None: the choices are made outside) and activation knows."""
     facts = {
-        "gated": is_gated(activation),
-        "selection_bias": router.selection_bias,
+        "gated": activation_of(activation).gated,
+        "selection_bias": router is not None and router.selection_bias,
         "shared": plan.num_shared_experts > 0,
         "constants": plan.num_const_experts > 0,
     }
     hold = {fact for fact, holds in facts.items() if holds}
-    return tuple(row for row in TABLE if row.needs <= hold)
+    return tuple(row for row in TABLE if row.needs <= hold and (router is not None or row.part != "router"))
 
 
 def _width(params: Mapping[str, Any], dim: str) -> int | str:

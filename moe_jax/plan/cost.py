@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
 
-from moe_jax.config import ACTIVATIONS
+from moe_jax.activations import Choice, activation_of, check_activation
 from moe_jax.errors import InvalidArgumentError, UnsupportedError, check_choice, check_count
 from moe_jax.hardware import Machine, machine_of
 from moe_jax.kernels.table import PLATFORMS
@@ -58,6 +58,7 @@ class Phase:
       compute_seconds: of the flops, at the rate of their dtype.
       memory_seconds: of the traffic.
       wire_seconds: of the bytes that leave; in each exchange the slower kind of links decides.
+      between_seconds: those of ``wire_seconds`` in which the links between nodes are the slower ones.
       latency_seconds: of exchanges and launches, however little they do.
     """
 
@@ -70,6 +71,7 @@ class Phase:
     compute_seconds: float
     memory_seconds: float
     wire_seconds: float
+    between_seconds: float
     latency_seconds: float
 
     @property
@@ -93,7 +95,7 @@ class Cost:
     whatever the rows are; ``hardware`` names the machine, of ``platform``, whose rates give all seconds; ``phases`` are
     those of the layer in their order, under an even load, each a ``Phase``. ``seconds`` is their sum, as if nothing
     passed while something else does but memory traffic and products; ``compute_seconds``, ``memory_seconds``,
-    ``wire_seconds`` and ``latency_seconds`` are the sums of theirs.
+    ``wire_seconds``, ``between_seconds`` and ``latency_seconds`` are the sums of theirs.
 
     ``wire_bytes``: what ``moe_jax.hlo.contract`` counts as ``inline_wire_bytes`` of the compiled layer: rows, and
     beside them counts, weights, the router's statistics and the gradients of parameters that several devices hold. A
@@ -142,6 +144,11 @@ class Cost:
         return sum(phase.wire_seconds for phase in self.phases)
 
     @property
+    def between_seconds(self) -> float:
+        """Of ``wire_seconds``, those in which the links between nodes are the slower ones."""
+        return sum(phase.between_seconds for phase in self.phases)
+
+    @property
     def latency_seconds(self) -> float:
         """Of all exchanges and launches, however little they do."""
         return sum(phase.latency_seconds for phase in self.phases)
@@ -178,7 +185,7 @@ def plan_costs(
     plan: "Plan",
     ffn: int,
     *,
-    activation: str,
+    activation: Choice,
     num_replicas: int | None,
     platform: str | None,
     hardware: str | Machine | None,
@@ -187,7 +194,7 @@ def plan_costs(
     check_count("ffn", ffn, low=0)
     if ffn % plan.tp_size:
         raise InvalidArgumentError(f"ffn={ffn} must be divisible by tp={plan.tp_size}")
-    check_choice("activation", activation, ACTIVATIONS)
+    check_activation(activation)
     num_replicas = plan.num_replicas if num_replicas is None else num_replicas
     check_count("num_replicas", num_replicas)
     machine = plan.hardware
@@ -208,7 +215,7 @@ def plan_costs(
     return layer_costs(plan, machine, ffn=ffn, activation=activation, num_replicas=num_replicas)
 
 
-def layer_costs(plan: "Plan", machine: Machine, *, ffn: int, activation: str, num_replicas: int) -> dict[str, Cost]:
+def layer_costs(plan: "Plan", machine: Machine, *, ffn: int, activation: Choice, num_replicas: int) -> dict[str, Cost]:
     """The costs of both passes; ``ffn`` 0 leaves out everything that has the width of an FFN. See ``Plan.cost``."""
     size = Size.of(plan, machine.widened)
     transport, layout = transport_of(plan), Layout.of(plan, machine, num_replicas)
@@ -278,6 +285,7 @@ def _phase(
         compute_seconds=compute_seconds,
         memory_seconds=traffic / machine.memory_bandwidth,
         wire_seconds=sent.seconds,
+        between_seconds=sent.between_seconds,
         latency_seconds=sent.latency + launches * machine.launch_seconds,
     )
 
@@ -288,11 +296,11 @@ class _Ffn(NamedTuple):
     rows: int  # of all of them
     experts: int
     width: int
-    activation: str
+    activation: Choice
 
     @property
     def projections(self) -> int:
-        return 2 if self.activation == "gelu" else 3
+        return 3 if activation_of(self.activation).gated else 2
 
 
 class Size(NamedTuple):

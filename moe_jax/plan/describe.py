@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
+from moe_jax.activations import Choice
 from moe_jax.plan.cost import PHASES, Cost, balanced_rows, rows_cost
 from moe_jax.plan.steps import ACTIVATION, COMBINE, DISPATCH, PRODUCTS
 
@@ -14,7 +15,7 @@ _CHUNKS = (1, 2, 4, 8)  # numbers of chunks that are compared
 _WORTH_SAYING = 0.98  # of the time; what saves less is not named
 
 
-def describe(plan: "Plan", *, ffn: int | None, activation: str) -> str:
+def describe(plan: "Plan", *, ffn: int | None, activation: Choice) -> str:
     """``Plan.describe``: a line for each choice, with its reason, and for what the plan takes and costs."""
     balanced = balanced_rows(plan.tokens_per_rank, plan.top_k, plan.ep_size, plan.num_shared_ranks)
     slack = f", {plan.pair_capacity / balanced:.2f} x the balanced load" if balanced else ""

@@ -7,12 +7,13 @@ compilers' own figures, in ``tests/data/compiled_memory.json``.
 
 import dataclasses
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
-from moe_jax.config import ACTIVATIONS
+from moe_jax.activations import Choice, activation_of, check_activation
 from moe_jax.errors import (
     InvalidArgumentError,
     MemoryLimitError,
@@ -33,15 +34,26 @@ if TYPE_CHECKING:
 
 CALLS = ("layer", "dispatch")
 OPTIMIZERS = {"none": 0, "sgd": 0, "momentum": 1, "adam": 2, "adamw": 2}  # fp32 numbers kept for each parameter
-_SHARED_STEPS = {"swiglu": 5, "gelu": 3, "clamped_swiglu": 8}  # [T, S] in fp32 that are kept of the shared expert
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Question:
-    """The arguments of ``Plan.memory``, which says what they are."""
+    """The arguments of ``Plan.memory``, which says more of each.
+
+    Attributes:
+      ffn: the width of an expert.
+      activation: that of the experts.
+      layers: layers that are in memory together.
+      optimizer: whose state is kept.
+      param_dtype: of the parameters.
+      remat: whether a layer is computed again in the backward pass.
+      call: "layer" or "dispatch".
+      chunks: parts in which the tokens pass.
+      hardware: the machine; None: the plan's.
+    """
 
     ffn: int
-    activation: str
+    activation: Choice
     layers: int
     optimizer: str
     param_dtype: str
@@ -126,27 +138,24 @@ class Memory:
         Nothing is compiled for that.
         """
         found = _machine(machine, self.machine)
-        if self.peak > found.memory_bytes:
-            raise MemoryLimitError(
-                f"{self.moment} takes {self.peak / 1e9:.2f} GB per device, and one of {found.name} has "
-                f"{found.memory_bytes / 1e9:.2f} GB; {self.smallest_change(found)}"
-            )
+        if not self.fits(found):
+            raise self.refusal(found, self.smallest_change(found))
 
     def smallest_change(self, machine: Machine | str | None = None) -> str:
         """In words the first of the small changes after which it fits; "it fits" where it does.
 
         Tried are ``remat=True``, a capacity factor of 1, more chunks, a larger ep, a larger tp and fewer tokens, twice
-        as many of each before four times as many; then the same with ``remat=True`` beside it.
+        as many of each before four times as many, and each by itself before the same with ``remat=True`` beside it.
+        The plan's transport is kept; "auto" may take another one after the change, and with it other memory.
         """
         found = _machine(machine, self.machine)
-        if self.fits(found):
-            return "it fits"
-        for words, memory in _changes(self):
-            if memory.fits(found):
-                return f"it fits with {words}: {memory.peak / 1e9:.2f} GB"
-        return (
-            "none of remat=True, capacity_factor=1.0, more chunks, a larger ep or tp and fewer tokens, by a factor of "
-            "up to 64, makes it fit: take a smaller model, or a machine with more memory"
+        return "it fits" if self.fits(found) else smallest_change(self, found, lambda change: change.memory)
+
+    def refusal(self, machine: Machine, change: str) -> MemoryLimitError:
+        """What says that it does not fit ``machine``, and that ``change`` would help."""
+        return MemoryLimitError(
+            f"{self.moment} takes {self.peak / 1e9:.2f} GB per device, and one of {machine.name} has "
+            f"{machine.memory_bytes / 1e9:.2f} GB; {change}"
         )
 
 
@@ -154,7 +163,7 @@ def plan_memory(plan: "Plan", asked: Question) -> Memory:
     """``Plan.memory``: checks the arguments, and counts."""
     check_choice("call", asked.call, CALLS)
     check_count("ffn", asked.ffn, low=0)
-    check_choice("activation", asked.activation, ACTIVATIONS)
+    check_activation(asked.activation)
     check_count("layers", asked.layers)
     check_choice("optimizer", asked.optimizer, OPTIMIZERS)
     check_choice("param_dtype", asked.param_dtype, FLOAT_DTYPES)
@@ -184,10 +193,10 @@ def _machine(asked: Machine | str | None, default: Machine) -> Machine:
     return asked if isinstance(asked, Machine) else find_machine(asked)
 
 
-def _parameter_extents(plan: "Plan", ffn: int, activation: str) -> dict[str, int]:
+def _parameter_extents(plan: "Plan", ffn: int, activation: Choice) -> dict[str, int]:
     """The number of parameters on one device, by the name of each that the layer always has."""
     facts = {
-        "gated": activation != "gelu",
+        "gated": activation_of(activation).gated,
         "shared": plan.num_shared_experts > 0,
         "constants": plan.num_const_experts > 0,
     }
@@ -195,6 +204,7 @@ def _parameter_extents(plan: "Plan", ffn: int, activation: str) -> dict[str, int
     extents = {
         "ids": plan.num_ids,
         "hidden": plan.hidden,
+        "router_hidden": plan.hidden,
         "expert_hidden": plan.hidden // plan.num_param_shards,
         "experts": plan.num_local_experts,
         "ffn": ffn // plan.tp_size,
@@ -312,9 +322,17 @@ def _kept(plan: "Plan", asked: Question, s: Sizes) -> int:
     rows = asked.chunks * (kept_bytes(s) + s.rows * (plan.exchanges and not transport_of(plan).pairwise))
     # The shared expert is differentiated by JAX, which keeps every step of the activation.
     width = asked.ffn * plan.num_shared_experts
-    shared = tokens * width * (_SHARED_STEPS[asked.activation] * WIDE + item)
+    shared = tokens * width * (_steps_bytes(asked.activation) + item)
     casts = s.projections * plan.hidden * width * item if s.cast else 0
     return inputs + router + rows + shared + casts + _integers(plan)
+
+
+def _steps_bytes(activation: Choice) -> int:
+    """Bytes that JAX keeps of each entry that goes through the activation: its steps, but no scalars."""
+    function, gated, _ = activation_of(activation)
+    inputs = [jax.ShapeDtypeStruct((1, 2), jnp.float32)] * (2 if gated else 1)
+    kept = jax.eval_shape(lambda *inputs: jax.vjp(function, *inputs)[1], *inputs)
+    return sum(array.dtype.itemsize for array in jax.tree.leaves(kept) if array.shape)
 
 
 def _integers(plan: "Plan") -> int:
@@ -336,35 +354,69 @@ def _chunk_of(plan: "Plan", chunks: int) -> "Plan":
 # Changes that may help.
 
 
-def _changes(memory: Memory) -> Iterator[tuple[str, Memory]]:
-    """What could be changed, in words, and the memory afterwards: smaller changes first."""
+class Change(NamedTuple):
+    """One thing that may be changed, and perhaps remat beside it.
+
+    Attributes:
+      name: "remat", "capacity_factor", "chunks", "ep", "tp" or "tokens_per_rank".
+      value: what it becomes.
+      memory: afterwards, on the plan with its transport and the order of its axes kept.
+    """
+
+    name: str
+    value: float
+    memory: Memory
+
+    def words(self, before: Memory) -> str:
+        """What is other than ``before``: "remat=True and ep=128"."""
+        beside = self.name != "remat" and self.memory.question.remat and not before.question.remat
+        return f"{'remat=True and ' if beside else ''}{self.name}={self.value}"
+
+
+def smallest_change(before: Memory, machine: Machine, memory_of: Callable[[Change], Memory | None]) -> str:
+    """``Memory.smallest_change``, where ``memory_of`` says what a change comes to; None: it cannot be made."""
+    for change in _changes(before):
+        after = memory_of(change)
+        if after is not None and after.fits(machine):
+            return f"it fits with {change.words(before)}: {after.peak / 1e9:.2f} GB"
+    return (
+        "none of remat=True, capacity_factor=1.0, more chunks, a larger ep or tp and fewer tokens, by a factor of "
+        "up to 64, makes it fit: take a smaller model, or a machine with more memory"
+    )
+
+
+def _changes(memory: Memory) -> Iterator[Change]:
+    """What could be changed: smaller changes first."""
     plan, asked = memory.plan, memory.question
-    recomputed = dataclasses.replace(asked, remat=True)
-    may_recompute = memory.backward is not None and not asked.remat
-    if may_recompute:
-        yield "remat=True", plan_memory(plan, recomputed)
-    yield from _single_changes(plan, asked)
-    if may_recompute:
-        for words, changed in _single_changes(plan, recomputed):
-            yield f"remat=True and {words}", changed
+    questions = [asked]
+    if memory.backward is not None and not asked.remat:
+        questions.append(dataclasses.replace(asked, remat=True))
+        yield Change("remat", True, plan_memory(plan, questions[-1]))
+    for factor in (1, 2, 4, 8, 16, 32, 64):
+        for question in questions:
+            yield from _single_changes(plan, question, factor)
 
 
-def _single_changes(plan: "Plan", asked: Question) -> Iterator[tuple[str, Memory]]:
-    """``_changes`` of one thing."""
-    balanced = math.ceil(balanced_rows(plan.tokens_per_rank, plan.top_k, plan.ep_size, plan.num_shared_ranks))
-    if 0 < balanced < plan.pair_capacity:
-        yield "capacity_factor=1.0", plan_memory(dataclasses.replace(plan, pair_capacity=balanced), asked)
-    for factor in (2, 4, 8, 16, 32, 64):
-        if asked.call == "layer" and plan.tokens_per_rank % (factor * asked.chunks) == 0:
-            more = dataclasses.replace(asked, chunks=factor * asked.chunks)
-            yield f"chunks={more.chunks}", plan_memory(plan, more)
-        if plan.num_shared_ranks == 0 and plan.num_experts % (factor * plan.ep_size) == 0:
-            yield f"ep={factor * plan.ep_size}", plan_memory(_resized(plan, ep_size=factor * plan.ep_size), asked)
-        if plan.tp_axis is not None and asked.ffn % (factor * plan.tp_size) == 0:
-            yield f"tp={factor * plan.tp_size}", plan_memory(_resized(plan, tp_size=factor * plan.tp_size), asked)
-        if plan.tokens_per_rank >= factor * asked.chunks and plan.tokens_per_rank % (factor * asked.chunks) == 0:
-            fewer = _resized(plan, tokens_per_rank=plan.tokens_per_rank // factor)
-            yield f"tokens_per_rank={fewer.tokens_per_rank}", plan_memory(fewer, asked)
+def _single_changes(plan: "Plan", asked: Question, factor: int) -> Iterator[Change]:
+    """Those of one thing by ``factor``; by 1, that which changes no size."""
+    if factor == 1:
+        balanced = math.ceil(balanced_rows(plan.tokens_per_rank, plan.top_k, plan.ep_size, plan.num_shared_ranks))
+        if 0 < balanced < plan.pair_capacity:
+            even = dataclasses.replace(plan, pair_capacity=balanced)
+            yield Change("capacity_factor", 1.0, plan_memory(even, asked))
+        return
+    if asked.call == "layer" and plan.tokens_per_rank % (factor * asked.chunks) == 0:
+        more = dataclasses.replace(asked, chunks=factor * asked.chunks)
+        yield Change("chunks", more.chunks, plan_memory(plan, more))
+    if plan.num_shared_ranks == 0 and plan.num_experts % (factor * plan.ep_size) == 0:
+        wider = _resized(plan, ep_size=factor * plan.ep_size)
+        yield Change("ep", wider.ep_size, plan_memory(wider, asked))
+    if plan.tp_axis is not None and asked.ffn % (factor * plan.tp_size) == 0:
+        wider = _resized(plan, tp_size=factor * plan.tp_size)
+        yield Change("tp", wider.tp_size, plan_memory(wider, asked))
+    if plan.tokens_per_rank >= factor * asked.chunks and plan.tokens_per_rank % (factor * asked.chunks) == 0:
+        fewer = _resized(plan, tokens_per_rank=plan.tokens_per_rank // factor)
+        yield Change("tokens_per_rank", fewer.tokens_per_rank, plan_memory(fewer, asked))
 
 
 def _resized(plan: "Plan", **sizes: int) -> "Plan":

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
 
+from moe_jax.activations import Choice, activation_of
 from moe_jax.kernels.table import fused_kernels
 from moe_jax.plan.transport_table import transport_of
 
@@ -77,12 +78,12 @@ class Sizes(NamedTuple):
     fused: bool
 
     @classmethod
-    def of(cls, plan: "Plan", ffn: int, activation: str, param_dtype: str, platform: str) -> "Sizes":
+    def of(cls, plan: "Plan", ffn: int, activation: Choice, param_dtype: str, platform: str) -> "Sizes":
         item = jnp.dtype(plan.dtype).itemsize
         lanes = LANES.get(platform, 1)
         hidden, columns = _filled(plan.hidden, lanes), _filled(ffn // plan.tp_size, lanes)
         num_rows = plan.num_rows(plan.pair_capacity)
-        projections = 2 if activation == "gelu" else 3
+        projections = 3 if activation_of(activation).gated else 2
         held = transport_of(plan).held(plan, plan.pair_capacity, platform) if plan.exchanges else _held_alone(plan)
         in_slots = plan.exchanges and not held.sums and platform == plan.platform
         extents = num_rows, plan.num_local_experts, plan.hidden, ffn // plan.tp_size

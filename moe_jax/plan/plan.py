@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from moe_jax import _compat
+from moe_jax.activations import Choice
 from moe_jax.hardware import Machine
 from moe_jax.hardware.machine import Link, Torus
 from moe_jax.plan.cost import Cost, plan_costs
@@ -230,7 +231,7 @@ class Plan:
         self,
         ffn: int,
         *,
-        activation: str = "swiglu",
+        activation: Choice = "swiglu",
         num_replicas: int | None = None,
         platform: str | None = None,
         hardware: str | Machine | None = None,
@@ -268,7 +269,7 @@ class Plan:
         self,
         ffn: int,
         *,
-        activation: str = "swiglu",
+        activation: Choice = "swiglu",
         layers: int = 1,
         optimizer: str = "adamw",
         param_dtype: str = "float32",
@@ -322,7 +323,7 @@ class Plan:
         )
         return plan_memory(self, asked)
 
-    def describe(self, *, ffn: int | None = None, activation: str = "swiglu") -> str:
+    def describe(self, *, ffn: int | None = None, activation: Choice = "swiglu") -> str:
         """The plan in words: sizes, choices with their reasons, bytes and costs per device.
 
         ``ffn``, ``activation``: as for ``cost``; None: of the costs only what they do not decide.

@@ -146,11 +146,20 @@ def bytes_of(collective: Collective, group: Group) -> tuple[int, int]:
 
 
 class Sent(NamedTuple):
-    """What the exchanges of some steps come to: bytes inside nodes and between them, seconds of both, latencies."""
+    """What the exchanges of some steps come to.
+
+    Attributes:
+      inside: bytes that leave a device for its own node.
+      between: bytes that leave it for other nodes.
+      seconds: of the slower kind of links, exchange by exchange.
+      between_seconds: those of them in which the links between nodes are the slower ones.
+      latency: seconds, however few bytes.
+    """
 
     inside: int = 0
     between: int = 0
     seconds: float = 0.0
+    between_seconds: float = 0.0
     latency: float = 0.0
 
     def __add__(self, other) -> "Sent":
@@ -171,8 +180,10 @@ def sent_by(collective: Collective, layout: Layout, machine: Machine, wire_share
     rate = machine.inside.bytes_per_second * share(min(group.span, layout.node))
     if collective.carries_rows:
         rate *= wire_share
-    seconds, latency = inside / rate, machine.inside.latency
-    if between:
-        assert machine.between is not None  # else all devices share one node
-        seconds, latency = max(seconds, between / machine.between.bytes_per_second), machine.between.latency
-    return Sent(inside, between, seconds, latency)
+    inside_seconds = inside / rate
+    if not between:
+        return Sent(inside, 0, inside_seconds, 0.0, machine.inside.latency)
+    assert machine.between is not None  # else all devices share one node
+    between_seconds = between / machine.between.bytes_per_second
+    decisive = between_seconds if between_seconds > inside_seconds else 0.0
+    return Sent(inside, between, max(inside_seconds, between_seconds), decisive, machine.between.latency)

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+_SQRT_2_PI = math.sqrt(2.0 / math.pi)
 _erf = np.vectorize(math.erf, otypes=[np.float64])  # NumPy has no erf of its own
 
 
@@ -35,6 +36,37 @@ def gelu(x: np.ndarray) -> np.ndarray:
 def gelu_grad(x: np.ndarray) -> np.ndarray:
     """The derivative of ``gelu``: Phi(x) + x * phi(x)."""
     return _normal_cdf(x) + x * np.exp(-0.5 * x * x) / math.sqrt(2.0 * math.pi)
+
+
+def gelu_tanh(x: np.ndarray) -> np.ndarray:
+    """The approximation of ``gelu``: x / 2 * (1 + tanh(c * (x + 0.044715 x^3))) with c = sqrt(2 / pi)."""
+    return 0.5 * x * (1.0 + np.tanh(_SQRT_2_PI * (x + 0.044715 * x**3)))
+
+
+def gelu_tanh_grad(x: np.ndarray) -> np.ndarray:
+    """The derivative of ``gelu_tanh``: (1 + t) / 2 + x / 2 * (1 - t^2) * c * (1 + 3 * 0.044715 x^2)."""
+    t = np.tanh(_SQRT_2_PI * (x + 0.044715 * x**3))
+    return 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * _SQRT_2_PI * (1.0 + 3 * 0.044715 * x * x)
+
+
+def relu(x: np.ndarray) -> np.ndarray:
+    """The positive part of x."""
+    return np.maximum(x, 0.0)
+
+
+def relu_grad(x: np.ndarray) -> np.ndarray:
+    """The derivative of ``relu``, 0 at 0."""
+    return (x > 0).astype(np.float64)
+
+
+def relu2(x: np.ndarray) -> np.ndarray:
+    """The square of ``relu``."""
+    return relu(x) ** 2
+
+
+def relu2_grad(x: np.ndarray) -> np.ndarray:
+    """The derivative of ``relu2``."""
+    return 2.0 * relu(x)
 
 
 def sqrt_softplus(x: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ the optional biases ``b_gate`` [F], ``b_up`` [F] and ``b_down`` [H].
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -14,8 +15,6 @@ from moe_jax.reference import elementwise as ew
 
 CLAMP = 7.0  # gpt-oss: the gate is limited from above, the up projection on both sides
 SLOPE = 1.702  # gpt-oss: sigmoid(1.702 x) * x approximates gelu
-
-_GATED = {"swiglu": True, "clamped_swiglu": True, "gelu": False}
 
 
 def grouped_matmul(
@@ -72,16 +71,18 @@ def grouped_matmul_vjp(
     return ct_lhs, _oriented(ct_rhs, transpose_rhs)
 
 
-def expert_ffn(x: np.ndarray, weights: Mapping[str, np.ndarray], activation: str) -> np.ndarray:
+def expert_ffn(x: np.ndarray, weights: Mapping[str, np.ndarray], activation: Any) -> np.ndarray:
     """One expert: act(x @ w_gate + b_gate, x @ w_up + b_up) @ w_down + b_down.
 
-    "swiglu": silu(gate) * up. "gelu": the exact gelu(up), no gate. "clamped_swiglu" (gpt-oss): with
+    "silu", "gelu" (exact), "gelu_tanh", "relu" and "relu2" are functions of up, without a gate. "swiglu", "geglu",
+    "geglu_tanh", "reglu" and "relu2_gated" are the same functions of gate, times up. "clamped_swiglu" (gpt-oss): with
     g = min(gate, 7) and u = clip(up, -7, 7), g * sigmoid(1.702 g) * (u + 1).
 
     Args:
       x: [n, H].
       weights: one expert's weights, see the module's text.
-      activation: "swiglu", "gelu" or "clamped_swiglu".
+      activation: a name of ``moe_jax.moe_layer``, a ``ClampedSwiGLU``, or a NumPy function of (gate, up), or of (up)
+        where the weights have no gate.
 
     Returns:
       [n, H] f64.
@@ -98,16 +99,16 @@ def expert_ffn(x: np.ndarray, weights: Mapping[str, np.ndarray], activation: str
     """
     weights = _checked(weights, activation)
     gate, up = _projections(np.asarray(x, np.float64), weights)
-    activate, _ = _ACTIVATIONS[activation]
+    activate, *_ = _rule_of(activation, weights)
     return activate(gate, up) @ weights["w_down"] + weights.get("b_down", 0.0)
 
 
 def expert_ffn_vjp(
-    ct: np.ndarray, x: np.ndarray, weights: Mapping[str, np.ndarray], activation: str
+    ct: np.ndarray, x: np.ndarray, weights: Mapping[str, np.ndarray], activation: Any
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The cotangents of ``x`` and ``weights`` in ``expert_ffn``.
 
-    The derivative of a clamp is 1 strictly inside its limits and 0 elsewhere.
+    The derivative of a clamp is 1 strictly inside its limits and 0 elsewhere, that of relu 0 at 0.
 
     Args:
       ct: [n, H].
@@ -115,11 +116,19 @@ def expert_ffn_vjp(
 
     Returns:
       ct_x [n, H] f64, and a dict of f64 cotangents with the keys of ``weights``.
+
+    Raises:
+      UnsupportedError: the activation is a function of the caller's own.
     """
     weights = _checked(weights, activation)
     ct, x = np.asarray(ct, np.float64), np.asarray(x, np.float64)
     gate, up = _projections(x, weights)
-    activate, activate_vjp = _ACTIVATIONS[activation]
+    activate, activate_vjp, _ = _rule_of(activation, weights)
+    if activate_vjp is None:
+        raise errors.UnsupportedError(
+            f"activation={activation!r} is a function, and the oracle knows no derivative of it; take a name or a "
+            "ClampedSwiGLU"
+        )
     ct_gate, ct_up = activate_vjp(ct @ weights["w_down"].T, gate, up)
     ct_x = ct_up @ weights["w_up"].T
     cts = {"w_up": x.T @ ct_up, "b_up": ct_up.sum(0), "w_down": activate(gate, up).T @ ct, "b_down": ct.sum(0)}
@@ -144,10 +153,9 @@ def _group_slices(group_sizes: np.ndarray, num_rows: int) -> list[slice]:
     return [slice(end - size, end) for end, size in zip(ends, group_sizes, strict=True)]
 
 
-def _checked(weights: Mapping[str, np.ndarray], activation: str) -> dict[str, np.ndarray]:
+def _checked(weights: Mapping[str, np.ndarray], activation: Any) -> dict[str, np.ndarray]:
     """``weights`` in float64, once they are known to be exactly what ``activation`` uses."""
-    errors.check_choice("activation", activation, _GATED)
-    facts = {"gated"} if _GATED[activation] else set()
+    facts = {"gated"} if _rule_of(activation, weights)[2] else set()
     rows = [row for row in rows_of("experts") if row.needs <= facts]
     known, needed = {row.role for row in rows}, {row.role for row in rows if not row.optional}
     if missing := sorted(needed - set(weights)):
@@ -164,37 +172,59 @@ def _projections(x: np.ndarray, weights: Mapping[str, np.ndarray]) -> tuple[np.n
     return gate, up
 
 
-def _swiglu(gate, up):
-    return ew.silu(gate) * up
+# An activation: its function of (gate, up), its cotangents of both, and whether it is gated; else gate is None.
+_Rule = tuple[Callable, Callable | None, bool]
 
 
-def _swiglu_vjp(ct, gate, up):
-    return ct * up * ew.silu_grad(gate), ct * ew.silu(gate)
+def _plain(function: Callable, slope: Callable) -> _Rule:
+    """function(up)."""
+    return lambda _, up: function(up), lambda ct, _, up: (None, ct * slope(up)), False
 
 
-def _gelu(_, up):
-    return ew.gelu(up)
+def _gating(function: Callable, slope: Callable) -> _Rule:
+    """function(gate) * up."""
+    return (
+        lambda gate, up: function(gate) * up,
+        lambda ct, gate, up: (ct * up * slope(gate), ct * function(gate)),
+        True,
+    )
 
 
-def _gelu_vjp(ct, _, up):
-    return None, ct * ew.gelu_grad(up)
+def _clamped_swiglu(limit: float, alpha: float, shift: float) -> _Rule:
+    def activate(gate, up):
+        gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+        return ew.silu(gate, alpha) * (up + shift)
+
+    def cotangents(ct, gate, up):
+        inside_gate, inside_up = gate < limit, np.abs(up) < limit
+        gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+        ct_gate = ct * (up + shift) * ew.silu_grad(gate, alpha)
+        return ct_gate * inside_gate, ct * ew.silu(gate, alpha) * inside_up
+
+    return activate, cotangents, True
 
 
-def _clamped_swiglu(gate, up):
-    gate, up = np.minimum(gate, CLAMP), np.clip(up, -CLAMP, CLAMP)
-    return ew.silu(gate, SLOPE) * (up + 1.0)
-
-
-def _clamped_swiglu_vjp(ct, gate, up):
-    inside_gate, inside_up = gate < CLAMP, np.abs(up) < CLAMP
-    gate, up = np.minimum(gate, CLAMP), np.clip(up, -CLAMP, CLAMP)
-    ct_gate = ct * (up + 1.0) * ew.silu_grad(gate, SLOPE)
-    ct_up = ct * ew.silu(gate, SLOPE)
-    return ct_gate * inside_gate, ct_up * inside_up
-
-
-_ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
-    "swiglu": (_swiglu, _swiglu_vjp),
-    "gelu": (_gelu, _gelu_vjp),
-    "clamped_swiglu": (_clamped_swiglu, _clamped_swiglu_vjp),
+_ACTIVATIONS: dict[str, _Rule] = {
+    "swiglu": _gating(ew.silu, ew.silu_grad),
+    "gelu": _plain(ew.gelu, ew.gelu_grad),
+    "clamped_swiglu": _clamped_swiglu(CLAMP, SLOPE, 1.0),
+    "silu": _plain(ew.silu, ew.silu_grad),
+    "gelu_tanh": _plain(ew.gelu_tanh, ew.gelu_tanh_grad),
+    "relu": _plain(ew.relu, ew.relu_grad),
+    "relu2": _plain(ew.relu2, ew.relu2_grad),
+    "geglu": _gating(ew.gelu, ew.gelu_grad),
+    "geglu_tanh": _gating(ew.gelu_tanh, ew.gelu_tanh_grad),
+    "reglu": _gating(ew.relu, ew.relu_grad),
+    "relu2_gated": _gating(ew.relu2, ew.relu2_grad),
 }
+
+
+def _rule_of(activation: Any, weights: Mapping[str, np.ndarray]) -> _Rule:
+    if all(hasattr(activation, name) for name in ("limit", "alpha", "shift")):  # a ClampedSwiGLU
+        return _clamped_swiglu(activation.limit, activation.alpha, activation.shift)
+    if callable(activation):
+        if "w_gate" in weights:
+            return activation, None, True
+        return lambda _, up: activation(up), None, False
+    errors.check_choice("activation", activation, _ACTIVATIONS)
+    return _ACTIVATIONS[activation]

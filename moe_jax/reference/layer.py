@@ -30,10 +30,12 @@ def moe_layer(
     router: Any,
     *,
     top_k: int,
-    activation: str = "swiglu",
+    activation: Any = "swiglu",
     bias: np.ndarray | None = None,
     token_mask: np.ndarray | None = None,
     special: WeightlessExperts | None = None,
+    routing: tuple[np.ndarray, np.ndarray] | None = None,
+    router_x: np.ndarray | None = None,
 ) -> tuple[np.ndarray, routing_lib.Routing]:
     """y_t = shared(x_t) + sum over k ascending of weight_tk * expert_{id_tk}(x_t).
 
@@ -49,6 +51,9 @@ def moe_layer(
       token_mask: [N] bool, False = inactive; None = all active.
       special: the weightless experts, that is zero, copy and constant ones; the router then has an output for each. (No
         vjp is written for them.)
+      routing: (expert_ids [N, K], combine_weights [N, K]), choices made outside, -1 for none; ``router`` is not read,
+        and the router's parameters need not be there.
+      router_x: [N, H_r], what the router sees; None: it sees x.
 
     Returns:
       y [N, H] f64 and the ``Routing``.
@@ -58,19 +63,26 @@ def moe_layer(
       MissingArgumentError: ``params`` lacks a weight.
     """
     x = np.asarray(x, np.float64)
-    logits = _logits(params, x, token_mask)
-    bias = _selection_bias(params, bias)
-    routing = routing_lib.route(logits, router, top_k=top_k, bias=bias, token_mask=token_mask)
+    if routing is None:
+        logits = _logits(params, x if router_x is None else np.asarray(router_x, np.float64), token_mask)
+        bias = _selection_bias(params, bias)
+        chosen = routing_lib.route(logits, router, top_k=top_k, bias=bias, token_mask=token_mask)
+    else:
+        weightless = 0 if special is None else special.num_zero + special.num_copy + special.num_const
+        num_ids = len(params["w_up"]) + weightless
+        chosen = _given(params, routing, num_ids, token_mask)
     y = np.zeros(x.shape)
     for t in routing_lib.active_tokens(len(x), token_mask):
         if shared := weights_of("shared", params):
             y[t] += expert_ffn(x[t : t + 1], shared, activation)[0]
-        for e, weight in zip(routing.expert_ids[t], routing.combine_weights[t], strict=True):
+        for e, weight in zip(chosen.expert_ids[t], chosen.combine_weights[t], strict=True):
+            if e < 0:
+                continue
             if special is not None and e >= special.num_experts:
                 y[t] += weight * weightless_value(x[t], e, special)
             else:
                 y[t] += weight * expert_ffn(x[t : t + 1], _routed_weights(params, e), activation)[0]
-    return y, routing
+    return y, chosen
 
 
 def moe_layer_vjp(
@@ -80,41 +92,53 @@ def moe_layer_vjp(
     router: Any,
     *,
     top_k: int,
-    activation: str = "swiglu",
+    activation: Any = "swiglu",
     bias: np.ndarray | None = None,
     token_mask: np.ndarray | None = None,
     ct_balance: float = 0.0,
     ct_z: float = 0.0,
+    routing: tuple[np.ndarray, np.ndarray] | None = None,
+    router_x: np.ndarray | None = None,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The cotangents of ``params`` and ``x`` in ``moe_layer``, through the experts, the weights and both losses.
 
     Args:
-      params, x, router, top_k, activation, bias, token_mask: as given to ``moe_layer``.
+      params, x, router, top_k, activation, bias, token_mask, routing, router_x: as given to ``moe_layer``.
       ct_y: [N, H], cotangent of y; inactive tokens are not read.
       ct_balance, ct_z: cotangents of ``losses["balance"]`` and ``losses["z"]``.
 
     Returns:
       A dict of f64 cotangents with the keys and shapes of ``params`` (zero for ``selection_bias``, which only steers
-      the choice), and ct_x [N, H] f64, zero for inactive tokens.
+      the choice), and ct_x [N, H] f64, zero for inactive tokens. With ``routing`` the router's parameters have
+      zeros, and ``combine_weights_vjp`` has the cotangents of the weights. With ``router_x`` ct_x is [N, H + H_r], the
+      cotangents of x and of ``router_x`` side by side.
     """
     x, ct_y = np.asarray(x, np.float64), np.asarray(ct_y, np.float64)
-    logits = _logits(params, x, token_mask)
-    options = {"top_k": top_k, "bias": _selection_bias(params, bias), "token_mask": token_mask}
-    routing = routing_lib.route(logits, router, **options)
-    ct_weights = combine_weights_vjp(params, x, ct_y, routing, activation=activation)
-    ct_logits = routing_lib.route_vjp(logits, router, ct_weights, **options, ct_balance=ct_balance, ct_z=ct_z)
+    seen = x if router_x is None else np.asarray(router_x, np.float64)
+    ct_logits = None
+    if routing is None:
+        logits = _logits(params, seen, token_mask)
+        options = {"top_k": top_k, "bias": _selection_bias(params, bias), "token_mask": token_mask}
+        chosen = routing_lib.route(logits, router, **options)
+        ct_weights = combine_weights_vjp(params, x, ct_y, chosen, activation=activation)
+        ct_logits = routing_lib.route_vjp(logits, router, ct_weights, **options, ct_balance=ct_balance, ct_z=ct_z)
+    else:
+        chosen = _given(params, routing, len(params["w_up"]), token_mask)
     ct_params = {name: np.zeros(np.shape(value)) for name, value in params.items()}
-    ct_x = np.zeros(x.shape)
+    ct_x, ct_seen = np.zeros(x.shape), np.zeros(seen.shape)
     for t in routing_lib.active_tokens(len(x), token_mask):
-        ct_x[t] += _router_vjp(params, x[t], ct_logits[t], ct_params)
+        if ct_logits is not None:
+            ct_seen[t] = _router_vjp(params, seen[t], ct_logits[t], ct_params)
         ct_x[t] += _shared_vjp(params, x[t], ct_y[t], activation, ct_params)
-        for e, weight in zip(routing.expert_ids[t], routing.combine_weights[t], strict=True):
+        for e, weight in zip(chosen.expert_ids[t], chosen.combine_weights[t], strict=True):
+            if e < 0:
+                continue
             ct_x[t] += _routed_vjp(params, x[t], weight * ct_y[t], e, activation, ct_params)
-    return ct_params, ct_x
+    return ct_params, ct_x + ct_seen if router_x is None else np.concatenate([ct_x, ct_seen], axis=1)
 
 
 def combine_weights_vjp(
-    params: Params, x: np.ndarray, ct_y: np.ndarray, routing: routing_lib.Routing, *, activation: str = "swiglu"
+    params: Params, x: np.ndarray, ct_y: np.ndarray, routing: routing_lib.Routing, *, activation: Any = "swiglu"
 ) -> np.ndarray:
     """The cotangent of ``combine_weights`` in ``moe_layer``: <ct_y_t, expert_{id_tk}(x_t)> for every pair.
 
@@ -135,12 +159,8 @@ def combine_weights_vjp(
 
 
 def _logits(params: Params, x: np.ndarray, token_mask: np.ndarray | None) -> np.ndarray:
-    """x @ router + router_bias, [N, E]; zero for inactive tokens, whose x may hold anything."""
-    if unknown := sorted(set(params) - set(_KNOWN)):
-        raise errors.InvalidArgumentError(f"params has unknown keys {unknown}; known: {', '.join(sorted(_KNOWN))}")
-    needed = {name for name, row in _KNOWN.items() if not row.needs and not row.optional}
-    if missing := sorted(needed - set(params)):
-        raise errors.MissingArgumentError(f"params lacks {missing}")
+    """x [N, H_r] @ router + router_bias, [N, E]; zero for inactive tokens, whose x may hold anything."""
+    _check_keys(params, routed=False)
     weight = np.asarray(params["router"], np.float64)
     logits = np.zeros((len(x), weight.shape[1]))
     for t in routing_lib.active_tokens(len(x), token_mask):
@@ -148,6 +168,29 @@ def _logits(params: Params, x: np.ndarray, token_mask: np.ndarray | None) -> np.
         if "router_bias" in params:
             logits[t] += np.asarray(params["router_bias"], np.float64)
     return logits
+
+
+def _given(
+    params: Params, routing: tuple[np.ndarray, np.ndarray], num_ids: int, token_mask: np.ndarray | None
+) -> routing_lib.Routing:
+    """Choices made outside, as a router would have made them; it has no losses."""
+    _check_keys(params, routed=True)
+    ids, weights = np.array(routing[0], np.int64), np.array(routing[1], np.float64)
+    if token_mask is not None:
+        ids[~np.asarray(token_mask, bool)] = -1
+    weights[ids < 0] = 0.0
+    load = np.bincount(ids[ids >= 0], minlength=num_ids)
+    return routing_lib.Routing(expert_ids=ids, combine_weights=weights, losses={}, load=load)
+
+
+def _check_keys(params: Params, *, routed: bool) -> None:
+    """``routed``: whether choices are made outside, so that the router needs no parameters."""
+    if unknown := sorted(set(params) - set(_KNOWN)):
+        raise errors.InvalidArgumentError(f"params has unknown keys {unknown}; known: {', '.join(sorted(_KNOWN))}")
+    rows = [row for row in _KNOWN.values() if not row.needs and not row.optional]
+    needed = {row.name for row in rows if not (routed and row.part == "router")}
+    if missing := sorted(needed - set(params)):
+        raise errors.MissingArgumentError(f"params lacks {missing}")
 
 
 def _selection_bias(params: Params, bias: np.ndarray | None) -> np.ndarray | None:
@@ -171,7 +214,7 @@ def _router_vjp(params: Params, x: np.ndarray, ct_logits: np.ndarray, ct_params:
 
 
 def _shared_vjp(
-    params: Params, x: np.ndarray, ct: np.ndarray, activation: str, ct_params: dict[str, np.ndarray]
+    params: Params, x: np.ndarray, ct: np.ndarray, activation: Any, ct_params: dict[str, np.ndarray]
 ) -> np.ndarray:
     if not (shared := weights_of("shared", params)):
         return np.zeros(x.shape)
@@ -182,7 +225,7 @@ def _shared_vjp(
 
 
 def _routed_vjp(
-    params: Params, x: np.ndarray, ct: np.ndarray, expert: int, activation: str, ct_params: dict[str, np.ndarray]
+    params: Params, x: np.ndarray, ct: np.ndarray, expert: int, activation: Any, ct_params: dict[str, np.ndarray]
 ) -> np.ndarray:
     ct_x, cts = expert_ffn_vjp(ct[None], x[None], _routed_weights(params, expert), activation)
     for name, value in cts.items():

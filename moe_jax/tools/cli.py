@@ -88,14 +88,18 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
 def _add_plan(commands: argparse._SubParsersAction) -> None:
     text = "whether a layer of CONFIG fits on a mesh of some machine, how long it takes, and what bounds it"
     parser = commands.add_parser("plan", help=text, description=text + "; needs no devices", allow_abbrev=False)
-    parser.add_argument("config", metavar="CONFIG", help="TOML with [moe] and [model]: configs/deepseek_v3.toml")
+    parser.add_argument(
+        "config", metavar="CONFIG", nargs="?", help="TOML with [moe] and [model]: configs/deepseek_v3.toml"
+    )
     _add_mesh_and_json(parser)
     _add_question(parser)
     compiled = "compile the layer with the machine's real compiler, and put its figures beside the estimates"
     parser.add_argument("--compile", action="store_true", help=compiled)
     described = "also print what the plan is: sizes, choices with reasons, bytes, exact counts"
     parser.add_argument("--describe", action="store_true", help=described)
-    parser.set_defaults(command=_plan)
+    published = "instead: exchanges and training runs that others published, beside what the planner predicts for them"
+    parser.add_argument("--published", action="store_true", help=published)
+    parser.set_defaults(command=functools.partial(_plan, parser))
 
 
 def _add_sweep(commands: argparse._SubParsersAction) -> None:
@@ -213,7 +217,19 @@ def _verify(arguments: argparse.Namespace) -> int:
     return verify.run(mesh, arguments.backend, arguments.json)
 
 
-def _plan(arguments: argparse.Namespace) -> int:
+def _plan(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    if arguments.published:
+        given = [name for name, value in vars(arguments).items() if value != parser.get_default(name)]
+        if others := sorted({*given} - {"published", "json", "command"}):
+            other = "CONFIG" if others[0] == "config" else f"--{others[0].replace('_', '-')}"
+            raise InvalidArgumentError(
+                f"{other} does not go with --published, which has a list of its own; leave it out"
+            )
+        from moe_jax.tools import published
+
+        return published.run(json_lines=arguments.json)
+    if arguments.config is None:
+        parser.error("the following arguments are required: CONFIG")
     config = load_config(arguments.config)
     from moe_jax.tools.planner import screen
 

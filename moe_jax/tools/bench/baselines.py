@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from moe_jax import _compat, collectives
+from moe_jax.activations import Choice
 from moe_jax.config import RouterConfig
 from moe_jax.derivatives import custom_gradient
 from moe_jax.kernels import grouped_matmul
@@ -37,7 +38,7 @@ def _exchange(plan: Plan, rows: Array) -> Array:
 _exchange.defvjp(lambda plan, rows: (_exchange(plan, rows), None), lambda plan, _, ct: (_exchange(plan, ct),))
 
 
-def batched_ffn(params: dict[str, Array], rows: Array, activation: str) -> Array:
+def batched_ffn(params: dict[str, Array], rows: Array, activation: Choice) -> Array:
     """[L, R, H] rows of each expert -> [L, R, H], batched products with fp32 sums."""
 
     def project(inputs, name):
@@ -49,7 +50,7 @@ def batched_ffn(params: dict[str, Array], rows: Array, activation: str) -> Array
     return project(activate(gate, project(rows, "up"), activation), "down")
 
 
-def dense_limit(mesh: Mesh, plan: Plan, activation: str) -> tuple[Callable, Callable]:
+def dense_limit(mesh: Mesh, plan: Plan, activation: Choice) -> tuple[Callable, Callable]:
     """The products of a balanced layer and nothing else: no routing, no movement, no communication.
 
     Returns:
@@ -71,7 +72,7 @@ def dense_limit(mesh: Mesh, plan: Plan, activation: str) -> tuple[Callable, Call
     return _mapped(mesh, plan, forward), _mapped(mesh, plan, backward)
 
 
-def minimal_layer(mesh: Mesh, plan: Plan, activation: str) -> Callable:
+def minimal_layer(mesh: Mesh, plan: Plan, activation: Choice) -> Callable:
     """What a person writes by hand: sort, exchange, grouped products, exchange, sum, and JAX's own derivatives.
 
     Blocks and kernels are those of the plan; a pair of ranks moves at most ``plan.pair_capacity`` rows, and what does
@@ -119,7 +120,7 @@ def minimal_layer(mesh: Mesh, plan: Plan, activation: str) -> Callable:
     return _mapped_layer(mesh, plan, shard)
 
 
-def one_hot_layer(mesh: Mesh, plan: Plan, activation: str) -> Callable:
+def one_hot_layer(mesh: Mesh, plan: Plan, activation: Choice) -> Callable:
     """The capacity layer of GShard: dispatch and combine are products with one-hot tensors [T, E, C].
 
     A device sends each expert at most C = ceil(2 * T * K / E) copies, first choices before second ones; what does not
@@ -160,7 +161,7 @@ def _one_hot(params: dict[str, Array], x: Array, plan: Plan, capacity: int) -> t
     return dispatched, jnp.einsum("kte,ktc->tec", chosen * weights, places)
 
 
-def all_experts_layer(mesh: Mesh, plan: Plan, activation: str) -> Callable:
+def all_experts_layer(mesh: Mesh, plan: Plan, activation: Choice) -> Callable:
     """Every token through every expert, weighted with zero where it was not chosen.
 
     Returns:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from moe_jax.layer.experts import is_gated
 from moe_jax.tools.bench.baselines import CAPACITY_FACTOR
 from moe_jax.tools.bench.programs import ALL_EXPERTS, LAYER, LIMIT, ONE_HOT, RAGGED_DOT
 from moe_jax.tools.bench.timing import SLOW, SLOW_SECONDS, seconds_of
@@ -30,7 +31,7 @@ def estimate_seconds(
     workload: Workload, num_devices: int, contenders: Sequence[str], *, repeats: int, max_seconds: float, pace: float
 ) -> float:
     """Seconds to compile all programs of a workload, run them once for checks, and time those that are fast enough."""
-    products = 2 if workload.activation == "gelu" else 3
+    products = 3 if is_gated(workload.activation) else 2
     tokens, total = workload.tokens * num_devices, 0.0
     limit = 2.0 * products * tokens * workload.top_k * workload.hidden * workload.ffn / pace
     for passes, compiles in zip((1, 3), (1, 2), strict=True):

@@ -13,7 +13,7 @@ from moe_jax.hardware import GPUS, MACHINES, TPUS, Machine
 from moe_jax.layer.experts import is_gated
 from moe_jax.targets.target import Target, find_target, name_target
 from moe_jax.tools.bench.programs import PASSES, with_backward
-from moe_jax.tools.planner.figures import memory_of
+from moe_jax.tools.planner.figures import check_fits
 from moe_jax.tools.planner.question import Question
 
 
@@ -49,7 +49,7 @@ def compile_layer(question: Question, target: Target) -> dict[str, dict[str, Any
       CompilationError: the compiler refuses the layer.
     """
     plan, moe_config = question.plan(), question.config.moe
-    memory_of(question, plan, 1).check_fits()
+    check_fits(question, plan)
     of_row = 2 * (3 if is_gated(moe_config.activation) else 2) * plan.hidden * moe_config.ffn // plan.tp_size
     found = {}
     for pass_name in question.passes:

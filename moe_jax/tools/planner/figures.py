@@ -1,13 +1,16 @@
 """What is predicted of one question: memory, time and wire, as plain data that a row of a sweep can hold."""
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
 
+from moe_jax.errors import InvalidArgumentError, MeshError
 from moe_jax.hardware import Machine
 from moe_jax.plan import Plan
 from moe_jax.plan.cost import PHASES, Cost, Phase
-from moe_jax.plan.memory import Memory
+from moe_jax.plan.memory import Change, Memory, smallest_change
+from moe_jax.tools.planner.meshes import resized
 from moe_jax.tools.planner.question import Question
 
 FORWARD, BOTH = PHASES
@@ -48,8 +51,8 @@ def predict(question: Question) -> Found:
         "pair_capacity": plan.pair_capacity,
         "time": time,
         "memory": {
-            "one": _memory(memory_of(question, plan, 1)),
-            "all": _memory(memory_of(question, plan, question.layers)),
+            "one": _memory(question, memory_of(question, plan, 1)),
+            "all": _memory(question, memory_of(question, plan, question.layers)),
         },
         "machine_bytes": question.machine.memory_bytes,
         "tokens_per_second": plan.tokens_per_rank / last["seconds"] if last["seconds"] else 0.0,
@@ -91,11 +94,10 @@ def _bound(cost: Cost | Phase, machine: Machine) -> str:
     name, seconds = cost.bound
     if name != "wire" or machine.between is None:
         return name if seconds else ""
-    inside = cost.inside_bytes / machine.inside.bytes_per_second
-    return "wire between nodes" if cost.between_bytes / machine.between.bytes_per_second > inside else "wire in node"
+    return "wire between nodes" if 2 * cost.between_seconds > cost.wire_seconds else "wire in node"
 
 
-def memory_of(question: Question, plan: Plan, layers: int) -> Memory:
+def memory_of(question: Question, plan: Plan, layers: int, chunks: int = 1) -> Memory:
     """What a device holds, of so many layers."""
     moe_config, terms = question.config.moe, question.terms
     return plan.memory(
@@ -104,11 +106,43 @@ def memory_of(question: Question, plan: Plan, layers: int) -> Memory:
         layers=layers,
         optimizer=terms.optimizer,
         remat=terms.remat,
+        chunks=chunks,
         hardware=question.machine,
     )
 
 
-def _memory(memory: Memory) -> dict[str, Any]:
+def check_fits(question: Question, plan: Plan) -> None:
+    """Raises MemoryLimitError where one layer does not fit; the text names the smallest change that would do."""
+    memory = memory_of(question, plan, 1)
+    if not memory.fits():
+        raise memory.refusal(memory.machine, _change_of(question, memory))
+
+
+def _change_of(question: Question, memory: Memory) -> str:
+    """The smallest change by which ``memory`` would fit if the question were asked with it."""
+    return smallest_change(memory, memory.machine, lambda change: _changed(question, change, memory.layers))
+
+
+def _changed(question: Question, change: Change, layers: int) -> Memory | None:
+    """The memory of a plan that is made anew with ``change``, with the transport that is best then."""
+    config, terms = question.config, question.terms
+    terms = dataclasses.replace(terms, remat=change.memory.question.remat)
+    if change.name in ("ep", "tp"):
+        mesh = resized(question.mesh, question.machine, **{change.name: int(change.value)})
+        config = dataclasses.replace(config, mesh=mesh)
+    elif change.name == "tokens_per_rank":
+        terms = dataclasses.replace(terms, tokens=int(change.value))
+    elif change.name == "capacity_factor":
+        config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, capacity_factor=change.value))
+    changed = dataclasses.replace(question, config=config, terms=terms)
+    try:
+        plan = changed.plan()
+    except (InvalidArgumentError, MeshError):
+        return None
+    return memory_of(changed, plan, layers, chunks=int(change.value) if change.name == "chunks" else 1)
+
+
+def _memory(question: Question, memory: Memory) -> dict[str, Any]:
     fits = memory.fits()
     programs = {FORWARD: memory.forward, **({} if memory.backward is None else {BOTH: memory.backward})}
     return {
@@ -124,7 +158,7 @@ def _memory(memory: Memory) -> dict[str, Any]:
         "peak": memory.peak,
         "moment": memory.moment,
         "fits": fits,
-        "smallest_change": None if fits else memory.smallest_change(),
+        "smallest_change": None if fits else _change_of(question, memory),
     }
 
 

@@ -33,6 +33,13 @@ def on_nodes(mesh: MeshConfig, machine: Machine) -> MeshConfig:
     return mesh if mesh.ep % ranks else dataclasses.replace(mesh, nodes=mesh.ep // ranks)
 
 
+def resized(mesh: MeshConfig, machine: Machine, **extents: int) -> MeshConfig:
+    """``mesh`` with other extents, and the nodes that it takes then, unless it has others than it takes now."""
+    before, after = (dataclasses.replace(mesh, nodes=1, **sizes) for sizes in ({}, extents))
+    is_natural = on_nodes(before, machine) == mesh
+    return on_nodes(after, machine) if is_natural else dataclasses.replace(after, nodes=mesh.nodes)
+
+
 def sensible_meshes(num_devices: int, layer: MoEConfig, machine: Machine) -> list[MeshConfig]:
     """All meshes of ``num_devices`` that make sense for ``layer``, the largest expert-parallel groups first.
 

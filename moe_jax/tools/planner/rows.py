@@ -80,7 +80,7 @@ def _read(path: Path) -> tuple[list[Row], bool]:
     except FileNotFoundError:
         return [], False
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions, or change --out") from None
     rows = []
     for number, line in enumerate(lines, start=1):
         row = None

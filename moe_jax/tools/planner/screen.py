@@ -11,7 +11,7 @@ from moe_jax.hardware import find_machine
 from moe_jax.plan import Plan
 from moe_jax.tools.planner import words
 from moe_jax.tools.planner.compiled import compile_layer, find_compiler
-from moe_jax.tools.planner.figures import FORWARD, Found, memory_of, predict
+from moe_jax.tools.planner.figures import FORWARD, Found, check_fits, predict
 from moe_jax.tools.planner.meshes import mesh_words, on_nodes, read_mesh
 from moe_jax.tools.planner.question import Question, Terms, ask, machine_here
 
@@ -56,17 +56,22 @@ def run(
     unquantised = None if other is None else predict(other)
     target = find_compiler(machine, shape.num_devices) if compiled else None
     if compiled:
-        memory_of(question, plan, 1).check_fits()
+        check_fits(question, plan)
+    description = plan.describe(ffn=config.moe.ffn, activation=config.moe.activation) if describe else None
     if json_lines:
-        told = None if target is None else compile_layer(question, target)
-        print(json.dumps({"event": "plan", **_values(question, plan), **found, "compiled": told}))
+        others = {
+            "unquantised": None if unquantised is None else unquantised["time"],
+            "compiled": None if target is None else compile_layer(question, target),
+            "description": description,
+        }
+        print(json.dumps({"event": "plan", **_values(question, plan), **found, **others}))
         return 0
     print("\n".join(_screen(question, path, found, unquantised)), flush=True)
     if target is not None:
         print(f"\n{'compiling':<{_LABEL}} for {target.name}: a minute or more per pass", flush=True)
         print("\n".join(compared(found, compile_layer(question, target))))
-    if describe:
-        print("\n" + plan.describe(ffn=config.moe.ffn, activation=config.moe.activation))
+    if description is not None:
+        print("\n" + description)
     return 0
 
 
@@ -100,8 +105,8 @@ def _screen(question: Question, path: str, found: Found, unquantised: Found | No
         ),
         _labelled(
             "mesh",
-            f"{mesh_words(question.mesh)}: {found['experts_per_rank']} experts per rank; {question.tokens} tokens per "
-            f"device, {question.dtype}",
+            f"{mesh_words(question.mesh)}: {words.many(found['experts_per_rank'], 'expert')} per rank; "
+            f"{question.tokens} tokens per device, {question.dtype}",
         ),
         _labelled("transport", f"{found['transport']}: {_short(found['transport_reason'])}"),
         "",

@@ -151,13 +151,13 @@ class _Sweep:
         if self._file.torn:
             self._note("the file ends in half a line, as a killed run leaves it; that row is dropped and done again")
         if left_out:
-            self._note(f"{left_out} meshes are left out, for which no plan can be made")
+            self._note(f"left out, since no plan can be made for them: {words.many(left_out, 'mesh')}")
         if not self._json_lines:
-            layers = "1 layer" if first.layers == 1 else f"{first.layers} layers"
+            layers = words.many(first.layers, "layer")
             least, most = (pick(question.tokens for question in self._questions) for pick in (min, max))
-            tokens = f"{least} tokens" if least == most else f"{least} to {most} tokens"
+            tokens = words.many(least, "token") if least == most else f"{least} to {most} tokens"
             print(
-                f"{len(self._questions)} meshes of {first.machine.name}, {tokens} per device, "
+                f"{words.many(len(self._questions), 'mesh')} of {first.machine.name}, {tokens} per device, "
                 f"{first.dtype}; memory is that of {layers}; times are milliseconds of 1 layer; bytes and tokens per "
                 f"second are those of each device, {first.passes[-1]}\n"
             )
