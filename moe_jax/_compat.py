@@ -128,6 +128,12 @@ def explicit_axes(mesh: Any) -> set[str]:
     return {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
 
 
+def manual_axes() -> tuple[str, ...]:
+    """The mesh axes over which a ``shard_map`` around this call is manual."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Manual)
+
+
 def only_axes(spec: PartitionSpec, kept: Any) -> PartitionSpec:
     """``spec`` without the axes that are not among ``kept``."""
     entries = (() if entry is None else (entry,) if isinstance(entry, str) else entry for entry in spec)

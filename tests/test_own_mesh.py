@@ -4,6 +4,8 @@ The law: values and gradients are those of the float64 oracle, which knows no me
 whether several share a role, and whatever other axes there are.
 """
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -118,6 +120,66 @@ def test_a_shard_map_that_is_manual_over_some_axes_only():
     assert_close(got, reference.moe_layer(whole, x, moe.RouterConfig(), top_k=K)[0])
 
 
+@pytest.mark.parametrize("types", [AxisType.Auto, AxisType.Explicit])
+def test_apply_inside_a_shard_map_is_refused(types):
+    """JAX cannot differentiate what it would have to be: a shard_map inside another one over other axes."""
+    mesh = mesh_of(types, stage=2, ep=2)
+    plan = moe.make_plan(mesh, tokens_per_rank=4, ep_axis="ep", **SIZES)
+    _, apply = moe.moe_on_mesh(mesh, plan, moe.RouterConfig(), ffn=F)
+    params = moe.abstract_params(mesh, plan, moe.RouterConfig(), ffn=F)
+    params = {name: jnp.zeros(value.shape) for name, value in params.items()}
+    mapped = jax.shard_map(
+        lambda params, x: apply(params, x)[0], mesh=mesh, in_specs=P(), out_specs=P(), axis_names={"stage"}
+    )
+    with pytest.raises(moe.errors.MeshError, match=r"inside a shard_map over \('stage',\).*call moe_layer"):
+        jax.eval_shape(mapped, params, jnp.zeros((8, H)))
+
+
+@pytest.mark.slow
+def test_stages_with_tokens_and_rounds_of_their_own():
+    """A pipeline: the plan leaves the axis alone, and what lies along it is different parameters, tokens and skew."""
+    mesh = mesh_of(stage=2, ep=2)
+    plan = moe.make_plan(mesh, tokens_per_rank=8, ep_axis="ep", capacity_factor=0.4, **SIZES)
+    router, specs, rng = moe.RouterConfig(), moe.param_specs(plan, moe.RouterConfig()), np.random.default_rng(0)
+    init, _ = moe.moe_on_mesh(mesh, plan, router, ffn=F)
+    stages = [{name: np.array(value) for name, value in init(jax.random.key(stage)).items()} for stage in range(2)]
+    x, ct = (rng.normal(size=(2, 16, H)).astype(np.float32) for _ in range(2))
+    x[0, :, 0] = np.abs(x[0, :, 0]) + 1  # so the first stage sends all to the first two experts
+    stages[0]["router"][:] = 0
+    stages[0]["router"][0, :2] = 9, 8
+
+    def shard(params, x):
+        y, stats = moe.moe_layer({name: value[0] for name, value in params.items()}, x[0], plan, router)
+        return y[None], stats.num_rounds[None]
+
+    layer = jax.shard_map(
+        shard,
+        mesh=mesh,
+        in_specs=({name: P("stage", *spec) for name, spec in specs.items()}, P("stage", "ep")),
+        out_specs=(P("stage", "ep"), P("stage")),
+    )
+
+    def loss(params, x):
+        y, num_rounds = layer(params, x)
+        return jnp.sum(y * ct), (y, num_rounds)
+
+    params = {name: np.stack([stage[name] for stage in stages]) for name in specs}
+    (_, (y, num_rounds)), (d_params, d_x) = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, x)
+    assert num_rounds[0] > num_rounds[1]
+    for i, stage in enumerate(stages):
+        wanted_params, wanted_x = reference.moe_layer_vjp(stage, x[i], ct[i], router, top_k=K)
+        assert_close(y[i], reference.moe_layer(stage, x[i], router, top_k=K)[0])
+        assert_close(d_x[i], wanted_x)
+        for name in specs:
+            assert_close(d_params[name][i], wanted_params[name])
+
+
+@pytest.mark.slow
+def test_parts_of_weights_against_the_order_of_the_mesh():
+    mesh = mesh_of(a=2, one=1, b=2, ep=2)
+    check(mesh, moe.make_plan(mesh, tokens_per_rank=2, param_axes=("b", "one", "a"), **SIZES))
+
+
 @pytest.mark.parametrize("types", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)])
 def test_weights_split_over_data_axes_are_gathered_and_their_gradients_scattered(types):
     mesh = mesh_of(types, data=2, ep=2, tp=2)
@@ -149,6 +211,20 @@ def test_padding_counts_nowhere():
     assert stats.load.sum() == 4 * K and stats.num_dropped == 0
     assert not np.asarray(y[2]).any() and np.asarray(y[3]).any()
     assert apply(params, x[:0])[0].shape == (0, H)
+
+
+def test_few_tokens_are_spread_evenly():
+    """Eight tokens of one expert: two on each device fit into a round of two, and eight on the first would be cut."""
+    mesh = mesh_of(ep=4)
+    sizes: dict[str, Any] = SIZES | {"top_k": 1}
+    plan = moe.make_plan(mesh, tokens_per_rank=8, overflow="drop", capacity_factor=1.0, **sizes)
+    assert plan.pair_capacity == 2
+    init, apply = moe.moe_on_mesh(mesh, plan, moe.RouterConfig(), ffn=F)
+    params = init(jax.random.key(0))
+    x = np.random.default_rng(0).random((4, 2, H)).astype(np.float32)
+    y, stats = apply(params | {"router": jnp.zeros((H, E)).at[:, 3].set(1.0)}, x)
+    assert stats.num_dropped == 0 and stats.load[3] == 8
+    assert np.asarray(y).any(axis=-1).all()
 
 
 def test_more_tokens_than_the_plan_has_room_for_are_refused():
@@ -216,8 +292,9 @@ def test_place_takes_biases_alone():
         assert moe.place({name: np.ones(shape)}, mesh, plan)[name].shape == shape
     with pytest.raises(moe.errors.InvalidArgumentError, match="'b_up' has shape"):
         moe.place({"b_up": np.ones((E, F + 2)), "w_up": np.ones((E, H, F))}, mesh, plan)
+    without_devices: Any = mesh.abstract_mesh
     with pytest.raises(moe.errors.MeshError, match="mesh is an AbstractMesh, which has no devices"):
-        moe.place({"w_up": np.ones((E, H, F))}, mesh.abstract_mesh, plan)
+        moe.place({"w_up": np.ones((E, H, F))}, without_devices, plan)
 
 
 def test_place_names_everything_that_does_not_fit():

@@ -13,6 +13,7 @@ from moe_jax import _compat
 from moe_jax.activations import Choice
 from moe_jax.config import RouterConfig
 from moe_jax.errors import (
+    MeshError,
     MissingArgumentError,
     ShapeError,
     check_array,
@@ -83,7 +84,7 @@ def moe_on_mesh(
       InvalidArgumentError: ``ffn`` is not divisible by tp, the activation is unknown, ``chunks`` does not divide T, or
         the router's groups and the plan's experts and ``top_k`` do not fit (one error lists all that does not);
         ``init`` and ``apply`` check their own arguments: DtypeError and others.
-      MeshError: the mesh is not the plan's.
+      MeshError: the mesh is not the plan's; ``apply`` is called inside a ``shard_map``.
       UnsupportedError: the plan puts shared experts on ranks of their own.
 
     >>> import jax, jax.numpy as jnp, moe_jax as moe
@@ -150,6 +151,11 @@ def moe_on_mesh(
         routing: Routing | tuple[Array, Array] | None = None,
         router_x: Array | None = None,
     ) -> tuple[Array, LayerStats]:
+        if around := _compat.manual_axes():
+            raise MeshError(
+                f"apply of moe_on_mesh was called inside a shard_map over {around}, and makes one itself; in there, "
+                f"call moe_layer on the part of one device, with that shard_map over {plan.token_axes} too"
+            )
         check_array("x", x)
         lead = x.shape[:-1]
         check_shape("x", x, (*lead, plan.hidden), "[..., H]")
@@ -188,10 +194,11 @@ def moe_on_mesh(
         if table is not None:
             check_table(table)
         if lead != (num_tokens,):
-            x, token_mask, choices, router_x = _as_tokens(x, token_mask, choices, router_x, num_tokens, mesh)
+            operands = (x, token_mask, choices, router_x)
+            x, token_mask, choices, router_x = _as_tokens(*operands, plan.tokens_per_rank, num_tokens, mesh)
         y, stats = layer(params, x, token_mask, table, rank_table, choices, router_x, balance=balance)
         if lead != (num_tokens,):
-            y = _compat.unsplit(y, mesh)[: math.prod(lead)].reshape((*lead, plan.hidden))
+            y = _as_given(_compat.unsplit(y, mesh), plan.tokens_per_rank, lead)
         return y, dataclasses.replace(stats, losses=routing.losses) if isinstance(routing, Routing) else stats
 
     return init, apply
@@ -202,19 +209,38 @@ def _as_tokens(
     token_mask: Array | None,
     choices: tuple[Array, Array] | None,
     router_x: Array | None,
+    per_device: int,
     num_tokens: int,
     mesh: Mesh | AbstractMesh,
 ) -> tuple[Array, Array | None, tuple[Array, Array] | None, Array | None]:
-    """All of these [..., X] as [N, X], with padding up to ``num_tokens`` of them; the mask says what is padding."""
+    """All of these [..., X] as [N, X], with padding up to ``num_tokens`` of them; the mask says what is padding.
+
+    Every device gets the same number of tokens, but for the last ones that have some, and padding behind them.
+    """
     given = math.prod(x.shape[:-1])
     if token_mask is None and given < num_tokens:
         token_mask = jnp.ones(x.shape[:-1], bool)
 
     def rows(array: Array, lead: int) -> Array:
         array = jnp.reshape(_compat.unsplit(array, mesh), (given, *array.shape[lead:]))
-        return jnp.pad(array, ((0, num_tokens - given), *[(0, 0)] * (array.ndim - 1)))
+        if given == num_tokens:
+            return array
+        devices, rest = num_tokens // per_device, [(0, 0)] * (array.ndim - 1)
+        share = -(-given // devices)
+        array = jnp.pad(array, ((0, devices * share - given), *rest)).reshape(devices, share, *array.shape[1:])
+        return jnp.pad(array, ((0, 0), (0, per_device - share), *rest)).reshape(num_tokens, *array.shape[2:])
 
     return jax.tree.map(functools.partial(rows, lead=x.ndim - 1), (x, token_mask, choices, router_x))
+
+
+def _as_given(y: Array, per_device: int, lead: tuple[int, ...]) -> Array:
+    """[N, H] -> [*lead, H]: what the layer made of the tokens of ``_as_tokens``, without padding."""
+    num_tokens, hidden = y.shape
+    given = math.prod(lead)
+    if given < num_tokens:
+        devices = num_tokens // per_device
+        y = y.reshape(devices, per_device, hidden)[:, : -(-given // devices)].reshape(-1, hidden)[:given]
+    return y.reshape(*lead, hidden)
 
 
 def _split(spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> PartitionSpec:
