@@ -75,7 +75,8 @@ def moe_on_mesh(
         may have any leading shape, and there may be as many as the devices along ``plan.token_axes`` have room for,
         tokens_per_rank each; they are spread evenly over these devices, and where there are fewer, the rest is padding
         that goes nowhere and counts nowhere. So the same parameters serve plans of any size, such as one for long
-        prompts and one for single steps. y is sharded over ``plan.token_axes``. The keywords ``table``, ``balance``
+        prompts and one for single steps. y is sharded over ``plan.token_axes``; where axes are Explicit
+        and x had to be padded or given another shape, it is replicated. The keywords ``table``, ``balance``
         and ``rank_table`` are those of ``moe_layer``, the same on every device. ``routing`` and ``router_x`` are
         too, but have the leading shape of x: (expert_ids [..., K], combine_weights [..., K]) or a ``Routing`` of such
         arrays; and [..., H_r].
