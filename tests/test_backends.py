@@ -177,7 +177,14 @@ def test_what_a_product_is_added_to(accumulates):
     assert given == [accumulates] * 2
 
 
-@pytest.mark.parametrize("fuses", [None, lambda *extents: extents[3:] != (4, 4), lambda *extents: True])
+@pytest.mark.parametrize(
+    "fuses",
+    [
+        None,
+        pytest.param(lambda *extents: extents[3:] != (4, 4), marks=pytest.mark.slow),
+        pytest.param(lambda *extents: True, marks=pytest.mark.slow),
+    ],
+)
 def test_kernels_that_spare_passes_serve_the_layer(fuses):
     """Where ``fuses`` wants them, no row is copied and no activation stands by itself; values are the same."""
     words = (*table.KERNELS, *table.FUSED)

@@ -185,6 +185,7 @@ def test_dense_limit_has_no_collectives():
         assert found.flops >= setting.limit_flops * (3 if arguments else 1)
 
 
+@pytest.mark.slow
 def test_wrong_results_are_refused():
     setting = setting_of(2, 1)
     data = setting.data

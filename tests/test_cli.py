@@ -87,6 +87,7 @@ def train(folder, capsys, *options):
     return events
 
 
+@pytest.mark.slow
 def test_training_learns_and_leaves_a_report(folder, capsys):
     (folder / "mini.toml").write_text(SAMPLING)
     events = train(folder, capsys, *MESH, "--out", folder / "run")

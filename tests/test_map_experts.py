@@ -169,7 +169,7 @@ def test_no_tokens_at_all():
     mesh = mesh_of(2, 1)
     plan = moe.make_plan(mesh, tokens_per_rank=0, hidden=H, num_experts=E, top_k=K, dtype="float32")
     params, *_ = drawn(np.random.default_rng(0), 2, 1, "random")
-    y, stats = on_mesh(mesh, plan)(params, jnp.ones((0, H)), jnp.ones((0, K), jnp.int32), jnp.ones((0, K)))
+    y, stats = jax.jit(on_mesh(mesh, plan))(params, jnp.ones((0, H)), jnp.ones((0, K), jnp.int32), jnp.ones((0, K)))
     assert y.shape == (0, WIDE) and not stats.load.any()
     with pytest.raises(moe.errors.ShapeError, match="fn returned tuple"):
         layer = on_mesh(mesh, plan, lambda p, rows, n: (rows,))
@@ -222,7 +222,7 @@ def test_misuse_is_one_clear_error(name):
     params, x, ids, weights, _ = drawn(np.random.default_rng(0), 2, 1, "random")
     with jax.enable_x64(error is moe.errors.DtypeError), pytest.raises(error, match=words):
         layer = on_mesh(mesh, plan, given.get("fn", experts), chunks=given.get("chunks", 1))
-        layer(params, x, given.get("expert_ids", ids), given.get("combine_weights", weights))
+        jax.eval_shape(layer, params, x, given.get("expert_ids", ids), given.get("combine_weights", weights))
 
 
 def test_other_data_traces_nothing_again():

@@ -374,6 +374,7 @@ def test_what_fits_comes_before_what_is_faster(folder, capsys, monkeypatch):
     assert ranking["meshes"] == [slower["mesh"], faster["mesh"]] == ["ep=32,nodes=8,tp=2", "ep=64,nodes=8"]
 
 
+@pytest.mark.slow
 def test_a_mesh_is_tried_once(folder, capsys):
     arguments = [
         "sweep",
@@ -448,6 +449,7 @@ def test_a_row_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert again.find("predicted", {"n": 1}) and not again.find("predicted", {"n": 2}) and not again.torn
 
 
+@pytest.mark.slow
 def test_compiled_and_run_rows_are_marked(folder, capsys, monkeypatch):
     """The best ones are compiled first where meshes are many; a refusal is a row, which is done again the next time."""
     seen = []

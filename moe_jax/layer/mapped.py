@@ -76,7 +76,7 @@ def map_experts(
     ...     return jnp.tanh(moe.grouped_matmul(rows, weights, group_sizes))
     >>> def layer(weights, x, ids):
     ...     return moe.map_experts(experts, weights, x, ids, jnp.ones((2, 1)), plan)[0]
-    >>> mapped = jax.shard_map(layer, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+    >>> mapped = jax.jit(jax.shard_map(layer, mesh=mesh, in_specs=P("ep"), out_specs=P("ep")))
     >>> mapped(jnp.ones((4, 4, 3)), jnp.ones((4, 4)), jnp.array([[3], [0], [1], [2]])).shape
     (4, 3)
     """
