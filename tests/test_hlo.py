@@ -119,5 +119,5 @@ def test_mesh_of_one_moves_nothing():
 def test_auto_explains_its_choice():
     plan = layer_program(8, 1, "auto")[1]
     assert plan.transport in TRANSPORTS and plan.transport in plan.describe()
-    assert "bytes" in plan.transport_reason
+    assert "B sent" in plan.transport_reason
     assert mesh_of(8, 1).size == 8
