@@ -36,7 +36,7 @@ def test_a_clamp_by_hand():
     "activation,name",
     [
         (lambda gate, up: jnp.where(gate > 0, gate, 0) * up, "reglu"),
-        (lambda up, slope=1.0: jnp.square(jax.nn.relu(slope * up)), "relu2"),
+        pytest.param(lambda up, slope=1.0: jnp.square(jax.nn.relu(slope * up)), "relu2", marks=pytest.mark.slow),
     ],
     ids=["gated", "plain"],
 )

@@ -180,7 +180,7 @@ def test_what_a_product_is_added_to(accumulates):
 @pytest.mark.parametrize(
     "fuses",
     [
-        None,
+        pytest.param(None, marks=pytest.mark.slow),
         pytest.param(lambda *extents: extents[3:] != (4, 4), marks=pytest.mark.slow),
         pytest.param(lambda *extents: True, marks=pytest.mark.slow),
     ],
@@ -242,6 +242,7 @@ def test_transports_are_resolved_like_kernels():
     assert moe_jax.resolve_backend("grouped_matmul").name == "cpu"
 
 
+@pytest.mark.slow
 @pytest.mark.quick("1.0")
 @pytest.mark.parametrize("capacity", [1.0, 8.0])
 def test_a_layer_mixes_what_back_ends_bring(capacity):

@@ -102,6 +102,7 @@ def test_rows_that_leave(ep, tp, pattern):
 BASELINE_MESHES = [(4, 2), pytest.param(2, 1, marks=pytest.mark.slow)]
 
 
+@pytest.mark.slow
 @pytest.mark.quick("gelu-4-2-minimal_layer")
 @pytest.mark.parametrize("make", [minimal_layer, one_hot_layer, all_experts_layer])
 @pytest.mark.parametrize("ep,tp", BASELINE_MESHES)
@@ -123,6 +124,7 @@ def test_baselines_equal_the_reference(make, ep, tp, activation):
         assert_close(d_params[name], ct_params[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ep,tp", BASELINE_MESHES)
 def test_one_hot_drops_what_does_not_fit(ep, tp):
     """Per device and expert the first 2 * T * K / E copies stay, all first choices before the second ones."""

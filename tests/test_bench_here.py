@@ -40,6 +40,7 @@ def step(name, rows=(), error=None, seconds=1.0):
     return here.Step(name=name, seconds=seconds, run=run)
 
 
+@pytest.mark.slow
 def test_products_are_checked_and_timed(listed, capsys):
     """Real rows of one back end, on the device of the tests; every row names it."""
     device = moe.make_mesh().devices.flat[0]

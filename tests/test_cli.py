@@ -160,6 +160,7 @@ def test_every_mesh_trains_alike(folder, capsys):
         np.testing.assert_allclose(values, losses[0], rtol=1e-4, err_msg=mesh)
 
 
+@pytest.mark.slow
 def test_runs_without_out_are_kept_apart(folder, capsys):
     """Run twice, nothing is lost and nothing refused; --resume goes on with the last one."""
     saved = [train(folder, capsys, *MESH, "--steps", steps)["saved"][0] for steps in (1, 2)]

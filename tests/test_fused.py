@@ -106,6 +106,7 @@ def test_patterns(op, num_ranks, num_local, axes, transpose):
         check(op, run(*args, *counts), *args, *counts, transpose_gmm_weight=transpose)
 
 
+@pytest.mark.slow
 @pytest.mark.quick("1-all_to_allv_grouped_matmul")
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("chunks", [1, 4])

@@ -84,6 +84,7 @@ def check_options(seed, ep, tp, router=None, *, pattern="random", top_k=K, activ
     compare(value_and_grads(apply), params, x, mask, router, rng, top_k, activation)
 
 
+@pytest.mark.slow
 def test_options_together():
     """A router of groups with a bias, a clamped activation, three choices per token: all in one program."""
     check_options(1, 4, 1, ROUTERS[0], top_k=3, activation="clamped_swiglu")
@@ -120,6 +121,7 @@ def test_node_and_data_axes(axes):
     compare(value_and_grads(apply), make_params(init, rng), x, mask, moe.RouterConfig(), rng)
 
 
+@pytest.mark.slow
 def test_values_do_not_depend_on_mesh_or_rounds():
     """At any capacity: overflow changes when a row travels, never the sum it enters, nor the place that it has there.
 
@@ -205,6 +207,7 @@ def test_bf16_is_close_and_finite():
     assert y.dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_composes_with_scan_and_remat():
     """Two layers in a scan, rematerialised: the gradients of the oracle, one layer after the other."""
     rng, router = np.random.default_rng(10), moe.RouterConfig()

@@ -119,6 +119,7 @@ def test_a_killed_rank_takes_no_expert_with_it():
     assert stats.num_dropped == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transport", MOSTLY_PADDED)
 def test_a_quantised_wire_loses_nothing_of_what_it_can_hold(transport):
     """Rows and cotangents that the recipes represent exactly: the layer must agree with the oracle to fp32.

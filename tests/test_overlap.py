@@ -69,6 +69,7 @@ def run_patterns(ep, tp, transport, chunks, *, repeats=1, capacity_factor=1.0):
     assert max(seen) > 1 or plan.max_rounds == 1
 
 
+@pytest.mark.slow
 @pytest.mark.quick("4-2-padded-2-1.25")
 @pytest.mark.parametrize(
     "ep,tp,transport,chunks,capacity_factor",  # 1.25: further rounds, in loops; 8: all in the first

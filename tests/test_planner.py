@@ -353,6 +353,7 @@ def test_a_sweep_ranks_and_leaves_a_picture(folder, capsys, monkeypatch):
     assert (folder / "sweeps" / "deepseek_v3" / "sweep.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_all_meshes_of_so_many_devices(folder, capsys):
     assert main(["sweep", DEEPSEEK, "--devices", "16", "--hardware", "h100", "--json"]) == 0
     *rows, ranking = map(json.loads, capsys.readouterr().out.splitlines())

@@ -138,6 +138,7 @@ def test_instructions_beside_a_minimal_layer(phase):
     assert 1000 < compiled("W1", phase).contract.num_instructions <= 2.1 * minimal
 
 
+@pytest.mark.slow
 @pytest.mark.quick("forward")
 @pytest.mark.parametrize("phase", PASSES)
 def test_skew_takes_no_more_memory(phase):
@@ -153,6 +154,7 @@ def test_skew_takes_no_more_memory(phase):
     assert any_skew.temporary_bytes <= 1.35 * one_round.temporary_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.quick("W1-forward", "W2-forward", "W2-forward + backward")
 @pytest.mark.parametrize("phase", PASSES)
 @pytest.mark.parametrize("name", ["W1", "W2", "W3"])

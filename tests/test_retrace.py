@@ -216,6 +216,7 @@ def test_facade():
     run_all(traced_once(facade("ep", "", 2)), [*CORE, "scales"])
 
 
+@pytest.mark.slow
 def test_facade_over_nodes():
     """There the reference takes no mask and no table."""
     shard = facade(("node", "ep"), "hierarchy", 0)

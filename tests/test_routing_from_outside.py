@@ -84,6 +84,7 @@ def test_equals_the_oracle_at_any_skew():
     assert run._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_replays_what_a_router_chose():
     """Ids of a table's logical experts, for tokens of any leading shape, with the router's parameters or without."""
     router = moe.RouterConfig()
