@@ -7,14 +7,13 @@ adds the rules between sections. `load_config` reads a file, `parse_mesh` reads 
 import dataclasses
 import math
 import os
-import tomllib
 import types
 import typing
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
 from moe_jax import _compat, activations
-from moe_jax.errors import ConfigError, InvalidArgumentError, raise_all, suggest
+from moe_jax.errors import ConfigError, InvalidArgumentError, raise_all, read_toml, suggest
 
 SCORES = ("softmax", "sigmoid", "sqrt_softplus")
 GROUP_SCORES = ("auto", "max", "top2")
@@ -265,7 +264,7 @@ def load_config(path: str | Path) -> Config:
     """
     if not isinstance(path, str | os.PathLike):
         raise ConfigError(f"path={path!r} is a {type(path).__name__}; give the path of a TOML file")
-    return _build(Config, _read_toml(Path(path)), str(path))
+    return _build(Config, read_toml(Path(path)), str(path))
 
 
 def parse_mesh(text: str) -> MeshConfig:
@@ -285,16 +284,6 @@ def parse_mesh(text: str) -> MeshConfig:
         return MeshConfig(**extents)
     except InvalidArgumentError as error:
         raise ConfigError(f"mesh {text!r}: {str(error).removeprefix('MeshConfig: ')}") from None
-
-
-def _read_toml(path: Path) -> dict[str, typing.Any]:
-    try:
-        with path.open("rb") as file:
-            return tomllib.load(file)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a TOML file") from None
-    except ValueError as error:  # not TOML, not UTF-8, or no possible path
-        raise ConfigError(f"{path}: is not valid TOML ({error})") from None
 
 
 def _build(cls: type, table: dict[str, typing.Any], where: str) -> typing.Any:

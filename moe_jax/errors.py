@@ -5,8 +5,10 @@ missing), 161002 (dtype), 561002 (shape, value, or a relation between arguments)
 the value that came, the rule that it broke, and what to do.
 """
 
+import tomllib
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -183,6 +185,17 @@ def check_mask(name: str, array: Any, shape: Sequence[int], layout: str) -> None
     """Raises unless ``array`` is boolean and has exactly ``shape``."""
     check_shape(name, array, shape, layout)
     check_dtype(name, array, ("bool",), "cast it with .astype(bool)")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The table that a TOML file holds; raises ConfigError where there is none."""
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a TOML file") from None
+    except ValueError as error:  # not TOML, not UTF-8, or no possible path
+        raise ConfigError(f"{path}: is not valid TOML ({error})") from None
 
 
 def _clause(remedy: str) -> str:

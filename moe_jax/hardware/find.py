@@ -2,11 +2,10 @@
 
 import dataclasses
 import os
-import tomllib
 from pathlib import Path
 from typing import Any
 
-from moe_jax.errors import ConfigError, InvalidArgumentError, check_choice, raise_all, suggest
+from moe_jax.errors import ConfigError, InvalidArgumentError, check_choice, raise_all, read_toml, suggest
 from moe_jax.hardware.machine import MAY_BE_NONE, PARTS, Machine, value_violations
 from moe_jax.hardware.machines import MACHINES
 
@@ -72,7 +71,7 @@ def machine_of_kind(device_kind: str) -> Machine | None:
 
 def _read(path: Path) -> Machine:
     """The machine that a TOML file describes."""
-    content = _load(path)
+    content = read_toml(path)
     table = content.get("machine")
     if not isinstance(table, dict):
         raise ConfigError(f"{path}: section 'machine' is missing; put the figures under [machine]")
@@ -95,16 +94,6 @@ def _read(path: Path) -> Machine:
     own = [(name, str(said.get(name, path))) for name in _FIGURES if name in given]
     kept = [(name, basis.source_of(name)) for name in _FIGURES if name not in given] if basis else []
     return dataclasses.replace(machine, sources=tuple(own + [entry for entry in kept if entry[1]]))
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            return tomllib.load(file)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a TOML file") from None
-    except ValueError as error:  # not TOML, not UTF-8, or no possible path
-        raise ConfigError(f"{path}: is not valid TOML ({error})") from None
 
 
 def _build(cls: type, table: dict[str, Any], base: Any, *, has_base: bool, prefix: str = "") -> tuple[Any, list[str]]:
