@@ -114,10 +114,7 @@ def moe_layer(
     check_choice("balance", balance, BALANCES)
     check_chunks(chunks, plan)
     collectives.check_axes(plan, replicas=True)
-    check_shape("x", x, (plan.tokens_per_rank, plan.hidden), "[T, H], fixed by the plan; pad and use token_mask")
-    check_dtype("x", x, (plan.dtype,), "the plan's dtype: cast x, or make a plan with dtype=...")
-    if token_mask is not None:
-        check_mask("token_mask", token_mask, x.shape[:1], "[T]")
+    check_tokens(x, token_mask, plan)
     if router_x is not None:
         check_router_x(router_x, x.shape[:1], routing)
     choices = None if routing is None else choices_of(routing)
@@ -181,7 +178,7 @@ def layer_of_shard(
         logits, bias = router_logits(params, x if router_x is None else router_x), params.get("selection_bias")
         routing = choose_experts(logits, router, plan.top_k, bias, token_mask, plan.token_axes)
     else:
-        routing = _routing_of(choices, token_mask, table, plan)
+        routing = routing_of(choices, token_mask, table, plan)
     expert_ids = routing.expert_ids if table is None else _instances_of(routing.expert_ids, table, balance, plan)
     # 3. Tokens go to their experts and come back as weighted sums, in rounds.
     experts = gathered(weights_of("experts", params), plan)
@@ -207,7 +204,7 @@ def layer_of_shard(
     return _compat.drop_unit_axes((total.astype(plan.dtype), stats), axes_of_tokens)
 
 
-def _routing_of(choices: tuple[Array, Array], token_mask: Array | None, table: Array | None, plan: Plan) -> Routing:
+def routing_of(choices: tuple[Array, Array], token_mask: Array | None, table: Array | None, plan: Plan) -> Routing:
     """Choices made outside as a router would have made them: padding has none, and what is none has no weight."""
     expert_ids, weights = _compat.as_varying(choices, plan.token_axes)
     if token_mask is not None:
@@ -253,6 +250,14 @@ def check_choices(expert_ids: Array, combine_weights: Array, shape: tuple[int, .
     check_dtype("expert_ids", expert_ids, ("int32",), "cast it with .astype(jnp.int32)")
     check_shape("combine_weights", combine_weights, shape, "[T, K], as expert_ids")
     check_dtype("combine_weights", combine_weights, (jnp.floating,))
+
+
+def check_tokens(x: Array, token_mask: Array | None, plan: Plan) -> None:
+    """Raises unless ``x`` [T, H] and its mask are tokens of one device."""
+    check_shape("x", x, (plan.tokens_per_rank, plan.hidden), "[T, H], fixed by the plan; pad and use token_mask")
+    check_dtype("x", x, (plan.dtype,), "the plan's dtype: cast x, or make a plan with dtype=...")
+    if token_mask is not None:
+        check_mask("token_mask", token_mask, x.shape[:1], "[T]")
 
 
 def check_chunks(chunks: int, plan: Plan) -> None:

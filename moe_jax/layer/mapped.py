@@ -10,13 +10,12 @@ from jax.extend.core import jaxpr_as_fun
 
 from moe_jax import _compat, collectives
 from moe_jax.derivatives import without_float0
-from moe_jax.errors import InvalidArgumentError, ShapeError, UnsupportedError, check_dtype, check_mask, check_shape
+from moe_jax.errors import InvalidArgumentError, ShapeError, UnsupportedError, check_dtype
 from moe_jax.layer.grouping import ExpertKind, rows_of_slots, slots_of_rows
-from moe_jax.layer.layer import check_choices, check_chunks
+from moe_jax.layer.layer import check_choices, check_chunks, check_tokens, routing_of
 from moe_jax.layer.params import check_layer_plan
 from moe_jax.layer.rounds import routed_sum
 from moe_jax.layer.weightless import Constants
-from moe_jax.layout import count_each
 from moe_jax.plan import Plan
 from moe_jax.transports import InboxOrder
 from moe_jax.types import LayerStats
@@ -90,21 +89,15 @@ def map_experts(
         raise InvalidArgumentError(f"fn={fn!r} must be a function of (params, rows, group_sizes)")
     check_chunks(chunks, plan)
     collectives.check_axes(plan, replicas=True)
-    check_shape("x", x, (plan.tokens_per_rank, plan.hidden), "[T, H], fixed by the plan; pad and use token_mask")
-    check_dtype("x", x, (plan.dtype,), "the plan's dtype: cast x, or make a plan with dtype=...")
+    check_tokens(x, token_mask, plan)
     check_choices(expert_ids, combine_weights, (plan.tokens_per_rank, plan.top_k))
-    if token_mask is not None:
-        check_mask("token_mask", token_mask, x.shape[:1], "[T]")
     axes_of_tokens = _compat.union_of_varying_axes((x, expert_ids, combine_weights, token_mask, rank_table))
     # 1. Padding goes nowhere, and may hold anything.
     if token_mask is not None:
         x = jnp.where(token_mask[:, None], x, jnp.zeros((), x.dtype))
-        expert_ids = jnp.where(token_mask[:, None], expert_ids, -1)
-    combine_weights = jnp.where(expert_ids >= 0, combine_weights, 0)  # a weight of no choice may be NaN
-    load = collectives.sum_over_tokens(count_each(expert_ids, plan.num_ids), plan)
-    weights = jnp.where(expert_ids == -1, 0.0, combine_weights.astype(jnp.float32))  # there anything may stand
+    routing = routing_of((expert_ids, combine_weights), token_mask, None, plan)
     # 2. Tokens go to their experts and come back as weighted sums, in rounds.
-    operands = _compat.as_varying((expert_ids, params, x, weights), plan.token_axes)
+    operands = _compat.as_varying((routing.expert_ids, params, x, routing.combine_weights), plan.token_axes)
     expert_ids, params, x, weights = operands
     kind, no_constants = mapped(fn), Constants(None, None, None)
     total, num_dropped, num_rounds = routed_sum(
@@ -118,7 +111,7 @@ def map_experts(
     stats = LayerStats(
         num_dropped=collectives.sum_over_tokens(num_dropped, plan),
         num_rounds=collectives.max_over_replicas(num_rounds, plan),
-        load=load,
+        load=routing.load,
         losses={},
     )
     return _compat.drop_unit_axes((total.astype(plan.dtype), stats), axes_of_tokens)
