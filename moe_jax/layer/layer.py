@@ -16,6 +16,7 @@ from moe_jax.errors import (
     check_choice,
     check_count,
     check_dtype,
+    check_flag,
     check_mask,
     check_shape,
     check_type,
@@ -53,6 +54,7 @@ def moe_layer(
     chunks: int = 1,
     routing: Routing | tuple[Array, Array] | None = None,
     router_x: Array | None = None,
+    weigh_inputs: bool = False,
 ) -> tuple[Array, LayerStats]:
     """One Mixture-of-Experts layer. Call it per shard, inside ``shard_map`` with ``check_vma=True``.
 
@@ -98,6 +100,9 @@ def moe_layer(
       router_x: [T, H_r] in any float dtype, what the router sees where that is not what the experts see, such as a
         token before it is projected to H, or under another norm; params["router"] is then [H_r, E']. Not with
         ``routing``.
+      weigh_inputs: whether the weight of a choice multiplies what its expert is given, instead of what the expert makes
+        of that, as in Llama 4: ``expert[id[t, k]](w[t, k] * x[t])``, the product in fp32 and rounded to ``plan.dtype``.
+        The weights then travel with the rows. What weightless experts add is weighted in either case.
 
     Returns:
       y [T, H] in ``plan.dtype``, and LayerStats over all tokens of the mesh. Differentiable in x, ``router_x``, the
@@ -118,6 +123,7 @@ def moe_layer(
     check_activation(activation)
     check_shared(plan, None, shared_activation)
     check_choice("balance", balance, BALANCES)
+    check_flag("weigh_inputs", weigh_inputs)
     check_chunks(chunks, plan)
     collectives.check_axes(plan, replicas=True)
     check_tokens(x, token_mask, plan)
@@ -155,6 +161,7 @@ def moe_layer(
         shared_activation=activation if shared_activation is None else shared_activation,
         balance=balance,
         chunks=chunks,
+        weigh_inputs=weigh_inputs,
     )
     return y, dataclasses.replace(stats, losses=routing.losses) if isinstance(routing, Routing) else stats
 
@@ -174,6 +181,7 @@ def layer_of_shard(
     shared_activation: Choice,
     balance: str,
     chunks: int,
+    weigh_inputs: bool,
 ) -> tuple[Array, LayerStats]:
     """``moe_layer`` of arguments that have been checked, there or by ``moe_on_mesh``. Arrays come first, options after.
 
@@ -205,7 +213,16 @@ def layer_of_shard(
     constants = Constants(*(given[name].astype(plan.dtype) if given else None for name in _CONSTANTS))
     experts, constants, weights = _compat.as_varying((experts, constants, routing.combine_weights), plan.token_axes)
     total, num_dropped, num_rounds = routed_sum(
-        expert_ids, experts, constants, x, weights, plan, feed_forward(activation), rank_table=rank_table, chunks=chunks
+        expert_ids,
+        experts,
+        constants,
+        x,
+        weights,
+        plan,
+        feed_forward(activation),
+        rank_table=rank_table,
+        chunks=chunks,
+        weigh_inputs=weigh_inputs,
     )
     # 4. The shared expert adds its part where the token is.
     if plan.num_shared_experts:

@@ -19,6 +19,7 @@ from moe_jax.errors import (
     check_array,
     check_choice,
     check_dtype,
+    check_flag,
     check_mask,
     check_shape,
 )
@@ -48,6 +49,7 @@ def moe_on_mesh(
     shared_activation: Choice | None = None,
     gated_shared: bool = False,
     expert_scale: bool = False,
+    weigh_inputs: bool = False,
 ) -> tuple[Callable, Callable]:
     """The MoE layer on global arrays: ``init(key) -> params`` and ``apply(params, x) -> (y, stats)``.
 
@@ -76,6 +78,7 @@ def moe_on_mesh(
         adds (Qwen2-MoE). False: ``apply`` takes parameters with or without a gate, as ``moe_layer`` does.
       expert_scale: whether the weights of choices are multiplied by a parameter of their expert, expert_scale, one at
         first (Gemma 4). False: as for ``gated_shared``.
+      weigh_inputs: whether weights multiply what experts are given (Llama 4), see ``moe_layer``.
 
     Returns:
       init: key -> dict of arrays in ``param_dtype``: router [H_r, E'], w_gate (if gated), w_up [E, H, F],
@@ -123,6 +126,7 @@ def moe_on_mesh(
     )
     asked = [name for name in ("shared_router", "expert_scale") if name in shapes]
     check_chunks(chunks, plan)
+    check_flag("weigh_inputs", weigh_inputs)
     num_tokens = plan.tokens_per_rank * plan.ep_size * plan.tp_size * plan.num_replicas
     specs = {row.name: _split(param_spec(row.name, plan), mesh) for row in TABLE}
     tokens, everywhere = _split(PartitionSpec(plan.token_axes), mesh), PartitionSpec()
@@ -158,6 +162,7 @@ def moe_on_mesh(
             shared_activation=activation if shared_activation is None else shared_activation,
             balance=balance,
             chunks=chunks,
+            weigh_inputs=weigh_inputs,
         )
         mapped = _compat.shard_map(shard, mesh=mesh, in_specs=in_specs, out_specs=(tokens, everywhere))
         y, stats = mapped(*given)

@@ -39,6 +39,7 @@ def moe_layer(
     special: WeightlessExperts | None = None,
     routing: tuple[np.ndarray, np.ndarray] | None = None,
     router_x: np.ndarray | None = None,
+    weigh_inputs: bool = False,
 ) -> tuple[np.ndarray, routing_lib.Routing]:
     """y_t = shared(x_t) + sum over k ascending of weight_tk * expert_{id_tk}(x_t).
 
@@ -58,6 +59,7 @@ def moe_layer(
       routing: (expert_ids [N, K], combine_weights [N, K]), choices made outside, -1 for none; ``router`` is not read,
         and the router's parameters need not be there.
       router_x: [N, H_r], what the router sees; None: it sees x.
+      weigh_inputs: the term of a routed expert is expert_{id_tk}(weight_tk * x_t) instead.
 
     Returns:
       y [N, H] f64 and the ``Routing``.
@@ -85,7 +87,8 @@ def moe_layer(
             if special is not None and e >= special.num_experts:
                 y[t] += weight * weightless_value(x[t], e, special)
             else:
-                y[t] += weight * expert_ffn(x[t : t + 1], _routed_weights(params, e), activation)[0]
+                inner, outer = (weight, 1.0) if weigh_inputs else (1.0, weight)
+                y[t] += outer * expert_ffn(inner * x[t : t + 1], _routed_weights(params, e), activation)[0]
     return y, chosen
 
 
@@ -104,12 +107,13 @@ def moe_layer_vjp(
     ct_z: float = 0.0,
     routing: tuple[np.ndarray, np.ndarray] | None = None,
     router_x: np.ndarray | None = None,
+    weigh_inputs: bool = False,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The cotangents of ``params`` and ``x`` in ``moe_layer``, through the experts, the weights and both losses.
 
     Args:
-      params, x, router, top_k, activation, shared_activation, bias, token_mask, routing, router_x: as given to
-        ``moe_layer``.
+      params, x, router, top_k, activation, shared_activation, bias, token_mask, routing, router_x, weigh_inputs: as
+        given to ``moe_layer``.
       ct_y: [N, H], cotangent of y; inactive tokens are not read.
       ct_balance, ct_z: cotangents of ``losses["balance"]`` and ``losses["z"]``.
 
@@ -128,7 +132,7 @@ def moe_layer_vjp(
         options = {"top_k": top_k, "bias": _selection_bias(params, bias), "token_mask": token_mask}
         options["expert_scale"] = params.get("expert_scale")
         chosen = routing_lib.route(logits, router, **options)
-        ct_weights = combine_weights_vjp(params, x, ct_y, chosen, activation=activation)
+        ct_weights = combine_weights_vjp(params, x, ct_y, chosen, activation=activation, weigh_inputs=weigh_inputs)
         ct_logits = routing_lib.route_vjp(logits, router, ct_weights, **options, ct_balance=ct_balance, ct_z=ct_z)
         ct_scale = routing_lib.expert_scale_vjp(logits, router, ct_weights, **options)
     else:
@@ -144,17 +148,28 @@ def moe_layer_vjp(
         for e, weight in zip(chosen.expert_ids[t], chosen.combine_weights[t], strict=True):
             if e < 0:
                 continue
-            ct_x[t] += _routed_vjp(params, x[t], weight * ct_y[t], e, activation, ct_params)
+            if weigh_inputs:
+                ct_x[t] += weight * _routed_vjp(params, weight * x[t], ct_y[t], e, activation, ct_params)
+            else:
+                ct_x[t] += _routed_vjp(params, x[t], weight * ct_y[t], e, activation, ct_params)
     return ct_params, ct_x + ct_seen if router_x is None else np.concatenate([ct_x, ct_seen], axis=1)
 
 
 def combine_weights_vjp(
-    params: Params, x: np.ndarray, ct_y: np.ndarray, routing: routing_lib.Routing, *, activation: Any = "swiglu"
+    params: Params,
+    x: np.ndarray,
+    ct_y: np.ndarray,
+    routing: routing_lib.Routing,
+    *,
+    activation: Any = "swiglu",
+    weigh_inputs: bool = False,
 ) -> np.ndarray:
     """The cotangent of ``combine_weights`` in ``moe_layer``: <ct_y_t, expert_{id_tk}(x_t)> for every pair.
 
+    Where inputs are weighted it is <x_t, the cotangent of weight_tk * x_t>.
+
     Args:
-      params, x, activation: as given to ``moe_layer``.
+      params, x, activation, weigh_inputs: as given to ``moe_layer``.
       ct_y: [N, H], cotangent of y.
       routing: what ``moe_layer`` returned.
 
@@ -165,7 +180,11 @@ def combine_weights_vjp(
     ct_weights = np.zeros(routing.combine_weights.shape)
     for t, k in np.argwhere(routing.expert_ids >= 0):
         weights = _routed_weights(params, int(routing.expert_ids[t, k]))
-        ct_weights[t, k] = ct_y[t] @ expert_ffn(x[t : t + 1], weights, activation)[0]
+        if weigh_inputs:
+            row = routing.combine_weights[t, k] * x[t : t + 1]
+            ct_weights[t, k] = x[t] @ expert_ffn_vjp(ct_y[t : t + 1], row, weights, activation)[0][0]
+        else:
+            ct_weights[t, k] = ct_y[t] @ expert_ffn(x[t : t + 1], weights, activation)[0]
     return ct_weights
 
 
