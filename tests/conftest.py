@@ -53,6 +53,7 @@ LAWS_ABOUT_VALUES = {
     "test_fused_quant",
     "test_grouping",
     "test_hierarchy",
+    "test_interop_nnx",
     "test_layer",
     "test_layer_tables",
     "test_layout",
