@@ -18,6 +18,7 @@ DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "CHANGELOG.md",
+    ROOT / "examples" / "README.md",
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 # "<!-- sketch -->" above a block says that it cannot run here: it needs a compiler, or its names are made up.
@@ -124,6 +125,18 @@ def test_the_operators_page_names_every_public_name():
     named = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]*)`", (ROOT / "docs" / "operators.md").read_text()))))
     # Classes that functions return or raise are described where they are.
     assert {name for name in moe_jax.__all__ if not isinstance(getattr(moe_jax, name), type)} - named == set()
+
+
+def test_the_reference_has_every_public_name_once():
+    pages = "\n".join(path.read_text() for path in (ROOT / "docs" / "api").glob("*.md"))
+    described = re.findall(r"^::: (\S+)$", pages, re.MULTILINE)
+    names = {f"moe_jax.{name}" for name in moe_jax.__all__} - {"moe_jax.MoEError"}  # among the errors
+    assert sorted(set(described)) == sorted(described) and names - set(described) == set(), "write ::: moe_jax.name"
+
+
+def test_every_example_is_listed():
+    listed = re.findall(r"\]\((\w+\.py)\)", (ROOT / "examples" / "README.md").read_text())
+    assert sorted(listed) == sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
 
 def test_the_picture_names_files_that_are_there():
