@@ -142,7 +142,11 @@ def moe_on_mesh(
 
     @functools.partial(jax.jit, static_argnames="balance")
     def layer(params, x, token_mask, table, rank_table, choices, router_x, balance):
-        """The layer as one program, where it is not part of a larger one."""
+        """The layer as one program, where it is not part of a larger one. Tokens come in the shape that users have."""
+        lead = x.shape[:-1]
+        if lead != (num_tokens,):
+            operands = (x, token_mask, choices, router_x)
+            x, token_mask, choices, router_x = _as_tokens(*operands, plan.tokens_per_rank, num_tokens, mesh)
         in_specs = (
             {name: specs[name] for name in params},
             tokens,
@@ -166,7 +170,8 @@ def moe_on_mesh(
         )
         mapped = _compat.shard_map(shard, mesh=mesh, in_specs=in_specs, out_specs=(tokens, everywhere))
         y, stats = mapped(*given)
-        return _compat.name_unit_axes_as(y, x, mesh), stats
+        y = _compat.name_unit_axes_as(y, x, mesh)
+        return y if lead == (num_tokens,) else _as_given(_compat.unsplit(y, mesh), plan.tokens_per_rank, lead), stats
 
     def apply(
         params: dict[str, Array],
@@ -223,12 +228,7 @@ def moe_on_mesh(
         check_width(f"params: 'w_up' has shape {params['w_up'].shape}; its width", params["w_up"].shape[-1], plan)
         if table is not None:
             check_table(table)
-        if lead != (num_tokens,):
-            operands = (x, token_mask, choices, router_x)
-            x, token_mask, choices, router_x = _as_tokens(*operands, plan.tokens_per_rank, num_tokens, mesh)
         y, stats = layer(params, x, token_mask, table, rank_table, choices, router_x, balance=balance)
-        if lead != (num_tokens,):
-            y = _as_given(_compat.unsplit(y, mesh), plan.tokens_per_rank, lead)
         return y, dataclasses.replace(stats, losses=routing.losses) if isinstance(routing, Routing) else stats
 
     return init, apply
