@@ -46,6 +46,7 @@ LAWS_ABOUT_VALUES = {
     "test_aclnn_run",
     "test_activations",
     "test_add_rms_norm",
+    "test_conformance",
     "test_derivatives",
     "test_dispatch",
     "test_elastic",

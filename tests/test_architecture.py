@@ -24,6 +24,7 @@ LAYERS = [
     {"transports"},
     {"layer", "fused"},
     {"verify", "aclnn"},
+    {"testing"},
     {"__init__"},  # the public names; what follows uses them as any user does
     {"tools"},
     {"__main__"},
@@ -34,7 +35,7 @@ COLLECTIVES = {
     "ragged_all_to_all", "pbroadcast",
 }  # fmt: skip
 CORE_MAY_IMPORT = {"jax", "numpy"} | set(sys.stdlib_module_names)
-EXTRAS = {"tools": {"optax", "rich", "matplotlib"}, "kernels": {"tokamax"}}
+EXTRAS = {"tools": {"optax", "rich", "matplotlib"}, "kernels": {"tokamax"}, "testing": {"pytest"}}
 
 FILES = sorted(ROOT.rglob("*.py"))
 
