@@ -47,6 +47,7 @@ LAWS_ABOUT_VALUES = {
     "test_aclnn_window",
     "test_activations",
     "test_add_rms_norm",
+    "test_conformance",
     "test_derivatives",
     "test_dispatch",
     "test_elastic",
