@@ -164,7 +164,12 @@ def moe_on_mesh(
 
     @functools.partial(jax.jit, static_argnames=("balance", "return_routing", "sequence_length"))
     def layer(params, x, token_mask, table, rank_table, choices, router_x, balance, return_routing, sequence_length):
-        """The layer as one program, where it is not part of a larger one."""
+        """The layer as one program, where it is not part of a larger one. Tokens come in the shape that users have."""
+        lead, whole = x.shape[:-1], sequence_length or 1
+        share = -(-math.prod(lead) // (num_devices * whole)) * whole
+        if lead != (num_tokens,):
+            operands = (x, token_mask, choices, router_x)
+            x, token_mask, choices, router_x = _as_tokens(*operands, share, plan.tokens_per_rank, num_tokens, mesh)
         in_specs = (
             {name: specs[name] for name in params},
             tokens,
@@ -190,7 +195,12 @@ def moe_on_mesh(
         )
         mapped = _compat.shard_map(shard, mesh=mesh, in_specs=in_specs, out_specs=(tokens, stats_specs))
         y, stats = mapped(*given)
-        return _compat.name_unit_axes_as(y, x, mesh), stats
+        y = _compat.name_unit_axes_as(y, x, mesh)
+        if lead != (num_tokens,):
+            of_tokens = _compat.unsplit((y, stats.routing), mesh)
+            y, given = jax.tree.map(lambda array: _as_given(array, share, plan.tokens_per_rank, lead), of_tokens)
+            stats = dataclasses.replace(stats, routing=given)
+        return y, stats
 
     def apply(
         params: dict[str, Array],
@@ -227,7 +237,6 @@ def moe_on_mesh(
             check_array("rank_table", rank_table)
         if return_routing is not False:
             check_flag("return_routing", return_routing)
-        share = -(-math.prod(lead) // num_devices)  # tokens of a device, but for the last ones that have some
         if sequence_length is not None:
             check_sequences_of(sequence_length, math.prod(lead), routing)
             share = -(-math.prod(lead) // (num_devices * sequence_length)) * sequence_length
@@ -261,15 +270,8 @@ def moe_on_mesh(
         check_width(f"params: 'w_up' has shape {params['w_up'].shape}; its width", params["w_up"].shape[-1], plan)
         if table is not None:
             check_table(table)
-        if lead != (num_tokens,):
-            operands = (x, token_mask, choices, router_x)
-            x, token_mask, choices, router_x = _as_tokens(*operands, share, plan.tokens_per_rank, num_tokens, mesh)
         options = {"balance": balance, "return_routing": return_routing, "sequence_length": sequence_length}
         y, stats = layer(params, x, token_mask, table, rank_table, choices, router_x, **options)
-        if lead != (num_tokens,):
-            of_tokens = _compat.unsplit((y, stats.routing), mesh)
-            y, given = jax.tree.map(lambda a: _as_given(a, share, plan.tokens_per_rank, lead), of_tokens)
-            stats = dataclasses.replace(stats, routing=given)
         return y, with_losses(stats, routing) if isinstance(routing, Routing) else stats
 
     return init, apply

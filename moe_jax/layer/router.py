@@ -154,9 +154,9 @@ def balance_loss(load: jax.Array, mean_score: jax.Array) -> jax.Array:
       ShapeError, DtypeError: an argument is not as above.
 
     >>> import jax, jax.numpy as jnp, moe_jax as moe
-    >>> logits = jax.random.normal(jax.random.key(0), (8, 4))
-    >>> whole = moe.route(logits, moe.RouterConfig(), top_k=2)
-    >>> parts = [moe.route(part, moe.RouterConfig(), top_k=2) for part in jnp.split(logits, 2)]
+    >>> route = jax.jit(lambda logits: moe.route(logits, moe.RouterConfig(), top_k=2))
+    >>> batch = jnp.array([[[3.0, 2.0, 0.0], [1.0, 0.0, 0.0]], [[0.0, 1.0, 5.0], [0.0, 0.0, 2.0]]])
+    >>> whole, parts = route(batch.reshape(4, 3)), [route(part) for part in batch]
     >>> load = sum(part.load for part in parts)
     >>> mean = sum(moe.balance_loss(load, part.mean_score) for part in parts) / 2
     >>> bool(jnp.allclose(mean, whole.losses["balance"]))
