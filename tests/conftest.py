@@ -37,7 +37,7 @@ hypothesis.settings.load_profile("default")
 # Most of what tests cost is compilation, and half of that is spent on making machine code fast. Most laws are about
 # values: small integers, whose sums are exact in any order, or a tolerance that says why. So machine code is not
 # optimised. What XLA does before it makes machine code stays the same, and so does what a test may read in a compiled
-# program. In the files below (on bits and roundings, on times and memory, and on what other compilers make of a program)
+# program. In the files below (on bits and roundings, on times and memory, on what other compilers make of a program)
 # everything is optimised as users have it. JAX_DISABLE_MOST_OPTIMIZATIONS=0 or 1 in the environment decides for all
 # files instead: the step "newest" of .ci/run sets 0, so that CI runs the tests that everybody runs both ways.
 OPTIMISED = {

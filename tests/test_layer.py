@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import MANY_WORLDS, MOSTLY_PADDED, TRANSPORTS, mesh_of, over_mesh
+from helpers import MANY_WORLDS, MOSTLY_PADDED, mesh_of, over_mesh
 from layer_cases import (
     EXPERTS,
     LAST_BITS,
