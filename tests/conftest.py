@@ -56,6 +56,7 @@ LAWS_ABOUT_VALUES = {
     "test_fused_quant",
     "test_grouping",
     "test_hierarchy",
+    "test_interop_hf",
     "test_interop_nnx",
     "test_layer",
     "test_layer_options",
