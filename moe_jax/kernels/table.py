@@ -52,7 +52,7 @@ class Backend:
     Args:
       name: how users and plans call it; not "auto", and without a "+".
       platforms: the platforms for which "auto" may choose it, out of "cpu", "gpu", "tpu".
-      device_kinds: patterns such as "*H100*", in any case, of the device kinds that JAX reports ("NVIDIA H100 80GB
+      device_kinds: patterns such as ``"*H100*"``, in any case, of the device kinds that JAX reports ("NVIDIA H100 80GB
         HBM3", "TPU v5 lite"), for which "auto" may choose it; () for every device of its platforms. A back end with
         patterns is chosen by plans alone, since only they know the devices.
       kernels: by name:
