@@ -239,8 +239,7 @@ def layer_costs(
     """The costs of both passes; ``ffn`` 0 leaves out everything that has the width of an expert. See ``Plan.cost``."""
     size = Size.of(plan, machine.widened)
     transport, layout = transport_of(plan), Layout.of(plan, machine, num_replicas)
-    routed = _Ffn(size.multiplied, plan.num_local_experts, ffn // plan.tp_size, activation)
-    shared = _Ffn(plan.tokens_per_rank, 1, shared_ffn, shared_activation)
+    routed, shared = _experts(plan, size, ffn, activation, shared_ffn, shared_activation)
     costs = {}
     for name in PHASES:
         backward = name == PHASES[1]
@@ -309,6 +308,23 @@ def _phase(
         between_seconds=sent.between_seconds,
         latency_seconds=sent.latency + launches * machine.launch_seconds,
     )
+
+
+def even_exchanges(plan: "Plan", ffn: int, *, activation: Choice, backward: bool) -> tuple[list[Collective], Layout]:
+    """The exchanges whose bytes the phases of ``Plan.cost`` sum up, and how the devices lie that make them."""
+    machine = plan.hardware
+    size, layout = Size.of(plan, machine.widened), Layout.of(plan, machine, plan.num_replicas)
+    experts = _experts(plan, size, ffn, activation, width_of_shared(plan, ffn, None), activation)
+    steps = _steps(plan, transport_of(plan).even_size(plan, size), layout, *experts, machine, backward)
+    return [exchange for step in steps for exchange in step.collectives], layout
+
+
+def _experts(
+    plan: "Plan", size: "Size", ffn: int, activation: Choice, shared_ffn: int, shared_activation: Choice
+) -> tuple["_Ffn", "_Ffn"]:
+    """(routed, shared)."""
+    routed = _Ffn(size.multiplied, plan.num_local_experts, ffn // plan.tp_size, activation)
+    return routed, _Ffn(plan.tokens_per_rank, 1, shared_ffn, shared_activation)
 
 
 class _Ffn(NamedTuple):

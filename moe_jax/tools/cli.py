@@ -97,6 +97,8 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--compile", action="store_true", help=compiled)
     described = "also print what the plan is: sizes, choices with reasons, bytes, exact counts"
     parser.add_argument("--describe", action="store_true", help=described)
+    picture = "draw time by phase, memory by purpose, and wire bytes from rank to rank: .png, .svg or .pdf"
+    parser.add_argument("--picture", metavar="FILE", help=picture)
     published = "instead: exchanges and training runs that others published, beside what the planner predicts for them"
     parser.add_argument("--published", action="store_true", help=published)
     parser.set_defaults(command=functools.partial(_plan, parser))
@@ -160,6 +162,8 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     slowest = "leave out what would need longer for a run (default: 60)"
     parser.add_argument("--max-seconds", type=float, default=60.0, metavar="S", help=slowest)
     parser.add_argument("--json", metavar="FILE", help="JSON lines with raw seconds; -: on standard output, no tables")
+    picture = "draw the time of each contender, by pass, beside the layer's: .png, .svg or .pdf"
+    parser.add_argument("--picture", metavar="FILE", help=picture)
     target = (
         "instead: here: check and time everything on the first device that is here, by a prepared list of under ten "
         "minutes; v5e:2x4, h100:8, ...: what the compilers of these make of the layer (--workloads of A, A64, B, C)"
@@ -241,6 +245,7 @@ def _plan(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int
         _terms(arguments),
         compiled=arguments.compile,
         describe=arguments.describe,
+        picture=arguments.picture,
         json_lines=arguments.json,
     )
 
@@ -318,18 +323,19 @@ def _bench(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> in
         quick=arguments.quick,
         max_seconds=arguments.max_seconds,
         json_path=arguments.json,
+        picture=arguments.picture,
     )
 
 
 def _bench_here(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
-    _refuse(parser, arguments, "workloads", "dtype", "quant", "against", "repeats", "quick", "max_seconds")
+    _refuse(parser, arguments, "workloads", "dtype", "quant", "against", "repeats", "quick", "max_seconds", "picture")
     from moe_jax.tools.bench import here
 
     return here.run(json_path=arguments.json)
 
 
 def _bench_elsewhere(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
-    _refuse(parser, arguments, "dtype", "quant", "repeats", "quick", "max_seconds")
+    _refuse(parser, arguments, "dtype", "quant", "repeats", "quick", "max_seconds", "picture")
     from moe_jax.tools.bench import facts
 
     contenders = arguments.against or ()

@@ -9,6 +9,7 @@ import numpy as np
 import moe_jax as moe
 from moe_jax.balance.placement import over_mean, rank_loads
 from moe_jax.errors import DataError
+from moe_jax.tools.drawing import new_figure, save
 from moe_jax.tools.train.atomic import atomic_write
 from moe_jax.tools.train.extras import REMEDY, find
 
@@ -109,9 +110,7 @@ def _write(folder: Path, placement: "moe.Placement", before: np.ndarray, after: 
             file.write(json.dumps(placement.table().tolist()).encode() + b"\n")
         written = [str(folder / "placement.json"), str(folder / "tables.json")]
         if find("matplotlib") is not None:
-            figure = _draw(before, after)
-            with atomic_write(folder / "load.png") as file:
-                figure.savefig(file, format="png", dpi=110)
+            save(_draw(before, after), folder / "load.png")
             written.append(str(folder / "load.png"))
     except OSError as error:
         raise DataError(f"{folder}: cannot be written ({error.strerror}); pass another --out") from None
@@ -120,11 +119,7 @@ def _write(folder: Path, placement: "moe.Placement", before: np.ndarray, after: 
 
 def _draw(before: np.ndarray, after: np.ndarray) -> Any:
     """Two pictures of [layers, R] loads over the mean, with one scale of colours."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 2.5 + 0.08 * len(before)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 2.5 + 0.08 * len(before))
     largest, images = max(before.max(), after.max()), []
     pictures = zip(figure.subplots(1, 2, sharey=True), (before, after), ("in order", "placed"), strict=True)
     for axes, part, title in pictures:

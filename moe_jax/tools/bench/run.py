@@ -21,9 +21,11 @@ from moe_jax.tools.bench.check import WrongResult
 from moe_jax.tools.bench.estimate import estimate_seconds, pace_of, words
 from moe_jax.tools.bench.measure import measure
 from moe_jax.tools.bench.memory import keep_freed_memory
+from moe_jax.tools.bench.picture import draw_times
 from moe_jax.tools.bench.programs import BASELINES, CONTENDERS, Setting, make_layer, make_setting, on_transport
 from moe_jax.tools.bench.report import describe_pass, describe_transports, describe_workload
 from moe_jax.tools.bench.workloads import WORKLOADS, Workload, of_config
+from moe_jax.tools.drawing import check_picture, save_asked
 
 QUICK = ("W1", "W3", "W4")
 REPEATS, QUICK_REPEATS = 7, 3
@@ -44,6 +46,7 @@ def run(
     quick: bool = False,
     max_seconds: float = 60.0,
     json_path: str | None = None,
+    picture: str | None = None,
 ) -> int:
     """Times the layer on ``workloads`` and on ``config``, with every dtype and wire. Returns the exit code.
 
@@ -57,12 +60,16 @@ def run(
       repeats: rounds of timing; None: 7, or 3 with ``quick``.
       max_seconds: contenders that need longer for one run are left out.
       json_path: a file for JSON lines, raw seconds included; "-": standard output, instead of the tables.
+      picture: a file to draw into: the times of all contenders, by workload and pass. It is drawn anew as each workload
+        is done, so that a run that is ended leaves one of those that were.
 
     Returns:
       0, or 1 if a program computed something wrong: such a workload has no times.
 
     Raises:
       InvalidArgumentError, ConfigError, MeshError: a name or a size is not as above; all is checked first.
+      UnsupportedError: there is to be a picture, and matplotlib is not installed.
+      DataError: the picture cannot be written.
     """
     chosen = _workloads(config, path, workloads, quick)
     _check_each("dtype", dtypes, DTYPES)
@@ -73,6 +80,8 @@ def run(
         check_count("repeats", repeats)
     if not max_seconds > 0:
         raise InvalidArgumentError(f"max_seconds={max_seconds} must be above zero")
+    if picture is not None:
+        check_picture(picture)
     extents = mesh or (config.mesh if config else DEFAULT_MESH)
     kept = keep_freed_memory()
     ensure_devices(extents.num_devices)
@@ -104,9 +113,13 @@ def run(
         for workload, dtype, wire in runs:
             setting = functools.partial(make_setting, workload, devices, dtype, wire, contenders)
             records.append(_one((workload.name, dtype, wire), setting, rounds, max_seconds, lines))
+            if picture is not None and records[-1] is not None:
+                save_asked(draw_times([record for record in records if record is not None], header), picture)
     measured = [record for record in records if record is not None]
     if others and measured and json_path != "-":
         print("\n" + describe_transports(measured))
+    if picture is not None and measured and json_path != "-":
+        print(f"\ndrew {picture}")
     return 0 if len(measured) == len(runs) else 1
 
 

@@ -9,10 +9,12 @@ from typing import Any
 from moe_jax.config import Config
 from moe_jax.hardware import find_machine
 from moe_jax.plan import Plan
+from moe_jax.tools.drawing import check_picture, save_asked
 from moe_jax.tools.planner import words
 from moe_jax.tools.planner.compiled import compile_layer, find_compiler
 from moe_jax.tools.planner.figures import FORWARD, Found, check_fits, predict
 from moe_jax.tools.planner.meshes import mesh_words, on_nodes, read_mesh
+from moe_jax.tools.planner.plan_picture import draw_plan
 from moe_jax.tools.planner.question import Question, Terms, ask, machine_here
 
 _NAME = 30  # columns of the first column of a table
@@ -29,6 +31,7 @@ def run(
     *,
     compiled: bool,
     describe: bool,
+    picture: str | None = None,
     json_lines: bool,
 ) -> int:
     """Prints the screen, or one JSON object. Returns the exit code.
@@ -40,14 +43,19 @@ def run(
       terms: what else is asked.
       compiled: also ask the compiler of the machine.
       describe: also print ``Plan.describe``.
+      picture: a file to draw into: time by phase, memory by purpose, and who sends how much to whom.
       json_lines: print one JSON object instead.
 
     Raises:
       ConfigError, InvalidArgumentError, MeshError: what is asked breaks a rule; nothing is printed then.
+      DataError: the picture cannot be written.
       MemoryLimitError: a compiler is to be asked about a layer that does not fit; nothing is printed then.
-      UnsupportedError: there is no compiler for the machine, or it is not installed; nothing is printed then.
+      UnsupportedError: there is no compiler for the machine, or it or what draws is not installed; nothing is printed
+        then.
       CompilationError: the compiler refuses the layer.
     """
+    if picture is not None:
+        check_picture(picture)
     machine = machine_here() if hardware is None else find_machine(hardware)
     shape = on_nodes(config.mesh, machine) if mesh is None else read_mesh(mesh, machine)
     question = ask(config, path, machine, shape, terms)
@@ -58,11 +66,14 @@ def run(
     if compiled:
         check_fits(question, plan)
     description = plan.describe(ffn=config.moe.ffn, activation=config.moe.activation) if describe else None
+    if picture is not None:
+        save_asked(draw_plan(question, path, plan, found), picture)
     if json_lines:
         others = {
             "unquantised": None if unquantised is None else unquantised["time"],
             "compiled": None if target is None else compile_layer(question, target),
             "description": description,
+            "picture": picture,
         }
         print(json.dumps({"event": "plan", **_values(question, plan), **found, **others}))
         return 0
@@ -72,6 +83,8 @@ def run(
         print("\n".join(compared(found, compile_layer(question, target))))
     if description is not None:
         print("\n" + description)
+    if picture is not None:
+        print(f"\ndrew {picture}")
     return 0
 
 
