@@ -1,6 +1,7 @@
 """Pictures for reports: what is in them is what was measured or predicted, read off the axes and not off pixels."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from moe_jax.tools.planner.figures import predict
 from moe_jax.tools.planner.meshes import read_mesh
 from moe_jax.tools.planner.plan_picture import draw_plan
 from moe_jax.tools.planner.question import Terms, ask
+from moe_jax.tools.train import report
 
+TINY = Path(__file__).parent.parent / "configs" / "tiny.toml"
 CONFIG = """
 [moe]
 num_experts = 64
@@ -184,3 +187,53 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path):
     assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
     with pytest.raises(drawing.DataError, match="give another file"):
         drawing.save_asked(figure, tmp_path / "absent" / "a.png")
+
+
+# A training run.
+
+
+def step_of(step, load=((1, 2, 3, 2), (4, 4, 0, 0))):
+    values = {"loss": 10.0 - step, "imbalance": 2.0, "dropped": step % 2, "rounds": 1, "tokens_per_s": 100.0 * step}
+    return {"step": step, **values, "load": [list(layer) for layer in load]}
+
+
+def test_a_run_in_a_picture():
+    records = [step_of(step) for step in range(3, 9)]  # a resumed run whose first steps are gone
+    records += [{"step": 5, "validation_loss": 5.5}, {"step": 8, "validation_loss": 2.5}, {"step": 8, "sample": "some"}]
+    figure = report.draw_run("tiny-2", records, load_config(TINY))
+    loss, load, _, *curves, sample = figure.axes
+    measured, smoothed, validation = (line.get_xydata().tolist() for line in loss.lines)
+    assert measured == smoothed == [[step, 10 - step] for step in range(3, 9)]  # a line stays as it is
+    assert validation == [[5, 5.5], [8, 2.5]]
+    image = load.images[0].get_array()
+    np.testing.assert_array_equal(image[:, 0], [0.5, 1, 1.5, 1, 2, 2, 0, 0])
+    assert image.shape == (8, 6) and (image == image[:, :1]).all()
+    assert load.images[0].get_extent()[:2] == [2.5, 8.5] and {axes.get_xlim() for axes in (loss, load, *curves)} == {
+        (2.5, 8.5)
+    }
+    found = {axes.get_title(): axes.lines[0].get_ydata().tolist() for axes in curves}
+    assert found == {
+        "fullest expert / mean load": [2.0] * 6,
+        "dropped pairs": [1, 0] * 3,
+        "rounds": [1] * 6,
+        "tokens / s": [100.0 * step for step in range(3, 9)],
+    }
+    assert sample.texts[0].get_text() == "some"
+    said = "\n".join(texts(figure))
+    for words in ("tiny-2\ntop 2 of 8 experts", "mesh ep=4,tp=2", "16 x 64 tokens a step", "validation: 2.500"):
+        assert words in said
+
+
+def test_a_long_run_has_a_column_for_some_steps(monkeypatch):
+    monkeypatch.setattr(report, "MAX_COLUMNS", 2)
+    loads = [[[4, 0]], [[4, 0]], [[0, 4]], [[2, 2]], [[0, 4]]]
+    figure = report.draw_run("run", [step_of(i, load) for i, load in enumerate(loads, 1)], load_config(TINY))
+    np.testing.assert_allclose(figure.axes[1].images[0].get_array(), [[2, 2 / 6], [0, 10 / 6]])  # steps 1, 2 and 3 to 5
+
+
+def test_smoothing_is_the_mean_of_a_window_without_a_lag():
+    values = np.random.default_rng(0).normal(size=700)
+    found = report.smooth(values)
+    assert found[0] == values[0] and found[1] == pytest.approx(values[:3].mean())
+    assert found[300] == pytest.approx(values[293:308].mean()) and found[-2] == pytest.approx(values[-3:].mean())
+    assert report.smooth([3.0]) == [3.0]

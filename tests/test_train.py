@@ -320,7 +320,7 @@ def test_sample_cannot_steer_the_terminal():
     assert sample.printable(text) == "a\tb\n\\x1b[2J\\x07\\x7f\\x9b\\r\\u202e\xe9\ufffd"
 
 
-def test_report_is_a_picture(tmp_path, monkeypatch):
+def test_report_is_a_picture(tmp_path, monkeypatch, config):
     path = tmp_path / "report.png"
     texts = []
     draw = matplotlib.text.Text.draw
@@ -328,23 +328,23 @@ def test_report_is_a_picture(tmp_path, monkeypatch):
         matplotlib.text.Text, "draw", lambda self, *args: texts.append(self.get_text()) or draw(self, *args)
     )
     records = [make_record(1), make_record(2)]
-    assert "drew" in report.write_report(path, records)
+    assert "drew" in report.write_report(path, records, config)
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
     assert "sample" not in texts and not any("validation" in text for text in texts)
     results = [{"step": 2, "validation_loss": 1.23456}, {"step": 2, "sample": "if $x_1$:\n\treturn \x1b" + "y" * 5000}]
     with warnings.catch_warnings(action="error"):
-        assert "drew" in report.write_report(path, records + results)
+        assert "drew" in report.write_report(path, records + results, config)
     assert "validation: 1.235" in texts and "sample" in texts
     (sample,) = {text for text in texts if text.startswith("if $x_1$:\n    return \\x1by")}
     assert sample.endswith("\n...") and max(map(len, sample.splitlines())) <= 110
-    assert "no step" in report.write_report(tmp_path / "none.png", []) and not (tmp_path / "none.png").exists()
+    assert "no step" in report.write_report(tmp_path / "none.png", [], config) and not (tmp_path / "none.png").exists()
     with room_for(1000):
-        assert "was not drawn (File too large)" in report.write_report(tmp_path / "none.png", records)
+        assert "was not drawn (File too large)" in report.write_report(tmp_path / "none.png", records, config)
 
 
-def test_missing_matplotlib_is_said(tmp_path, monkeypatch):
+def test_missing_matplotlib_is_said(tmp_path, monkeypatch, config):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    text = report.write_report(tmp_path / "report.png", [make_record(1)])
+    text = report.write_report(tmp_path / "report.png", [make_record(1)], config)
     assert "matplotlib is not installed" in text and "pip install 'moe_jax[train]'" in text
 
 

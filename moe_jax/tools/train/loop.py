@@ -143,7 +143,7 @@ def _carry_out(job: Job) -> int:
             finally:
                 if run.done_steps and run.saved_steps == run.done_steps:  # or the run failed, and an error follows
                     job.progress.task("drawing the report")
-                    job.progress.note(write_report(job.folder.report, run.metrics.records()))
+                    job.progress.note(write_report(job.folder.report, run.metrics.records(), job.config))
     except Stopped:
         done_steps = run.done_steps if run else 0
         kept = f"{job.folder.checkpoint} holds all of it; {job.folder.how_to_resume}"

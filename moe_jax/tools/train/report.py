@@ -3,18 +3,29 @@
 import json
 import textwrap
 import warnings
+from collections.abc import Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from moe_jax.config import Config
 from moe_jax.errors import DataError
+from moe_jax.tools.drawing import new_figure, save
+from moe_jax.tools.planner.meshes import mesh_words
 from moe_jax.tools.train.atomic import append_line, atomic_write
 from moe_jax.tools.train.extras import REMEDY, find
 from moe_jax.tools.train.sample import printable
 
 LINE_LENGTH, MAX_LINES = 110, 30  # the room for a sample in the picture
+MAX_COLUMNS = 1000  # of the image of loads, which has no room for more
+_CURVES = {
+    "imbalance": "fullest expert / mean load",
+    "dropped": "dropped pairs",
+    "rounds": "rounds",
+    "tokens_per_s": "tokens / s",
+}
 
 Record = dict[str, Any]
 
@@ -62,48 +73,92 @@ class MetricsFile:
         return self._path.open("ab", buffering=0)
 
 
-def write_report(path: Path, records: list[Record]) -> str:
-    """Draws the losses, the load of every expert over steps and the last sample; returns a sentence on the outcome."""
+def write_report(path: Path, records: list[Record], config: Config) -> str:
+    """Draws a run from its records; returns a sentence on the outcome.
+
+    The picture has the losses, the load of every expert over steps, how uneven it was, dropped pairs, rounds, tokens
+    per second, and the last sample. Its title is the name of the run's folder and what was trained.
+    """
     if find("matplotlib") is None:
         return f"matplotlib is not installed, so {path} was not drawn; {REMEDY}"
-    steps = [record for record in records if "load" in record]
-    if not steps:
+    if not any("load" in record for record in records):
         return f"{path} was not drawn: no step was taken"
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    sample = next((_lines(record["sample"]) for record in reversed(records) if "sample" in record), [])
-    heights = [3.5, 3.5] + [0.3 + 0.15 * len(sample)] * bool(sample)  # inches
-    figure = Figure(figsize=(9, sum(heights)), layout="constrained")
-    FigureCanvasAgg(figure)
-    loss_axes, load_axes, *sample_axes = figure.subplots(len(heights), 1, height_ratios=heights)
-    _draw_loss(loss_axes, steps, [record for record in records if "validation_loss" in record])
-    image = _draw_load(load_axes, steps)
-    figure.colorbar(image, ax=load_axes, label="load / mean load")
-    for axes in (loss_axes, load_axes):
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    for axes in sample_axes:
-        axes.set_axis_off()
-        axes.set_title("sample")
-        place = {"va": "top", "transform": axes.transAxes}
-        axes.text(0, 1, "\n".join(sample), family="monospace", fontsize=8, parse_math=False, **place)
     try:
         # The font may lack characters of a sample. A box is drawn for each of them, and nobody needs a warning.
-        with warnings.catch_warnings(action="ignore"), atomic_write(path) as file:
-            figure.savefig(file, format="png", dpi=110)
+        with warnings.catch_warnings(action="ignore"):
+            save(draw_run(path.absolute().parent.name, records, config), path)
     except OSError as error:
         return f"{path} was not drawn ({error.strerror})"
     return f"drew {path}"
 
 
+def draw_run(name: str, records: list[Record], config: Config) -> Any:
+    """The figure of ``write_report``, of the run with this name; a step at least was taken."""
+    steps = [record for record in records if "load" in record]
+    sample = next((_lines(record["sample"]) for record in reversed(records) if "sample" in record), [])
+    heights = [3.2, 3.2, 2.0] + [0.3 + 0.15 * len(sample)] * bool(sample)  # inches
+    figure = new_figure(11, 0.6 + sum(heights))
+    figure.suptitle(f"{name}\n{_describe(config)}", parse_math=False, fontsize=10)
+    grid = figure.add_gridspec(len(heights), len(_CURVES), height_ratios=heights)
+    loss_axes, load_axes = (figure.add_subplot(grid[row, :]) for row in (0, 1))
+    _draw_loss(loss_axes, steps, [record for record in records if "validation_loss" in record])
+    figure.colorbar(_draw_load(load_axes, steps), ax=load_axes, label="load / mean load")
+    curves = [figure.add_subplot(grid[2, column]) for column in range(len(_CURVES))]
+    for axes, (key, title) in zip(curves, _CURVES.items(), strict=True):
+        _draw_curve(axes, [(r["step"], r[key]) for r in steps if key in r])
+        axes.set_title(title, fontsize=9)
+        axes.set_ylim(0, None if axes.dataLim.y1 > 0 else 1)
+    for axes in (loss_axes, load_axes, *curves):
+        axes.set(xlabel="step", xlim=load_axes.get_xlim())
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    if sample:
+        axes = figure.add_subplot(grid[3, :])
+        axes.set_axis_off()
+        axes.set_title("sample")
+        place = {"va": "top", "transform": axes.transAxes}
+        axes.text(0, 1, "\n".join(sample), family="monospace", fontsize=8, parse_math=False, **place)
+    return figure
+
+
+def smooth(values: Sequence[float]) -> np.ndarray:
+    """The mean over a window around each step, [T]: up to T / 100 steps before it, two at least, and as many after it.
+
+    A window is as long on both sides, so that what falls evenly is left as it is and does not lag behind.
+    """
+    num_steps = len(values)
+    places = np.arange(num_steps)
+    half = np.minimum(max(2, num_steps // 100), np.minimum(places, num_steps - 1 - places))
+    sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
+    return (sums[places + half + 1] - sums[places - half]) / (2 * half + 1)
+
+
+def _describe(config: Config) -> str:
+    """What was trained, in a line."""
+    moe, model, train = config.moe, config.model, config.train
+    assert model is not None and train is not None, "a run has both sections"
+    return (
+        f"top {moe.top_k} of {moe.num_experts} experts, ffn {moe.ffn}; {model.layers} layers, hidden {model.hidden}; "
+        f"{train.batch_size} x {model.seq_len} tokens a step, {train.dtype}, learning rate {train.learning_rate:g}; "
+        f"mesh {mesh_words(config.mesh)}"
+    )
+
+
 def _draw_loss(axes: Any, steps: list[Record], validations: list[Record]) -> None:
-    axes.plot([r["step"] for r in steps], [r["loss"] for r in steps], linewidth=1, label="training")
+    _draw_curve(axes, [(r["step"], r["loss"]) for r in steps], "training")
     if validations:
         last = validations[-1]["validation_loss"]
         places = [r["step"] for r in validations], [r["validation_loss"] for r in validations]
-        axes.plot(*places, "o", label=f"validation: {last:.3f}")
-    axes.set(title="loss", xlabel="step", ylabel="nats per byte")
+        axes.plot(*places, "o", color="tab:orange", clip_on=False, zorder=3, label=f"validation: {last:.3f}")
+    axes.set(title="loss", ylabel="nats per byte")
     axes.legend()
+
+
+def _draw_curve(axes: Any, points: list[tuple[int, float]], name: str = "") -> None:
+    """What was measured, pale, and its smoothed course over it."""
+    if points:
+        places, values = zip(*points, strict=True)
+        axes.plot(places, values, linewidth=1, alpha=0.35, color="tab:blue", label=name)
+        axes.plot(places, smooth(values), linewidth=1.5, color="tab:blue", label=name and f"{name}, smoothed")
     axes.grid(alpha=0.3)
 
 
@@ -115,13 +170,20 @@ def _lines(sample: str) -> list[str]:
 
 
 def _draw_load(axes: Any, records: list[Record]) -> Any:
-    """Draws an image with a row for every expert, layer by layer, and a column for every step; 1 is an even load."""
-    load = np.array([r["load"] for r in records], np.float64)  # [steps, L, E]
-    num_layers, num_experts = load.shape[1:]
+    """Draws an image with a row for every expert, layer by layer, and a column for every step; 1 is an even load.
+
+    Where there are more steps than a picture has room for, a column is the sum over some that follow each other.
+    """
+    starts = np.unique(np.linspace(0, len(records), min(len(records), MAX_COLUMNS), endpoint=False).astype(int))
+    shape = np.shape(records[0]["load"])
+    load = np.zeros((len(starts), *shape))  # [columns, L, E]
+    for column, (start, end) in enumerate(zip(starts, [*starts[1:], len(records)], strict=True)):
+        load[column] = np.sum([record["load"] for record in records[start:end]], axis=0)
+    num_layers, num_experts = shape
     relative = load / np.maximum(load.mean(axis=-1, keepdims=True), 1e-9)
     first, last = records[0]["step"], records[-1]["step"]
     image = axes.imshow(
-        relative.reshape(len(records), -1).T,
+        relative.reshape(len(starts), -1).T,
         aspect="auto",
         interpolation="nearest",
         extent=(first - 0.5, last + 0.5, num_layers * num_experts - 0.5, -0.5),
@@ -130,7 +192,7 @@ def _draw_load(axes: Any, records: list[Record]) -> Any:
     )
     for layer in range(1, num_layers):
         axes.axhline(layer * num_experts - 0.5, color="white", linewidth=1)
-    axes.set(title="expert load", xlabel="step", ylabel=f"expert ({num_experts} per layer)")
+    axes.set(title="expert load", ylabel=f"expert ({num_experts} per layer)")
     return image
 
 
