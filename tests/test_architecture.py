@@ -35,7 +35,7 @@ COLLECTIVES = {
     "ragged_all_to_all", "pbroadcast",
 }  # fmt: skip
 CORE_MAY_IMPORT = {"jax", "numpy"} | set(sys.stdlib_module_names)
-EXTRAS = {"tools": {"optax", "rich", "matplotlib"}, "kernels": {"tokamax"}, "interop": {"flax"}}
+EXTRAS = {"tools": {"flax", "optax", "rich", "matplotlib"}, "kernels": {"tokamax"}, "interop": {"flax"}}
 
 FILES = sorted(ROOT.rglob("*.py"))
 
