@@ -25,6 +25,7 @@ LAYERS = [
     {"layer", "fused"},
     {"interop"},
     {"verify", "aclnn"},
+    {"testing"},
     {"__init__"},  # the public names; what follows uses them as any user does
     {"tools"},
     {"__main__"},
@@ -35,7 +36,12 @@ COLLECTIVES = {
     "ragged_all_to_all", "pbroadcast",
 }  # fmt: skip
 CORE_MAY_IMPORT = {"jax", "numpy"} | set(sys.stdlib_module_names)
-EXTRAS = {"tools": {"flax", "optax", "rich", "matplotlib"}, "kernels": {"tokamax"}, "interop": {"flax"}}
+EXTRAS = {
+    "tools": {"flax", "optax", "rich", "matplotlib"},
+    "kernels": {"tokamax"},
+    "interop": {"flax"},
+    "testing": {"pytest"},
+}
 
 FILES = sorted(ROOT.rglob("*.py"))
 
