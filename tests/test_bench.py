@@ -156,6 +156,7 @@ def test_the_minimal_layer_counts_what_has_no_room():
     assert int(dropped) == 4 * (16 - setting.plan.pair_capacity) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ep,tp", BASELINE_MESHES)
 def test_dense_limit_is_every_experts_product(ep, tp):
     setting = setting_of(ep, tp)

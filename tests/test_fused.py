@@ -169,8 +169,8 @@ def test_one_undoes_the_other():
 @pytest.mark.parametrize(("op", "dtype"), [(OUT, "bfloat16"), (IN, "float16")])
 def test_products_are_summed_in_float32_and_rounded_once(op, dtype):
     """2048 + 1 - 2048: in 16 bits the one would be lost, were partial sums rounded."""
-    row = np.pad([2048, 1, -2048], (0, H - 3))
-    x, weight = (np.tile(a, (2, n, 1)).astype(jnp.dtype(dtype)) for a, n in ((row, 2), (np.ones((1, H, N)), 1)))
+    row = np.pad([2048, 1, -2048], (0, H - 3)).astype(jnp.dtype(dtype))
+    x, weight = np.tile(row, (2, 2, 1)), np.ones((2, 1, H, N), jnp.dtype(dtype))
     run = jax.jit(per_rank(2, lambda x, weight: results(op, x, weight, [1, 1], [1, 1], "x")[0]))
     y = run(x, weight)
     assert y.dtype == dtype
