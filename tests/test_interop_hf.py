@@ -1,5 +1,6 @@
 """Models of Hugging Face: what transformers' own blocks compute, what goes back into files, and what may be wrong."""
 
+import dataclasses
 import importlib.util
 import json
 import shutil
@@ -194,7 +195,7 @@ def test_each_value_is_read_once(model_type, extents, monkeypatch):
     twins = 2 if model_type == "gpt_oss" else 1  # gate and up take turns in one tensor, which is read for both
     for name, array in load_file(folder / "model.safetensors").items():
         split = array.ndim == 3 or "experts" in name
-        times = twins if "gate_up" in name else plan.tp_size if name.endswith("down_proj_bias") else 1
+        times = twins if "gate_up" in name else 1
         assert sum(sizes[name]) <= times * array.size, name
         if split and array.size > 64:
             assert max(sizes[name]) <= array.size * (twins if "gate_up" in name else 1) // plan.tp_size, name
@@ -343,6 +344,12 @@ def test_known_configurations():
     assert layer.plan == dict(hidden=7168, num_experts=256, top_k=8, num_shared_experts=1)
     assert layer.router == moe.load_config("configs/deepseek_v3.toml").router
     assert layer.options == dict(ffn=2048, activation="swiglu")
+    for said, router in [
+        (dict(norm_topk_prob=False), dict(renormalize=False)),
+        (dict(n_group=None, topk_group=None), dict(num_groups=1, top_groups=1)),
+        (dict(routed_scaling_factor=1.5), dict(scale=1.5)),
+    ]:
+        assert hf.read_config(deepseek | said).router == dataclasses.replace(layer.router, **router)
     # Inside a model of text and pictures, which has other experts in its vision tower.
     outer = dict(model_type="kimi_k25", hidden_size=1, text_config=deepseek, vision_config=dict(num_experts=3))
     assert hf.read_config(outer).plan == layer.plan
