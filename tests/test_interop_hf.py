@@ -360,6 +360,8 @@ def test_known_configurations():
     assert [hf.read_config(hunyuan, layer).plan["top_k"] for layer in (0, 1)] == [1, 2]
     with pytest.raises(ConfigError, match="'num_experts_per_tok' has 2 entries, and none for layer 2"):
         hf.read_config(hunyuan, 2)
+    each = hunyuan | dict(moe_topk=1, per_layer_config={"1": dict(num_experts=4)})
+    assert [hf.read_config(each, layer).plan["num_experts"] for layer in (0, 1)] == [8, 4]
     oss = dict(
         model_type="gpt_oss", hidden_size=2880, intermediate_size=2880, num_local_experts=128, num_experts_per_tok=4
     )  # fmt: skip

@@ -129,6 +129,8 @@ def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _read(family: Family, model_type: str, config: Mapping[str, Any], layer: int) -> ModelLayer:
+    config = {**config, **(config.get("per_layer_config") or {}).get(str(layer), {})}
+
     def get(value: Any) -> Any:
         if not isinstance(value, Key):
             return value
