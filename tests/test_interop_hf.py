@@ -21,8 +21,12 @@ from moe_jax.interop.hf import families, files
 from moe_jax.reference.weightless import WeightlessExperts
 
 GOLDEN = sorted(path.name for path in hf_golden.DATA.iterdir())
-# Of what is compiled; the slow ones take every golden block on both meshes.
+# Of what is compiled; the slow ones differ in an option of the layer or in the layout of the experts.
 QUICK = [("qwen2_moe", dict(ep=8)), ("gpt_oss", dict(ep=8))]
+SLOW = [
+    "dbrx", "deepseek_v3", "deepseek_v4", "gemma4_text", "gpt_oss", "granitemoeshared", "inkling2_text", "llama4_text",
+    "longcat_flash", "mixtral", "nemotron_h", "step3p5",
+]  # fmt: skip
 MESHES = [dict(ep=8), dict(ep=4, tp=2)]
 TOLERANCE = 2e-5  # of values of about 1: fp32 sums in another order
 
@@ -121,10 +125,9 @@ def test_layer_agrees_with_transformers(model_type, extents, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("extents", MESHES, ids=str)
-@pytest.mark.parametrize("model_type", GOLDEN)
-def test_layer_agrees_with_transformers_everywhere(model_type, extents, tmp_path):
-    assert_small(differences_on_mesh(*golden(model_type), moe.make_mesh(**extents), tmp_path))
+@pytest.mark.parametrize("model_type", SLOW)
+def test_layer_agrees_with_transformers_under_tensor_parallelism(model_type, tmp_path):
+    assert_small(differences_on_mesh(*golden(model_type), moe.make_mesh(ep=4, tp=2), tmp_path))
 
 
 @pytest.mark.slow
@@ -200,6 +203,17 @@ def test_each_value_is_read_once(model_type, extents, monkeypatch):
         if split and array.size > 64:
             assert max(sizes[name]) <= array.size * (twins if "gate_up" in name else 1) // plan.tp_size, name
     assert params["w_up"].addressable_shards[0].data.size * 8 == params["w_up"].size
+
+
+def test_weights_split_over_a_data_axis():
+    folder, _ = golden("gpt_oss")
+    mesh, layer = moe.make_mesh(ep=4, dp=2), hf.read_config(folder)
+    plan = moe.make_plan(mesh, tokens_per_rank=2, param_axes="dp", **layer.plan)
+    params = hf.read_params(folder, 0, mesh, plan)
+    _, _, expected = read(folder, moe.make_mesh(ep=8))
+    for name, array in expected.items():
+        np.testing.assert_array_equal(np.asarray(params[name]), np.asarray(array))
+    assert params["w_gate"].addressable_shards[0].data.shape == (2, hf_golden.HIDDEN // 2, hf_golden.FFN)
 
 
 def sharded(folder: Path, target: Path, layers: int = 2) -> Path:
