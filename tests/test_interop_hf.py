@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import hf_golden
@@ -304,6 +305,12 @@ def test_damaged_files_are_named(tmp_path):
     (folder / "model.safetensors.index.json").unlink()
     with pytest.raises(CheckpointError, match="has neither"):
         hf.moe_layers(folder)
+
+
+def test_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(UnsupportedError, match=r"needs safetensors, .*pip install 'moe_jax\[hf\]'"):
+        hf.moe_layers(golden("mixtral")[0])
 
 
 def read_layer(folder: Path, layer: int):
