@@ -98,7 +98,8 @@ def build_decoder(config: Config, mesh: Mesh) -> Decoder:
     model, train = training_sections(config)
     tokens_per_rank = train.batch_size * model.seq_len // mesh.size
     plan = make_layer_plan(config, model, mesh, tokens_per_rank=tokens_per_rank, dtype=train.dtype)
-    init, apply = moe.moe_on_mesh(mesh, plan, config.router, ffn=config.moe.ffn, activation=config.moe.activation)
+    options = {**config.moe.parameters, "weigh_inputs": config.moe.weigh_inputs}
+    init, apply = moe.moe_on_mesh(mesh, plan, config.router, **options)
     return Decoder(model, jnp.dtype(train.dtype), mesh, init, apply)
 
 
