@@ -349,7 +349,7 @@ def layer_data(init, devices=4):
 ONE_DEVICE = {"ep": 1, "tp": 1, "capacity_factor": 0.3}  # which needs no room for an exchange
 
 
-@pytest.mark.quick("xla-options0")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "backend,options",
     [

@@ -194,6 +194,9 @@ def _add_mesh_and_json(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from moe_jax.tools.train.extras import require
+
+    require("flax", "training")  # which the modules of the next import cannot do without
     from moe_jax.tools.train.loop import train
 
     config = _load(arguments)
