@@ -65,7 +65,7 @@ class Block(nnx.Module):
         self.attention = Attention(model, dtype, rngs=rngs)
         self.moe_norm = nnx.RMSNorm(model.hidden, dtype=dtype, rngs=rngs)
         options = {**config.moe.parameters, "weigh_inputs": config.moe.weigh_inputs}
-        self.moe = MoE(mesh, plan, config.router, **options, rngs=rngs)
+        self.moe = MoE(mesh, plan, config.router, rngs=rngs, **options)
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, moe.LayerStats]:
         with jax.named_scope("attention"):
