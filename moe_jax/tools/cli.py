@@ -68,10 +68,12 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("config", metavar="CONFIG", help="TOML with [moe], [model], [train]: configs/tiny.toml")
     parser.add_argument("--data", metavar="PATH", help="file or folder of text (default: Python's standard library)")
     parser.add_argument("--steps", type=int, metavar="N", help="stop after N steps; the learning-rate schedule stays")
-    out = "for checkpoint.moe, metrics.jsonl and report.png (default: runs/CONFIG, runs/CONFIG-2, ...: the first empty)"
+    out = "for checkpoints, metrics.jsonl and report.png (default: runs/CONFIG, runs/CONFIG-2, ...: the first empty)"
     parser.add_argument("--out", metavar="DIR", help=out)
-    resume = "go on from the checkpoint in --out (default: the folder of CONFIG that was saved last)"
+    resume = "go on from the last checkpoint in --out (default: the folder of CONFIG that was saved last)"
     parser.add_argument("--resume", action="store_true", help=resume)
+    earlier = "go on from the checkpoint of this step instead of the last one, whose place the next one takes"
+    parser.add_argument("--resume-from", type=int, metavar="STEP", help=earlier)
     parser.add_argument("--seed", type=int, metavar="N", help="instead of train.seed")
     _add_mesh_and_json(parser)
     parser.set_defaults(command=_train)
@@ -206,6 +208,7 @@ def _train(arguments: argparse.Namespace) -> int:
         out=arguments.out,
         name=Path(arguments.config).stem,
         resume=arguments.resume,
+        resume_from=arguments.resume_from,
         json_lines=arguments.json,
     )
 

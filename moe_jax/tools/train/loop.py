@@ -15,7 +15,7 @@ import moe_jax as moe
 from moe_jax.config import Config, ModelConfig, TrainConfig
 from moe_jax.errors import CheckpointError, ConfigError, DataError, InvalidArgumentError
 from moe_jax.mesh import ensure_devices
-from moe_jax.tools.train import checkpoint
+from moe_jax.tools.train.checkpoint import Checkpoints, Identity, identify, unfinished
 from moe_jax.tools.train.data import Corpus, digest, eval_batch, load_corpus, train_batch
 from moe_jax.tools.train.folder import RunFolder, open_folder
 from moe_jax.tools.train.interrupt import Interrupt, Stopped, catch_interrupt
@@ -38,6 +38,7 @@ class Job:
     corpus: Corpus
     num_steps: int
     resume: bool
+    resume_from: int | None  # the step of the checkpoint to go on from; None: the last one
     folder: RunFolder
     progress: Progress
     interrupt: Interrupt
@@ -51,31 +52,46 @@ class Job:
 
 @dataclass
 class Run:
-    """A run in progress. Only `state`, `done_steps` and `saved_steps` change."""
+    """A run in progress. Only `state` and the numbers of steps change."""
 
     job: Job
     decoder: Decoder
     optimizer: Any
-    identity: checkpoint.Identity
+    checkpoints: Checkpoints
+    identity: Identity
     metrics: MetricsFile
     state: TrainState
     done_steps: int
-    saved_steps: int  # the steps of the checkpoint in the folder; 0: there is no checkpoint
+    begun_steps: int  # the steps of the checkpoint that was begun last; 0: none was
+    saved_steps: int  # the steps of the last checkpoint in the folder; 0: there is no checkpoint
 
     def batch(self, array: np.ndarray) -> jax.Array:
         """Puts a batch [B, S + 1] of the host on the mesh, spread over all devices."""
         return jax.device_put(array, self.decoder.over_batch)
 
     def save(self) -> None:
-        """Saves the state, and says so, if steps were taken since the last checkpoint."""
-        if self.saved_steps == self.done_steps:
+        """Begins to save the state, if steps were taken since the last checkpoint, and returns while it is written."""
+        if self.begun_steps == self.done_steps:
             return
-        path = self.job.folder.checkpoint
+        self.settle()
         self.job.interrupt.doing = "saving"
-        checkpoint.save(path, self.state, step=self.done_steps, identity=self.identity)
-        self.saved_steps = self.done_steps
-        sentence = f"saved {path} after step {self.done_steps}"
-        self.job.progress.result("saved", sentence, step=self.done_steps, path=str(path))
+        self.checkpoints.save(self.state, step=self.done_steps, identity=self.identity)
+        self.begun_steps = self.done_steps
+
+    def poll(self) -> None:
+        """Says so if what was being saved has been written."""
+        self._tell_saved(self.checkpoints.poll())
+
+    def settle(self) -> None:
+        """Waits until what is being saved has been written, and says so."""
+        self._tell_saved(self.checkpoints.wait())
+
+    def _tell_saved(self, step: int | None) -> None:
+        if step is None:
+            return
+        self.saved_steps = step
+        path = self.job.folder.checkpoints / str(step)
+        self.job.progress.result("saved", f"saved {path} after step {step}", step=step, path=str(path))
 
 
 def train(
@@ -86,23 +102,25 @@ def train(
     out: str | Path | None = None,
     name: str = "train",
     resume: bool = False,
+    resume_from: int | None = None,
     json_lines: bool = False,
 ) -> int:
     """Trains, then prints the validation loss in nats per byte and a sample; returns the exit code.
 
-    The checkpoint is saved at the end, every `config.train.save_seconds` and `save_every` steps, when the run is asked
-    to stop, and when the data, the metrics or standard output fail. A run that is killed loses what came after the last
-    checkpoint.
+    A checkpoint is saved at the end, every `config.train.save_seconds` and `save_every` steps, when the run is asked to
+    stop, and when the data, the metrics or standard output fail; the last `config.train.keep_checkpoints` are kept.
+    Steps go on while one is written. A run that is killed loses what came after the last one that was whole.
 
     Args:
       config: a configuration with the sections [model] and [train].
       data: a file or folder of text; None: the sources of Python's standard library.
       steps: stop after this many steps of the schedule; None: `config.train.steps`. The schedule itself does not
         change, so stopping early and resuming is the same as going through.
-      out: folder for the checkpoint, the metrics and the report; None: see `name`.
+      out: folder for the checkpoints, the metrics and the report; None: see `name`.
       name: without `out`, a new run takes the first empty folder of `runs/NAME`, `runs/NAME-2`, ..., and a resumed run
         takes the one of these folders that was saved last.
-      resume: go on from the checkpoint in the folder, bit by bit as if the run had not stopped.
+      resume: go on from the last checkpoint in the folder, bit by bit as if the run had not stopped.
+      resume_from: go on from the checkpoint of this step instead. Later ones are removed when the next one is saved.
       json_lines: print JSON lines instead of text.
 
     Returns:
@@ -115,12 +133,14 @@ def train(
     if steps is not None and steps < 1:
         raise InvalidArgumentError(f"steps={steps} must be at least 1")
     num_steps = schedule.steps if steps is None else steps
+    resume = resume or resume_from is not None
     corpus = load_corpus(data, model.seq_len)
     with open_folder(out, name, resume=resume) as folder:
         _check_apart(folder, data)
         progress = make_progress(json_lines=json_lines, log_every=schedule.log_every, num_steps=num_steps)
         with closing(progress), catch_interrupt(progress.note) as interrupt:
-            return _carry_out(Job(config, model, schedule, corpus, num_steps, resume, folder, progress, interrupt))
+            job = Job(config, model, schedule, corpus, num_steps, resume, resume_from, folder, progress, interrupt)
+            return _carry_out(job)
 
 
 def _check_apart(folder: RunFolder, data: str | Path | None) -> None:
@@ -136,7 +156,7 @@ def _carry_out(job: Job) -> int:
     run = None
     try:
         run = _start(job)
-        with closing(run.metrics):
+        with closing(run.metrics), closing(run.checkpoints):
             try:
                 _take_steps(run)
                 _finish(run)
@@ -146,7 +166,7 @@ def _carry_out(job: Job) -> int:
                     job.progress.note(write_report(job.folder.report, run.metrics.records()))
     except Stopped:
         done_steps = run.done_steps if run else 0
-        kept = f"{job.folder.checkpoint} holds all of it; {job.folder.how_to_resume}"
+        kept = f"{job.folder.checkpoints} holds all of it; {job.folder.how_to_resume}"
         sentence = (
             f"interrupted after step {done_steps}: {kept}" if done_steps else "interrupted before a step was taken"
         )
@@ -160,6 +180,7 @@ def _start(job: Job) -> Run:
     config, corpus, folder = job.config, job.corpus, job.folder
     if folder.note:
         job.progress.note(folder.note)
+    checkpoints = Checkpoints(folder.checkpoints, keep=job.train.keep_checkpoints)
     sha256 = digest(corpus, job.tell)
     job.tell("making the parameters")
     optimizer = make_optimizer(job.train)
@@ -169,7 +190,7 @@ def _start(job: Job) -> Run:
     decoder = build_decoder(config, mesh)
     state, done_steps = init_state(decoder, optimizer, job.train.seed), 0
     num_bytes = len(corpus.train) + len(corpus.held_out)
-    identity = checkpoint.identify(config, f"{num_bytes} bytes with SHA-256 {sha256}")
+    identity = identify(config, f"{num_bytes} bytes with SHA-256 {sha256}")
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     job.progress.note(
         f"{num_params:,} parameters, {len(corpus.train):,} bytes to train on, "
@@ -179,14 +200,28 @@ def _start(job: Job) -> Run:
         named = ", ".join(corpus.left_out[:3]) + (", ..." if len(corpus.left_out) > 3 else "")
         job.progress.note(f"left out of the data (hidden, cached, linked folders, no files): {named}")
     if job.resume:
-        state, done_steps = checkpoint.restore(folder.checkpoint, state, identity=identity)
+        for path in unfinished(folder.checkpoints):
+            job.progress.note(f"{path}: was being written when the run ended, and is left out")
+        restored = checkpoints.restore(state, identity=identity, step=job.resume_from)
+        state, done_steps = restored.state, restored.step
         job.progress.note(f"resuming {folder.path} after step {done_steps}")
     else:
         seconds = job.train.save_seconds
         often = f" every {seconds:g} s and" if seconds < math.inf else ""
         job.progress.note(f"the run is kept in {folder.path}: a checkpoint{often} at the end, metrics and a picture")
     metrics = MetricsFile(folder.metrics, done_steps=done_steps)
-    return Run(job, decoder, optimizer, identity, metrics, state, done_steps, saved_steps=done_steps)
+    return Run(
+        job,
+        decoder,
+        optimizer,
+        checkpoints,
+        identity,
+        metrics,
+        state,
+        done_steps,
+        begun_steps=done_steps,
+        saved_steps=done_steps,
+    )
 
 
 def _take_steps(run: Run) -> None:
@@ -206,8 +241,10 @@ def _take_steps(run: Run) -> None:
     except OSError:
         # Reading the data, or writing the metrics or standard output, failed. The parameters are whole: save them.
         run.save()
+        run.settle()
         raise
     run.save()
+    run.settle()
     job.interrupt.check()
 
 
@@ -220,6 +257,7 @@ def _step_until(run: Run, step: Callable) -> None:
         record = _one_step(run, step)
         run.metrics.append(record)
         run.job.progress.step(record)
+        run.poll()
         by_steps = train.save_every and run.done_steps % train.save_every == 0
         if by_steps or time.monotonic() - saved_at >= train.save_seconds:
             run.save()
@@ -237,6 +275,7 @@ def _one_step(run: Run, step: Callable) -> Record:
     metrics = jax.device_get(metrics)
     run.done_steps += 1
     if not math.isfinite(metrics.loss):
+        run.settle()
         kept = f"; the checkpoint of step {run.saved_steps} is kept" if run.saved_steps else ""
         raise ConfigError(
             f"the loss became {metrics.loss} at step {run.done_steps}; "
