@@ -21,6 +21,7 @@ from moe_jax.config import MeshConfig
 from moe_jax.errors import DataError
 from moe_jax.tools.cli import main
 from moe_jax.tools.train import loop
+from moe_jax.tools.train.batches import TrainBatches
 from moe_jax.tools.train.checkpoint import saved_steps
 
 ROOT = Path(__file__).parent.parent
@@ -214,13 +215,13 @@ def test_a_new_run_never_replaces_one_and_a_refused_resume_names_the_key(folder,
 def test_data_that_fails_during_a_run_costs_no_step(folder, capsys, monkeypatch):
     """The parameters are whole when a batch cannot be read, or a line not be written: they are saved first."""
 
-    def read_batch(corpus, *, step, **options):
+    def read_batch(batches, step):
         if step == 2:
             raise DataError("text: became shorter during the run")
-        return train_batch(corpus, step=step, **options)
+        return honest(batches, step)
 
-    train_batch = loop.train_batch
-    monkeypatch.setattr(loop, "train_batch", read_batch)
+    honest = TrainBatches.__getitem__
+    monkeypatch.setattr(TrainBatches, "__getitem__", read_batch)
     assert train(folder, capsys, *MESH)["saved"][-1]["step"] == 2
     assert last_step(folder / "runs" / "mini") == 2
     assert (folder / "runs" / "mini" / "report.png").exists()
@@ -311,14 +312,14 @@ def test_a_signal_while_compiling_is_answered_and_a_second_one_leaves_at_once(fo
 def test_a_reader_that_leaves_costs_no_step(folder, capsys, monkeypatch):
     """Standard output is a pipe here, and its other end is closed after the second step."""
 
-    def read_batch(corpus, *, step, **options):
-        if step == 2:
+    def put_batch(run, rows):
+        if run.done_steps == 2:
             os.close(reader)
-        return train_batch(corpus, step=step, **options)
+        return honest(run, rows)
 
     reader, writer = os.pipe()
-    train_batch = loop.train_batch
-    monkeypatch.setattr(loop, "train_batch", read_batch)
+    honest = loop.Run.batch
+    monkeypatch.setattr(loop.Run, "batch", put_batch)
     with os.fdopen(writer, "w") as pipe, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", pipe)
         assert main(["train", "mini.toml", "--data", "text", "--json", *MESH]) == 141

@@ -365,6 +365,7 @@ def test_other_threads_catch_nothing():
 
 
 def test_importing_the_library_imports_no_extra():
-    code = "import sys, moe_jax, moe_jax.tools.cli; print({'optax', 'orbax', 'rich', 'matplotlib'} & set(sys.modules))"
+    extras = "{'grain', 'optax', 'orbax', 'rich', 'matplotlib'}"
+    code = f"import sys, moe_jax, moe_jax.tools.cli; print({extras} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "set()"

@@ -15,8 +15,9 @@ import moe_jax as moe
 from moe_jax.config import Config, ModelConfig, TrainConfig
 from moe_jax.errors import CheckpointError, ConfigError, DataError, InvalidArgumentError
 from moe_jax.mesh import ensure_devices
+from moe_jax.tools.train.batches import Reader, TrainBatches, eval_batch, rows_here
 from moe_jax.tools.train.checkpoint import Checkpoints, Identity, identify, unfinished
-from moe_jax.tools.train.data import Corpus, digest, eval_batch, load_corpus, train_batch
+from moe_jax.tools.train.data import Corpus, digest, load_corpus
 from moe_jax.tools.train.folder import RunFolder, open_folder
 from moe_jax.tools.train.interrupt import Interrupt, Stopped, catch_interrupt
 from moe_jax.tools.train.model import Decoder, build_decoder, training_sections
@@ -60,14 +61,17 @@ class Run:
     checkpoints: Checkpoints
     identity: Identity
     metrics: MetricsFile
+    rows: np.ndarray  # which rows of every batch this process reads
+    reader: Reader
     state: TrainState
     done_steps: int
     begun_steps: int  # the steps of the checkpoint that was begun last; 0: none was
     saved_steps: int  # the steps of the last checkpoint in the folder; 0: there is no checkpoint
 
-    def batch(self, array: np.ndarray) -> jax.Array:
-        """Puts a batch [B, S + 1] of the host on the mesh, spread over all devices."""
-        return jax.device_put(array, self.decoder.over_batch)
+    def batch(self, rows: np.ndarray) -> jax.Array:
+        """Puts the rows of a batch that this process read on the mesh: [B, S + 1], spread over all devices."""
+        shape = (self.job.train.batch_size, self.job.model.seq_len + 1)
+        return jax.make_array_from_process_local_data(self.decoder.over_batch, rows, shape)
 
     def save(self) -> None:
         """Begins to save the state, if steps were taken since the last checkpoint, and returns while it is written."""
@@ -75,7 +79,8 @@ class Run:
             return
         self.settle()
         self.job.interrupt.doing = "saving"
-        self.checkpoints.save(self.state, step=self.done_steps, identity=self.identity)
+        position = self.reader.position
+        self.checkpoints.save(self.state, step=self.done_steps, identity=self.identity, position=position)
         self.begun_steps = self.done_steps
 
     def poll(self) -> None:
@@ -156,7 +161,7 @@ def _carry_out(job: Job) -> int:
     run = None
     try:
         run = _start(job)
-        with closing(run.metrics), closing(run.checkpoints):
+        with closing(run.metrics), closing(run.reader), closing(run.checkpoints):
             try:
                 _take_steps(run)
                 _finish(run)
@@ -199,11 +204,14 @@ def _start(job: Job) -> Run:
     if corpus.left_out:
         named = ", ".join(corpus.left_out[:3]) + (", ..." if len(corpus.left_out) > 3 else "")
         job.progress.note(f"left out of the data (hidden, cached, linked folders, no files): {named}")
+    rows = rows_here(decoder.over_batch, (job.train.batch_size, job.model.seq_len + 1))
+    reader = Reader(TrainBatches(corpus, job.train.seed, job.num_steps, job.train.batch_size, job.model.seq_len, rows))
     if job.resume:
         for path in unfinished(folder.checkpoints):
             job.progress.note(f"{path}: was being written when the run ended, and is left out")
         restored = checkpoints.restore(state, identity=identity, step=job.resume_from)
         state, done_steps = restored.state, restored.step
+        reader.seek(restored.position)
         job.progress.note(f"resuming {folder.path} after step {done_steps}")
     else:
         seconds = job.train.save_seconds
@@ -217,6 +225,8 @@ def _start(job: Job) -> Run:
         checkpoints,
         identity,
         metrics,
+        rows,
+        reader,
         state,
         done_steps,
         begun_steps=done_steps,
@@ -268,10 +278,7 @@ def _one_step(run: Run, step: Callable) -> Record:
     """Takes one step and waits for its end, because queued steps can starve emulated devices of threads."""
     config, seq_len = run.job.train, run.job.model.seq_len
     begin = time.perf_counter()
-    host_batch = train_batch(
-        run.job.corpus, seed=config.seed, step=run.done_steps, batch_size=config.batch_size, seq_len=seq_len
-    )
-    run.state, metrics = step(run.state, run.batch(host_batch))
+    run.state, metrics = step(run.state, run.batch(next(run.reader)))
     metrics = jax.device_get(metrics)
     run.done_steps += 1
     if not math.isfinite(metrics.loss):
@@ -338,6 +345,7 @@ def _validate(run: Run) -> float:
             num_batches=config.eval_batches,
             batch_size=config.batch_size,
             seq_len=job.model.seq_len,
+            rows=run.rows,
         )
         losses.append(float(evaluate(run.state.params, run.batch(batch))))
     return float(np.mean(losses))
