@@ -112,22 +112,22 @@ def activation_of(activation: Choice) -> Activation:
     return Activation(activation, _num_inputs(activation) == 2, fusible=isinstance(activation, ClampedSwiGLU))
 
 
-def check_activation(activation: Choice) -> None:
-    """Raises unless ``activation`` is a name in the table, or a hashable function of one or two arrays."""
+def check_activation(activation: Choice, name: str = "activation") -> None:
+    """Raises unless the argument ``name`` is a name in the table, or a hashable function of one or two arrays."""
     if not callable(activation):
-        check_choice("activation", activation, TABLE)
+        check_choice(name, activation, TABLE)
         return
     try:
         hash(activation)
     except TypeError:
         raise InvalidArgumentError(
-            f"activation={activation!r} must be hashable, since it is static; pass a function, or freeze the dataclass"
+            f"{name}={activation!r} must be hashable, since it is static; pass a function, or freeze the dataclass"
         ) from None
     num_inputs = _num_inputs(activation)
     if num_inputs not in (1, 2):
         takes = "has no signature" if num_inputs is None else f"takes {num_inputs} arrays"
         raise InvalidArgumentError(
-            f"activation={activation!r} {takes}; it must be a function of (gate, up), or of (up) alone for experts "
+            f"{name}={activation!r} {takes}; it must be a function of (gate, up), or of (up) alone for experts "
             "without a gate, whose other parameters have defaults; wrap it in a lambda"
         )
 

@@ -23,15 +23,18 @@ class Parameter:
         "ids": E', what the router scores; "router_hidden": H_r, the width of what it sees, H if those are the tokens;
         "hidden": H; "expert_hidden": H of an expert, split over the plan's
         ``param_axes`` if there are any; "experts": E, split over the expert-parallel axes; "ffn": F, the width of a
-        routed expert, split over tp; "shared_ffn": S, the width of the shared expert; "constants": Cc.
+        routed expert, split over tp; "shared_ffn": S, the width of the shared expert; "constants": Cc; "one": 1.
       role: what one expert calls it, which is the same for routed and shared experts; "" where it is no expert's.
       into: "hidden" where it takes tokens to the inner activation, "output" where it takes that to the result; "" where
         it is no expert's.
-      fan_in: the axis that a product sums over. First values are normal, of variance 1 / its extent; "": zeros.
-      needs: the facts about a layer, all of which must hold for the layer to know this parameter: "gated" (the
-        activation multiplies two projections), "selection_bias" (the router has one), "shared" and "constants" (the
-        plan has such experts).
-      optional: whether a layer that knows the parameter also works without it.
+      fan_in: the axis that a product sums over. First values are normal, of variance 1 / its extent; "": all are
+        ``first``.
+      first: the first value of every entry, where nothing is summed over.
+      needs: the facts about a layer, all of which must hold for the layer to know this parameter: "gated" and
+        "shared_gated" (the activation of routed or of shared experts multiplies two projections), "selection_bias" (the
+        router has one), "shared" and "constants" (the plan has such experts).
+      option: where a layer that knows the parameter also works without it, the argument of ``moe_on_mesh`` that asks
+        for it; "" where the layer needs it.
     """
 
     name: str
@@ -40,20 +43,26 @@ class Parameter:
     role: str = ""
     into: str = ""
     fan_in: str = ""
+    first: float = 0.0
     needs: frozenset[str] = frozenset()
-    optional: bool = False
+    option: str = ""
+
+    @property
+    def optional(self) -> bool:
+        """Whether a layer that knows the parameter also works without it."""
+        return bool(self.option)
 
 
 def _weight(name: str, role: str, into: str, part: str, dims: tuple[str, ...], *needs: str) -> Parameter:
     """A matrix of an expert, which sums over the last axis but one."""
-    return Parameter(
-        name=name, part=part, dims=dims, role=role, into=into, fan_in=dims[-2], needs=frozenset(needs), optional=False
-    )
+    return Parameter(name=name, part=part, dims=dims, role=role, into=into, fan_in=dims[-2], needs=frozenset(needs))
 
 
 def _bias(name: str, into: str, dims: tuple[str, ...], *needs: str) -> Parameter:
     """What a routed expert adds to a projection, if the layer is given one."""
-    return Parameter(name=name, part="experts", dims=dims, role=name, into=into, needs=frozenset(needs), optional=True)
+    return Parameter(
+        name=name, part="experts", dims=dims, role=name, into=into, needs=frozenset(needs), option="use_bias"
+    )
 
 
 def _constant(name: str) -> Parameter:
@@ -65,8 +74,9 @@ def _constant(name: str) -> Parameter:
 
 TABLE = (
     Parameter(name="router", part="router", dims=("router_hidden", "ids"), fan_in="router_hidden"),
-    Parameter(name="router_bias", part="router", dims=("ids",), optional=True),
+    Parameter(name="router_bias", part="router", dims=("ids",), option="use_bias"),
     Parameter(name="selection_bias", part="router", dims=("ids",), needs=frozenset({"selection_bias"})),
+    Parameter(name="expert_scale", part="router", dims=("ids",), first=1.0, option="expert_scale"),
     _weight("w_up", "w_up", "hidden", "experts", ("experts", "expert_hidden", "ffn")),
     _weight("w_gate", "w_gate", "hidden", "experts", ("experts", "expert_hidden", "ffn"), "gated"),
     _weight("w_down", "w_down", "output", "experts", ("experts", "ffn", "expert_hidden")),
@@ -74,8 +84,16 @@ TABLE = (
     _bias("b_gate", "hidden", ("experts", "ffn"), "gated"),
     _bias("b_down", "output", ("experts", "expert_hidden")),
     _weight("shared_up", "w_up", "hidden", "shared", ("hidden", "shared_ffn"), "shared"),
-    _weight("shared_gate", "w_gate", "hidden", "shared", ("hidden", "shared_ffn"), "shared", "gated"),
+    _weight("shared_gate", "w_gate", "hidden", "shared", ("hidden", "shared_ffn"), "shared", "shared_gated"),
     _weight("shared_down", "w_down", "output", "shared", ("shared_ffn", "hidden"), "shared"),
+    Parameter(
+        name="shared_router",
+        part="shared",
+        dims=("hidden", "one"),
+        fan_in="hidden",
+        needs=frozenset({"shared"}),
+        option="gated_shared",
+    ),
     _constant("const_alpha1"),
     _constant("const_alpha2"),
     _constant("const_v"),

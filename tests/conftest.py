@@ -34,29 +34,34 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("default")
 
 
-# Most of what the default line costs is compilation, and a fifth of that is spent on making machine code fast. The
-# files below compile much, and their laws are about values: small integers, whose sums are exact in any order, or a
-# tolerance that says why. In the default line, and there alone, their machine code is not optimised. What XLA does
-# before it makes machine code stays the same, and so does what a test may read in a compiled program. Where slow tests
-# of a file run too, and in all other files (on bits, roundings, the size of programs and what compilers make of them),
-# everything is optimised as users have it. JAX_DISABLE_MOST_OPTIMIZATIONS=0 or 1 in the environment decides for all
-# files instead: the step "newest" of .ci/run sets 0, so that CI runs the same tests both ways.
+# Most of what tests cost is compilation, and half of that is spent on making machine code fast. The files below compile
+# much, and their laws are about values: small integers, whose sums are exact in any order, or a tolerance that says why.
+# Their machine code is not optimised. What XLA does before it makes machine code stays the same, and so does what a test
+# may read in a compiled program. In all other files (on bits, roundings, the size of programs and what compilers make of
+# them) everything is optimised as users have it. JAX_DISABLE_MOST_OPTIMIZATIONS=0 or 1 in the environment decides for
+# all files instead: the step "newest" of .ci/run sets 0, so that CI runs the tests that everybody runs both ways.
 LAWS_ABOUT_VALUES = {
+    "test_aclnn",
     "test_aclnn_gradients",
     "test_aclnn_run",
+    "test_aclnn_window",
     "test_activations",
     "test_add_rms_norm",
+    "test_conformance",
     "test_derivatives",
     "test_dispatch",
     "test_elastic",
+    "test_further_axes",
     "test_fused",
     "test_fused_quant",
     "test_grouping",
     "test_hierarchy",
+    "test_interop_nnx",
     "test_layer",
     "test_layer_tables",
     "test_layout",
     "test_map_experts",
+    "test_meshes",
     "test_one_device",
     "test_overlap",
     "test_own_mesh",
@@ -80,8 +85,7 @@ def _compile(request):
     """
     before = jax.config.read(OPTIMISE_LESS)
     if request.module.__name__ in LAWS_ABOUT_VALUES and OPTIMISE_LESS.upper() not in os.environ:
-        mine = (item for item in request.session.items if item.path == request.path)
-        jax.config.update(OPTIMISE_LESS, not any(item.get_closest_marker("slow") for item in mine))
+        jax.config.update(OPTIMISE_LESS, True)
     yield
     jax.config.update(OPTIMISE_LESS, before)
     jax.clear_caches()

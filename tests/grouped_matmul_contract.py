@@ -1,71 +1,29 @@
-"""The contract of a grouped product, for any back end: operands, one program, and the check against the oracle."""
+"""What tests of single back ends share with the conformance kit: its data, its program, and one check; workloads.
 
-import functools
+The laws themselves stand in ``moe_jax.verify.backend``, on what ``moe_jax.verify.products`` has.
+"""
 
-import chex
-import jax
 import jax.numpy as jnp
-import numpy as np
 
-import moe_jax
-from moe_jax import reference
+from moe_jax.verify.products import EXTENTS, GROUPINGS, differences, exact, operands, program
 
-M, H, N, G = 37, 6, 5, 5  # no multiple of any tile
-GROUPS = {
-    "full": [10, 7, 8, 5, 7],
-    "empty_first": [0, 0, 12, 5, 20],
-    "empty_middle": [16, 0, 0, 16, 5],
-    "empty_last": [17, 15, 5, 0, 0],
-    "all_empty": [0, 0, 0, 0, 0],
-    "one_giant": [0, 0, 37, 0, 0],
-    "giant_last": [0, 0, 0, 0, 37],
-    "ones": [1, 1, 1, 1, 1],
-    "slack": [3, 16, 1, 0, 4],
-    "slack_after_empty": [0, 0, 0, 33, 0],
-}
+__all__ = ["GROUPINGS", "WORKLOADS", "G", "H", "M", "N", "check", "lowered_text", "operands", "program"]
 
-
-@functools.cache
-def program(backend, transpose_rhs):
-    """(lhs, rhs, group_sizes, ct) -> (out, d_lhs, d_rhs)."""
-
-    def run(lhs, rhs, group_sizes, ct):
-        def product(lhs, rhs):
-            return moe_jax.grouped_matmul(lhs, rhs, group_sizes, backend=backend, transpose_rhs=transpose_rhs)
-
-        out, pullback = jax.vjp(product, lhs, rhs)
-        return out, *pullback(ct)
-
-    return jax.jit(run)
-
-
-def operands(seed, group_sizes, dtype, transpose_rhs, shape=(M, H, N)):
-    """Integers in -4..4; rows past the groups are NaN in ``lhs`` and in the cotangent."""
-    num_rows, contracted, out_dim = shape
-    rng = np.random.default_rng(seed)
-    lhs, ct = (rng.integers(-4, 5, (num_rows, d)).astype(dtype) for d in (contracted, out_dim))
-    lhs[sum(group_sizes) :], ct[sum(group_sizes) :] = np.nan, np.nan
-    rhs = rng.integers(-4, 5, (len(group_sizes), contracted, out_dim)).astype(dtype)
-    rhs = rhs.swapaxes(1, 2) if transpose_rhs else rhs
-    return lhs, rhs, np.array(group_sizes, np.int32), ct
+M, H, N = EXTENTS
+G = len(GROUPINGS["full"])
 
 
 def check(backend, lhs, rhs, group_sizes, ct, transpose_rhs):
-    results = program(backend, transpose_rhs)(lhs, rhs, group_sizes, ct)
-    expected = (
-        reference.grouped_matmul(lhs, rhs, group_sizes, transpose_rhs=transpose_rhs),
-        *reference.grouped_matmul_vjp(ct, lhs, rhs, group_sizes, transpose_rhs=transpose_rhs),
-    )
-    expected = [e.astype(lhs.dtype) for e in expected]
-    chex.assert_trees_all_equal_shapes_and_dtypes(list(results), expected)
-    total = int(np.sum(group_sizes))
-    for actual, wanted, stop in zip(results, expected, (total, total, None), strict=True):
-        np.testing.assert_array_equal(np.asarray(actual)[:stop], wanted[:stop])
+    case = (lhs, rhs, group_sizes, ct)
+    results = program(backend, transpose_rhs)(*case)
+    assert [(a.shape, a.dtype) for a in results] == [(a.shape, lhs.dtype) for a in (ct, lhs, rhs)]
+    found = differences(results, exact(case, transpose_rhs), case)
+    assert set(found.values()) == {0.0}, f"{group_sizes.tolist()}: {found}"
 
 
 def lowered_text(backend, platform, dtype=jnp.float32):
-    case = operands(0, GROUPS["full"], dtype, False)
-    return program(backend, False).trace(*case).lower(lowering_platforms=(platform,)).as_text()
+    case = operands(0, GROUPINGS["full"], dtype)
+    return program(backend).trace(*case).lower(lowering_platforms=(platform,)).as_text()
 
 
 # (rows M, hidden H, ffn F, groups G) on one device

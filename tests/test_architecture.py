@@ -23,7 +23,9 @@ LAYERS = [
     {"recovery"},
     {"transports"},
     {"layer", "fused"},
+    {"interop"},
     {"verify", "aclnn"},
+    {"testing"},
     {"__init__"},  # the public names; what follows uses them as any user does
     {"tools"},
     {"__main__"},
@@ -34,7 +36,12 @@ COLLECTIVES = {
     "ragged_all_to_all", "pbroadcast",
 }  # fmt: skip
 CORE_MAY_IMPORT = {"jax", "numpy"} | set(sys.stdlib_module_names)
-EXTRAS = {"tools": {"grain", "optax", "orbax", "rich", "matplotlib"}, "kernels": {"tokamax"}}
+EXTRAS = {
+    "tools": {"grain", "optax", "orbax", "rich", "matplotlib"},
+    "kernels": {"tokamax"},
+    "interop": {"flax"},
+    "testing": {"pytest"},
+}
 
 FILES = sorted(ROOT.rglob("*.py"))
 
@@ -108,7 +115,7 @@ def test_import_touches_no_device_and_no_extra():
     program = (
         "import os, sys; before = dict(os.environ); import moe_jax; from jax._src import xla_bridge; "
         "assert not xla_bridge.backends_are_initialized(); assert dict(os.environ) == before; "
-        "extras = {'grain', 'optax', 'orbax', 'rich', 'matplotlib', 'tokamax', 'jax.experimental.pallas'}; "
+        "extras = {'grain', 'optax', 'orbax', 'rich', 'matplotlib', 'tokamax', 'flax', 'jax.experimental.pallas'}; "
         "bad = extras & set(sys.modules); "
         "assert not bad, bad"
     )

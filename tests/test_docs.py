@@ -1,9 +1,14 @@
 """What the documents say holds: Python blocks run, commands parse, and every link, file and name is there."""
 
+import html
 import importlib
+import importlib.util
+import inspect
 import re
 import shlex
+import sys
 import textwrap
+import types
 from pathlib import Path
 
 import pytest
@@ -18,6 +23,7 @@ DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "CHANGELOG.md",
+    ROOT / "examples" / "README.md",
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 # "<!-- sketch -->" above a block says that it cannot run here: it needs a compiler, or its names are made up.
@@ -124,6 +130,55 @@ def test_the_operators_page_names_every_public_name():
     named = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]*)`", (ROOT / "docs" / "operators.md").read_text()))))
     # Classes that functions return or raise are described where they are.
     assert {name for name in moe_jax.__all__ if not isinstance(getattr(moe_jax, name), type)} - named == set()
+
+
+def test_the_reference_has_every_public_name_once():
+    pages = "\n".join(path.read_text() for path in (ROOT / "docs" / "api").glob("*.md"))
+    described = re.findall(r"^::: (\S+)$", pages, re.MULTILINE)
+    names = {f"moe_jax.{name}" for name in moe_jax.__all__} - {"moe_jax.MoEError"}  # among the errors
+    assert sorted(set(described)) == sorted(described) and names - set(described) == set(), "write ::: moe_jax.name"
+
+
+def as_markdown(monkeypatch):
+    """What docs/.site/docstrings.py makes of a docstring, without griffe, which only the site needs."""
+    monkeypatch.setitem(sys.modules, "griffe", types.SimpleNamespace(Extension=object))
+    spec = importlib.util.spec_from_file_location("docstrings", ROOT / "docs" / ".site" / "docstrings.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.markdown
+
+
+def test_the_reference_says_all_that_docstrings_say(monkeypatch):
+    """Every word, with examples in blocks, and with nothing outside of code that Markdown takes for HTML or a link."""
+    markdown = as_markdown(monkeypatch)
+    for name in moe_jax.__all__:
+        said = inspect.getdoc(getattr(moe_jax, name))
+        made = markdown(said, f"moe_jax.{name}")
+        plain = re.sub(r"^ *```.*?^ *```$", "", made, flags=re.MULTILINE | re.DOTALL)
+        assert ">>>" not in plain, name
+        linked = re.sub(r"\[(`[^`]*`)\]\[moe_jax\.\w+\]", r"\1", plain)
+        assert not re.search(r"<|\]\[|\]\(", re.sub(r"``?.+?``?", "", linked)), name
+        words = re.findall(r"\w+", html.unescape(re.sub(r"\[(`[^`]*`)\]\[moe_jax\.\w+\]", r"\1", made)))
+        assert [word for word in words if word != "pycon"] == re.findall(r"\w+", said), name
+
+
+def test_sections_of_a_docstring_become_lists(monkeypatch):
+    given = "One line.\n\nArgs:\n  x, y: two of\n    ``[T]``.\n\nReturns:\n  a < b: so\n  it is. See ``dispatch``.\n"
+    lines = as_markdown(monkeypatch)(given, "moe_jax.f").splitlines()
+    assert [line for line in lines if line.strip()] == [
+        "One line.",
+        "**Args**",
+        "- `x`, `y`: two of",
+        "    ``[T]``.",
+        "**Returns**",
+        "a &lt; b: so",
+        "it is. See [`dispatch`][moe_jax.dispatch].",
+    ]
+
+
+def test_every_example_is_listed():
+    listed = re.findall(r"\]\((\w+\.py)\)", (ROOT / "examples" / "README.md").read_text())
+    assert sorted(listed) == sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
 
 def test_the_picture_names_files_that_are_there():

@@ -23,12 +23,14 @@ FIRST_VALUES = {
     "router": (-0.47411963, -0.18043168, -4.56382585),
     "shared_down": (0.54029858, 0.10458673, -2.27999368),
     "shared_gate": (-0.16564725, -0.53629452, -0.44179933),
+    "shared_router": (-0.35004035, 0.56785637, 0.67148969),
     "shared_up": (0.39200661, 0.67084217, 1.77510658),
     "w_down": (0.53481019, 0.15539743, -3.18524369),
     "w_gate": (0.22779451, -0.30269456, 3.53059654),
     "w_up": (0.10203270, -0.35104457, -10.39261698),
 }
 ZEROS = {"b_down", "b_gate", "b_up", "router_bias", "selection_bias"}
+OPTIONS = {"use_bias": True, "gated_shared": True, "expert_scale": True}
 
 
 def make(mesh, **options):
@@ -39,9 +41,10 @@ def make(mesh, **options):
 def test_first_values_are_those_of_all_time():
     """Saved runs begin with these numbers; no parameter depends on which others there are."""
     mesh = moe.make_mesh(ep=2, tp=2)
-    init, _ = moe.moe_on_mesh(mesh, make(mesh, **EVERYTHING), BIASED, ffn=4, use_bias=True)
+    init, _ = moe.moe_on_mesh(mesh, make(mesh, **EVERYTHING), BIASED, ffn=4, **OPTIONS)
     params = {name: np.asarray(value, np.float64) for name, value in init(jax.random.key(7)).items()}
-    assert params.keys() == FIRST_VALUES.keys() | ZEROS == {row.name for row in TABLE}
+    assert params.keys() == FIRST_VALUES.keys() | ZEROS | {"expert_scale"} == {row.name for row in TABLE}
+    assert (params.pop("expert_scale") == 1).all()
     for name, (first, last, total) in FIRST_VALUES.items():
         found = params[name].ravel()
         np.testing.assert_allclose([found[0], found[-1], found.sum()], [first, last, total], rtol=1e-5, err_msg=name)

@@ -284,6 +284,18 @@ def test_layer_outside_a_program_is_one_program(caplog):
     assert 2 <= len(programs) < 12 and compiled(caplog, gradient, params, xs[1])[1] == []
 
 
+@pytest.mark.parametrize("lead", [(4 * T,), (2, 2, T), (2, 5)], ids=["plain", "of another shape", "with padding"])
+def test_apply_is_one_equation(lead):
+    """Traced only: whatever the shape of the tokens, nothing stands beside the program of the layer."""
+    mesh = moe.make_mesh(ep=2, tp=2)
+    plan = moe.make_plan(mesh, tokens_per_rank=T, hidden=H, num_experts=E, top_k=K, dtype="float32")
+    init, apply = moe.moe_on_mesh(mesh, plan, moe.RouterConfig(), ffn=4)
+    params = jax.eval_shape(init, jax.random.key(0))
+    given = [jax.ShapeDtypeStruct((*lead, *last), kind) for last, kind in (((H,), jnp.float32), ((), bool))]
+    equations = jax.make_jaxpr(apply)(params, *given).jaxpr.eqns
+    assert [equation.params["name"] for equation in equations] == ["layer"]
+
+
 def test_that_a_second_trace_is_seen():
     """What is static does trace again, and the guard says so."""
     program = traced_once(lambda x: x + 1)

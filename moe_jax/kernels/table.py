@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -24,11 +24,16 @@ from moe_jax.errors import (
     choice_violations,
     suggest,
 )
+from moe_jax.kernels.entry_points import describe_offer, offered
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 KERNELS = ("grouped_matmul", "grouped_outer")
 FUSED = ("slot_matmul", "slot_outer", "gated_matmul")  # what a back end may bring beside them
 TRANSPORTS = ("padded", "ragged")
 PLATFORMS = ("cpu", "gpu", "tpu")
+OPTIONAL_LAWS = ("weights_of_others", "vmap")  # of ``moe_jax.testing``, which a back end may say that it does not keep
 AND = "+"  # joins the names of back ends that share the work
 
 _TABLE: dict[str, "Backend"] = {}  # by name: the latest of that name, in the order in which they were registered
@@ -47,7 +52,7 @@ class Backend:
     Args:
       name: how users and plans call it; not "auto", and without a "+".
       platforms: the platforms for which "auto" may choose it, out of "cpu", "gpu", "tpu".
-      device_kinds: patterns such as "*H100*", in any case, of the device kinds that JAX reports ("NVIDIA H100 80GB
+      device_kinds: patterns such as ``"*H100*"``, in any case, of the device kinds that JAX reports ("NVIDIA H100 80GB
         HBM3", "TPU v5 lite"), for which "auto" may choose it; () for every device of its platforms. A back end with
         patterns is chosen by plans alone, since only they know the devices.
       kernels: by name:
@@ -71,6 +76,8 @@ class Backend:
         bool; None: always.
       about: a few words on the kernels, for ``Plan.describe()``.
       requires: a package that the kernels import, as pip calls it. Without it the back end is refused.
+      unpromised: the laws of ``moe_jax.testing`` that its kernels do not keep, out of "weights_of_others" (NaN in the
+        matrix of one group may reach rows of other groups) and "vmap".
       transports: by name:
         "padded": (rows [W, C, H], axis_name) -> [W, C, H], row block j to rank j;
         "ragged": the calling convention of jax.lax.ragged_all_to_all.
@@ -88,6 +95,7 @@ class Backend:
     fuses: Callable[[int, int, int, int, int], bool] | None = None
     about: str = ""
     requires: str = ""
+    unpromised: tuple[str, ...] = ()
     transports: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
@@ -103,6 +111,7 @@ class Backend:
             if not isinstance(getattr(self, what), str):
                 raise InvalidArgumentError(f"{what} of back end {self.name!r}: {getattr(self, what)!r} is not a string")
         check_flag("accumulates", self.accumulates)
+        _check_words(f"unpromised of back end {self.name!r}", self.unpromised, OPTIONAL_LAWS, tuple | list)
         if self.fuses is not None and not callable(self.fuses):
             raise InvalidArgumentError(f"fuses of back end {self.name!r}: {self.fuses!r}; pass a function, or None")
         kernels = KERNELS + FUSED
@@ -114,6 +123,7 @@ class Backend:
                     raise InvalidArgumentError(f"{what}: {word!r} is {function!r}; pass a function")
         object.__setattr__(self, "platforms", tuple(self.platforms))
         object.__setattr__(self, "device_kinds", tuple(self.device_kinds))
+        object.__setattr__(self, "unpromised", tuple(self.unpromised))
         object.__setattr__(self, "kernels", MappingProxyType(dict(self.kernels)))
         object.__setattr__(self, "transports", MappingProxyType(dict(self.transports)))
 
@@ -176,10 +186,39 @@ def registrations(name: str) -> tuple[str, ...]:
 
 
 def backend_violations(name) -> list[str]:
-    """Nothing if ``name`` is "auto", a registered back end, or several that share the work, joined by "+"."""
+    """Nothing if ``name`` is "auto", a known back end, or several that share the work, joined by "+".
+
+    Known is what is registered, and what an installed package offers: that is loaded and registered here.
+    """
     parts = name.split(AND) if isinstance(name, str) else [name]
-    known = list(_TABLE) if len(parts) > 1 else ["auto", *_TABLE]
-    return [text for part in parts for text in choice_violations("backend", part, known)]
+    known = ["auto"] if len(parts) == 1 else []
+    return [text for part in parts for text in _name_violations(part, known)]
+
+
+def _name_violations(name, known: list[str]) -> list[str]:
+    if isinstance(name, str) and (name in known or name in _TABLE):
+        return []
+    offers = offered()
+    if isinstance(name, str) and name in offers:
+        return _load(name, offers[name])
+    return choice_violations("backend", name, [*known, *_TABLE, *offers])
+
+
+def _load(name: str, point: "EntryPoint") -> list[str]:
+    """Registers the back end that a package offers; or says why that fails."""
+    about = f"backend={name!r} is {describe_offer(point)}"
+    try:
+        backend = point.load()
+    except Exception as error:  # noqa: BLE001 - whatever somebody's module raises while it is imported
+        return [f"{about}, which cannot be loaded: {type(error).__name__}: {error}; mend or uninstall that package"]
+    if name in _TABLE:  # the module has registered it by itself
+        return []
+    if not isinstance(backend, Backend) or backend.name != name:
+        is_one = isinstance(backend, Backend)
+        found = f"the back end {backend.name!r}" if is_one else f"an object of type {type(backend).__name__}"
+        return [f"{about}, which leads to {found}; it must lead to a moe_jax.Backend with name={name!r}"]
+    register_backend(backend)
+    return []
 
 
 def check_backend(name) -> None:
@@ -220,7 +259,7 @@ def resolve_backend(
 
 def _first_with(kernel: str, chosen: str | tuple[str, ...]) -> Backend:
     """The first of the back ends that has ``kernel``; ``chosen``: a name that is not "auto", or registrations."""
-    backends = _backends_of(chosen)
+    backends = backends_of(chosen)
     for backend in backends:
         if backend.requires and find_spec(backend.requires) is None:
             package = backend.requires
@@ -233,7 +272,7 @@ def _first_with(kernel: str, chosen: str | tuple[str, ...]) -> Backend:
     raise UnsupportedError(f"backend={name!r} has no {kernel!r}; choose 'auto' or another back end")
 
 
-def _backends_of(chosen: str | tuple[str, ...]) -> list[Backend]:
+def backends_of(chosen: str | tuple[str, ...]) -> list[Backend]:
     if isinstance(chosen, str):
         return [_TABLE[part] for part in chosen.split(AND)]
     for registration in chosen:
@@ -289,7 +328,7 @@ def find_transport(transport: str, backend: str | tuple[str, ...]) -> Callable |
     """
     if backend == "auto":
         return resolve_backend(transport).transports.get(transport)
-    found = (chosen.transports.get(transport) for chosen in _backends_of(backend))
+    found = (chosen.transports.get(transport) for chosen in backends_of(backend))
     return next(filter(None, found), None)
 
 

@@ -134,8 +134,10 @@ def shared_ffn(weights: dict[str, Array], x: Array, *, activation: Choice) -> Ar
     """The shared expert: every token through one FFN.
 
     Args:
-      weights: w_gate (if gated) and w_up [H, S], w_down [S, H]; what ``params`` calls shared_gate, and so on.
+      weights: w_gate (if gated) and w_up [H, S], w_down [S, H]; what ``params`` calls shared_gate, and so on; optional
+        shared_router [H, 1], whose product with a token, through a sigmoid in fp32, multiplies what the token gets.
       x: [T, H].
+      activation: that of the shared expert.
 
     Returns:
       [T, H] fp32.
@@ -146,4 +148,8 @@ def shared_ffn(weights: dict[str, Array], x: Array, *, activation: Choice) -> Ar
 
     with jax.named_scope("shared_expert"):
         gate = project(x, "w_gate").astype(x.dtype) if is_gated(activation) else None
-        return project(activate(gate, project(x, "w_up").astype(x.dtype), activation), "w_down")
+        made = project(activate(gate, project(x, "w_up").astype(x.dtype), activation), "w_down")
+        if "shared_router" not in weights:
+            return made
+        wide, router = x.astype(jnp.float32), weights["shared_router"].astype(jnp.float32)
+        return made * jax.nn.sigmoid(jnp.matmul(wide, router, precision=jax.lax.Precision.HIGHEST))

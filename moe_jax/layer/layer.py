@@ -16,6 +16,7 @@ from moe_jax.errors import (
     check_choice,
     check_count,
     check_dtype,
+    check_flag,
     check_mask,
     check_shape,
     check_type,
@@ -30,6 +31,7 @@ from moe_jax.layer.weightless import Constants
 from moe_jax.layout import count_each
 from moe_jax.parameters import weights_of
 from moe_jax.plan import Plan
+from moe_jax.plan.checks import check_shared
 from moe_jax.types import LayerStats, Routing
 
 Array = jax.Array
@@ -44,6 +46,7 @@ def moe_layer(
     router: RouterConfig | None,
     *,
     activation: Choice = "swiglu",
+    shared_activation: Choice | None = None,
     token_mask: Array | None = None,
     table: Array | None = None,
     balance: str = "rank",
@@ -51,10 +54,12 @@ def moe_layer(
     chunks: int = 1,
     routing: Routing | tuple[Array, Array] | None = None,
     router_x: Array | None = None,
+    weigh_inputs: bool = False,
 ) -> tuple[Array, LayerStats]:
     """One Mixture-of-Experts layer. Call it per shard, inside ``shard_map`` with ``check_vma=True``.
 
-    ``y[t] = sum_k w[t, k] * expert[id[t, k]](x[t]) + shared(x[t])``; the sum in fp32 over ascending k, rounded once.
+    ``y[t] = sum_k w[t, k] * expert[id[t, k]](x[t]) + gate[t] * shared(x[t])``; the sum in fp32 over ascending k,
+    rounded once. ``gate[t] = sigmoid(x[t] @ shared_router)`` in fp32 where there is such a parameter, else 1.
     With overflow="dropless" the result is exact at any skew: a round moves ``plan.pair_capacity`` rows per pair of
     ranks; what does not fit goes into further rounds, run in a loop that all ranks leave together, and recomputed in
     the backward pass, so that memory does not grow with the skew. Where one device holds all experts (ep = tp = 1)
@@ -63,11 +68,12 @@ def moe_layer(
     Args:
       params: this shard's part, in any float dtype (cast to ``plan.dtype`` for the products, except the router):
         router [H, E'], optional router_bias [E']; selection_bias [E'] if ``router.selection_bias``, where E' is
-        ``plan.num_ids``: routed, zero, copy and constant experts;
+        ``plan.num_ids``: routed, zero, copy and constant experts; optional expert_scale [E'], which multiplies the
+        final weight of every choice of that expert;
         w_gate (if gated), w_up [E / ep, H, F / tp], w_down [E / ep, F / tp, H];
         optional b_gate, b_up [E / ep, F / tp], b_down [E / ep, H]; with shared experts: shared_gate (if gated),
-        shared_up [H, S], shared_down [S, H], replicated; with constant experts: const_alpha1, const_alpha2 and
-        const_v [Cc, H], replicated.
+        shared_up [H, S], shared_down [S, H] of any width S, optional shared_router [H, 1], replicated; with constant
+        experts: const_alpha1, const_alpha2 and const_v [Cc, H], replicated.
       x: [T, H] in ``plan.dtype``.
       plan, router: static.
       activation: what an expert does between its projections. Gated: "swiglu" (silu(gate) * up), "geglu", "geglu_tanh",
@@ -76,6 +82,7 @@ def moe_layer(
         experts without a gate: fp32 in, floats of the same shape out, differentiated by JAX. It is static, so give the
         same object each time, and what it reads beside its arguments must be constants. Rows past the last one may hold
         anything. Kernels fuse the names that they know; a function is an operation of its own.
+      shared_activation: the same for the shared expert; None: as ``activation``.
       token_mask: [T] bool; false = padding: it goes nowhere, counts nowhere and its result is zero.
       table: [E_logical, F] i32, the instances of each logical expert, see ``update_expert``. Then the router scores
         logical experts (E' = E_logical plus the weightless ones), and ``plan.num_experts`` counts instances.
@@ -93,6 +100,9 @@ def moe_layer(
       router_x: [T, H_r] in any float dtype, what the router sees where that is not what the experts see, such as a
         token before it is projected to H, or under another norm; params["router"] is then [H_r, E']. Not with
         ``routing``.
+      weigh_inputs: whether the weight of a choice multiplies what its expert is given, instead of what the expert makes
+        of that, as in Llama 4: ``expert[id[t, k]](w[t, k] * x[t])``, the product in fp32 and rounded to ``plan.dtype``.
+        The weights then travel with the rows. What weightless experts add is weighted in either case.
 
     Returns:
       y [T, H] in ``plan.dtype``, and LayerStats over all tokens of the mesh. Differentiable in x, ``router_x``, the
@@ -111,7 +121,9 @@ def moe_layer(
     if router is not None or routing is None:
         check_type("router", router, RouterConfig, "build one with moe_jax.RouterConfig(...), or pass routing=")
     check_activation(activation)
+    check_shared(plan, None, shared_activation)
     check_choice("balance", balance, BALANCES)
+    check_flag("weigh_inputs", weigh_inputs)
     check_chunks(chunks, plan)
     collectives.check_axes(plan, replicas=True)
     check_tokens(x, token_mask, plan)
@@ -121,7 +133,15 @@ def moe_layer(
     if choices is not None:
         check_choices(*choices, (plan.tokens_per_rank, plan.top_k))
     check_params(
-        params, plan, router, activation, on_device=True, table=table, routed=choices is not None, router_x=router_x
+        params,
+        plan,
+        router,
+        activation,
+        shared_activation,
+        on_device=True,
+        table=table,
+        routed=choices is not None,
+        router_x=router_x,
     )
     if router is not None:
         check_router(router, plan, None if table is None else table.shape[0])
@@ -138,8 +158,10 @@ def moe_layer(
         plan=plan,
         router=router,
         activation=activation,
+        shared_activation=activation if shared_activation is None else shared_activation,
         balance=balance,
         chunks=chunks,
+        weigh_inputs=weigh_inputs,
     )
     return y, dataclasses.replace(stats, losses=routing.losses) if isinstance(routing, Routing) else stats
 
@@ -156,8 +178,10 @@ def layer_of_shard(
     plan: Plan,
     router: RouterConfig | None,
     activation: Choice,
+    shared_activation: Choice,
     balance: str,
     chunks: int,
+    weigh_inputs: bool,
 ) -> tuple[Array, LayerStats]:
     """``moe_layer`` of arguments that have been checked, there or by ``moe_on_mesh``. Arrays come first, options after.
 
@@ -175,8 +199,9 @@ def layer_of_shard(
     # 2. Every token chooses its experts, or has done so, and a table says which instances of them compute.
     if choices is None:
         assert router is not None  # as has been checked
-        logits, bias = router_logits(params, x if router_x is None else router_x), params.get("selection_bias")
-        routing = choose_experts(logits, router, plan.top_k, bias, token_mask, plan.token_axes)
+        logits = router_logits(params, x if router_x is None else router_x)
+        bias, scale = params.get("selection_bias"), params.get("expert_scale")
+        routing = choose_experts(logits, router, plan.top_k, bias, scale, token_mask, plan.token_axes)
     else:
         routing = routing_of(choices, token_mask, table, plan)
     expert_ids = routing.expert_ids if table is None else _instances_of(routing.expert_ids, table, balance, plan)
@@ -188,11 +213,20 @@ def layer_of_shard(
     constants = Constants(*(given[name].astype(plan.dtype) if given else None for name in _CONSTANTS))
     experts, constants, weights = _compat.as_varying((experts, constants, routing.combine_weights), plan.token_axes)
     total, num_dropped, num_rounds = routed_sum(
-        expert_ids, experts, constants, x, weights, plan, feed_forward(activation), rank_table=rank_table, chunks=chunks
+        expert_ids,
+        experts,
+        constants,
+        x,
+        weights,
+        plan,
+        feed_forward(activation),
+        rank_table=rank_table,
+        chunks=chunks,
+        weigh_inputs=weigh_inputs,
     )
     # 4. The shared expert adds its part where the token is.
     if plan.num_shared_experts:
-        total = total + shared_ffn(weights_of("shared", params), x, activation=activation)
+        total = total + shared_ffn(weights_of("shared", params), x, activation=shared_activation)
     if token_mask is not None:
         total = jnp.where(token_mask[:, None], total, 0.0)
     stats = LayerStats(

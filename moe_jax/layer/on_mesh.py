@@ -19,6 +19,7 @@ from moe_jax.errors import (
     check_array,
     check_choice,
     check_dtype,
+    check_flag,
     check_mask,
     check_shape,
 )
@@ -44,6 +45,11 @@ def moe_on_mesh(
     chunks: int = 1,
     param_dtype: str = "float32",
     router_hidden: int | None = None,
+    shared_ffn: int | None = None,
+    shared_activation: Choice | None = None,
+    gated_shared: bool = False,
+    expert_scale: bool = False,
+    weigh_inputs: bool = False,
 ) -> tuple[Callable, Callable]:
     """The MoE layer on global arrays: ``init(key) -> params`` and ``apply(params, x) -> (y, stats)``.
 
@@ -58,7 +64,7 @@ def moe_on_mesh(
         and lower, an AbstractMesh will do; where its axes are Explicit, which is the default of newer JAX, JAX lowers
         inside ``jax.sharding.use_abstract_mesh(mesh)`` alone.
       plan, router: static. Without a router, None, there are no parameters for one, and ``apply`` needs ``routing``.
-      ffn: F, width of an expert, divisible by tp. A shared expert has width F * ``plan.num_shared_experts``.
+      ffn: F, width of an expert, divisible by tp.
       activation: a name or a function, see ``moe_layer``.
       use_bias: whether ``init`` makes the optional biases (zero at first).
       num_logical_experts: experts that the router scores, where ``apply`` is given a ``table`` of their instances;
@@ -66,11 +72,19 @@ def moe_on_mesh(
       chunks: parts in which the tokens of a device pass, see ``moe_layer``.
       param_dtype: "float32", "bfloat16" or "float16", of the parameters that ``init`` makes; ``apply`` takes any.
       router_hidden: H_r, where ``apply`` is given ``router_x`` [..., H_r], which the router sees instead of x; None: H.
+      shared_ffn: S, width of the shared expert; None: F * ``plan.num_shared_experts``. ``apply`` takes any width.
+      shared_activation: that of the shared expert; None: as ``activation``.
+      gated_shared: whether sigmoid(x @ shared_router), one number for each token, multiplies what the shared expert
+        adds (Qwen2-MoE). False: ``apply`` takes parameters with or without a gate, as ``moe_layer`` does.
+      expert_scale: whether the weights of choices are multiplied by a parameter of their expert, expert_scale, one at
+        first (Gemma 4). False: as for ``gated_shared``.
+      weigh_inputs: whether weights multiply what experts are given (Llama 4), see ``moe_layer``.
 
     Returns:
       init: key -> dict of arrays in ``param_dtype``: router [H_r, E'], w_gate (if gated), w_up [E, H, F],
-        w_down [E, F, H], selection_bias [E] if the router has one, shared_gate (if gated), shared_up, shared_down if
-        there are shared experts, and router_bias, b_gate, b_up, b_down with ``use_bias``.
+        w_down [E, F, H], selection_bias [E'] if the router has one, shared_gate (if gated), shared_up [H, S],
+        shared_down [S, H] if there are shared experts; router_bias, b_gate, b_up, b_down with ``use_bias``;
+        shared_router [H, 1] with ``gated_shared``, and expert_scale [E'] with ``expert_scale``.
       apply: (params, x [..., H] in ``plan.dtype``, token_mask [...] bool or None) -> (y [..., H], LayerStats). Tokens
         may have any leading shape, and there may be as many as the devices along ``plan.token_axes`` have room for,
         tokens_per_rank each; they are spread evenly over these devices, and where there are fewer, the rest is padding
@@ -105,8 +119,14 @@ def moe_on_mesh(
         num_logical_experts=num_logical_experts,
         param_dtype=param_dtype,
         router_hidden=router_hidden,
+        shared_ffn=shared_ffn,
+        shared_activation=shared_activation,
+        gated_shared=gated_shared,
+        expert_scale=expert_scale,
     )
+    asked = [name for name in ("shared_router", "expert_scale") if name in shapes]
     check_chunks(chunks, plan)
+    check_flag("weigh_inputs", weigh_inputs)
     num_tokens = plan.tokens_per_rank * plan.ep_size * plan.tp_size * plan.num_replicas
     specs = {row.name: _split(param_spec(row.name, plan), mesh) for row in TABLE}
     tokens, everywhere = _split(PartitionSpec(plan.token_axes), mesh), PartitionSpec()
@@ -122,7 +142,11 @@ def moe_on_mesh(
 
     @functools.partial(jax.jit, static_argnames="balance")
     def layer(params, x, token_mask, table, rank_table, choices, router_x, balance):
-        """The layer as one program, where it is not part of a larger one."""
+        """The layer as one program, where it is not part of a larger one. Tokens come in the shape that users have."""
+        lead = x.shape[:-1]
+        if lead != (num_tokens,):
+            operands = (x, token_mask, choices, router_x)
+            x, token_mask, choices, router_x = _as_tokens(*operands, plan.tokens_per_rank, num_tokens, mesh)
         in_specs = (
             {name: specs[name] for name in params},
             tokens,
@@ -135,11 +159,19 @@ def moe_on_mesh(
         given = (params, x, token_mask, table, rank_table, choices, router_x)
         given = jax.tree.map(lambda array, spec: _compat.lay_out(array, mesh, spec), given, in_specs)
         shard = functools.partial(
-            layer_of_shard, plan=plan, router=router, activation=activation, balance=balance, chunks=chunks
+            layer_of_shard,
+            plan=plan,
+            router=router,
+            activation=activation,
+            shared_activation=activation if shared_activation is None else shared_activation,
+            balance=balance,
+            chunks=chunks,
+            weigh_inputs=weigh_inputs,
         )
         mapped = _compat.shard_map(shard, mesh=mesh, in_specs=in_specs, out_specs=(tokens, everywhere))
         y, stats = mapped(*given)
-        return _compat.name_unit_axes_as(y, x, mesh), stats
+        y = _compat.name_unit_axes_as(y, x, mesh)
+        return y if lead == (num_tokens,) else _as_given(_compat.unsplit(y, mesh), plan.tokens_per_rank, lead), stats
 
     def apply(
         params: dict[str, Array],
@@ -186,20 +218,17 @@ def moe_on_mesh(
             plan,
             router,
             activation,
+            shared_activation,
             on_device=False,
             table=table,
             routed=choices is not None,
             router_x=router_x,
+            needed=asked,
         )
         check_width(f"params: 'w_up' has shape {params['w_up'].shape}; its width", params["w_up"].shape[-1], plan)
         if table is not None:
             check_table(table)
-        if lead != (num_tokens,):
-            operands = (x, token_mask, choices, router_x)
-            x, token_mask, choices, router_x = _as_tokens(*operands, plan.tokens_per_rank, num_tokens, mesh)
         y, stats = layer(params, x, token_mask, table, rank_table, choices, router_x, balance=balance)
-        if lead != (num_tokens,):
-            y = _as_given(_compat.unsplit(y, mesh), plan.tokens_per_rank, lead)
         return y, dataclasses.replace(stats, losses=routing.losses) if isinstance(routing, Routing) else stats
 
     return init, apply

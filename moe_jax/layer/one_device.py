@@ -39,6 +39,8 @@ def local_sum(
     weights: Array,
     plan: Plan,
     kind: ExpertKind,
+    *,
+    weigh_inputs: bool = False,
 ) -> tuple[Array, Array]:
     """What routed and weightless experts add for each token, where ``plan.exchanges`` is false.
 
@@ -50,6 +52,7 @@ def local_sum(
       experts: the parameters of ``kind``; constants: in ``plan.dtype``.
       x: [T, H] in ``plan.dtype``.
       plan, kind: static.
+      weigh_inputs: as for ``routed_sum``.
 
     Returns:
       ([T, H] fp32, or [T, H'] if the experts make rows of another width; i32 pairs that were dropped). Differentiable
@@ -67,10 +70,18 @@ def local_sum(
     added = weightless_terms(expert_ids, x, constants, plan)
     with jax.named_scope("permute"):
         rows = _spread(plan, as_delivered(x, plan.dispatch_recipe).astype(plan.dtype), places)
+        if weigh_inputs:
+            rows = weighed(rows, _rows_of_pairs(plan, weights, places))
+            weights = jnp.where(is_routed, 1.0, weights)
     made = kind.slots(plan, kind.what, experts, rows, None, group_sizes)
     with jax.named_scope("combine_sum"):
         total = _weighted_sum(plan, as_delivered(made, plan.combine_recipe), weights, added, places)
     return total, jnp.sum(pairs.counts - group_sizes, dtype=jnp.int32)
+
+
+def weighed(rows: Array, weights: Array) -> Array:
+    """Rows [M, H], each times its weight [M] in fp32, rounded once."""
+    return (weights[:, None] * rows.astype(jnp.float32)).astype(rows.dtype)
 
 
 def _places(pairs: layout.PairOrder, num_kept: Array, num_rows: int, plan: Plan) -> _Places:

@@ -5,7 +5,7 @@ All of it is read from the table in ``moe_jax.parameters``.
 
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -35,12 +35,20 @@ from moe_jax.kernels import FLOAT_DTYPES
 from moe_jax.mesh import mesh_violations
 from moe_jax.parameters import BY_NAME, TABLE, Parameter, rows_of
 from moe_jax.plan import Plan
+from moe_jax.plan.checks import check_shared, width_of_shared
 
 Array = jax.Array
 
 
 def param_specs(
-    plan: Plan, router: RouterConfig | None, *, activation: Choice = "swiglu", use_bias: bool = False
+    plan: Plan,
+    router: RouterConfig | None,
+    *,
+    activation: Choice = "swiglu",
+    use_bias: bool = False,
+    shared_activation: Choice | None = None,
+    gated_shared: bool = False,
+    expert_scale: bool = False,
 ) -> dict[str, PartitionSpec]:
     """How the parameters of ``moe_on_mesh`` lie on the mesh of ``plan``, by name.
 
@@ -58,11 +66,9 @@ def param_specs(
     True
     """
     check_layer_plan(plan)
-    if router is not None:
-        check_type("router", router, RouterConfig, "build one with moe_jax.RouterConfig(...), or None")
-    check_activation(activation)
-    check_flag("use_bias", use_bias)
-    return {row.name: param_spec(row.name, plan) for row in drawn_rows(plan, router, activation, use_bias)}
+    check_shared(plan, None, shared_activation, gated_shared)
+    flags = {"use_bias": use_bias, "gated_shared": gated_shared, "expert_scale": expert_scale}
+    return {row.name: param_spec(row.name, plan) for row in _asked(plan, router, activation, shared_activation, flags)}
 
 
 def abstract_params(
@@ -76,6 +82,10 @@ def abstract_params(
     num_logical_experts: int | None = None,
     param_dtype: str = "float32",
     router_hidden: int | None = None,
+    shared_ffn: int | None = None,
+    shared_activation: Choice | None = None,
+    gated_shared: bool = False,
+    expert_scale: bool = False,
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """The parameters of ``moe_on_mesh`` without their values: shapes, dtypes and shardings, by name.
 
@@ -93,11 +103,10 @@ def abstract_params(
     (4, 32, 8)
     """
     check_layer_plan(plan)
-    if router is not None:
-        check_type("router", router, RouterConfig, "build one with moe_jax.RouterConfig(...), or None")
+    check_shared(plan, shared_ffn, shared_activation, gated_shared)
+    flags = {"use_bias": use_bias, "gated_shared": gated_shared, "expert_scale": expert_scale}
+    rows = _asked(plan, router, activation, shared_activation, flags)
     check_mesh_of(mesh, plan)
-    check_activation(activation)
-    check_flag("use_bias", use_bias)
     check_count("ffn", ffn)
     check_width(f"ffn={ffn}", ffn, plan)
     check_choice("param_dtype", param_dtype, FLOAT_DTYPES)
@@ -109,28 +118,46 @@ def abstract_params(
         check_count("router_hidden", router_hidden)
         if router is None:
             raise InvalidArgumentError(f"router_hidden={router_hidden} was given and router is None; leave one out")
-    extents = extents_of(plan, ffn=int(ffn), num_logical_experts=num_logical_experts, router_hidden=router_hidden)
+    extents = extents_of(plan, num_logical_experts=num_logical_experts, router_hidden=router_hidden)
+    extents |= {"ffn": int(ffn), "shared_ffn": width_of_shared(plan, int(ffn), shared_ffn)}
     abstract = {}
-    for row in drawn_rows(plan, router, activation, use_bias):
+    for row in rows:
         shape, sharding = tuple(extents[dim] for dim in row.dims), NamedSharding(mesh, param_spec(row.name, plan))
         abstract[row.name] = jax.ShapeDtypeStruct(shape, jnp.dtype(param_dtype), sharding=sharding)
     return abstract
 
 
-def drawn_rows(plan: Plan, router: RouterConfig | None, activation: Choice, use_bias: bool) -> list[Parameter]:
-    """The parameters that ``init`` makes: all that the layer knows, the optional ones ``use_bias`` decides about."""
-    return [row for row in _known_rows(plan, router, activation) if use_bias or not row.optional]
+def _asked(
+    plan: Plan,
+    router: RouterConfig | None,
+    activation: Choice,
+    shared_activation: Choice | None,
+    flags: Mapping[str, bool],
+) -> list[Parameter]:
+    """The parameters that ``init`` makes: all that the layer needs, and the optional ones whose option is set.
+
+    ``flags``: the options of optional parameters. It checks the arguments but for the plan and the shared expert's.
+    """
+    if router is not None:
+        check_type("router", router, RouterConfig, "build one with moe_jax.RouterConfig(...), or None")
+    check_activation(activation)
+    for name, flag in flags.items():
+        check_flag(name, flag)
+    if flags["expert_scale"] and router is None:
+        raise InvalidArgumentError("expert_scale=True was given and router is None, which has no weights to scale")
+    rows = _known_rows(plan, router, activation, shared_activation)
+    return [row for row in rows if not row.option or flags[row.option]]
 
 
 def draw(key: Array, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
-    """First values: normal weights of variance 1 / fan-in, drawn in fp32, and zeros where nothing is summed over.
+    """First values: normal weights of variance 1 / fan-in, drawn in fp32, and one number where nothing is summed over.
 
     Each parameter draws from a key of its own, made from its name, so that none depends on which others there are.
     """
     params = {}
     for name, of in abstract.items():
         row = BY_NAME[name]
-        values = jnp.zeros(of.shape, jnp.float32)
+        values = jnp.full(of.shape, row.first, jnp.float32)
         if row.fan_in:
             own_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
             values = jax.random.normal(own_key, of.shape, jnp.float32) / math.sqrt(of.shape[row.dims.index(row.fan_in)])
@@ -169,7 +196,7 @@ def place(params: Mapping[str, Any], mesh: Mesh, plan: Plan) -> dict[str, Array]
     check_type("params", params, Mapping, "pass a dict of arrays by name")
     rows = {name: BY_NAME[name] for name in params if name in BY_NAME}
     found = [f"{name!r} is unknown; {suggest(name, BY_NAME)}" for name in params if name not in BY_NAME]
-    extents: dict[str, Any] = extents_of(plan, ffn=0)
+    extents: dict[str, Any] = extents_of(plan)
     extents |= {dim: _width(params, dim) for dim in ("ffn", "shared_ffn", "ids", "router_hidden")}
     found += _misshapen(params, rows, extents, "over the mesh")
     raise_all(found, "params")
@@ -208,15 +235,13 @@ def gathered(experts: dict[str, Array], plan: Plan) -> dict[str, Array]:
 def extents_of(
     plan: Plan,
     *,
-    ffn: int,
     num_logical_experts: int | None = None,
     on_device: bool = False,
     router_hidden: int | None = None,
 ) -> dict[str, int]:
-    """The extent of every axis in the table.
+    """The extent of every axis in the table, but for the widths of experts, which a plan does not know.
 
     Args:
-      ffn: F; the shared expert is as many times as wide as the plan has shared experts.
       num_logical_experts: the experts that the router scores beside the weightless ones; None: it scores instances.
       on_device: whether the experts are those of one device, with the part of H that it holds, and not all of them.
       router_hidden: the width of what the router sees; None: it sees the tokens.
@@ -227,9 +252,8 @@ def extents_of(
         "router_hidden": plan.hidden if router_hidden is None else router_hidden,
         "expert_hidden": plan.hidden // (plan.num_param_shards if on_device else 1),
         "experts": plan.num_local_experts if on_device else plan.num_experts,
-        "ffn": ffn,
-        "shared_ffn": ffn * plan.num_shared_experts,
         "constants": plan.num_const_experts,
+        "one": 1,
     }
 
 
@@ -264,7 +288,7 @@ def check_width(what: str, ffn: int, plan: Plan) -> None:
 
 def check_router(router: RouterConfig, plan: Plan, num_logical_experts: int | None) -> None:
     """Raises one error that lists every way in which ``router`` cannot choose among the ids of ``plan``."""
-    scored = extents_of(plan, ffn=0, num_logical_experts=num_logical_experts)["ids"]
+    scored = extents_of(plan, num_logical_experts=num_logical_experts)["ids"]
     experts = f"the {scored} experts that the router scores"
     raise_all(router_violations(router, scored, experts, plan.top_k, "plan.top_k"), "router and plan")
 
@@ -274,16 +298,19 @@ def check_params(
     plan: Plan,
     router: RouterConfig | None,
     activation: Choice,
+    shared_activation: Choice | None,
     *,
     on_device: bool,
     table: Array | None = None,
     routed: bool = False,
     router_x: Array | None = None,
+    needed: Collection[str] = (),
 ) -> None:
     """Raises one error that lists all that is wrong with ``params``, those of one device or of the whole mesh.
 
     ``routed``: whether choices are made outside, so that the router's parameters may be there, or not.
     ``router_x``: what the router sees instead of the tokens, [..., H_r].
+    ``needed``: optional parameters that must be there.
     """
     check_type("params", params, dict, "pass a dict of arrays by name")
     if table is not None:
@@ -292,7 +319,6 @@ def check_params(
     where = "on each device" if on_device else "over the mesh"
     extents: dict[str, Any] = extents_of(
         plan,
-        ffn=0,
         num_logical_experts=num_logical_experts,
         on_device=on_device,
         router_hidden=None if router_x is None else router_x.shape[-1],
@@ -300,13 +326,14 @@ def check_params(
     extents |= {dim: _width(params, dim) for dim in ("ffn", "shared_ffn")}
     if routed:  # nobody reads the router
         extents["router_hidden"] = _width(params, "router_hidden")
-    rows = {row.name: row for row in _known_rows(plan, router, activation)}
+    rows = {row.name: row for row in _known_rows(plan, router, activation, shared_activation)}
     if routed:
         rows |= {row.name: row for row in rows_of("router")}
     found = [f"{name!r} is unknown here; {suggest(name, rows)}" for name in params if name not in rows]
     found += _misshapen(params, rows, extents, where)
     for name, row in rows.items():
-        if name not in params and not row.optional and not (routed and row.part == "router"):
+        is_needed = not row.option or name in needed
+        if name not in params and is_needed and not (routed and row.part == "router"):
             shape = tuple(extents[dim] for dim in row.dims)
             found.append(f"{name!r} is missing; its shape {where} is {shape}")
     raise_all(found, "params")
@@ -329,16 +356,19 @@ def _misshapen(
     return found
 
 
-def _known_rows(plan: Plan, router: RouterConfig | None, activation: Choice) -> tuple[Parameter, ...]:
-    """The parameters that a layer with this plan, router (None: the choices are made outside) and activation knows."""
+def _known_rows(
+    plan: Plan, router: RouterConfig | None, activation: Choice, shared_activation: Choice | None
+) -> list[Parameter]:
+    """The parameters that a layer with this plan, router (None: the choices are made outside) and activations knows."""
     facts = {
         "gated": activation_of(activation).gated,
+        "shared_gated": activation_of(activation if shared_activation is None else shared_activation).gated,
         "selection_bias": router is not None and router.selection_bias,
         "shared": plan.num_shared_experts > 0,
         "constants": plan.num_const_experts > 0,
     }
     hold = {fact for fact, holds in facts.items() if holds}
-    return tuple(row for row in TABLE if row.needs <= hold and (router is not None or row.part != "router"))
+    return [row for row in TABLE if row.needs <= hold and (router is not None or row.part != "router")]
 
 
 def _width(params: Mapping[str, Any], dim: str) -> int | str:

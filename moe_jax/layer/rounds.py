@@ -17,7 +17,7 @@ from moe_jax import _compat
 from moe_jax.derivatives import custom_gradient, first_order_only, without_float0
 from moe_jax.layer.combine import finish
 from moe_jax.layer.grouping import ExpertKind
-from moe_jax.layer.one_device import local_sum
+from moe_jax.layer.one_device import local_sum, weighed
 from moe_jax.layer.weightless import Constants, weightless_terms
 from moe_jax.plan import Plan
 from moe_jax.transports import collect_rows, dequantized, send_rows, transport_of
@@ -37,6 +37,7 @@ def routed_sum(
     *,
     rank_table: Array | None,
     chunks: int,
+    weigh_inputs: bool = False,
 ) -> tuple[Array, Array, Array]:
     """What routed and weightless experts add for each token.
 
@@ -47,6 +48,8 @@ def routed_sum(
       plan, kind: static.
       rank_table: as for ``dispatch``; the table of a single rank can only say that this rank is there.
       chunks: a divisor of T; each chunk of the tokens passes by itself, with its share of ``plan.pair_capacity``.
+      weigh_inputs: whether the weight of a pair multiplies the row that its expert gets, instead of what that makes of
+        it. A pair of a weightless expert has no row: what it adds is weighted in either case.
 
     Returns:
       ([T, H] fp32, i32 pairs of this device that were dropped, i32 rounds of the chunk that took most).
@@ -62,7 +65,8 @@ def routed_sum(
         ids_here, x_here, weights_here = (a[start : start + tokens] for a in (expert_ids, x, weights))
         if not plan.exchanges:
             operands = (ids_here, experts, constants, x_here, weights_here)
-            found.append((*local_sum(*operands, chunk_plan, kind), jnp.ones((), jnp.int32)))
+            summed = local_sum(*operands, chunk_plan, kind, weigh_inputs=weigh_inputs)
+            found.append((*summed, jnp.ones((), jnp.int32)))
             continue
         transport = transport_of(chunk_plan)
         manifest = count_pairs(transport, ids_here, chunk_plan, rank_table=rank_table)
@@ -70,25 +74,42 @@ def routed_sum(
         manifest = _compat.as_varying(manifest, plan.token_axes)
         terms = weightless_terms(manifest.expert_ids, x_here, constants, chunk_plan)
         terms = _compat.as_varying(terms, plan.token_axes)
-        total = _routed_sum(chunk_plan, kind, experts, x_here, weights_here, terms, manifest, num_rounds)
+        row_weights = None
+        if weigh_inputs:
+            row_weights, weights_here = weights_here, jnp.where(manifest.travels, 1.0, weights_here)
+        operands = (experts, x_here, row_weights, weights_here)
+        total = _routed_sum(chunk_plan, kind, *operands, terms, manifest, num_rounds)
         found.append((total, manifest.stats.num_dropped[0], num_rounds))
     totals, dropped, rounds = zip(*found, strict=True)
     return jnp.concatenate(totals), functools.reduce(jnp.add, dropped), functools.reduce(jnp.maximum, rounds)
 
 
 def _round(
-    through: Callable, plan: Plan, kind: ExpertKind, index, experts, x, weights, manifest: Manifest, earlier=None
+    through: Callable,
+    plan: Plan,
+    kind: ExpertKind,
+    index,
+    experts,
+    x,
+    row_weights,
+    weights,
+    manifest: Manifest,
+    earlier=None,
 ) -> Array:
     """Round ``index``: sends its pairs to the experts, and collects what they make.
 
-    ``earlier`` is what the rounds before collected, and the result includes it; None in the first round. ``through`` is
-    ``kind.slots``, or ``kind.overflow_slots`` in a round that keeps no residuals.
+    ``row_weights`` [T, K] multiply the rows that experts get, where they are not None, and ``weights`` [T, K] what the
+    experts make of them. ``earlier`` is what the rounds before collected, and the result includes it; None in the first
+    round. ``through`` is ``kind.slots``, or ``kind.overflow_slots`` in a round that keeps no residuals.
     """
     transport = transport_of(plan)
     # 1. Which pairs travel in this round, and where their rows lie.
     handle = open_round(transport, manifest, index * plan.pair_capacity, plan.pair_capacity, plan)
     # 2. Token rows [T, H] to inbox slots [A, H]. They stay there: the experts pick them out in their order.
-    arrived = dequantized(send_rows(transport, plan.dispatch_recipe, ordered=False, x=x, handle=handle).rows, plan)
+    sent = send_rows(transport, plan.dispatch_recipe, ordered=False, x=x, handle=handle, weights=row_weights)
+    arrived = dequantized(sent.rows, plan)
+    if sent.weights is not None:
+        arrived = weighed(arrived, sent.weights)
     # 3. Through the experts, into the same slots.
     made = through(plan, kind.what, experts, arrived, transport.inbox_order(handle.maps), handle.group_sizes)
     # 4. Back to the tokens.
@@ -96,28 +117,32 @@ def _round(
     return collected if earlier is None else transport.together(earlier, collected, handle.maps)
 
 
-def _add_overflow_round(plan: Plan, kind: ExpertKind, index, grads, ct, experts, x, weights, manifest: Manifest):
-    """Computes an overflow round again, and adds its gradients to ``grads``, those of experts, x and weights.
+def _add_overflow_round(
+    plan: Plan, kind: ExpertKind, index, grads, ct, experts, x, row_weights, weights, manifest: Manifest
+):
+    """Computes an overflow round again, and adds its gradients to ``grads``, those of the arrays behind ``ct``.
 
     ``ct`` is that of what all rounds collected. Steps 1 to 3 are those of ``_round``.
     """
     # d_made, d_weights: the adjoint of collecting, from ct    # [A, H] and [T, C] from [C, T, H], or [T, H] of sums
     # d_experts, d_arrived: through the experts, from d_made   # see ``grouping``; [A, H]
-    # d_x: the adjoint of sending, from d_arrived              # [T, H] from [A, H]
-    d_experts, d_x, d_weights = grads
+    # d_x, d_row_weights: the adjoint of sending, from d_arrived    # [T, H] and [T, K] from [A, H]
+    d_experts, d_x, d_row_weights, d_weights = grads
     transport = transport_of(plan)
     # 1. Which pairs travel in this round, and where their rows lie.
     handle = open_round(transport, manifest, index * plan.pair_capacity, plan.pair_capacity, plan)
     order = transport.inbox_order(handle.maps)
 
-    def sent(x):
-        return dequantized(send_rows(transport, plan.dispatch_recipe, ordered=False, x=x, handle=handle).rows, plan)
+    def sent(x, row_weights):
+        sent = send_rows(transport, plan.dispatch_recipe, ordered=False, x=x, handle=handle, weights=row_weights)
+        rows = dequantized(sent.rows, plan)
+        return rows if sent.weights is None else weighed(rows, sent.weights)
 
     def returned(made, weights):
         return collect_rows(transport, ordered=False, rows=made, weights=weights, handle=handle)[0]
 
     # 2. Token rows to inbox slots.
-    arrived, pull_sent = jax.vjp(sent, x)
+    arrived, pull_sent = jax.vjp(sent, x, row_weights)
     # 3. Through the experts. Where sums are made at the tokens, the adjoint of collecting does not read what the
     #    experts made, and the compiler leaves this step out.
     made = kind.overflow_slots(plan, kind.what, experts, arrived, order, handle.group_sizes)
@@ -126,8 +151,8 @@ def _add_overflow_round(plan: Plan, kind: ExpertKind, index, grads, ct, experts,
     d_experts, d_arrived = kind.add_overflow_gradients(
         plan, kind.what, d_experts, experts, arrived, d_made, order, handle.group_sizes
     )
-    (more_x,) = pull_sent(d_arrived)
-    return d_experts, d_x + more_x, d_weights + more_weights
+    d_tokens = jax.tree.map(jnp.add, (d_x, d_row_weights), pull_sent(d_arrived))
+    return d_experts, *d_tokens, d_weights + more_weights
 
 
 def _loop(overflow: Callable, plan: Plan) -> Callable:
@@ -141,41 +166,42 @@ def _loop(overflow: Callable, plan: Plan) -> Callable:
 
 
 @functools.partial(custom_gradient, num_static=2)
-def _routed_sum(plan: Plan, kind, experts, x, weights, terms, manifest, num_rounds):
+def _routed_sum(plan: Plan, kind, experts, x, row_weights, weights, terms, manifest, num_rounds):
     """[T, H] fp32. The first round is inline and keeps its residuals; the others are a loop that keeps none."""
-    collected = _round(kind.slots, plan, kind, 0, experts, x, weights, manifest)
-    collected = _overflow_rounds(plan, kind, collected, num_rounds, manifest, experts, x, weights)
+    collected = _round(kind.slots, plan, kind, 0, experts, x, row_weights, weights, manifest)
+    collected = _overflow_rounds(plan, kind, collected, num_rounds, manifest, experts, x, row_weights, weights)
     return finish(transport_of(plan), collected, weights, manifest.travels, terms, plan)
 
 
 def _overflow_rounds(plan: Plan, kind, collected, num_rounds, *operands):
     """Adds what the further rounds collect to what the first one ``collected``."""
 
-    def overflow(collected, num_rounds, manifest, experts, x, weights):
+    def overflow(collected, num_rounds, manifest, experts, x, row_weights, weights):
         def turn(state):
             index, collected = state
-            late_experts, late_x = _compat.late(index, (experts, x))
-            return index + 1, _round(
-                kind.overflow_slots, plan, kind, index, late_experts, late_x, weights, manifest, collected
-            )
+            late = _compat.late(index, (experts, x))
+            operands = (*late, row_weights, weights, manifest)
+            return index + 1, _round(kind.overflow_slots, plan, kind, index, *operands, collected)
 
         return lax.while_loop(lambda state: state[0] < num_rounds, turn, (jnp.ones_like(num_rounds), collected))[1]
 
     return _loop(overflow, plan)(collected, num_rounds, *operands) if plan.max_rounds > 1 else collected
 
 
-def _routed_forward(plan: Plan, kind, experts, x, weights, terms, manifest, num_rounds):
+def _routed_forward(plan: Plan, kind, experts, x, row_weights, weights, terms, manifest, num_rounds):
     first = functools.partial(_round, kind.slots, plan, kind, 0, manifest=manifest)
-    collected, pull_first = jax.vjp(first, experts, x, weights)
-    collected = _overflow_rounds(plan, kind, collected, num_rounds, manifest, experts, x, weights)
+    operands = (experts, x, row_weights, weights)
+    collected, pull_first = jax.vjp(first, *operands)
+    collected = _overflow_rounds(plan, kind, collected, num_rounds, manifest, *operands)
     total = finish(transport_of(plan), collected, weights, manifest.travels, terms, plan)
-    return total, (pull_first, collected, experts, x, weights, terms, manifest, num_rounds)
+    return total, (pull_first, collected, operands, terms, manifest, num_rounds)
 
 
 def _routed_backward(plan: Plan, kind, residuals, ct):
     # d_collected, d_weights, d_terms: through the sum at the tokens, from ct [T, H]
-    # d_experts, d_x, d_weights: summed over the rounds, each of them computed again but for the first
-    pull_first, collected, experts, x, weights, terms, manifest, num_rounds = residuals
+    # d_experts, d_x, d_row_weights, d_weights: summed over the rounds, each computed again but for the first
+    pull_first, collected, operands, terms, manifest, num_rounds = residuals
+    weights = operands[-1]
 
     def finished(collected, weights, terms):
         return finish(transport_of(plan), collected, weights, manifest.travels, terms, plan)
@@ -184,19 +210,19 @@ def _routed_backward(plan: Plan, kind, residuals, ct):
     d_collected, d_weights, d_terms = pull_finish(ct)
     grads = without_float0(pull_first(d_collected))
 
-    def overflow(grads, num_rounds, manifest, pull_finish, *operands):
+    def overflow(grads, num_rounds, manifest, pull_finish, *read):
         def turn(state):
             index, grads = state
-            ct, experts, x, weights = _compat.late(index, operands)
+            ct, *operands = _compat.late(index, read)
             d_collected = pull_finish(ct)[0]
-            return index + 1, _add_overflow_round(plan, kind, index, grads, d_collected, experts, x, weights, manifest)
+            return index + 1, _add_overflow_round(plan, kind, index, grads, d_collected, *operands, manifest)
 
         return lax.while_loop(lambda state: state[0] < num_rounds, turn, (jnp.ones_like(num_rounds), grads))[1]
 
     if plan.max_rounds > 1:
-        grads = _loop(overflow, plan)(grads, num_rounds, manifest, pull_finish, ct, experts, x, weights)
-    d_experts, d_x, d_sent_weights = grads
-    return d_experts, d_x, d_weights + d_sent_weights, d_terms, None, None
+        grads = _loop(overflow, plan)(grads, num_rounds, manifest, pull_finish, ct, *operands)
+    *d_sent, d_sent_weights = grads
+    return *d_sent, d_weights + d_sent_weights, d_terms, None, None
 
 
 _routed_sum.defvjp(_routed_forward, _routed_backward)

@@ -37,6 +37,7 @@ def route(
     *,
     top_k: int,
     bias: jax.Array | None = None,
+    expert_scale: jax.Array | None = None,
     token_mask: jax.Array | None = None,
     axis_name: str | Sequence[str] | None = None,
 ) -> Routing:
@@ -45,7 +46,8 @@ def route(
     ``scores = f(logits)`` with f one of softmax, sigmoid, sqrt(softplus). The choice is the top k of ``scores``
     (of ``logits`` with ``router.topk_first``), plus ``bias`` if the router has a selection bias, inside the best
     ``top_groups`` of ``num_groups`` expert groups; ties go to the lower id. The weights are the chosen scores without
-    bias (with ``topk_first``: f over the chosen logits), divided by their sum if ``renormalize``, times ``scale``.
+    bias (with ``topk_first``: f over the chosen logits), divided by their sum if ``renormalize``, times ``scale``, and
+    times ``expert_scale`` of the expert.
     All arithmetic is fp32. The choice has no gradient; the weights and losses have.
 
     Scores that saturate or vanish in fp32 do not decide. Without a bias the choice compares logits, as scores grow with
@@ -64,6 +66,7 @@ def route(
       router: the static recipe.
       top_k: experts per token, 1 <= top_k <= E; inside the kept groups when there are groups.
       bias: [E] f32, added for the choice only; required if, and only if, ``router.selection_bias``.
+      expert_scale: [E] float, a factor on the weights of each expert, which has a gradient; None: ones.
       token_mask: [T] bool; tokens that are false get ids of -1 and weights of 0 and do not count.
       axis_name: mesh axes over which the tokens are spread; losses and load are then those of all tokens.
 
@@ -80,9 +83,9 @@ def route(
     >>> moe.route(jnp.array([[0.0, 2.0, 1.0]]), moe.RouterConfig(), top_k=2).expert_ids
     Array([[1, 2]], dtype=int32)
     """
-    _check_route(logits, router, top_k, bias, token_mask)
+    _check_route(logits, router, top_k, bias, expert_scale, token_mask)
     axes = () if axis_name is None else _compat.bound_axes(axis_name)
-    return choose_experts(logits, router, top_k, bias, token_mask, axes)
+    return choose_experts(logits, router, top_k, bias, expert_scale, token_mask, axes)
 
 
 def choose_experts(
@@ -90,6 +93,7 @@ def choose_experts(
     router: RouterConfig,
     top_k: int,
     bias: jax.Array | None,
+    expert_scale: jax.Array | None,
     token_mask: jax.Array | None,
     axes: tuple[str, ...],
 ) -> Routing:
@@ -107,6 +111,8 @@ def choose_experts(
         else:
             weights = _take_columns(scores, expert_ids)
         weights = weights * router.scale
+        if expert_scale is not None:
+            weights = weights * _take_columns(expert_scale.astype(jnp.float32) + jnp.zeros_like(logits), expert_ids)
         active = jnp.ones_like(logits[:, 0], dtype=bool) if token_mask is None else token_mask
         expert_ids = jnp.where(active[:, None], expert_ids, -1)
         weights = jnp.where(active[:, None], weights, 0.0)
@@ -145,7 +151,7 @@ def update_selection_bias(bias: jax.Array, load: jax.Array, *, rate: float) -> j
     return bias + jnp.asarray(rate, jnp.float32) * jnp.sign(jnp.mean(load) - load)
 
 
-def _check_route(logits, router, top_k, bias, token_mask):
+def _check_route(logits, router, top_k, bias, expert_scale, token_mask):
     check_rank("logits", logits, 2, "[T, E]")
     check_dtype("logits", logits, _FLOATS)
     check_type("router", router, RouterConfig, "build one with moe_jax.RouterConfig(...)")
@@ -159,6 +165,9 @@ def _check_route(logits, router, top_k, bias, token_mask):
             raise InvalidArgumentError("bias was given but router.selection_bias is false; set it or leave bias out")
         check_shape("bias", bias, (num_experts,), "[E], one per expert")
         check_dtype("bias", bias, (jnp.floating,))
+    if expert_scale is not None:
+        check_shape("expert_scale", expert_scale, (num_experts,), "[E], one per expert")
+        check_dtype("expert_scale", expert_scale, (jnp.floating,))
     if token_mask is not None:
         check_mask("token_mask", token_mask, logits.shape[:1], "[T]")
 

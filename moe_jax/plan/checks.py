@@ -9,7 +9,16 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from moe_jax import quant
-from moe_jax.errors import InvalidArgumentError, MoEError, UnsupportedError, choice_violations, count_violations
+from moe_jax.activations import Choice, check_activation
+from moe_jax.errors import (
+    InvalidArgumentError,
+    MoEError,
+    UnsupportedError,
+    check_count,
+    check_flag,
+    choice_violations,
+    count_violations,
+)
 from moe_jax.hardware import Machine, find_machine
 from moe_jax.hardware.ascend import ANY, PRODUCTS
 from moe_jax.kernels import FLOAT_DTYPES, resolve_backend, table
@@ -33,6 +42,28 @@ def shard_violations(hidden: Any, num_shards: int) -> list[str]:
 def _least(name: str) -> int:
     """The smallest value that the size ``name`` may have."""
     return int(name in _AT_LEAST_ONE)
+
+
+def check_shared(
+    plan: Any, shared_ffn: int | None, shared_activation: Choice | None, gated_shared: bool = False
+) -> None:
+    """Raises unless these are what a shared expert can have, and ``plan`` has one if any of them is given."""
+    if shared_ffn is not None:
+        check_count("shared_ffn", shared_ffn)
+    if shared_activation is not None:
+        check_activation(shared_activation, "shared_activation")
+    check_flag("gated_shared", gated_shared)
+    given = {"shared_ffn": shared_ffn, "shared_activation": shared_activation, "gated_shared": gated_shared or None}
+    words = [f"{name}={value!r}" for name, value in given.items() if value is not None]
+    if words and not plan.num_shared_experts:
+        raise InvalidArgumentError(
+            f"{', '.join(words)}: the plan has no shared expert; make it with num_shared_experts=1, or leave this out"
+        )
+
+
+def width_of_shared(plan: Any, ffn: int, shared_ffn: int | None) -> int:
+    """S, the width of the shared expert; 0 where ``plan`` has none. None: as many times F as there are."""
+    return ffn * plan.num_shared_experts if shared_ffn is None else int(shared_ffn)
 
 
 def size_violations(mesh_sizes: tuple[int, int] | None, sizes: Mapping[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from moe_jax.activations import Choice, activation_of, check_activation
 from moe_jax.errors import InvalidArgumentError, UnsupportedError, check_choice, check_count
 from moe_jax.hardware import Machine, machine_of
 from moe_jax.kernels.table import PLATFORMS
-from moe_jax.plan.checks import machine_from
+from moe_jax.plan.checks import check_shared, machine_from, width_of_shared
 from moe_jax.plan.steps import (
     ACTIVATION,
     COMBINE,
@@ -186,6 +186,8 @@ def plan_costs(
     ffn: int,
     *,
     activation: Choice,
+    shared_ffn: int | None,
+    shared_activation: Choice | None,
     num_replicas: int | None,
     platform: str | None,
     hardware: str | Machine | None,
@@ -195,6 +197,7 @@ def plan_costs(
     if ffn % plan.tp_size:
         raise InvalidArgumentError(f"ffn={ffn} must be divisible by tp={plan.tp_size}")
     check_activation(activation)
+    check_shared(plan, shared_ffn, shared_activation)
     num_replicas = plan.num_replicas if num_replicas is None else num_replicas
     check_count("num_replicas", num_replicas)
     machine = plan.hardware
@@ -212,15 +215,32 @@ def plan_costs(
             f"num_shared_ranks={plan.num_shared_ranks}: the layer computes shared experts beside the exchange, and "
             "its cost is that of a plan with num_shared_ranks=0"
         )
-    return layer_costs(plan, machine, ffn=ffn, activation=activation, num_replicas=num_replicas)
+    return layer_costs(
+        plan,
+        machine,
+        ffn=ffn,
+        activation=activation,
+        shared_ffn=width_of_shared(plan, ffn, shared_ffn),
+        shared_activation=activation if shared_activation is None else shared_activation,
+        num_replicas=num_replicas,
+    )
 
 
-def layer_costs(plan: "Plan", machine: Machine, *, ffn: int, activation: Choice, num_replicas: int) -> dict[str, Cost]:
-    """The costs of both passes; ``ffn`` 0 leaves out everything that has the width of an FFN. See ``Plan.cost``."""
+def layer_costs(
+    plan: "Plan",
+    machine: Machine,
+    *,
+    ffn: int,
+    activation: Choice,
+    shared_ffn: int,
+    shared_activation: Choice,
+    num_replicas: int,
+) -> dict[str, Cost]:
+    """The costs of both passes; ``ffn`` 0 leaves out everything that has the width of an expert. See ``Plan.cost``."""
     size = Size.of(plan, machine.widened)
     transport, layout = transport_of(plan), Layout.of(plan, machine, num_replicas)
     routed = _Ffn(size.multiplied, plan.num_local_experts, ffn // plan.tp_size, activation)
-    shared = _Ffn(plan.tokens_per_rank, 1, ffn * plan.num_shared_experts, activation)
+    shared = _Ffn(plan.tokens_per_rank, 1, shared_ffn, shared_activation)
     costs = {}
     for name in PHASES:
         backward = name == PHASES[1]
@@ -252,7 +272,8 @@ def layer_costs(plan: "Plan", machine: Machine, *, ffn: int, activation: Choice,
 
 def rows_cost(plan: "Plan") -> Cost:
     """Of a forward and a backward pass, all that a transport decides: everything but what has the width of an FFN."""
-    return layer_costs(plan, plan.hardware, ffn=0, activation="swiglu", num_replicas=plan.num_replicas)[PHASES[1]]
+    no_experts = {"ffn": 0, "activation": "swiglu", "shared_ffn": 0, "shared_activation": "swiglu"}
+    return layer_costs(plan, plan.hardware, **no_experts, num_replicas=plan.num_replicas)[PHASES[1]]
 
 
 def _bytes_of_all(steps: Iterable[Step], layout: Layout) -> tuple[int, int]:

@@ -25,6 +25,7 @@ from moe_jax.errors import (
 from moe_jax.hardware import Machine, find_machine
 from moe_jax.kernels import FLOAT_DTYPES
 from moe_jax.parameters import TABLE
+from moe_jax.plan.checks import check_shared, width_of_shared
 from moe_jax.plan.cost import balanced_rows
 from moe_jax.plan.moments import WIDE, Sizes, backward, forward, kept_bytes
 from moe_jax.plan.transport_table import transport_of
@@ -50,6 +51,7 @@ class Question:
       call: "layer" or "dispatch".
       chunks: parts in which the tokens pass.
       hardware: the machine; None: the plan's.
+      shared_ffn, shared_activation: of the shared expert; None: as for ``moe_on_mesh``.
     """
 
     ffn: int
@@ -61,6 +63,17 @@ class Question:
     call: str
     chunks: int
     hardware: Machine | str | None
+    shared_ffn: int | None
+    shared_activation: Choice | None
+
+    @property
+    def activation_of_shared(self) -> Choice:
+        """That of the shared expert."""
+        return self.activation if self.shared_activation is None else self.shared_activation
+
+    def width_of_shared(self, plan: "Plan") -> int:
+        """The width of the shared expert of ``plan``; 0 where there is none."""
+        return width_of_shared(plan, self.ffn, self.shared_ffn)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,6 +177,7 @@ def plan_memory(plan: "Plan", asked: Question) -> Memory:
     check_choice("call", asked.call, CALLS)
     check_count("ffn", asked.ffn, low=0)
     check_activation(asked.activation)
+    check_shared(plan, asked.shared_ffn, asked.shared_activation)
     check_count("layers", asked.layers)
     check_choice("optimizer", asked.optimizer, OPTIMIZERS)
     check_choice("param_dtype", asked.param_dtype, FLOAT_DTYPES)
@@ -193,10 +207,11 @@ def _machine(asked: Machine | str | None, default: Machine) -> Machine:
     return asked if isinstance(asked, Machine) else find_machine(asked)
 
 
-def _parameter_extents(plan: "Plan", ffn: int, activation: Choice) -> dict[str, int]:
+def _parameter_extents(plan: "Plan", asked: Question) -> dict[str, int]:
     """The number of parameters on one device, by the name of each that the layer always has."""
     facts = {
-        "gated": activation_of(activation).gated,
+        "gated": activation_of(asked.activation).gated,
+        "shared_gated": activation_of(asked.activation_of_shared).gated,
         "shared": plan.num_shared_experts > 0,
         "constants": plan.num_const_experts > 0,
     }
@@ -207,8 +222,8 @@ def _parameter_extents(plan: "Plan", ffn: int, activation: Choice) -> dict[str, 
         "router_hidden": plan.hidden,
         "expert_hidden": plan.hidden // plan.num_param_shards,
         "experts": plan.num_local_experts,
-        "ffn": ffn // plan.tp_size,
-        "shared_ffn": ffn * plan.num_shared_experts,
+        "ffn": asked.ffn // plan.tp_size,
+        "shared_ffn": asked.width_of_shared(plan),
         "constants": plan.num_const_experts,
     }
     return {
@@ -219,13 +234,13 @@ def _parameter_extents(plan: "Plan", ffn: int, activation: Choice) -> dict[str, 
 def _of_layer(plan: "Plan", machine: Machine, asked: Question) -> Memory:
     """The memory of ``asked.layers`` layers."""
     ffn, layers, chunks = asked.ffn, asked.layers, asked.chunks
-    extents = _parameter_extents(plan, ffn, asked.activation)
+    extents = _parameter_extents(plan, asked)
     item = jnp.dtype(asked.param_dtype).itemsize
     # 1. What all layers keep. The router's parameters stay in fp32.
     one_layer = sum(n * (WIDE if _is_router(name) else item) for name, n in extents.items())
     train = asked.optimizer != "none"
     s = Sizes.of(_chunk_of(plan, chunks), ffn, asked.activation, asked.param_dtype, machine.platform)
-    shared = plan.tokens_per_rank * ffn * plan.num_shared_experts * jnp.dtype(plan.dtype).itemsize
+    shared = plan.tokens_per_rank * asked.width_of_shared(plan) * jnp.dtype(plan.dtype).itemsize
     kept = _kept(plan, asked, s)
     # 2. The programs of one layer. Chunks keep what they keep side by side, and while one is multiplied, the next one
     #    travels. Each makes gradients of all weights, which are added in the end.
@@ -243,7 +258,7 @@ def _of_layer(plan: "Plan", machine: Machine, asked: Question) -> Memory:
     backward_program = None
     if train:
         gradients = s.projections * s.weight if chunks > 1 else 0
-        others = max((chunks - 1) * kept_bytes(s) + travelling, gradients) + router + s.projections * shared
+        others = max((chunks - 1) * kept_bytes(s) + travelling, gradients) + router + _projections(asked) * shared
         others += 2 * gathered
         temporaries, moment = max(backward(s, machine.platform))
         backward_program = Program(
@@ -321,10 +336,15 @@ def _kept(plan: "Plan", asked: Question, s: Sizes) -> int:
     router = WIDE * tokens * (plan.num_ids + 8 * plan.top_k + plan.hidden * s.narrow)
     rows = asked.chunks * (kept_bytes(s) + s.rows * (plan.exchanges and not transport_of(plan).pairwise))
     # The shared expert is differentiated by JAX, which keeps every step of the activation.
-    width = asked.ffn * plan.num_shared_experts
-    shared = tokens * width * (_steps_bytes(asked.activation) + item)
-    casts = s.projections * plan.hidden * width * item if s.cast else 0
+    width = asked.width_of_shared(plan)
+    shared = tokens * width * (_steps_bytes(asked.activation_of_shared) + item)
+    casts = _projections(asked) * plan.hidden * width * item if s.cast else 0
     return inputs + router + rows + shared + casts + _integers(plan)
+
+
+def _projections(asked: Question) -> int:
+    """How many projections the shared expert has."""
+    return 3 if activation_of(asked.activation_of_shared).gated else 2
 
 
 def _steps_bytes(activation: Choice) -> int:

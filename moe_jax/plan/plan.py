@@ -232,6 +232,8 @@ class Plan:
         ffn: int,
         *,
         activation: Choice = "swiglu",
+        shared_ffn: int | None = None,
+        shared_activation: Choice | None = None,
         num_replicas: int | None = None,
         platform: str | None = None,
         hardware: str | Machine | None = None,
@@ -245,7 +247,7 @@ class Plan:
         Args:
           ffn: F, width of an expert, divisible by tp; a shared expert is as many times as wide as there are. 0 leaves
             out what depends on it: products of experts, and gradients of weights that are summed over devices.
-          activation: as for ``moe_on_mesh``.
+          activation, shared_ffn, shared_activation: as for ``moe_on_mesh``.
           num_replicas: copies of the whole group; None: as many as the plan's mesh has.
           platform: "cpu", "gpu" or "tpu": at the rates of a machine of that platform (h100, v5p); or
           hardware: at those of this machine, as for ``make_plan``; both None: at those of ``plan.hardware``.
@@ -262,7 +264,14 @@ class Plan:
         24832
         """
         return plan_costs(
-            self, ffn, activation=activation, num_replicas=num_replicas, platform=platform, hardware=hardware
+            self,
+            ffn,
+            activation=activation,
+            shared_ffn=shared_ffn,
+            shared_activation=shared_activation,
+            num_replicas=num_replicas,
+            platform=platform,
+            hardware=hardware,
         )
 
     def memory(
@@ -277,6 +286,8 @@ class Plan:
         call: str = "layer",
         chunks: int = 1,
         hardware: Machine | str | None = None,
+        shared_ffn: int | None = None,
+        shared_activation: Choice | None = None,
     ) -> Memory:
         """What one device holds at the largest moment, in bytes, as the compiler of its platform places arrays.
 
@@ -293,6 +304,7 @@ class Plan:
             parameters nor layers, and depends on the plan and ``hardware`` alone.
           chunks: as for ``moe_on_mesh``.
           hardware: a ``moe_jax.hardware.Machine``, its name, or the path of a TOML file; None: the plan's.
+          shared_ffn, shared_activation: as for ``moe_on_mesh``.
 
         Returns:
           A ``Memory``. ``memory.fits()`` says whether the machine has that much, ``memory.check_fits()`` raises where
@@ -320,6 +332,8 @@ class Plan:
             call=call,
             chunks=chunks,
             hardware=hardware,
+            shared_ffn=shared_ffn,
+            shared_activation=shared_activation,
         )
         return plan_memory(self, asked)
 

@@ -216,16 +216,14 @@ for _scheme in (Static, PerToken, PerGroup, Microscaled, MicroscaledClip, Rounde
 def recipe(name: str, dtype: str) -> Recipe | None:
     """The recipe called ``name`` for rows of ``dtype``; None for "none", which leaves rows as they are.
 
-    ==================================  =================  ======================  =====================
-    name                                values             one scale per           scheme
-    ==================================  =================  ======================  =====================
-    int8_static                         int8               none travels            ``Static``
-    int8, fp8_e4m3, fp8_e5m2            int8, fp8          row: f32                ``PerToken``
-    fp8_e4m3_group128, .._e5m2_..       fp8                128 columns: f32        ``PerGroup``
-    mx_e4m3, mx_e5m2, mx_e2m1           fp8, fp4 pairs     32 columns: u8          ``Microscaled``
-    mx_clip_e4m3, mx_clip_e5m2          fp8                32 columns: u8          ``MicroscaledClip``
-    int8_group8                         int8               8 columns: ``dtype``    ``RoundedScale``
-    ==================================  =================  ======================  =====================
+    | name                               | values          | one scale per        | scheme              |
+    |------------------------------------|-----------------|----------------------|---------------------|
+    | int8_static                        | int8            | none travels         | ``Static``          |
+    | int8, fp8_e4m3, fp8_e5m2           | int8, fp8       | row: f32             | ``PerToken``        |
+    | fp8_e4m3_group128, fp8_e5m2_...    | fp8             | 128 columns: f32     | ``PerGroup``        |
+    | mx_e4m3, mx_e5m2, mx_e2m1          | fp8, fp4 pairs  | 32 columns: u8       | ``Microscaled``     |
+    | mx_clip_e4m3, mx_clip_e5m2         | fp8             | 32 columns: u8       | ``MicroscaledClip`` |
+    | int8_group8                        | int8            | 8 columns: ``dtype`` | ``RoundedScale``    |
 
     Args:
       name: one of ``NAMES``.

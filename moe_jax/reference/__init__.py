@@ -25,7 +25,7 @@ from moe_jax.reference.fused import (
 )
 from moe_jax.reference.layer import combine_weights_vjp, moe_layer, moe_layer_vjp
 from moe_jax.reference.rms_norm import add_rms_norm, add_rms_norm_vjp
-from moe_jax.reference.routing import Routing, route, route_vjp, update_selection_bias
+from moe_jax.reference.routing import Routing, expert_scale_vjp, route, route_vjp, update_selection_bias
 from moe_jax.reference.update_expert import update_expert
 from moe_jax.reference.weightless import WeightlessExperts, weightless_sum, weightless_value
 
@@ -48,6 +48,7 @@ __all__ = [
     "dispatch_vjp",
     "expert_ffn",
     "expert_ffn_vjp",
+    "expert_scale_vjp",
     "grouped_matmul",
     "grouped_matmul_all_to_allv",
     "grouped_matmul_all_to_allv_vjp",

@@ -81,7 +81,13 @@ class Routing:
 
 
 def route(
-    logits: np.ndarray, router: Any, *, top_k: int, bias: np.ndarray | None = None, token_mask: np.ndarray | None = None
+    logits: np.ndarray,
+    router: Any,
+    *,
+    top_k: int,
+    bias: np.ndarray | None = None,
+    expert_scale: np.ndarray | None = None,
+    token_mask: np.ndarray | None = None,
 ) -> Routing:
     """Picks ``top_k`` experts per token and weights them.
 
@@ -103,6 +109,7 @@ def route(
       router: see the module's text.
       top_k: K, at most the number of experts in the kept groups.
       bias: [E] float; given exactly when ``router.selection_bias`` is set.
+      expert_scale: [E] float, a factor on the final weights of each expert; None: ones.
       token_mask: [N] bool, False = inactive; None = all active.
 
     Returns:
@@ -127,6 +134,8 @@ def route(
     for t in active:
         expert_ids[t] = select_experts(logits[t], router, top_k=top_k, bias=bias)
         combine_weights[t] = expert_weights(logits[t], expert_ids[t], router)
+        if expert_scale is not None:
+            combine_weights[t] *= np.asarray(expert_scale, np.float64)[expert_ids[t]]
     load = np.bincount(expert_ids[active].ravel(), minlength=num_experts)
     losses = {"balance": _balance_loss(logits[active], load, router, top_k), "z": _z_loss(logits[active])}
     return Routing(expert_ids=expert_ids, combine_weights=combine_weights, losses=losses, load=load)
@@ -139,6 +148,7 @@ def route_vjp(
     *,
     top_k: int,
     bias: np.ndarray | None = None,
+    expert_scale: np.ndarray | None = None,
     token_mask: np.ndarray | None = None,
     ct_balance: float = 0.0,
     ct_z: float = 0.0,
@@ -148,7 +158,7 @@ def route_vjp(
     The choice of experts is a constant, and so is the share of assignments f_e in the balance loss.
 
     Args:
-      logits, router, top_k, bias, token_mask: as given to ``route``.
+      logits, router, top_k, bias, expert_scale, token_mask: as given to ``route``.
       ct_weights: [N, K], cotangent of ``combine_weights``.
       ct_balance, ct_z: cotangents of the two losses.
 
@@ -164,11 +174,33 @@ def route_vjp(
     for t in active:
         share = routing.load / (len(active) * top_k)  # f_e
         ct_probabilities = ct_balance * num_experts * share / len(active)
-        ct_logits[t] += _expert_weights_vjp(ct_weights[t], logits[t], routing.expert_ids[t], router)
+        scale = 1.0 if expert_scale is None else np.asarray(expert_scale, np.float64)[routing.expert_ids[t]]
+        ct_logits[t] += _expert_weights_vjp(ct_weights[t] * scale, logits[t], routing.expert_ids[t], router)
         ct_logits[t] += _shares_vjp(ct_probabilities, logits[t], router.score)
         if not _is_empty(logits[t]):
             ct_logits[t] += ct_z * 2.0 * np.logaddexp.reduce(logits[t]) / len(active) * ew.softmax(logits[t])
     return ct_logits
+
+
+def expert_scale_vjp(
+    logits: np.ndarray,
+    router: Any,
+    ct_weights: np.ndarray,
+    *,
+    top_k: int,
+    bias: np.ndarray | None = None,
+    expert_scale: np.ndarray | None = None,
+    token_mask: np.ndarray | None = None,
+) -> np.ndarray:
+    """The cotangent of ``expert_scale`` in ``route``: [E] f64, sums of ct_weights times what it multiplies.
+
+    The arguments are those of ``route_vjp``; what the scales are does not matter.
+    """
+    routing = route(logits, router, top_k=top_k, bias=bias, token_mask=token_mask)
+    ct_scale = np.zeros(len(routing.load))
+    for t, k in np.argwhere(routing.expert_ids >= 0):
+        ct_scale[routing.expert_ids[t, k]] += ct_weights[t, k] * routing.combine_weights[t, k]
+    return ct_scale
 
 
 def update_selection_bias(bias: np.ndarray, load: np.ndarray, *, rate: float) -> np.ndarray:

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import reference
-from moe_jax.kernels import gated_matmul, grouped_matmul, grouped_matmuls, resolve_backend
-from moe_jax.kernels.table import FUSED
+from moe_jax.kernels import gated_matmul, grouped_matmuls, resolve_backend
+from moe_jax.kernels.table import FUSED, registrations
 from moe_jax.quant.schemes import named_recipe
-from moe_jax.verify.cases import deviation, integers
+from moe_jax.verify.cases import deviation
+from moe_jax.verify.products import compare, operands
 
 
 def grouped_matmul_deviations(
@@ -28,19 +29,10 @@ def grouped_matmul_deviations(
       The largest deviation for each way in which M rows fall into groups: some empty, all empty, one with everything,
       single rows. Rows past the groups are NaN.
     """
-    rows, hidden, columns = extents
-    rng, found = np.random.default_rng(1), []
-    program = jax.jit(functools.partial(_product_and_gradients, backend))
-    for group_sizes in _ways_of_grouping(rows):
-        lhs, rhs, ct = integers(rng, rows, hidden), integers(rng, 4, hidden, columns), integers(rng, rows, columns)
-        total, sizes = sum(group_sizes), np.array(group_sizes, np.int32)
-        lhs[total:] = np.nan
-        ct[total:] = np.nan
-        product, d_lhs, d_rhs = program(*(jnp.asarray(a, dtype) for a in (lhs, rhs, ct)), sizes)
-        want_lhs, want_rhs = reference.grouped_matmul_vjp(ct, lhs, rhs, sizes)
-        expected = reference.grouped_matmul(lhs, rhs, sizes)
-        pairs = ((product[:total], expected[:total]), (d_lhs[:total], want_lhs[:total]), (d_rhs, want_rhs))
-        found.append(_worst(pairs))
+    found = []
+    for seed, group_sizes in enumerate(_ways_of_grouping(extents[0])):
+        case = operands(seed, group_sizes, jnp.dtype(dtype), extents=extents)
+        found.append(float(np.max(list(compare(backend, case).values()))))
     return found
 
 
@@ -49,13 +41,12 @@ def _worst(pairs) -> float:
     return float(np.max([deviation(got, np.asarray(want, got.dtype)) for got, want in pairs]))
 
 
-def _product_and_gradients(backend, lhs, rhs, ct, sizes):
-    product, pull = jax.vjp(lambda a, b: grouped_matmul(a, b, sizes, backend=backend), lhs, rhs)
-    return product, *pull(ct)
-
-
 def fused_deviations(
-    backend: str, dtype: str = "float32", extents: tuple[int, int, int] = (20, 8, 6)
+    backend: str,
+    dtype: str = "float32",
+    extents: tuple[int, int, int] = (20, 8, 6),
+    *,
+    words: tuple[str, ...] = FUSED,
 ) -> list[float] | None:
     """The same for products of rows that lie in slots, and for those that make the activation as well.
 
@@ -66,13 +57,15 @@ def fused_deviations(
     Args:
       backend: its name in the table; not "auto".
       dtype, extents: as for ``grouped_matmul_deviations``.
+      words: of which of these kernels.
 
     Returns:
       A deviation for each way in which rows fall into groups; None if the back end brings no such kernels.
     """
-    has = {word for word in FUSED if resolve_backend("grouped_matmul", backend).has(word)}
+    has = {word for word in words if resolve_backend("grouped_matmul", backend).has(word)}
     if not has:
         return None
+    chosen = registrations(backend)  # a name may be registered again, and these are what is compiled
     rows = extents[0]
     rng, found = np.random.default_rng(2), []
     for group_sizes in _ways_of_grouping(rows):
@@ -92,11 +85,11 @@ def fused_deviations(
         if {"slot_matmul", "slot_outer"} <= has:
             expected = case.product()
             # 1. Rows come from slots; their cotangents go there.
-            got = _run_slots(backend, None, *case.arrays(in_slots(case.lhs), case.rhs[0], case.ct), sizes, row_slot)
+            got = _run_slots(chosen, None, *case.arrays(in_slots(case.lhs), case.rhs[0], case.ct), sizes, row_slot)
             pairs += zip((got[0][:total], got[1][here], *got[2:]), expected, strict=True)
             # 2. Results go to slots; their cotangents come from there.
-            operands = case.arrays(case.lhs, case.rhs[0], in_slots(case.ct))
-            got = _run_slots(backend, num_slots, *operands, sizes, row_slot)
+            given = case.arrays(case.lhs, case.rhs[0], in_slots(case.ct))
+            got = _run_slots(chosen, num_slots, *given, sizes, row_slot)
             pairs += zip((got[0][here], got[1][:total], *got[2:]), expected, strict=True)
         if "gated_matmul" in has:
             # 3. The activation, of rows in order with the products kept, and of rows in slots.
@@ -104,8 +97,8 @@ def fused_deviations(
                 (True, case.lhs, slice(total), None),
                 (False, in_slots(case.lhs), here, row_slot),
             ):
-                operands = case.arrays(of_lhs, *case.rhs, *case.bias, case.ct)
-                made, (d_lhs, *others) = _run_gated(backend, keep, *operands, sizes, slots)
+                given = case.arrays(of_lhs, *case.rhs, *case.bias, case.ct)
+                made, (d_lhs, *others) = _run_gated(chosen, keep, *given, sizes, slots)
                 got = (*(out[:total] for out in made), d_lhs[places], *others)
                 pairs += zip(got, case.gated(keep), strict=True)
         found.append(_worst(pairs))

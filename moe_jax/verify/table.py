@@ -17,8 +17,9 @@ from moe_jax import quant
 from moe_jax.config import MeshConfig
 from moe_jax.kernels import check_backend
 from moe_jax.mesh import ensure_devices, has_accelerator, make_mesh
+from moe_jax.verify.backend import LAWS, BackendContractError, dtypes_of, hold
 from moe_jax.verify.exchange import Exchange, ragged_deviations, same_bits
-from moe_jax.verify.kernels import grouped_matmul_deviations, recipe_deviations
+from moe_jax.verify.kernels import recipe_deviations
 from moe_jax.verify.layer import Layer
 
 TRANSPORTS = ("padded", "ragged", "allgather")
@@ -38,6 +39,7 @@ class Check:
       worst: the largest deviation.
       limit: the largest deviation that passes.
       seconds: how long it took.
+      note: what is wrong, where a law of a back end says so.
     """
 
     law: str
@@ -46,6 +48,7 @@ class Check:
     worst: float
     limit: float
     seconds: float
+    note: str = ""
 
     @property
     def passed(self) -> bool:
@@ -57,7 +60,8 @@ def run(mesh_config: MeshConfig | None = None, backend: str = "auto", json_lines
 
     Args:
       mesh_config: None: all accelerators that are there as ep, or 8 emulated CPU devices as ep=4, tp=2.
-      backend: a registered back end, or "auto".
+      backend: a back end that is registered, or that an installed package offers by the entry-point group
+        "moe_jax.backends"; or "auto". Every law of ``moe_jax.verify.backend`` that applies to it is a line.
       json_lines: print JSON lines instead of a table.
 
     Raises:
@@ -99,13 +103,15 @@ def _show(check: Check, json_lines: bool) -> None:
     verdict = "ok" if check.passed else "FAILED"
     print(
         f"{check.law:<44} {check.subject:<17} {check.cases:>5} {check.worst:>9.1e} {check.limit:>7.0e} "
-        f"{check.seconds:>6.1f}  {verdict}",
+        f"{check.seconds:>6.1f}  {verdict}" + (f"\n{check.note}" if check.note else ""),
         flush=True,
     )
 
 
 def _checks(mesh: Mesh, backend: str) -> Iterator[Check]:
-    yield _timed("grouped matmul and gradients = oracle", backend, 0.0, lambda: grouped_matmul_deviations(backend))
+    for law in LAWS:
+        if check := _of_backend(law, backend):
+            yield check
     for name in quant.NAMES[1:]:
         yield _timed("codes, scales and rows = oracle", name, 0.0, lambda name=name: recipe_deviations(name))
     transports = (*TRANSPORTS, "hierarchy") if "node" in mesh.shape else TRANSPORTS
@@ -125,6 +131,21 @@ def _checks(mesh: Mesh, backend: str) -> Iterator[Check]:
         yield _timed("every gradient of the layer = oracle", transport, TOLERANCE, layer.gradients)
         yield _timed("nothing dropped, every choice counted", transport, 0.0, layer.counts)
         yield _timed("two runs: same bits", transport, 0.0, layer.repeated)
+
+
+def _of_backend(law: str, backend: str) -> Check | None:
+    """A law of back ends, with every dtype that it looks at; None where it does not apply."""
+    start, cases, worst, notes = time.perf_counter(), 0, 0.0, []
+    for dtype in dtypes_of(law):
+        try:
+            cases += hold(law, backend, dtype) or 0
+        except BackendContractError as error:
+            cases, worst = cases + error.num_cases, float(np.max([worst, error.worst]))
+            notes.append(str(error))
+    if not cases:
+        return None
+    seconds, name = time.perf_counter() - start, "back end: " + law.replace("_", " ")
+    return Check(law=name, subject=backend, cases=cases, worst=worst, limit=0.0, seconds=seconds, note="\n".join(notes))
 
 
 def _timed(law: str, subject: str, limit: float, deviations: Callable[[], list[float]]) -> Check:
