@@ -18,6 +18,7 @@ import numpy as np
 
 from moe_jax.config import Config
 from moe_jax.errors import CheckpointError, raise_all
+from moe_jax.tools.train import peers
 from moe_jax.tools.train.extras import require
 from moe_jax.tools.train.seal import find_damage
 
@@ -108,7 +109,10 @@ class Checkpoints:
         Raises:
           CheckpointError: it could not be written.
         """
-        return None if self._written is None or self._manager.is_saving_in_progress() else self.wait()
+        if self._written is None:
+            return None
+        (busy,) = peers.agree(self._manager.is_saving_in_progress())
+        return None if busy else self.wait()
 
     def wait(self) -> int | None:
         """As `poll`, after waiting for the end of what is being written."""
@@ -167,9 +171,10 @@ class Checkpoints:
             self._manager.close()
 
     def _remove_later(self) -> None:
-        for step in self._later:
+        for step in self._later if peers.leads() else ():
             shutil.rmtree(self._path / str(step))
         if self._later:
+            peers.agree(0)  # nobody looks before the first process has removed them
             self._manager.reload()
         self._later = []
 
@@ -200,7 +205,7 @@ def unfinished(path: Path) -> list[Path]:
 
 def _check_whole(folder: Path, earlier: list[int]) -> None:
     """Raises CheckpointError if the checkpoint is damaged; the text offers the last of the `earlier` that is whole."""
-    damage = _damage(folder)
+    damage = peers.tell_all(_damage(folder) if peers.leads() else "")  # one process reads all that there is
     if not damage:
         return
     text = f"{folder}: is damaged or cut short ({damage})"

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from moe_jax.errors import CheckpointError, DataError
+from moe_jax.errors import CheckpointError, DataError, MoEError
+from moe_jax.tools.train import peers
 from moe_jax.tools.train.atomic import remove_unfinished
 from moe_jax.tools.train.checkpoint import saved_steps
 
@@ -46,6 +47,29 @@ class RunFolder:
     @property
     def how_to_resume(self) -> str:
         return f"go on with --out {self.path} --resume"
+
+
+@contextmanager
+def share_folder(out: str | Path | None, name: str, *, resume: bool) -> Iterator[RunFolder]:
+    """As `open_folder`, in the first process of a run; the others get the folder that it tells them.
+
+    Raises:
+      CheckpointError: as for `open_folder`; in the others, whatever failed in the first.
+    """
+    with ExitStack() as stack:
+        if peers.leads():
+            try:
+                folder = stack.enter_context(open_folder(out, name, resume=resume))
+            except MoEError:
+                peers.tell_all("")
+                raise
+            peers.tell_all(str(folder.path))
+        else:
+            path = peers.tell_all("")
+            if not path:
+                raise CheckpointError("the first process of the run found no folder for it, and says why")
+            folder = RunFolder(Path(path))
+        yield folder
 
 
 @contextmanager

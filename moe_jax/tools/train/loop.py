@@ -15,12 +15,14 @@ import moe_jax as moe
 from moe_jax.config import Config, ModelConfig, TrainConfig
 from moe_jax.errors import CheckpointError, ConfigError, DataError, InvalidArgumentError
 from moe_jax.mesh import ensure_devices
+from moe_jax.tools.train import peers
 from moe_jax.tools.train.batches import Reader, TrainBatches, eval_batch, rows_here
 from moe_jax.tools.train.checkpoint import Checkpoints, Identity, identify, unfinished
 from moe_jax.tools.train.data import Corpus, digest, load_corpus
-from moe_jax.tools.train.folder import RunFolder, open_folder
+from moe_jax.tools.train.folder import RunFolder, share_folder
 from moe_jax.tools.train.interrupt import Interrupt, Stopped, catch_interrupt
 from moe_jax.tools.train.model import Decoder, build_decoder, training_sections
+from moe_jax.tools.train.peers import parse_place
 from moe_jax.tools.train.progress import Progress, Record, make_progress
 from moe_jax.tools.train.report import MetricsFile, write_report
 from moe_jax.tools.train.sample import printable, sample_text
@@ -44,9 +46,16 @@ class Job:
     progress: Progress
     interrupt: Interrupt
 
+    def check(self) -> None:
+        """Raises Stopped if a process of the run was asked to stop."""
+        (signum,) = peers.agree(self.interrupt.signum)
+        if signum:
+            self.interrupt.signum = signum  # it may have come to another process
+            raise Stopped
+
     def tell(self, task: str, done: int = 0, total: int | None = None) -> None:
         """Says which task begins or how far it has come. Here is also where a run that was asked to stop does so."""
-        self.interrupt.check()
+        self.check()
         self.interrupt.doing = task
         self.progress.task(task, done, total)
 
@@ -72,6 +81,11 @@ class Run:
         """Puts the rows of a batch that this process read on the mesh: [B, S + 1], spread over all devices."""
         shape = (self.job.train.batch_size, self.job.model.seq_len + 1)
         return jax.make_array_from_process_local_data(self.decoder.over_batch, rows, shape)
+
+    def record(self, record: Record) -> None:
+        """Adds a record to the metrics."""
+        if peers.leads():
+            self.metrics.append(record)
 
     def save(self) -> None:
         """Begins to save the state, if steps were taken since the last checkpoint, and returns while it is written."""
@@ -108,6 +122,7 @@ def train(
     name: str = "train",
     resume: bool = False,
     resume_from: int | None = None,
+    distributed: bool | str = False,
     json_lines: bool = False,
 ) -> int:
     """Trains, then prints the validation loss in nats per byte and a sample; returns the exit code.
@@ -126,6 +141,9 @@ def train(
         takes the one of these folders that was saved last.
       resume: go on from the last checkpoint in the folder, bit by bit as if the run had not stopped.
       resume_from: go on from the checkpoint of this step instead. Later ones are removed when the next one is saved.
+      distributed: whether this is one of several processes that take the same arguments: True where Slurm, Kubernetes
+        or Cloud TPU tell which, or "HOST:PORT,COUNT,INDEX" with the address at which process 0 listens. The first one
+        alone prints, and writes the metrics and the picture; all must see the same files.
       json_lines: print JSON lines instead of text.
 
     Returns:
@@ -139,8 +157,11 @@ def train(
         raise InvalidArgumentError(f"steps={steps} must be at least 1")
     num_steps = schedule.steps if steps is None else steps
     resume = resume or resume_from is not None
+    place = parse_place(distributed) if isinstance(distributed, str) else None
     corpus = load_corpus(data, model.seq_len)
-    with open_folder(out, name, resume=resume) as folder:
+    if distributed:
+        peers.join(place, num_devices=config.mesh.num_devices)
+    with share_folder(out, name, resume=resume) as folder:
         _check_apart(folder, data)
         progress = make_progress(json_lines=json_lines, log_every=schedule.log_every, num_steps=num_steps)
         with closing(progress), catch_interrupt(progress.note) as interrupt:
@@ -166,7 +187,8 @@ def _carry_out(job: Job) -> int:
                 _take_steps(run)
                 _finish(run)
             finally:
-                if run.done_steps and run.saved_steps == run.done_steps:  # or the run failed, and an error follows
+                # Or the run failed, and an error follows.
+                if run.done_steps and run.saved_steps == run.done_steps and peers.leads():
                     job.progress.task("drawing the report")
                     job.progress.note(write_report(job.folder.report, run.metrics.records()))
     except Stopped:
@@ -249,27 +271,32 @@ def _take_steps(run: Run) -> None:
     except CheckpointError:
         raise
     except OSError:
-        # Reading the data, or writing the metrics or standard output, failed. The parameters are whole: save them.
-        run.save()
-        run.settle()
+        # Reading the data, or writing the metrics or standard output, failed. The parameters are whole: save them. To
+        # save takes all processes, and the others do not know of this one's failure.
+        if peers.alone():
+            run.save()
+            run.settle()
         raise
     run.save()
     run.settle()
-    job.interrupt.check()
+    job.check()
 
 
 def _step_until(run: Run, step: Callable) -> None:
     """Takes steps until there are `num_steps` or the run is asked to stop, and saves whenever a checkpoint is due."""
     train = run.job.train
     saved_at = time.monotonic()
-    while run.done_steps < run.job.num_steps and not run.job.interrupt.signum:
+    (stop,) = peers.agree(run.job.interrupt.signum)
+    while run.done_steps < run.job.num_steps and not stop:
         run.job.interrupt.doing = f"taking step {run.done_steps + 1}"
         record = _one_step(run, step)
-        run.metrics.append(record)
+        run.record(record)
         run.job.progress.step(record)
         run.poll()
         by_steps = train.save_every and run.done_steps % train.save_every == 0
-        if by_steps or time.monotonic() - saved_at >= train.save_seconds:
+        by_time = time.monotonic() - saved_at >= train.save_seconds
+        stop, due = peers.agree(run.job.interrupt.signum, by_steps or by_time)
+        if due:
             run.save()
             saved_at = time.monotonic()
 
@@ -313,7 +340,7 @@ def _finish(run: Run) -> None:
     """Computes the validation loss and a sample of text, tells both, and writes both to the metrics."""
     loss = _validate(run)
     run.job.progress.result("validation", f"validation loss {loss:.3f}", loss=loss)
-    run.metrics.append({"step": run.done_steps, "validation_loss": loss})
+    run.record({"step": run.done_steps, "validation_loss": loss})
     config = run.job.train
     if config.sample_bytes:
         run.job.tell("compiling the sampler")
@@ -327,7 +354,7 @@ def _finish(run: Run) -> None:
             tell=run.job.tell,
         )
         run.job.progress.result("sample", f"sample:\n{printable(text)}", text=text)
-        run.metrics.append({"step": run.done_steps, "sample": text})
+        run.record({"step": run.done_steps, "sample": text})
 
 
 def _validate(run: Run) -> float:
