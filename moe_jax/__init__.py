@@ -22,7 +22,7 @@ from moe_jax.layer.mapped import map_experts
 from moe_jax.layer.on_mesh import moe_on_mesh
 from moe_jax.layer.params import abstract_params, param_specs, place
 from moe_jax.layer.placement import update_expert
-from moe_jax.layer.router import route, update_selection_bias
+from moe_jax.layer.router import balance_loss, route, update_selection_bias
 from moe_jax.mesh import emulate_devices, make_mesh
 from moe_jax.plan import Plan, make_plan
 from moe_jax.recovery.barrier import BarrierTimeoutError, barrier
@@ -51,6 +51,7 @@ __all__ = [
     "aclnn",
     "all_to_allv_grouped_matmul",
     "assert_hlo_contract",
+    "balance_loss",
     "barrier",
     "buffer_reset",
     "combine",

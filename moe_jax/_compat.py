@@ -252,6 +252,17 @@ def _retyped(x, *, axes, varying):
     )
 
 
+def empty(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """``lax.empty``. JAX's own gives every member of a ``vmap`` a buffer, so that what is the same for all is not."""
+    return _empty_p.bind(shape=shape, dtype=jnp.dtype(dtype))
+
+
+_empty_p = Primitive("moe_empty")
+_empty_p.def_impl(lax.empty)
+_empty_p.def_abstract_eval(lambda *, shape, dtype: jax.core.ShapedArray(shape, dtype))
+mlir.register_lowering(_empty_p, mlir.lower_fun(lax.empty, multiple_results=False))
+
+
 def on_one_device(aval: Any) -> Any:
     """The type that an array of this type has in a function of one device: it varies over no mesh axis."""
     mesh = aval.sharding.mesh if aval.sharding.mesh.empty else jax.sharding.get_abstract_mesh()

@@ -113,28 +113,37 @@ class Routing:
     Attributes:
       expert_ids: [T, K] i32, -1 = none.
       combine_weights: [T, K] f32.
-      losses: "balance" and "z", f32 scalars.
+      losses: "balance" and "z", and "sequence_balance" where sequences are known; f32 scalars.
       load: [E] i32, pairs per expert.
+      mean_score: [E] f32, the mean over the tokens of their scores, each divided by the sum of its token's; None where
+        somebody else than ``route`` made the choices and did not say it.
     """
 
     expert_ids: Array
     combine_weights: Array
     losses: dict[str, Array]
     load: Array
+    mean_score: Array | None = None
 
 
 @pytree()
 class LayerStats:
-    """What one MoE layer did, summed over the whole mesh and the same on every device.
+    """What one MoE layer did, summed over the whole mesh and the same on every device, but for ``routing``.
 
     Attributes:
       num_dropped: i32 scalar, pairs that did not fit; 0 unless overflow="drop".
       num_rounds: i32 scalar, dispatch-compute-combine rounds executed, at least 1.
       load: [E] i32, pairs per expert.
       losses: the router's losses, f32 scalars.
+      mean_score: [E] f32, as in ``Routing``; with ``load`` it is what ``balance_loss`` takes.
+      routing: if it was asked for, (expert_ids [..., K] i32, combine_weights [..., K] f32), laid out like the tokens;
+        else None. The ids are what the router chose, before any table; -1 and a weight of 0 where there is no choice.
+        The argument ``routing`` of the layer takes it.
     """
 
     num_dropped: Array
     num_rounds: Array
     load: Array
     losses: dict[str, Array]
+    mean_score: Array | None = None
+    routing: tuple[Array, Array] | None = None

@@ -21,8 +21,13 @@ from moe_jax.targets.target import find_target
 
 MESHES = [(1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (2, 2), (4, 2), (2, 4)]
 TRANSPORTS = ["padded", "ragged", "allgather"]
-# Of the tests that everybody runs; the slow ones take every mesh with every transport.
-FEW_WORLDS = [(1, 1, "padded"), (8, 1, "padded"), *((4, 2, transport) for transport in TRANSPORTS)]
+# Every mesh, and with the other transports those where most differs: for the layer, where the tests of dispatch and
+# combine hold the same on every mesh with every transport.
+MANY_WORLDS = [
+    *((ep, tp, "padded") for ep, tp in MESHES),
+    *((ep, tp, "ragged") for ep, tp in ((2, 1), (8, 1), (4, 2))),
+    *((ep, tp, "allgather") for ep, tp in ((8, 1), (4, 2), (2, 4))),
+]
 # For the layer, where other tests that everybody runs hold the same of dispatch and combine on every transport.
 MOSTLY_PADDED = ["padded", *(pytest.param(transport, marks=pytest.mark.slow) for transport in TRANSPORTS[1:])]
 PATTERNS = ["balanced", "random", "zipf", "one_rank", "empty_experts", "masked", "none"]

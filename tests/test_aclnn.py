@@ -123,9 +123,9 @@ def test_generated(seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(100, 232))
+@pytest.mark.parametrize("seed", range(100, 166))
 def test_generated_many(seed):
-    """132 configurations x 40 draws = 5280 cases."""
+    """66 configurations x 40 draws = 2640 cases."""
     (config,) = static_configs(np.random.default_rng(seed), 1)
     rng = np.random.default_rng(seed)
     for _ in range(40):

@@ -136,6 +136,30 @@ def test_dispatch_and_combine(transport, ep, tp):
     holds(loss, oracle, params, rng)
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["traced", "values"])
+@pytest.mark.parametrize("transport", ["padded", "ragged", "allgather", "hierarchy"])
+def test_jacobians(transport, compiled):
+    """A batch of tangents or cotangents on the way of one batch of rows: ``y = K x^2`` has the Jacobian ``2 K x``."""
+    mesh = mesh_of(2, 1)
+    plan = moe.make_plan(
+        mesh, tokens_per_rank=T, hidden=H, num_experts=EXPERTS, top_k=K, dtype="float32", transport=transport
+    )
+    rng = np.random.default_rng(2)
+    ids, x = expert_ids("random", rng, (2, 1, T, K), EXPERTS, 2), small(rng, 2, 1, T, H)
+
+    def shard(x, ids):
+        sent = moe.dispatch(x, ids, plan)
+        return moe.combine(sent.x**2, jnp.ones((T, K)), sent.handle)
+
+    run = over_mesh(mesh, shard)
+    jacobians = jax.jit(lambda x: (jax.jacfwd(run)(x, ids), jax.jacrev(run)(x, ids)))
+    if not compiled:
+        assert [found.shape for found in jax.eval_shape(jacobians, x)] == [x.shape * 2] * 2
+        return
+    for found in jacobians(x):
+        np.testing.assert_array_equal(found.reshape(x.size, x.size), np.diag(2 * K * x.ravel()))
+
+
 def test_combine_add_rms_norm():
     plan = moe.make_plan(
         mesh_of(2, 1), tokens_per_rank=T, hidden=H, num_experts=EXPERTS, top_k=K, dtype="float32", poison=True

@@ -139,6 +139,14 @@ def test_the_reference_has_every_public_name_once():
     assert sorted(set(described)) == sorted(described) and names - set(described) == set(), "write ::: moe_jax.name"
 
 
+def test_every_page_is_in_the_navigation_once():
+    """Those of docs/, and the four files outside of it that docs/.site/pages.py makes pages of."""
+    pages = re.findall(r"^ +- [^:]+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    outside = ["index.md", "contributing.md", "changelog.md", "examples/index.md"]
+    written = [str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")]
+    assert sorted(pages) == sorted(written + outside)
+
+
 def as_markdown(monkeypatch):
     """What docs/.site/docstrings.py makes of a docstring, without griffe, which only the site needs."""
     monkeypatch.setitem(sys.modules, "griffe", types.SimpleNamespace(Extension=object))

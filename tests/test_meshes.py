@@ -99,7 +99,7 @@ def runs(types, shape, set_mesh, spec):
 @pytest.mark.slow
 @pytest.mark.parametrize("types", ALL_TYPES, ids=named)
 def test_layer_on_every_mesh(types):
-    """Whether JAX accepts the types shows in a trace, of all; values and gradients are compared where the layer runs."""
+    """Whether JAX accepts the types shows in a trace, of all; values and gradients are compared where layers run."""
     ran = 0
     for case in (case for case in EVERY_MESH if case[0] == types):
         ran += check_layer(*case, run=runs(*case))

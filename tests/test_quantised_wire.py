@@ -13,8 +13,19 @@ from moe_jax import reference
 
 H, T, K = 40, 3, 2
 RECIPES = [name for name in moe.quant.NAMES if name not in ("none", "int8_static")]
-SMOOTHABLE = ["int8", "int8_static"] + [
-    pytest.param(name, marks=pytest.mark.slow) for name in ("fp8_e4m3", "fp8_e5m2_group128")
+SMOOTHED = [  # every recipe that can be smoothed with every kind, every kind on every transport
+    ("int8", "one", "allgather"),
+    ("int8", "row", "ragged"),
+    ("int8", "experts", "padded"),
+    ("int8_static", "one", "ragged"),
+    ("int8_static", "row", "padded"),
+    ("int8_static", "experts", "allgather"),
+    ("fp8_e4m3", "one", "padded"),
+    ("fp8_e4m3", "row", "allgather"),
+    ("fp8_e4m3", "experts", "ragged"),
+    ("fp8_e5m2_group128", "one", "allgather"),
+    ("fp8_e5m2_group128", "row", "padded"),
+    ("fp8_e5m2_group128", "experts", "ragged"),
 ]
 
 
@@ -139,10 +150,8 @@ def test_transports_and_dtypes(name, dtype, transport):
     compare(make_plan(8, 1, transport, quant=name, dtype=dtype), "none", 1, with_weights=transport != "ragged")
 
 
-@pytest.mark.quick("int8-experts-padded", "int8_static-one-allgather", "int8_static-row-allgather")
-@pytest.mark.parametrize("transport", ["padded", "allgather", pytest.param("ragged", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["one", "row", "experts"])
-@pytest.mark.parametrize("name", SMOOTHABLE)
+@pytest.mark.quick("int8-one-allgather", "int8-experts-padded", "int8_static-row-padded")
+@pytest.mark.parametrize("name,kind,transport", SMOOTHED)
 def test_smoothing(name, kind, transport):
     compare(make_plan(4, 1, transport, quant=name), kind, 2)
 
@@ -165,9 +174,18 @@ def combine_program(plan):
     return jax.jit(over_mesh(mesh_of(plan.ep_size, plan.tp_size), shard))
 
 
+BOTH_WAYS = [
+    ("int8_group8", "allgather"),
+    ("mx_e4m3", "padded"),
+    ("int8_group8", "ragged"),
+    ("mx_e5m2", "padded"),
+    ("mx_e5m2", "allgather"),
+    ("int8", "ragged"),
+]
+
+
 @pytest.mark.quick("int8_group8-allgather", "mx_e4m3-padded")
-@pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("name", ["int8_group8", "mx_e5m2", "mx_e4m3", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name,transport", BOTH_WAYS)
 def test_combine_and_cotangents_on_a_quantised_wire(name, transport):
     """Rows come back as the recipe leaves them; so do cotangents under ``backward_quant``, in both directions."""
     plan = make_plan(4, 1, transport, combine_quant=name, backward_quant=name, dtype="float32")

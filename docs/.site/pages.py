@@ -63,7 +63,19 @@ def on_page_markdown(markdown, page, config, files):
             return found[0]
         return f"]({posixpath.relpath(pages[source], posixpath.dirname(here) or '.')}{hash_}{anchor})"
 
-    return HELP.sub(lambda found: f"```text\n{help_of(found[1])}```", FENCE_OR_LINK.sub(mended, markdown))
+    text = numbered_lists_indented(FENCE_OR_LINK.sub(mended, markdown))
+    return HELP.sub(lambda found: f"```text\n{help_of(found[1])}```", text)
+
+
+def numbered_lists_indented(markdown: str) -> str:
+    """What belongs to "1. " is indented by 3 in the repository, where it begins, and by 4 for the site's Markdown."""
+    lines, inside, fenced = [], False, False
+    for line in markdown.splitlines():
+        fenced ^= line.startswith("```")
+        if line and not line.startswith("   "):
+            inside = not fenced and re.match(r"\d+\. ", line) is not None
+        lines.append(f" {line}" if inside and line.startswith("   ") else line)
+    return "\n".join(lines)
 
 
 def help_of(command: str) -> str:

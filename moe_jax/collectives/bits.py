@@ -57,7 +57,7 @@ def unwritten(num_rows: int, like: Array, plan: "Plan") -> Array:
     Zeros would cost a pass over the buffer of an exchange, which overwrites all that is read.
     """
     shape = (num_rows, *like.shape[1:])
-    rows = jnp.full(shape, poison_of(like.dtype), like.dtype) if plan.poison else lax.empty(shape, like.dtype)
+    rows = jnp.full(shape, poison_of(like.dtype), like.dtype) if plan.poison else _compat.empty(shape, like.dtype)
     return _compat.as_varying(rows, _compat.varying_axes(like))
 
 

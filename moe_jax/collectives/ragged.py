@@ -18,6 +18,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import sequential_vmap
 
 from moe_jax import _compat
 from moe_jax.collectives.bits import swap_bits
@@ -190,7 +191,8 @@ def portable_ragged_all_to_all(
 ) -> Array:
     """The exchange without gradients: native on GPU and TPU, chunks of all_to_all elsewhere."""
     operands = (operand, output, input_offsets, send_sizes, output_offsets, recv_sizes)
-    native = functools.partial(lax.ragged_all_to_all, axis_name=axis_name)
+    # A batch is a loop over its members: JAX's own rule for a batch fails where all members have the same sizes.
+    native = sequential_vmap(functools.partial(lax.ragged_all_to_all, axis_name=axis_name))
     emulated = functools.partial(_emulated, axes=axis_name)
     return lax.platform_dependent(*operands, cuda=native, rocm=native, tpu=native, default=emulated)
 

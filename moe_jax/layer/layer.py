@@ -26,7 +26,7 @@ from moe_jax.layer.grouping import feed_forward
 from moe_jax.layer.params import check_layer_plan, check_params, check_router, gathered
 from moe_jax.layer.placement import BALANCES, check_table, instances_of
 from moe_jax.layer.rounds import routed_sum
-from moe_jax.layer.router import choose_experts
+from moe_jax.layer.router import check_sequences, choose_experts
 from moe_jax.layer.weightless import Constants
 from moe_jax.layout import count_each
 from moe_jax.parameters import weights_of
@@ -55,6 +55,8 @@ def moe_layer(
     routing: Routing | tuple[Array, Array] | None = None,
     router_x: Array | None = None,
     weigh_inputs: bool = False,
+    return_routing: bool = False,
+    sequence_length: int | None = None,
 ) -> tuple[Array, LayerStats]:
     """One Mixture-of-Experts layer. Call it per shard, inside ``shard_map`` with ``check_vma=True``.
 
@@ -103,6 +105,9 @@ def moe_layer(
       weigh_inputs: whether the weight of a choice multiplies what its expert is given, instead of what the expert makes
         of that, as in Llama 4: ``expert[id[t, k]](w[t, k] * x[t])``, the product in fp32 and rounded to ``plan.dtype``.
         The weights then travel with the rows. What weightless experts add is weighted in either case.
+      return_routing: whether ``stats.routing`` is (expert_ids, combine_weights), those of this device's tokens. The
+        other stats are the same on all devices, so that ``out_specs`` have a ``LayerStats`` of specs, or a ``replace``.
+      sequence_length: of the sequences that the tokens of a device are, see ``route``; not with ``routing``.
 
     Returns:
       y [T, H] in ``plan.dtype``, and LayerStats over all tokens of the mesh. Differentiable in x, ``router_x``, the
@@ -124,6 +129,9 @@ def moe_layer(
     check_shared(plan, None, shared_activation)
     check_choice("balance", balance, BALANCES)
     check_flag("weigh_inputs", weigh_inputs)
+    check_flag("return_routing", return_routing)
+    if sequence_length is not None:
+        check_sequences_of(sequence_length, plan.tokens_per_rank, routing)
     check_chunks(chunks, plan)
     collectives.check_axes(plan, replicas=True)
     check_tokens(x, token_mask, plan)
@@ -162,8 +170,10 @@ def moe_layer(
         balance=balance,
         chunks=chunks,
         weigh_inputs=weigh_inputs,
+        return_routing=return_routing,
+        sequence_length=sequence_length,
     )
-    return y, dataclasses.replace(stats, losses=routing.losses) if isinstance(routing, Routing) else stats
+    return y, with_losses(stats, routing) if isinstance(routing, Routing) else stats
 
 
 def layer_of_shard(
@@ -182,6 +192,8 @@ def layer_of_shard(
     balance: str,
     chunks: int,
     weigh_inputs: bool,
+    return_routing: bool,
+    sequence_length: int | None,
 ) -> tuple[Array, LayerStats]:
     """``moe_layer`` of arguments that have been checked, there or by ``moe_on_mesh``. Arrays come first, options after.
 
@@ -201,7 +213,7 @@ def layer_of_shard(
         assert router is not None  # as has been checked
         logits = router_logits(params, x if router_x is None else router_x)
         bias, scale = params.get("selection_bias"), params.get("expert_scale")
-        routing = choose_experts(logits, router, plan.top_k, bias, scale, token_mask, plan.token_axes)
+        routing = choose_experts(logits, router, plan.top_k, bias, scale, token_mask, plan.token_axes, sequence_length)
     else:
         routing = routing_of(choices, token_mask, table, plan)
     expert_ids = routing.expert_ids if table is None else _instances_of(routing.expert_ids, table, balance, plan)
@@ -234,6 +246,8 @@ def layer_of_shard(
         num_rounds=collectives.max_over_replicas(num_rounds, plan),
         load=routing.load,
         losses=routing.losses,
+        mean_score=routing.mean_score,
+        routing=(routing.expert_ids, routing.combine_weights) if return_routing else None,
     )
     return _compat.drop_unit_axes((total.astype(plan.dtype), stats), axes_of_tokens)
 
@@ -267,6 +281,21 @@ def choices_of(routing: Routing | tuple[Array, Array]) -> tuple[Array, Array]:
             f"routing is a {type(routing).__name__}; pass a tuple (expert_ids, combine_weights), or a moe_jax.Routing"
         )
     return routing[0], routing[1]
+
+
+def with_losses(stats: LayerStats, routing: Routing) -> LayerStats:
+    """``stats`` with what the maker of the choices says of them."""
+    return dataclasses.replace(stats, losses=routing.losses, mean_score=routing.mean_score)
+
+
+def check_sequences_of(sequence_length: int, num_tokens: int, routing: Any) -> None:
+    """Raises unless a router of this layer sees ``num_tokens`` tokens as whole sequences."""
+    if routing is not None:
+        raise InvalidArgumentError(
+            f"sequence_length={sequence_length} was given beside routing=, which has no scores; give it to the route "
+            "that makes the choices"
+        )
+    check_sequences(sequence_length, num_tokens)
 
 
 def check_router_x(router_x: Array, lead: tuple[int, ...], routing: Any) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,15 @@ from moe_jax.errors import (
     check_mask,
     check_shape,
 )
-from moe_jax.layer.layer import check_choices, check_chunks, check_router_x, choices_of, layer_of_shard
+from moe_jax.layer.layer import (
+    check_choices,
+    check_chunks,
+    check_router_x,
+    check_sequences_of,
+    choices_of,
+    layer_of_shard,
+    with_losses,
+)
 from moe_jax.layer.params import abstract_params, check_params, check_width, draw, param_spec
 from moe_jax.layer.placement import BALANCES, check_table
 from moe_jax.parameters import TABLE
@@ -93,7 +102,9 @@ def moe_on_mesh(
         and x had to be padded or given another shape, it is replicated. The keywords ``table``, ``balance``
         and ``rank_table`` are those of ``moe_layer``, the same on every device. ``routing`` and ``router_x`` are
         too, but have the leading shape of x: (expert_ids [..., K], combine_weights [..., K]) or a ``Routing`` of such
-        arrays; and [..., H_r].
+        arrays; and [..., H_r]. With ``return_routing=True`` stats.routing has such ids and weights. With
+        ``sequence_length=L`` the tokens, in their order in x, are sequences of L, such as the rows of x [B, L, H], each
+        of which one device gets as a whole, and stats.losses has their "sequence_balance", see ``route``.
 
     Raises:
       InvalidArgumentError: ``ffn`` is not divisible by tp, the activation is unknown, ``chunks`` does not divide T, or
@@ -127,9 +138,11 @@ def moe_on_mesh(
     asked = [name for name in ("shared_router", "expert_scale") if name in shapes]
     check_chunks(chunks, plan)
     check_flag("weigh_inputs", weigh_inputs)
-    num_tokens = plan.tokens_per_rank * plan.ep_size * plan.tp_size * plan.num_replicas
+    num_devices = plan.ep_size * plan.tp_size * plan.num_replicas
+    num_tokens = plan.tokens_per_rank * num_devices
     specs = {row.name: _split(param_spec(row.name, plan), mesh) for row in TABLE}
-    tokens, everywhere = _split(PartitionSpec(plan.token_axes), mesh), PartitionSpec()
+    tokens: Any = _split(PartitionSpec(plan.token_axes), mesh)
+    everywhere: Any = PartitionSpec()
     # Compiled once, and not at every call of ``init``.
     drawn = jax.jit(
         lambda key: draw(key, shapes),
@@ -140,13 +153,23 @@ def moe_on_mesh(
         _check_key(key)
         return drawn(key)
 
-    @functools.partial(jax.jit, static_argnames="balance")
-    def layer(params, x, token_mask, table, rank_table, choices, router_x, balance):
+    stats_specs = LayerStats(
+        num_dropped=everywhere,
+        num_rounds=everywhere,
+        load=everywhere,
+        losses=everywhere,
+        mean_score=everywhere,
+        routing=tokens,
+    )
+
+    @functools.partial(jax.jit, static_argnames=("balance", "return_routing", "sequence_length"))
+    def layer(params, x, token_mask, table, rank_table, choices, router_x, balance, return_routing, sequence_length):
         """The layer as one program, where it is not part of a larger one. Tokens come in the shape that users have."""
-        lead = x.shape[:-1]
+        lead, whole = x.shape[:-1], sequence_length or 1
+        share = -(-math.prod(lead) // (num_devices * whole)) * whole
         if lead != (num_tokens,):
             operands = (x, token_mask, choices, router_x)
-            x, token_mask, choices, router_x = _as_tokens(*operands, plan.tokens_per_rank, num_tokens, mesh)
+            x, token_mask, choices, router_x = _as_tokens(*operands, share, plan.tokens_per_rank, num_tokens, mesh)
         in_specs = (
             {name: specs[name] for name in params},
             tokens,
@@ -167,11 +190,17 @@ def moe_on_mesh(
             balance=balance,
             chunks=chunks,
             weigh_inputs=weigh_inputs,
+            return_routing=return_routing,
+            sequence_length=sequence_length,
         )
-        mapped = _compat.shard_map(shard, mesh=mesh, in_specs=in_specs, out_specs=(tokens, everywhere))
+        mapped = _compat.shard_map(shard, mesh=mesh, in_specs=in_specs, out_specs=(tokens, stats_specs))
         y, stats = mapped(*given)
         y = _compat.name_unit_axes_as(y, x, mesh)
-        return y if lead == (num_tokens,) else _as_given(_compat.unsplit(y, mesh), plan.tokens_per_rank, lead), stats
+        if lead != (num_tokens,):
+            of_tokens = _compat.unsplit((y, stats.routing), mesh)
+            y, given = jax.tree.map(lambda array: _as_given(array, share, plan.tokens_per_rank, lead), of_tokens)
+            stats = dataclasses.replace(stats, routing=given)
+        return y, stats
 
     def apply(
         params: dict[str, Array],
@@ -183,6 +212,8 @@ def moe_on_mesh(
         rank_table: Array | None = None,
         routing: Routing | tuple[Array, Array] | None = None,
         router_x: Array | None = None,
+        return_routing: bool = False,
+        sequence_length: int | None = None,
     ) -> tuple[Array, LayerStats]:
         if around := _compat.manual_axes():
             raise MeshError(
@@ -196,14 +227,25 @@ def moe_on_mesh(
         if math.prod(lead) > num_tokens:
             raise ShapeError(
                 f"x has {math.prod(lead)} tokens, and the plan has room for {num_tokens}: tokens_per_rank="
-                f"{plan.tokens_per_rank} on each of {num_tokens // max(plan.tokens_per_rank, 1)} devices; make a plan "
-                "with more tokens_per_rank, whose layer takes the same parameters"
+                f"{plan.tokens_per_rank} on each of {num_devices} devices; make a plan with more tokens_per_rank, "
+                "whose layer takes the same parameters"
             )
         if token_mask is not None:
             check_mask("token_mask", token_mask, lead, "the shape of x without H")
         check_choice("balance", balance, BALANCES)  # static, so it must be hashable
         if rank_table is not None:
             check_array("rank_table", rank_table)
+        if return_routing is not False:
+            check_flag("return_routing", return_routing)
+        if sequence_length is not None:
+            check_sequences_of(sequence_length, math.prod(lead), routing)
+            share = -(-math.prod(lead) // (num_devices * sequence_length)) * sequence_length
+            if share > plan.tokens_per_rank:
+                raise ShapeError(
+                    f"x has {math.prod(lead)} tokens in sequences of sequence_length={sequence_length}, each of which "
+                    f"lies on one of {num_devices} devices as a whole, and the plan has room for tokens_per_rank="
+                    f"{plan.tokens_per_rank} on each; make a plan for {share}, whose layer takes the same parameters"
+                )
         choices = None if routing is None else choices_of(routing)
         if choices is not None:
             check_choices(*choices, (*lead, plan.top_k))
@@ -228,8 +270,9 @@ def moe_on_mesh(
         check_width(f"params: 'w_up' has shape {params['w_up'].shape}; its width", params["w_up"].shape[-1], plan)
         if table is not None:
             check_table(table)
-        y, stats = layer(params, x, token_mask, table, rank_table, choices, router_x, balance=balance)
-        return y, dataclasses.replace(stats, losses=routing.losses) if isinstance(routing, Routing) else stats
+        options = {"balance": balance, "return_routing": return_routing, "sequence_length": sequence_length}
+        y, stats = layer(params, x, token_mask, table, rank_table, choices, router_x, **options)
+        return y, with_losses(stats, routing) if isinstance(routing, Routing) else stats
 
     return init, apply
 
@@ -239,13 +282,14 @@ def _as_tokens(
     token_mask: Array | None,
     choices: tuple[Array, Array] | None,
     router_x: Array | None,
+    share: int,
     per_device: int,
     num_tokens: int,
     mesh: Mesh | AbstractMesh,
 ) -> tuple[Array, Array | None, tuple[Array, Array] | None, Array | None]:
     """All of these [..., X] as [N, X], with padding up to ``num_tokens`` of them; the mask says what is padding.
 
-    Every device gets the same number of tokens, but for the last ones that have some, and padding behind them.
+    Every device gets ``share`` tokens, but for the last ones that have some, and padding behind them.
     """
     given = math.prod(x.shape[:-1])
     if token_mask is None and given < num_tokens:
@@ -256,21 +300,19 @@ def _as_tokens(
         if given == num_tokens:
             return array
         devices, rest = num_tokens // per_device, [(0, 0)] * (array.ndim - 1)
-        share = -(-given // devices)
         array = jnp.pad(array, ((0, devices * share - given), *rest)).reshape(devices, share, *array.shape[1:])
         return jnp.pad(array, ((0, 0), (0, per_device - share), *rest)).reshape(num_tokens, *array.shape[2:])
 
     return jax.tree.map(functools.partial(rows, lead=x.ndim - 1), (x, token_mask, choices, router_x))
 
 
-def _as_given(y: Array, per_device: int, lead: tuple[int, ...]) -> Array:
-    """[N, H] -> [*lead, H]: what the layer made of the tokens of ``_as_tokens``, without padding."""
-    num_tokens, hidden = y.shape
+def _as_given(y: Array, share: int, per_device: int, lead: tuple[int, ...]) -> Array:
+    """[N, X] -> [*lead, X]: what the layer made of the tokens of ``_as_tokens``, without padding."""
+    num_tokens, width = y.shape
     given = math.prod(lead)
     if given < num_tokens:
-        devices = num_tokens // per_device
-        y = y.reshape(devices, per_device, hidden)[:, : -(-given // devices)].reshape(-1, hidden)[:given]
-    return y.reshape(*lead, hidden)
+        y = y.reshape(num_tokens // per_device, per_device, width)[:, :share].reshape(-1, width)[:given]
+    return y.reshape(*lead, width)
 
 
 def _split(spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> PartitionSpec:

@@ -118,7 +118,7 @@ def _round(
 
 
 def _add_overflow_round(
-    plan: Plan, kind: ExpertKind, index, grads, ct, experts, x, row_weights, weights, manifest: Manifest
+    plan: Plan, kind: ExpertKind, index, grads, ct, manifest: Manifest, experts, x, row_weights, weights
 ):
     """Computes an overflow round again, and adds its gradients to ``grads``, those of the arrays behind ``ct``.
 
@@ -179,9 +179,9 @@ def _overflow_rounds(plan: Plan, kind, collected, num_rounds, *operands):
     def overflow(collected, num_rounds, manifest, experts, x, row_weights, weights):
         def turn(state):
             index, collected = state
-            late = _compat.late(index, (experts, x))
-            operands = (*late, row_weights, weights, manifest)
-            return index + 1, _round(kind.overflow_slots, plan, kind, index, *operands, collected)
+            late_experts, late_x = _compat.late(index, (experts, x))
+            operands = (late_experts, late_x, row_weights, weights)
+            return index + 1, _round(kind.overflow_slots, plan, kind, index, *operands, manifest, collected)
 
         return lax.while_loop(lambda state: state[0] < num_rounds, turn, (jnp.ones_like(num_rounds), collected))[1]
 
@@ -215,7 +215,7 @@ def _routed_backward(plan: Plan, kind, residuals, ct):
             index, grads = state
             ct, *operands = _compat.late(index, read)
             d_collected = pull_finish(ct)[0]
-            return index + 1, _add_overflow_round(plan, kind, index, grads, d_collected, *operands, manifest)
+            return index + 1, _add_overflow_round(plan, kind, index, grads, d_collected, manifest, *operands)
 
         return lax.while_loop(lambda state: state[0] < num_rounds, turn, (jnp.ones_like(num_rounds), grads))[1]
 

@@ -40,6 +40,7 @@ def route(
     expert_scale: jax.Array | None = None,
     token_mask: jax.Array | None = None,
     axis_name: str | Sequence[str] | None = None,
+    sequence_length: int | None = None,
 ) -> Routing:
     """Chooses ``top_k`` distinct experts for every token.
 
@@ -69,11 +70,16 @@ def route(
       expert_scale: [E] float, a factor on the weights of each expert, which has a gradient; None: ones.
       token_mask: [T] bool; tokens that are false get ids of -1 and weights of 0 and do not count.
       axis_name: mesh axes over which the tokens are spread; losses and load are then those of all tokens.
+      sequence_length: a divisor of T; the tokens are sequences of so many, one after the other, and the losses have a
+        "sequence_balance". None: they have not.
 
     Returns:
       Routing. ``losses["balance"] = E * sum_e f_e P_e`` (Switch Transformer, eq. 4, over top_k choices: f_e the share
       of choices that fell on e, P_e the mean normalised score; 1.0 when even), ``losses["z"] = mean(logsumexp^2)``
-      (ST-MoE, eq. 5). ``load`` [E] i32 counts choices.
+      (ST-MoE, eq. 5). ``losses["sequence_balance"]`` is the mean over the sequences of ``E * sum_e f_e P_e`` with f and
+      P of the tokens of one sequence (DeepSeek-V3, eq. 17 to 20 with alpha = 1; f counts the choices that were made,
+      with the bias if there is one); a sequence without a token that counts is left out. ``load`` [E] i32 counts
+      choices, and ``mean_score`` is P. For losses of several micro-batches see ``balance_loss``.
 
     Raises:
       ShapeError, DtypeError, InvalidArgumentError, MissingArgumentError: an argument breaks a rule above.
@@ -84,8 +90,9 @@ def route(
     Array([[1, 2]], dtype=int32)
     """
     _check_route(logits, router, top_k, bias, expert_scale, token_mask)
+    check_sequences(sequence_length, logits.shape[0])
     axes = () if axis_name is None else _compat.bound_axes(axis_name)
-    return choose_experts(logits, router, top_k, bias, expert_scale, token_mask, axes)
+    return choose_experts(logits, router, top_k, bias, expert_scale, token_mask, axes, sequence_length)
 
 
 def choose_experts(
@@ -96,8 +103,12 @@ def choose_experts(
     expert_scale: jax.Array | None,
     token_mask: jax.Array | None,
     axes: tuple[str, ...],
+    sequence_length: int | None,
 ) -> Routing:
-    """``route`` of arguments that have been checked; ``axes``: the mesh axes over which the tokens are spread."""
+    """``route`` of arguments that have been checked; ``axes``: the mesh axes over which the tokens are spread.
+
+    The last sequence may be cut off, if its tokens are masked.
+    """
     with jax.named_scope("route"):
         logits, score = logits.astype(jnp.float32), SCORES[router.score]
         if token_mask is not None:  # padding may hold anything, and its gradient is zero
@@ -116,8 +127,48 @@ def choose_experts(
         active = jnp.ones_like(logits[:, 0], dtype=bool) if token_mask is None else token_mask
         expert_ids = jnp.where(active[:, None], expert_ids, -1)
         weights = jnp.where(active[:, None], weights, 0.0)
-        losses, load = _losses(logits, scores, expert_ids, active, router, axes)
-    return Routing(expert_ids=expert_ids, combine_weights=weights, losses=losses, load=load)
+        losses, load, mean_score = _losses(logits, scores, expert_ids, active, router, axes, sequence_length)
+    return Routing(expert_ids=expert_ids, combine_weights=weights, losses=losses, load=load, mean_score=mean_score)
+
+
+def balance_loss(load: jax.Array, mean_score: jax.Array) -> jax.Array:
+    """The balance loss of any tokens, from what ``route`` or a layer says of them: ``E * sum_e f_e P_e``, f32 scalar.
+
+    The loss of a batch is not the mean of those of its micro-batches: with f and P of few tokens each, every one of
+    them would have to be even by itself. What is wanted is f and P of the whole batch. Two ways:
+
+    - Where one gradient is taken of all micro-batches, such as through a ``lax.scan`` over them: add the loads, take
+      the mean of the mean scores (weighted by tokens, if they have different numbers), and call this function once.
+    - Where gradients of micro-batches are accumulated: the loss has no gradient in the load, and for a given load it is
+      linear in the mean score. So give every micro-batch the load of the whole batch, from a forward pass before or, as
+      an estimate, of the step before, and average the losses: their mean, and the mean of their gradients, are those of
+      the batch. (Qiu et al., "Demons in the Detail", 2025, which sums loads over micro-batches and devices.)
+
+    ``losses["sequence_balance"]`` needs nothing of that: it is a mean over sequences.
+
+    Args:
+      load: [E] integer or float, choices of each expert; no gradient flows through it.
+      mean_score: [E] float, of ``Routing`` or ``LayerStats``.
+
+    Raises:
+      ShapeError, DtypeError: an argument is not as above.
+
+    >>> import jax, jax.numpy as jnp, moe_jax as moe
+    >>> route = jax.jit(lambda logits: moe.route(logits, moe.RouterConfig(), top_k=2))
+    >>> batch = jnp.array([[[3.0, 2.0, 0.0], [1.0, 0.0, 0.0]], [[0.0, 1.0, 5.0], [0.0, 0.0, 2.0]]])
+    >>> whole, parts = route(batch.reshape(4, 3)), [route(part) for part in batch]
+    >>> load = sum(part.load for part in parts)
+    >>> mean = sum(moe.balance_loss(load, part.mean_score) for part in parts) / 2
+    >>> bool(jnp.allclose(mean, whole.losses["balance"]))
+    True
+    """
+    check_rank("load", load, 1, "[E]")
+    check_dtype("load", load, (jnp.integer, jnp.floating))
+    check_shape("mean_score", mean_score, load.shape, "[E], as load")
+    check_dtype("mean_score", mean_score, (jnp.floating,))
+    load = lax.stop_gradient(load.astype(jnp.float32))
+    fraction = load / jnp.maximum(jnp.sum(load), 1.0)
+    return load.shape[0] * jnp.sum(fraction * mean_score.astype(jnp.float32))
 
 
 def update_selection_bias(bias: jax.Array, load: jax.Array, *, rate: float) -> jax.Array:
@@ -170,6 +221,18 @@ def _check_route(logits, router, top_k, bias, expert_scale, token_mask):
         check_dtype("expert_scale", expert_scale, (jnp.floating,))
     if token_mask is not None:
         check_mask("token_mask", token_mask, logits.shape[:1], "[T]")
+
+
+def check_sequences(sequence_length: int | None, num_tokens: int) -> None:
+    """Raises unless ``num_tokens`` are whole sequences of ``sequence_length``, or nothing is said of sequences."""
+    if sequence_length is None:
+        return
+    check_count("sequence_length", sequence_length)
+    if num_tokens % sequence_length:
+        raise InvalidArgumentError(
+            f"sequence_length={sequence_length} does not divide the {num_tokens} tokens; pad the last sequence, and "
+            "mask what is padding"
+        )
 
 
 def _choose(
@@ -347,8 +410,9 @@ def _losses(
     active: jax.Array,
     router: RouterConfig,
     axes: tuple[str, ...],
-) -> tuple[dict[str, jax.Array], jax.Array]:
-    """Losses and load, [E] i32, over the active tokens of all ranks along ``axes``."""
+    sequence_length: int | None,
+) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
+    """Losses, load, [E] i32, and mean score, [E], over the active tokens of all ranks along ``axes``."""
     num_experts, top_k = logits.shape[1], expert_ids.shape[1]
     score = SCORES[router.score]
     shares = scores if score.is_share else _shares(logits, score.log)
@@ -358,9 +422,42 @@ def _losses(
     normalised = active & jnp.any(logits != -jnp.inf, axis=-1)  # else the sum is empty and has no logarithm
     log_sums = jax.nn.logsumexp(jnp.where(normalised[:, None], logits, 0.0), axis=-1)
     z_sum = jnp.sum(jnp.where(normalised, jnp.square(log_sums), 0.0))
+    sums = load, num_active, share_sum, z_sum
+    of_sequences = None
+    if sequence_length is not None:
+        of_sequences = _balance_of_sequences(shares, expert_ids, active, sequence_length)
     if axes:
-        load, num_active, share_sum, z_sum = collectives.sum_over((load, num_active, share_sum, z_sum), axes)
+        sums, of_sequences = collectives.sum_over((sums, of_sequences), axes)
+    load, num_active, share_sum, z_sum = sums
     count = jnp.maximum(num_active, 1).astype(jnp.float32)
     fraction = load.astype(jnp.float32) / (count * top_k)
-    balance = num_experts * jnp.sum(fraction * share_sum / count)
-    return {"balance": balance, "z": z_sum / count}, load
+    mean_score = share_sum / count
+    losses = {"balance": num_experts * jnp.sum(fraction * mean_score), "z": z_sum / count}
+    if of_sequences is not None:
+        total, num_sequences = of_sequences
+        losses["sequence_balance"] = total / jnp.maximum(num_sequences, 1).astype(jnp.float32)
+    return losses, load, mean_score
+
+
+def _balance_of_sequences(
+    shares: jax.Array, expert_ids: jax.Array, active: jax.Array, length: int
+) -> tuple[jax.Array, jax.Array]:
+    """(the sum of the balance losses of all sequences of ``length`` tokens, how many of them have an active token)."""
+    num_tokens, num_experts = shares.shape
+    # 1. How often each token chose each expert, which is a sum over its choices; -1 is no expert.
+    chosen = jnp.zeros_like(shares)
+    for k in range(expert_ids.shape[1]):
+        chosen += expert_ids[:, k, None] == jnp.arange(num_experts, dtype=expert_ids.dtype)
+    # 2. Sums over the tokens of each sequence, [S, E] and [S]. A last one that is cut off is filled up with zeros.
+    missing = -num_tokens % length
+
+    def of_sequences(array):
+        array = jnp.pad(array, ((0, missing), *[(0, 0)] * (array.ndim - 1)))
+        return jnp.sum(array.reshape(-1, length, *array.shape[1:]), axis=1)
+
+    choices, share_sums = of_sequences(chosen), of_sequences(jnp.where(active[:, None], shares, 0.0))
+    sizes = of_sequences(active.astype(jnp.float32))
+    # 3. E * sum_e f_e P_e of each, 0 where no token is active.
+    some = jnp.maximum(sizes, 1.0)
+    losses = num_experts * jnp.sum(choices * share_sums, axis=1) / (expert_ids.shape[1] * jnp.square(some))
+    return jnp.sum(losses), jnp.sum(sizes > 0, dtype=jnp.int32)

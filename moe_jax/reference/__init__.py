@@ -25,7 +25,14 @@ from moe_jax.reference.fused import (
 )
 from moe_jax.reference.layer import combine_weights_vjp, moe_layer, moe_layer_vjp
 from moe_jax.reference.rms_norm import add_rms_norm, add_rms_norm_vjp
-from moe_jax.reference.routing import Routing, expert_scale_vjp, route, route_vjp, update_selection_bias
+from moe_jax.reference.routing import (
+    Routing,
+    balance_loss,
+    expert_scale_vjp,
+    route,
+    route_vjp,
+    update_selection_bias,
+)
 from moe_jax.reference.update_expert import update_expert
 from moe_jax.reference.weightless import WeightlessExperts, weightless_sum, weightless_value
 
@@ -41,6 +48,7 @@ __all__ = [
     "add_rms_norm_vjp",
     "all_to_allv_grouped_matmul",
     "all_to_allv_grouped_matmul_vjp",
+    "balance_loss",
     "combine",
     "combine_vjp",
     "combine_weights_vjp",

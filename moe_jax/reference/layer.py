@@ -40,6 +40,7 @@ def moe_layer(
     routing: tuple[np.ndarray, np.ndarray] | None = None,
     router_x: np.ndarray | None = None,
     weigh_inputs: bool = False,
+    sequence_length: int | None = None,
 ) -> tuple[np.ndarray, routing_lib.Routing]:
     """y_t = shared(x_t) + sum over k ascending of weight_tk * expert_{id_tk}(x_t).
 
@@ -60,6 +61,7 @@ def moe_layer(
         and the router's parameters need not be there.
       router_x: [N, H_r], what the router sees; None: it sees x.
       weigh_inputs: the term of a routed expert is expert_{id_tk}(weight_tk * x_t) instead.
+      sequence_length: see ``route``.
 
     Returns:
       y [N, H] f64 and the ``Routing``.
@@ -72,7 +74,7 @@ def moe_layer(
     if routing is None:
         logits = _logits(params, x if router_x is None else np.asarray(router_x, np.float64), token_mask)
         bias = _selection_bias(params, bias)
-        options = {"top_k": top_k, "bias": bias, "token_mask": token_mask}
+        options = {"top_k": top_k, "bias": bias, "token_mask": token_mask, "sequence_length": sequence_length}
         chosen = routing_lib.route(logits, router, **options, expert_scale=params.get("expert_scale"))
     else:
         weightless = 0 if special is None else special.num_zero + special.num_copy + special.num_const
@@ -105,17 +107,20 @@ def moe_layer_vjp(
     token_mask: np.ndarray | None = None,
     ct_balance: float = 0.0,
     ct_z: float = 0.0,
+    ct_sequence_balance: float = 0.0,
     routing: tuple[np.ndarray, np.ndarray] | None = None,
     router_x: np.ndarray | None = None,
     weigh_inputs: bool = False,
+    sequence_length: int | None = None,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The cotangents of ``params`` and ``x`` in ``moe_layer``, through the experts, the weights and both losses.
 
     Args:
-      params, x, router, top_k, activation, shared_activation, bias, token_mask, routing, router_x, weigh_inputs: as
-        given to ``moe_layer``.
+      params, x, router, top_k, activation, shared_activation, bias, token_mask, routing, router_x, weigh_inputs,
+        sequence_length: as given to ``moe_layer``.
       ct_y: [N, H], cotangent of y; inactive tokens are not read.
-      ct_balance, ct_z: cotangents of ``losses["balance"]`` and ``losses["z"]``.
+      ct_balance, ct_z, ct_sequence_balance: cotangents of ``losses["balance"]``, ``losses["z"]`` and
+        ``losses["sequence_balance"]``.
 
     Returns:
       A dict of f64 cotangents with the keys and shapes of ``params`` (zero for ``selection_bias``, which only steers
@@ -133,7 +138,16 @@ def moe_layer_vjp(
         options["expert_scale"] = params.get("expert_scale")
         chosen = routing_lib.route(logits, router, **options)
         ct_weights = combine_weights_vjp(params, x, ct_y, chosen, activation=activation, weigh_inputs=weigh_inputs)
-        ct_logits = routing_lib.route_vjp(logits, router, ct_weights, **options, ct_balance=ct_balance, ct_z=ct_z)
+        ct_logits = routing_lib.route_vjp(
+            logits,
+            router,
+            ct_weights,
+            **options,
+            ct_balance=ct_balance,
+            ct_z=ct_z,
+            ct_sequence_balance=ct_sequence_balance,
+            sequence_length=sequence_length,
+        )
         ct_scale = routing_lib.expert_scale_vjp(logits, router, ct_weights, **options)
     else:
         chosen = _given(params, routing, len(params["w_up"]), token_mask)

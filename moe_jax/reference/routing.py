@@ -70,14 +70,18 @@ class Routing:
     Attributes:
       expert_ids: [N, K] i64, best first; -1 in every slot of an inactive token.
       combine_weights: [N, K] f64; 0 for an inactive token.
-      losses: "balance" and "z", over active tokens; 0 when there are none.
+      losses: "balance" and "z", over active tokens, and "sequence_balance" where sequences are known; 0 when there are
+        none.
       load: [E] i64, assignments per expert.
+      mean_score: [E] f64, the mean over active tokens of their scores, each divided by its token's sum; None where no
+        router made the choices.
     """
 
     expert_ids: np.ndarray
     combine_weights: np.ndarray
     losses: dict[str, float]
     load: np.ndarray
+    mean_score: np.ndarray | None = None
 
 
 def route(
@@ -88,6 +92,7 @@ def route(
     bias: np.ndarray | None = None,
     expert_scale: np.ndarray | None = None,
     token_mask: np.ndarray | None = None,
+    sequence_length: int | None = None,
 ) -> Routing:
     """Picks ``top_k`` experts per token and weights them.
 
@@ -111,6 +116,8 @@ def route(
       bias: [E] float; given exactly when ``router.selection_bias`` is set.
       expert_scale: [E] float, a factor on the final weights of each expert; None: ones.
       token_mask: [N] bool, False = inactive; None = all active.
+      sequence_length: tokens of a sequence; the "sequence_balance" is the mean of the balance losses of all sequences
+        that have an active token (DeepSeek-V3, eq. 17-20, with alpha = 1).
 
     Returns:
       A ``Routing``.
@@ -137,8 +144,41 @@ def route(
         if expert_scale is not None:
             combine_weights[t] *= np.asarray(expert_scale, np.float64)[expert_ids[t]]
     load = np.bincount(expert_ids[active].ravel(), minlength=num_experts)
-    losses = {"balance": _balance_loss(logits[active], load, router, top_k), "z": _z_loss(logits[active])}
-    return Routing(expert_ids=expert_ids, combine_weights=combine_weights, losses=losses, load=load)
+    mean_score = _mean_score(logits[active], router)
+    losses = {"balance": balance_loss(load, mean_score), "z": _z_loss(logits[active])}
+    if sequence_length is not None:
+        parts = _sequences(active, num_tokens, sequence_length)
+        found = [
+            balance_loss(
+                np.bincount(expert_ids[part].ravel(), minlength=num_experts), _mean_score(logits[part], router)
+            )
+            for part in parts
+        ]
+        losses["sequence_balance"] = float(np.mean(found)) if found else 0.0
+    return Routing(
+        expert_ids=expert_ids, combine_weights=combine_weights, losses=losses, load=load, mean_score=mean_score
+    )
+
+
+def balance_loss(load: np.ndarray, mean_score: np.ndarray) -> float:
+    """E * sum_e f_e * P_e: 1 when both are uniform.
+
+    Args:
+      load: [E], assignments per expert; f is load divided by its sum.
+      mean_score: [E], P.
+
+    >>> import numpy as np
+    >>> from moe_jax import reference
+    >>> reference.balance_loss(np.array([2, 0]), np.array([0.75, 0.25]))
+    1.5
+    """
+    return float(len(load) * np.asarray(load, np.float64) @ mean_score / max(np.sum(load), 1))
+
+
+def _sequences(active: np.ndarray, num_tokens: int, length: int) -> list[np.ndarray]:
+    """The indices of the active tokens of each sequence that has some."""
+    parts = [active[active // length == s] for s in range(num_tokens // length)]
+    return [part for part in parts if len(part)]
 
 
 def route_vjp(
@@ -152,6 +192,8 @@ def route_vjp(
     token_mask: np.ndarray | None = None,
     ct_balance: float = 0.0,
     ct_z: float = 0.0,
+    ct_sequence_balance: float = 0.0,
+    sequence_length: int | None = None,
 ) -> np.ndarray:
     """The cotangent of ``logits`` in ``route``.
 
@@ -160,7 +202,8 @@ def route_vjp(
     Args:
       logits, router, top_k, bias, expert_scale, token_mask: as given to ``route``.
       ct_weights: [N, K], cotangent of ``combine_weights``.
-      ct_balance, ct_z: cotangents of the two losses.
+      ct_balance, ct_z, ct_sequence_balance: cotangents of the losses.
+      sequence_length: as given to ``route``, for those who give ``ct_sequence_balance``.
 
     Returns:
       ct_logits [N, E] f64; zero for inactive tokens.
@@ -179,6 +222,12 @@ def route_vjp(
         ct_logits[t] += _shares_vjp(ct_probabilities, logits[t], router.score)
         if not _is_empty(logits[t]):
             ct_logits[t] += ct_z * 2.0 * np.logaddexp.reduce(logits[t]) / len(active) * ew.softmax(logits[t])
+    parts = [] if sequence_length is None else _sequences(active, num_tokens, sequence_length)
+    for part in parts:
+        share = np.bincount(routing.expert_ids[part].ravel(), minlength=num_experts) / (len(part) * top_k)
+        for t in part:
+            ct_probabilities = ct_sequence_balance / len(parts) * num_experts * share / len(part)
+            ct_logits[t] += _shares_vjp(ct_probabilities, logits[t], router.score)
     return ct_logits
 
 
@@ -347,14 +396,9 @@ def _expert_weights_vjp(ct: np.ndarray, logits: np.ndarray, expert_ids: np.ndarr
     return score_vjp(scattered, logits)
 
 
-def _balance_loss(logits: np.ndarray, load: np.ndarray, router: Any, top_k: int) -> float:
-    """E * sum_e f_e * P_e over active ``logits`` [n, E]: 1 when both are uniform."""
-    num_active, num_experts = logits.shape
-    if num_active == 0:
-        return 0.0
-    share = load / (num_active * top_k)
-    mean_probability = sum(_shares(row, router.score) for row in logits) / num_active
-    return float(num_experts * (share @ mean_probability))
+def _mean_score(logits: np.ndarray, router: Any) -> np.ndarray:
+    """P_e over active ``logits`` [n, E]; zeros where there are none."""
+    return sum((_shares(row, router.score) for row in logits), np.zeros(logits.shape[1])) / max(len(logits), 1)
 
 
 def _z_loss(logits: np.ndarray) -> float:
