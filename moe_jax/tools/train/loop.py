@@ -19,6 +19,8 @@ from moe_jax.tools.train import peers
 from moe_jax.tools.train.batches import Reader, TrainBatches, eval_batch, rows_here
 from moe_jax.tools.train.checkpoint import Checkpoints, Identity, identify, unfinished
 from moe_jax.tools.train.data import Corpus, digest, load_corpus
+from moe_jax.tools.train.events import PACKAGE, EventFile
+from moe_jax.tools.train.extras import REMEDY
 from moe_jax.tools.train.folder import RunFolder, share_folder
 from moe_jax.tools.train.interrupt import Interrupt, Stopped, catch_interrupt
 from moe_jax.tools.train.model import Decoder, build_decoder, training_sections
@@ -70,6 +72,7 @@ class Run:
     checkpoints: Checkpoints
     identity: Identity
     metrics: MetricsFile
+    events: EventFile
     rows: np.ndarray  # which rows of every batch this process reads
     reader: Reader
     state: TrainState
@@ -83,9 +86,10 @@ class Run:
         return jax.make_array_from_process_local_data(self.decoder.over_batch, rows, shape)
 
     def record(self, record: Record) -> None:
-        """Adds a record to the metrics."""
+        """Adds a record to the metrics, and to what TensorBoard reads."""
         if peers.leads():
             self.metrics.append(record)
+            self.events.append(record)
 
     def save(self) -> None:
         """Begins to save the state, if steps were taken since the last checkpoint, and returns while it is written."""
@@ -182,7 +186,7 @@ def _carry_out(job: Job) -> int:
     run = None
     try:
         run = _start(job)
-        with closing(run.metrics), closing(run.reader), closing(run.checkpoints):
+        with closing(run.metrics), closing(run.events), closing(run.reader), closing(run.checkpoints):
             try:
                 _take_steps(run)
                 _finish(run)
@@ -240,6 +244,9 @@ def _start(job: Job) -> Run:
         often = f" every {seconds:g} s and" if seconds < math.inf else ""
         job.progress.note(f"the run is kept in {folder.path}: a checkpoint{often} at the end, metrics and a picture")
     metrics = MetricsFile(folder.metrics, done_steps=done_steps)
+    events = EventFile(folder.path, done_steps=done_steps)
+    if events.missing:
+        job.progress.note(f"{PACKAGE} is not installed, so there will be nothing for TensorBoard; {REMEDY}")
     return Run(
         job,
         decoder,
@@ -247,6 +254,7 @@ def _start(job: Job) -> Run:
         checkpoints,
         identity,
         metrics,
+        events,
         rows,
         reader,
         state,
