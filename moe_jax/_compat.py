@@ -14,6 +14,7 @@ import jax.export
 import jax.numpy as jnp
 from jax import lax
 from jax._src import distributed, xla_bridge  # no public way to ask whether the back ends are up, nor for what follows
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AbstractMesh, AxisType, ManualAxisType, Mesh, NamedSharding, PartitionSpec
@@ -259,7 +260,7 @@ def empty(shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 _empty_p = Primitive("moe_empty")
 _empty_p.def_impl(lax.empty)
-_empty_p.def_abstract_eval(lambda *, shape, dtype: jax.core.ShapedArray(shape, dtype))
+_empty_p.def_abstract_eval(lambda *, shape, dtype: ShapedArray(shape, dtype))
 mlir.register_lowering(_empty_p, mlir.lower_fun(lax.empty, multiple_results=False))
 
 

@@ -37,7 +37,7 @@ COLLECTIVES = {
 }  # fmt: skip
 CORE_MAY_IMPORT = {"jax", "numpy"} | set(sys.stdlib_module_names)
 EXTRAS = {
-    "tools": {"grain", "optax", "orbax", "rich", "matplotlib"},
+    "tools": {"flax", "grain", "optax", "orbax", "rich", "matplotlib"},
     "kernels": {"tokamax"},
     "interop": {"flax", "safetensors"},
     "testing": {"pytest"},

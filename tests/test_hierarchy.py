@@ -162,7 +162,7 @@ def check_window(case, start, capacity):
     return rows, got
 
 
-@pytest.mark.quick("mesh0")
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_a_window_of_everything(mesh):
     """The rows are the oracle's own, in its order, and collect and its adjoint are exact."""

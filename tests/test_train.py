@@ -21,6 +21,7 @@ import pytest
 import moe_jax
 from moe_jax.config import load_config, override
 from moe_jax.errors import DataError, UnsupportedError
+from moe_jax.tools import cli
 from moe_jax.tools.train import events, extras, model, progress, report, sample, step
 from moe_jax.tools.train.atomic import atomic_write
 from moe_jax.tools.train.folder import open_folder
@@ -112,8 +113,11 @@ def test_a_step_counts_and_decays_matrices_only(config):
     updates, _ = optimizer.update(zeros, optimizer.init(state.params), state.params)
     moved = {name: bool(jnp.any(leaf)) for name, leaf in named_leaves(updates)}
     assert {name for name, does in moved.items() if not does} == {
-        "['embedding']", "['final_norm']", "['blocks'][0]['attention_norm']", "['blocks'][0]['moe_norm']"
-    }  # fmt: skip
+        "['embedding']['embedding']",
+        "['final_norm']['scale']",
+        "['blocks']['0']['attention_norm']['scale']",
+        "['blocks']['0']['moe_norm']['scale']",
+    }
 
 
 def named_leaves(tree):
@@ -287,6 +291,12 @@ def test_missing_optax_is_said(monkeypatch):
         extras.require("optax", "training")
 
 
+def test_missing_flax_is_said(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "flax", None)
+    assert cli.main(["train", os.path.join(ROOT, "configs", "tiny.toml")]) == 2
+    assert "training needs flax, which is not installed; run: pip install 'moe_jax[train]'" in capsys.readouterr().err
+
+
 def test_broken_package_is_not_taken_for_a_missing_one(tmp_path, monkeypatch):
     (tmp_path / "broken_package.py").write_text("import no_such_module_anywhere\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -407,7 +417,7 @@ def test_other_threads_catch_nothing():
 
 
 def test_importing_the_library_imports_no_extra():
-    extras = "{'grain', 'optax', 'orbax', 'rich', 'matplotlib', 'tensorboardX'}"
-    code = f"import sys, moe_jax, moe_jax.tools.cli; print({extras} & set(sys.modules))"
+    extras = "{'flax', 'grain', 'optax', 'orbax', 'rich', 'matplotlib', 'tensorboardX'}"
+    code = f"import sys, moe_jax, moe_jax.tools.cli, moe_jax.tools.planner.question; print({extras} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "set()"
