@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from moe_jax.config import load_config, parse_mesh
-from moe_jax.errors import InvalidArgumentError, UnsupportedError
+from moe_jax.errors import InvalidArgumentError, MeshError, UnsupportedError
 from moe_jax.tools import cli
 from moe_jax.tools.train import launch, peers
 from moe_jax.tools.train.checkpoint import saved_steps
@@ -45,6 +45,23 @@ def test_places():
 def test_one_process_agrees_with_itself():
     assert peers.leads() and peers.alone()
     assert peers.agree(3, 0) == (3, 0) and peers.tell_all("runs/\u00e4") == "runs/\u00e4"
+
+
+def test_a_process_that_is_gone_is_noticed(monkeypatch):
+    def lose(error):
+        with peers.notice_losses():
+            raise error
+
+    reset = "UNKNOWN: Gloo AllGather failed: Connection reset by peer\nand more"
+    with pytest.raises(ValueError, match="^UNKNOWN"):
+        lose(ValueError(reset))  # there is no other process
+    monkeypatch.setattr(peers, "alone", lambda: False)
+    with pytest.raises(MeshError, match="another process .* reset by peer.; .* go on with --resume"):
+        lose(ValueError(reset))
+    with pytest.raises(ValueError, match="^a fault of ours$"):
+        lose(ValueError("a fault of ours"))
+    with pytest.raises(InvalidArgumentError):
+        lose(InvalidArgumentError("Connection=3 must be 4"))
 
 
 @pytest.fixture

@@ -168,7 +168,7 @@ def train(
     with share_folder(out, name, resume=resume) as folder:
         _check_apart(folder, data)
         progress = make_progress(json_lines=json_lines, log_every=schedule.log_every, num_steps=num_steps)
-        with closing(progress), catch_interrupt(progress.note) as interrupt:
+        with peers.notice_losses(), closing(progress), catch_interrupt(progress.note) as interrupt:
             job = Job(config, model, schedule, corpus, num_steps, resume, resume_from, folder, progress, interrupt)
             return _carry_out(job)
 

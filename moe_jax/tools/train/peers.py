@@ -5,19 +5,26 @@ picture; what only one of them can know, such as that a signal came, is told to 
 """
 
 import os
+import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import jax
 import numpy as np
 
 from moe_jax import _compat
-from moe_jax.errors import InvalidArgumentError, MeshError
+from moe_jax.errors import InvalidArgumentError, MeshError, MoEError
 from moe_jax.mesh import emulate_devices, has_accelerator
 
 TEXT_BYTES = 4096  # the room for a text that the first process tells
 # A process that has failed leaves after so long even if the others, which wait for it elsewhere, do not leave too.
 SHUTDOWN_SECONDS = 10
+
+
+# What Gloo, NCCL and JAX's service say of a process that is gone.
+_LOST = re.compile("Gloo|NCCL|[Cc]onnection|[Cc]oordination|[Hh]eartbeat|DEADLINE_EXCEEDED")
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,24 @@ def leads() -> bool:
 
 def alone() -> bool:
     return _compat.process_place()[1] == 1
+
+
+@contextmanager
+def notice_losses() -> Iterator[None]:
+    """Says in a sentence that another process is gone, which JAX reports as a failure of whatever came next.
+
+    Raises:
+      MeshError: it is gone.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        if alone() or isinstance(error, MoEError) or not _LOST.search(str(error)):
+            raise
+        raise MeshError(
+            f"another process of the run has ended or cannot be reached ({str(error).splitlines()[0][:200]}); "
+            "what came after the last checkpoint is lost: go on with --resume"
+        ) from None
 
 
 def agree(*numbers: int) -> tuple[int, ...]:
