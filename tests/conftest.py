@@ -46,14 +46,18 @@ OPTIMISED = {
     "test_bits",
     "test_compiled_facts",
     "test_gpu",
+    "test_gpu_kernels",
     "test_kernels_compiled",
     "test_memory",
+    "test_plan",
+    "test_planner",
     "test_quant",
     "test_targets",
     "test_timing",
     "test_tpu_kernels",
 }
 OPTIMISE_LESS = "jax_disable_most_optimizations"
+DECIDED = OPTIMISE_LESS.upper() in os.environ
 assert all(Path(__file__).with_name(f"{name}.py").exists() for name in OPTIMISED)
 
 
@@ -64,9 +68,11 @@ def _compile(request):
     A compiled program holds memory mappings while it is cached, and Linux allows a process 65530 of them.
     """
     before = jax.config.read(OPTIMISE_LESS)
-    if request.module.__name__ not in OPTIMISED and OPTIMISE_LESS.upper() not in os.environ:
-        jax.config.update(OPTIMISE_LESS, True)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__ not in OPTIMISED and not DECIDED:
+            jax.config.update(OPTIMISE_LESS, True)
+            patch.setenv(OPTIMISE_LESS.upper(), "1")  # for the processes that a test starts
+        yield
     jax.config.update(OPTIMISE_LESS, before)
     jax.clear_caches()
 

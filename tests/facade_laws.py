@@ -60,9 +60,18 @@ def phases(operator: str, arrays: dict[str, Any], attributes: dict[str, Any], pr
 
 
 def lower(program: Any, drawn: Any) -> jax.stages.Lowered:
-    """A jitted ``program``, traced; what is raised meanwhile breaks the third law, if it is not ``Broken`` already."""
+    """A jitted ``program``, lowered; what is raised meanwhile breaks the third law, if it is not ``Broken`` already."""
+    return _traced(lambda: program.lower(drawn))
+
+
+def trace(program: Any, drawn: Any) -> None:
+    """``lower`` for the first and the third law alone: nothing is lowered or compiled."""
+    _traced(lambda: program.trace(drawn))
+
+
+def _traced(function) -> Any:
     try:
-        return program.lower(drawn)
+        return function()
     except Broken:
         raise
     except Exception as error:

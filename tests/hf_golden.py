@@ -45,6 +45,7 @@ BLOCKS = {
     "gemma4_text": {}, "glm4_moe": {}, "glm4_moe_lite": {}, "glm4v_moe_text": {}, "glm5_next_text": {},
     "glm_moe_dsa": {}, "gpt_oss": {}, "granitemoe": {}, "granitemoe_swa": {}, "granitemoehybrid": {},
     "granitemoeshared": {}, "hunyuan_v1_moe": {}, "hy_v3": {}, "hy_v4": {}, "hy_v4_vl_text": {},
+    "inkling2_loop_text": {},
     "inkling2_text": {}, "jamba": {}, "jetmoe": {}, "kimi_linear": {}, "kolibri1": {}, "laguna": {}, "lara_mini": {},
     "lfm2_moe": {}, "llama4_text": dict(num_experts_per_tok=1), "longcat_flash": dict(zero_expert_num=4), "mellum": {},
     "mimo_v2_flash": {}, "minimax": {}, "minimax_m2": {}, "minimax_m3_vl_text": {}, "mistral4": {},

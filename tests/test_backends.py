@@ -295,7 +295,7 @@ def program_of(mesh, plan):
     return jax.jit(gradient).lower(params, x).as_text()
 
 
-@pytest.mark.quick("padded", "ragged")
+@pytest.mark.quick("padded")
 @pytest.mark.parametrize("options", PLANS, ids=lambda options: "-".join(options.values()))
 def test_a_plan_is_the_same_program_whatever_is_registered_later(options, monkeypatch):
     """Neither what "auto" would choose now nor another owner of a name that it used changes a plan that is made."""

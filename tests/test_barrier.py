@@ -286,6 +286,7 @@ def test_processes_give_up_on_one_that_never_comes():
     assert "PASSED" not in asleep.output and "BarrierTimeoutError" not in asleep.output
 
 
+@pytest.mark.slow
 def test_process_that_comes_too_late_is_told():
     """It finds all others announced, and must not walk into a collective that they have left."""
     settings = "PATIENCE, LATE = 2_000_000, {1: 4}\n"

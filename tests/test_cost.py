@@ -118,7 +118,7 @@ def test_wire_bytes_are_those_of_the_compiled_layer(case, phase):
     assert case.cost(phase).inside_bytes + case.cost(phase).between_bytes == case.cost(phase).wire_bytes
 
 
-@pytest.mark.quick("tp 1-forward", "tp 2-forward + backward")
+@pytest.mark.quick("tp 2-forward + backward")
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("mesh", [{"ep": 8}, {"ep": 4, "tp": 2}], ids=["tp 1", "tp 2"])
 def test_wire_bytes_of_the_native_ragged_exchange(mesh, phase):

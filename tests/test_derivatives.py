@@ -217,6 +217,7 @@ def test_facade_with_weights_of_rows():
     holds(lambda params: jnp.sum(run(params, ids)), oracle, params, rng)
 
 
+@pytest.mark.quick("allgather")
 @pytest.mark.parametrize("transport", ["padded", "allgather"])
 def test_dequantize(transport):
     """Rounding counts as identity in every mode: rows whose largest entry is 127 have scale 1, and lose nothing."""
@@ -328,13 +329,13 @@ def test_fused(way, chunks):
 STEP, TOLERANCE = 1e-5, 1e-4  # fp32 second derivatives of sums of about 50 terms, relative to the largest entry
 
 
-def layer(backend, dtype="float32", ep=2, tp=2, **options):
+def layer(backend, dtype="float32", ep=2, tp=2, weigh_inputs=False, **options):
     mesh = mesh_of(ep, tp)
     options = {"capacity_factor": 2.0} | options
     plan = moe.make_plan(
         mesh, tokens_per_rank=T, hidden=6, num_experts=4, top_k=K, dtype=dtype, backend=backend, **options
     )
-    init, apply = moe.moe_on_mesh(mesh, plan, moe.RouterConfig(), ffn=4)
+    init, apply = moe.moe_on_mesh(mesh, plan, moe.RouterConfig(), ffn=4, weigh_inputs=weigh_inputs)
     return plan, init, lambda params, x, ct: jnp.sum(apply(params, x)[0] * ct)
 
 
@@ -349,7 +350,7 @@ def layer_data(init, devices=4):
 ONE_DEVICE = {"ep": 1, "tp": 1, "capacity_factor": 0.3}  # which needs no room for an exchange
 
 
-@pytest.mark.quick("xla-options0")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "backend,options",
     [
@@ -357,6 +358,8 @@ ONE_DEVICE = {"ep": 1, "tp": 1, "capacity_factor": 0.3}  # which needs no room f
         ("auto", {"poison": True} | ONE_DEVICE),
         pytest.param("auto", {"transport": "padded", "poison": True}, marks=pytest.mark.slow),
         pytest.param("xla", {"transport": "allgather", "poison": True}, marks=pytest.mark.slow),
+        pytest.param("xla", {"transport": "padded", "weigh_inputs": True}, marks=pytest.mark.slow),
+        pytest.param("xla", {"weigh_inputs": True} | ONE_DEVICE, marks=pytest.mark.slow),
     ],
 )
 def test_layer_of_one_round(backend, options):
@@ -366,7 +369,8 @@ def test_layer_of_one_round(backend, options):
 
     def grad_at(step):
         moved, moved_x = jax.tree.map(lambda a, v: np.asarray(a, np.float64) + step * v, (params, x), vs)
-        return reference.moe_layer_vjp(moved, moved_x, ct, moe.RouterConfig(), top_k=K)
+        weigh_inputs = options.get("weigh_inputs", False)
+        return reference.moe_layer_vjp(moved, moved_x, ct, moe.RouterConfig(), top_k=K, weigh_inputs=weigh_inputs)
 
     def run(params, x, vs):
         grad = jax.grad(loss, argnums=(0, 1))

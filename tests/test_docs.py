@@ -51,7 +51,14 @@ def programs() -> list[Path]:
     return [path for path in DOCUMENTS if blocks(path, "python")]
 
 
-@pytest.mark.parametrize("path", programs(), ids=name_of)
+# These compile for long, and what they show has tests of its own in what everybody runs.
+SLOW = ("add_a_transport.md", "bring_your_own_experts.md", "prove_a_back_end.md", "use_your_own_mesh.md")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.slow] * (path.name in SLOW), id=name_of(path)) for path in programs()],
+)
 def test_python_blocks_run(path, monkeypatch):
     """One after the other, as somebody pastes them into one session."""
     for known in (table, transport_table):  # what a block registers is gone after the test

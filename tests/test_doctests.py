@@ -21,7 +21,14 @@ def examples(name: str) -> list[doctest.DocTest]:
     return [test for test in found if test.examples]
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if examples(name)])
+# These compile for long, and what they show is tested by itself in what everybody runs.
+SLOW = ("moe_jax.fused.api", "moe_jax.interop.nnx", "moe_jax.verify.backend", "moe_jax.verify.contract")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in MODULES if examples(name)],
+)
 def test_doctests(name):
     runner = doctest.DocTestRunner(optionflags=OPTIONS)
     for test in examples(name):

@@ -206,7 +206,8 @@ WORLDS = [
     (4, 1, {"local": 2, "shared": 1, "num_shared": 1}),
 ]
 DEFAULT = [*((WORLDS[1], t) for t in TRANSPORTS if t != "ragged"), (WORLDS[2], "padded")]
-SLOW = [(world, t) for world in WORLDS for t in TRANSPORTS if (world, t) not in DEFAULT]
+SLOW = [(WORLDS[0], "padded"), (WORLDS[0], "hierarchy"), (WORLDS[1], "ragged"), (WORLDS[2], "ragged")]
+SLOW += [(WORLDS[2], "hierarchy"), (WORLDS[3], "ragged"), (WORLDS[3], "allgather")]
 SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
 
 
@@ -262,7 +263,7 @@ def test_a_permutation_of_the_survivors_only_renumbers():
             np.testing.assert_array_equal(after[index][new], before[index][old])
 
 
-@pytest.mark.quick("padded", "allgather")
+@pytest.mark.quick("padded")
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_special_ids_follow_the_experts_that_are_left(transport):
     """The zero expert is E', then come a copy and two constants."""

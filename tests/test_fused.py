@@ -60,7 +60,7 @@ def data(rng, op, sizes, capacity, *, dtype=np.float32, transpose=False, draw=sm
     x = poison(draw(rng, (num_ranks, ROWS, H)), send)
     weight = draw(rng, (num_ranks, num_local, *((N, H) if transpose else (H, N))))
     cts = [poison(draw(rng, (num_ranks, capacity, n)), recv) for n in ((N, H) if op == IN else (N,))]
-    return jax.tree.map(lambda a: jnp.asarray(a, dtype), (x, weight, tuple(cts)))
+    return jax.tree.map(lambda a: np.asarray(a, jnp.dtype(dtype)), (x, weight, tuple(cts)))
 
 
 def oracle(op, x, weight, cts, send, recv, **options):
@@ -72,7 +72,7 @@ def oracle(op, x, weight, cts, send, recv, **options):
 
 
 def check(op, program_results, x, weight, cts, send, recv, **options):
-    out, d_x, d_weight = program_results
+    out, d_x, d_weight = jax.device_get(program_results)  # a slice of an array of JAX is a program
     expected, expected_x, expected_weight = oracle(op, x, weight, cts, send, recv, **options)
     for mine, true in zip(out, expected, strict=True):
         for rank, rows in enumerate(true):
@@ -138,6 +138,7 @@ def test_static_counts(op):
     assert jax.eval_shape(as_arrays, *args[:2])[0].shape[1] == CAPACITY
 
 
+@pytest.mark.quick("all_to_allv_grouped_matmul")
 @pytest.mark.parametrize("op", OPS)
 def test_flat_static_list_holds_on_every_rank(op):
     flat = [2, 1] * 4
@@ -148,6 +149,7 @@ def test_flat_static_list_holds_on_every_rank(op):
         np.testing.assert_array_equal(mine, np.stack(true))
 
 
+@pytest.mark.slow
 def test_one_undoes_the_other():
     """With unit weights and swapped lists, the way in after the way out puts every row where it was."""
     rng = np.random.default_rng(5)
@@ -163,11 +165,12 @@ def test_one_undoes_the_other():
     np.testing.assert_array_equal(jax.jit(per_rank(4, out_and_in))(x, unit, *counts), np.nan_to_num(x))
 
 
+@pytest.mark.quick("grouped_matmul_all_to_allv-bfloat16")
 @pytest.mark.parametrize(("op", "dtype"), [(OUT, "bfloat16"), (IN, "float16")])
 def test_products_are_summed_in_float32_and_rounded_once(op, dtype):
     """2048 + 1 - 2048: in 16 bits the one would be lost, were partial sums rounded."""
-    row, column = jnp.zeros(H, dtype).at[:3].set(jnp.array([2048, 1, -2048])), jnp.ones((H, N), dtype)
-    x, weight = jnp.tile(row, (2, 2, 1)), jnp.tile(column, (2, 1, 1, 1))
+    row = np.pad([2048, 1, -2048], (0, H - 3)).astype(jnp.dtype(dtype))
+    x, weight = np.tile(row, (2, 2, 1)), np.ones((2, 1, H, N), jnp.dtype(dtype))
     run = jax.jit(per_rank(2, lambda x, weight: results(op, x, weight, [1, 1], [1, 1], "x")[0]))
     y = run(x, weight)
     assert y.dtype == dtype
@@ -201,7 +204,7 @@ def test_document_sample():
     )
 
 
-@pytest.mark.quick("False-grouped_matmul_all_to_allv", "True-all_to_allv_grouped_matmul")
+@pytest.mark.quick("True-all_to_allv_grouped_matmul")
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("transpose", [False, True])
 def test_dense_part(op, transpose):
@@ -235,6 +238,7 @@ def test_dense_part(op, transpose):
     np.testing.assert_array_equal(d_weight, sum(per_rank_weight))
 
 
+@pytest.mark.quick("True-3-all_to_allv_grouped_matmul", "False-3-grouped_matmul_all_to_allv")
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(("static", "rows"), [(True, 3), (False, 3), (False, 0)])
 def test_no_rows(op, static, rows):

@@ -69,7 +69,7 @@ def test_any_group_sizes(backend, cuts, seed):
     check(backend, *operands(seed, group_sizes, jnp.float32, False), False)
 
 
-@pytest.mark.quick(*(f"shape{i}-group_sizes{i}-cpu" for i in range(14)))
+@pytest.mark.quick(*(f"shape{i}-group_sizes{i}-cpu" for i in (0, 1, 2, 4, 6, 7, 12, 13)))
 @pytest.mark.parametrize("backend", ["cpu", "xla"])
 @pytest.mark.parametrize(
     ("shape", "group_sizes"),

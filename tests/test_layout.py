@@ -22,7 +22,7 @@ ROWS = P * W * N  # no rank can get more
 
 
 def i32(values):
-    return jnp.asarray(values, jnp.int32)
+    return np.asarray(values, np.int32)
 
 
 def equal(actual, expected):
@@ -32,6 +32,11 @@ def equal(actual, expected):
 
 sort_pairs = jax.jit(layout.sort_pairs, static_argnums=1)
 map_blocks = jax.jit(layout.map_blocks, static_argnums=3)
+send_maps = jax.jit(layout.send_maps, static_argnums=(1, 3), static_argnames="compact")
+receive_maps = jax.jit(layout.receive_maps, static_argnums=2, static_argnames=("compact", "num_rows"))
+gather_maps = jax.jit(layout.gather_maps, static_argnums=(2, 4), static_argnames="num_rows")
+searchsorted = jax.jit(layout.searchsorted, static_argnames="side")
+clip_to_stretch = jax.jit(layout.clip_to_stretch)
 
 
 @jax.jit
@@ -92,14 +97,14 @@ def test_sort_pairs_by_hand():
     ],
 )
 def test_send_maps_by_hand(start, compact, sizes, bases, slot_pair, pair_slot):
-    pairs = layout.sort_pairs(i32([-1, 1, 0, 2, 0]), 4)
-    maps = layout.send_maps(pairs, 2, start, 2, compact=compact)
+    pairs = sort_pairs(i32([-1, 1, 0, 2, 0]), 4)
+    maps = send_maps(pairs, 2, start, 2, compact=compact)
     for actual, expected in zip(maps, (sizes, bases, slot_pair, pair_slot), strict=True):
         equal(actual, expected)
 
 
 def test_compact_sender_without_rows_for_rank_0_wastes_no_slot():
-    maps = layout.send_maps(layout.sort_pairs(i32([3, 2, 3]), 4), 2, 0, 3, compact=True)
+    maps = send_maps(sort_pairs(i32([3, 2, 3]), 4), 2, 0, 3, compact=True)
     equal(maps.slot_pair, [1, 0, 2])
     equal(maps.bases, [0, 0])
 
@@ -113,7 +118,7 @@ def test_compact_sender_without_rows_for_rank_0_wastes_no_slot():
     ],
 )
 def test_receive_maps_by_hand(compact, bases, row_slot, slot_row):
-    maps = layout.receive_maps(i32([[[1, 2], [1, 0]]]), 0, 4, compact=compact, num_rows=5)
+    maps = receive_maps(i32([[[1, 2], [1, 0]]]), 0, 4, compact=compact, num_rows=5)
     equal(maps.sizes, [[3, 1]])
     equal(maps.bases, bases)
     equal(maps.group_sizes, [2, 2])
@@ -122,7 +127,7 @@ def test_receive_maps_by_hand(compact, bases, row_slot, slot_row):
 
 
 def test_receive_maps_put_tp_ranks_between_expert_and_source():
-    maps = layout.receive_maps(i32([[[1, 1], [1, 0]], [[0, 1], [1, 0]]]), 0, 2, compact=False, num_rows=6)
+    maps = receive_maps(i32([[[1, 1], [1, 0]], [[0, 1], [1, 0]]]), 0, 2, compact=False, num_rows=6)
     # Slots: tp 0 source 0: 0-1, source 1: 2-3; tp 1 source 0: 4-5, source 1: 6-7.
     # Rows: expert 0 of (0, 0), (0, 1), (1, 1); then expert 1 of (0, 0), (1, 0).
     equal(maps.row_slot, [0, 2, 6, 1, 4, -1])
@@ -131,7 +136,7 @@ def test_receive_maps_put_tp_ranks_between_expert_and_source():
 
 def test_gather_maps_by_hand():
     # Two sources with two pairs each; rank 1 owns flat slots 2 and 3.
-    maps = layout.gather_maps(i32([[[3, 2], [2, 0]]]), i32(1), 2, 0, 2, num_rows=4)
+    maps = gather_maps(i32([[[3, 2], [2, 0]]]), i32(1), 2, 0, 2, num_rows=4)
     equal(maps.recv_counts, [[[1, 1], [1, 0]]])
     equal(maps.group_sizes, [2, 1])
     equal(maps.row_pair, [1, 2, 0, -1])  # slot 2: pairs 1 and 2; slot 3: pair 0
@@ -139,7 +144,7 @@ def test_gather_maps_by_hand():
 
 
 def test_gather_maps_clip_every_source_by_itself():
-    maps = layout.gather_maps(i32([[[3, 2], [2, 0]]]), i32(1), 2, 1, 1, num_rows=4)
+    maps = gather_maps(i32([[[3, 2], [2, 0]]]), i32(1), 2, 1, 1, num_rows=4)
     equal(maps.group_sizes, [0, 1])  # the second entry of source 0's list is its pair for slot 3
     equal(maps.row_pair, [0, -1, -1, -1])
     equal(maps.pair_row, [[0, -1], [-1, -1]])
@@ -151,7 +156,7 @@ def test_map_blocks_by_hand():
     equal(map_blocks(i32([]), i32([]), i32([]), 2), [-1, -1])
     # Blocks in any order and shape, and addresses of the caller's.
     starts, targets, sizes = i32([[4, 0], [9, 2]]), i32([[0, 10], [20, 30]]), i32([[2, 2], [1, 0]])
-    equal(layout.map_blocks(starts, targets, sizes, i32([9, 5, 2, 0, -1])), [20, 1, -1, 10, -1])
+    equal(jax.jit(layout.map_blocks)(starts, targets, sizes, i32([9, 5, 2, 0, -1])), [20, 1, -1, 10, -1])
     assert map_blocks(i32([0]), i32([5]), i32([2]), 0).shape == (0,)
 
 
@@ -161,7 +166,7 @@ def test_map_blocks_by_hand():
 )
 def test_clip_to_stretch_by_hand(start, first, sizes):
     for lists in ([2, 0, 3], [[2, 0, 3], [2, 0, 3]]):
-        actual_first, actual_sizes = layout.clip_to_stretch(i32(lists), start, 3)
+        actual_first, actual_sizes = clip_to_stretch(i32(lists), start, 3)
         equal(actual_first, np.broadcast_to(first, np.shape(lists)))
         equal(actual_sizes, np.broadcast_to(sizes, np.shape(lists)))
 
@@ -180,8 +185,8 @@ def test_running_sums_go_along_the_last_axis():
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_searchsorted_is_numpys(side):
     ascending, values = np.array([-3, 0, 0, 2, 7, 7, 7]), np.arange(-4, 9)
-    equal(layout.searchsorted(i32(ascending), i32(values), side=side), np.searchsorted(ascending, values, side=side))
-    equal(layout.searchsorted(i32([]), i32([1, 2]), side=side), [0, 0])
+    equal(searchsorted(i32(ascending), i32(values), side=side), np.searchsorted(ascending, values, side=side))
+    equal(searchsorted(i32([]), i32([1, 2]), side=side), [0, 0])
 
 
 def test_ids_outside_are_not_counted():
@@ -193,14 +198,14 @@ def test_no_pairs():
     equal(pairs.counts, [0] * 4)
     assert pairs.order.shape == pairs.position.shape == (0,)
     for compact in (True, False):
-        maps = layout.send_maps(pairs, 2, 0, 3, compact=compact)
+        maps = send_maps(pairs, 2, 0, 3, compact=compact)
         equal(maps.sizes, [0, 0])
         assert (np.asarray(maps.slot_pair) == -1).all()
         assert maps.pair_slot.shape == (0,)
-        received = layout.receive_maps(jnp.zeros((1, 2, 2), jnp.int32), 0, 3, compact=compact, num_rows=2)
+        received = receive_maps(i32(np.zeros((1, 2, 2))), 0, 3, compact=compact, num_rows=2)
         equal(received.row_slot, [-1, -1])
         equal(received.slot_row, [-1] * 6)
-    gathered = layout.gather_maps(jnp.zeros((1, 2, 0), jnp.int32), i32(0), 2, 0, 3, num_rows=2)
+    gathered = gather_maps(i32(np.zeros((1, 2, 0))), i32(0), 2, 0, 3, num_rows=2)
     equal(gathered.row_pair, [-1, -1])
     assert gathered.pair_row.shape == (2, 0)
 
@@ -379,8 +384,8 @@ def test_sender_and_receiver_agree_on_sizes_and_bases(dest, start):
 
 
 def test_one_expert_on_one_rank():
-    maps = layout.send_maps(layout.sort_pairs(i32([0, -1, 0]), 1), 1, 0, 3, compact=True)
+    maps = send_maps(sort_pairs(i32([0, -1, 0]), 1), 1, 0, 3, compact=True)
     equal(maps.slot_pair, [0, 2, -1])
-    received = layout.receive_maps(i32([[[2]]]), 0, 3, compact=True, num_rows=3)
+    received = receive_maps(i32([[[2]]]), 0, 3, compact=True, num_rows=3)
     equal(received.row_slot, [0, 1, -1])
     equal(received.group_sizes, [2])

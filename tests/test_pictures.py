@@ -70,21 +70,33 @@ def test_bytes_of_all_pairs_are_those_of_the_phases(path, mesh, hardware, backwa
     asked = question(path, mesh, hardware)
     plan, moe_config = asked.plan(), asked.config.moe
     cost = plan.cost(moe_config.ffn)["forward + backward" if backward else "forward"]
-    sent, nodes = wire_bytes(plan, moe_config.ffn, activation="swiglu", backward=backward, most=1000)
+    sent, nodes = wire_bytes(plan, moe_config.ffn, backward=backward, most=1000)
     near = nodes[:, None] == nodes
     assert len(nodes) == asked.mesh.num_devices and not np.diag(sent).any()
     for part, phases in ((near, "inside_bytes"), (~near, "between_bytes")):
         expected = sum(getattr(phase, phases) for phase in cost.phases)
         np.testing.assert_allclose((sent * part).sum(1), expected, rtol=1e-9)
-    first, _ = wire_bytes(plan, moe_config.ffn, activation="swiglu", backward=backward, most=3)
+    first, _ = wire_bytes(plan, moe_config.ffn, backward=backward, most=3)
     np.testing.assert_array_equal(first, sent[:3, :3])
+
+
+def test_shared_experts_count_with_their_own_width(tmp_path):
+    (tmp_path / "shared.toml").write_text(
+        CONFIG.replace("ffn = 1024", "ffn = 1024\nnum_shared_experts = 1\nshared_ffn = 64")
+    )
+    asked = question(str(tmp_path / "shared.toml"), "ep=4")
+    plan, widths = asked.plan(), asked.config.moe.widths
+    sent, _ = wire_bytes(plan, **widths, backward=True, most=4)
+    inside = sum(phase.inside_bytes for phase in plan.cost(**widths)["forward + backward"].phases)
+    np.testing.assert_allclose(sent.sum(1), inside, rtol=1e-9)
+    assert sent.sum() < wire_bytes(plan, 1024, backward=True, most=4)[0].sum()
 
 
 def test_replicas_exchange_gradients_alone(path):
     """Two groups of 8 on a node each: in the forward pass rows stay in a group, and only statistics leave it."""
     asked = question(path, "ep=8,dp=2")
     plan = asked.plan()
-    forward, both = (wire_bytes(plan, 1024, activation="swiglu", backward=b, most=16)[0] for b in (False, True))
+    forward, both = (wire_bytes(plan, 1024, backward=b, most=16)[0] for b in (False, True))
     assert forward[0, 1:8].min() > 1000 * forward[0, 8:].max() > 0
     weights = 3 * 8 * 512 * 1024 * 4  # of 8 experts; a sum over two moves all of them once
     assert both[0, 8] > weights > both[0, 9]
@@ -103,7 +115,7 @@ def test_the_plan_in_a_picture(path):
     assert [part.get_label() for part in time_axes.containers] == list(found["time"]["forward"]["phases"])
     (limit,) = memory_axes.lines
     assert limit.get_xdata()[0] == pytest.approx(MACHINES["h100"].memory_bytes / 1e9)
-    sent, _ = wire_bytes(asked.plan(), 1024, activation="swiglu", backward=True, most=16)
+    sent, _ = wire_bytes(asked.plan(), 1024, backward=True, most=16)
     np.testing.assert_allclose(wire_axes.images[0].get_array().filled(0), sent / 1e6)
     assert {line.get_ydata()[0] for line in wire_axes.lines} == {0, 7.5} and len(wire_axes.lines) == 2
     said = "\n".join(texts(figure))

@@ -127,7 +127,7 @@ def test_compiled_program_does_no_more_for_more_ranks():
     assert few == many and min(many[op] for op in ("all-to-all", "dot", "sort", "while")) > 0
 
 
-@pytest.mark.quick("forward")
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", PASSES)
 def test_instructions_beside_a_minimal_layer(phase):
     """Twice those of a layer that a person writes by hand, which drops what one round has no room for."""

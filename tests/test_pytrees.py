@@ -147,6 +147,8 @@ def values_to_pickle():
     yield from STATIC
     yield from (plan().cost(8)["forward"], moe.quant.recipe("int8", "float32").format, moe.MoEError("text"))
     yield moe.BarrierTimeoutError("text")
+    yield from (plan().memory(8), plan(hardware="h100").hardware, moe.ClampedSwiGLU())
+    yield moe.rebalance(np.arange(1.0, 9.0)[None], num_physical_experts=12, num_ranks=4)
     yield config.Config(
         moe=config.MoEConfig(num_experts=8, top_k=2, ffn=4),
         model=config.ModelConfig(layers=1, hidden=8, heads=2, seq_len=8),

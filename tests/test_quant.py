@@ -147,7 +147,7 @@ def check_message(recipe, q, message, unpacked, hidden):
         np.testing.assert_array_equal(np.asarray(got).view(np.uint8), np.asarray(sent).view(np.uint8))
 
 
-@pytest.mark.quick("fp8_e5m2_group128", "mx_e5m2", "mx_clip_e5m2")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_eager_and_compiled_agree(name):
     for dtype in DTYPES if name == "int8_group8" else ("bfloat16",):
@@ -173,9 +173,8 @@ def bound_program(name, dtype):
     return jax.jit(functools.partial(everything, quant.recipe(name, dtype)))
 
 
-@hypothesis.given(st.sampled_from(NAMES), st.sampled_from(DTYPES), st.integers(0, 2**32 - 1), st.integers(-10, 10))
-@hypothesis.settings(max_examples=60)
-def test_the_bound_holds_for_any_bits(name, dtype, seed, log_smooth):
+@hypothesis.given(st.integers(0, 2**32 - 1), st.integers(-10, 10))
+def check_any_bits(name, dtype, seed, log_smooth):
     rng = np.random.default_rng(seed)
     width = np.uint32 if dtype == "float32" else np.uint16
     x = rng.integers(0, np.iinfo(width).max, (3, 36), width, endpoint=True).view(jnp.dtype(dtype))
@@ -183,6 +182,13 @@ def test_the_bound_holds_for_any_bits(name, dtype, seed, log_smooth):
     smooth = None if smooth_for(name, 1, 1) is None else (rng.normal(size=36) * 2.0**log_smooth).astype(np.float32)
     _, back, bound, *_ = bound_program(name, dtype)(x, smooth)
     check_bound(name, x, smooth, back, bound)
+
+
+@pytest.mark.quick("int8-float32", "fp8_e4m3-bfloat16", "fp8_e5m2_group128-float16", "mx_e2m1-bfloat16")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_bound_holds_for_any_bits(name, dtype):
+    check_any_bits(name, dtype)
 
 
 # --- by hand ---------------------------------------------------------------------------------------------------------
@@ -251,7 +257,7 @@ def test_e2m1_as_ml_dtypes_has_it():
     z = np.concatenate([np.linspace(-6, 6, 481), [6.0]]).astype(np.float32)  # 4 <= max < 8: the scale is 1
     recipe = quant.recipe("mx_e2m1", "float32")
     rows = np.stack([np.full_like(z, 6.0), z], axis=1).reshape(-1, 4)
-    got = recipe.dequantize(recipe.quantize(rows)).reshape(-1, 2)[:, 1]
+    got = np.asarray(jax.jit(lambda rows: recipe.dequantize(recipe.quantize(rows)))(rows)).reshape(-1, 2)[:, 1]
     np.testing.assert_array_equal(got, z.astype(ml_dtypes.float4_e2m1fn).astype(np.float32))
 
 
@@ -292,9 +298,11 @@ def test_groups_of_eight_travel_and_arrive_in_the_dtype_of_the_rows():
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "int8_static"])
 def test_broken_rows_are_never_silent(name):
     recipe = quant.recipe(name, "float32")
+    seen = jax.jit(lambda x: recipe.dequantize(recipe.quantize(x)))
     for bad in (np.nan, np.inf, -np.inf):
-        x = jnp.ones((2, 8)).at[0, 3].set(bad)
-        back = recipe.dequantize(recipe.quantize(x))
+        x = np.ones((2, 8), np.float32)
+        x[0, 3] = bad
+        back = np.asarray(seen(x))
         assert not np.isfinite(back[0]).any() and np.isfinite(back[1]).all()
 
 
@@ -325,7 +333,7 @@ def test_any_bytes_survive_unpack_and_pack(name):
     np.testing.assert_array_equal(jax.jit(lambda r: recipe.pack(recipe.unpack(r, 70)))(rows), rows)
 
 
-@pytest.mark.quick("int8", "mx_e4m3", "fp8_e4m3_group128", "int8_group8")
+@pytest.mark.quick("mx_e4m3", "int8_group8")
 @pytest.mark.parametrize("name", NAMES)
 def test_no_rows(name):
     recipe, x = quant.recipe(name, "bfloat16"), jnp.zeros((0, 40), jnp.bfloat16)
@@ -343,7 +351,7 @@ def test_recipes_are_static_and_compare_by_value():
 # --- the derivative --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.quick("int8-float32", "fp8_e4m3-float32", "fp8_e4m3_group128-float32", "mx_e2m1-float32")
+@pytest.mark.quick("int8-float32", "fp8_e4m3_group128-float32")
 @pytest.mark.parametrize(
     "dtype", ["float32", *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in ("bfloat16", "float16"))]
 )
@@ -392,7 +400,7 @@ def test_over_a_mesh():
 
 # --- what is refused -------------------------------------------------------------------------------------------------
 
-X = jnp.ones((2, 8))
+X = np.ones((2, 8), np.float32)
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,10 @@ def test_patterns(num_ranks, axes, name):
         check_gradients(num_ranks, axes, slices, rng)
 
 
-@pytest.mark.parametrize(("num_ranks", "axes"), [(2, FLAT), (4, FLAT), (8, FLAT), (8, PAIRED)])
+@pytest.mark.parametrize(
+    ("num_ranks", "axes"),
+    [(4, FLAT), (8, PAIRED), *(pytest.param(ranks, FLAT, marks=pytest.mark.slow) for ranks in (2, 8))],
+)
 @given(data=st.data())
 def test_generated_slices(num_ranks, axes, data):
     """Empty slices, slices that share a start or overlap, gaps in the result: all of it at once."""
@@ -171,18 +174,18 @@ def test_one_rank_copies_its_slice():
 
 def test_nan_outside_the_slices_goes_nowhere():
     """Rows that are not sent, and cotangents of rows in other places, may hold NaN."""
-    operand = np.full((2, NUM_IN, 3), np.nan, np.float32)
-    output, ct = (np.full((2, NUM_OUT, 3), np.nan, np.float32) for _ in range(2))
+    operand = np.full((4, NUM_IN, 3), np.nan, np.float32)
+    output, ct = (np.full((4, NUM_OUT, 3), np.nan, np.float32) for _ in range(2))
     operand[0, 1:3] = 7.0  # rank 0 sends rows 1-2 to rank 1, where they become rows 0-1
     ct[1, :2] = 5.0
-    slices = [np.zeros((2, 2), np.int32) for _ in INTEGERS]
+    slices = [np.zeros((4, 4), np.int32) for _ in INTEGERS]
     slices[0][0, 1], slices[1][0, 1], slices[3][1, 0] = 1, 2, 2
-    result, d_operand, d_output = gradient_program(2)(operand, output, ct, *slices)
+    result, d_operand, d_output = jax.device_get(gradient_program(4)(operand, output, ct, *slices))
     np.testing.assert_array_equal(result[1, :2], 7.0)
     assert np.isnan(result[1, 2:]).all()
     np.testing.assert_array_equal(d_operand[0, 1:3], 5.0)
     np.testing.assert_array_equal(np.delete(d_operand[0], [1, 2], axis=0), 0.0)
-    np.testing.assert_array_equal(d_operand[1], 0.0)
+    np.testing.assert_array_equal(d_operand[1:], 0.0)
     np.testing.assert_array_equal(d_output[1, :2], 0.0)
     assert np.isnan(d_output[1, 2:]).all()
 
@@ -221,19 +224,20 @@ def test_everything_replicated_still_gives_a_varying_result():
 
 
 def legal_arguments(**changes):
-    named = {"operand": jnp.zeros((4, 3)), "output": jnp.zeros((5, 3))} | dict.fromkeys(INTEGERS, jnp.zeros(2, "int32"))
+    named = {"operand": np.zeros((4, 3), np.float32), "output": np.zeros((5, 3), np.float32)}
+    named |= dict.fromkeys(INTEGERS, np.zeros(2, np.int32))
     return named | changes
 
 
 @pytest.mark.parametrize(
     ("changes", "error", "names"),
     [
-        ({"operand": jnp.zeros(())}, errors.ShapeError, "operand"),
-        ({"output": jnp.zeros(5)}, errors.ShapeError, "output"),
-        ({"output": jnp.zeros((5, 4))}, errors.ShapeError, "output"),
+        ({"operand": np.zeros((), np.float32)}, errors.ShapeError, "operand"),
+        ({"output": np.zeros(5, np.float32)}, errors.ShapeError, "output"),
+        ({"output": np.zeros((5, 4), np.float32)}, errors.ShapeError, "output"),
         ({"output": jnp.zeros((5, 3), jnp.bfloat16)}, errors.DtypeError, "output"),
-        *(({name: jnp.zeros(3, jnp.int32)}, errors.ShapeError, name) for name in INTEGERS),
-        *(({name: jnp.zeros(2)}, errors.DtypeError, name) for name in INTEGERS),
+        *(({name: np.zeros(3, np.int32)}, errors.ShapeError, name) for name in INTEGERS),
+        *(({name: np.zeros(2, np.float32)}, errors.DtypeError, name) for name in INTEGERS),
     ],
 )
 def test_wrong_arguments_are_named(changes, error, names):

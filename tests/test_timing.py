@@ -29,6 +29,7 @@ def timed(slow=False, axes="ep", nodes=1):
     return jax.jit(over_ep(run, moe_jax.make_mesh(ep=W, nodes=nodes)))
 
 
+@pytest.mark.quick("ep-1-float32", "ep-1-bool", "axes1-2-bfloat16", "axes1-2-int8")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "bool"])
 @pytest.mark.parametrize("axes,nodes", [("ep", 1), (("node", "ep"), 2)])
 def test_same_bits_as_all_to_all(axes, nodes, dtype):
@@ -126,6 +127,7 @@ def test_program_alternates_clock_and_shift():
         assert earlier in behind(later, nodes)
 
 
+@pytest.mark.slow
 def test_processes_blame_the_slow_one():
     program = """
 import time

@@ -310,11 +310,19 @@ def _phase(
     )
 
 
-def even_exchanges(plan: "Plan", ffn: int, *, activation: Choice, backward: bool) -> tuple[list[Collective], Layout]:
+def even_exchanges(
+    plan: "Plan",
+    backward: bool,
+    *,
+    ffn: int,
+    activation: Choice,
+    shared_ffn: int | None,
+    shared_activation: Choice | None,
+) -> tuple[list[Collective], Layout]:
     """The exchanges whose bytes the phases of ``Plan.cost`` sum up, and how the devices lie that make them."""
-    machine = plan.hardware
+    machine, of_shared = plan.hardware, activation if shared_activation is None else shared_activation
     size, layout = Size.of(plan, machine.widened), Layout.of(plan, machine, plan.num_replicas)
-    experts = _experts(plan, size, ffn, activation, width_of_shared(plan, ffn, None), activation)
+    experts = _experts(plan, size, ffn, activation, width_of_shared(plan, ffn, shared_ffn), of_shared)
     steps = _steps(plan, transport_of(plan).even_size(plan, size), layout, *experts, machine, backward)
     return [exchange for step in steps for exchange in step.collectives], layout
 

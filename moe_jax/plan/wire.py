@@ -14,7 +14,14 @@ if TYPE_CHECKING:
 
 
 def wire_bytes(
-    plan: "Plan", ffn: int, *, activation: Choice, backward: bool, most: int
+    plan: "Plan",
+    ffn: int,
+    *,
+    activation: Choice = "swiglu",
+    shared_ffn: int | None = None,
+    shared_activation: Choice | None = None,
+    backward: bool,
+    most: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """What devices send each other in one call of the layer under an even load, as ``Plan.cost`` counts it.
 
@@ -22,14 +29,15 @@ def wire_bytes(
     is spread evenly over the others of its group there, and what it sends to other nodes over those that are elsewhere.
 
     Args:
-      plan, ffn, activation: as for ``Plan.cost``.
+      plan, ffn, activation, shared_ffn, shared_activation: as for ``Plan.cost``.
       backward: with the backward pass.
       most: of all devices, so many of the first ones at most.
 
     Returns:
       (bytes [D, D] f64, from the device of the row to that of the column; the node [D] of each device).
     """
-    exchanges, layout = even_exchanges(plan, ffn, activation=activation, backward=backward)
+    widths = {"ffn": ffn, "activation": activation, "shared_ffn": shared_ffn, "shared_activation": shared_activation}
+    exchanges, layout = even_exchanges(plan, backward, **widths)
     num_devices = math.prod(size for _, size in layout.axes)
     shown = min(num_devices, most)
     found, nodes = np.zeros((shown, shown)), np.arange(num_devices) // layout.node

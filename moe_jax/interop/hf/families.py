@@ -33,7 +33,12 @@ REQUIRED = object()
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """A value of config.json: that of the first of ``names`` that is there and not null; of a list, the layer's."""
+    """A value of config.json: that of the first of ``names`` that is there and not null; of a list, the layer's.
+
+    Attributes:
+      names: where it may stand.
+      default: what it is where none is there; REQUIRED: one must be.
+    """
 
     names: tuple[str, ...]
     default: Any = REQUIRED
@@ -420,7 +425,8 @@ FAMILIES = (
         shared=(shared("shared_expert"),), shared_count=1,
     ),
     Family(
-        types=("inkling2_text",), layers="model.llm.layers", score="sigmoid", scale=SCALE, activation=softcapped,
+        types=("inkling2_text", "inkling2_loop_text"), layers="model.llm.layers", score="sigmoid", scale=SCALE,
+        activation=softcapped,
         selection_bias=("gate.bias", *_CORRECTION),
         experts=(fused("experts.w13_weight", "E 2F H", "experts.w2_weight", "E H F", interleaved=True), FUSED),
     ),
@@ -440,7 +446,6 @@ BY_TYPE = {name: family for family in FAMILIES for name in family.types}
 # Blocks that the layer cannot be, and what it lacks.
 LACKS = {
     "inkling_text": "weights that routed and shared experts share in one sum; pass routing= and add the shared ones",
-    "inkling2_loop_text": "files whose experts are in NVFP4; read it from a copy in bf16 as inkling2_text",
     "muse_spark_text": "a norm of what each expert gives; use map_experts with a function of your own",
     "phimoe": "the sparse mixer, which thins out each choice by itself; choose yourself and pass routing=",
     "zaya": "a router of several layers with a state; choose yourself and pass routing=",

@@ -14,10 +14,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from moe_jax.activations import activation_of
 from moe_jax.errors import CheckpointError, InvalidArgumentError, UnsupportedError, check_count, check_type, raise_all
 from moe_jax.interop.hf.layouts import Layout, Stored, axes_of, tensors_of
 from moe_jax.interop.hf.model import ModelLayer, load_config_json, read_config
 from moe_jax.layer.params import abstract_params
+from moe_jax.parameters import BY_NAME
 from moe_jax.plan import Plan
 
 Array = jax.Array
@@ -387,8 +389,8 @@ def _groups(what: ModelLayer) -> list[list[Layout]]:
 
 def _needed(layout: Layout, what: ModelLayer) -> Layout:
     """``layout`` without gates, where the activation has none."""
-    ungated = what.family.activation.__name__ == "ungated"
-    return {name: stored for name, stored in layout.items() if not (ungated and name.endswith("_gate"))}
+    gated = activation_of(what.options["activation"]).gated
+    return {name: stored for name, stored in layout.items() if gated or BY_NAME[name].role not in ("w_gate", "b_gate")}
 
 
 # Checks.

@@ -129,6 +129,8 @@ def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _read(family: Family, model_type: str, config: Mapping[str, Any], layer: int) -> ModelLayer:
+    config = {**config, **(config.get("per_layer_config") or {}).get(str(layer), {})}
+
     def get(value: Any) -> Any:
         if not isinstance(value, Key):
             return value
@@ -150,7 +152,7 @@ def _read(family: Family, model_type: str, config: Mapping[str, Any], layer: int
         said = config[names[0]] if names else rule.value.default
         if said not in rule.allowed:
             broken.append(f"{rule.value.names[0]}={said!r} needs {rule.lacks}")
-    name = get(families.HIDDEN_ACT) if "ffn_act_fn" not in config else config["ffn_act_fn"].get("name", "silu")
+    name = (config.get("ffn_act_fn") or {}).get("name") or get(families.HIDDEN_ACT)
     activation = family.activation(name, get)
     if activation is None:
         broken.append(f"activation {name!r} has no name here")

@@ -72,8 +72,8 @@ def _draw_wire(figure: Any, axes: Any, question: Question, plan: Plan, found: Fo
     """A heat map with a row for each device that sends and a column for each that gets; nodes stand in frames."""
     from matplotlib.colors import LogNorm
 
-    moe_config, last = question.config.moe, found["passes"][-1]
-    sent, nodes = wire_bytes(plan, moe_config.ffn, activation=moe_config.activation, backward=last == BOTH, most=MOST)
+    last = found["passes"][-1]
+    sent, nodes = wire_bytes(plan, **question.config.moe.widths, backward=last == BOTH, most=MOST)
     values = np.ma.masked_equal(sent / 1e6, 0.0)
     wide = values.count() and values.max() > WIDE * values.min()
     image = axes.imshow(values, cmap="viridis", interpolation="nearest", norm=LogNorm() if wide else None)

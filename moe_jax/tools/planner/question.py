@@ -15,7 +15,7 @@ from moe_jax.errors import ConfigError, InvalidArgumentError, check_choice, chec
 from moe_jax.hardware import Machine, machine_of
 from moe_jax.plan.cost import PHASES
 from moe_jax.plan.memory import OPTIMIZERS
-from moe_jax.tools.train.model import make_layer_plan
+from moe_jax.tools.train.layer_plan import make_layer_plan
 
 TOKENS = 512  # per device, of a shape that has no [train] section
 DTYPE = "bfloat16"

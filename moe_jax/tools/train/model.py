@@ -1,6 +1,7 @@
-"""A byte-level decoder: an embedding, blocks of attention and Mixture-of-Experts, and a head.
+"""A byte-level decoder in flax nnx: an embedding, blocks of attention and Mixture-of-Experts, and a head.
 
-Parameters are a dict of arrays, and the model is functions of them.
+`Transformer` is the module. `Decoder` takes it apart into a graph and a dict of arrays, so that the step, the optimizer
+and checkpoints see plain parameters.
 
 B sequences, S positions, H hidden size, V vocabulary, A heads of size D, L layers, E experts. Parameters are float32;
 activations have `dtype`. The batch is spread over all axes of the mesh, so N = B * S tokens split evenly over devices.
@@ -13,12 +14,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from flax import nnx
+from jax.nn.initializers import normal
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import moe_jax as moe
-from moe_jax.config import Config, ModelConfig, TrainConfig
-from moe_jax.errors import ConfigError
-from moe_jax.hardware import Machine
+from moe_jax.config import Config, ModelConfig
+from moe_jax.interop.nnx import MoE
+from moe_jax.tools.train.layer_plan import make_layer_plan, training_sections
 
 Params = dict[str, Any]
 
@@ -35,15 +38,83 @@ class ModelStats:
     z: jax.Array  # scalar f32, summed over layers
 
 
+class Attention(nnx.Module):
+    """Causal self-attention with rotary positions, x [B, S, H] -> [B, S, H]."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, *, rngs: nnx.Rngs) -> None:
+        heads, scale = (config.heads, config.hidden // config.heads), config.hidden**-0.5
+        linear = functools.partial(nnx.LinearGeneral, use_bias=False, dtype=dtype, rngs=rngs)
+        self.qkv = linear(config.hidden, (3, *heads), kernel_init=normal(scale))
+        out_scale = scale / (2 * config.layers) ** 0.5
+        self.out = linear(heads, config.hidden, axis=(-2, -1), kernel_init=normal(out_scale))
+        self.rope_theta = config.rope_theta
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        q, k, v = jnp.moveaxis(self.qkv(x), 2, 0)
+        q, k = rotate(q, self.rope_theta), rotate(k, self.rope_theta)
+        return self.out(jax.nn.dot_product_attention(q, k, v, is_causal=True))
+
+
+class Block(nnx.Module):
+    """One layer: attention, then experts, each after a norm and beside a residual."""
+
+    def __init__(self, config: Config, mesh: Mesh, plan: moe.Plan, *, rngs: nnx.Rngs) -> None:
+        model, train = training_sections(config)
+        dtype = jnp.dtype(train.dtype)
+        self.attention_norm = nnx.RMSNorm(model.hidden, dtype=dtype, rngs=rngs)
+        self.attention = Attention(model, dtype, rngs=rngs)
+        self.moe_norm = nnx.RMSNorm(model.hidden, dtype=dtype, rngs=rngs)
+        options = {**config.moe.parameters, "weigh_inputs": config.moe.weigh_inputs}
+        self.moe = MoE(mesh, plan, config.router, rngs=rngs, **options)
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, moe.LayerStats]:
+        with jax.named_scope("attention"):
+            x = x + self.attention(self.attention_norm(x))
+        with jax.named_scope("moe"):
+            y, stats = self.moe(self.moe_norm(x))
+            return x + y, stats
+
+
+class Transformer(nnx.Module):
+    """The model that `config` describes in its sections [model], [train], [moe] and [router], on `mesh`."""
+
+    def __init__(self, config: Config, mesh: Mesh, *, rngs: nnx.Rngs) -> None:
+        model, train = training_sections(config)
+        tokens_per_rank = train.batch_size * model.seq_len // mesh.size
+        plan = make_layer_plan(config, model, mesh, tokens_per_rank=tokens_per_rank, dtype=train.dtype)
+        self.dtype = jnp.dtype(train.dtype)
+        self.over_batch = over_batch(mesh)
+        scale = model.hidden**-0.5 if model.tied_head else 1.0
+        self.embedding = nnx.Embed(model.vocab, model.hidden, dtype=self.dtype, embedding_init=normal(scale), rngs=rngs)
+        # By name, because in a checkpoint a number becomes one.
+        self.blocks = nnx.Dict({str(i): Block(config, mesh, plan, rngs=rngs) for i in range(model.layers)})
+        self.final_norm = nnx.RMSNorm(model.hidden, dtype=self.dtype, rngs=rngs)
+        if not model.tied_head:
+            # The head is so small at first that every byte is about as likely as any other.
+            self.head = nnx.Param(normal(1 / model.hidden)(rngs.params(), (model.hidden, model.vocab)))
+
+    def __call__(self, tokens: jax.Array) -> tuple[jax.Array, ModelStats]:
+        """tokens [B, S] i32 -> (logits of the next byte [B, S, V] f32, stats)."""
+        x = self.embedding(jax.lax.with_sharding_constraint(tokens, self.over_batch))
+        stats = []
+        for i in range(len(self.blocks)):
+            x, layer_stats = self.blocks[str(i)](jax.lax.with_sharding_constraint(x, self.over_batch))
+            stats.append(layer_stats)
+        x = self.final_norm(x)
+        head = self.head[...] if hasattr(self, "head") else self.embedding.embedding[...].T
+        logits = jnp.einsum("bsh,hv->bsv", x, head.astype(self.dtype), preferred_element_type=jnp.float32)
+        return logits, _gather_stats(stats)
+
+
 @dataclass(frozen=True)
 class Decoder:
     """The model on one mesh: `init` makes its parameters, `logits` runs it. Another mesh changes last bits at most."""
 
     config: ModelConfig
-    dtype: jnp.dtype
     mesh: Mesh
-    moe_init: Callable[[jax.Array], Params]
-    moe_apply: Callable[[Params, jax.Array], tuple[jax.Array, moe.LayerStats]]
+    make: Callable[[nnx.Rngs], Transformer]
+    graph: nnx.GraphDef[Transformer]
+    shardings: Params  # as the parameters, of which it says how each lies on the mesh
 
     @property
     def replicated(self) -> NamedSharding:
@@ -52,96 +123,36 @@ class Decoder:
     @property
     def over_batch(self) -> NamedSharding:
         """The sharding of an array whose first dimension is the batch, which is split over all axes of the mesh."""
-        return NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names))
+        return over_batch(self.mesh)
 
     def init(self, key: jax.Array) -> Params:
         """Draws parameters from `key`. Dense ones are replicated; those of experts are sharded as the layer wants."""
-        dense_key, *layer_keys = jax.random.split(key, 1 + self.config.layers)
-        params = jax.jit(lambda k: _init_dense(k, self.config), out_shardings=self.replicated)(dense_key)
-        for block, layer_key in zip(params["blocks"], layer_keys, strict=True):
-            block["moe"] = self.moe_init(layer_key)
-        return params
+
+        def draw(key):
+            return nnx.to_pure_dict(nnx.state(self.make(nnx.Rngs(params=key))))
+
+        return jax.jit(draw, out_shardings=self.shardings)(key)
 
     def logits(self, params: Params, tokens: jax.Array) -> tuple[jax.Array, ModelStats]:
         """tokens [B, S] i32 -> (logits of the next byte [B, S, V] f32, stats)."""
-        tokens = jax.lax.with_sharding_constraint(tokens, self.over_batch)
-        x = params["embedding"][tokens].astype(self.dtype)
-        stats = []
-        for block in params["blocks"]:
-            x = jax.lax.with_sharding_constraint(x, self.over_batch)
-            with jax.named_scope("attention"):
-                x = x + attention(block, rms_norm(x, block["attention_norm"]), self.config)
-            with jax.named_scope("moe"):
-                rows = rms_norm(x, block["moe_norm"]).reshape(-1, self.config.hidden)
-                y, layer_stats = self.moe_apply(block["moe"], rows)
-                x = x + y.reshape(x.shape)
-            stats.append(layer_stats)
-        x = rms_norm(x, params["final_norm"])
-        head = params["embedding"].T if self.config.tied_head else params["head"]
-        logits = jnp.einsum("bsh,hv->bsv", x, head.astype(self.dtype), preferred_element_type=jnp.float32)
-        return logits, _gather_stats(stats)
-
-
-def training_sections(config: Config) -> tuple[ModelConfig, TrainConfig]:
-    """The [model] and [train] sections, without which nothing can be trained.
-
-    Raises:
-      ConfigError: `config` has no [train] section. (A `Config` with [train] has [model] too.)
-    """
-    if config.model is None or config.train is None:
-        raise ConfigError("the configuration has no [train] section; it describes a shape: use the plan command")
-    return config.model, config.train
+        return nnx.merge(self.graph, params)(tokens)
 
 
 def build_decoder(config: Config, mesh: Mesh) -> Decoder:
-    """The decoder that `config` describes in its sections [model], [train], [moe] and [router], on `mesh`."""
-    model, train = training_sections(config)
-    tokens_per_rank = train.batch_size * model.seq_len // mesh.size
-    plan = make_layer_plan(config, model, mesh, tokens_per_rank=tokens_per_rank, dtype=train.dtype)
-    init, apply = moe.moe_on_mesh(mesh, plan, config.router, ffn=config.moe.ffn, activation=config.moe.activation)
-    return Decoder(model, jnp.dtype(train.dtype), mesh, init, apply)
+    """The decoder that `config` describes on `mesh`, without parameters yet."""
+    model, _ = training_sections(config)
+
+    def make(rngs: nnx.Rngs) -> Transformer:
+        return Transformer(config, mesh, rngs=rngs)
+
+    graph, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    shardings = nnx.to_pure_dict(nnx.get_named_sharding(state, mesh))
+    return Decoder(model, mesh, make, graph, shardings)
 
 
-def make_layer_plan(
-    config: Config,
-    model: ModelConfig,
-    mesh: Mesh | AbstractMesh,
-    *,
-    tokens_per_rank: int,
-    dtype: str,
-    quant: str = "none",
-    combine_quant: str = "none",
-    backward_quant: str = "none",
-    hardware: Machine | None = None,
-) -> moe.Plan:
-    """The plan of one layer of `config`, in the decoder `model`, with `tokens_per_rank` tokens on every device.
-
-    The recipes of the wire and the machine are as for `make_plan`.
-    """
-    return moe.make_plan(
-        mesh,
-        tokens_per_rank=tokens_per_rank,
-        hidden=model.hidden,
-        num_experts=config.moe.num_experts,
-        top_k=config.moe.top_k,
-        dtype=dtype,
-        num_shared_experts=config.moe.num_shared_experts,
-        transport=config.moe.transport,
-        overflow=config.moe.overflow,
-        capacity_factor=config.moe.capacity_factor,
-        backend=config.moe.backend,
-        quant=quant,
-        combine_quant=combine_quant,
-        backward_quant=backward_quant,
-        hardware=hardware,
-    )
-
-
-def rms_norm(x: jax.Array, gain: jax.Array) -> jax.Array:
-    """x [..., H] / sqrt(mean(x^2) + 1e-6) * gain [H], computed in float32 and returned in the dtype of x."""
-    wide = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
-    return (wide * scale * gain).astype(x.dtype)
+def over_batch(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array whose first dimension is the batch, which is split over all axes of `mesh`."""
+    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
 def rotate(x: jax.Array, theta: float) -> jax.Array:
@@ -152,45 +163,6 @@ def rotate(x: jax.Array, theta: float) -> jax.Array:
     cos, sin = jnp.cos(angle)[:, None, :], jnp.sin(angle)[:, None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-def attention(block: Params, x: jax.Array, config: ModelConfig) -> jax.Array:
-    """Causal self-attention, x [B, S, H] -> [B, S, H]; w_qkv [H, 3, A, D], w_out [A, D, H]."""
-    q, k, v = jnp.einsum("bsh,hcad->cbsad", x, block["w_qkv"].astype(x.dtype))
-    q, k = rotate(q, config.rope_theta), rotate(k, config.rope_theta)
-    y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-    return jnp.einsum("bsad,adh->bsh", y, block["w_out"].astype(x.dtype))
-
-
-def _init_dense(key: jax.Array, config: ModelConfig) -> Params:
-    """Draws all parameters but those of the experts, in float32."""
-    embedding_key, head_key, *block_keys = jax.random.split(key, 2 + config.layers)
-    shape = (config.vocab, config.hidden)
-    params = {
-        "embedding": _normal(embedding_key, shape, config.hidden**-0.5 if config.tied_head else 1.0),
-        "blocks": [_init_block(block_key, config) for block_key in block_keys],
-        "final_norm": jnp.ones(config.hidden, jnp.float32),
-    }
-    if not config.tied_head:
-        # The head is so small at first that every byte is about as likely as any other.
-        params["head"] = _normal(head_key, shape[::-1], 1 / config.hidden)
-    return params
-
-
-def _init_block(key: jax.Array, config: ModelConfig) -> Params:
-    qkv_key, out_key = jax.random.split(key)
-    head_size = config.hidden // config.heads
-    narrow = config.hidden**-0.5
-    return {
-        "attention_norm": jnp.ones(config.hidden, jnp.float32),
-        "moe_norm": jnp.ones(config.hidden, jnp.float32),
-        "w_qkv": _normal(qkv_key, (config.hidden, 3, config.heads, head_size), narrow),
-        "w_out": _normal(out_key, (config.heads, head_size, config.hidden), narrow / (2 * config.layers) ** 0.5),
-    }
-
-
-def _normal(key: jax.Array, shape: tuple[int, ...], scale: float) -> jax.Array:
-    return scale * jax.random.normal(key, shape, jnp.float32)
 
 
 def _gather_stats(layers: list[moe.LayerStats]) -> ModelStats:

@@ -120,7 +120,7 @@ def draw_run(name: str, records: list[Record], config: Config) -> Any:
     return figure
 
 
-def smooth(values: Sequence[float]) -> np.ndarray:
+def smooth(values: Sequence[float] | np.ndarray) -> np.ndarray:
     """The mean over a window around each step, [T]: up to T / 100 steps before it, two at least, and as many after it.
 
     A window is as long on both sides, so that what falls evenly is left as it is and does not lag behind.

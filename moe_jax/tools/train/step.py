@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import moe_jax as moe
 from moe_jax.config import Config, TrainConfig
 from moe_jax.tools.train.extras import require
-from moe_jax.tools.train.model import Decoder, ModelStats, Params, training_sections
+from moe_jax.tools.train.layer_plan import training_sections
+from moe_jax.tools.train.model import Decoder, ModelStats, Params
 
 BIAS = "selection_bias"
 
@@ -111,12 +112,12 @@ def _batch_like(decoder: Decoder, config: Config) -> jax.ShapeDtypeStruct:
 
 def _update_biases(params: Params, load: jax.Array, rate: float) -> Params:
     """Moves the selection bias of each layer that has one against the layer's row of load [L, E], without gradients."""
-    blocks = []
-    for block, layer_load in zip(params["blocks"], load, strict=True):
+    blocks = {}
+    for name, block in params["blocks"].items():
         layer = dict(block["moe"])
         if BIAS in layer:
-            layer[BIAS] = moe.update_selection_bias(layer[BIAS], layer_load, rate=rate)
-        blocks.append({**block, "moe": layer})
+            layer[BIAS] = moe.update_selection_bias(layer[BIAS], load[int(name)], rate=rate)
+        blocks[name] = {**block, "moe": layer}
     return {**params, "blocks": blocks}
 
 
