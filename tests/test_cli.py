@@ -139,6 +139,17 @@ def test_training_learns_and_leaves_a_report(folder, capsys):
         assert [sum(load) for load in record["load"]] == [8 * 16 * 2]  # every token went to top_k experts
 
 
+@pytest.mark.slow
+def test_a_profile_of_a_run_has_the_phases_of_the_layer(folder, capsys):
+    events = train(folder, capsys, *MESH, "--out", folder / "run", "--profile", folder / "profile", "--steps", 5)
+    assert events["code"] == 0
+    assert f"wrote a profile of steps 2 to 4 into {folder / 'profile'}" in [note["text"] for note in events["note"]]
+    (path,) = (folder / "profile").rglob("*.xplane.pb")
+    scopes = re.findall(rb"[/(](\w+)(?=[/)])", path.read_bytes())
+    phases = "attention moe route layout pack exchange experts unpack combine_sum optimizer"
+    assert {*phases.encode().split()} <= {*scopes}
+
+
 @pytest.mark.quick("without_sample")
 @pytest.mark.parametrize("text", [MINIATURE, SAMPLING], ids=["without_sample", "with_sample"])
 def test_resume_is_bit_exact(folder, capsys, text):

@@ -1,8 +1,11 @@
 """Pictures for reports: what is in them is what was measured or predicted, read off the axes and not off pixels."""
 
+import contextlib
 import json
+import re
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -17,6 +20,7 @@ from moe_jax.tools.planner.meshes import read_mesh
 from moe_jax.tools.planner.plan_picture import draw_plan
 from moe_jax.tools.planner.question import Terms, ask
 from moe_jax.tools.train import report
+from moe_jax.tools.train.profile import StepTrace, make_profile_folder
 
 TINY = Path(__file__).parent.parent / "configs" / "tiny.toml"
 CONFIG = """
@@ -249,3 +253,48 @@ def test_smoothing_is_the_mean_of_a_window_without_a_lag():
     assert found[0] == values[0] and found[1] == pytest.approx(values[:3].mean())
     assert found[300] == pytest.approx(values[293:308].mean()) and found[-2] == pytest.approx(values[-3:].mean())
     assert report.smooth([3.0]) == [3.0]
+
+
+# The profile of a run.
+
+
+def scopes_in(folder):
+    """The paths of `named_scope` of the operations in a trace, and the steps that are marked in it."""
+    (path,) = folder.rglob("*.xplane.pb")
+    names = re.findall(rb"jit\([\w]+\)/([\w()/]+)", path.read_bytes())
+    events = (e for p in jax.profiler.ProfileData.from_file(str(path)).planes for line in p.lines for e in line.events)
+    steps = [dict(event.stats)["step_num"] for event in events if event.name == "train"]
+    return {part for name in names for part in re.split(r"[/()]", name.decode())}, sorted(steps)
+
+
+@pytest.mark.parametrize(("num_steps", "traced"), [(9, [12, 13, 14]), (3, [12, 13]), (1, [11])])
+def test_a_profile_has_the_names_of_phases(tmp_path, num_steps, traced):
+    said = []
+
+    @jax.jit
+    def step(x):
+        with jax.named_scope("dispatch"):
+            return x @ x
+
+    step(np.eye(4, dtype=np.float32))
+    with contextlib.closing(StepTrace(make_profile_folder(tmp_path / "new"), num_steps, said.append)) as trace:
+        for number in range(11, 11 + num_steps):
+            with trace.step(number):
+                step(np.eye(4, dtype=np.float32)).block_until_ready()
+    scopes, steps = scopes_in(tmp_path / "new")
+    assert "dispatch" in scopes and steps == traced
+    assert said == [f"wrote a profile of steps {traced[0]} to {traced[-1]} into {tmp_path / 'new'}"]
+
+
+def test_without_a_folder_nothing_is_traced(monkeypatch):
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda *_, **__: pytest.fail("a trace was begun"))
+    with contextlib.closing(StepTrace(None, 3, pytest.fail)) as trace:
+        for number in (1, 2, 3):
+            with trace.step(number):
+                pass
+
+
+def test_a_profile_that_cannot_be_written_is_refused_first(path, capsys):
+    Path("file").write_text("")
+    assert main(["train", str(TINY), "--data", path, "--profile", "file/profile"]) == 2
+    assert "profile='file/profile' cannot be made" in capsys.readouterr().err

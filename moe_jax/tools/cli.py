@@ -75,6 +75,8 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--resume", action="store_true", help=resume)
     earlier = "go on from the checkpoint of this step instead of the last one, whose place the next one takes"
     parser.add_argument("--resume-from", type=int, metavar="STEP", help=earlier)
+    profile = "for a trace of jax.profiler of three steps, whose operations have the names of the layer's phases"
+    parser.add_argument("--profile", metavar="DIR", help=profile)
     parser.add_argument("--seed", type=int, metavar="N", help="instead of train.seed")
     several = parser.add_mutually_exclusive_group()
     processes = "start N processes on this machine, which share the emulated devices of the mesh"
@@ -235,6 +237,7 @@ def _train(arguments: argparse.Namespace) -> int:
         resume=arguments.resume,
         resume_from=arguments.resume_from,
         distributed=arguments.distributed,
+        profile=arguments.profile,
         json_lines=arguments.json,
     )
 

@@ -25,6 +25,7 @@ from moe_jax.tools.train.folder import RunFolder, share_folder
 from moe_jax.tools.train.interrupt import Interrupt, Stopped, catch_interrupt
 from moe_jax.tools.train.model import Decoder, build_decoder, training_sections
 from moe_jax.tools.train.peers import parse_place
+from moe_jax.tools.train.profile import StepTrace, make_profile_folder
 from moe_jax.tools.train.progress import Progress, Record, make_progress
 from moe_jax.tools.train.report import MetricsFile, write_report
 from moe_jax.tools.train.sample import printable, sample_text
@@ -44,6 +45,7 @@ class Job:
     num_steps: int
     resume: bool
     resume_from: int | None  # the step of the checkpoint to go on from; None: the last one
+    profile: Path | None  # where to write the trace of some steps
     folder: RunFolder
     progress: Progress
     interrupt: Interrupt
@@ -127,6 +129,7 @@ def train(
     resume: bool = False,
     resume_from: int | None = None,
     distributed: bool | str = False,
+    profile: str | Path | None = None,
     json_lines: bool = False,
 ) -> int:
     """Trains, then prints the validation loss in nats per byte and a sample; returns the exit code.
@@ -148,6 +151,7 @@ def train(
       distributed: whether this is one of several processes that take the same arguments: True where Slurm, Kubernetes
         or Cloud TPU tell which, or "HOST:PORT,COUNT,INDEX" with the address at which process 0 listens. The first one
         alone prints, and writes the metrics and the picture; all must see the same files.
+      profile: a folder for a trace of `jax.profiler` of three steps, the second to the fourth that are taken.
       json_lines: print JSON lines instead of text.
 
     Returns:
@@ -162,6 +166,7 @@ def train(
     num_steps = schedule.steps if steps is None else steps
     resume = resume or resume_from is not None
     place = parse_place(distributed) if isinstance(distributed, str) else None
+    trace_folder = None if profile is None else make_profile_folder(profile)
     corpus = load_corpus(data, model.seq_len)
     if distributed:
         peers.join(place, num_devices=config.mesh.num_devices)
@@ -169,7 +174,8 @@ def train(
         _check_apart(folder, data)
         progress = make_progress(json_lines=json_lines, log_every=schedule.log_every, num_steps=num_steps)
         with peers.notice_losses(), closing(progress), catch_interrupt(progress.note) as interrupt:
-            job = Job(config, model, schedule, corpus, num_steps, resume, resume_from, folder, progress, interrupt)
+            wanted = (num_steps, resume, resume_from, trace_folder)
+            job = Job(config, model, schedule, corpus, *wanted, folder, progress, interrupt)
             return _carry_out(job)
 
 
@@ -274,8 +280,10 @@ def _take_steps(run: Run) -> None:
     begin = time.perf_counter()
     step = compile_step(run.decoder, run.optimizer, job.config, run.state)
     job.progress.note(f"compiled the step in {time.perf_counter() - begin:.1f} s")
+    folder = job.profile if peers.leads() else None
     try:
-        _step_until(run, step)
+        with closing(StepTrace(folder, job.num_steps - run.done_steps, job.progress.note)) as trace:
+            _step_until(run, step, trace)
     except CheckpointError:
         raise
     except OSError:
@@ -290,14 +298,15 @@ def _take_steps(run: Run) -> None:
     job.check()
 
 
-def _step_until(run: Run, step: Callable) -> None:
+def _step_until(run: Run, step: Callable, trace: StepTrace) -> None:
     """Takes steps until there are `num_steps` or the run is asked to stop, and saves whenever a checkpoint is due."""
     train = run.job.train
     saved_at = time.monotonic()
     (stop,) = peers.agree(run.job.interrupt.signum)
     while run.done_steps < run.job.num_steps and not stop:
         run.job.interrupt.doing = f"taking step {run.done_steps + 1}"
-        record = _one_step(run, step)
+        with trace.step(run.done_steps + 1):
+            record = _one_step(run, step)
         run.record(record)
         run.job.progress.step(record)
         run.poll()
