@@ -80,7 +80,9 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
 def _add_verify(commands: argparse._SubParsersAction) -> None:
     text = "check the operators against the float64 oracle on this machine's devices"
     parser = commands.add_parser("verify", help=text, description=text, allow_abbrev=False)
-    parser.add_argument("--backend", default="auto", metavar="NAME", help="of the table, or of an installed package (default: auto)")
+    parser.add_argument(
+        "--backend", default="auto", metavar="NAME", help="of the table, or of an installed package (default: auto)"
+    )
     _add_mesh_and_json(parser)
     parser.set_defaults(command=_verify)
 
