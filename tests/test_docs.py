@@ -52,7 +52,7 @@ def programs() -> list[Path]:
 
 
 # These compile for long, and what they show has tests of its own in what everybody runs.
-SLOW = ("use_your_own_mesh.md", "add_a_transport.md")
+SLOW = ("add_a_transport.md", "bring_your_own_experts.md", "prove_a_back_end.md", "use_your_own_mesh.md")
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,6 @@ class Decoder:
 
 
 def build_decoder(config: Config, mesh: Mesh) -> Decoder:
-<<<<<<< HEAD
     """The decoder that `config` describes on `mesh`, without parameters yet."""
     model, _ = training_sections(config)
 
@@ -149,15 +148,6 @@ def build_decoder(config: Config, mesh: Mesh) -> Decoder:
     graph, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
     shardings = nnx.to_pure_dict(nnx.get_named_sharding(state, mesh))
     return Decoder(model, mesh, make, graph, shardings)
-=======
-    """The decoder that `config` describes in its sections [model], [train], [moe] and [router], on `mesh`."""
-    model, train = training_sections(config)
-    tokens_per_rank = train.batch_size * model.seq_len // mesh.size
-    plan = make_layer_plan(config, model, mesh, tokens_per_rank=tokens_per_rank, dtype=train.dtype)
-    options = {**config.moe.parameters, "weigh_inputs": config.moe.weigh_inputs}
-    init, apply = moe.moe_on_mesh(mesh, plan, config.router, **options)
-    return Decoder(model, jnp.dtype(train.dtype), mesh, init, apply)
->>>>>>> gated
 
 
 def over_batch(mesh: Mesh) -> NamedSharding:
