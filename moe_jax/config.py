@@ -219,6 +219,7 @@ class TrainConfig(_Checked):
       log_every: steps between reports.
       save_seconds: a checkpoint after so much time; inf: none by time.
       save_every: a checkpoint after so many steps; 0: none by steps. There is always one at the end.
+      keep_checkpoints: how many are kept, the last ones.
       sample_bytes: bytes of text that are generated at the end.
     """
 
@@ -235,10 +236,13 @@ class TrainConfig(_Checked):
     log_every: int = 10
     save_seconds: float = 300.0
     save_every: int = 0
+    keep_checkpoints: int = 2
     sample_bytes: int = 64
 
     def _violations(self) -> typing.Iterator[str]:
-        yield from _positive(self, "steps", "batch_size", "learning_rate", "eval_batches", "log_every")
+        yield from _positive(
+            self, "steps", "batch_size", "learning_rate", "eval_batches", "log_every", "keep_checkpoints"
+        )
         yield from _not_negative(self, "warmup_steps", "final_rate", "weight_decay", "save_every", "sample_bytes")
         yield from _choice(self, "dtype", DTYPES)
         if not self.grad_clip > 0:
