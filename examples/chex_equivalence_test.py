@@ -1,6 +1,6 @@
 """An equivalence test of a Mixture-of-Experts of your own: beside the float64 oracle, and the layer over a mesh.
 
-Run: python examples/chex_equivalence_test.py
+It needs chex. Run: python examples/chex_equivalence_test.py
 """
 
 import chex
