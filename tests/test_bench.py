@@ -280,13 +280,15 @@ def test_the_command(config, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(measure, "compile_programs", watched)
     out = tmp_path / "out.jsonl"
-    assert main(["bench", str(config), "--repeats", "2", "--json", str(out)]) == 0
+    drawn = tmp_path / "bench.png"
+    assert main(["bench", str(config), "--repeats", "2", "--json", str(out), "--picture", str(drawn)]) == 0
     before, between = (captured.out for captured in seen)
     assert "about" in before and "config  32 tokens" in before and "of the dense limit" not in before
     assert between.count("of the dense limit") == 1 and between.startswith("  forward\n")
     seen.append(capsys.readouterr())
     printed, progress = ("".join(texts) for texts in zip(*seen, strict=True))
     header, record = map(json.loads, out.read_text().splitlines())
+    assert printed.endswith(f"\ndrew {drawn}\n") and drawn.read_bytes().startswith(b"\x89PNG")
     assert f"; {estimate.words(header['estimated_seconds'])}\n" in printed.splitlines(keepends=True)[0]
     assert header["event"] == "bench" and header["repeats"] == 2 and header["mesh"] == {"ep": 2, "tp": 1}
     assert record["workload"] == "config" and record["tokens_per_device"] == 4 * 16 // 2
