@@ -1,6 +1,5 @@
 """Weights from slot to slot, on the mesh: what an expert knows follows it to where a new placement puts it."""
 
-import re
 from typing import Any
 
 import jax
@@ -11,15 +10,14 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_jax import _compat
+from moe_jax.balance.leaves import belongs_to_slots, layers_of, missing_of, name_of
 from moe_jax.balance.moves import Moves, find_moves
 from moe_jax.balance.placement import Placement
 from moe_jax.collectives import swap_with_peers
 from moe_jax.errors import MeshError, check_flag, check_type, raise_all
 from moe_jax.mesh import mesh_violations
-from moe_jax.parameters import rows_of
 
 Array = jax.Array
-_NAMES = {row.name for row in rows_of("experts")}
 
 
 def migrate(
@@ -85,11 +83,11 @@ def migrate(
     specs = {
         i: _spec_of(path, leaf, old_placement, mesh, found)
         for i, (path, leaf) in enumerate(paths)
-        if _moves(path, leaf)
+        if belongs_to_slots(path, leaf)
     }
     if not specs:
-        found.append(f"params has no leaf below the name of an expert's parameter ({', '.join(sorted(_NAMES))})")
-    layers = _layers_of({i: paths[i][0] for i in specs}, old_placement, found)
+        found.append(missing_of("params"))
+    layers = layers_of("params", {i: paths[i][0] for i in specs}, old_placement, found)
     raise_all(found, "migrate")
 
     old, new = (np.atleast_2d(placement.physical_to_logical) for placement in (old_placement, new_placement))
@@ -157,21 +155,6 @@ def _names(entry: Any) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def _words(path: tuple[Any, ...]) -> list[str]:
-    """The keys of a path as text."""
-    return [jax.tree_util.keystr((key,), simple=True) for key in path]
-
-
-def _place_of_name(path: tuple[Any, ...]) -> int | None:
-    """Which key of a path is the name of an expert's parameter, the last if there are several."""
-    return max((i for i, word in enumerate(_words(path)) if word in _NAMES), default=None)
-
-
-def _moves(path: tuple[Any, ...], leaf: Any) -> bool:
-    """Whether a leaf belongs to slots. What optimisers keep as one number for a whole parameter does not."""
-    return _place_of_name(path) is not None and np.size(leaf) > 1
-
-
 def _disagreements(old: Placement, new: Placement) -> list[str]:
     """What of two placements differs that must not."""
     found = [
@@ -190,7 +173,7 @@ def _disagreements(old: Placement, new: Placement) -> list[str]:
 def _spec_of(path: tuple[Any, ...], leaf: Any, placement: Placement, mesh: Mesh, found: list[str]) -> PartitionSpec:
     """How a leaf that moves lies on the mesh; ``found`` gets what is wrong with it."""
     name, num_slots, num_ranks = (
-        f"params{jax.tree_util.keystr(path)}",
+        name_of("params", path),
         placement.num_physical_experts,
         placement.num_ranks,
     )
@@ -222,22 +205,3 @@ def _same(mesh: Any, other: Mesh) -> bool:
     return (
         isinstance(mesh, Mesh) and mesh.axis_names == other.axis_names and np.array_equal(mesh.devices, other.devices)
     )
-
-
-def _layers_of(paths: dict[int, tuple[Any, ...]], placement: Placement, found: list[str]) -> dict[int, int]:
-    """The row of the placement for each leaf that moves; ``found`` gets what is wrong with their numbers."""
-    if placement.physical_to_logical.ndim == 1:
-        return dict.fromkeys(paths, 0)
-    numbers = {}
-    for i, path in paths.items():
-        words = _words(path)[: _place_of_name(path)]
-        ends = [int(end[0]) for word in words if (end := re.search(r"\d+$", word))]
-        if ends:
-            numbers[i] = ends[-1]
-        else:
-            found.append(f"params{jax.tree_util.keystr(path)} has no number of its layer before its name in its path")
-    rows = {number: row for row, number in enumerate(sorted(set(numbers.values())))}
-    num_layers = len(placement.physical_to_logical)
-    if len(rows) != num_layers:
-        found.append(f"params has experts of the layers {sorted(rows)}, and the placements are for {num_layers} layers")
-    return {i: rows[number] for i, number in numbers.items()}
