@@ -1,11 +1,13 @@
 """What an installed wheel must do, run with nothing but the core dependencies, and from another directory.
 
-It imports every module, each of which works or says in one sentence what to install; and it runs a few laws.
+It imports every module, each of which works or says in one sentence what to install; it asks the command line for
+training, which says the same; and it runs a few laws.
 """
 
 import importlib
 import pkgutil
 import re
+import subprocess
 import sys
 import traceback
 from importlib.metadata import files, version
@@ -29,10 +31,13 @@ def check_files(checkout: Path) -> None:
 
 
 def import_everything() -> list[str]:
-    """Imports every module; returns those that need a package which is not here, and say so."""
+    """Imports every module; returns those that need a package which is not here, and say so.
+
+    What trains is imported by the command "train" alone, which asks for its packages first.
+    """
     lacking = []
     for module in pkgutil.walk_packages(moe.__path__, "moe_jax.", onerror=lambda name: None):
-        if module.name == "moe_jax.__main__":
+        if module.name == "moe_jax.__main__" or module.name.startswith("moe_jax.tools.train."):
             continue
         try:
             importlib.import_module(module.name)
@@ -43,6 +48,16 @@ def import_everything() -> list[str]:
                 sys.exit(f"{module.name} cannot be imported, and does not say what to install")
             lacking.append(module.name)
     return lacking
+
+
+def ask_for_training(config: Path) -> None:
+    """The command says what it needs, without a traceback."""
+    command = [sys.executable, "-m", "moe_jax", "train", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    said = re.fullmatch(
+        r"moe_jax: error: training needs \w+, which is not installed; run: pip install .*\n", done.stderr
+    )
+    assert done.returncode == 2 and said, done.stderr
 
 
 def run_laws() -> None:
@@ -60,4 +75,5 @@ def run_laws() -> None:
 if __name__ == "__main__":
     check_files(Path(sys.argv[1]).resolve())
     print("need a package that is not here:", ", ".join(import_everything()) or "none")
+    ask_for_training(Path(sys.argv[1]) / "configs" / "tiny.toml")
     run_laws()

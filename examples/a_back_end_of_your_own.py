@@ -1,6 +1,6 @@
 """A back end of your own: two kernels, an entry in the table, and the conformance kit that proves them.
 
-Run: python examples/a_back_end_of_your_own.py
+It needs pytest. Run: python examples/a_back_end_of_your_own.py
 """
 
 import sys

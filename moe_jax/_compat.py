@@ -13,7 +13,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 from jax import lax
-from jax._src import xla_bridge  # no public way to ask whether the back ends are up
+from jax._src import distributed, xla_bridge  # no public way to ask whether the back ends are up, nor for what follows
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -79,6 +79,12 @@ def _tuple_of(entry: Any) -> Any:
 def backends_are_initialized() -> bool:
     """True once a device query has fixed the number of CPU devices."""
     return xla_bridge.backends_are_initialized()
+
+
+def process_place() -> tuple[int, int]:
+    """The number of this process and how many there are. JAX's own functions would start the devices to tell."""
+    state = distributed.global_state
+    return state.process_id or 0, state.num_processes or 1
 
 
 def config_value(name: str) -> Any:

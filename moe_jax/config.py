@@ -125,6 +125,8 @@ class MoEConfig(_Checked):
       ffn: the width of an expert.
       activation: a name of `moe_layer`, such as "swiglu" or "gelu".
       num_shared_experts: experts that every token goes to.
+      shared_ffn, shared_activation, gated_shared: of the shared expert, as for `moe_on_mesh`.
+      expert_scale, weigh_inputs: as for `moe_on_mesh`.
       transport, overflow, capacity_factor, backend: as for `make_plan`.
       balance_loss, z_loss: weights of the router's losses in the training loss.
       bias_update_rate: step of the selection bias, where the router has one.
@@ -135,6 +137,11 @@ class MoEConfig(_Checked):
     ffn: int
     activation: str = "swiglu"
     num_shared_experts: int = 0
+    shared_ffn: int | None = None
+    shared_activation: str | None = None
+    gated_shared: bool = False
+    expert_scale: bool = False
+    weigh_inputs: bool = False
     transport: str = "auto"
     overflow: str = "dropless"
     capacity_factor: float | None = None
@@ -143,10 +150,25 @@ class MoEConfig(_Checked):
     z_loss: float = 0.001
     bias_update_rate: float = 0.001
 
+    @property
+    def widths(self) -> dict[str, typing.Any]:
+        """The options of `Plan.cost`, `Plan.memory` and `Plan.describe`: what an expert costs."""
+        return {name: getattr(self, name) for name in ("ffn", "activation", "shared_ffn", "shared_activation")}
+
+    @property
+    def parameters(self) -> dict[str, typing.Any]:
+        """The options of `abstract_params` and `moe_on_mesh`: which parameters there are."""
+        return {**self.widths, "gated_shared": self.gated_shared, "expert_scale": self.expert_scale}
+
     def _violations(self) -> typing.Iterator[str]:
-        yield from _positive(self, "num_experts", "top_k", "ffn", "capacity_factor")
+        yield from _positive(self, "num_experts", "top_k", "ffn", "shared_ffn", "capacity_factor")
         yield from _not_negative(self, "num_shared_experts", "balance_loss", "z_loss", "bias_update_rate")
         yield from _choice(self, "activation", ACTIVATIONS)
+        if self.shared_activation is not None:
+            yield from _choice(self, "shared_activation", ACTIVATIONS)
+        of_shared = [name for name in ("shared_ffn", "shared_activation", "gated_shared") if getattr(self, name)]
+        if of_shared and not self.num_shared_experts:
+            yield f"{', '.join(of_shared)} of a layer with num_shared_experts=0; set it to 1, or leave this out"
         yield from _choice(self, "transport", TRANSPORTS)
         yield from _choice(self, "overflow", OVERFLOWS)
         if self.top_k > self.num_experts:
@@ -197,6 +219,7 @@ class TrainConfig(_Checked):
       log_every: steps between reports.
       save_seconds: a checkpoint after so much time; inf: none by time.
       save_every: a checkpoint after so many steps; 0: none by steps. There is always one at the end.
+      keep_checkpoints: how many are kept, the last ones.
       sample_bytes: bytes of text that are generated at the end.
     """
 
@@ -213,10 +236,13 @@ class TrainConfig(_Checked):
     log_every: int = 10
     save_seconds: float = 300.0
     save_every: int = 0
+    keep_checkpoints: int = 2
     sample_bytes: int = 64
 
     def _violations(self) -> typing.Iterator[str]:
-        yield from _positive(self, "steps", "batch_size", "learning_rate", "eval_batches", "log_every")
+        yield from _positive(
+            self, "steps", "batch_size", "learning_rate", "eval_batches", "log_every", "keep_checkpoints"
+        )
         yield from _not_negative(self, "warmup_steps", "final_rate", "weight_decay", "save_every", "sample_bytes")
         yield from _choice(self, "dtype", DTYPES)
         if not self.grad_clip > 0:

@@ -37,7 +37,7 @@ COLLECTIVES = {
 }  # fmt: skip
 CORE_MAY_IMPORT = {"jax", "numpy"} | set(sys.stdlib_module_names)
 EXTRAS = {
-    "tools": {"flax", "optax", "rich", "matplotlib"},
+    "tools": {"flax", "grain", "optax", "orbax", "rich", "matplotlib"},
     "kernels": {"tokamax"},
     "interop": {"flax", "safetensors"},
     "testing": {"pytest"},
@@ -115,8 +115,8 @@ def test_import_touches_no_device_and_no_extra():
     program = (
         "import os, sys; before = dict(os.environ); import moe_jax; from jax._src import xla_bridge; "
         "assert not xla_bridge.backends_are_initialized(); assert dict(os.environ) == before; "
-        "bad = {'optax', 'rich', 'matplotlib', 'tokamax', 'flax', 'safetensors', 'jax.experimental.pallas'}; "
-        "bad &= set(sys.modules); "
+        "extras = {'grain', 'optax', 'orbax', 'rich', 'matplotlib', 'tensorboardX', 'tokamax', 'flax', 'safetensors'}; "
+        "bad = (extras | {'jax.experimental.pallas'}) & set(sys.modules); "
         "assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

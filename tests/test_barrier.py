@@ -71,6 +71,19 @@ def test_derivatives_pass():
     np.testing.assert_array_equal(tangent, 2 * x * c * c)
 
 
+def test_batches():
+    """The members of a batch wait one after the other, and so the clocks of a dispatch are read."""
+    x = np.arange(2 * W * 3, dtype=np.float32).reshape(2, W, 3)
+    passed = jax.jit(jax.vmap(over_ep(lambda x: barrier(x, "ep", timeout_us=FAR))))(x)
+    np.testing.assert_array_equal(passed, x)
+    plan = moe_jax.make_plan(
+        moe_jax.make_mesh(ep=W), tokens_per_rank=1, hidden=3, num_experts=W, top_k=1, dtype="float32"
+    )
+    ids, waited = jnp.zeros((1, 1), jnp.int32), jnp.zeros(W, jnp.int32)
+    timed = over_ep(lambda x: moe_jax.dispatch(x[None], ids, plan, performance_info=waited).performance_info)
+    assert jax.eval_shape(jax.vmap(timed), x).shape == (2, W, W)
+
+
 def test_inside_scan_and_custom_vjp():
     @jax.custom_vjp
     def twice(x):

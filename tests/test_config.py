@@ -56,6 +56,12 @@ def test_deepseek_preset():
         (MOE + "capacity_factor = -1", ["capacity_factor=-1.0 must be finite and above zero"]),
         (MOE + "z_loss = nan", ["z_loss=nan must be finite"]),
         (MOE + "activation = 'swigul'", ["activation='swigul' is unknown", "did you mean 'swiglu'?"]),
+        (MOE + "num_shared_experts = 1\nshared_activation = 'swigul'", ["shared_activation='swigul' is unknown"]),
+        (
+            MOE + "shared_ffn = 4\ngated_shared = true",
+            ["shared_ffn, gated_shared of a layer with num_shared_experts=0"],
+        ),
+        (MOE + "num_shared_experts = 1\nshared_ffn = -1", ["shared_ffn=-1 must be finite and above zero"]),
         (MOE + "transport = 'paded'", ["did you mean 'padded'?"]),
         (MOE + "overflow = 'spill'", ["overflow='spill' is unknown", "known: drop, dropless"]),
         (MOE.replace("top_k = 2", "top_k = 9"), ["top_k=9 exceeds num_experts=8"]),

@@ -54,6 +54,7 @@ class TestARightBackEnd(BackendConformance):
 @pytest.mark.slow
 class TestOneThatBringsAll(BackendConformance):
     backend = "all"
+    dtypes = ("float32", "bfloat16")
 
     @pytest.fixture(autouse=True)
     def _register(self, table_of_its_own):

@@ -217,6 +217,7 @@ def test_facade_with_weights_of_rows():
     holds(lambda params: jnp.sum(run(params, ids)), oracle, params, rng)
 
 
+@pytest.mark.quick("allgather")
 @pytest.mark.parametrize("transport", ["padded", "allgather"])
 def test_dequantize(transport):
     """Rounding counts as identity in every mode: rows whose largest entry is 127 have scale 1, and lose nothing."""

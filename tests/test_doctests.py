@@ -22,7 +22,7 @@ def examples(name: str) -> list[doctest.DocTest]:
 
 
 # These compile for long, and what they show is tested by itself in what everybody runs.
-SLOW = ("moe_jax.fused.api", "moe_jax.verify.contract")
+SLOW = ("moe_jax.fused.api", "moe_jax.interop.nnx", "moe_jax.verify.backend", "moe_jax.verify.contract")
 
 
 @pytest.mark.parametrize(

@@ -263,7 +263,7 @@ def test_a_permutation_of_the_survivors_only_renumbers():
             np.testing.assert_array_equal(after[index][new], before[index][old])
 
 
-@pytest.mark.quick("padded", "allgather")
+@pytest.mark.quick("padded")
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_special_ids_follow_the_experts_that_are_left(transport):
     """The zero expert is E', then come a copy and two constants."""

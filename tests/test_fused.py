@@ -256,6 +256,7 @@ def test_no_rows(op, static, rows):
         assert not zero.size or not np.any(zero)
 
 
+@pytest.mark.slow
 def test_counts_are_data():
     """New traced counts run the program that is there."""
     traces = []
@@ -367,6 +368,7 @@ def test_every_rank_sends_in_every_chunk(chunks):
 # --- what the compiled program contains ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_gradient_scatters_no_floats():
     """Forward one direction, backward the other: this program has both."""
     sizes = table("even", 2, 2, np.random.default_rng(0))

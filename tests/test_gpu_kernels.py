@@ -335,6 +335,13 @@ def blackwell_stand_in(lhs, rhs, group_sizes, config):
     return jnp.asarray(out, lhs.dtype)
 
 
+@pytest.mark.quick(
+    "hopper-group_sizes0",
+    "hopper-group_sizes3",
+    "blackwell-group_sizes1",
+    "blackwell-group_sizes4",
+    "hopper transposed-group_sizes2",
+)
 @pytest.mark.parametrize(
     "group_sizes", [[512, 0, 512, 900], [0, 0, 0, 1], [0, 0, 0, 0], [6144, 0, 0, 0], [1, 6143, 0, 0]]
 )

@@ -182,6 +182,7 @@ def test_equals_a_loop_over_rows_many(activation, biases, ordered):
     run_form(activation, biases, ordered, [sizes.tolist() for sizes in drawn])
 
 
+@pytest.mark.quick("gelu-True-False")
 @pytest.mark.parametrize("activation,biases,ordered", [("gelu", True, False), ("swiglu", False, True)])
 def test_overflow_equals_a_loop_over_rows(activation, biases, ordered):
     run, rng = overflowing(make_plan(), activation), np.random.default_rng(int(biases))

@@ -246,7 +246,7 @@ def int8_and_back(partials):
     return reference.quant.dequantize("int8_group8", values, scale).reshape(shape)
 
 
-@pytest.mark.quick("none-rounded-1-4", "int8_group8-int8_and_back-4-2")
+@pytest.mark.quick("int8_group8-int8_and_back-4-2")
 @pytest.mark.parametrize("nodes,per_node", [(1, 4), (4, 2)])
 @pytest.mark.parametrize("name,travel", [("none", rounded), ("int8_group8", int8_and_back)])
 def test_partial_sums_are_rounded_once_per_node(nodes, per_node, name, travel):

@@ -97,7 +97,7 @@ def test_all_together_by_every_transport(ep, tp, transport):
 
 
 def test_choices_and_sequences_of_tokens_of_any_shape():
-    """Sequences stay together on a device, whose last one is cut off by its room; choices come back as x came."""
+    """Sequences stay together on a device; choices come back as x came, as the router made them before any table."""
     _, init, apply = layer(2, 1, **PARAMETERS)
     rng = np.random.default_rng(2)
     params = make_params(init, rng)
@@ -105,7 +105,9 @@ def test_choices_and_sequences_of_tokens_of_any_shape():
         np.float32
     )  # 6 tokens on one device, 3 on the other, where there is room for 8
     run = jax.jit(apply, static_argnames=("return_routing", "sequence_length"))
-    y, stats = run(params, x, return_routing=True, sequence_length=3)
+    table = np.stack([np.ones(EXPERTS), np.roll(np.arange(EXPERTS), 3)], axis=1).astype(np.int32)
+    moved = params | {name: np.roll(params[name], -3, axis=0) for name in ("w_up", "w_gate", "w_down")}
+    y, stats = run(moved, x, table=table, return_routing=True, sequence_length=3)
     options: dict[str, Any] = {"top_k": K, "shared_activation": "gelu", "sequence_length": 3}
     expected, routing = reference.moe_layer(params, x.reshape(-1, H), ROUTER, **options)
     assert_close("y", np.asarray(y).reshape(-1, H), expected)

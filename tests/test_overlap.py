@@ -245,7 +245,7 @@ def work_of(nodes):
     return [n for n in exchanges if n not in loops], [n for n in products if n not in loops], sorted(loops)
 
 
-@pytest.mark.quick("padded-1-1", "allgather-1-1")
+@pytest.mark.quick("padded-1-1")
 @pytest.mark.parametrize(
     "transport,tp,moves",  # exchanges of a chunk each way: with tp 2 also an all-gather or a reduce-scatter
     [("padded", 1, 1), ("padded", 2, 2), ("ragged", 1, 1), ("allgather", 1, 1)],

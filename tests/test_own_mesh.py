@@ -106,6 +106,7 @@ def test_experts_over_two_axes_against_their_order_in_the_mesh(transport):
     check(mesh, plan)
 
 
+@pytest.mark.slow
 def test_an_axis_that_is_not_named_is_left_alone():
     mesh = mesh_of(stage=2, ep=2)
     plan = moe.make_plan(mesh, tokens_per_rank=4, ep_axis="ep", **SIZES)

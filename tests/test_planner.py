@@ -6,6 +6,7 @@ import re
 import types
 from pathlib import Path
 
+import jax
 import pytest
 
 import moe_jax as moe
@@ -17,6 +18,7 @@ from moe_jax.tools.planner import compiled, figures, here, picture, screen, swee
 from moe_jax.tools.planner.meshes import MIN_WIDTH, mesh_words, on_nodes, read_mesh, resized, sensible_meshes
 from moe_jax.tools.planner.question import Terms, ask
 from moe_jax.tools.planner.rows import RowsFile
+from moe_jax.tools.train.model import build_decoder
 
 ROOT = Path(__file__).parent.parent
 TINY, DEEPSEEK = (str(ROOT / "configs" / f"{name}.toml") for name in ("tiny", "deepseek_v3"))
@@ -491,6 +493,31 @@ def test_a_sweep_runs_where_the_mesh_fits(folder, capsys, monkeypatch):
     assert re.search(r"^ep=8,dp=512 +run +not run: the mesh has 4096 devices and \d+ are here$", text, re.MULTILINE)
     assert main(["sweep", TINY, *options[:-2], "h100", "--run"]) == 2
     assert "hardware='h100' is of another; leave --run out" in capsys.readouterr().err
+
+
+def test_what_a_configuration_says_of_the_layer_is_in_all_that_it_costs(folder):
+    """And in the program for a compiler, and in the model that is trained."""
+    path = folder / "special.toml"
+    keys = "num_shared_experts = 1\nshared_ffn = 96\nshared_activation = 'relu2'\ngated_shared = true\n"
+    path.write_text(
+        Path(TINY).read_text().replace("[moe]\n", f"[moe]\n{keys}expert_scale = true\nweigh_inputs = true\n")
+    )
+    asked = question("ep=2", "cpu", str(path))
+    plan, shared = asked.plan(), {"shared_ffn": 96, "shared_activation": "relu2"}
+    found = figures.predict(asked)
+    assert (
+        found["time"]["forward"]["flops"]
+        == plan.cost(256, **shared)["forward"].flops
+        != plan.cost(256)["forward"].flops
+    )
+    assert figures.memory_of(asked, plan, 1).weights == plan.memory(256, **shared).weights
+    assert plan.describe(ffn=256, **shared) != plan.describe(ffn=256) and plan.describe(**shared) == plan.describe()
+    apply, (params, x) = compiled.build(list(moe.make_mesh(ep=2).devices.flat), asked, "forward")
+    assert params["shared_up"].shape == (128, 96) and {"shared_router", "expert_scale"} <= set(params)
+    assert jax.eval_shape(apply, params, x)[0].shape == x.shape
+    trained = build_decoder(load_config(path), moe.make_mesh(ep=2))
+    paths = str(jax.tree_util.tree_flatten_with_path(jax.eval_shape(trained.init, jax.random.key(0)))[0])
+    assert "shared_router" in paths and "expert_scale" in paths
 
 
 @pytest.mark.slow

@@ -147,7 +147,7 @@ def check_message(recipe, q, message, unpacked, hidden):
         np.testing.assert_array_equal(np.asarray(got).view(np.uint8), np.asarray(sent).view(np.uint8))
 
 
-@pytest.mark.quick("mx_clip_e5m2")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_eager_and_compiled_agree(name):
     for dtype in DTYPES if name == "int8_group8" else ("bfloat16",):
@@ -257,7 +257,7 @@ def test_e2m1_as_ml_dtypes_has_it():
     z = np.concatenate([np.linspace(-6, 6, 481), [6.0]]).astype(np.float32)  # 4 <= max < 8: the scale is 1
     recipe = quant.recipe("mx_e2m1", "float32")
     rows = np.stack([np.full_like(z, 6.0), z], axis=1).reshape(-1, 4)
-    got = recipe.dequantize(recipe.quantize(rows)).reshape(-1, 2)[:, 1]
+    got = np.asarray(jax.jit(lambda rows: recipe.dequantize(recipe.quantize(rows)))(rows)).reshape(-1, 2)[:, 1]
     np.testing.assert_array_equal(got, z.astype(ml_dtypes.float4_e2m1fn).astype(np.float32))
 
 

@@ -391,17 +391,17 @@ def test_updating_the_bias_evens_the_load():
 @pytest.mark.parametrize(
     ("changes", "error", "names"),
     [
-        ({"logits": jnp.zeros(E)}, errors.ShapeError, "logits"),
-        ({"logits": jnp.zeros((T, E), jnp.int32)}, errors.DtypeError, "logits"),
+        ({"logits": np.zeros(E, np.float32)}, errors.ShapeError, "logits"),
+        ({"logits": np.zeros((T, E), np.int32)}, errors.DtypeError, "logits"),
         ({"top_k": 0}, errors.InvalidArgumentError, "top_k=0"),
         ({"top_k": E + 1}, errors.InvalidArgumentError, f"top_k={E + 1}"),
         ({"router": {"num_groups": 8, "top_groups": 1}}, errors.InvalidArgumentError, f"top_k={K}"),
         ({"router": {"num_groups": 3}}, errors.InvalidArgumentError, "num_groups=3"),
         ({"router": {"selection_bias": True}}, errors.MissingArgumentError, "bias"),
-        ({"bias": jnp.zeros(E)}, errors.InvalidArgumentError, "bias"),
-        ({"router": {"selection_bias": True}, "bias": jnp.zeros(E - 1)}, errors.ShapeError, "bias"),
-        ({"token_mask": jnp.ones(T - 1, bool)}, errors.ShapeError, "token_mask"),
-        ({"token_mask": jnp.ones(T)}, errors.DtypeError, "token_mask"),
+        ({"bias": np.zeros(E, np.float32)}, errors.InvalidArgumentError, "bias"),
+        ({"router": {"selection_bias": True}, "bias": np.zeros(E - 1, np.float32)}, errors.ShapeError, "bias"),
+        ({"token_mask": np.ones(T - 1, bool)}, errors.ShapeError, "token_mask"),
+        ({"token_mask": np.ones(T, np.float32)}, errors.DtypeError, "token_mask"),
     ],
 )
 def test_wrong_arguments_are_named(changes, error, names):

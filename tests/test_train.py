@@ -1,11 +1,11 @@
-"""The training job's parts: checkpoints, the step, metrics, progress, interrupt."""
+"""The training job's parts: files, the step, metrics, progress, interrupt."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -20,9 +20,9 @@ import pytest
 
 import moe_jax
 from moe_jax.config import load_config, override
-from moe_jax.errors import CheckpointError, DataError, UnsupportedError
+from moe_jax.errors import DataError, UnsupportedError
 from moe_jax.tools import cli
-from moe_jax.tools.train import checkpoint, extras, model, progress, report, sample, step
+from moe_jax.tools.train import events, extras, model, progress, report, sample, step
 from moe_jax.tools.train.atomic import atomic_write
 from moe_jax.tools.train.folder import open_folder
 from moe_jax.tools.train.interrupt import Stopped, catch_interrupt
@@ -30,96 +30,7 @@ from moe_jax.tools.train.interrupt import Stopped, catch_interrupt
 ROOT = os.path.dirname(os.path.dirname(__file__))
 
 
-# Checkpoints
-
-
-@pytest.fixture
-def config():
-    return load_config(os.path.join(ROOT, "configs", "tiny.toml"))
-
-
-@pytest.fixture
-def state():
-    return {
-        "params": {"w": jnp.arange(6.0).reshape(2, 3), "half": jnp.array([1.5, -0.0, jnp.nan], jnp.bfloat16)},
-        "count": jnp.int32(7),
-        "empty": jnp.zeros((0, 4)),
-    }
-
-
-def test_checkpoint_round_trip(tmp_path, config, state):
-    path, identity = tmp_path / "c", checkpoint.identify(config, "data")
-    checkpoint.save(path, state, step=12, identity=identity)
-    restored, step = checkpoint.restore(path, jax.tree.map(jnp.zeros_like, state), identity=identity)
-    assert step == checkpoint.read_step(path) == 12
-    for before, after in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):
-        assert before.dtype == after.dtype and before.shape == after.shape and before.sharding == after.sharding
-        assert np.asarray(before).tobytes() == np.asarray(after).tobytes()
-    assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
-
-
-def test_every_damage_is_noticed(tmp_path, config, state):
-    path, identity = tmp_path / "c", checkpoint.identify(config, "data")
-    checkpoint.save(path, state, step=1, identity=identity)
-    whole = path.read_bytes()
-    for position in (0, 9, 40, len(whole) // 2, len(whole) - 40, len(whole) - 1):
-        damaged = bytearray(whole)
-        damaged[position] ^= 1
-        path.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match="damaged or cut short|is not a checkpoint of this version"):
-            checkpoint.restore(path, state, identity=identity)
-    for length in (0, 7, 8, 20, 39, len(whole) - 1):
-        path.write_bytes(whole[:length])
-        with pytest.raises(CheckpointError, match="damaged or cut short|is not a checkpoint of this version"):
-            checkpoint.restore(path, state, identity=identity)
-
-
-def test_missing_checkpoint(tmp_path, config, state):
-    with pytest.raises(CheckpointError, match="there is no checkpoint here"):
-        checkpoint.restore(tmp_path / "c", state, identity=checkpoint.identify(config, "data"))
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        checkpoint.restore(tmp_path, state, identity=checkpoint.identify(config, "data"))
-
-
-def test_identity(tmp_path, config, state):
-    path, identity = tmp_path / "c", checkpoint.identify(config, "data")
-    checkpoint.save(path, state, step=1, identity=identity)
-    for same in (override(config, mesh={"ep": 8, "tp": 1}), override(config, train={"log_every": 3})):
-        checkpoint.restore(path, state, identity=checkpoint.identify(same, "data"))
-    with pytest.raises(CheckpointError, match="other parameters"):
-        checkpoint.restore(path, {**state, "count": jnp.float32(7)}, identity=identity)
-
-
-def test_a_refusal_names_every_key_and_both_values(tmp_path, config, state):
-    path, identity = tmp_path / "c", checkpoint.identify(config, "1 byte")
-    checkpoint.save(path, state, step=1, identity=identity)
-
-    def refusal(other, data):
-        with pytest.raises(CheckpointError, match="c: belongs to another run") as caught:
-            checkpoint.restore(path, state, identity=checkpoint.identify(other, data))
-        return str(caught.value)
-
-    other = override(
-        config, train={"seed": 1, "grad_clip": float("inf")}, moe={"capacity_factor": 1.5}, router={"score": "sigmoid"}
-    )
-    assert refusal(other, "2 bytes").splitlines()[1:] == [
-        "  - moe.capacity_factor was nothing and is 1.5 now",
-        '  - router.score was "softmax" and is "sigmoid" now',
-        "  - train.grad_clip was 1.0 and is Infinity now",
-        "  - train.seed was 0 and is 1 now",
-        '  - data was "1 byte" and is "2 bytes" now',
-    ]
-    assert refusal(override(config, moe={"top_k": 1}), "1 byte").endswith(": moe.top_k was 2 and is 1 now")
-
-
-def test_every_setting_is_either_free_or_refused(tmp_path, config):
-    """No key is forgotten: the identity holds all of them but the mesh and those that may change."""
-    sections = {"moe": config.moe, "router": config.router, "model": config.model, "train": config.train}
-    keys = {f"{name}.{field.name}" for name, section in sections.items() for field in dataclasses.fields(section)}
-    free = {"moe.transport", "moe.backend"} | {
-        f"train.{name}" for name in ("eval_batches", "log_every", "save_seconds", "save_every", "sample_bytes")
-    }
-    assert set(checkpoint.identify(config, "data")) == keys - free | {"data"}
+# Files
 
 
 @contextlib.contextmanager
@@ -133,17 +44,7 @@ def room_for(num_bytes):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, config):
-    path, identity = tmp_path / "c", checkpoint.identify(config, "data")
-    state = {"w": jnp.zeros(10_000)}
-    checkpoint.save(path, state, step=1, identity=identity)
-    with room_for(8192), pytest.raises(CheckpointError, match="c: cannot be written after step 2 .*is still there"):
-        checkpoint.save(path, state, step=2, identity=identity)
-    assert checkpoint.read_step(path) == 1
-    assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
-
-
-def test_kill_while_saving_leaves_the_old_checkpoint(tmp_path, config):
+def test_kill_while_writing_leaves_the_old_file(tmp_path):
     """Killed while the second file is half written; the next run in the folder removes that half."""
     program = (
         "import sys, time, numpy as np; from pathlib import Path; from moe_jax.tools.train import atomic\n"
@@ -153,28 +54,14 @@ def test_kill_while_saving_leaves_the_old_checkpoint(tmp_path, config):
         "        file.write(content)\n"
         "        if content == b'new': file.flush(); print('writing', flush=True); time.sleep(600)\n"
     )
-    path = tmp_path / "checkpoint.moe"
+    path = tmp_path / "metrics.jsonl"
     command = [sys.executable, "-c", program, path]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"writing\n"
         process.kill()
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 2
-    with open_folder(tmp_path, "name", resume=True):
-        assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint.moe"]
-
-
-def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, config, state, monkeypatch):
-    path, identity = tmp_path / "c", checkpoint.identify(config, "data")
-    checkpoint.save(path, state, step=1, identity=identity)
-
-    def fail(handle):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(CheckpointError, match="cannot be written after step 2 .No space left"):
-        checkpoint.save(path, state, step=2, identity=identity)
-    assert checkpoint.read_step(path) == 1
-    assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
+    with open_folder(tmp_path, "name", resume=False):
+        assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_atomic_write_keeps_the_old_file_until_the_end(tmp_path):
@@ -193,6 +80,11 @@ def test_atomic_write_keeps_the_old_file_until_the_end(tmp_path):
 
 
 # The step
+
+
+@pytest.fixture
+def config():
+    return load_config(os.path.join(ROOT, "configs", "tiny.toml"))
 
 
 @pytest.mark.slow
@@ -346,6 +238,47 @@ def test_report_is_a_picture(tmp_path, monkeypatch):
         assert "was not drawn (File too large)" in report.write_report(tmp_path / "none.png", records)
 
 
+def read_events(folder):
+    """All (step, {name: number or text}) in the event files of a folder, and the steps from which each one counts."""
+    event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
+    found, starts = [], []
+    for path in sorted(folder.glob("events.*")):
+        content = path.read_bytes()
+        while content:  # a record has its length in 8 bytes, 4 bytes of checksum, itself, and 4 bytes more
+            (length,) = struct.unpack("<Q", content[:8])
+            event = event_pb2.Event.FromString(content[12 : 12 + length])
+            content = content[16 + length :]
+            starts += [event.step] if event.HasField("session_log") else []
+            values = {v.tag: b"".join(v.tensor.string_val).decode() or v.simple_value for v in event.summary.value}
+            found += [(event.step, values)] if values else []
+    return found, starts
+
+
+def test_tensorboard_gets_every_number(tmp_path):
+    with contextlib.closing(events.EventFile(tmp_path, done_steps=3)) as file:
+        if file.missing:
+            pytest.skip("needs tensorboardX")
+        assert not list(tmp_path.iterdir())  # nothing is written before there is something to write
+        file.append(make_record(4))
+        found, starts = read_events(tmp_path)  # at once: a killed run keeps it
+        assert starts == [4] and found == [(4, {"loss": 2.0, "tokens_per_s": 1234.5, "imbalance": 1.5, "dropped": 3.0})]
+        file.append({"step": 4, "validation_loss": 1.5})
+        file.append({"step": 4, "sample": "if x:\n\treturn \ud800"})
+        with room_for(100), pytest.raises(DataError, match="the event file cannot be written .File too large"):
+            file.append(make_record(5))
+    found, _ = read_events(tmp_path)
+    assert found[1] == (4, {"validation_loss": 1.5})
+    assert found[2] == (4, {"sample/text_summary": "    if x:\n    \treturn ?"})
+
+
+def test_without_tensorboard_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    file = events.EventFile(tmp_path, done_steps=0)
+    file.append(make_record(1))
+    file.close()
+    assert file.missing and not list(tmp_path.iterdir())
+
+
 def test_missing_matplotlib_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     text = report.write_report(tmp_path / "report.png", [make_record(1)])
@@ -484,9 +417,7 @@ def test_other_threads_catch_nothing():
 
 
 def test_importing_the_library_imports_no_extra():
-    code = (
-        "import sys, moe_jax, moe_jax.tools.cli, moe_jax.tools.planner.question; "
-        "print({'flax', 'optax', 'rich', 'matplotlib'} & set(sys.modules))"
-    )
+    extras = "{'flax', 'grain', 'optax', 'orbax', 'rich', 'matplotlib', 'tensorboardX'}"
+    code = f"import sys, moe_jax, moe_jax.tools.cli, moe_jax.tools.planner.question; print({extras} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "set()"

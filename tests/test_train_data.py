@@ -1,12 +1,17 @@
-"""The corpus of the training job: what is read, what is left out, what is refused, and the batch of every step."""
+"""The data of the training job: what is read, what is left out, what is refused, and the batch of every step."""
 
+import contextlib
+import json
 import os
+import sys
 
+import jax
 import numpy as np
 import pytest
 
-from moe_jax.errors import DataError
-from moe_jax.tools.train import data
+import moe_jax
+from moe_jax.errors import DataError, UnsupportedError
+from moe_jax.tools.train import batches, data
 
 SHAPE = {"batch_size": 4, "seq_len": 16}
 
@@ -15,6 +20,10 @@ def write_files(folder, num_files, size=400):
     """Files of `size` bytes; each holds its own byte value only, so a window tells which file it came from."""
     for i in range(num_files):
         (folder / f"{i:03d}.txt").write_bytes(bytes([i]) * size)
+
+
+def eval_batch(corpus, **options):
+    return batches.eval_batch(corpus, rows=np.arange(4), **options, **SHAPE)
 
 
 def content(text):
@@ -85,9 +94,10 @@ def test_more_data_than_memory(tmp_path):
         file.write(b"the last 17 bytes")
     corpus = data.load_corpus(path, 16)
     assert len(corpus.train) + len(corpus.held_out) == 2**40
-    last = data.eval_batch(corpus, index=3, num_batches=4, **SHAPE)[-1]
+    last = eval_batch(corpus, index=3, num_batches=4)[-1]
     assert bytes(last.tolist()) == b"the last 17 bytes"
-    assert data.train_batch(corpus, seed=0, step=0, **SHAPE).shape == (4, 17)
+    with contextlib.closing(reader(corpus)) as read:
+        assert next(read).shape == (4, 17)
 
 
 def test_digest_follows_content_and_says_how_far_it_is(tmp_path, monkeypatch):
@@ -101,30 +111,70 @@ def test_digest_follows_content_and_says_how_far_it_is(tmp_path, monkeypatch):
     assert read_all(data.load_corpus(tmp_path, 16)) != before
 
 
-def test_batches_are_a_function_of_seed_and_step(tmp_path):
+def reader(corpus, *, seed=3, num_batches=9, rows=range(4)):
+    return batches.Reader(batches.TrainBatches(corpus, seed, num_batches, rows=np.array(rows), **SHAPE))
+
+
+@pytest.fixture
+def noise(tmp_path):
     (tmp_path / "text").write_bytes(np.random.default_rng(0).bytes(5000))
-    corpus = data.load_corpus(tmp_path, 16)
-    batch = data.train_batch(corpus, seed=3, step=7, **SHAPE)
-    assert batch.shape == (4, 17) and batch.dtype == np.int32
-    np.testing.assert_array_equal(batch, data.train_batch(corpus, seed=3, step=7, **SHAPE))
-    assert (batch != data.train_batch(corpus, seed=3, step=8, **SHAPE)).any()
-    assert (batch != data.train_batch(corpus, seed=4, step=7, **SHAPE)).any()
-    for row in batch:
-        assert row.astype(np.uint8).tobytes() in content(corpus.train)
+    return data.load_corpus(tmp_path, 16)
+
+
+def test_batches_are_a_function_of_seed_and_step(noise):
+    found = list(reader(noise))
+    assert len(found) == 9 and all(batch.shape == (4, 17) and batch.dtype == np.int32 for batch in found)
+    np.testing.assert_array_equal(found, list(reader(noise)))
+    every = {batch.tobytes() for batch in found + list(reader(noise, seed=4))}
+    assert len(every) == 18
+    for row in np.concatenate(found):
+        assert row.astype(np.uint8).tobytes() in content(noise.train)
+
+
+def test_a_position_says_how_many_batches_were_taken(noise):
+    """Grain reads ahead; a reader that goes on from the position of another one misses nothing and repeats nothing."""
+    through = list(reader(noise))
+    with contextlib.closing(reader(noise)) as stopped:
+        for number in range(4):
+            np.testing.assert_array_equal(next(stopped), through[number])
+        position = json.loads(json.dumps(stopped.position))
+    with contextlib.closing(reader(noise, num_batches=7)) as resumed:
+        resumed.seek(position)
+        np.testing.assert_array_equal(list(resumed), through[4:7])
+
+
+def test_processes_read_the_rows_of_one_batch(noise):
+    """Whatever the number of processes, their rows together are the batch that one process would read."""
+    mesh = moe_jax.make_mesh(ep=4, tp=2)
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
+    np.testing.assert_array_equal(batches.rows_here(sharding, (16, 17)), np.arange(16))
+    whole = list(reader(noise))
+    for parts in ([[0, 1], [2, 3]], [[1, 3], [0], [2]]):
+        for rows in parts:
+            np.testing.assert_array_equal(list(reader(noise, rows=rows)), [batch[rows] for batch in whole])
+            options = {"index": 1, "num_batches": 3, **SHAPE}
+            full = batches.eval_batch(noise, rows=np.arange(4), **options)
+            np.testing.assert_array_equal(batches.eval_batch(noise, rows=np.array(rows), **options), full[rows])
+
+
+def test_missing_grain_is_said(noise, monkeypatch):
+    monkeypatch.setitem(sys.modules, "grain", None)
+    with pytest.raises(UnsupportedError, match=r"reading the data needs grain.*pip install 'moe_jax\[train\]'"):
+        reader(noise)
 
 
 def test_eval_windows_span_the_held_out_bytes(tmp_path):
     (tmp_path / "text").write_bytes(bytes(range(256)) * 20)
     corpus = data.load_corpus(tmp_path, 16)
-    batches = [data.eval_batch(corpus, index=i, num_batches=3, **SHAPE) for i in range(3)]
-    assert batches[0][0].tolist() == list(content(corpus.held_out)[:17])
-    assert batches[-1][-1].tolist() == list(content(corpus.held_out)[-17:])
+    found = [eval_batch(corpus, index=i, num_batches=3) for i in range(3)]
+    assert found[0][0].tolist() == list(content(corpus.held_out)[:17])
+    assert found[-1][-1].tolist() == list(content(corpus.held_out)[-17:])
 
 
 def test_smallest_corpus(tmp_path):
     (tmp_path / "text").write_bytes(b"x" * 340)  # 17 bytes held out: exactly one window
     corpus = data.load_corpus(tmp_path, 16)
-    assert data.eval_batch(corpus, index=0, num_batches=1, **SHAPE).shape == (4, 17)
+    assert eval_batch(corpus, index=0, num_batches=1).shape == (4, 17)
     (tmp_path / "text").write_bytes(b"x" * 339)
     with pytest.raises(DataError, match="has 339 bytes, its held-out part has 16 bytes and one window needs 17"):
         data.load_corpus(tmp_path, 16)
@@ -158,6 +208,8 @@ def test_data_that_shrinks_during_a_run(tmp_path):
     path.write_bytes(b"x" * 30)
     with pytest.raises(DataError, match="text: became shorter during the run"):
         content(corpus.train)
+    with pytest.raises(DataError, match="text: became shorter during the run"):
+        next(reader(corpus))
     path.unlink()
     with pytest.raises(DataError, match="text: cannot be read"):
         content(corpus.train)

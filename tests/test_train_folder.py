@@ -19,8 +19,7 @@ def inside(tmp_path, monkeypatch):
 
 
 def begin(path):
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "checkpoint.moe").write_bytes(b"")
+    (path / "checkpoints" / "7").mkdir(parents=True)
 
 
 def test_a_new_run_takes_the_first_empty_folder(inside):
@@ -42,8 +41,8 @@ def test_resume_takes_what_was_saved_last(inside):
         pass
     for age, name in enumerate(("tiny-2", "tiny-10", "tiny", "tiny-other", "tinyer")):
         begin(inside / "runs" / name)
-        os.utime(inside / "runs" / name / "checkpoint.moe", (age, age))
-    (inside / "runs" / "tiny-11").mkdir()
+        os.utime(inside / "runs" / name / "checkpoints" / "7", (age, age))
+    (inside / "runs" / "tiny-11" / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir(parents=True)
     with open_folder(None, "tiny", resume=True) as folder:
         assert str(folder.path) == "runs/tiny"
 
@@ -61,7 +60,7 @@ def test_a_named_folder_is_never_overwritten(tmp_path):
     ):
         pass
     assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
-    (tmp_path / "run" / "checkpoint.moe").rename(tmp_path / "run" / "metrics.jsonl")
+    (tmp_path / "run" / "checkpoints" / "7").rename(tmp_path / "run" / "metrics.jsonl")
     with open_folder(tmp_path / "run", "tiny", resume=False) as folder:
         assert "metrics.jsonl is of a run that never saved" in folder.note
 

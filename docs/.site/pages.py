@@ -22,6 +22,7 @@ OUTSIDE = {
     "CHANGELOG.md": "changelog.md",
     "examples/README.md": "examples/index.md",
 }
+LANGUAGES = {".py": "python", ".sbatch": "bash", ".yaml": "yaml"}  # of examples
 # A fenced block, which stays as it is, or a link.
 FENCE_OR_LINK = re.compile(r"^ *```.*?^ *```$|\]\((?P<target>[^)\s]+)\)", re.MULTILINE | re.DOTALL)
 HELP = re.compile(r"<!-- help (\w+) -->")
@@ -31,12 +32,13 @@ def on_files(files, config):
     """Adds the pages of files outside docs/, and notes where in the repository each page comes from."""
     for path, page in OUTSIDE.items():
         files.append(File.generated(config, page, content=(ROOT / path).read_text()))
-    for path in sorted((ROOT / "examples").glob("*.py")):
+    examples = [path for path in sorted((ROOT / "examples").iterdir()) if path.suffix in LANGUAGES]
+    for path in examples:
         files.append(File.generated(config, f"examples/{path.stem}.md", content=example_page(path)))
     sources.clear()
     sources.update({file.src_uri: f"docs/{file.src_uri}" for file in files})
     sources.update({page: path for path, page in OUTSIDE.items()})
-    sources.update({f"examples/{path.stem}.md": f"examples/{path.name}" for path in (ROOT / "examples").glob("*.py")})
+    sources.update({f"examples/{path.stem}.md": f"examples/{path.name}" for path in examples})
     return files
 
 
@@ -44,9 +46,10 @@ sources: dict[str, str] = {}  # of each page of the site, the file of the reposi
 
 
 def example_page(path: Path) -> str:
-    """What the first line of the program says, and the program."""
-    summary = (ast.get_docstring(ast.parse(path.read_text())) or path.name).splitlines()[0]
-    return f"# {path.name}\n\n{summary}\n\n```python\n{path.read_text()}```\n"
+    """What the first words of a program or a job file say, and the file."""
+    text = path.read_text()
+    said = ast.get_docstring(ast.parse(text)) if path.suffix == ".py" else re.search("^# (.*)", text, re.MULTILINE)[1]
+    return f"# {path.name}\n\n{said.splitlines()[0]}\n\n```{LANGUAGES[path.suffix]}\n{text}```\n"
 
 
 def on_page_markdown(markdown, page, config, files):

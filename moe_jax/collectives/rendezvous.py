@@ -92,6 +92,7 @@ def sum_of_arrivals(moment: Array, tree: Any, axes: tuple[str, ...]) -> Array:
 
 
 # Callbacks. They are pure_callbacks, ordered by data: the effect of an io_callback is refused by remat and custom_vjp.
+# The members of a batch (vmap) call them one after the other.
 
 
 def await_live(tree: Any, live: Array, axes: tuple[str, ...], timeout_us: int) -> Array:
@@ -106,9 +107,9 @@ def await_live(tree: Any, live: Array, axes: tuple[str, ...], timeout_us: int) -
         _meet(f"barrier/{family}/{int(group)}", int(rank), np.flatnonzero(live).tolist(), timeout_us, axes)
         return np.int32(0)
 
-    return jax.pure_callback(
-        arrive, jax.ShapeDtypeStruct((), jnp.int32), lax.axis_index(axes), group, live, probe(tree)
-    )
+    result = jax.ShapeDtypeStruct((), jnp.int32)
+    operands = (lax.axis_index(axes), group, live, probe(tree))
+    return jax.pure_callback(arrive, result, *operands, vmap_method="sequential")
 
 
 def group_of(axes: tuple[str, ...]) -> tuple[str, Array]:

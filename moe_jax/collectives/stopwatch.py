@@ -92,7 +92,7 @@ def _read_clock(after: Array, tree: Array) -> Array:
     def read(*_):
         return np.int32((time.monotonic_ns() - _START) // 1000 & _CLOCK_MASK)
 
-    return jax.pure_callback(read, _SCALAR, after, rendezvous.probe(tree))
+    return jax.pure_callback(read, _SCALAR, after, rendezvous.probe(tree), vmap_method="sequential")
 
 
 def _wait_for_peers(blocks: Array, me: Array, family: str, group: Array) -> Array:
@@ -113,4 +113,5 @@ def _wait_for_peers(blocks: Array, me: Array, family: str, group: Array) -> Arra
             board.clean(name, turn - 1)
         return waited
 
-    return jax.pure_callback(wait, jax.ShapeDtypeStruct((num_ranks,), jnp.int32), me, group, rendezvous.probe(blocks))
+    result = jax.ShapeDtypeStruct((num_ranks,), jnp.int32)
+    return jax.pure_callback(wait, result, me, group, rendezvous.probe(blocks), vmap_method="sequential")

@@ -15,7 +15,14 @@ _CHUNKS = (1, 2, 4, 8)  # numbers of chunks that are compared
 _WORTH_SAYING = 0.98  # of the time; what saves less is not named
 
 
-def describe(plan: "Plan", *, ffn: int | None, activation: Choice) -> str:
+def describe(
+    plan: "Plan",
+    *,
+    ffn: int | None,
+    activation: Choice,
+    shared_ffn: int | None,
+    shared_activation: Choice | None,
+) -> str:
     """``Plan.describe``: a line for each choice, with its reason, and for what the plan takes and costs."""
     balanced = balanced_rows(plan.tokens_per_rank, plan.top_k, plan.ep_size, plan.num_shared_ranks)
     slack = f", {plan.pair_capacity / balanced:.2f} x the balanced load" if balanced else ""
@@ -41,7 +48,8 @@ def describe(plan: "Plan", *, ffn: int | None, activation: Choice) -> str:
         f"           of a call of dispatch alone, and combine: {_bytes(plan.workspace('dispatch'))}",
     ]
     if ffn is not None or not plan.num_shared_ranks:
-        costs = plan.cost(ffn or 0, activation=activation)
+        shared = {"shared_ffn": shared_ffn, "shared_activation": shared_activation} if ffn else {}
+        costs = plan.cost(ffn or 0, activation=activation, **shared)
         lines += [f"cost       {phase}: {_words(cost, whole=bool(ffn))}" for phase, cost in costs.items()]
         if ffn and plan.exchanges:
             lines += [*_chunks_line(plan, costs[PHASES[1]]), *_capacity_line(plan, costs[PHASES[1]], balanced)]

@@ -337,12 +337,21 @@ class Plan:
         )
         return plan_memory(self, asked)
 
-    def describe(self, *, ffn: int | None = None, activation: Choice = "swiglu") -> str:
+    def describe(
+        self,
+        *,
+        ffn: int | None = None,
+        activation: Choice = "swiglu",
+        shared_ffn: int | None = None,
+        shared_activation: Choice | None = None,
+    ) -> str:
         """The plan in words: sizes, choices with their reasons, bytes and costs per device.
 
-        ``ffn``, ``activation``: as for ``cost``; None: of the costs only what they do not decide.
+        The arguments are those of ``cost``; without ``ffn``, of the costs only what it does not decide.
         """
-        return describe(self, ffn=ffn, activation=activation)
+        return describe(
+            self, ffn=ffn, activation=activation, shared_ffn=shared_ffn, shared_activation=shared_activation
+        )
 
 
 def _to_json(plan: Plan) -> dict[str, Any]:

@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     try:
         arguments = _make_parser().parse_args(argv)
+        arguments.argv = list(sys.argv[1:] if argv is None else argv)
         return arguments.command(arguments)
     except MoEError as error:
         print(f"moe_jax: error: {error}", file=sys.stderr)
@@ -68,11 +69,21 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("config", metavar="CONFIG", help="TOML with [moe], [model], [train]: configs/tiny.toml")
     parser.add_argument("--data", metavar="PATH", help="file or folder of text (default: Python's standard library)")
     parser.add_argument("--steps", type=int, metavar="N", help="stop after N steps; the learning-rate schedule stays")
-    out = "for checkpoint.moe, metrics.jsonl and report.png (default: runs/CONFIG, runs/CONFIG-2, ...: the first empty)"
+    out = "for checkpoints, metrics.jsonl and report.png (default: runs/CONFIG, runs/CONFIG-2, ...: the first empty)"
     parser.add_argument("--out", metavar="DIR", help=out)
-    resume = "go on from the checkpoint in --out (default: the folder of CONFIG that was saved last)"
+    resume = "go on from the last checkpoint in --out (default: the folder of CONFIG that was saved last)"
     parser.add_argument("--resume", action="store_true", help=resume)
+    earlier = "go on from the checkpoint of this step instead of the last one, whose place the next one takes"
+    parser.add_argument("--resume-from", type=int, metavar="STEP", help=earlier)
     parser.add_argument("--seed", type=int, metavar="N", help="instead of train.seed")
+    several = parser.add_mutually_exclusive_group()
+    processes = "start N processes on this machine, which share the emulated devices of the mesh"
+    several.add_argument("--processes", type=int, metavar="N", help=processes)
+    distributed = (
+        "this is one of several processes, started alike on all hosts; Slurm, Kubernetes and Cloud TPU tell which, "
+        "elsewhere HOST:PORT of the first one, how many there are, and the number of this one do"
+    )
+    several.add_argument("--distributed", nargs="?", const=True, default=False, metavar="H:P,N,I", help=distributed)
     _add_mesh_and_json(parser)
     parser.set_defaults(command=_train)
 
@@ -80,7 +91,9 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
 def _add_verify(commands: argparse._SubParsersAction) -> None:
     text = "check the operators against the float64 oracle on this machine's devices"
     parser = commands.add_parser("verify", help=text, description=text, allow_abbrev=False)
-    parser.add_argument("--backend", default="auto", metavar="NAME", help="the back end to check (default: auto)")
+    parser.add_argument(
+        "--backend", default="auto", metavar="NAME", help="of the table, or of an installed package (default: auto)"
+    )
     _add_mesh_and_json(parser)
     parser.set_defaults(command=_verify)
 
@@ -194,12 +207,19 @@ def _add_mesh_and_json(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    config = _load(arguments)
+    if arguments.processes is not None:
+        from moe_jax.tools.train.launch import run_processes
+
+        place = next(i for i, word in enumerate(arguments.argv) if word.startswith("--processes"))
+        num_words = 1 if "=" in arguments.argv[place] else 2
+        others = arguments.argv[:place] + arguments.argv[place + num_words :]
+        return run_processes(others, arguments.processes)
     from moe_jax.tools.train.extras import require
 
     require("flax", "training")  # which the modules of the next import cannot do without
     from moe_jax.tools.train.loop import train
 
-    config = _load(arguments)
     if arguments.seed is not None and config.train is not None:
         config = override(config, train={"seed": arguments.seed})
     return train(
@@ -209,6 +229,8 @@ def _train(arguments: argparse.Namespace) -> int:
         out=arguments.out,
         name=Path(arguments.config).stem,
         resume=arguments.resume,
+        resume_from=arguments.resume_from,
+        distributed=arguments.distributed,
         json_lines=arguments.json,
     )
 

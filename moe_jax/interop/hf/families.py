@@ -33,7 +33,12 @@ REQUIRED = object()
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """A value of config.json: that of the first of ``names`` that is there and not null; of a list, the layer's."""
+    """A value of config.json: that of the first of ``names`` that is there and not null; of a list, the layer's.
+
+    Attributes:
+      names: where it may stand.
+      default: what it is where none is there; REQUIRED: one must be.
+    """
 
     names: tuple[str, ...]
     default: Any = REQUIRED

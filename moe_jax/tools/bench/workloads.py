@@ -75,7 +75,7 @@ def of_config(config: Config, path: str) -> Workload:
     [moe] gives everything but the weights of the losses, [model] the hidden size, [train] the tokens per device.
 
     Raises:
-      ConfigError: it has no [model], or shared experts that no baseline has.
+      ConfigError: it has no [model], or what no baseline has: shared experts, scales, weights on the input side.
     """
     moe, model, train = config.moe, config.model, config.train
     if model is None:
@@ -84,6 +84,8 @@ def of_config(config: Config, path: str) -> Workload:
         raise ConfigError(
             f"{path}: [moe]: num_shared_experts={moe.num_shared_experts}, and bench times routed experts only; set it 0"
         )
+    if moe.expert_scale or moe.weigh_inputs:
+        raise ConfigError(f"{path}: [moe]: expert_scale and weigh_inputs are nothing that bench times; leave them out")
     tokens = train.batch_size * model.seq_len // config.mesh.num_devices if train else CONFIG_TOKENS
     names = ("transport", "overflow", "capacity_factor", "backend")
     return Workload(

@@ -78,11 +78,11 @@ def build(devices: Sequence[_compat.Device], question: Question, pass_name: str)
     shape, moe_config = question.mesh, question.config.moe
     mesh = moe.make_mesh(ep=shape.ep, tp=shape.tp, nodes=shape.nodes, dp=shape.dp, devices=devices)
     plan, router = question.plan(mesh), question.config.router
-    sizes = {"ffn": moe_config.ffn, "activation": moe_config.activation}
-    params = moe.abstract_params(mesh, plan, router, **sizes)
+    params = moe.abstract_params(mesh, plan, router, **moe_config.parameters)
     tokens = NamedSharding(mesh, PartitionSpec(plan.token_axes))
     x = jax.ShapeDtypeStruct((plan.tokens_per_rank * mesh.size, plan.hidden), plan.dtype, sharding=tokens)
-    apply = moe.moe_on_mesh(mesh, plan, router, **sizes)[1]
+    options = {**moe_config.parameters, "weigh_inputs": moe_config.weigh_inputs}
+    apply = moe.moe_on_mesh(mesh, plan, router, **options)[1]
     if pass_name == PASSES[0]:
         return apply, (params, x)
     return with_backward(jax.checkpoint(apply) if question.terms.remat else apply), (params, x, x)

@@ -40,7 +40,7 @@ def predict(question: Question) -> Found:
       InvalidArgumentError, MeshError: the plan refuses the question.
     """
     plan, moe_config = question.plan(), question.config.moe
-    costs = plan.cost(moe_config.ffn, activation=moe_config.activation)
+    costs = plan.cost(**moe_config.widths)
     time = {name: _time(cost, question.machine) for name, cost in costs.items()}
     last = time[question.passes[-1]]
     return {
@@ -101,8 +101,7 @@ def memory_of(question: Question, plan: Plan, layers: int, chunks: int = 1) -> M
     """What a device holds, of so many layers."""
     moe_config, terms = question.config.moe, question.terms
     return plan.memory(
-        moe_config.ffn,
-        activation=moe_config.activation,
+        **moe_config.widths,
         layers=layers,
         optimizer=terms.optimizer,
         remat=terms.remat,

@@ -53,7 +53,7 @@ def time_layer(question: Question) -> dict[str, dict[str, Any]]:
     mesh = moe.make_mesh(ep=shape.ep, tp=shape.tp, nodes=shape.nodes, dp=shape.dp)
     plan = question.plan(mesh)
     init, apply = moe.moe_on_mesh(
-        mesh, plan, question.config.router, ffn=moe_config.ffn, activation=moe_config.activation
+        mesh, plan, question.config.router, **moe_config.parameters, weigh_inputs=moe_config.weigh_inputs
     )
     params = init(jax.random.key(0))
     tokens = NamedSharding(mesh, PartitionSpec(plan.token_axes))

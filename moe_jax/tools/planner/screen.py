@@ -57,7 +57,7 @@ def run(
     target = find_compiler(machine, shape.num_devices) if compiled else None
     if compiled:
         check_fits(question, plan)
-    description = plan.describe(ffn=config.moe.ffn, activation=config.moe.activation) if describe else None
+    description = plan.describe(**config.moe.widths) if describe else None
     if json_lines:
         others = {
             "unquantised": None if unquantised is None else unquantised["time"],
@@ -78,7 +78,7 @@ def run(
 def _values(question: Question, plan: Plan) -> dict[str, Any]:
     """The plan as data: its fields, the bytes of its buffers, and its costs with exact counts."""
     moe_config = question.config.moe
-    costs = plan.cost(moe_config.ffn, activation=moe_config.activation)
+    costs = plan.cost(**moe_config.widths)
     return {
         **dataclasses.asdict(plan),
         "workspace": plan.workspace(),

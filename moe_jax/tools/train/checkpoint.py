@@ -1,13 +1,15 @@
-"""Checkpoints: one file with the whole training state, written atomically and verified on reading.
+"""Checkpoints: one folder for every saved step, written by orbax in the background, of which the last few are kept.
 
-Layout: magic (8 bytes), header length (8 bytes, little endian), header (JSON), the leaves' bytes in header order, and
-the SHA-256 of everything before it (32 bytes). Leaves are stored as they are, bfloat16 included; nothing is pickled.
+The folder `STEP` holds the arrays of the state, sharded, in `state`, and what they belong to in `run`: the identity of
+the run, its position in the data, and a seal. It gets its name when all of it is written. On reading the seal shows
+whether anything was damaged since; every process reads what its own devices hold, whatever the mesh was before.
 """
 
-import hashlib
 import json
-import struct
-from dataclasses import asdict
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,14 @@ import numpy as np
 
 from moe_jax.config import Config
 from moe_jax.errors import CheckpointError, raise_all
-from moe_jax.tools.train.atomic import atomic_write
+from moe_jax.tools.train import peers
+from moe_jax.tools.train.extras import require
+from moe_jax.tools.train.seal import find_damage
 
-MAGIC = b"MOEJAX02"
-_LENGTH = struct.Struct("<Q")
 # These entries of the configuration may change between a checkpoint and the run that resumes it, because none of them
 # alters the function that is trained.
 _FREE_MOE = ("transport", "backend")
-_FREE_TRAIN = ("eval_batches", "log_every", "save_seconds", "save_every", "sample_bytes")
+_FREE_TRAIN = ("eval_batches", "log_every", "save_seconds", "save_every", "keep_checkpoints", "sample_bytes")
 
 # What a checkpoint belongs to: each "section.key" of the configuration with its value, and "data" with a description of
 # the bytes that the run trains on.
@@ -41,77 +43,202 @@ def identify(config: Config, data: str) -> Identity:
     return {**flat, "data": data}
 
 
-def save(path: Path, state: Any, *, step: int, identity: Identity) -> None:
-    """Writes `state`, any pytree of arrays, after `step` finished steps; the file at `path` is replaced as a whole.
+@dataclass(frozen=True)
+class Restored:
+    """What a checkpoint held.
+
+    Attributes:
+      state: the state, on the mesh of the run that resumes.
+      step: how many steps were taken.
+      position: where the run was in its data, as `Checkpoints.save` got it.
+    """
+
+    state: Any
+    step: int
+    position: Any
+
+
+class Checkpoints:
+    """The checkpoints in the folder `path`, of which the last `keep` are kept. Nothing is touched before the first use.
 
     Raises:
-      CheckpointError: the file cannot be written. An older checkpoint at `path` is then untouched.
+      UnsupportedError: orbax is not installed.
     """
-    leaves = {name: np.asarray(leaf) for name, leaf in _named_leaves(state)}
-    entries = [{"name": name, "dtype": leaf.dtype.name, "shape": leaf.shape} for name, leaf in leaves.items()]
-    header = json.dumps({"step": step, "identity": identity, "leaves": entries}).encode()
-    digest = hashlib.sha256()
+
+    def __init__(self, path: Path, *, keep: int) -> None:
+        require("orbax.checkpoint", "saving checkpoints")
+        self._path = path
+        self._keep = keep
+        self._later: list[int] = []  # steps whose checkpoints the next one replaces
+        self._written: int | None = None  # the step that is being written
+
+    @cached_property
+    def _manager(self) -> Any:
+        from moe_jax.tools.train import manager  # it imports orbax
+
+        return manager.make_manager(self._path, keep=self._keep)
+
+    def save(self, state: Any, *, step: int, identity: Identity, position: Any = None) -> None:
+        """Begins to write `state`, any pytree of arrays, after `step` finished steps, and returns while it is written.
+
+        The caller may change or donate the arrays at once. What was being written before is waited for.
+
+        Args:
+          state: the pytree.
+          step: how many steps were taken.
+          identity: what the checkpoint belongs to.
+          position: where the run is in its data, as JSON has it.
+
+        Raises:
+          CheckpointError: this checkpoint, or the one before it, cannot be written. Older ones are untouched.
+        """
+        from moe_jax.tools.train.manager import items_to_save
+
+        self.wait()
+        self._remove_later()
+        self._written = step
+        run = {"step": step, "identity": identity, "position": position}
+        try:
+            self._manager.save(step, args=items_to_save(state, run), force=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._unwritten(error) from None
+
+    def poll(self) -> int | None:
+        """The step whose checkpoint has been written since the last call of `poll` or `wait`; None: there is none.
+
+        Raises:
+          CheckpointError: it could not be written.
+        """
+        if self._written is None:
+            return None
+        (busy,) = peers.agree(self._manager.is_saving_in_progress())
+        return None if busy else self.wait()
+
+    def wait(self) -> int | None:
+        """As `poll`, after waiting for the end of what is being written."""
+        if self._written is None:
+            return None
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._unwritten(error) from None
+        step, self._written = self._written, None
+        return step
+
+    def restore(self, like: Any, *, identity: Identity, step: int | None = None) -> Restored:
+        """Reads the checkpoint of `step`, or the last one. Later ones are removed when the next one is written.
+
+        Args:
+          like: the structure, shapes, dtypes and shardings that the state must have.
+          identity: what the checkpoint must belong to.
+          step: the step; None: the last one.
+
+        Raises:
+          CheckpointError: there is no such checkpoint, it is damaged, or it belongs to another configuration or other
+            data. Of a damaged one the text says which file is not what it was and which older checkpoint is whole.
+        """
+        from moe_jax.tools.train.manager import run_to_restore, state_to_restore
+
+        steps = saved_steps(self._path)
+        if not steps:
+            raise CheckpointError(f"{self._path}: there is no checkpoint here; start without --resume")
+        if step is not None and step not in steps:
+            there = ", ".join(map(str, steps))
+            raise CheckpointError(f"{self._path}: there is no checkpoint of step {step}; there are those of {there}")
+        step = steps[-1] if step is None else step
+        folder = self._path / str(step)
+        earlier = [old for old in steps if old < step]
+        _check_whole(folder, earlier)
+        try:
+            run = self._manager.restore(step, args=run_to_restore())["run"]
+            _check_identity(folder, run["identity"], identity)
+            if _leaves(self._manager.item_metadata(step)["state"].tree) != _leaves(like):
+                raise CheckpointError(f"{folder}: holds other parameters than this model has; change --out")
+            state = self._manager.restore(step, args=state_to_restore(like))["state"]
+        except CheckpointError:
+            raise
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            # Its files are what was written, so another version of this program or of orbax wrote it.
+            raise CheckpointError(
+                f"{folder}: cannot be read ({_reason(error)}); change --out to start afresh"
+            ) from None
+        self._later = [later for later in steps if later > step]
+        return Restored(state, run["step"], run["position"])
+
+    def close(self) -> None:
+        """Waits for the end of what is being written. Whether it could be written, `wait` says."""
+        if "_manager" in self.__dict__:
+            self._manager.close()
+
+    def _remove_later(self) -> None:
+        for step in self._later if peers.leads() else ():
+            shutil.rmtree(self._path / str(step))
+        if self._later:
+            peers.agree(0)  # nobody looks before the first process has removed them
+            self._manager.reload()
+        self._later = []
+
+    def _unwritten(self, error: Exception) -> CheckpointError:
+        """Removes the part that was written, and says what happened."""
+        step, self._written = self._written, None
+        for path in unfinished(self._path):
+            shutil.rmtree(path, ignore_errors=True)
+        steps = saved_steps(self._path)
+        kept = f"; the one of step {steps[-1]} is still there" if steps else ""
+        return CheckpointError(
+            f"{self._path / str(step)}: cannot be written ({_reason(error)}){kept}; make room for one checkpoint more "
+            f"than train.keep_checkpoints={self._keep}, or change --out"
+        )
+
+
+def saved_steps(path: Path) -> list[int]:
+    """The steps whose checkpoints are in the folder `path`, in their order; none where there is no such folder."""
+    if not path.is_dir():
+        return []
+    return sorted(int(entry.name) for entry in path.iterdir() if entry.name.isdecimal() and entry.is_dir())
+
+
+def unfinished(path: Path) -> list[Path]:
+    """What was being written in the folder `path` when a run was killed. The next run to save there removes it."""
+    return sorted(path.glob("*.orbax-checkpoint-tmp*"))
+
+
+def _check_whole(folder: Path, earlier: list[int]) -> None:
+    """Raises CheckpointError if the checkpoint is damaged; the text offers the last of the `earlier` that is whole."""
+    damage = peers.tell_all(_damage(folder) if peers.leads() else "")  # one process reads all that there is
+    if not damage:
+        return
+    text = f"{folder}: is damaged or cut short ({damage})"
+    for step in reversed(earlier):
+        before = folder.with_name(str(step))
+        if not _damage(before):
+            out = folder.parent.parent
+            raise CheckpointError(f"{text}; {before} is whole: go on from it with --out {out} --resume-from {step}")
+    raise CheckpointError(f"{text}, and there is no older one that is whole; change --out to start afresh")
+
+
+def _damage(folder: Path) -> str:
     try:
-        with atomic_write(path) as file:
-            for part in (MAGIC, _LENGTH.pack(len(header)), header, *(leaf.tobytes() for leaf in leaves.values())):
-                digest.update(part)
-                file.write(part)
-            file.write(digest.digest())
+        return find_damage(folder)
     except OSError as error:
-        kept = "; the one that was saved before is still there" if path.exists() else ""
-        raise CheckpointError(
-            f"{path}: cannot be written after step {step} ({error.strerror}){kept}; "
-            "make room for two checkpoints, or change --out"
-        ) from None
+        return f"{error.filename or folder} cannot be read: {error.strerror}"
 
 
-def restore(path: Path, like: Any, *, identity: Identity) -> tuple[Any, int]:
-    """Reads (state, step). `like` gives the structure, shapes, dtypes and shardings that the state must have.
-
-    Raises:
-      CheckpointError: the file is missing, damaged, or belongs to another configuration or other data.
-    """
-    header, body = _read(path)
-    _check_identity(path, header["identity"], identity)
-    expected = [(name, leaf.dtype.name, tuple(leaf.shape)) for name, leaf in _named_leaves(like)]
-    stored = [(entry["name"], entry["dtype"], tuple(entry["shape"])) for entry in header["leaves"]]
-    if stored != expected:
-        raise CheckpointError(f"{path}: holds other parameters than this model has; change --out to start afresh")
-    arrays, offset = [], 0
-    for (_, dtype, shape), leaf in zip(expected, jax.tree.leaves(like), strict=True):
-        array = np.frombuffer(body, dtype, int(np.prod(shape)), offset).reshape(shape)
-        offset += array.nbytes
-        # JAX gets a writable copy of its own. On the CPU a device array may otherwise share the bytes that were read,
-        # and the training step, which takes its state as a donation, would write into them.
-        arrays.append(jax.device_put(array.copy(), leaf.sharding))
-    return jax.tree.unflatten(jax.tree.structure(like), arrays), header["step"]
+def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    """The shape and dtype of every leaf by its name. Orbax gives back other containers, with the same names."""
+    named = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): (tuple(leaf.shape), np.dtype(leaf.dtype).name)
+        for path, leaf in named
+    }
 
 
-def read_step(path: Path) -> int:
-    """How many finished steps the checkpoint at `path` holds."""
-    return _read(path)[0]["step"]
-
-
-def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
-    return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
-
-
-def _read(path: Path) -> tuple[dict[str, Any], bytes]:
-    """Checks the checksum of the file at `path` and returns its header and the bytes of all leaves."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: there is no checkpoint here; start without --resume") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-    if not content.startswith(MAGIC):
-        raise CheckpointError(f"{path}: is not a checkpoint of this version of moe_jax; change --out")
-    payload, digest = content[:-32], content[-32:]
-    if hashlib.sha256(payload).digest() != digest:
-        raise CheckpointError(f"{path}: is damaged or cut short (its checksum does not match); change --out")
-    start = len(MAGIC) + _LENGTH.size
-    (length,) = _LENGTH.unpack(payload[len(MAGIC) : start])
-    return json.loads(payload[start : start + length]), payload[start + length :]
+def _reason(error: Exception) -> str:
+    """Why a file could not be written or read, in a few words. Tensorstore's errors hold the whole request."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    found = re.search(r": ([^:\[\]]+) \[os_error_code", str(error))
+    return found[1] if found else (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _check_identity(path: Path, stored: Identity, expected: Identity) -> None:

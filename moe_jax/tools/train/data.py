@@ -1,7 +1,6 @@
-"""The byte corpus: which bytes are trained on, which are held out, and the batch of every step.
+"""The byte corpus: which bytes are trained on, and which are held out.
 
-A batch is a pure function of (corpus, seed, step): there is no reader state, so a resumed run sees the same bytes.
-Only the windows of one batch are in memory at a time, so the corpus may be larger than the memory.
+Content stays on the disk until it is asked for, so the corpus may be larger than the memory.
 """
 
 import hashlib
@@ -137,23 +136,6 @@ def digest(corpus: Corpus, tell: Callable[[str, int, int], None]) -> str:
                 tell("reading the data (MiB)", done >> 20, total >> 20)
         found.update(separator)
     return found.hexdigest()
-
-
-def train_batch(corpus: Corpus, *, seed: int, step: int, batch_size: int, seq_len: int) -> np.ndarray:
-    """The windows of `step`, drawn uniformly with replacement: [batch_size, seq_len + 1] i32."""
-    starts = np.random.default_rng([seed, step]).integers(0, len(corpus.train) - seq_len, batch_size)
-    return _windows(corpus.train, starts, seq_len)
-
-
-def eval_batch(corpus: Corpus, *, index: int, num_batches: int, batch_size: int, seq_len: int) -> np.ndarray:
-    """Batch `index` of `num_batches`, with windows evenly over the held-out bytes: [batch_size, seq_len + 1] i32."""
-    starts = np.linspace(0, len(corpus.held_out) - seq_len - 1, num_batches * batch_size).astype(np.int64)
-    return _windows(corpus.held_out, starts[index * batch_size : (index + 1) * batch_size], seq_len)
-
-
-def _windows(text: Text, starts: np.ndarray, seq_len: int) -> np.ndarray:
-    content = b"".join(text.read(int(start), seq_len + 1) for start in starts)
-    return np.frombuffer(content, np.uint8).reshape(len(starts), seq_len + 1).astype(np.int32)
 
 
 def _list_files(root: Path, *, standard_library: bool) -> tuple[list[str], list[str]]:

@@ -21,6 +21,6 @@ def find(name: str) -> ModuleType | None:
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
-        if error.name != name.partition(".")[0]:
+        if not f"{name}.".startswith(f"{error.name}."):
             raise
         return None

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from moe_jax.errors import CheckpointError, DataError
+from moe_jax.errors import CheckpointError, DataError, MoEError
+from moe_jax.tools.train import peers
 from moe_jax.tools.train.atomic import remove_unfinished
+from moe_jax.tools.train.checkpoint import saved_steps
 
 RUNS = Path("runs")
 
@@ -31,8 +33,8 @@ class RunFolder:
     note: str = ""
 
     @property
-    def checkpoint(self) -> Path:
-        return self.path / "checkpoint.moe"
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
 
     @property
     def metrics(self) -> Path:
@@ -45,6 +47,29 @@ class RunFolder:
     @property
     def how_to_resume(self) -> str:
         return f"go on with --out {self.path} --resume"
+
+
+@contextmanager
+def share_folder(out: str | Path | None, name: str, *, resume: bool) -> Iterator[RunFolder]:
+    """As `open_folder`, in the first process of a run; the others get the folder that it tells them.
+
+    Raises:
+      CheckpointError: as for `open_folder`; in the others, whatever failed in the first.
+    """
+    with ExitStack() as stack:
+        if peers.leads():
+            try:
+                folder = stack.enter_context(open_folder(out, name, resume=resume))
+            except MoEError:
+                peers.tell_all("")
+                raise
+            peers.tell_all(str(folder.path))
+        else:
+            path = peers.tell_all("")
+            if not path:
+                raise CheckpointError("the first process of the run found no folder for it, and says why")
+            folder = RunFolder(Path(path))
+        yield folder
 
 
 @contextmanager
@@ -68,16 +93,16 @@ def open_folder(out: str | Path | None, name: str, *, resume: bool) -> Iterator[
         else:
             folder = _checked(Path(out), resume) if out is not None else _last_saved(name)
             stack.enter_context(_claim(folder.path))
-        remove_unfinished(folder.checkpoint, folder.metrics, folder.report)
+        remove_unfinished(folder.metrics, folder.report)
         yield folder
 
 
 def _checked(path: Path, resume: bool) -> RunFolder:
     """The folder that the person named, after checking that it holds a checkpoint, or none, as the run needs."""
     folder = RunFolder(path)
-    exists = folder.checkpoint.exists()
+    exists = bool(saved_steps(folder.checkpoints))
     if resume and not exists:
-        raise CheckpointError(f"{folder.checkpoint}: there is no checkpoint here; start without --resume")
+        raise CheckpointError(f"{folder.checkpoints}: there is no checkpoint here; start without --resume")
     if exists and not resume:
         raise CheckpointError(
             f"{path}: holds a run, which a new one would replace; add --resume to go on with it, or pass another --out"
@@ -91,10 +116,15 @@ def _last_saved(name: str) -> RunFolder:
     """The folder whose checkpoint is the youngest, among those that runs called `name` take without --out."""
     pattern = re.compile(re.escape(name) + r"(-\d+)?")
     paths = [path for path in (RUNS.iterdir() if RUNS.is_dir() else ()) if pattern.fullmatch(path.name)]
-    folders = [folder for folder in map(RunFolder, paths) if folder.checkpoint.is_file()]
+    folders = [folder for folder in map(RunFolder, paths) if saved_steps(folder.checkpoints)]
     if not folders:
         raise CheckpointError(f"{RUNS / name}: there is no checkpoint here; start without --resume, or pass --out")
-    return max(folders, key=lambda folder: folder.checkpoint.stat().st_mtime_ns)
+    return max(folders, key=_saved_at)
+
+
+def _saved_at(folder: RunFolder) -> int:
+    """When the last checkpoint of a run was written, in ns."""
+    return (folder.checkpoints / str(saved_steps(folder.checkpoints)[-1])).stat().st_mtime_ns
 
 
 def _claim_first_free(name: str, stack: ExitStack) -> RunFolder:

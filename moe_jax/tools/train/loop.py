@@ -15,11 +15,16 @@ import moe_jax as moe
 from moe_jax.config import Config, ModelConfig, TrainConfig
 from moe_jax.errors import CheckpointError, ConfigError, DataError, InvalidArgumentError
 from moe_jax.mesh import ensure_devices
-from moe_jax.tools.train import checkpoint
-from moe_jax.tools.train.data import Corpus, digest, eval_batch, load_corpus, train_batch
-from moe_jax.tools.train.folder import RunFolder, open_folder
+from moe_jax.tools.train import peers
+from moe_jax.tools.train.batches import Reader, TrainBatches, eval_batch, rows_here
+from moe_jax.tools.train.checkpoint import Checkpoints, Identity, identify, unfinished
+from moe_jax.tools.train.data import Corpus, digest, load_corpus
+from moe_jax.tools.train.events import PACKAGE, EventFile
+from moe_jax.tools.train.extras import REMEDY
+from moe_jax.tools.train.folder import RunFolder, share_folder
 from moe_jax.tools.train.interrupt import Interrupt, Stopped, catch_interrupt
 from moe_jax.tools.train.model import Decoder, build_decoder, training_sections
+from moe_jax.tools.train.peers import parse_place
 from moe_jax.tools.train.progress import Progress, Record, make_progress
 from moe_jax.tools.train.report import MetricsFile, write_report
 from moe_jax.tools.train.sample import printable, sample_text
@@ -38,44 +43,78 @@ class Job:
     corpus: Corpus
     num_steps: int
     resume: bool
+    resume_from: int | None  # the step of the checkpoint to go on from; None: the last one
     folder: RunFolder
     progress: Progress
     interrupt: Interrupt
 
+    def check(self) -> None:
+        """Raises Stopped if a process of the run was asked to stop."""
+        (signum,) = peers.agree(self.interrupt.signum)
+        if signum:
+            self.interrupt.signum = signum  # it may have come to another process
+            raise Stopped
+
     def tell(self, task: str, done: int = 0, total: int | None = None) -> None:
         """Says which task begins or how far it has come. Here is also where a run that was asked to stop does so."""
-        self.interrupt.check()
+        self.check()
         self.interrupt.doing = task
         self.progress.task(task, done, total)
 
 
 @dataclass
 class Run:
-    """A run in progress. Only `state`, `done_steps` and `saved_steps` change."""
+    """A run in progress. Only `state` and the numbers of steps change."""
 
     job: Job
     decoder: Decoder
     optimizer: Any
-    identity: checkpoint.Identity
+    checkpoints: Checkpoints
+    identity: Identity
     metrics: MetricsFile
+    events: EventFile
+    rows: np.ndarray  # which rows of every batch this process reads
+    reader: Reader
     state: TrainState
     done_steps: int
-    saved_steps: int  # the steps of the checkpoint in the folder; 0: there is no checkpoint
+    begun_steps: int  # the steps of the checkpoint that was begun last; 0: none was
+    saved_steps: int  # the steps of the last checkpoint in the folder; 0: there is no checkpoint
 
-    def batch(self, array: np.ndarray) -> jax.Array:
-        """Puts a batch [B, S + 1] of the host on the mesh, spread over all devices."""
-        return jax.device_put(array, self.decoder.over_batch)
+    def batch(self, rows: np.ndarray) -> jax.Array:
+        """Puts the rows of a batch that this process read on the mesh: [B, S + 1], spread over all devices."""
+        shape = (self.job.train.batch_size, self.job.model.seq_len + 1)
+        return jax.make_array_from_process_local_data(self.decoder.over_batch, rows, shape)
+
+    def record(self, record: Record) -> None:
+        """Adds a record to the metrics, and to what TensorBoard reads."""
+        if peers.leads():
+            self.metrics.append(record)
+            self.events.append(record)
 
     def save(self) -> None:
-        """Saves the state, and says so, if steps were taken since the last checkpoint."""
-        if self.saved_steps == self.done_steps:
+        """Begins to save the state, if steps were taken since the last checkpoint, and returns while it is written."""
+        if self.begun_steps == self.done_steps:
             return
-        path = self.job.folder.checkpoint
+        self.settle()
         self.job.interrupt.doing = "saving"
-        checkpoint.save(path, self.state, step=self.done_steps, identity=self.identity)
-        self.saved_steps = self.done_steps
-        sentence = f"saved {path} after step {self.done_steps}"
-        self.job.progress.result("saved", sentence, step=self.done_steps, path=str(path))
+        position = self.reader.position
+        self.checkpoints.save(self.state, step=self.done_steps, identity=self.identity, position=position)
+        self.begun_steps = self.done_steps
+
+    def poll(self) -> None:
+        """Says so if what was being saved has been written."""
+        self._tell_saved(self.checkpoints.poll())
+
+    def settle(self) -> None:
+        """Waits until what is being saved has been written, and says so."""
+        self._tell_saved(self.checkpoints.wait())
+
+    def _tell_saved(self, step: int | None) -> None:
+        if step is None:
+            return
+        self.saved_steps = step
+        path = self.job.folder.checkpoints / str(step)
+        self.job.progress.result("saved", f"saved {path} after step {step}", step=step, path=str(path))
 
 
 def train(
@@ -86,23 +125,29 @@ def train(
     out: str | Path | None = None,
     name: str = "train",
     resume: bool = False,
+    resume_from: int | None = None,
+    distributed: bool | str = False,
     json_lines: bool = False,
 ) -> int:
     """Trains, then prints the validation loss in nats per byte and a sample; returns the exit code.
 
-    The checkpoint is saved at the end, every `config.train.save_seconds` and `save_every` steps, when the run is asked
-    to stop, and when the data, the metrics or standard output fail. A run that is killed loses what came after the last
-    checkpoint.
+    A checkpoint is saved at the end, every `config.train.save_seconds` and `save_every` steps, when the run is asked to
+    stop, and when the data, the metrics or standard output fail; the last `config.train.keep_checkpoints` are kept.
+    Steps go on while one is written. A run that is killed loses what came after the last one that was whole.
 
     Args:
       config: a configuration with the sections [model] and [train].
       data: a file or folder of text; None: the sources of Python's standard library.
       steps: stop after this many steps of the schedule; None: `config.train.steps`. The schedule itself does not
         change, so stopping early and resuming is the same as going through.
-      out: folder for the checkpoint, the metrics and the report; None: see `name`.
+      out: folder for the checkpoints, the metrics and the report; None: see `name`.
       name: without `out`, a new run takes the first empty folder of `runs/NAME`, `runs/NAME-2`, ..., and a resumed run
         takes the one of these folders that was saved last.
-      resume: go on from the checkpoint in the folder, bit by bit as if the run had not stopped.
+      resume: go on from the last checkpoint in the folder, bit by bit as if the run had not stopped.
+      resume_from: go on from the checkpoint of this step instead. Later ones are removed when the next one is saved.
+      distributed: whether this is one of several processes that take the same arguments: True where Slurm, Kubernetes
+        or Cloud TPU tell which, or "HOST:PORT,COUNT,INDEX" with the address at which process 0 listens. The first one
+        alone prints, and writes the metrics and the picture; all must see the same files.
       json_lines: print JSON lines instead of text.
 
     Returns:
@@ -115,12 +160,17 @@ def train(
     if steps is not None and steps < 1:
         raise InvalidArgumentError(f"steps={steps} must be at least 1")
     num_steps = schedule.steps if steps is None else steps
+    resume = resume or resume_from is not None
+    place = parse_place(distributed) if isinstance(distributed, str) else None
     corpus = load_corpus(data, model.seq_len)
-    with open_folder(out, name, resume=resume) as folder:
+    if distributed:
+        peers.join(place, num_devices=config.mesh.num_devices)
+    with share_folder(out, name, resume=resume) as folder:
         _check_apart(folder, data)
         progress = make_progress(json_lines=json_lines, log_every=schedule.log_every, num_steps=num_steps)
-        with closing(progress), catch_interrupt(progress.note) as interrupt:
-            return _carry_out(Job(config, model, schedule, corpus, num_steps, resume, folder, progress, interrupt))
+        with peers.notice_losses(), closing(progress), catch_interrupt(progress.note) as interrupt:
+            job = Job(config, model, schedule, corpus, num_steps, resume, resume_from, folder, progress, interrupt)
+            return _carry_out(job)
 
 
 def _check_apart(folder: RunFolder, data: str | Path | None) -> None:
@@ -136,17 +186,18 @@ def _carry_out(job: Job) -> int:
     run = None
     try:
         run = _start(job)
-        with closing(run.metrics):
+        with closing(run.metrics), closing(run.events), closing(run.reader), closing(run.checkpoints):
             try:
                 _take_steps(run)
                 _finish(run)
             finally:
-                if run.done_steps and run.saved_steps == run.done_steps:  # or the run failed, and an error follows
+                # Or the run failed, and an error follows.
+                if run.done_steps and run.saved_steps == run.done_steps and peers.leads():
                     job.progress.task("drawing the report")
                     job.progress.note(write_report(job.folder.report, run.metrics.records()))
     except Stopped:
         done_steps = run.done_steps if run else 0
-        kept = f"{job.folder.checkpoint} holds all of it; {job.folder.how_to_resume}"
+        kept = f"{job.folder.checkpoints} holds all of it; {job.folder.how_to_resume}"
         sentence = (
             f"interrupted after step {done_steps}: {kept}" if done_steps else "interrupted before a step was taken"
         )
@@ -160,6 +211,7 @@ def _start(job: Job) -> Run:
     config, corpus, folder = job.config, job.corpus, job.folder
     if folder.note:
         job.progress.note(folder.note)
+    checkpoints = Checkpoints(folder.checkpoints, keep=job.train.keep_checkpoints)
     sha256 = digest(corpus, job.tell)
     job.tell("making the parameters")
     optimizer = make_optimizer(job.train)
@@ -169,7 +221,7 @@ def _start(job: Job) -> Run:
     decoder = build_decoder(config, mesh)
     state, done_steps = init_state(decoder, optimizer, job.train.seed), 0
     num_bytes = len(corpus.train) + len(corpus.held_out)
-    identity = checkpoint.identify(config, f"{num_bytes} bytes with SHA-256 {sha256}")
+    identity = identify(config, f"{num_bytes} bytes with SHA-256 {sha256}")
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     job.progress.note(
         f"{num_params:,} parameters, {len(corpus.train):,} bytes to train on, "
@@ -178,15 +230,38 @@ def _start(job: Job) -> Run:
     if corpus.left_out:
         named = ", ".join(corpus.left_out[:3]) + (", ..." if len(corpus.left_out) > 3 else "")
         job.progress.note(f"left out of the data (hidden, cached, linked folders, no files): {named}")
+    rows = rows_here(decoder.over_batch, (job.train.batch_size, job.model.seq_len + 1))
+    reader = Reader(TrainBatches(corpus, job.train.seed, job.num_steps, job.train.batch_size, job.model.seq_len, rows))
     if job.resume:
-        state, done_steps = checkpoint.restore(folder.checkpoint, state, identity=identity)
+        for path in unfinished(folder.checkpoints):
+            job.progress.note(f"{path}: was being written when the run ended, and is left out")
+        restored = checkpoints.restore(state, identity=identity, step=job.resume_from)
+        state, done_steps = restored.state, restored.step
+        reader.seek(restored.position)
         job.progress.note(f"resuming {folder.path} after step {done_steps}")
     else:
         seconds = job.train.save_seconds
         often = f" every {seconds:g} s and" if seconds < math.inf else ""
         job.progress.note(f"the run is kept in {folder.path}: a checkpoint{often} at the end, metrics and a picture")
     metrics = MetricsFile(folder.metrics, done_steps=done_steps)
-    return Run(job, decoder, optimizer, identity, metrics, state, done_steps, saved_steps=done_steps)
+    events = EventFile(folder.path, done_steps=done_steps)
+    if events.missing:
+        job.progress.note(f"{PACKAGE} is not installed, so there will be nothing for TensorBoard; {REMEDY}")
+    return Run(
+        job,
+        decoder,
+        optimizer,
+        checkpoints,
+        identity,
+        metrics,
+        events,
+        rows,
+        reader,
+        state,
+        done_steps,
+        begun_steps=done_steps,
+        saved_steps=done_steps,
+    )
 
 
 def _take_steps(run: Run) -> None:
@@ -204,24 +279,32 @@ def _take_steps(run: Run) -> None:
     except CheckpointError:
         raise
     except OSError:
-        # Reading the data, or writing the metrics or standard output, failed. The parameters are whole: save them.
-        run.save()
+        # Reading the data, or writing the metrics or standard output, failed. The parameters are whole: save them. To
+        # save takes all processes, and the others do not know of this one's failure.
+        if peers.alone():
+            run.save()
+            run.settle()
         raise
     run.save()
-    job.interrupt.check()
+    run.settle()
+    job.check()
 
 
 def _step_until(run: Run, step: Callable) -> None:
     """Takes steps until there are `num_steps` or the run is asked to stop, and saves whenever a checkpoint is due."""
     train = run.job.train
     saved_at = time.monotonic()
-    while run.done_steps < run.job.num_steps and not run.job.interrupt.signum:
+    (stop,) = peers.agree(run.job.interrupt.signum)
+    while run.done_steps < run.job.num_steps and not stop:
         run.job.interrupt.doing = f"taking step {run.done_steps + 1}"
         record = _one_step(run, step)
-        run.metrics.append(record)
+        run.record(record)
         run.job.progress.step(record)
+        run.poll()
         by_steps = train.save_every and run.done_steps % train.save_every == 0
-        if by_steps or time.monotonic() - saved_at >= train.save_seconds:
+        by_time = time.monotonic() - saved_at >= train.save_seconds
+        stop, due = peers.agree(run.job.interrupt.signum, by_steps or by_time)
+        if due:
             run.save()
             saved_at = time.monotonic()
 
@@ -230,13 +313,11 @@ def _one_step(run: Run, step: Callable) -> Record:
     """Takes one step and waits for its end, because queued steps can starve emulated devices of threads."""
     config, seq_len = run.job.train, run.job.model.seq_len
     begin = time.perf_counter()
-    host_batch = train_batch(
-        run.job.corpus, seed=config.seed, step=run.done_steps, batch_size=config.batch_size, seq_len=seq_len
-    )
-    run.state, metrics = step(run.state, run.batch(host_batch))
+    run.state, metrics = step(run.state, run.batch(next(run.reader)))
     metrics = jax.device_get(metrics)
     run.done_steps += 1
     if not math.isfinite(metrics.loss):
+        run.settle()
         kept = f"; the checkpoint of step {run.saved_steps} is kept" if run.saved_steps else ""
         raise ConfigError(
             f"the loss became {metrics.loss} at step {run.done_steps}; "
@@ -267,7 +348,7 @@ def _finish(run: Run) -> None:
     """Computes the validation loss and a sample of text, tells both, and writes both to the metrics."""
     loss = _validate(run)
     run.job.progress.result("validation", f"validation loss {loss:.3f}", loss=loss)
-    run.metrics.append({"step": run.done_steps, "validation_loss": loss})
+    run.record({"step": run.done_steps, "validation_loss": loss})
     config = run.job.train
     if config.sample_bytes:
         run.job.tell("compiling the sampler")
@@ -281,7 +362,7 @@ def _finish(run: Run) -> None:
             tell=run.job.tell,
         )
         run.job.progress.result("sample", f"sample:\n{printable(text)}", text=text)
-        run.metrics.append({"step": run.done_steps, "sample": text})
+        run.record({"step": run.done_steps, "sample": text})
 
 
 def _validate(run: Run) -> float:
@@ -299,6 +380,7 @@ def _validate(run: Run) -> float:
             num_batches=config.eval_batches,
             batch_size=config.batch_size,
             seq_len=job.model.seq_len,
+            rows=run.rows,
         )
         losses.append(float(evaluate(run.state.params, run.batch(batch))))
     return float(np.mean(losses))

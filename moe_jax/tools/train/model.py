@@ -64,7 +64,8 @@ class Block(nnx.Module):
         self.attention_norm = nnx.RMSNorm(model.hidden, dtype=dtype, rngs=rngs)
         self.attention = Attention(model, dtype, rngs=rngs)
         self.moe_norm = nnx.RMSNorm(model.hidden, dtype=dtype, rngs=rngs)
-        self.moe = MoE(mesh, plan, config.router, ffn=config.moe.ffn, activation=config.moe.activation, rngs=rngs)
+        options = {**config.moe.parameters, "weigh_inputs": config.moe.weigh_inputs}
+        self.moe = MoE(mesh, plan, config.router, rngs=rngs, **options)
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, moe.LayerStats]:
         with jax.named_scope("attention"):

@@ -7,6 +7,7 @@ import time
 from typing import Any, Protocol
 
 from moe_jax.errors import DataError
+from moe_jax.tools.train import peers
 from moe_jax.tools.train.extras import REMEDY, find
 
 Record = dict[str, Any]
@@ -32,7 +33,12 @@ class Progress(Protocol):
 
 
 def make_progress(*, json_lines: bool, log_every: int, num_steps: int) -> Progress:
-    """Chooses JSON lines if asked for, otherwise a live line on a terminal, otherwise lines every `log_every` steps."""
+    """Chooses JSON lines if asked for, otherwise a live line on a terminal, otherwise lines every `log_every` steps.
+
+    Of several processes the first one alone talks.
+    """
+    if not peers.leads():
+        return SilentProgress()
     if json_lines:
         return JsonProgress()
     if not sys.stdout.isatty():
@@ -72,6 +78,25 @@ def _print_line(text: str) -> None:
         if isinstance(error, BrokenPipeError):
             raise
         raise DataError(f"standard output: cannot be written ({error.strerror}); make room, or redirect it") from None
+
+
+class SilentProgress:
+    """Shows nothing."""
+
+    def step(self, record: Record) -> None:
+        """Nothing is shown."""
+
+    def task(self, name: str, done: int = 0, total: int | None = None) -> None:
+        """Nothing is shown."""
+
+    def note(self, text: str) -> None:
+        """Nothing is shown."""
+
+    def result(self, event: str, sentence: str, /, **values: Any) -> None:
+        """Nothing is shown."""
+
+    def close(self) -> None:
+        """Nothing is held open."""
 
 
 class JsonProgress:
