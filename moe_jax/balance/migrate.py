@@ -37,9 +37,10 @@ def migrate(
     rank that receives most has slots to receive. The replica on the rank that has sent least is sent, once for all who
     want it in that turn.
 
-    Leaves are moved one after the other, each with one copy of its own part in memory, by one program for each shape,
-    dtype and layout of leaves. Which slots move is traced, so further placements of these sizes compile nothing (one
-    that takes more than 4 S turns, S being the slots of a rank, compiles for up to 8 S).
+    Leaves are moved one after the other, so beside the result there are about two copies of a device's part of one leaf
+    at a time. There is one program for each shape, dtype and layout of leaves. Which slots move is traced, so further
+    placements of these sizes compile nothing (one that takes more than 4 S turns, S being the slots of a rank, compiles
+    for up to 8 S).
 
     Args:
       params: any pytree, such as ``{"params": ..., "opt_state": ...}``, of arrays on the mesh; not traced. With
