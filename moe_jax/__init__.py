@@ -7,7 +7,7 @@ touches no device and no environment variable.
 
 from moe_jax import aclnn, errors, quant, reference
 from moe_jax.activations import ClampedSwiGLU
-from moe_jax.balance import Placement, expected_imbalance, rebalance
+from moe_jax.balance import Placement, expected_imbalance, migrate, rebalance, sum_replica_gradients
 from moe_jax.collectives import ragged_all_to_all
 from moe_jax.config import RouterConfig, load_config
 from moe_jax.elastic.rank_table import make_rank_table
@@ -71,6 +71,7 @@ __all__ = [
     "make_rank_table",
     "make_receive_window",
     "map_experts",
+    "migrate",
     "moe_layer",
     "moe_on_mesh",
     "param_specs",
@@ -84,6 +85,7 @@ __all__ = [
     "register_backend",
     "resolve_backend",
     "route",
+    "sum_replica_gradients",
     "update_expert",
     "update_selection_bias",
 ]
