@@ -252,7 +252,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _plan(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     if arguments.published:
         given = [name for name, value in vars(arguments).items() if value != parser.get_default(name)]
-        if others := sorted({*given} - {"published", "json", "command"}):
+        if others := sorted({*given} - {"published", "json", "command", "argv"}):
             other = "CONFIG" if others[0] == "config" else f"--{others[0].replace('_', '-')}"
             raise InvalidArgumentError(
                 f"{other} does not go with --published, which has a list of its own; leave it out"
