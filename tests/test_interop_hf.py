@@ -327,9 +327,11 @@ def test_wrong_requests_are_named(tmp_path):
         read_layer(folder, 7)
     with pytest.raises(CheckpointError, match=r"under prefix='decoder'; prefixes with routers: 'model\.layers'"):
         hf.moe_layers(folder, prefix="decoder")
-    plan = moe.make_plan(mesh, tokens_per_rank=2, **sizes | dict(hidden=8))
-    with pytest.raises(InvalidArgumentError, match="hidden=8, and the model has 16"):
-        hf.read_params(folder, 0, mesh, plan)
+    for wrong in (dict(hidden=8), dict(top_k=sizes["top_k"] + 1)):
+        plan = moe.make_plan(mesh, tokens_per_rank=2, **sizes | wrong)
+        ((name, value),) = wrong.items()
+        with pytest.raises(InvalidArgumentError, match=f"{name}={value}, and the model has {sizes[name]}"):
+            hf.read_params(folder, 0, mesh, plan)
     plan = moe.make_plan(mesh, tokens_per_rank=2, **sizes)
     params = hf.read_params(folder, 0, mesh, plan)
     wrong = params | dict(w_gate=params["w_up"][:, :, :1], b_up=params["w_up"])

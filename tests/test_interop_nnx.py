@@ -160,6 +160,8 @@ def test_parameters_that_exist_already_and_wrong_ones():
         MoE(mesh, plan, ROUTER, ffn=F, params={"w_upp": placed["w_up"]})
     with pytest.raises(errors.MoEError, match="rngs"):
         MoE(mesh, plan, ROUTER, ffn=F, rngs=jax.random.key(0))
+    with pytest.raises(errors.InvalidArgumentError, match="streams dropout and none for parameters"):
+        MoE(mesh, plan, ROUTER, ffn=F, rngs=nnx.Rngs(dropout=1))
     with pytest.raises(errors.MoEError, match="activation"):
         MoE(mesh, plan, ROUTER, ffn=F, activation=["swiglu"], rngs=nnx.Rngs(0))
     with pytest.raises(errors.MoEError, match="'w_up' is missing"):

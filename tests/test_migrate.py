@@ -195,6 +195,10 @@ def test_errors_list_all_that_is_wrong():
         moe.migrate(params, old, layers, mesh)
     with pytest.raises(InvalidArgumentError, match="outside jax.jit"):
         jax.jit(lambda params: moe.migrate(params, old, old, mesh))(params)
+    with pytest.raises(
+        InvalidArgumentError, match="is a ndarray, not an array on devices; lay it out with moe_jax.place"
+    ):
+        moe.migrate(jax.tree.map(np.asarray, params), old, old, mesh)
     with pytest.raises(MissingArgumentError, match="new_placement is None"):
         moe.migrate(params, old, None, mesh)
     with pytest.raises(MeshError, match="AbstractMesh"):

@@ -56,7 +56,9 @@ def test_a_process_that_is_gone_is_noticed(monkeypatch):
     with pytest.raises(ValueError, match="^UNKNOWN"):
         lose(ValueError(reset))  # there is no other process
     monkeypatch.setattr(peers, "alone", lambda: False)
-    with pytest.raises(MeshError, match="another process .* reset by peer.; .* go on with --resume"):
+    with pytest.raises(
+        MeshError, match="another process .* reset by peer.; .* go on with the same command and --resume"
+    ):
         lose(ValueError(reset))
     with pytest.raises(ValueError, match="^a fault of ours$"):
         lose(ValueError("a fault of ours"))

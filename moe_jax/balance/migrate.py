@@ -179,7 +179,9 @@ def _spec_of(path: tuple[Any, ...], leaf: Any, placement: Placement, mesh: Mesh,
         placement.num_ranks,
     )
     if not isinstance(leaf, Array) or isinstance(leaf, jax.core.Tracer):
-        found.append(f"{name} is a {type(leaf).__name__}, not an array on devices; call migrate outside jax.jit")
+        traced = isinstance(leaf, jax.core.Tracer)
+        remedy = "call migrate outside jax.jit" if traced else "lay it out with moe_jax.place"
+        found.append(f"{name} is a {type(leaf).__name__}, not an array on devices; {remedy}")
         return PartitionSpec()
     if leaf.ndim < 1 or leaf.shape[0] != num_slots:
         found.append(

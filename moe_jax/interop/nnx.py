@@ -110,6 +110,10 @@ class MoE(nnx.Module):
         if params is None and rngs is not None:
             check_type("rngs", rngs, nnx.Rngs, "pass flax.nnx.Rngs(0)")
             init, _ = _layer(mesh, plan, router, **options)
+            if not {"params", "default"} & set(rngs):
+                raise InvalidArgumentError(
+                    f"rngs has the streams {', '.join(rngs)} and none for parameters; pass flax.nnx.Rngs(params=0)"
+                )
             values = init(rngs.params())
         elif params is not None and rngs is None:
             values = params

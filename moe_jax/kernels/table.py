@@ -201,7 +201,7 @@ def _name_violations(name, known: list[str]) -> list[str]:
     offers = offered()
     if isinstance(name, str) and name in offers:
         return _load(name, offers[name])
-    return choice_violations("backend", name, [*known, *_TABLE, *offers])
+    return choice_violations("backend", name, [*known, *_TABLE, *(offer for offer in offers if offer not in _TABLE)])
 
 
 def _load(name: str, point: "EntryPoint") -> list[str]:

@@ -95,10 +95,10 @@ def moe_layer(
         no chunk waits for another: while one is multiplied, the next can travel. Values are those of chunks=1, except
         that overflow="drop" may drop other pairs. ``num_rounds`` is that of the chunk that needed most.
       routing: choices that were made outside, for hash layers, replayed routes and routers of your own: (expert_ids
-        [T, K] i32, -1 for a choice that goes nowhere and counts nowhere; combine_weights [T, K] float), or a
-        ``Routing``, whose losses are then those of the result. Ids are what the router would choose: logical ones with
-        ``table``; those of weightless experts follow the others. ``router`` may then be None, and the router's
-        parameters may be left out; those that are there are not read.
+        [T, K] i32, where -1, and any other id out of range, is a choice that goes nowhere and counts nowhere;
+        combine_weights [T, K] float), or a ``Routing``, whose losses are then those of the result. Ids are what the
+        router would choose: logical ones with ``table``; those of weightless experts follow the others. ``router`` may
+        then be None, and the router's parameters may be left out; those that are there are not read.
       router_x: [T, H_r] in any float dtype, what the router sees where that is not what the experts see, such as a
         token before it is projected to H, or under another norm; params["router"] is then [H_r, E']. Not with
         ``routing``.

@@ -398,7 +398,7 @@ def _needed(layout: Layout, what: ModelLayer) -> Layout:
 
 def _check_plan(plan: Plan, what: ModelLayer) -> None:
     found = []
-    for name in ("hidden", "num_experts", "num_copy_experts", "num_zero_experts", "num_const_experts"):
+    for name in ("hidden", "num_experts", "top_k", "num_copy_experts", "num_zero_experts", "num_const_experts"):
         expected, given = what.plan.get(name, 0), getattr(plan, name)
         if given != expected:
             found.append(f"{name}={given}, and the model has {expected}")

@@ -119,7 +119,7 @@ def notice_losses() -> Iterator[None]:
             raise
         raise MeshError(
             f"another process of the run has ended or cannot be reached ({str(error).splitlines()[0][:200]}); "
-            "what came after the last checkpoint is lost: go on with --resume"
+            "what came after the last checkpoint is lost: go on with the same command and --resume"
         ) from None
 
 
