@@ -364,10 +364,21 @@ def wait_for(condition, seconds=10.0):
         time.sleep(0.01)
 
 
+@pytest.fixture
+def terminal():
+    """Signals as a terminal leaves them: what `nohup` starts, or a shell in the background, ignores some."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize(
     ("name", "shown", "code"), [("SIGINT", "Ctrl-C", 130), ("SIGTERM", "SIGTERM", 143), ("SIGHUP", "SIGHUP", 129)]
 )
-def test_the_first_signal_is_answered_and_stops_where_it_is_safe(name, shown, code):
+def test_the_first_signal_is_answered_and_stops_where_it_is_safe(terminal, name, shown, code):
     number = getattr(signal, name)
     before, said = signal.getsignal(number), []
     with catch_interrupt(said.append) as interrupt:
@@ -392,7 +403,7 @@ def test_an_answer_that_cannot_be_given_stops_the_run_all_the_same():
         wait_for(lambda: interrupt.signum)
 
 
-def test_ignored_signals_stay_ignored():
+def test_ignored_signals_stay_ignored(terminal):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with catch_interrupt(print) as interrupt:
