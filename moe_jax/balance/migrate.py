@@ -16,6 +16,7 @@ from moe_jax.balance.placement import Placement
 from moe_jax.collectives import swap_with_peers
 from moe_jax.errors import MeshError, check_flag, check_type, raise_all
 from moe_jax.mesh import mesh_violations
+from moe_jax.plan.axes import as_names
 
 Array = jax.Array
 
@@ -107,7 +108,7 @@ def migrate(
 
 def _moved(leaf: Array, moves: Moves, *, mesh: Mesh, spec: PartitionSpec) -> Array:
     """One leaf [P, ...], laid out by ``spec``, of which the first entry names the expert-parallel axes."""
-    axes = _names(spec[0]) if spec else ()
+    axes = as_names(spec[0]) if spec else ()
     over_ranks, everywhere = PartitionSpec(axes or None), PartitionSpec()
     specs = Moves(at_home=over_ranks, sent=over_ranks, written=over_ranks, sources=everywhere, num_turns=everywhere)  # type: ignore[arg-type]
 
@@ -151,11 +152,6 @@ _move = jax.jit(_moved, static_argnames=("mesh", "spec"))
 _move_in_place = jax.jit(_moved, static_argnames=("mesh", "spec"), donate_argnums=0)
 
 
-def _names(entry: Any) -> tuple[str, ...]:
-    """The mesh axes of one entry of a PartitionSpec."""
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-
-
 def _disagreements(old: Placement, new: Placement) -> list[str]:
     """What of two placements differs that must not."""
     found = [
@@ -173,11 +169,8 @@ def _disagreements(old: Placement, new: Placement) -> list[str]:
 
 def _spec_of(path: tuple[Any, ...], leaf: Any, placement: Placement, mesh: Mesh, found: list[str]) -> PartitionSpec:
     """How a leaf that moves lies on the mesh; ``found`` gets what is wrong with it."""
-    name, num_slots, num_ranks = (
-        name_of("params", path),
-        placement.num_physical_experts,
-        placement.num_ranks,
-    )
+    name = name_of("params", path)
+    num_slots, num_ranks = placement.num_physical_experts, placement.num_ranks
     if not isinstance(leaf, Array) or isinstance(leaf, jax.core.Tracer):
         traced = isinstance(leaf, jax.core.Tracer)
         remedy = "call migrate outside jax.jit" if traced else "lay it out with moe_jax.place"
@@ -194,7 +187,7 @@ def _spec_of(path: tuple[Any, ...], leaf: Any, placement: Placement, mesh: Mesh,
         found.append(f"{name} lies on {sharding}, not over mesh {dict(mesh.shape)}; lay it out with moe_jax.place")
         return PartitionSpec()
     spec = sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec()
-    split = int(np.prod([mesh.shape[axis] for axis in _names(spec[0] if spec else None)]))
+    split = int(np.prod([mesh.shape[axis] for axis in as_names(spec[0] if spec else None)]))
     if split != num_ranks:
         found.append(
             f"{name} is split over {split} ranks by {spec}, and the placements have num_ranks={num_ranks}; lay it out "

@@ -12,6 +12,7 @@ from moe_jax.balance.placement import Placement
 from moe_jax.errors import MeshError, check_type, raise_all
 from moe_jax.mesh import mesh_violations
 from moe_jax.plan import Plan
+from moe_jax.plan.axes import as_names
 
 Array = jax.Array
 
@@ -79,7 +80,7 @@ def sum_replica_gradients(grads: Any, placement: Placement, mesh: Mesh | Abstrac
     if not num_groups:
         return grads
 
-    axes = (plan.ep_axis,) if isinstance(plan.ep_axis, str) else tuple(plan.ep_axis)
+    axes = as_names(plan.ep_axis)
     over_ranks = PartitionSpec(axes)
 
     def shard(leaf: Array, groups: Array) -> Array:

@@ -162,11 +162,12 @@ def moe_on_mesh(
         routing=tokens,
     )
 
-    @functools.partial(jax.jit, static_argnames=("balance", "return_routing", "sequence_length"))
-    def layer(params, x, token_mask, table, rank_table, choices, router_x, balance, return_routing, sequence_length):
+    @functools.partial(jax.jit, static_argnames=("share", "balance", "return_routing", "sequence_length"))
+    def layer(
+        params, x, token_mask, table, rank_table, choices, router_x, *, share, balance, return_routing, sequence_length
+    ):
         """The layer as one program, where it is not part of a larger one. Tokens come in the shape that users have."""
-        lead, whole = x.shape[:-1], sequence_length or 1
-        share = -(-math.prod(lead) // (num_devices * whole)) * whole
+        lead = x.shape[:-1]
         if lead != (num_tokens,):
             operands = (x, token_mask, choices, router_x)
             x, token_mask, choices, router_x = _as_tokens(*operands, share, plan.tokens_per_rank, num_tokens, mesh)
@@ -239,13 +240,14 @@ def moe_on_mesh(
             check_flag("return_routing", return_routing)
         if sequence_length is not None:
             check_sequences_of(sequence_length, math.prod(lead), routing)
-            share = -(-math.prod(lead) // (num_devices * sequence_length)) * sequence_length
-            if share > plan.tokens_per_rank:
-                raise ShapeError(
-                    f"x has {math.prod(lead)} tokens in sequences of sequence_length={sequence_length}, each of which "
-                    f"lies on one of {num_devices} devices as a whole, and the plan has room for tokens_per_rank="
-                    f"{plan.tokens_per_rank} on each; make a plan for {share}, whose layer takes the same parameters"
-                )
+        whole = sequence_length or 1
+        share = -(-math.prod(lead) // (num_devices * whole)) * whole  # tokens of a device, in whole sequences
+        if share > plan.tokens_per_rank:  # tokens one by one have room, as has been checked
+            raise ShapeError(
+                f"x has {math.prod(lead)} tokens in sequences of sequence_length={sequence_length}, each of which "
+                f"lies on one of {num_devices} devices as a whole, and the plan has room for tokens_per_rank="
+                f"{plan.tokens_per_rank} on each; make a plan for {share}, whose layer takes the same parameters"
+            )
         choices = None if routing is None else choices_of(routing)
         if choices is not None:
             check_choices(*choices, (*lead, plan.top_k))
@@ -270,8 +272,19 @@ def moe_on_mesh(
         check_width(f"params: 'w_up' has shape {params['w_up'].shape}; its width", params["w_up"].shape[-1], plan)
         if table is not None:
             check_table(table)
-        options = {"balance": balance, "return_routing": return_routing, "sequence_length": sequence_length}
-        y, stats = layer(params, x, token_mask, table, rank_table, choices, router_x, **options)
+        y, stats = layer(
+            params,
+            x,
+            token_mask,
+            table,
+            rank_table,
+            choices,
+            router_x,
+            share=share,
+            balance=balance,
+            return_routing=return_routing,
+            sequence_length=sequence_length,
+        )
         return y, with_losses(stats, routing) if isinstance(routing, Routing) else stats
 
     return init, apply

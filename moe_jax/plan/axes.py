@@ -58,17 +58,17 @@ def _roles(
     if violations:
         return _NONE, violations
     # 1. Experts.
-    ep = tuple(name for name in ("node", "ep") if name in sizes) if ep_axis == AUTO else _tuple(ep_axis)
+    ep = tuple(name for name in ("node", "ep") if name in sizes) if ep_axis == AUTO else as_names(ep_axis)
     if ep_axis == AUTO and "ep" not in sizes:
         violations.append(
             f"mesh has axes {tuple(sizes)} and lacks 'ep', over which experts are spread; name another one with "
             "ep_axis=..., or build the mesh with moe_jax.make_mesh(ep=..., tp=...)"
         )
-    tp = (("tp",) if "tp" in sizes and "tp" not in ep else ()) if tp_axis == AUTO else _tuple(tp_axis)
+    tp = (("tp",) if "tp" in sizes and "tp" not in ep else ()) if tp_axis == AUTO else as_names(tp_axis)
     violations += [f"axis {name!r} is in ep_axis and in tp_axis; an axis has one role" for name in ep if name in tp]
     # 2. Tokens.
     if token_axes != AUTO:
-        tokens = _tuple(token_axes)
+        tokens = as_names(token_axes)
         missing = [name for name in (*ep, *tp) if name not in tokens]
         if missing:
             violations.append(
@@ -80,7 +80,7 @@ def _roles(
     else:
         tokens = (*ep, *tp)
     # 3. Weights of experts.
-    params = _tuple(param_axes)
+    params = as_names(param_axes)
     for name in params:
         if name not in tokens or name in (*ep, *tp):
             violations.append(
@@ -95,7 +95,8 @@ def extent(axes: tuple[str, ...], sizes: Mapping[str, int]) -> int:
     return math.prod(int(sizes[name]) for name in axes)
 
 
-def _tuple(axes: Names | None) -> tuple[str, ...]:
+def as_names(axes: Names | None) -> tuple[str, ...]:
+    """One name, or several, or None as a tuple of names."""
     return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
 
 
@@ -108,7 +109,7 @@ def _name_violations(argument: str, axes: Names | None, sizes: Mapping[str, int]
     rule = f"{argument}={axes!r} must be the name of a mesh axis, or a tuple of such names"
     if not isinstance(axes, str) and not (isinstance(axes, (tuple, list)) and all(isinstance(a, str) for a in axes)):
         return [rule]
-    names = _tuple(axes)
+    names = as_names(axes)
     if argument == "ep_axis" and not names:
         return [f"{rule}; an axis of size 1 will do where the experts are not spread"]
     if len(set(names)) < len(names):

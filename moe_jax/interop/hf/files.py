@@ -275,9 +275,8 @@ def _whole(array: Any) -> np.ndarray:
 
 def _write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
     with _appearing(path) as unfinished:
-        _library().numpy.save_file(
-            tensors, unfinished, metadata={"format": "pt"}
-        )  # the only format that transformers reads
+        # The only format that transformers reads.
+        _library().numpy.save_file(tensors, unfinished, metadata={"format": "pt"})
 
 
 def _write_text(path: Path, text: str) -> None:

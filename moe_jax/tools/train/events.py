@@ -36,9 +36,8 @@ class EventFile:
         """
         if self.missing:
             return
-        Summary = import_module(
-            f"{PACKAGE}.proto.summary_pb2"
-        ).Summary  # protobuf makes its classes when it is imported
+        # Not an import statement: protobuf makes its classes when it is imported, so that no checker knows them.
+        Summary = import_module(f"{PACKAGE}.proto.summary_pb2").Summary
         values = [
             Summary.Value(tag=name, simple_value=value)
             for name, value in record.items()
