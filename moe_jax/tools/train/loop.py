@@ -339,12 +339,14 @@ def _one_step(run: Run, step: Callable) -> Record:
 def make_record(metrics: StepMetrics, *, step: int, tokens_per_s: float) -> Record:
     """The numbers of one step as plain Python values, ready for JSON."""
     stats = metrics.stats
+    of_sequences = stats.sequence_balance
     return {
         "step": step,
         "loss": float(metrics.loss),
         "grad_norm": float(metrics.grad_norm),
         "balance": float(stats.balance),
         "z": float(stats.z),
+        **({} if of_sequences is None else {"sequence_balance": float(of_sequences)}),
         "tokens_per_s": tokens_per_s,
         "imbalance": float(np.max(stats.load.max(axis=-1) / np.maximum(stats.load.mean(axis=-1), 1e-9))),
         "dropped": int(stats.num_dropped),
