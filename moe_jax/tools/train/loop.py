@@ -170,7 +170,7 @@ def train(
     corpus = load_corpus(data, model.seq_len)
     if distributed:
         peers.join(place, num_devices=config.mesh.num_devices)
-    with share_folder(out, name, resume=resume) as folder:
+    with share_folder(out, name, resume=resume, step=resume_from) as folder:
         _check_apart(folder, data)
         progress = make_progress(json_lines=json_lines, log_every=schedule.log_every, num_steps=num_steps)
         with peers.notice_losses(), closing(progress), catch_interrupt(progress.note) as interrupt:
