@@ -313,6 +313,8 @@ def _terms(arguments: argparse.Namespace) -> "Terms":
 
 
 def _eplb(arguments: argparse.Namespace) -> int:
+    for option, value in (("--ranks", arguments.ranks), ("--groups", arguments.groups), ("--nodes", arguments.nodes)):
+        check_count(option, value)
     check_count("--redundant", arguments.redundant, 0)
     if arguments.steps is not None:
         check_count("--steps", arguments.steps)
