@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -399,8 +400,10 @@ def test_wrong_configurations_are_named(tmp_path):
         ConfigError, match="model_type='mixtrel' is unknown; did you mean 'mixtral'.*known: .*qwen3_moe"
     ):
         hf.read_config(mixtral | dict(model_type="mixtrel"))
-    with pytest.raises(ConfigError, match="lacks 'hidden_size' or 'd_model'"):
+    with pytest.raises(ConfigError, match="lacks 'hidden_size'; add it"):
         hf.read_config(mixtral | dict(hidden_size=None))
+    with pytest.raises(ConfigError, match="lacks 'num_local_experts'; add it"):
+        hf.read_config(mixtral | dict(num_local_experts=None))
     with pytest.raises(UnsupportedError, match="activation 'snake' has no name here"):
         hf.read_config(mixtral | dict(hidden_act="snake"))
     with pytest.raises(UnsupportedError, match=r"model_type='phimoe' needs the sparse mixer"):
@@ -416,6 +419,24 @@ def test_wrong_configurations_are_named(tmp_path):
         hf.read_config(tmp_path)
     with pytest.raises(ConfigError, match="give the folder of a model"):
         hf.read_config(3)
+
+
+def without(config, names):
+    """A config.json in which no part says any of these."""
+    kept = {name: value for name, value in config.items() if name not in names}
+    return {name: without(value, names) if isinstance(value, dict) else value for name, value in kept.items()}
+
+
+@pytest.mark.parametrize("folder", sorted(hf_golden.DATA.iterdir()), ids=lambda folder: folder.name)
+def test_a_missing_value_is_said_under_the_names_of_its_family(folder):
+    """The released config has one of the names that the error lists, and there are two at most."""
+    config = json.loads((folder / "config.json").read_text())
+    family = hf.read_config(config).family
+    for key in (family.hidden, family.num_experts, family.top_k, family.ffn):
+        with pytest.raises(ConfigError, match="lacks '.*'; add it") as error:
+            hf.read_config(without(config, key.names))
+        listed = re.findall(r"'(\w+)'", str(error.value).split("lacks")[1])
+        assert len(listed) <= 2 and any(f'"{name}":' in json.dumps(config) for name in listed)
 
 
 def test_table_has_each_type_once():
