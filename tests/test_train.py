@@ -23,9 +23,10 @@ import pytest
 import moe_jax
 from moe_jax.config import load_config, override
 from moe_jax.errors import DataError, UnsupportedError
+from moe_jax.host import extras
+from moe_jax.host.atomic import atomic_write
 from moe_jax.tools import cli
-from moe_jax.tools.train import events, extras, loop, model, progress, report, sample, step
-from moe_jax.tools.train.atomic import atomic_write
+from moe_jax.tools.train import events, loop, model, progress, report, sample, step
 from moe_jax.tools.train.folder import open_folder
 from moe_jax.tools.train.interrupt import Stopped, catch_interrupt
 
@@ -49,7 +50,7 @@ def room_for(num_bytes):
 def test_kill_while_writing_leaves_the_old_file(tmp_path):
     """Killed while the second file is half written; the next run in the folder removes that half."""
     program = (
-        "import sys, time, numpy as np; from pathlib import Path; from moe_jax.tools.train import atomic\n"
+        "import sys, time, numpy as np; from pathlib import Path; from moe_jax.host import atomic\n"
         "path = Path(sys.argv[1])\n"
         "for content in (b'old', b'new'):\n"
         "    with atomic.atomic_write(path) as file:\n"

@@ -9,9 +9,9 @@ import numpy as np
 import moe_jax as moe
 from moe_jax.balance.placement import over_mean, rank_loads, read_load
 from moe_jax.errors import DataError, InvalidArgumentError, MoEError
+from moe_jax.host.atomic import atomic_write
+from moe_jax.host.extras import REMEDY, find
 from moe_jax.tools.drawing import new_figure, save
-from moe_jax.tools.train.atomic import atomic_write
-from moe_jax.tools.train.extras import REMEDY, find
 
 
 def run(

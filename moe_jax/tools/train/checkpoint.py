@@ -18,8 +18,8 @@ import numpy as np
 
 from moe_jax.config import Config
 from moe_jax.errors import CheckpointError, raise_all
+from moe_jax.host.extras import require
 from moe_jax.tools.train import peers
-from moe_jax.tools.train.extras import require
 from moe_jax.tools.train.seal import find_damage
 
 # These entries of the configuration may change between a checkpoint and the run that resumes it, because none of them

@@ -9,8 +9,8 @@ from itertools import count
 from pathlib import Path
 
 from moe_jax.errors import CheckpointError, DataError, MoEError
+from moe_jax.host.atomic import remove_unfinished
 from moe_jax.tools.train import peers
-from moe_jax.tools.train.atomic import remove_unfinished
 from moe_jax.tools.train.checkpoint import nothing_saved, saved_steps
 
 RUNS = Path("runs")

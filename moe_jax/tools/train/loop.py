@@ -14,13 +14,13 @@ import numpy as np
 import moe_jax as moe
 from moe_jax.config import Config, ModelConfig, TrainConfig
 from moe_jax.errors import CheckpointError, ConfigError, DataError, InvalidArgumentError
+from moe_jax.host.extras import REMEDY
 from moe_jax.mesh import ensure_devices
 from moe_jax.tools.train import peers
 from moe_jax.tools.train.batches import Reader, TrainBatches, eval_batch, rows_here
 from moe_jax.tools.train.checkpoint import Checkpoints, Identity, identify, unfinished
 from moe_jax.tools.train.data import Corpus, digest, load_corpus
 from moe_jax.tools.train.events import PACKAGE, EventFile
-from moe_jax.tools.train.extras import REMEDY
 from moe_jax.tools.train.folder import RunFolder, share_folder
 from moe_jax.tools.train.interrupt import Interrupt, Stopped, catch_interrupt
 from moe_jax.tools.train.model import Decoder, build_decoder, training_sections

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 import moe_jax as moe
 from moe_jax.config import Config, TrainConfig
-from moe_jax.tools.train.extras import require
+from moe_jax.host.extras import require
 from moe_jax.tools.train.layer_plan import training_sections
 from moe_jax.tools.train.model import Decoder, ModelStats, Params
 
