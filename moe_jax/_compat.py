@@ -89,7 +89,7 @@ def process_place() -> tuple[int, int]:
 
 
 def config_value(name: str) -> Any:
-    """The value of a setting of JAX: an attribute of ``jax.config`` made at run time, which type checkers do not know."""
+    """The value of a setting of JAX: an attribute that ``jax.config`` gets at run time, unknown to type checkers."""
     return getattr(jax.config, name)
 
 

@@ -107,7 +107,7 @@ Choice = str | Callable[..., Array]  # a name in ``TABLE``, a ClampedSwiGLU, or 
 
 
 def activation_of(activation: Choice) -> Activation:
-    """The row of the table for an argument ``activation`` that passes ``check_activation``; a new one for a function."""
+    """The row of the table for an ``activation`` that ``check_activation`` has let pass; for a function a new row."""
     if isinstance(activation, str):
         return TABLE[activation]
     return Activation(activation, _num_inputs(activation) == 2, fusible=isinstance(activation, ClampedSwiGLU))

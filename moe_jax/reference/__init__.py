@@ -36,7 +36,7 @@ from moe_jax.reference.routing import (
 )
 from moe_jax.reference.weightless import WeightlessExperts, weightless_sum, weightless_value
 
-# The names that these three had before.
+# Earlier names of these three, which stay importable.
 SpecialExperts, special_sum, special_value = WeightlessExperts, weightless_sum, weightless_value
 
 __all__ = [
