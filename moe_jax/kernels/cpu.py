@@ -87,7 +87,7 @@ def _for_each_group(group_sizes: jax.Array, steps: _Steps, body: Callable, init:
 
 
 def _for_each_tile(group, steps: _Steps, num_rows: int, tiles: _Tiles, large_tile, small_tile, init: Any) -> Any:
-    """Calls ``carry = large_tile(first, mine, carry)`` or ``small_tile`` for the tiles of a group; returns the last one.
+    """Calls ``carry = large_tile(first, mine, carry)`` or ``small_tile`` for each tile of a group; returns the last.
 
     ``first`` is the first row of the tile, and ``mine`` [tile, 1] marks those rows of it that this call is for. A large
     tile begins with rows of its group; rows of later groups may follow them. A small tile that would reach past the end

@@ -32,7 +32,8 @@ _STEPS = 64  # columns of the contracted axis in one step: 128 bytes, a swizzled
 _STAGES = 4  # how many such steps are in shared memory at once, at most 32 KiB each
 # Flops of 16-bit numbers at peak in the time of a byte to or from memory: 989 / 3.35 on an H100, 2250 / 8 on a B200.
 _FLOPS_PER_BYTE = 290
-# What JAX's kernels save, as a share of the time at peak, if they reach 0.7 of the peak and Triton's 0.6. Never measured.
+# What JAX's kernels save, as a share of the time at peak, if they reach 0.7 of the peak and Triton's 0.6. Nobody has
+# measured it.
 _GAIN = 0.2
 _MOST_GROUPS = 128  # with more these kernels are not taken: they unroll their search for the group of a tile
 
@@ -47,7 +48,7 @@ def hopper_matmul(
     precision: str | None,
     interpret: bool = False,
 ) -> jax.Array:
-    """As ``triton.grouped_matmul``, which is called where this kernel does not fit, and for ``add_to``: it adds in place."""
+    """As ``triton.grouped_matmul``, which is called for ``add_to`` and wherever this kernel does not fit."""
     (num_rows, contracted), num_groups = lhs.shape, rhs.shape[0]
     columns = rhs.shape[1 if transpose_rhs else 2]
     tile, width = _row_tile(num_rows, num_groups, (128, 64)), _divisor(columns, (128, 64))
