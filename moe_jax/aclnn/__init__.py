@@ -2,8 +2,8 @@
 
 Each operator is called per shard, inside ``shard_map``: a group name is the name of a mesh axis, and the index along
 that axis is the rank. Beside each stands ``<operator>_get_workspace_size``, a host-side call that checks the arguments,
-for a product's limits too, and returns the bytes of workspace and an executor. The operators are thin: the work is that
-of ``moe_jax.dispatch``, ``moe_jax.combine`` and their companions, which are what a new program should use.
+for a product's limits too, and returns the bytes of workspace and an executor. The operators are thin:
+``moe_jax.dispatch``, ``moe_jax.combine`` and their companions do the work, and a new program should use those.
 
 The way of a call through the files: ``calls`` binds its arguments to names, ``check`` asks the rules (``rules`` has
 their kinds; ``rules_exchange``, ``rules_grouped`` and ``rules_small`` have the rows), and ``dispatch``, ``combine``,

@@ -51,7 +51,7 @@ class Tiles:
 
     @property
     def warps(self) -> int:
-        """How many warps of 32 threads make a tile. Of four, a thread would keep 128 sums of the largest: too many."""
+        """How many warps of 32 threads make a tile. With only four, a thread would keep 128 sums of a large one."""
         return 8 if self.rows * self.columns * self.products > 64 * 128 else 4
 
 
