@@ -1,7 +1,7 @@
-"""Rows between ranks, as they are.
+"""Rows travel between ranks bit by bit.
 
-XLA:CPU would widen 16-bit floats for a collective, and move twice the bytes: in programs for CPUs, and in no others,
-they travel as integers.
+XLA:CPU would widen 16-bit floats for a collective, and move twice the bytes. So in programs for CPUs, and only in
+those, they travel as integers.
 """
 
 import functools
@@ -22,7 +22,7 @@ Array = jax.Array
 
 
 def swap_bits(axes: tuple[str, ...], blocks: Array) -> Array:
-    """As ``swap_blocks``, without a derivative: for functions that have one of their own."""
+    """``swap_blocks`` without a derivative, for functions that have a derivative of their own."""
     swap = functools.partial(lax.all_to_all, axis_name=axes, split_axis=0, concat_axis=0)
     return lax.platform_dependent(blocks, cpu=_as_integers(swap), default=swap) if _is_widened(blocks) else swap(blocks)
 
@@ -52,9 +52,9 @@ gather_rows.defvjp(
 
 
 def unwritten(num_rows: int, like: Array, plan: "Plan") -> Array:
-    """[num_rows, ...] rows as ``like`` that nobody may read before somebody writes them: NaN under ``plan.poison``.
+    """Rows [num_rows, ...] like ``like``, to be written before they are read. With ``plan.poison`` they are NaN.
 
-    Zeros would cost a pass over the buffer of an exchange, which overwrites all that is read.
+    Zeros would cost a pass over a buffer in which an exchange overwrites all that is read later.
     """
     shape = (num_rows, *like.shape[1:])
     rows = jnp.full(shape, poison_of(like.dtype), like.dtype) if plan.poison else _compat.empty(shape, like.dtype)
@@ -62,7 +62,7 @@ def unwritten(num_rows: int, like: Array, plan: "Plan") -> Array:
 
 
 def _is_widened(rows: Array) -> bool:
-    """Whether XLA:CPU would move these as fp32."""
+    """Whether XLA:CPU would move arrays of this dtype as fp32."""
     return jnp.issubdtype(rows.dtype, jnp.floating) and rows.dtype.itemsize == 2
 
 

@@ -54,12 +54,12 @@ def rank_along(axes: tuple[str, ...]) -> Array:
 
 
 def max_over_ranks(x: Array, plan: "Plan") -> Array:
-    """The largest ``x`` of the exchange group, so that all its devices take the same branch."""
+    """The largest ``x`` in the exchange group, so that all its devices can take the same branch."""
     return _without_unit_axes(lax.pmax, x, plan.exchange_axes)
 
 
 def max_over_replicas(x: Array, plan: "Plan") -> Array:
-    """The largest ``x`` of the data-parallel replicas of the exchange group."""
+    """The largest ``x`` among the data-parallel replicas of the exchange group."""
     return _without_unit_axes(lax.pmax, x, plan.dp_axis)
 
 
@@ -69,7 +69,7 @@ def sum_over(tree: Any, axis_name: str | Sequence[str]) -> Any:
 
 
 def _without_unit_axes(collective: Callable, tree: Any, axes: tuple[str, ...]) -> Any:
-    """``collective(tree, axes)``, the same on all devices along ``axes``; without those of size 1."""
+    """``collective(tree, axes)`` without axes of size 1. The result is the same on all devices along ``axes``."""
     large = tuple(axis for axis in axes if lax.axis_size(axis) > 1)
     result = collective(_compat.as_varying(tree, large), large) if large else tree
     return _compat.drop_unit_axes(result, set(_compat.union_of_varying_axes(tree)) - set(axes))
@@ -81,7 +81,7 @@ def sum_over_tokens(x: Array, plan: "Plan") -> Array:
 
 
 def gather_counts(send_counts: Array, plan: "Plan") -> Array:
-    """[W, L] pairs of this rank by destination -> [P, W, W, L] of all ranks of the group, which all know the same."""
+    """[W, L] pairs of this rank by destination -> [P, W, W, L] those of all ranks, the same on all of them."""
     everyone = _without_unit_axes(functools.partial(lax.all_gather, to="invarying"), send_counts, _token_axes(plan))
     return everyone.reshape(plan.tp_size, plan.ep_size, *send_counts.shape)
 
@@ -93,7 +93,7 @@ def exchange_counts(send_counts: Array, plan: "Plan") -> Array:
 
 
 def exchange_counts_timed(send_counts: Array, plan: "Plan") -> tuple[Array, Array]:
-    """As ``exchange_counts``, and [W] i32 microseconds that this rank waited for each."""
+    """``exchange_counts``, and [W] i32, the microseconds that this rank waited for each rank."""
     received, microseconds = timed_all_to_all(send_counts, plan.ep_axis)
     return lax.all_gather(received, plan.tp_axes) if plan.tp_size > 1 else received[None], microseconds
 
@@ -119,7 +119,7 @@ def reduce_scatter_tp(rows: Array, plan: "Plan") -> Array:
 
 
 def gather_params(weights: Array, axis: int, plan: "Plan") -> Array:
-    """Weights of which each replica has an equal part along ``axis`` -> the whole, on every one of them."""
+    """Weights of which each replica has an equal part along ``axis`` -> the whole weights, on every replica."""
     if plan.num_param_shards == 1:
         return weights
     return lax.all_gather(weights, plan.param_axes, axis=axis, tiled=True)
