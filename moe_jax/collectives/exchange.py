@@ -82,7 +82,7 @@ class Blocks(Exchange):
             return rows, ()
         blocks = rows.reshape(num_ranks, rows.shape[0] // num_ranks, rows.shape[1])
         swap = find_transport("padded", plan.kernels)
-        moved = swap(blocks, axes) if swap else swap_bits(axes, blocks)
+        moved = swap(blocks, axes) if swap else swap_bits(axes, blocks.dtype)(blocks)
         return moved.reshape(rows.shape), ()  # every slot is written, whatever ``into`` held
 
     def back(self):
