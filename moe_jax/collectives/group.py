@@ -80,7 +80,7 @@ def exchange_counts(send_counts: Array, plan: "Plan") -> Array:
 
 
 def exchange_counts_timed(send_counts: Array, plan: "Plan") -> tuple[Array, Array]:
-    """``exchange_counts``, and [W] i32, the microseconds that this rank waited for each rank."""
+    """As ``exchange_counts``, and [2, W] i32, the microseconds of ``timed_all_to_all``."""
     received, microseconds = timed_all_to_all(send_counts, plan.ep_axis)
     return lax.all_gather(received, plan.tp_axes) if plan.tp_size > 1 else received[None], microseconds
 
