@@ -99,6 +99,29 @@ def test_tables_of_instances_change_nothing_and_never_retrace(transport, balance
         compare(run, params, owner, x, mask, rng, table=table, **shares if balance == "load" else {})
 
 
+@pytest.mark.slow
+def test_choices_are_those_of_logical_experts_and_replay_under_any_table():
+    """What was chosen under one table and split by load is the same sum under another one, split in another way."""
+    rng = np.random.default_rng(5)
+    _, apply = make(mesh_of(EP, TP))
+    params = logical_params(rng)
+    x, mask = steered_tokens("masked", rng, T * EP * TP, EP)
+    run = jax.jit(apply, static_argnames=("balance", "return_routing"))
+    given, results = {}, []
+    for balance in ("load", "rank", "token"):
+        owner = rng.permutation(np.concatenate([np.arange(EXPERTS), rng.integers(0, EXPERTS, INSTANCES - EXPERTS)]))
+        y, stats = run(
+            on_instances(params, owner), x, mask, table=table_of(owner), balance=balance, return_routing=True, **given
+        )
+        results.append((y, stats))
+        given = {"routing": stats.routing}
+    expected, routing = reference.moe_layer(params, x, moe.RouterConfig(), top_k=K, token_mask=mask)
+    for y, stats in results:
+        assert_close("y", y, expected)
+        np.testing.assert_array_equal(stats.load, routing.load)
+        np.testing.assert_array_equal(stats.routing[0], np.where(mask[:, None], routing.expert_ids, -1))
+
+
 def test_a_killed_rank_takes_no_expert_with_it():
     """Rank 1 is gone; every expert has an instance on another. Its own tokens get the shared expert alone."""
     rng = np.random.default_rng(1)
@@ -180,8 +203,11 @@ def test_bad_input():
     init, apply = make(mesh_of(EP, TP))
     params = make_params(init, np.random.default_rng(0))
     x = jnp.zeros((T * EP * TP, H))
-    with pytest.raises(moe.MoEError, match="'router' has shape"):
+    missing = r"table is missing: .* scores 8 experts.* num_experts=16.* table=placement.table\(\)"
+    with pytest.raises(moe.errors.MissingArgumentError, match=missing):
         apply(params, x)  # its router scores logical experts, and no table says where they are
+    with pytest.raises(moe.errors.ShapeError, match=r"table has shape \(7, 17\).* scores 8 experts"):
+        apply(params, x, table=table_of(np.arange(INSTANCES) % EXPERTS)[1:])
     with pytest.raises(moe.MoEError, match="table"):
         apply(params, x, table=np.zeros(EXPERTS, np.int32))
     with pytest.raises(moe.MoEError, match="rank_table has shape"):
