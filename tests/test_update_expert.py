@@ -263,7 +263,7 @@ def test_by_load_single_pairs_of_many_ranks_are_spread_too():
 
 
 def test_by_load_shares_by_hand():
-    """On rank 1 of 3 the phase is 5/6: g is 2, and m = 2."""
+    """On rank 1 of 3 the phase is 1/2: g is 1, and m = 1."""
     ids, mask, rank = np.zeros((1, 8, 1), np.int32), np.ones((1, 8), bool), np.array([1], np.int32)
     table = np.array([[3, 70, 71, 72, 99]], np.int32)
     for shares, counts in (
@@ -272,8 +272,8 @@ def test_by_load_shares_by_hand():
         ([0.5, 0, 0.5, 0], [4, 0, 4]),
         ([0, 0, 1, 0], [0, 0, 8]),
         ([np.nan, -1, np.inf, 0], [0, 0, 8]),
-        ([2, 1, 2, 1], [2, 3, 3]),  # what is above 1 is read as 1
-        ([0, 0, 0, 1], [2, 3, 3]),
+        ([2, 1, 2, 1], [3, 2, 3]),  # what is above 1 is read as 1
+        ([0, 0, 0, 1], [3, 2, 3]),
     ):
         given = np.array([shares], np.float32)
         got = np.ravel(by_load(3, True)(ids, table, given, mask, rank))

@@ -23,7 +23,6 @@ from moe_jax.errors import (
 
 BALANCES = ("rank", "token", "load")
 _SHARE_BITS = 15  # A share is read as a whole number of 2**-15ths, so that all that follows is exact.
-_GOLDEN = (math.sqrt(5) - 1) / 2
 _NO_INSTANCE = -2  # neither an instance nor the -1 of "no expert": dispatch counts it in stats.num_invalid
 
 
@@ -55,10 +54,10 @@ def update_expert(
       the rows. Shares are equal, or those of ``shares``, which may be new in every step.
 
     The phase decides who gets the pairs that are left over. It is ``(m + 1/2) / ep_size`` with
-    ``m = (rank + e) * g mod ep_size``, where g is the number coprime to ep_size that is next to its golden section.
-    Over the ranks it takes each of these values once: where all ranks have equally many pairs of an expert, what an
-    instance gets of all ranks together is within 1 of its share, too. And neighbouring ranks, or neighbouring experts
-    of one rank, have phases that lie far apart.
+    ``m = (rank + e) * g mod ep_size``. Over the ranks it takes each of these values once: where all ranks have equally
+    many pairs of an expert, what an instance gets of all ranks together is within 1 of its share, too. Of all g that
+    are coprime to ep_size it is the least one for which the quotients of Euclid's algorithm have the least sum, which
+    bounds how unevenly phases can lie: those of neighbouring ranks, and of neighbouring experts, are far apart.
 
     A pair stays active if ``w[t, k] >= threshold[k] * sum_j w[t, j]``, all in fp32, the sum in ascending order of j.
     Nothing guarantees that a token keeps an expert: a token whose weights all fall short loses them all.
@@ -178,7 +177,7 @@ def _places_by_load(expert: jax.Array, weights: jax.Array, rank: int | jax.Array
     number = pairs.position.reshape(expert.shape) - layout.exclusive_cumsum(pairs.counts)[of]
     # 2. The phase is p = (2 m + 1) / (2 R). In whole numbers a point (j + p) / c reaches place i, which begins at the
     #    share B / W, from j * W + floor(p * W) >= B * c on, that is from j = ceil((B * c - floor(p * W)) / W) on.
-    step = min((g for g in range(1, size + 1) if math.gcd(g, size) == 1), key=lambda g: abs(g - size * _GOLDEN))
+    step = min((g for g in range(1, size + 1) if math.gcd(g, size) == 1), key=lambda g: _sum_of_quotients(g, size))
     turn = (jnp.asarray(rank, jnp.int32) + jnp.arange(num_experts, dtype=jnp.int32)) % size * step % size
     whole = jnp.maximum(jnp.sum(weights, axis=1, keepdims=True, dtype=jnp.int32), 1)
     bits = min((num_places << _SHARE_BITS).bit_length(), 29)  # an expert has fewer than 2**14 instances
@@ -189,6 +188,22 @@ def _places_by_load(expert: jax.Array, weights: jax.Array, rank: int | jax.Array
     # 3. So many places but the first one have begun at j.
     place = jnp.sum(start[of][..., 1:] <= number[..., None], axis=-1, dtype=jnp.int32)
     return jnp.where(expert >= 0, place, 0)
+
+
+def _sum_of_quotients(step: int, size: int) -> int:
+    """How unevenly ``i * step mod size`` can lie on the circle, over any stretch of i: a bound of the discrepancy."""
+    total = 0
+    while step:
+        total, step, size = total + size // step, size % step, step
+    return total
+
+
+def _sum_of_quotients(step: int, size: int) -> int:
+    """How unevenly ``i * step mod size`` can lie on the circle, over any stretch of i: a bound of the discrepancy."""
+    total = 0
+    while step:
+        total, step, size = total + size // step, size % step, step
+    return total
 
 
 def _divided(

@@ -104,10 +104,13 @@ def _weights(shares: np.ndarray | None, num_instances: int) -> list[int]:
 
 
 def _turn(place: int, size: int) -> int:
-    """m, where the phase is (m + 1/2) / size: a walk around the circle in steps of nearly its golden section."""
-    golden = size * (math.sqrt(5) - 1) / 2
+    """m, where the phase is (m + 1/2) / size: a walk around the circle in steps that keep neighbours far apart."""
+
+    def quotients(step: int, size: int) -> int:
+        return 0 if step == 0 else size // step + quotients(size % step, step)
+
     coprime = [step for step in range(1, size + 1) if math.gcd(step, size) == 1]
-    return place * min(coprime, key=lambda step: abs(step - golden)) % size
+    return place * min(coprime, key=lambda step: (quotients(step, size), step)) % size
 
 
 def _place(number: int, count: int, weights: list[int], turn: int, size: int) -> int:
