@@ -2,7 +2,8 @@
 
 ``group`` is what the ranks of a plan gather, sum and tell each other, and ``exchange`` what moves rows between them.
 They are made of ``ragged``, slices of unequal length on any back end; ``bits``, rows as integers where XLA would widen
-them; and ``stopwatch``, one peer after the other with a clock. In ``rendezvous`` ranks meet on the host.
+them; and ``stopwatch``, one peer after the other with a clock. ``slots`` takes experts to other ranks, and in
+``rendezvous`` ranks meet on the host.
 """
 
 from moe_jax.collectives.exchange import (
@@ -35,6 +36,7 @@ from moe_jax.collectives.group import (
     tp_rank,
 )
 from moe_jax.collectives.ragged import ragged_all_to_all, ragged_exchange
+from moe_jax.collectives.slots import fetch_slots
 
 __all__ = [
     "Blocks",
@@ -47,6 +49,7 @@ __all__ = [
     "ep_rank",
     "exchange_counts",
     "exchange_counts_timed",
+    "fetch_slots",
     "gather_counts",
     "gather_params",
     "gather_sizes",
