@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import moe_jax as moe
-from moe_jax.balance.migrate import _kernels_of, _move_in_place, _moved
+from moe_jax.balance.migration import _kernels_of, _move_in_place, _moved
 from moe_jax.balance.moves import find_moves
 from moe_jax.collectives import ragged, slots
 from moe_jax.errors import InvalidArgumentError, MeshError, MissingArgumentError
