@@ -98,7 +98,7 @@ def make_world(given: Mapping[str, Any], rows: Array, *, dtype: str, quant: str 
 
 
 def as_pair_mask(x_active_mask: Array | None, expert_ids: Array) -> Array | None:
-    """The mask that ``dispatch`` takes. A mask [B] counts by its number n of trues: tokens 0 to n - 1 are active."""
+    """The mask that ``dispatch`` takes. A mask [B] with n trues, wherever they are, makes tokens 0 to n - 1 active."""
     if x_active_mask is None or x_active_mask.ndim == 2:
         return x_active_mask
     return jnp.arange(expert_ids.shape[0]) < jnp.sum(x_active_mask)

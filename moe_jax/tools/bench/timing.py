@@ -1,4 +1,4 @@
-"""Times of several programs in one process. They run in turn, so that what else the machine does hits all alike."""
+"""Times of several programs in one process. They run in turn, so that other work of the machine slows all alike."""
 
 import time
 from collections.abc import Callable, Hashable, Mapping
