@@ -196,10 +196,10 @@ class Ledger:
         return by_logical.transpose(0, 2, 1)[:, jnp.argsort(self.order)].astype(jnp.int32)
 
     def source_of_row(self, own_sums: Array, num_rows: int) -> Array:
-        """[num_rows] i32: the logical source of every row of this rank, from its running sums [L * W]; then anything.
+        """[num_rows] i32: the logical source of every row of this rank, from its running sums [L * W].
 
         Row j belongs to the first entry whose sum exceeds j. Entries past the last expert count as infinite: the search
-        needs an ascending vector, and so never passes them.
+        needs an ascending vector, and so never passes them. Past the last row the result may be anything.
         """
         expert, _ = self._entries()
         sums = jnp.where(expert < self.num_slots, own_sums, jnp.iinfo(jnp.int32).max)

@@ -38,11 +38,8 @@ from moe_jax.verify.layer import Layer
 MAX_SECONDS = 540.0  # a step that would not end in time is left out
 DTYPES = ("bfloat16", "float32", "float16")
 RECIPES = ("fp8_e4m3", "mx_e4m3", "int8")
-LAYERS = (
-    ("bfloat16", "none"),
-    ("bfloat16", "fp8_e4m3"),
-    ("float32", "none"),
-)  # (dtype of rows, recipe of the wire both ways)
+# The dtype of rows, and the recipe by which they travel both ways.
+LAYERS = (("bfloat16", "none"), ("bfloat16", "fp8_e4m3"), ("float32", "none"))
 EXTENTS = ((20, 8, 6), (300, 200, 136), (512, 256, 384))  # M rows, H, N: small, uneven, whole tiles
 RIGHT = "no time for a wrong result"
 BATCH_SECONDS, REPEATS = 0.05, 7  # a time is a mean over as many calls as take so long; so many times are taken

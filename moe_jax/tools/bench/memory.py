@@ -29,7 +29,7 @@ def give_back_freed_memory() -> None:
 
 
 def free_bytes() -> int | None:
-    """How much memory emulated devices can still take; None: it is unknown, or the devices have memory of their own."""
+    """How much memory emulated devices can still take; None if it is unknown, or devices have their own memory."""
     if jax.default_backend() != "cpu":
         return None
     try:

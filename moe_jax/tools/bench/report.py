@@ -39,7 +39,7 @@ def describe_pass(record: dict[str, Any], phase: str) -> str:
 
 
 def describe_transports(records: list[dict[str, Any]]) -> str:
-    """In how many workloads no other transport was faster with the backward pass, and which was faster elsewhere."""
+    """In how many workloads no other transport was faster with the backward pass, and the faster ones elsewhere."""
     compared, slower = 0, []
     for record in records:
         speedups = record["phases"][PASSES[1]]["speedups"]
