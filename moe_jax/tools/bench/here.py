@@ -292,7 +292,7 @@ def _wide(array: jax.Array) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _Timed:
-    """A program that is timed, and what is counted of it."""
+    """A program that is timed: ``compiled`` is called with ``arguments``."""
 
     compiled: Callable
     arguments: tuple[Any, ...]
