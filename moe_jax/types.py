@@ -93,7 +93,7 @@ class Dispatched:
       row_weights: [M] f32, the combine weight of each row, if weights were given; 1 for shared experts.
       gradient: [M, H] zeros that carry the gradient of quantised rows; read by ``dequantize``.
       window: the receive window after this step, if one was given.
-      performance_info: [W] microseconds waited per source, added to what was given.
+      performance_info: [W] or [2, W] microseconds waited per source, added to what was given.
     """
 
     x: Array

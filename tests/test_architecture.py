@@ -15,7 +15,7 @@ ROOT = Path(moe_jax.__file__).parent
 # A module imports only from the lines above its own; modules and packages of one line do not know each other.
 LAYERS = [
     {"errors"},
-    {"_compat", "parameters"},
+    {"_compat", "parameters", "host"},
     {"hlo", "derivatives", "activations"},
     {"config", "types", "reference", "layout", "quant", "hardware"},
     {"mesh", "kernels", "elastic", "targets"},
@@ -103,6 +103,12 @@ def test_one_package_calls_collectives(path):
             base = node.func.value
             is_lax = getattr(base, "id", getattr(base, "attr", None)) == "lax"
             assert not (is_lax and node.func.attr in COLLECTIVES), f"{path.name}:{node.lineno} calls {node.func.attr}"
+
+
+def test_one_module_makes_files_appear_whole():
+    """A file that is synced, and replaces another one, is written by ``host/atomic.py``; so is a temporary one."""
+    names = {path.relative_to(ROOT).as_posix() for path in FILES if re.search(r"fsync|mkstemp", path.read_text())}
+    assert names == {"host/atomic.py"}
 
 
 def bound_names(tree: ast.Module):

@@ -18,7 +18,7 @@ from moe_jax.collectives.rendezvous import keep_where
 from moe_jax.derivatives import differentiated_as
 from moe_jax.kernels import FLOAT_DTYPES
 from moe_jax.recovery.window import Window, check_window, fresh_sources, received
-from moe_jax.transports import CodedRows, Sent, Stopwatch, send_as_is, send_smoothed, transport_of
+from moe_jax.transports import CodedRows, Sent, Stopwatch, add_waited, send_as_is, send_smoothed, transport_of
 from moe_jax.transports.manifest import open_round
 from moe_jax.types import DispatchHandle
 
@@ -136,7 +136,7 @@ def _dispatch(
     if performance_info is None:
         return result
     waited = manifest.known.waited + sent.note
-    return TimedDispatchOutput(*result, performance_info=performance_info + waited.astype(performance_info.dtype))
+    return TimedDispatchOutput(*result, performance_info=add_waited(performance_info, waited))
 
 
 def _tags(handle: DispatchHandle, ledger: worlds.Ledger, table: Array | None) -> Array:

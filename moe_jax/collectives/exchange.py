@@ -13,6 +13,7 @@ to slots [A, F], and return a *note* beside them: what the exchange has to say, 
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
@@ -82,7 +83,7 @@ class Blocks(Exchange):
             return rows, ()
         blocks = rows.reshape(num_ranks, rows.shape[0] // num_ranks, rows.shape[1])
         swap = find_transport("padded", plan.kernels)
-        moved = swap(blocks, axes) if swap else swap_bits(axes, blocks)
+        moved = swap(blocks, axes) if swap else swap_bits(axes, blocks.dtype)(blocks)
         return moved.reshape(rows.shape), ()  # every slot is written, whatever ``into`` held
 
     def back(self):
@@ -149,15 +150,21 @@ class Slices(Exchange):
         return dataclasses.replace(self, sizes=self.sizes.T)
 
 
-@pytree()
+@pytree(static=("on_arrival",))
 class TimedBlocks(Exchange):
-    """``Blocks``, one peer after the other; the note is [R] i32, the microseconds that this rank waited for each."""
+    """``Blocks``, one peer after the other; the note is [2, R] i32, the microseconds of ``timed_all_to_all``.
+
+    Attributes:
+      on_arrival: as for ``timed_all_to_all``.
+    """
+
+    on_arrival: Callable[[Array, Array], Array] | None = None
 
     in_blocks = True
 
     def move(self, rows, num_slots, axes, plan, *, into=None):
         num_ranks = group_size(axes)
-        moved, waited = timed_all_to_all(rows.reshape(num_ranks, -1, rows.shape[1]), axes)
+        moved, waited = timed_all_to_all(rows.reshape(num_ranks, -1, rows.shape[1]), axes, self.on_arrival)
         return moved.reshape(rows.shape), waited
 
     def back(self):

@@ -252,7 +252,7 @@ def chunked_all_to_all(
     def exchange(step, result):
         rows = input_offsets[:, None] + step * chunk + inner
         sent = take_rows(operand, rows.ravel()).reshape(num_ranks, chunk, -1)
-        received = all_to_all(sent, axes) if all_to_all else swap_bits(axes, sent)
+        received = all_to_all(sent, axes) if all_to_all else swap_bits(axes, sent.dtype)(sent)
 
         def place(source, result):
             first = arrival_offsets[source] + step * chunk
