@@ -111,8 +111,40 @@ def test_one_module_makes_files_appear_whole():
     assert names == {"host/atomic.py"}
 
 
-def test_the_root_has_ten_modules_at_most():
-    assert len([path for path in FILES if path.parent == ROOT and not path.stem.startswith("__")]) <= 10
+def bound_names(tree: ast.Module):
+    """The names that a module has when it was imported, each with the module that it was imported from, if any."""
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom):
+            yield from ((alias.asname or alias.name, node.module) for alias in node.names)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name, None
+        elif isinstance(node, ast.Assign):
+            yield from ((target.id, None) for target in node.targets if isinstance(target, ast.Name))
+
+
+def test_no_name_hides_a_module():
+    """Wherever there is a file or folder x in a package, ``package.x`` is that module and nothing of the same name."""
+    for path in ROOT.rglob("__init__.py"):
+        package = ".".join(("moe_jax", *path.parent.relative_to(ROOT).parts))
+        modules = {
+            file.stem for file in path.parent.iterdir() if file.suffix == ".py" or (file / "__init__.py").exists()
+        }
+        names = bound_names(ast.parse(path.read_text()))
+        hidden = [name for name, origin in names if name in modules and origin != package]
+        assert not hidden, f"in {package} something else has the name of a module: {hidden}"
+
+
+def test_at_most_ten_modules_at_the_root():
+    """Whoever lists the package sees folders, and few files beside them."""
+    modules = [path.stem for path in ROOT.glob("*.py") if not path.stem.startswith("__")]
+    assert len(modules) <= 10, modules
+
+
+def test_no_test_file_imports_another():
+    """What the tests of several files share stands in files of its own, such as ``helpers.py`` and ``*_cases.py``."""
+    for path in Path(__file__).parent.glob("*.py"):
+        shared = [name for name in imported(path) if name.startswith("test_")]
+        assert not shared, f"{path.name} imports {shared}"
 
 
 def test_the_architecture_page_has_the_same_order():
