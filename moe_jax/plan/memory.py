@@ -26,8 +26,8 @@ from moe_jax.hardware import Machine, find_machine
 from moe_jax.kernels import FLOAT_DTYPES
 from moe_jax.parameters import TABLE
 from moe_jax.plan.checks import check_shared, width_of_shared
-from moe_jax.plan.cost import balanced_rows
 from moe_jax.plan.moments import WIDE, Sizes, backward, forward, kept_bytes
+from moe_jax.plan.size import balanced_rows
 from moe_jax.plan.transport_table import transport_of
 
 if TYPE_CHECKING:
