@@ -6,8 +6,9 @@ import jax.numpy as jnp
 from moe_jax import collectives, layout
 from moe_jax.derivatives import differentiated_as, take_rows
 from moe_jax.plan import Plan
-from moe_jax.plan.cost import WIDE, recoded, rounds_step, row_bytes
+from moe_jax.plan.layer_steps import rounds_step
 from moe_jax.plan.moments import Held
+from moe_jax.plan.size import WIDE, recoded, row_bytes
 from moe_jax.plan.steps import COMBINE, DISPATCH, ROUTE, Collective, Step
 from moe_jax.quant.message import join_some, split_some
 from moe_jax.transports.base import (
@@ -46,15 +47,15 @@ class AllGather(Transport):
 
     name = "allgather"
 
-    def automatic(self, plan):
+    def automatic(self, plan: Plan):
         return True
 
-    def count(self, destination, pairs, plan):
+    def count(self, destination, pairs, plan: Plan):
         """[P, W, T * C] the destinations of all ranks' pairs."""
-        everyone = collectives.gather_tokens(destination, plan)
+        everyone = collectives.gather_tokens(plan, destination)
         return pairs, everyone.reshape(plan.tp_size, plan.ep_size, plan.num_pairs)
 
-    def open(self, manifest, start, capacity, plan, *, num_rows):
+    def open(self, manifest, start, capacity, plan: Plan, *, num_rows):
         me, num_local = collectives.ep_rank(plan), plan.num_local_experts
         order = manifest.source_order
         picked = layout.gather_maps(
@@ -67,10 +68,10 @@ class AllGather(Transport):
     def num_rows(self, maps):
         return maps.row_pair.shape[0]
 
-    def send(self, tokens, pairs, maps, plan, *, ordered):
+    def send(self, tokens, pairs, maps, plan: Plan, *, ordered):
         with jax.named_scope("exchange"):
             message, parts = join_some([tokens, None if pairs is None else by_token(pairs)])
-            everyone = jax.lax.collapse(collectives.gather_tokens(message, plan), 0, 2)
+            everyone = jax.lax.collapse(collectives.gather_tokens(plan, message), 0, 2)
             all_tokens, all_pairs = split_some(everyone, parts)
         with jax.named_scope("permute"):
             if tokens is not None:
@@ -79,20 +80,20 @@ class AllGather(Transport):
                 all_pairs = take_rows(all_pairs.reshape(-1, pairs.shape[2]), maps.row_pair, poison=plan.poison)
             return Delivery(all_tokens, all_pairs, ())
 
-    def collect(self, rows, weights, scalars, maps, plan, *, ordered, recipe):
+    def collect(self, rows, weights, scalars, maps, plan: Plan, *, ordered, recipe):
         assert rows is not None  # scalars alone are for transports that send them with weights
         with jax.named_scope("partial_sum"):
-            everyone = None if weights is None else collectives.gather_tokens(weights, plan)
+            everyone = None if weights is None else collectives.gather_tokens(plan, weights)
             rows = as_received(as_sent(rows, recipe), recipe, rows.shape[1])
             partial = partial_sums(rows, maps.pair_row, everyone)
         with jax.named_scope("exchange"):
-            total = collectives.reduce_scatter_tokens(partial, plan)
+            total = collectives.reduce_scatter_tokens(plan, partial)
             if scalars is None:
                 return Return(total, None, ())
-            summed = collectives.reduce_scatter_tokens(take_rows(scalars, maps.pair_row, absent=0), plan)
+            summed = collectives.reduce_scatter_tokens(plan, take_rows(scalars, maps.pair_row, absent=0))
             return Return(total, jnp.swapaxes(summed, 0, 1), ())
 
-    def collect_adjoint(self, rows, weights, ct, maps, plan, *, ordered):
+    def collect_adjoint(self, rows, weights, ct, maps, plan: Plan, *, ordered):
         # d_row(t, c) = w[t, c] * ct[t]        # [M, H] from ct [T, H] fp32
         # d_w[t, c] = <ct[t], row(t, c)>       # [T, C], each rank's share summed over the ranks
         rows = as_delivered(rows, plan.combine_recipe)
@@ -100,7 +101,7 @@ class AllGather(Transport):
             everyone = _everyone(ct.astype(plan.dtype), plan)  # rounded as rows are when they travel
             flat = jax.lax.collapse(everyone, 0, 2)
             everyone = everyone.astype(jnp.float32)
-            all_weights = collectives.gather_tokens(weights, plan).ravel()
+            all_weights = collectives.gather_tokens(plan, weights).ravel()
         with jax.named_scope("permute"):
             scale = take_rows(all_weights, maps.row_pair, absent=0)
             d_rows = take_rows(flat, token_of(maps.row_pair, plan.pairs_per_token), poison=plan.poison)
@@ -110,17 +111,17 @@ class AllGather(Transport):
                 for c in range(plan.pairs_per_token)
             ]
         with jax.named_scope("exchange"):
-            return d_rows, collectives.reduce_scatter_tokens(jnp.stack(dots, axis=-1), plan)
+            return d_rows, collectives.reduce_scatter_tokens(plan, jnp.stack(dots, axis=-1))
 
     # What it costs.
 
-    def buffers(self, plan, capacity):
+    def buffers(self, plan: Plan, capacity):
         tokens = plan.tp_size * plan.ep_size * plan.tokens_per_rank
         out = row_bytes(plan.quant, plan.hidden, plan.dtype)
         buffers = {"inbox": tokens * out, "return": tokens * plan.hidden * WIDE}
         return buffers, 2 * tokens * plan.top_k + plan.num_rows(capacity)
 
-    def held(self, plan, capacity, platform):
+    def held(self, plan: Plan, capacity, platform):
         tokens = plan.tp_size * plan.ep_size * plan.tokens_per_rank
         row, wide = plan.hidden * jnp.dtype(plan.dtype).itemsize, plan.hidden * WIDE
         buffers, _ = self.buffers(plan, capacity)
@@ -137,7 +138,7 @@ class AllGather(Transport):
             weighed=tokens * (plan.pairs_per_token * row + wide) if platform == "tpu" else 0,
         )
 
-    def steps(self, plan, size, backward):
+    def steps(self, plan: Plan, size, backward):
         axes, pairs = plan.exchange_axes, plan.num_pairs * WIDE
         tokens, everyone = plan.tokens_per_rank, size.everyone * plan.pairs_per_token
         of_pairs = Collective("all-gather", axes, pairs)  # destinations, and then weights
@@ -159,7 +160,7 @@ class AllGather(Transport):
             found += [out(COMBINE, size.ct), Step(COMBINE, (summed,), dots, launches=3), back(DISPATCH, size.ct)]
         return found
 
-    def added_steps(self, plan, size, machine, backward):
+    def added_steps(self, plan: Plan, size, machine, backward):
         return choices_apart(plan, size, size.everyone, machine, backward)
 
 
@@ -185,10 +186,10 @@ def _everyone(ct: Array, plan: Plan) -> Array:
     recipe = plan.backward_recipe
 
     def encoded(ct):
-        everyone = collectives.gather_tokens(as_sent(ct, recipe), plan)
+        everyone = collectives.gather_tokens(plan, as_sent(ct, recipe))
         flat = as_received(jax.lax.collapse(everyone, 0, 2), recipe, plan.hidden)
         return flat.reshape(*everyone.shape[:2], plan.hidden)
 
     if recipe is None:
-        return collectives.gather_tokens(ct, plan)
-    return differentiated_as(lambda ct: collectives.gather_tokens(ct.astype(jnp.float32), plan), encoded, ct)
+        return collectives.gather_tokens(plan, ct)
+    return differentiated_as(lambda ct: collectives.gather_tokens(plan, ct.astype(jnp.float32)), encoded, ct)

@@ -25,7 +25,7 @@ from moe_jax.parameters import weights_of
 from moe_jax.plan import Plan
 
 Array = jax.Array
-CAPACITY_FACTOR = 2.0  # of the one-hot layer, on the balanced load of an expert
+CAPACITY_FACTOR = 2.0  # capacity of the one-hot layer, over the balanced load of an expert
 
 
 @functools.partial(custom_gradient, num_static=1)
@@ -51,7 +51,7 @@ def batched_ffn(params: dict[str, Array], rows: Array, activation: Choice) -> Ar
 
 
 def dense_limit(mesh: Mesh, plan: Plan, activation: Choice) -> tuple[Callable, Callable]:
-    """The products of a balanced layer and nothing else: no routing, no movement, no communication.
+    """The products of a balanced layer and nothing else: no routing, no gather of rows, no communication.
 
     Returns:
       forward: (params, rows [D, L, R, H]) -> [D, L, R, H], for D devices; partial sums with tp.
@@ -73,13 +73,13 @@ def dense_limit(mesh: Mesh, plan: Plan, activation: Choice) -> tuple[Callable, C
 
 
 def minimal_layer(mesh: Mesh, plan: Plan, activation: Choice) -> Callable:
-    """What a person writes by hand: sort, exchange, grouped products, exchange, sum, and JAX's own derivatives.
+    """What a person would write by hand: sort, exchange, grouped products, exchange, sum, and JAX's own derivatives.
 
     Blocks and kernels are those of the plan; a pair of ranks moves at most ``plan.pair_capacity`` rows, and what does
-    not fit is dropped. It is what the layer's program and the time to compile it are measured by.
+    not fit is dropped. The layer's program, and the time to compile it, are compared with those of this layer.
 
     Returns:
-      (params, x [N, H]) -> (y [N, H], number of dropped copies over the mesh).
+      (params, x [N, H]) -> (y [N, H], number of dropped pairs over the mesh).
     """
     local, capacity, hidden, backend = plan.num_local_experts, plan.pair_capacity, plan.hidden, plan.backend
 
@@ -96,7 +96,7 @@ def minimal_layer(mesh: Mesh, plan: Plan, activation: Choice) -> Callable:
         # 2. Exchange. An expert of -1 marks a slot that no row came in.
         blocks = jnp.zeros((plan.ep_size * capacity, hidden), x.dtype).at[slot].set(x[order // plan.top_k], mode="drop")
         marks = jnp.full((len(blocks), 1), -1).at[slot, 0].set(expert[order] % local, mode="drop")
-        arrived, marks = (collectives.gather_tp(_exchange(plan, a), plan) for a in (blocks, marks))
+        arrived, marks = (collectives.gather_tp(plan, _exchange(plan, a)) for a in (blocks, marks))
         # 3. Rows by expert, through it, and back.
         marks = jnp.where(marks < 0, local, marks).reshape(-1)
         by_expert = jnp.argsort(marks, stable=True)
@@ -111,11 +111,11 @@ def minimal_layer(mesh: Mesh, plan: Plan, activation: Choice) -> Callable:
         there = jnp.arange(len(made)) < sizes.sum()
         made = jnp.where(there[:, None], made, jnp.zeros((), made.dtype))[jnp.argsort(by_expert)]
         # 4. Exchange back, and the weighted sum.
-        returned = _exchange(plan, collectives.reduce_scatter_tp(made, plan))
+        returned = _exchange(plan, collectives.reduce_scatter_tp(plan, made))
         weights = jnp.where(fits, routing.combine_weights.reshape(-1)[order], 0.0)[:, None]
         terms = weights * returned[jnp.where(fits, slot, 0)].astype(jnp.float32)
         y = jnp.zeros((len(x), hidden), jnp.float32).at[order // plan.top_k].add(terms)
-        return y.astype(x.dtype), collectives.sum_over_tokens(jnp.sum(~fits).astype(jnp.int32), plan)
+        return y.astype(x.dtype), collectives.sum_over(jnp.sum(~fits).astype(jnp.int32), plan.token_axes)
 
     return _mapped_layer(mesh, plan, shard)
 
@@ -123,11 +123,11 @@ def minimal_layer(mesh: Mesh, plan: Plan, activation: Choice) -> Callable:
 def one_hot_layer(mesh: Mesh, plan: Plan, activation: Choice) -> Callable:
     """The capacity layer of GShard: dispatch and combine are products with one-hot tensors [T, E, C].
 
-    A device sends each expert at most C = ceil(2 * T * K / E) copies, first choices before second ones; what does not
+    A device sends each expert at most C = ceil(2 * T * K / E) pairs, first choices before second ones; what does not
     fit is dropped. (arXiv 2006.16668, algorithm 1; its groups are our devices.)
 
     Returns:
-      (params, x [N, H]) -> (y [N, H], number of dropped copies over the mesh).
+      (params, x [N, H]) -> (y [N, H], number of dropped pairs over the mesh).
     """
     capacity = math.ceil(CAPACITY_FACTOR * plan.tokens_per_rank * plan.top_k / plan.num_experts)
     local, hidden = plan.num_local_experts, plan.hidden
@@ -135,21 +135,21 @@ def one_hot_layer(mesh: Mesh, plan: Plan, activation: Choice) -> Callable:
     def shard(params, x):
         dispatched, combined = _one_hot(params, x, plan, capacity)
         sent = jnp.einsum("tec,th->ech", dispatched, x)  # [E, C, H], experts of rank 0 first
-        arrived = collectives.gather_tp(_exchange(plan, sent.reshape(-1, hidden)), plan)
+        arrived = collectives.gather_tp(plan, _exchange(plan, sent.reshape(-1, hidden)))
         rows = arrived.reshape(-1, local, capacity, hidden).swapaxes(0, 1).reshape(local, -1, hidden)
         rows = batched_ffn(params, rows, activation)
         rows = rows.reshape(local, -1, capacity, hidden).swapaxes(0, 1).reshape(-1, hidden)
-        returned = _exchange(plan, collectives.reduce_scatter_tp(rows, plan))
+        returned = _exchange(plan, collectives.reduce_scatter_tp(plan, rows))
         y = jnp.einsum("tec,ech->th", combined, returned.reshape(sent.shape), preferred_element_type=jnp.float32)
         wanted = x.shape[0] * plan.top_k
         dropped = wanted - jnp.sum(dispatched, dtype=jnp.float32).astype(jnp.int32)
-        return y.astype(x.dtype), collectives.sum_over_tokens(dropped, plan)
+        return y.astype(x.dtype), collectives.sum_over(dropped, plan.token_axes)
 
     return _mapped_layer(mesh, plan, shard)
 
 
 def _one_hot(params: dict[str, Array], x: Array, plan: Plan, capacity: int) -> tuple[Array, Array]:
-    """[T, E, C] in the dtype of x: 1 where a copy has a place, and its weight there."""
+    """Two arrays [T, E, C] in the dtype of x: 1 where a pair has a place, and the weight of the pair there."""
     routing = route(router_logits(params, x), RouterConfig(), top_k=plan.top_k)
     chosen = jax.nn.one_hot(routing.expert_ids.T, plan.num_experts, dtype=jnp.int32)  # [K, T, E]
     flat = chosen.reshape(-1, plan.num_experts)
@@ -173,8 +173,8 @@ def all_experts_layer(mesh: Mesh, plan: Plan, activation: Choice) -> Callable:
         routing = route(router_logits(params, x), RouterConfig(), top_k=plan.top_k)
         chosen = jax.nn.one_hot(routing.expert_ids, plan.num_experts, dtype=jnp.float32)
         weights = jnp.einsum("tke,tk->te", chosen, routing.combine_weights)
-        everyone = collectives.gather_tokens(x, plan)  # [D, T, H]
-        weights = collectives.gather_tokens(weights, plan).reshape(-1, plan.num_experts)
+        everyone = collectives.gather_tokens(plan, x)  # [D, T, H]
+        weights = collectives.gather_tokens(plan, weights).reshape(-1, plan.num_experts)
         mine = jax.lax.dynamic_slice_in_dim(weights, collectives.ep_rank(plan) * local, local, 1)
         tokens = everyone.reshape(-1, plan.hidden)
 
@@ -187,8 +187,10 @@ def all_experts_layer(mesh: Mesh, plan: Plan, activation: Choice) -> Callable:
         inner = (inner * mine.T[..., None]).astype(x.dtype)
         down = params["w_down"].astype(x.dtype)
         total = jnp.einsum("lnf,lfh->nh", inner, down, preferred_element_type=jnp.float32)
-        y = collectives.reduce_scatter_tokens(total.reshape(everyone.shape), plan)
-        return y.astype(x.dtype), collectives.sum_over_tokens(_compat.as_varying(jnp.int32(0), plan.token_axes), plan)
+        y = collectives.reduce_scatter_tokens(plan, total.reshape(everyone.shape))
+        return y.astype(x.dtype), collectives.sum_over(
+            _compat.as_varying(jnp.int32(0), plan.token_axes), plan.token_axes
+        )
 
     return _mapped_layer(mesh, plan, shard)
 
