@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.nn.initializers import normal
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -21,9 +22,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import moe_jax as moe
 from moe_jax.config import Config, ModelConfig
 from moe_jax.interop.nnx import MoE
+from moe_jax.parameters import rows_of
 from moe_jax.tools.train.layer_plan import make_layer_plan, training_sections
 
 Params = dict[str, Any]
+EXPERTS = {row.name for row in rows_of("experts")}  # the parameters that slots have
 
 
 @jax.tree_util.register_dataclass
@@ -64,14 +67,15 @@ class Block(nnx.Module):
         self.attention_norm = nnx.RMSNorm(model.hidden, dtype=dtype, rngs=rngs)
         self.attention = Attention(model, dtype, rngs=rngs)
         self.moe_norm = nnx.RMSNorm(model.hidden, dtype=dtype, rngs=rngs)
-        options = {**config.moe.parameters, "weigh_inputs": config.moe.weigh_inputs}
+        options = {**config.parameters, "weigh_inputs": config.moe.weigh_inputs}
         self.moe = MoE(mesh, plan, config.router, rngs=rngs, **options)
+        self.mode = config.balance.mode if config.balance else "rank"  # read with a table only
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, moe.LayerStats]:
+    def __call__(self, x: jax.Array, table: jax.Array | None = None) -> tuple[jax.Array, moe.LayerStats]:
         with jax.named_scope("attention"):
             x = x + self.attention(self.attention_norm(x))
         with jax.named_scope("moe"):
-            y, stats = self.moe(self.moe_norm(x))
+            y, stats = self.moe(self.moe_norm(x), table=table, balance=self.mode)
             return x + y, stats
 
 
@@ -80,8 +84,7 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: Config, mesh: Mesh, *, rngs: nnx.Rngs) -> None:
         model, train = training_sections(config)
-        tokens_per_rank = train.batch_size * model.seq_len // mesh.size
-        plan = make_layer_plan(config, model, mesh, tokens_per_rank=tokens_per_rank, dtype=train.dtype)
+        plan = plan_of_layer(config, mesh)
         self.dtype = jnp.dtype(train.dtype)
         self.over_batch = over_batch(mesh)
         scale = model.hidden**-0.5 if model.tied_head else 1.0
@@ -93,12 +96,13 @@ class Transformer(nnx.Module):
             # The head is so small at first that every byte is about as likely as any other.
             self.head = nnx.Param(normal(1 / model.hidden)(rngs.params(), (model.hidden, model.vocab)))
 
-    def __call__(self, tokens: jax.Array) -> tuple[jax.Array, ModelStats]:
-        """tokens [B, S] i32 -> (logits of the next byte [B, S, V] f32, stats)."""
+    def __call__(self, tokens: jax.Array, table: jax.Array | None = None) -> tuple[jax.Array, ModelStats]:
+        """tokens [B, S] i32 -> (logits of the next byte [B, S, V] f32, stats); table as in `Decoder.logits`."""
         x = self.embedding(jax.lax.with_sharding_constraint(tokens, self.over_batch))
         stats = []
         for i in range(len(self.blocks)):
-            x, layer_stats = self.blocks[str(i)](jax.lax.with_sharding_constraint(x, self.over_batch))
+            x = jax.lax.with_sharding_constraint(x, self.over_batch)
+            x, layer_stats = self.blocks[str(i)](x, None if table is None else table[i])
             stats.append(layer_stats)
         x = self.final_norm(x)
         head = self.head[...] if hasattr(self, "head") else self.embedding.embedding[...].T
@@ -112,6 +116,8 @@ class Decoder:
 
     config: ModelConfig
     mesh: Mesh
+    plan: moe.Plan  # of each layer
+    balanced: bool  # whether a table says where the experts lie
     make: Callable[[nnx.Rngs], Transformer]
     graph: nnx.GraphDef[Transformer]
     shardings: Params  # as the parameters, of which it says how each lies on the mesh
@@ -125,17 +131,28 @@ class Decoder:
         """The sharding of an array whose first dimension is the batch, which is split over all axes of the mesh."""
         return over_batch(self.mesh)
 
-    def init(self, key: jax.Array) -> Params:
-        """Draws parameters from `key`. Dense ones are replicated; those of experts are sharded as the layer wants."""
+    def init(self, key: jax.Array, slots: np.ndarray | None = None) -> Params:
+        """Draws parameters from `key`. Dense ones are replicated; those of experts are sharded as the layer wants.
+
+        `slots` [L, P] is the expert of each slot of each layer; None: slots are experts, in their order. JAX draws the
+        first numbers of an array alike, however long it is, so that an expert has the same first values in any slot.
+        """
 
         def draw(key):
-            return nnx.to_pure_dict(nnx.state(self.make(nnx.Rngs(params=key))))
+            params = nnx.to_pure_dict(nnx.state(self.make(nnx.Rngs(params=key))))
+            if slots is None:
+                return params
+            experts = jnp.asarray(slots)
+            return change_experts(params, lambda leaf, layer: leaf[experts[layer]])
 
         return jax.jit(draw, out_shardings=self.shardings)(key)
 
-    def logits(self, params: Params, tokens: jax.Array) -> tuple[jax.Array, ModelStats]:
-        """tokens [B, S] i32 -> (logits of the next byte [B, S, V] f32, stats)."""
-        return nnx.merge(self.graph, params)(tokens)
+    def logits(self, params: Params, tokens: jax.Array, table: jax.Array | None = None) -> tuple[jax.Array, ModelStats]:
+        """tokens [B, S] i32 -> (logits of the next byte [B, S, V] f32, stats).
+
+        `table` [L, E, F] i32 has the table of `update_expert` for each layer; None if the decoder is not `balanced`.
+        """
+        return nnx.merge(self.graph, params)(tokens, table)
 
 
 def build_decoder(config: Config, mesh: Mesh) -> Decoder:
@@ -147,7 +164,23 @@ def build_decoder(config: Config, mesh: Mesh) -> Decoder:
 
     graph, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
     shardings = nnx.to_pure_dict(nnx.get_named_sharding(state, mesh))
-    return Decoder(model, mesh, make, graph, shardings)
+    return Decoder(model, mesh, plan_of_layer(config, mesh), config.balance is not None, make, graph, shardings)
+
+
+def plan_of_layer(config: Config, mesh: Mesh) -> moe.Plan:
+    """The plan of each layer of the decoder that `config` describes on `mesh`."""
+    model, train = training_sections(config)
+    tokens_per_rank = train.batch_size * model.seq_len // mesh.size
+    return make_layer_plan(config, model, mesh, tokens_per_rank=tokens_per_rank, dtype=train.dtype)
+
+
+def change_experts(params: Params, change: Callable[[jax.Array, int], jax.Array]) -> Params:
+    """Parameters or gradients, of which `change(leaf [P, ...], layer)` makes those of routed experts anew."""
+    blocks = {}
+    for name, block in params["blocks"].items():
+        layer = {key: change(leaf, int(name)) if key in EXPERTS else leaf for key, leaf in block["moe"].items()}
+        blocks[name] = {**block, "moe": layer}
+    return {**params, "blocks": blocks}
 
 
 def over_batch(mesh: Mesh) -> NamedSharding:
