@@ -94,10 +94,8 @@ def test_deepseek_preset():
         (MOE + "[balance]\nevery = 0", ["every=0 must be finite and above zero"]),
         (MOE + "[balance]\nmax_moved = 0", ["max_moved=0 must be finite and above zero"]),
         (MOE + "[balance]\nnum_redundant = -1", ["num_redundant=-1 must be finite and not below zero"]),
-        (
-            MOE + "[balance]\ndecay = 1\nthreshold = -0.1",
-            ["decay=1.0 must be at least 0 and below 1", "threshold=-0.1"],
-        ),
+        (MOE + "[balance]\ndecay = 1", ["decay=1.0 must be at least 0 and below 1"]),
+        (MOE + "[balance]\nthreshold = -0.1", ["threshold=-0.1 must be at least 0 and below 1"]),
         (MOE + "[balance]\nmode = 'tokens'", ["mode='tokens' is unknown", "did you mean 'token'?"]),
         (
             MOE + "[balance]\nnum_redundant = 2\n[mesh]\nep = 4",
