@@ -1,6 +1,7 @@
 """Experts that follow their load in a training run: what is learnt stays the same, and nothing is compiled again."""
 
 import dataclasses
+import tomllib
 import types
 from pathlib import Path
 
@@ -43,6 +44,12 @@ def random_placement(seed):
 
 def test_modes_are_those_of_the_layer():
     assert moe.config.BALANCES == BALANCES
+
+
+def test_the_how_to_has_the_defaults():
+    page = (ROOT / "docs" / "how_to" / "balance_experts.md").read_text()
+    section = tomllib.loads(page.split("```toml")[1].split("```")[0])["balance"]
+    assert section == {name: value for name, value in dataclasses.asdict(BalanceConfig()).items() if value is not None}
 
 
 def test_experts_begin_in_their_order_and_replicas_evenly():
