@@ -21,7 +21,7 @@ ACTIVATIONS = tuple(activations.TABLE)
 TRANSPORTS = ("auto", "padded", "ragged", "allgather", "hierarchy")
 OVERFLOWS = ("dropless", "drop")
 DTYPES = ("float32", "bfloat16")
-BALANCES = ("rank", "token")
+BALANCES = ("rank", "token", "load")
 
 
 class _Checked:
@@ -269,7 +269,8 @@ class BalanceConfig(_Checked):
       decay: of the moving average of the load, per step.
       threshold: the least gain for which experts of a layer move: by which part the load of its fullest rank falls.
       max_moved: how many slots of a layer may change at a time; None: any number.
-      mode: how the tokens of an expert are shared among its replicas, as ``balance`` of `moe_layer`.
+      mode: how the tokens of an expert are shared among its replicas, as ``balance`` of `moe_layer`; with "load" their
+        shares follow the load too, at every look.
     """
 
     num_redundant: int = 0
@@ -277,7 +278,7 @@ class BalanceConfig(_Checked):
     decay: float = 0.9
     threshold: float = 0.05
     max_moved: int | None = None
-    mode: str = "token"
+    mode: str = "load"
 
     def _violations(self) -> typing.Iterator[str]:
         yield from _positive(self, "every", "max_moved")

@@ -50,7 +50,7 @@ sample_bytes = 0
 
 
 SAMPLING = MINIATURE.replace("sample_bytes = 0", "sample_bytes = 4")
-BALANCED = SAMPLING + "[balance]\nnum_redundant = 4\nevery = 1\nthreshold = 0\ndecay = 0.5\n"
+BALANCED = SAMPLING + "[balance]\nnum_redundant = 4\nevery = 1\nthreshold = 0\ndecay = 0.5\nmode = 'token'\n"
 MESH = ("--mesh", "ep=2")
 TWO_LAYERS = MINIATURE.replace("layers = 1", "layers = 2")
 

@@ -130,7 +130,7 @@ def test_every_loss_of_the_router_has_its_weight(config):
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     none = jnp.zeros((), jnp.int32)
 
-    def logits(params, tokens, table):
+    def logits(params, tokens, where):
         balance, z, sequence_balance = params["losses"]
         stats = model.ModelStats(jnp.zeros((1, 8), jnp.int32), none, none, balance, z, sequence_balance)
         return jnp.zeros((*tokens.shape, 256)), stats
@@ -142,7 +142,7 @@ def test_every_loss_of_the_router_has_its_weight(config):
     run = step.compile_step(decoder, optimizer, config, state)
     state, metrics = run(state, np.zeros((1, 9), np.int32))
     assert state.params["losses"].tolist() == [3.5, 4.75, 5.875]
-    record = loop.make_record(metrics, balance.first_placement(config, 1), step=1, tokens_per_s=1.0)
+    record = loop.make_record(metrics, balance.first_places(config, 1), step=1, tokens_per_s=1.0)
     assert (record["balance"], record["z"], record["sequence_balance"]) == (4.0, 5.0, 6.0)
     assert float(metrics.loss) == pytest.approx(np.log(256))
 

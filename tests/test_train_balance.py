@@ -34,9 +34,10 @@ def config_with(balance=None, **sections):
     return override(dataclasses.replace(config, balance=balance), **sections)
 
 
-def random_placement(seed):
+def random_places(seed):
     load = np.random.default_rng(seed).pareto(1, (LAYERS, EXPERTS)) + 0.01
-    return moe.rebalance(load, num_physical_experts=SLOTS, num_ranks=EP)
+    placement = moe.rebalance(load, num_physical_experts=SLOTS, num_ranks=EP)
+    return balance.Places(placement, np.zeros((LAYERS, EXPERTS, 1 + REDUNDANT), np.float32))
 
 
 # Where experts go.
@@ -53,32 +54,49 @@ def test_the_how_to_has_the_defaults():
 
 
 def test_experts_begin_in_their_order_and_replicas_evenly():
-    in_order = balance.first_placement(config_with(BalanceConfig()), 3)
+    in_order = balance.first_places(config_with(BalanceConfig()), 3).placement
     np.testing.assert_array_equal(in_order.physical_to_logical, np.tile(np.arange(EXPERTS), (3, 1)))
-    assert balance.first_placement(config_with(), 3) == in_order
-    placed = balance.first_placement(config_with(BalanceConfig(num_redundant=REDUNDANT)), 2)
-    assert placed.num_physical_experts == SLOTS
-    np.testing.assert_allclose(moe.expected_imbalance(np.ones((2, EXPERTS)), placed), 1)
+    assert balance.first_places(config_with(), 3).placement == in_order
+    placed = balance.first_places(config_with(BalanceConfig(num_redundant=REDUNDANT)), 2)
+    assert placed.placement.num_physical_experts == SLOTS
+    np.testing.assert_allclose(placed.imbalance(np.ones((2, EXPERTS))), 1)
 
 
-def test_a_layer_moves_where_it_gains_enough():
-    config = config_with(BalanceConfig(num_redundant=REDUNDANT))
-    first = balance.first_placement(config, LAYERS)
-    before = moe.expected_imbalance(SKEWED, first)
+@pytest.mark.parametrize("mode", BALANCES)
+def test_a_layer_moves_where_it_gains_enough(mode):
+    config = config_with(BalanceConfig(num_redundant=REDUNDANT, mode=mode))
+    first = balance.first_places(config, LAYERS)
+    before = first.imbalance(SKEWED)
     better = balance.find_better(config, config.balance, SKEWED, first)
-    after = moe.expected_imbalance(SKEWED, better.placement)
+    after, experts = better.places.imbalance(SKEWED), better.places.placement.physical_to_logical
     assert (better.before, better.after) == pytest.approx((before.mean(), after.mean()))
     assert after[0] < 0.7 * before[0]
-    np.testing.assert_array_equal(better.placement.physical_to_logical[1], first.physical_to_logical[1])
-    moved = (better.placement.physical_to_logical != first.physical_to_logical).sum()
+    np.testing.assert_array_equal(experts[1], first.placement.physical_to_logical[1])
+    moved = (experts != first.placement.physical_to_logical).sum()
     assert better.num_moved == moved > 0
     assert better.sentence.endswith(f" x mean, {moved} of 24 slots moved")
-    # Where it is by now, it gains nothing more, and less than all of it is what the threshold asks for.
-    assert balance.find_better(config, config.balance, SKEWED, better.placement) is None
-    gain = float(1 - after[0] / before[0])
+    # Where they are by now, experts gain nothing more; and they stay where the gain is less than the threshold.
+    assert balance.find_better(config, config.balance, SKEWED, better.places).num_moved == 0
+    stay = dataclasses.replace(config.balance, threshold=0.99)
+    kept = balance.find_better(config, stay, SKEWED, first)
+    assert kept.num_moved == 0 and kept.places.placement == first.placement
+    gain = float(1 - after[0] / kept.places.imbalance(SKEWED)[0])
     for threshold, does in ((gain - 0.01, True), (gain + 0.01, False)):
         strict = dataclasses.replace(config.balance, threshold=threshold)
-        assert (balance.find_better(config, strict, SKEWED, first) is not None) == does
+        assert (balance.find_better(config, strict, SKEWED, first).num_moved > 0) == does
+
+
+def test_shares_follow_the_load_where_experts_stay():
+    places, load = random_places(0), np.random.default_rng(1).pareto(1, (LAYERS, EXPERTS))
+    after = {}
+    for mode in BALANCES:
+        config = config_with(BalanceConfig(num_redundant=REDUNDANT, mode=mode, threshold=0.99))
+        better = balance.find_better(config, config.balance, load, places)
+        assert better.num_moved == 0 and better.places.placement == places.placement
+        after[mode] = better.after
+        if mode == "load":
+            np.testing.assert_allclose(better.places.shares.sum(-1), 1, rtol=1e-6)
+    assert after["load"] < better.before - 0.01 and after["rank"] == after["token"] == better.before
 
 
 @pytest.mark.parametrize("num_nodes", [1, 2])
@@ -86,13 +104,13 @@ def test_no_more_slots_move_than_may(num_nodes):
     """Two nodes, each of which has its groups of experts; and a placement that was made where nodes did not count."""
     of_nodes = {"mesh": {"nodes": num_nodes}, "router": {"num_groups": 2, "top_groups": 2}}
     config = config_with(BalanceConfig(num_redundant=REDUNDANT, max_moved=2, threshold=0.0), **of_nodes)
-    for current in (balance.first_placement(config, LAYERS), random_placement(0)):
+    for now in (balance.first_places(config, LAYERS), random_places(0)):
         loads = np.random.default_rng(1).pareto(1, (9, LAYERS, EXPERTS))
-        found = [balance.find_better(config, config.balance, load, current) for load in loads]
-        assert sum(better is not None for better in found) > 3
-        for better in filter(None, found):
-            changed = (better.placement.physical_to_logical != current.physical_to_logical).sum(1)
-            assert 0 < changed.max() <= 2 and better.after < better.before
+        found = [balance.find_better(config, config.balance, load, now) for load in loads]
+        assert sum(better.num_moved > 0 for better in found) > 3
+        for better in found:
+            changed = better.places.placement.physical_to_logical != now.placement.physical_to_logical
+            assert changed.sum(1).max() <= 2 and better.after <= better.before
 
 
 # What moves with them.
@@ -112,9 +130,14 @@ def run_of(config, state, decoder):
     """As much of a run as moving experts needs."""
     said, records = Said(), []
     job = types.SimpleNamespace(config=config, model=config.model, interrupt=said, progress=said)
-    placement = state.balance.placement_on_host(decoder.plan)
     return types.SimpleNamespace(
-        job=job, state=state, decoder=decoder, placement=placement, done_steps=0, record=records.append, records=records
+        job=job,
+        state=state,
+        decoder=decoder,
+        places=state.balance.places(decoder.plan),
+        done_steps=0,
+        record=records.append,
+        records=records,
     )
 
 
@@ -125,51 +148,54 @@ def test_twenty_moves_compile_nothing_and_keep_every_expert(caplog):
     plan = moe.make_plan(mesh, tokens_per_rank=4, hidden=8, num_experts=SLOTS, top_k=2)
     whole, split = (NamedSharding(mesh, spec) for spec in (P(), P("ep")))
     decoder = types.SimpleNamespace(mesh=mesh, plan=plan, replicated=whole)
-    placement = balance.first_placement(config, LAYERS)
+    places = balance.first_places(config, LAYERS)
 
     def experts(first):
-        values = first + placement.physical_to_logical[:, :, None] + np.zeros(3, np.float32)
+        values = first + places.placement.physical_to_logical[:, :, None] + np.zeros(3, np.float32)
         return {"blocks": {str(i): {"moe": {"w_up": jax.device_put(value, split)}} for i, value in enumerate(values)}}
 
     def load_of(load):
         load = jax.device_put(np.asarray(load, np.float32), whole)
         return dataclasses.replace(run.state.balance, load=load)
 
-    state = step.TrainState(experts(100), (experts(200),), balance.Balance.of(placement, None, config, whole))
+    state = step.TrainState(experts(100), (experts(200),), balance.Balance.of(places, None, whole))
     run = run_of(config, state, decoder)
     rng, compiled = np.random.default_rng(0), []
     for turn in range(21):
         load = rng.pareto(1, (LAYERS, EXPERTS)) + 0.01
-        run.state, before = dataclasses.replace(run.state, balance=load_of(load)), run.placement
+        run.state, before = dataclasses.replace(run.state, balance=load_of(load)), run.places
         caplog.clear()
         with jax.log_compiles():
             for run.done_steps in range(3 * turn + 1, 3 * turn + 4):
                 loop._rebalance(run)
         compiled.append(sum("Finished XLA compilation" in record.getMessage() for record in caplog.records))
-        after = run.placement
+        after = run.places
         assert len(run.records) == len(run.job.progress.results) == turn + 1
         assert run.records[-1] == {
             "step": 3 * turn + 4,
-            "rebalanced_before": pytest.approx(moe.expected_imbalance(load, before).mean()),
-            "rebalanced_after": pytest.approx(moe.expected_imbalance(load, after).mean()),
-            "rebalanced_moved_slots": (before.physical_to_logical != after.physical_to_logical).sum(),
+            "rebalanced_before": pytest.approx(before.imbalance(load).mean()),
+            "rebalanced_after": pytest.approx(after.imbalance(load).mean()),
+            "rebalanced_moved_slots": (
+                before.placement.physical_to_logical != after.placement.physical_to_logical
+            ).sum(),
         }
         event, sentence, values = run.job.progress.results[-1]
         assert event == "rebalanced" and values["step"] == 3 * turn + 3
         assert sentence.startswith(f"rebalanced after step {values['step']}: fullest rank {values['before']:.2f} -> ")
         held = run.state.balance
-        np.testing.assert_array_equal(held.experts, after.physical_to_logical)
-        np.testing.assert_array_equal(held.table, after.table(1 + REDUNDANT))
+        np.testing.assert_array_equal(held.experts, after.placement.physical_to_logical)
+        np.testing.assert_array_equal(held.table, after.placement.table(1 + REDUNDANT))
+        np.testing.assert_array_equal(held.shares, after.placement.shares(held.load, 1 + REDUNDANT))
         np.testing.assert_array_equal(held.load, load.astype(np.float32))
         for first, tree in ((100, run.state.params), (200, run.state.opt_state[0])):
             found = [np.asarray(tree["blocks"][str(i)]["moe"]["w_up"])[:, 0] for i in range(LAYERS)]
-            np.testing.assert_array_equal(found, first + after.physical_to_logical)
+            np.testing.assert_array_equal(found, first + after.placement.physical_to_logical)
     assert compiled[0] >= 1 and not any(compiled[1:])
     run.state, run.done_steps = dataclasses.replace(run.state, balance=load_of(np.ones((LAYERS, EXPERTS)))), 99
     loop._rebalance(run)  # towards an even load it may move
-    settled, run.done_steps = run.state, 102
+    settled, run.done_steps = run.state.params, 102
     loop._rebalance(run)
-    assert run.state is settled
+    assert run.state.params is settled and len(run.records) <= 22
 
 
 # What is learnt.
@@ -208,9 +234,9 @@ def test_training_is_the_same_with_balancing_and_without():
         (run.state.params, plain.state.params),
         (run.state.opt_state[1][0].mu, plain.state.opt_state[1][0].mu),
     ):
-        for i, experts in enumerate(run.placement.physical_to_logical):
+        for i, experts in enumerate(run.places.placement.physical_to_logical):
             layer, other = (each["blocks"][str(i)]["moe"] for each in (tree, alone))
-            first = run.placement.table()[i, :, 1]  # a slot of each expert
+            first = run.places.placement.table()[i, :, 1]  # a slot of each expert
             for name in model.EXPERTS & set(layer):
                 values = np.asarray(layer[name])
                 np.testing.assert_array_equal(values, values[first][experts], err_msg=name)  # bit by bit

@@ -200,6 +200,7 @@ num_redundant = 2
 every = 2
 threshold = 0
 decay = 0
+mode = "token"
 """
 
 

@@ -17,7 +17,7 @@ from moe_jax.errors import CheckpointError, ConfigError, DataError, InvalidArgum
 from moe_jax.host.extras import REMEDY
 from moe_jax.mesh import ensure_devices
 from moe_jax.tools.train import peers
-from moe_jax.tools.train.balance import Balance, find_better, first_placement
+from moe_jax.tools.train.balance import Balance, Places, find_better, first_places
 from moe_jax.tools.train.batches import Reader, TrainBatches, eval_batch, rows_here
 from moe_jax.tools.train.checkpoint import Checkpoints, Identity, identify, unfinished
 from moe_jax.tools.train.data import Corpus, digest, load_corpus
@@ -67,7 +67,7 @@ class Job:
 
 @dataclass
 class Run:
-    """A run in progress. Only `state`, `placement` and the numbers of steps change."""
+    """A run in progress. Only `state`, `places` and the numbers of steps change."""
 
     job: Job
     decoder: Decoder
@@ -79,7 +79,7 @@ class Run:
     rows: np.ndarray  # which rows of every batch this process reads
     reader: Reader
     state: TrainState
-    placement: moe.Placement  # where the experts lie in `state`, [L, P]
+    places: Places  # where the experts lie in `state`
     done_steps: int
     begun_steps: int  # the steps of the checkpoint that was begun last; 0: none was
     saved_steps: int  # the steps of the last checkpoint in the folder; 0: there is no checkpoint
@@ -266,9 +266,7 @@ def _start(job: Job) -> Run:
         rows,
         reader,
         state,
-        first_placement(config, job.model.layers)
-        if state.balance is None
-        else state.balance.placement_on_host(decoder.plan),
+        first_places(config, job.model.layers) if state.balance is None else state.balance.places(decoder.plan),
         done_steps,
         begun_steps=done_steps,
         saved_steps=done_steps,
@@ -333,16 +331,17 @@ def _rebalance(run: Run) -> None:
     if config is None or balance is None or not run.done_steps or run.done_steps % config.every:
         return
     run.job.interrupt.doing = "rebalancing"
-    better = find_better(run.job.config, config, jax.device_get(balance.load), run.placement) if peers.leads() else None
-    experts = peers.share((run.placement if better is None else better.placement).physical_to_logical)
-    placement = replace(run.placement, physical_to_logical=experts)
-    if placement == run.placement:
-        return
-    moved = {"params": run.state.params, "opt_state": run.state.opt_state}
-    moved = moe.migrate(moved, run.placement, placement, run.decoder.mesh, donate=True)
-    balance = Balance.of(placement, balance.load, run.job.config, run.decoder.replicated)
-    run.state, run.placement = TrainState(**moved, balance=balance), placement
-    if better is not None:
+    now, load = run.places, np.asarray(jax.device_get(balance.load))
+    better = find_better(run.job.config, config, load, now) if peers.leads() else None
+    places = now if better is None else better.places
+    experts, shares = peers.share(places.placement.physical_to_logical), peers.share(places.shares)
+    places = Places(replace(now.placement, physical_to_logical=experts), shares)
+    trained = {"params": run.state.params, "opt_state": run.state.opt_state}
+    if places.placement != now.placement:
+        trained = moe.migrate(trained, now.placement, places.placement, run.decoder.mesh, donate=True)
+    run.state = TrainState(**trained, balance=Balance.of(places, balance.load, run.decoder.replicated))
+    run.places = places
+    if better is not None and better.num_moved:
         values = {"before": better.before, "after": better.after, "moved_slots": better.num_moved}
         sentence = f"rebalanced after step {run.done_steps}: {better.sentence}"
         run.job.progress.result("rebalanced", sentence, step=run.done_steps, **values)
@@ -366,11 +365,11 @@ def _one_step(run: Run, step: Callable) -> Record:
         )
     num_tokens = config.batch_size * seq_len
     seconds = time.perf_counter() - begin
-    return make_record(metrics, run.placement, step=run.done_steps, tokens_per_s=num_tokens / seconds)
+    return make_record(metrics, run.places, step=run.done_steps, tokens_per_s=num_tokens / seconds)
 
 
-def make_record(metrics: StepMetrics, placement: moe.Placement, *, step: int, tokens_per_s: float) -> Record:
-    """The numbers of one step, taken with the experts in `placement`, as plain Python values, ready for JSON."""
+def make_record(metrics: StepMetrics, places: Places, *, step: int, tokens_per_s: float) -> Record:
+    """The numbers of one step, taken with the experts in `places`, as plain Python values, ready for JSON."""
     stats = metrics.stats
     of_sequences = stats.sequence_balance
     return {
@@ -382,7 +381,7 @@ def make_record(metrics: StepMetrics, placement: moe.Placement, *, step: int, to
         **({} if of_sequences is None else {"sequence_balance": float(of_sequences)}),
         "tokens_per_s": tokens_per_s,
         "imbalance": float(np.max(stats.load.max(axis=-1) / np.maximum(stats.load.mean(axis=-1), 1e-9))),
-        "rank_imbalance": float(moe.expected_imbalance(np.asarray(stats.load), placement).mean()),
+        "rank_imbalance": float(places.imbalance(np.asarray(stats.load)).mean()),
         "dropped": int(stats.num_dropped),
         "rounds": int(stats.num_rounds),
         "load": stats.load.tolist(),
@@ -427,5 +426,5 @@ def _validate(run: Run) -> float:
             seq_len=job.model.seq_len,
             rows=run.rows,
         )
-        losses.append(float(evaluate(run.state.params, run.state.table, run.batch(batch))))
+        losses.append(float(evaluate(run.state.params, run.state.balance, run.batch(batch))))
     return float(np.mean(losses))

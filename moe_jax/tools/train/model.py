@@ -23,6 +23,7 @@ import moe_jax as moe
 from moe_jax.config import Config, ModelConfig
 from moe_jax.interop.nnx import MoE
 from moe_jax.parameters import rows_of
+from moe_jax.tools.train.balance import Balance
 from moe_jax.tools.train.layer_plan import make_layer_plan, training_sections
 
 Params = dict[str, Any]
@@ -81,13 +82,18 @@ class Block(nnx.Module):
         self.balances_sequences = config.moe.sequence_balance_loss > 0
         self.mode = config.balance.mode if config.balance else "rank"  # read with a table only
 
-    def __call__(self, x: jax.Array, table: jax.Array | None = None) -> tuple[jax.Array, moe.LayerStats]:
+    def __call__(self, x: jax.Array, balance: Balance | None, layer: int) -> tuple[jax.Array, moe.LayerStats]:
         with jax.named_scope("attention"):
             x = x + self.attention(self.attention_norm(x))
         with jax.named_scope("moe"):
             sequence_length = x.shape[1] if self.balances_sequences else None
-            given = self.moe_norm(x)
-            y, stats = self.moe(given, table=table, balance=self.mode, sequence_length=sequence_length)
+            y, stats = self.moe(
+                self.moe_norm(x),
+                table=None if balance is None else balance.table[layer],
+                balance=self.mode,
+                shares=None if balance is None or self.mode != "load" else balance.shares[layer],
+                sequence_length=sequence_length,
+            )
             return x + y, stats
 
 
@@ -108,13 +114,13 @@ class Transformer(nnx.Module):
             # The head is so small at first that every byte is about as likely as any other.
             self.head = nnx.Param(normal(1 / model.hidden)(rngs.params(), (model.hidden, model.vocab)))
 
-    def __call__(self, tokens: jax.Array, table: jax.Array | None = None) -> tuple[jax.Array, ModelStats]:
-        """tokens [B, S] i32 -> (logits of the next byte [B, S, V] f32, stats); table as in `Decoder.logits`."""
+    def __call__(self, tokens: jax.Array, balance: Balance | None = None) -> tuple[jax.Array, ModelStats]:
+        """tokens [B, S] i32 -> (logits of the next byte [B, S, V] f32, stats); balance as in `Decoder.logits`."""
         x = self.embedding(jax.lax.with_sharding_constraint(tokens, self.over_batch))
         stats = []
         for i in range(len(self.blocks)):
             x = jax.lax.with_sharding_constraint(x, self.over_batch)
-            x, layer_stats = self.blocks[str(i)](x, None if table is None else table[i])
+            x, layer_stats = self.blocks[str(i)](x, balance, i)
             stats.append(layer_stats)
         x = self.final_norm(x)
         head = self.head[...] if hasattr(self, "head") else self.embedding.embedding[...].T
@@ -137,7 +143,6 @@ class Decoder:
     config: ModelConfig
     mesh: Mesh
     plan: moe.Plan  # of each layer
-    balanced: bool  # whether a table says where the experts lie
     make: Callable[[nnx.Rngs], Transformer]
     graph: nnx.GraphDef[Transformer]
     shardings: Params
@@ -167,12 +172,12 @@ class Decoder:
 
         return jax.jit(draw, out_shardings=self.shardings)(key)
 
-    def logits(self, params: Params, tokens: jax.Array, table: jax.Array | None = None) -> tuple[jax.Array, ModelStats]:
+    def logits(self, params: Params, tokens: jax.Array, balance: Balance | None = None) -> tuple[jax.Array, ModelStats]:
         """tokens [B, S] i32 -> (logits of the next byte [B, S, V] f32, stats).
 
-        `table` [L, E, F] i32 has the table of `update_expert` for each layer; None if the decoder is not `balanced`.
+        `balance` says where the experts lie; None if the configuration has no section [balance].
         """
-        return nnx.merge(self.graph, params)(tokens, table)
+        return nnx.merge(self.graph, params)(tokens, balance)
 
 
 def build_decoder(config: Config, mesh: Mesh) -> Decoder:
@@ -184,7 +189,7 @@ def build_decoder(config: Config, mesh: Mesh) -> Decoder:
 
     graph, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
     shardings = nnx.to_pure_dict(nnx.get_named_sharding(state, mesh))
-    return Decoder(model, mesh, plan_of_layer(config, mesh), config.balance is not None, make, graph, shardings)
+    return Decoder(model, mesh, plan_of_layer(config, mesh), make, graph, shardings)
 
 
 def plan_of_layer(config: Config, mesh: Mesh) -> moe.Plan:

@@ -11,13 +11,13 @@ from moe_jax.tools.train.step import TrainState
 
 
 def compile_next_byte(decoder: Decoder, state: TrainState, *, batch_size: int) -> Callable:
-    """Compiles next_byte(params, table, tokens [B, S] i32, position, key data), as `state` has the first two.
+    """Compiles next_byte(params, balance, tokens [B, S] i32, position, key data), as `state` has the first two.
 
     It draws the byte after `position` of row 0.
     """
 
-    def next_byte(params, table, tokens, position, key):
-        logits, _ = decoder.logits(params, tokens, table)
+    def next_byte(params, balance, tokens, position, key):
+        logits, _ = decoder.logits(params, tokens, balance)
         return jax.random.categorical(jax.random.wrap_key_data(key), logits[0, position])
 
     key = jax.random.key_data(jax.random.key(0))
@@ -26,7 +26,7 @@ def compile_next_byte(decoder: Decoder, state: TrainState, *, batch_size: int) -
         jax.ShapeDtypeStruct((), jnp.int32, sharding=decoder.replicated),
         jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=decoder.replicated),
     )
-    return jax.jit(next_byte, out_shardings=decoder.replicated).lower(state.params, state.table, *like).compile()
+    return jax.jit(next_byte, out_shardings=decoder.replicated).lower(state.params, state.balance, *like).compile()
 
 
 def sample_text(
@@ -56,7 +56,7 @@ def sample_text(
         inputs = jax.device_put(
             (tokens, np.int32(len(window) - 1), key), (decoder.over_batch, decoder.replicated, decoder.replicated)
         )
-        text.append(int(next_byte(state.params, state.table, *inputs)))
+        text.append(int(next_byte(state.params, state.balance, *inputs)))
     return bytes(text).decode(errors="replace")
 
 

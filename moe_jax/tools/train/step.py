@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import moe_jax as moe
 from moe_jax.config import Config, TrainConfig
 from moe_jax.host.extras import require
-from moe_jax.tools.train.balance import Balance, first_placement
+from moe_jax.tools.train.balance import Balance, first_places
 from moe_jax.tools.train.layer_plan import training_sections
 from moe_jax.tools.train.model import Decoder, ModelStats, Params, change_experts
 
@@ -29,7 +29,7 @@ class TrainState:
     Attributes:
       params: the parameters in float32; the model casts them to its dtype.
       opt_state: the moments of optax, sharded like the parameters, and its counter of steps.
-      balance: where experts lie and how loaded they are; None if the decoder is not balanced.
+      balance: where experts lie and how loaded they are; None if the configuration has no section [balance].
     """
 
     params: Params
@@ -42,11 +42,6 @@ class TrainState:
         return {
             field.name: getattr(self, field.name) for field in fields(self) if getattr(self, field.name) is not None
         }
-
-    @property
-    def table(self) -> jax.Array | None:
-        """What `Decoder.logits` reads."""
-        return None if self.balance is None else self.balance.table
 
 
 @jax.tree_util.register_dataclass
@@ -83,11 +78,11 @@ def init_state(decoder: Decoder, optimizer: Any, seed: int, config: Config) -> T
 
     With the section [balance] experts begin with the same values as without it.
     """
-    placement = first_placement(config, decoder.config.layers) if config.balance else None
-    params = decoder.init(jax.random.key(seed), None if placement is None else placement.physical_to_logical)
+    places = first_places(config, decoder.config.layers) if config.balance else None
+    params = decoder.init(jax.random.key(seed), None if places is None else places.placement.physical_to_logical)
     place = lambda leaf: leaf if leaf.ndim else jax.device_put(leaf, decoder.replicated)  # noqa: E731
     opt_state = jax.tree.map(place, optimizer.init(params))
-    return TrainState(params, opt_state, placement and Balance.of(placement, None, config, decoder.replicated))
+    return TrainState(params, opt_state, None if places is None else Balance.of(places, None, decoder.replicated))
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -100,8 +95,8 @@ def compile_step(decoder: Decoder, optimizer: Any, config: Config, state: TrainS
     """Compiles step(state, batch [B, S + 1] i32) -> (state, StepMetrics). The step reuses the old state's memory."""
     _, train = training_sections(config)
 
-    def loss_fn(params, table, batch):
-        logits, stats = decoder.logits(params, batch[:, :-1], table)
+    def loss_fn(params, balance, batch):
+        logits, stats = decoder.logits(params, batch[:, :-1], balance)
         loss = cross_entropy(logits, batch[:, 1:])
         total = loss + config.moe.balance_loss * stats.balance + config.moe.z_loss * stats.z
         if stats.sequence_balance is not None:
@@ -109,8 +104,8 @@ def compile_step(decoder: Decoder, optimizer: Any, config: Config, state: TrainS
         return total, (loss, stats)
 
     def step(state, batch):
-        (_, (loss, stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, state.table, batch)
         balance = state.balance
+        (_, (loss, stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, balance, batch)
         with jax.named_scope("optimizer"):
             if balance is not None:
                 grads = moe.sum_replica_gradients(grads, balance.placement(decoder.plan), decoder.mesh, decoder.plan)
@@ -129,13 +124,13 @@ def compile_step(decoder: Decoder, optimizer: Any, config: Config, state: TrainS
 
 
 def compile_eval(decoder: Decoder, config: Config, state: TrainState) -> Callable:
-    """Compiles eval(params, table, batch [B, S + 1] i32) -> cross-entropy, a scalar f32 in nats per byte."""
+    """Compiles eval(params, balance, batch [B, S + 1] i32) -> cross-entropy, a scalar f32 in nats per byte."""
 
-    def evaluate(params, table, batch):
-        return cross_entropy(decoder.logits(params, batch[:, :-1], table)[0], batch[:, 1:])
+    def evaluate(params, balance, batch):
+        return cross_entropy(decoder.logits(params, batch[:, :-1], balance)[0], batch[:, 1:])
 
     compiled = jax.jit(evaluate, out_shardings=decoder.replicated)
-    return compiled.lower(state.params, state.table, _batch_like(decoder, config)).compile()
+    return compiled.lower(state.params, state.balance, _batch_like(decoder, config)).compile()
 
 
 def _batch_like(decoder: Decoder, config: Config) -> jax.ShapeDtypeStruct:
@@ -155,7 +150,7 @@ def _clip(grads: Params, norm: jax.Array, limit: float) -> Params:
 
 
 def _of_first_replicas(grads: Params, table: jax.Array) -> Params:
-    """The gradients with zeros in all slots but the first of each expert; table [L, E, F] as in `Decoder.logits`."""
+    """The gradients with zeros in all slots but the first of each expert; table [L, E, F] as in `Balance`."""
 
     def only_first(leaf, layer):
         is_first = jnp.zeros(len(leaf), bool).at[table[layer, :, 1]].set(True)
