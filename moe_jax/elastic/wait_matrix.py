@@ -55,7 +55,7 @@ class Straggler:
 
 
 def find_stragglers(
-    ready: Any, travel: Any, *, warm_up: int = 2, at_least: float = 500.0, times: float = 3.0, share: float = 0.75
+    ready: Any, travel: Any, *, warm_up: int = 2, at_least: float = 500.0, times: float = 2.0, share: float = 0.75
 ) -> list[Straggler]:
     """The ranks and links that are slow, by the waits of many steps: what stands out from the others of its kind.
 
