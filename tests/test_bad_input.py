@@ -383,6 +383,7 @@ def wrong_params(experts, ffn):
         (replaced(w_gate=zeros(H, ffn)), InvalidArgumentError, "'w_gate' has shape", "expected " + w_up),
         (replaced(w_up=zeros()), InvalidArgumentError, "'w_up' has shape ()", "expected " + w_up),
         (replaced(router=zeros(E + 1, H)), InvalidArgumentError, "'router' has shape (9, 8)", "(8, 8)"),
+        (replaced(router=zeros(H, E - 2)), MissingArgumentError, "table is missing", "6 experts", "placement.table()"),
         (replaced(w_up=None), InvalidArgumentError, "'w_up' is None"),
         (replaced(w_up=[1.0]), InvalidArgumentError, "'w_up' is a list"),
         (replaced(w_up=legal["w_up"].astype(np.int8)), InvalidArgumentError, "'w_up' has dtype int8", "floating"),
@@ -694,7 +695,7 @@ def test_numpy_numbers_serve_where_numbers_are_wanted():
     sizes = {name: np.int8(value) for name, value in SIZES.items() if name != "dtype"} | {"dtype": np.dtype("float32")}
     plan = moe.make_plan(moe.make_mesh(ep=np.int64(2), tp=np.uint8(2)), **sizes, num_zero_experts=np.int32(0))
     assert plan == PLAN and hash(plan) == hash(PLAN)
-    assert all(type(value) in (int, str, bool, tuple) for name, value in vars(plan).items() if name != "hardware")
+    assert all(type(value) in (int, str, bool, tuple) for name, value in _compat.fields_of(plan).items() if name != "hardware")
     scaled = [moe.make_plan(MESH, **SIZES, capacity_factor=one) for one in (1, 1.0, np.float32(1), np.int64(1))]
     assert len({plan.pair_capacity for plan in scaled}) == 1
     large = [moe.make_plan(MESH, **SIZES, capacity_factor=factor) for factor in (2, 1e308, 10**400, np.float32(3e38))]

@@ -4,9 +4,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 
-from moe_jax import _compat, collectives
+from moe_jax import _compat
 from moe_jax.aclnn import workspace
 from moe_jax.aclnn.calls import operator
 from moe_jax.aclnn.results import UpdateExpertOutput
@@ -49,7 +50,7 @@ def moe_update_expert(
     """
     rank = local_rank_id
     if rank is None:
-        rank = collectives.rank_along(_compat.bound_axes(group_ep, "group_ep")) if balance_mode == 0 else 0
+        rank = lax.axis_index(_compat.bound_axes(group_ep, "group_ep")) if balance_mode == 0 else 0
     ids, mask = update_expert(
         expert_ids,
         eplb_table,

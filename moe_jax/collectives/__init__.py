@@ -1,8 +1,9 @@
 """The only callers of JAX's collectives.
 
-``group`` is what the ranks of a plan gather, sum and tell each other, and ``exchange`` what moves rows between them.
-They are made of ``ragged``, slices of unequal length on any back end; ``bits``, rows as integers where XLA would widen
-them; and ``stopwatch``, one peer after the other with a clock. In ``rendezvous`` ranks meet on the host.
+``group`` has what the ranks of a plan gather, sum and tell each other, and ``exchange`` what moves rows between them.
+These two are made of three others: ``ragged`` moves slices of unequal length on any back end, ``bits`` moves rows as
+integers where XLA would widen them, and ``stopwatch`` moves rows to one peer after the other with a clock. In
+``rendezvous`` ranks meet on the host.
 """
 
 from moe_jax.collectives.exchange import (
@@ -24,13 +25,10 @@ from moe_jax.collectives.group import (
     gather_sizes,
     gather_tokens,
     gather_tp,
-    max_over_ranks,
-    max_over_replicas,
-    rank_along,
+    max_over,
     reduce_scatter_tokens,
     reduce_scatter_tp,
     sum_over,
-    sum_over_tokens,
     swap_with_peers,
     tp_rank,
 )
@@ -53,15 +51,12 @@ __all__ = [
     "gather_tokens",
     "gather_tp",
     "group_size",
-    "max_over_ranks",
-    "max_over_replicas",
+    "max_over",
     "ragged_all_to_all",
     "ragged_exchange",
-    "rank_along",
     "reduce_scatter_tokens",
     "reduce_scatter_tp",
     "sum_over",
-    "sum_over_tokens",
     "swap_with_peers",
     "tp_rank",
 ]

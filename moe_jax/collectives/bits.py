@@ -1,19 +1,19 @@
-"""Rows between ranks, as they are.
+"""Rows travel between ranks bit by bit.
 
 XLA:CPU would widen 16-bit floats for a collective, and move twice the bytes: in programs for CPUs, and in no others,
-they travel as integers.
+they travel as integers. Nothing here has a derivative; what sends, collects or gathers has one of its own.
 """
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from moe_jax import _compat
-from moe_jax.derivatives import custom_gradient, poison_of
+from moe_jax.derivatives import poison_of
 
 if TYPE_CHECKING:
     from moe_jax.plan.plan import Plan
@@ -21,55 +21,32 @@ if TYPE_CHECKING:
 Array = jax.Array
 
 
-def swap_bits(axes: tuple[str, ...], blocks: Array) -> Array:
-    """As ``swap_blocks``, without a derivative: for functions that have one of their own."""
-    swap = functools.partial(lax.all_to_all, axis_name=axes, split_axis=0, concat_axis=0)
-    return lax.platform_dependent(blocks, cpu=_as_integers(swap), default=swap) if _is_widened(blocks) else swap(blocks)
+def swap_bits(axes: tuple[str, ...], dtype: Any) -> Callable[[Array], Array]:
+    """The exchange of blocks [W, ...] of ``dtype``: block j goes to rank j along ``axes``, block i came from rank i."""
+    return _unwidened(functools.partial(lax.all_to_all, axis_name=axes, split_axis=0, concat_axis=0), dtype)
 
 
-@functools.partial(custom_gradient, num_static=1)
-def swap_blocks(axes: tuple[str, ...], blocks: Array) -> Array:
-    """[W, ...]: block j goes to rank j along ``axes``; block i of the result came from rank i."""
-    return swap_bits(axes, blocks)
-
-
-# d_blocks[j] = ct[j], sent back by the rank that block j went to    # [W, ...]: the exchange is its own adjoint
-swap_blocks.defvjp(lambda axes, blocks: (swap_blocks(axes, blocks), None), lambda axes, _, ct: (swap_blocks(axes, ct),))
-
-
-@functools.partial(custom_gradient, num_static=2)
-def gather_rows(axes: str | tuple[str, ...], tiled: bool, rows: Array) -> Array:
-    """[A, ...] of each rank along ``axes`` -> [W, A, ...], or [W * A, ...] if ``tiled``, in rank order."""
-    gather = functools.partial(lax.all_gather, axis_name=axes, tiled=tiled)
-    return lax.platform_dependent(rows, cpu=_as_integers(gather), default=gather) if _is_widened(rows) else gather(rows)
-
-
-# d_rows = sum over all ranks of their ct for this rank's rows    # [A, ...] from [W, A, ...]
-gather_rows.defvjp(
-    lambda axes, tiled, rows: (gather_rows(axes, tiled, rows), None),
-    lambda axes, tiled, _, ct: (lax.psum_scatter(ct, axes, tiled=tiled),),
-)
+def gather_bits(axes: str | tuple[str, ...], dtype: Any, *, tiled: bool = False) -> Callable[[Array], Array]:
+    """Rows [A, ...] of ``dtype`` of each rank along ``axes`` -> [W, A, ...], or [W * A, ...] if ``tiled``, by rank."""
+    return _unwidened(functools.partial(lax.all_gather, axis_name=axes, tiled=tiled), dtype)
 
 
 def unwritten(num_rows: int, like: Array, plan: "Plan") -> Array:
-    """[num_rows, ...] rows as ``like`` that nobody may read before somebody writes them: NaN under ``plan.poison``.
+    """Rows [num_rows, ...] like ``like``, to be written before they are read. With ``plan.poison`` they are NaN.
 
-    Zeros would cost a pass over the buffer of an exchange, which overwrites all that is read.
+    Zeros would cost a pass over a buffer in which an exchange overwrites all that is read later.
     """
     shape = (num_rows, *like.shape[1:])
     rows = jnp.full(shape, poison_of(like.dtype), like.dtype) if plan.poison else _compat.empty(shape, like.dtype)
     return _compat.as_varying(rows, _compat.varying_axes(like))
 
 
-def _is_widened(rows: Array) -> bool:
-    """Whether XLA:CPU would move these as fp32."""
-    return jnp.issubdtype(rows.dtype, jnp.floating) and rows.dtype.itemsize == 2
+def _unwidened(move: Callable[[Array], Array], dtype: Any) -> Callable[[Array], Array]:
+    """``move``, which changes no bit, for rows of ``dtype``; on CPUs of their bits, where XLA would move them as fp32."""
+    if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize != 2:
+        return move
 
-
-def _as_integers(move: Callable) -> Callable:
-    """``move``, which changes no bit, applied to the bits of 16-bit floats."""
-
-    def moved(rows):
+    def as_integers(rows):
         return lax.bitcast_convert_type(move(lax.bitcast_convert_type(rows, jnp.uint16)), rows.dtype)
 
-    return moved
+    return functools.partial(lax.platform_dependent, cpu=as_integers, default=move)

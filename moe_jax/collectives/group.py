@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax import _compat
-from moe_jax.collectives.bits import gather_rows
+from moe_jax.collectives.bits import gather_bits
 from moe_jax.collectives.stopwatch import timed_all_to_all
+from moe_jax.derivatives import custom_gradient
 from moe_jax.errors import MeshError
 
 if TYPE_CHECKING:
@@ -48,19 +49,9 @@ def tp_rank(plan: "Plan") -> Array:
     return lax.axis_index(plan.tp_axes) if plan.tp_axes else jnp.int32(0)
 
 
-def rank_along(axes: tuple[str, ...]) -> Array:
-    """This device's index along mesh axes, traced."""
-    return lax.axis_index(axes)
-
-
-def max_over_ranks(x: Array, plan: "Plan") -> Array:
-    """The largest ``x`` of the exchange group, so that all its devices take the same branch."""
-    return _without_unit_axes(lax.pmax, x, plan.exchange_axes)
-
-
-def max_over_replicas(x: Array, plan: "Plan") -> Array:
-    """The largest ``x`` of the data-parallel replicas of the exchange group."""
-    return _without_unit_axes(lax.pmax, x, plan.dp_axis)
+def max_over(x: Array, axes: tuple[str, ...]) -> Array:
+    """The largest ``x`` of the devices along ``axes``, so that all of them take the same branch."""
+    return _without_unit_axes(lax.pmax, x, axes)
 
 
 def sum_over(tree: Any, axis_name: str | Sequence[str]) -> Any:
@@ -69,20 +60,16 @@ def sum_over(tree: Any, axis_name: str | Sequence[str]) -> Any:
 
 
 def _without_unit_axes(collective: Callable, tree: Any, axes: tuple[str, ...]) -> Any:
-    """``collective(tree, axes)``, the same on all devices along ``axes``; without those of size 1."""
+    """``collective(tree, axes)`` without axes of size 1. The result is the same on all devices along ``axes``."""
     large = tuple(axis for axis in axes if lax.axis_size(axis) > 1)
     result = collective(_compat.as_varying(tree, large), large) if large else tree
     return _compat.drop_unit_axes(result, set(_compat.union_of_varying_axes(tree)) - set(axes))
 
 
-def sum_over_tokens(x: Array, plan: "Plan") -> Array:
-    """The sum of ``x`` over every device that holds tokens."""
-    return sum_over(x, plan.token_axes)
-
-
 def gather_counts(send_counts: Array, plan: "Plan") -> Array:
     """[W, L] pairs of this rank by destination -> [P, W, W, L] of all ranks of the group, which all know the same."""
-    everyone = _without_unit_axes(functools.partial(lax.all_gather, to="invarying"), send_counts, _token_axes(plan))
+    gather, axes = functools.partial(lax.all_gather, to="invarying"), (*plan.tp_axes, *plan.ep_axis)
+    everyone = _without_unit_axes(gather, send_counts, axes)
     return everyone.reshape(plan.tp_size, plan.ep_size, *send_counts.shape)
 
 
@@ -108,32 +95,40 @@ def gather_sizes(sizes: Array, axes: tuple[str, ...]) -> Array:
     return lax.all_gather(sizes, axes)
 
 
-def gather_tp(rows: Array, plan: "Plan") -> Array:
+@functools.partial(custom_gradient, num_static=1)
+def gather_tp(plan: "Plan", rows: Array) -> Array:
     """[A, ...] of each tp rank -> [P * A, ...] of all, in rank order."""
-    return gather_rows(plan.tp_axes, True, rows) if plan.tp_size > 1 else rows
+    return gather_bits(plan.tp_axes, rows.dtype, tiled=True)(rows) if plan.tp_size > 1 else rows
 
 
-def reduce_scatter_tp(rows: Array, plan: "Plan") -> Array:
+def reduce_scatter_tp(plan: "Plan", rows: Array) -> Array:
     """[P * A, H] partial sums -> this rank's [A, H], summed over tp."""
     return lax.psum_scatter(rows, plan.tp_axes, tiled=True) if plan.tp_size > 1 else rows
 
 
+# d_rows = the sum of the cotangents that all tp ranks have for this rank's rows    # [A, ...] from [P * A, ...]
+gather_tp.defvjp(lambda plan, rows: (gather_tp(plan, rows), None), lambda plan, _, ct: (reduce_scatter_tp(plan, ct),))
+
+
 def gather_params(weights: Array, axis: int, plan: "Plan") -> Array:
-    """Weights of which each replica has an equal part along ``axis`` -> the whole, on every one of them."""
+    """Weights of which each replica has an equal part along ``axis`` -> the whole weights, on every replica."""
     if plan.num_param_shards == 1:
         return weights
     return lax.all_gather(weights, plan.param_axes, axis=axis, tiled=True)
 
 
-def gather_tokens(x: Array, plan: "Plan") -> Array:
+@functools.partial(custom_gradient, num_static=1)
+def gather_tokens(plan: "Plan", x: Array) -> Array:
     """[T, ...] of each device -> [P * W, T, ...] of all, tp rank first."""
-    return gather_rows(_token_axes(plan), False, x) if plan.exchanges else x[None]
+    return gather_bits((*plan.tp_axes, *plan.ep_axis), x.dtype)(x) if plan.exchanges else x[None]
 
 
-def reduce_scatter_tokens(x: Array, plan: "Plan") -> Array:
+def reduce_scatter_tokens(plan: "Plan", x: Array) -> Array:
     """[P * W, T, ...] partial sums -> this device's [T, ...]."""
-    return lax.psum_scatter(x, _token_axes(plan)) if plan.exchanges else x[0]
+    return lax.psum_scatter(x, (*plan.tp_axes, *plan.ep_axis)) if plan.exchanges else x[0]
 
 
-def _token_axes(plan: "Plan") -> tuple[str, ...]:
-    return (*plan.tp_axes, *plan.ep_axis)
+# d_x = the sum of the cotangents that all devices have for this device's tokens    # [T, ...] from [P * W, T, ...]
+gather_tokens.defvjp(
+    lambda plan, x: (gather_tokens(plan, x), None), lambda plan, _, ct: (reduce_scatter_tokens(plan, ct),)
+)

@@ -118,7 +118,8 @@ def moe_layer(
       InvalidArgumentError: lists everything that is wrong with ``params``; lists every way in which the router's groups
         do not fit the plan; an unknown activation, or a function that takes neither one array nor two; chunks that do
         not divide T.
-      MissingArgumentError, ShapeError, DtypeError, MeshError: as for ``dispatch``.
+      MissingArgumentError, ShapeError, DtypeError, MeshError: as for ``dispatch``; ``table`` is missing, or of another
+        number of experts, where the router scores fewer experts than the plan has instances.
       UnsupportedError: the plan puts shared experts on ranks of their own; or somebody asks for a derivative that needs
         a plan of one round.
     """
@@ -242,8 +243,8 @@ def layer_of_shard(
     if token_mask is not None:
         total = jnp.where(token_mask[:, None], total, 0.0)
     stats = LayerStats(
-        num_dropped=collectives.sum_over_tokens(num_dropped, plan),
-        num_rounds=collectives.max_over_replicas(num_rounds, plan),
+        num_dropped=collectives.sum_over(num_dropped, plan.token_axes),
+        num_rounds=collectives.max_over(num_rounds, plan.dp_axis),
         load=routing.load,
         losses=routing.losses,
         mean_score=routing.mean_score,
@@ -259,7 +260,7 @@ def routing_of(choices: tuple[Array, Array], token_mask: Array | None, table: Ar
         expert_ids = jnp.where(token_mask[:, None], expert_ids, -1)
     weights = jnp.where(expert_ids >= 0, weights.astype(jnp.float32), 0.0)
     num_ids = plan.num_ids + (0 if table is None else table.shape[0] - plan.num_experts)
-    load = collectives.sum_over_tokens(count_each(expert_ids, num_ids), plan)
+    load = collectives.sum_over(count_each(expert_ids, num_ids), plan.token_axes)
     return Routing(expert_ids=expert_ids, combine_weights=weights, losses={}, load=load)
 
 

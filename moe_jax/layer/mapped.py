@@ -109,8 +109,8 @@ def map_experts(
     if token_mask is not None:
         total = jnp.where(token_mask[:, None], total, 0.0)
     stats = LayerStats(
-        num_dropped=collectives.sum_over_tokens(num_dropped, plan),
-        num_rounds=collectives.max_over_replicas(num_rounds, plan),
+        num_dropped=collectives.sum_over(num_dropped, plan.token_axes),
+        num_rounds=collectives.max_over(num_rounds, plan.dp_axis),
         load=routing.load,
         losses={},
     )

@@ -57,7 +57,9 @@ def routed_sum(
     if not plan.num_pairs:  # no device has a token: nothing moves
         return jnp.zeros_like(weights, shape=(0, plan.hidden)), jnp.zeros((), jnp.int32), jnp.ones((), jnp.int32)
     tokens = plan.tokens_per_rank // chunks
-    chunk_plan = dataclasses.replace(plan, tokens_per_rank=tokens, pair_capacity=-(-plan.pair_capacity // chunks))
+    chunk_plan = plan
+    if chunks > 1:
+        chunk_plan = dataclasses.replace(plan, tokens_per_rank=tokens, pair_capacity=-(-plan.pair_capacity // chunks))
     if rank_table is not None and not plan.exchanges:
         read_table(rank_table, plan)  # raises if the table is not one of this plan
     found = []

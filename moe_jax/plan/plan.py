@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -22,6 +23,8 @@ from moe_jax.types import DispatchHandle
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """One layer's static facts. Hashable; holds no array and no mesh. Build it with ``make_plan``.
+
+    What follows from the fields below is worked out once, when it is first asked for, and kept with the plan.
 
     Attributes:
       ep_axis: mesh axes over which experts are spread, outermost first: ("ep",), or ("node", "ep"). Of several, the
@@ -92,32 +95,32 @@ class Plan:
     kernels: tuple[str, ...]
     poison: bool
 
-    @property
+    @cached_property
     def tp_axes(self) -> tuple[str, ...]:
         """``tp_axis`` as a tuple: empty where there is none."""
         return () if self.tp_axis is None else (self.tp_axis,) if isinstance(self.tp_axis, str) else self.tp_axis
 
-    @property
+    @cached_property
     def dp_axis(self) -> tuple[str, ...]:
         """Mesh axes that replicate the whole group of ranks, each copy with tokens of its own."""
         return tuple(name for name in self.token_axes if name not in self.exchange_axes)
 
-    @property
+    @cached_property
     def num_param_shards(self) -> int:
         """Parts into which the weights of an expert are split along ``param_axes``."""
         return math.prod(size for name, size in self.mesh_axes if name in self.param_axes)
 
-    @property
+    @cached_property
     def num_replicas(self) -> int:
         """Copies of the whole group: the product of the sizes of ``dp_axis``."""
         return math.prod(size for name, size in self.mesh_axes if name in self.dp_axis)
 
-    @property
+    @cached_property
     def num_local_experts(self) -> int:
         """L, the routed experts of each rank that holds some; a rank that holds a shared expert has it in slot 0."""
         return self.num_experts // (self.ep_size - self.num_shared_ranks)
 
-    @property
+    @cached_property
     def pairs_per_token(self) -> int:
         """C, the pairs of a token that may travel: K choices, and each shared expert that has ranks of its own."""
         return self.top_k + (self.num_shared_experts if self.num_shared_ranks else 0)
@@ -127,54 +130,54 @@ class Plan:
         """The old name of ``pairs_per_token``."""
         return self.pairs_per_token
 
-    @property
+    @cached_property
     def num_ids(self) -> int:
         """Ids that a router may give: routed, then zero, copy and constant experts."""
         return self.num_experts + self.num_zero_experts + self.num_copy_experts + self.num_const_experts
 
-    @property
+    @cached_property
     def num_pairs(self) -> int:
         """The pairs of one device: the most that it can send."""
         return self.tokens_per_rank * self.pairs_per_token
 
-    @property
+    @cached_property
     def max_pair_rows(self) -> int:
         """The most rows that one rank can send another: all choices of all its tokens."""
         return max(1, self.tokens_per_rank * self.top_k)
 
-    @property
+    @cached_property
     def dispatch_capacity(self) -> int:
         """Rows that a pair of ranks can move in a call of ``dispatch`` alone: all, unless overflow is dropped."""
         return self.pair_capacity if self.overflow == "drop" else self.max_pair_rows
 
-    @property
+    @cached_property
     def exchanges(self) -> bool:
         """Whether the layer moves rows between devices; false where one device holds all experts, whole."""
         return self.ep_size * self.tp_size > 1
 
-    @property
+    @cached_property
     def exchange_axes(self) -> tuple[str, ...]:
         """Axes over which rows move: expert parallel, then tensor parallel."""
         return (*self.ep_axis, *self.tp_axes)
 
-    @property
+    @cached_property
     def max_rounds(self) -> int:
         """The rounds that the worst skew needs: 1 if a round holds it, overflow is dropped, or nothing is exchanged."""
         if self.overflow == "drop" or not self.num_pairs or not self.exchanges:
             return 1
         return math.ceil(self.max_pair_rows / self.pair_capacity)
 
-    @property
+    @cached_property
     def dispatch_recipe(self) -> Recipe | None:
         """How rows travel to the experts; None: as they are."""
         return recipe(self.quant, self.dtype)
 
-    @property
+    @cached_property
     def combine_recipe(self) -> Recipe | None:
         """How rows travel back from the experts; None: as they are."""
         return recipe(self.combine_quant, self.dtype)
 
-    @property
+    @cached_property
     def backward_recipe(self) -> Recipe | None:
         """How cotangents travel, both ways; None: as they are."""
         return recipe(self.backward_quant, self.dtype)

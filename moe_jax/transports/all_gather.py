@@ -51,7 +51,7 @@ class AllGather(Transport):
 
     def count(self, destination, pairs, plan):
         """[P, W, T * C] the destinations of all ranks' pairs."""
-        everyone = collectives.gather_tokens(destination, plan)
+        everyone = collectives.gather_tokens(plan, destination)
         return pairs, everyone.reshape(plan.tp_size, plan.ep_size, plan.num_pairs)
 
     def open(self, manifest, start, capacity, plan, *, num_rows):
@@ -70,7 +70,7 @@ class AllGather(Transport):
     def send(self, tokens, pairs, maps, plan, *, ordered):
         with jax.named_scope("exchange"):
             message, parts = join_some([tokens, None if pairs is None else by_token(pairs)])
-            everyone = jax.lax.collapse(collectives.gather_tokens(message, plan), 0, 2)
+            everyone = jax.lax.collapse(collectives.gather_tokens(plan, message), 0, 2)
             all_tokens, all_pairs = split_some(everyone, parts)
         with jax.named_scope("permute"):
             if tokens is not None:
@@ -82,14 +82,14 @@ class AllGather(Transport):
     def collect(self, rows, weights, scalars, maps, plan, *, ordered, recipe):
         assert rows is not None  # scalars alone are for transports that send them with weights
         with jax.named_scope("partial_sum"):
-            everyone = None if weights is None else collectives.gather_tokens(weights, plan)
+            everyone = None if weights is None else collectives.gather_tokens(plan, weights)
             rows = as_received(as_sent(rows, recipe), recipe, rows.shape[1])
             partial = partial_sums(rows, maps.pair_row, everyone)
         with jax.named_scope("exchange"):
-            total = collectives.reduce_scatter_tokens(partial, plan)
+            total = collectives.reduce_scatter_tokens(plan, partial)
             if scalars is None:
                 return Return(total, None, ())
-            summed = collectives.reduce_scatter_tokens(take_rows(scalars, maps.pair_row, absent=0), plan)
+            summed = collectives.reduce_scatter_tokens(plan, take_rows(scalars, maps.pair_row, absent=0))
             return Return(total, jnp.swapaxes(summed, 0, 1), ())
 
     def collect_adjoint(self, rows, weights, ct, maps, plan, *, ordered):
@@ -100,7 +100,7 @@ class AllGather(Transport):
             everyone = _everyone(ct.astype(plan.dtype), plan)  # rounded as rows are when they travel
             flat = jax.lax.collapse(everyone, 0, 2)
             everyone = everyone.astype(jnp.float32)
-            all_weights = collectives.gather_tokens(weights, plan).ravel()
+            all_weights = collectives.gather_tokens(plan, weights).ravel()
         with jax.named_scope("permute"):
             scale = take_rows(all_weights, maps.row_pair, absent=0)
             d_rows = take_rows(flat, token_of(maps.row_pair, plan.pairs_per_token), poison=plan.poison)
@@ -110,7 +110,7 @@ class AllGather(Transport):
                 for c in range(plan.pairs_per_token)
             ]
         with jax.named_scope("exchange"):
-            return d_rows, collectives.reduce_scatter_tokens(jnp.stack(dots, axis=-1), plan)
+            return d_rows, collectives.reduce_scatter_tokens(plan, jnp.stack(dots, axis=-1))
 
     # What it costs.
 
@@ -185,10 +185,10 @@ def _everyone(ct: Array, plan: Plan) -> Array:
     recipe = plan.backward_recipe
 
     def encoded(ct):
-        everyone = collectives.gather_tokens(as_sent(ct, recipe), plan)
+        everyone = collectives.gather_tokens(plan, as_sent(ct, recipe))
         flat = as_received(jax.lax.collapse(everyone, 0, 2), recipe, plan.hidden)
         return flat.reshape(*everyone.shape[:2], plan.hidden)
 
     if recipe is None:
-        return collectives.gather_tokens(ct, plan)
-    return differentiated_as(lambda ct: collectives.gather_tokens(ct.astype(jnp.float32), plan), encoded, ct)
+        return collectives.gather_tokens(plan, ct)
+    return differentiated_as(lambda ct: collectives.gather_tokens(plan, ct.astype(jnp.float32)), encoded, ct)

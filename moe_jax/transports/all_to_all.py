@@ -139,7 +139,10 @@ class AllToAll(Transport):
                 place = _place_of(maps.outbox_pair, plan)
                 pairs = take_rows(lax.collapse(pairs, 0, 2), place, poison=plan.poison)
             outbox, parts = join_some([tokens, pairs])
-        return deliver(outbox, parts, maps, plan.ep_axis, plan, ordered=ordered)
+        with jax.named_scope("exchange"):
+            num_slots = maps.inbox_row.shape[0] // plan.tp_size
+            inbox, note = maps.exchange.move(outbox, num_slots, plan.ep_axis, plan)
+        return deliver(inbox, parts, note, maps, plan, ordered=ordered)
 
     def inbox_order(self, maps):
         return InboxOrder(maps.row_inbox, maps.inbox_row)

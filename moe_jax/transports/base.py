@@ -195,7 +195,7 @@ class Transport(abc.ABC):
 
     def longest_list(self, manifest: Any, plan: Plan) -> Array:
         """The most rows that any rank of the group sends another in all rounds; the same on all ranks. i32 scalar."""
-        return collectives.max_over_ranks(jnp.max(jnp.sum(manifest.send_counts, axis=1)), plan)
+        return collectives.max_over(jnp.max(jnp.sum(manifest.send_counts, axis=1)), plan.exchange_axes)
 
     @abc.abstractmethod
     def open(self, manifest: Any, start: Array | int, capacity: int, plan: Plan, *, num_rows: int) -> Opened:
@@ -332,15 +332,13 @@ def register_transport(transport: Transport) -> None:
     add_transport(transport)
 
 
-# The end of the way that has inbox slots. ``maps``: has ``row_inbox``, ``inbox_row`` and ``exchange``.
+# The end of the way that has inbox slots. ``maps``: has ``row_inbox`` and ``inbox_row``.
 
 
-def deliver(outbox: Array, parts: Any, maps: Any, axes: tuple[str, ...], plan: Plan, *, ordered: bool) -> Delivery:
-    """The outbox over ``axes`` into the inbox slots of all tp ranks, and from there in the order of the experts."""
+def deliver(inbox: Array, parts: Any, note: Any, maps: Any, plan: Plan, *, ordered: bool) -> Delivery:
+    """What the exchange brought, with its note, on all tp ranks and, if ``ordered``, in the order of the experts."""
     with jax.named_scope("exchange"):
-        num_slots = maps.inbox_row.shape[0] // plan.tp_size
-        inbox, note = maps.exchange.move(outbox, num_slots, axes, plan)
-        inbox = collectives.gather_tp(inbox, plan)
+        inbox = collectives.gather_tp(plan, inbox)
     with jax.named_scope("permute"):
         rows = take_rows(inbox, maps.row_inbox, poison=plan.poison) if ordered else inbox
         token_rows, pair_rows = split_some(rows, parts)
@@ -355,7 +353,7 @@ def summed_slots(arrays: list[Array | None], maps: Any, plan: Plan, *, ordered: 
         if ordered:
             arrays = [None if x is None else take_rows(x, maps.inbox_row, poison=plan.poison) for x in arrays]
     with jax.named_scope("exchange"):
-        return [None if x is None else collectives.reduce_scatter_tp(x, plan) for x in arrays]
+        return [None if x is None else collectives.reduce_scatter_tp(plan, x) for x in arrays]
 
 
 # Rows in the form in which they travel.

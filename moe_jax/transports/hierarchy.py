@@ -113,7 +113,10 @@ class Hierarchy(Transport):
                 node_pairs = take_rows(node_pairs.reshape(-1, pairs.shape[2]), maps.outbox_pair, poison=plan.poison)
             outbox, parts = join_some([node_tokens, node_pairs])
         # 3. To the ranks of this node, and in the order of the experts.
-        return deliver(outbox, parts, maps, _inside(plan), plan, ordered=ordered)
+        with jax.named_scope("exchange"):
+            num_slots = maps.inbox_row.shape[0] // plan.tp_size
+            inbox, note = maps.exchange.move(outbox, num_slots, _inside(plan), plan)
+        return deliver(inbox, parts, note, maps, plan, ordered=ordered)
 
     def inbox_order(self, maps):
         return InboxOrder(maps.row_inbox, maps.inbox_row)

@@ -96,7 +96,7 @@ def minimal_layer(mesh: Mesh, plan: Plan, activation: Choice) -> Callable:
         # 2. Exchange. An expert of -1 marks a slot that no row came in.
         blocks = jnp.zeros((plan.ep_size * capacity, hidden), x.dtype).at[slot].set(x[order // plan.top_k], mode="drop")
         marks = jnp.full((len(blocks), 1), -1).at[slot, 0].set(expert[order] % local, mode="drop")
-        arrived, marks = (collectives.gather_tp(_exchange(plan, a), plan) for a in (blocks, marks))
+        arrived, marks = (collectives.gather_tp(plan, _exchange(plan, a)) for a in (blocks, marks))
         # 3. Rows by expert, through it, and back.
         marks = jnp.where(marks < 0, local, marks).reshape(-1)
         by_expert = jnp.argsort(marks, stable=True)
@@ -111,11 +111,11 @@ def minimal_layer(mesh: Mesh, plan: Plan, activation: Choice) -> Callable:
         there = jnp.arange(len(made)) < sizes.sum()
         made = jnp.where(there[:, None], made, jnp.zeros((), made.dtype))[jnp.argsort(by_expert)]
         # 4. Exchange back, and the weighted sum.
-        returned = _exchange(plan, collectives.reduce_scatter_tp(made, plan))
+        returned = _exchange(plan, collectives.reduce_scatter_tp(plan, made))
         weights = jnp.where(fits, routing.combine_weights.reshape(-1)[order], 0.0)[:, None]
         terms = weights * returned[jnp.where(fits, slot, 0)].astype(jnp.float32)
         y = jnp.zeros((len(x), hidden), jnp.float32).at[order // plan.top_k].add(terms)
-        return y.astype(x.dtype), collectives.sum_over_tokens(jnp.sum(~fits).astype(jnp.int32), plan)
+        return y.astype(x.dtype), collectives.sum_over(jnp.sum(~fits).astype(jnp.int32), plan.token_axes)
 
     return _mapped_layer(mesh, plan, shard)
 
@@ -135,15 +135,15 @@ def one_hot_layer(mesh: Mesh, plan: Plan, activation: Choice) -> Callable:
     def shard(params, x):
         dispatched, combined = _one_hot(params, x, plan, capacity)
         sent = jnp.einsum("tec,th->ech", dispatched, x)  # [E, C, H], experts of rank 0 first
-        arrived = collectives.gather_tp(_exchange(plan, sent.reshape(-1, hidden)), plan)
+        arrived = collectives.gather_tp(plan, _exchange(plan, sent.reshape(-1, hidden)))
         rows = arrived.reshape(-1, local, capacity, hidden).swapaxes(0, 1).reshape(local, -1, hidden)
         rows = batched_ffn(params, rows, activation)
         rows = rows.reshape(local, -1, capacity, hidden).swapaxes(0, 1).reshape(-1, hidden)
-        returned = _exchange(plan, collectives.reduce_scatter_tp(rows, plan))
+        returned = _exchange(plan, collectives.reduce_scatter_tp(plan, rows))
         y = jnp.einsum("tec,ech->th", combined, returned.reshape(sent.shape), preferred_element_type=jnp.float32)
         wanted = x.shape[0] * plan.top_k
         dropped = wanted - jnp.sum(dispatched, dtype=jnp.float32).astype(jnp.int32)
-        return y.astype(x.dtype), collectives.sum_over_tokens(dropped, plan)
+        return y.astype(x.dtype), collectives.sum_over(dropped, plan.token_axes)
 
     return _mapped_layer(mesh, plan, shard)
 
@@ -173,8 +173,8 @@ def all_experts_layer(mesh: Mesh, plan: Plan, activation: Choice) -> Callable:
         routing = route(router_logits(params, x), RouterConfig(), top_k=plan.top_k)
         chosen = jax.nn.one_hot(routing.expert_ids, plan.num_experts, dtype=jnp.float32)
         weights = jnp.einsum("tke,tk->te", chosen, routing.combine_weights)
-        everyone = collectives.gather_tokens(x, plan)  # [D, T, H]
-        weights = collectives.gather_tokens(weights, plan).reshape(-1, plan.num_experts)
+        everyone = collectives.gather_tokens(plan, x)  # [D, T, H]
+        weights = collectives.gather_tokens(plan, weights).reshape(-1, plan.num_experts)
         mine = jax.lax.dynamic_slice_in_dim(weights, collectives.ep_rank(plan) * local, local, 1)
         tokens = everyone.reshape(-1, plan.hidden)
 
@@ -187,8 +187,8 @@ def all_experts_layer(mesh: Mesh, plan: Plan, activation: Choice) -> Callable:
         inner = (inner * mine.T[..., None]).astype(x.dtype)
         down = params["w_down"].astype(x.dtype)
         total = jnp.einsum("lnf,lfh->nh", inner, down, preferred_element_type=jnp.float32)
-        y = collectives.reduce_scatter_tokens(total.reshape(everyone.shape), plan)
-        return y.astype(x.dtype), collectives.sum_over_tokens(_compat.as_varying(jnp.int32(0), plan.token_axes), plan)
+        y = collectives.reduce_scatter_tokens(plan, total.reshape(everyone.shape))
+        return y.astype(x.dtype), collectives.sum_over(_compat.as_varying(jnp.int32(0), plan.token_axes), plan.token_axes)
 
     return _mapped_layer(mesh, plan, shard)
 
