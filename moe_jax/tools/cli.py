@@ -218,7 +218,9 @@ def _add_stragglers(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--out", metavar="FILE", help="write the waits of all steps, as JSON")
     parser.add_argument("--picture", metavar="FILE", help="draw both parts of the waits: .png, .svg or .pdf")
     _add_distributed(parser)
-    _add_mesh_and_json(parser)
+    mesh = "axes ep and nodes: all devices are ranks (default: CONFIG's, or ep=8)"
+    parser.add_argument("--mesh", metavar="ep=8", help=mesh)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(command=functools.partial(_stragglers, parser))
 
 

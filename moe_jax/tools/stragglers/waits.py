@@ -8,7 +8,7 @@ import numpy as np
 
 from moe_jax.elastic.wait_matrix import check_waits
 from moe_jax.errors import DataError, MoEError
-from moe_jax.tools.train.atomic import atomic_write
+from moe_jax.host.atomic import atomic_write
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
