@@ -48,15 +48,16 @@ def draw_waits(ready: np.ndarray, travel: np.ndarray, where: str, found: Sequenc
     off = ~np.eye(len(ready), dtype=bool)
     shown = [np.where(off, np.maximum(part, 1.0) / 1e3, np.nan) for part in (ready, travel)]  # 1 us is as good as 0
     limits = {"vmin": min(np.nanmin(part) for part in shown), "vmax": max(np.nanmax(part) for part in shown)}
-    titles = ("until it was ready", "while its block travelled")
+    titles, images = ("until it was ready", "while its block travelled"), []
     for axes, part, title in zip(figure.subplots(1, 2, sharey=True), shown, titles, strict=True):
         image = axes.imshow(part, norm="log", cmap="magma", interpolation="nearest")
         image.set_clim(**limits)
+        images.append(image)
         axes.set(title=title, xlabel="rank that is waited for")
         for axis in (axes.xaxis, axes.yaxis):
             axis.get_major_locator().set_params(integer=True)
     figure.axes[0].set_ylabel("rank that waits")
-    figure.colorbar(image, ax=figure.axes, label="ms in a step, median over steps")
+    figure.colorbar(images[-1], ax=figure.axes, label="ms in a step, median over steps")
     verdict = "\n".join(str(one) for one in found[:4]) or "no rank and no link stands out"
     figure.suptitle(f"moe_jax stragglers: {where}\n{verdict}", parse_math=False, fontsize=9)
     return figure
