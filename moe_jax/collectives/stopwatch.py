@@ -109,10 +109,11 @@ _timed.defvjp(lambda *args: (_timed(*args), None), _timed_backward)
 def _read_clock(me: Array, group: Array, after: Array | tuple[Array, ...]) -> Array:
     """The host's clock in microseconds, modulo 2^31, read once ``after`` is there; a reading of this rank's own."""
 
-    def read(*_):
+    def read(_):
         return np.int32((time.monotonic_ns() - _START) // 1000 & _CLOCK_MASK)
 
-    return jax.pure_callback(read, _SCALAR, me, group, rendezvous.probe(after), vmap_method="sequential")
+    # One operand, because JAX makes an array of each.
+    return jax.pure_callback(read, _SCALAR, rendezvous.probe((me, group, after)), vmap_method="sequential")
 
 
 def _meet(reading: Array, axes: tuple[str, ...]) -> Array:
