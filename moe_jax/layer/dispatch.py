@@ -71,8 +71,8 @@ def dispatch(
       smooth_scales: f32 factors of the rows before they are quantised: [1], [H], or [E, H], a row per expert; with
         shared experts on ranks of their own [Ns + E, H], those first. The same on all ranks. "int8_static" needs it.
       token_mask: [T] or [T, K] bool; false = the token, or the pair, goes nowhere.
-      rank_table: [4 + 2 * ep] i32, who is alive; see ``make_rank_table``. Then expert ids count the experts of the
-        ranks that are left, and rows come by logical source rank. Removed ranks send and get nothing.
+      rank_table: [4 + 2 * ep] i32, who is left; see ``make_rank_table``. Then expert ids count the experts of the ranks
+        that are left, and rows come by logical source rank. Removed ranks send and get nothing.
       window: what ``make_receive_window`` returned, or the last dispatch; donate it. Arrivals are written into it. A
         pair for a rank whose window is at another step is not sent, and counted in ``stats.num_stale``. Slots past
         what ``window.counts`` says may hold what older steps left.

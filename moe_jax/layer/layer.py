@@ -89,7 +89,7 @@ def moe_layer(
       table: [E_logical, F] i32, the instances of each logical expert, see ``update_expert``. Then the router scores
         logical experts (E' = E_logical plus the weightless ones), and ``plan.num_experts`` counts instances.
       balance: "rank" or "token", how the instances of an expert share its tokens; read with ``table`` only.
-      rank_table: [4 + 2 * ep] i32, who is alive, see ``dispatch``: tokens of removed ranks get nothing from routed
+      rank_table: [4 + 2 * ep] i32, who is left, see ``dispatch``: tokens of removed ranks get nothing from routed
         experts. Without ``table`` the router must not choose the experts that are gone; choices that do are dropped.
       chunks: a divisor of T. The tokens pass in this many chunks, each with its share of ``plan.pair_capacity``, and
         no chunk waits for another: while one is multiplied, the next can travel. Values are those of chunks=1, except

@@ -93,7 +93,7 @@ def update_expert(
 def instances_of(
     expert_ids: jax.Array, table: jax.Array, rank: int | jax.Array, ep_size: int, balance: str
 ) -> jax.Array:
-    """The ids of ``update_expert``, of arguments that have been checked."""
+    """The ids of ``update_expert``, for checked arguments."""
     table = jnp.asarray(table)  # a NumPy array cannot be indexed by a traced one
     num_experts, width = table.shape
     known = (expert_ids >= 0) & (expert_ids < num_experts)
