@@ -146,6 +146,7 @@ def _collect(plan: Plan, rows, places):
 
 
 def _collect_backward(plan: Plan, places, cts):
+    # d_rows[m] = ct_k[t], where row m is that of pair (t, k)    # [M, H] from K arrays [T, H]
     return _rows_of_pairs(plan, jnp.stack(cts, axis=1), places), None
 
 
@@ -164,10 +165,12 @@ def _pairs_of_rows(plan: Plan, rows, places):
     return take_rows(rows, places.pair_row, absent=0)
 
 
+# d_pairs[t, k] = ct[row of (t, k)], zero where there is no row    # [T, K, ...] from [M, ...]
 _rows_of_pairs.defvjp(
     lambda plan, pairs, places: (_rows_of_pairs(plan, pairs, places), places),
     lambda plan, places, ct: (_pairs_of_rows(plan, ct, places), None),
 )
+# d_rows[m] = ct[t, k], where row m is that of pair (t, k)    # [M, ...] from [T, K, ...]
 _pairs_of_rows.defvjp(
     lambda plan, rows, places: (_pairs_of_rows(plan, rows, places), places),
     lambda plan, places, ct: (_rows_of_pairs(plan, ct, places), None),

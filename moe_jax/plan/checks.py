@@ -197,7 +197,8 @@ def product_violations(
         back = known["combine_quant"]
         values["comm_quant_mode"] = (f"combine_quant={back!r}", _COMBINE_MODES.get(back, -1))
     for operator in ("moe_distribute_dispatch_v4", "moe_distribute_combine_v4"):
-        limits = PRODUCTS[product][operator].under("hierarchy" if transport == "hierarchy" else "")
+        # Of CANN's algorithms only "hierarchy" has the name of a transport: all others have the limits of its default.
+        limits = PRODUCTS[product][operator].under(transport)
         for quantity, legal in {**ANY[operator].values, **limits.values}.items():
             what, value = values.get(quantity, ("", None))
             if value is not None and not legal.allows(value):

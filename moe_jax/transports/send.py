@@ -247,6 +247,7 @@ def _carry_forward(transport, num_rows, x, smooth, handle):
 
 
 def _carry_backward(transport, num_rows, residuals, ct):
+    # d_x [T, H] and d_smooth from ct [num_rows, H]: those of ``_send_backward``
     d_x, _, d_smooth, *_ = _send_backward(transport, None, True, residuals, Sent(ct, None, None, None))
     return d_x, d_smooth, None
 
