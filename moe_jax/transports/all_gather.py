@@ -6,8 +6,9 @@ import jax.numpy as jnp
 from moe_jax import collectives, layout
 from moe_jax.derivatives import differentiated_as, take_rows
 from moe_jax.plan import Plan
-from moe_jax.plan.cost import WIDE, recoded, rounds_step, row_bytes
+from moe_jax.plan.layer_steps import rounds_step
 from moe_jax.plan.moments import Held
+from moe_jax.plan.size import WIDE, recoded, row_bytes
 from moe_jax.plan.steps import COMBINE, DISPATCH, ROUTE, Collective, Step
 from moe_jax.quant.message import join_some, split_some
 from moe_jax.transports.base import (

@@ -20,8 +20,8 @@ from moe_jax import _compat, collectives, layout
 from moe_jax.collectives.exchange import Blocks, Chunks, Exchange, Receiving, Slices
 from moe_jax.derivatives import custom_gradient, take_rows
 from moe_jax.plan import Plan
-from moe_jax.plan.cost import WIDE, recoded, row_bytes, unplaced_bytes
 from moe_jax.plan.moments import Held
+from moe_jax.plan.size import WIDE, recoded, row_bytes, unplaced_bytes
 from moe_jax.plan.steps import COMBINE, DISPATCH, ROUTE, Collective, Step
 from moe_jax.quant.message import join_some, split_some
 from moe_jax.transports import linear

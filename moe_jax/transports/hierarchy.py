@@ -25,7 +25,8 @@ from moe_jax import _compat, collectives, layout
 from moe_jax.collectives.exchange import Blocks, Chunks, Exchange
 from moe_jax.derivatives import take_rows
 from moe_jax.plan import Plan
-from moe_jax.plan.cost import WIDE, recoded, rounds_step, row_bytes, unplaced_bytes
+from moe_jax.plan.layer_steps import rounds_step
+from moe_jax.plan.size import WIDE, recoded, row_bytes, unplaced_bytes
 from moe_jax.plan.steps import COMBINE, DISPATCH, ROUTE, Collective, Step
 from moe_jax.quant.message import join_some, split_some
 from moe_jax.transports import linear

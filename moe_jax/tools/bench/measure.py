@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from moe_jax.layer.experts import is_gated
-from moe_jax.plan.cost import row_bytes
+from moe_jax.plan.size import row_bytes
 from moe_jax.tools.bench.check import check_agreement, check_layer, check_limit
 from moe_jax.tools.bench.memory import HEAVY, free_bytes, give_back_freed_memory
 from moe_jax.tools.bench.programs import LAYER, LIMIT, PASSES, Program, Setting, compile_programs

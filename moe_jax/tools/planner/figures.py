@@ -102,6 +102,7 @@ def memory_of(question: Question, plan: Plan, layers: int, chunks: int = 1) -> M
     moe_config, terms = question.config.moe, question.terms
     return plan.memory(
         **moe_config.widths,
+        weigh_inputs=moe_config.weigh_inputs,
         layers=layers,
         optimizer=terms.optimizer,
         remat=terms.remat,
