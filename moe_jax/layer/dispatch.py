@@ -167,7 +167,14 @@ def dequantize(dispatched: Dispatched) -> Array:
 
 
 def make_receive_window(plan: Plan, *, with_weights: bool = False) -> Window:
-    """An empty window for ``dispatch(..., window=)`` on one device; ``with_weights`` if it is given combine_weights."""
+    """An empty window for ``dispatch(..., window=)`` on one device; ``with_weights`` if it is given combine_weights.
+
+    >>> import moe_jax as moe
+    >>> moe.emulate_devices(2)  # leave this out where there are accelerators
+    >>> plan = moe.make_plan(moe.make_mesh(ep=2), tokens_per_rank=4, hidden=8, num_experts=4, top_k=2)
+    >>> moe.make_receive_window(plan).data.shape  # 2 choices of 4 tokens from each of 2 ranks, 8 numbers each
+    (16, 8)
+    """
     check_type("plan", plan, Plan, "build one with moe_jax.make_plan(...)")
     part = _message_part(plan, with_weights)
     return make_window(plan.ep_size * plan.dispatch_capacity, part.width, part.dtype, plan.ep_size)
