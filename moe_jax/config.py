@@ -336,10 +336,16 @@ class Config(_Checked):
 
 
 def load_config(path: str | Path) -> Config:
-    """Reads a TOML file with the sections [mesh], [moe], [router], [model], [train], [balance]; only [moe] is required.
+    r"""Reads a TOML file with the sections [mesh], [moe], [router], [model], [train], [balance]; only [moe] is required.
 
     Raises:
       ConfigError: the file is unreadable or not TOML; a section or key is unknown or missing; a value breaks a rule.
+
+    >>> import pathlib, tempfile, moe_jax as moe
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "layer.toml"
+    >>> _ = path.write_text("[moe]\nnum_experts = 8\ntop_k = 2\nffn = 64\n")
+    >>> moe.load_config(path).moe.top_k
+    2
     """
     if not isinstance(path, str | os.PathLike):
         raise ConfigError(f"path={path!r} is a {type(path).__name__}; give the path of a TOML file")

@@ -145,6 +145,7 @@ def _returned_forward(axes, num_rows, ct, *integers):
 
 
 def _returned_backward(axes, num_rows, residuals, ct):
+    # d_ct = ct, every row sent the way of the exchange again    # [M, ...] from [num_rows, ...]
     extent, integers = residuals
     empty = jnp.zeros_like(ct, shape=(len(extent), *ct.shape[1:]))
     # Rows of ``ct`` that no slice reaches were constants: the exchange sends none of them.

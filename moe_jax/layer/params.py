@@ -240,7 +240,7 @@ def extents_of(
     on_device: bool = False,
     router_hidden: int | None = None,
 ) -> dict[str, int]:
-    """The extent of every axis in the table, but for the widths of experts, which a plan does not know.
+    """The extent of every axis in the table, except the widths of experts, which a plan does not know.
 
     Args:
       num_logical_experts: the experts that the router scores beside the weightless ones; None: it scores instances.

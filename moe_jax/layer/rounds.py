@@ -54,7 +54,7 @@ def routed_sum(
     Returns:
       ([T, H] fp32, i32 pairs of this device that were dropped, i32 rounds of the chunk that took most).
     """
-    if not plan.num_pairs:  # no device has a token: nothing moves
+    if not plan.num_pairs:  # no device has a token, so nothing moves
         return jnp.zeros_like(weights, shape=(0, plan.hidden)), jnp.zeros((), jnp.int32), jnp.ones((), jnp.int32)
     tokens = plan.tokens_per_rank // chunks
     chunk_plan = plan

@@ -1,4 +1,4 @@
-"""The linear maps that the derivatives of sending and collecting are made of: rows of floats, unweighted.
+"""The linear maps that the derivatives of sending and collecting are made of. They move rows of floats, unweighted.
 
 ``send`` and ``collect`` are each other's adjoint, and the rules of ``send_rows`` and ``collect_rows`` are made of them.
 They move rows as a ``recipe`` rounds them, which counts as identity. Static arguments come first.
@@ -87,7 +87,7 @@ def _collect_backward(transport, plan: Plan, ordered, recipe, residuals, cts):
     rows, maps = residuals
     ct, ct_scalars = cts
     if rows is None:
-        # A token of no width carries the scalars.
+        # Tokens of width zero are sent, since scalars travel beside tokens.
         tokens = jnp.zeros_like(ct_scalars, shape=(ct_scalars.shape[1], 0))
         return None, send(transport, plan, ordered, None, tokens, None, ct_scalars, maps)[1], None
     ct = ct.astype(rows.dtype)  # as rows are rounded when they travel
