@@ -67,9 +67,9 @@ def test_the_count_by_hand(monkeypatch):
     assert not frames
 
 
-# Two of the 13 frames in the layer are the machinery of derivatives.
-@pytest.mark.parametrize("transport,most", [("padded", 138), ("allgather", 130)])
-def test_the_way_of_a_row_is_short(monkeypatch, transport, most):
+# Two of these frames are the machinery of derivatives, and three with "allgather", whose exchange has one of its own.
+@pytest.mark.parametrize("transport,most,deepest", [("padded", 118, 11), ("allgather", 110, 12)])
+def test_the_way_of_a_row_is_short(monkeypatch, transport, most, deepest):
     mesh = mesh_of(8, 1)
     sizes = {"tokens_per_rank": TOKENS, "hidden": HIDDEN, "num_experts": 16, "top_k": 4, "dtype": "float32"}
     plan = moe.make_plan(mesh, **sizes, transport=transport)
@@ -77,9 +77,9 @@ def test_the_way_of_a_row_is_short(monkeypatch, transport, most):
     params, x = jax.eval_shape(init, jax.random.key(0)), jax.ShapeDtypeStruct((8 * TOKENS, HIDDEN), "float32")
     entered, frames = trace(monkeypatch, apply, params, x)
     assert 100 < len(entered) <= most, sorted(code.co_qualname for code in entered)
-    assert 0 < frames[0] <= 13
+    assert 0 < frames[0] <= deepest
 
     ids = jax.ShapeDtypeStruct((8 * TOKENS, 4), "int32")
     sent = jax.shard_map(lambda x, ids: moe.dispatch(x, ids, plan).x, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
     _, frames = trace(monkeypatch, sent, x, ids)
-    assert 0 < frames[0] <= 12
+    assert 0 < frames[0] <= 10

@@ -124,7 +124,7 @@ def _moved(leaf: Array, moves: Moves, *, mesh: Mesh, spec: PartitionSpec) -> Arr
         result = jnp.take(leaf, moves.at_home[0], axis=0, mode="clip")
         if not axes:
             return result
-        num_ranks, num_slots, size = _compat.group_size(axes), len(leaf), leaf[0].size
+        num_ranks, num_slots, size = lax.axis_size(axes), len(leaf), leaf[0].size
         piece = -(-size // num_ranks)
 
         def turn(t: Array, result: Array) -> Array:

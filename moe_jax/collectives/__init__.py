@@ -12,7 +12,6 @@ from moe_jax.collectives.exchange import (
     Receiving,
     Slices,
     TimedBlocks,
-    group_size,
 )
 from moe_jax.collectives.group import (
     check_axes,
@@ -49,7 +48,6 @@ __all__ = [
     "gather_sizes",
     "gather_tokens",
     "gather_tp",
-    "group_size",
     "max_over",
     "ragged_all_to_all",
     "ragged_exchange",
