@@ -11,6 +11,7 @@ from moe_jax.balance import Placement, expected_imbalance, migrate, rebalance, s
 from moe_jax.collectives import ragged_all_to_all
 from moe_jax.config import RouterConfig, load_config
 from moe_jax.elastic.rank_table import make_rank_table
+from moe_jax.elastic.wait_matrix import Straggler, find_stragglers
 from moe_jax.errors import MoEError
 from moe_jax.fused import all_to_allv_grouped_matmul, grouped_matmul_all_to_allv
 from moe_jax.hlo.contract import Contract, assert_hlo_contract, hlo_contract
@@ -45,6 +46,7 @@ __all__ = [
     "Plan",
     "RouterConfig",
     "Routing",
+    "Straggler",
     "TargetReport",
     "Window",
     "abstract_params",
@@ -62,6 +64,7 @@ __all__ = [
     "emulate_devices",
     "errors",
     "expected_imbalance",
+    "find_stragglers",
     "grouped_matmul",
     "grouped_matmul_all_to_allv",
     "hlo_contract",

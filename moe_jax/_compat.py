@@ -13,7 +13,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 from jax import lax
-from jax._src import distributed, xla_bridge  # no public way to ask whether the back ends are up, nor for what follows
+from jax._src import distributed, xla_bridge  # JAX has no public way to ask what is asked here
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -35,8 +35,9 @@ def exportable(cls: Class, *, to_json: Callable | None = None, from_json: Callab
     """Lets ``jax.export`` write and read programs that take or return ``cls``, a pytree or a NamedTuple.
 
     ``to_json`` and ``from_json`` turn what is static in an instance (its auxiliary data) into plain values of JSON and
-    back; without them an instance has nothing static. A class of somebody else that is defined again, as in a cell of
-    a notebook that is run again, is what it was but for export: JAX keeps the first class of a name.
+    back; without them an instance has nothing static. Where a class is defined a second time, as when a cell of a
+    notebook is run again, the second one works as the first did, but cannot be exported: JAX keeps the first class that
+    it was given under a name.
     """
     package = cls.__module__.partition(".")[0]
     name = f"{package}.{cls.__name__}"
@@ -82,13 +83,13 @@ def backends_are_initialized() -> bool:
 
 
 def process_place() -> tuple[int, int]:
-    """The number of this process and how many there are. JAX's own functions would start the devices to tell."""
+    """The number of this process, and how many there are. JAX's own functions would start the devices to find out."""
     state = distributed.global_state
     return state.process_id or 0, state.num_processes or 1
 
 
 def config_value(name: str) -> Any:
-    """The value of a setting of JAX, which makes its settings attributes of ``jax.config`` when it starts."""
+    """The value of a setting of JAX: an attribute that ``jax.config`` gets at run time, unknown to type checkers."""
     return getattr(jax.config, name)
 
 
@@ -115,7 +116,7 @@ def lay_out(x: jax.Array, mesh: Any, spec: PartitionSpec) -> jax.Array:
 
 
 def unsplit(x: Any, mesh: Any) -> Any:
-    """``x`` split along no Explicit axis of ``mesh``, so that JAX slices it and changes its shape without asking."""
+    """``x`` replicated along Explicit axes of ``mesh``, so that JAX slices and reshapes it and asks for no layout."""
     return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec())) if explicit_axes(mesh) else x
 
 
@@ -191,10 +192,10 @@ def as_varying_alike(tree: Any, axes: Any) -> Any:
 def vary_as_operands(*but: str) -> Callable[[Callable], Callable]:
     """A decorator for functions that communicate: a result varies over an axis of size 1 only if an operand does.
 
-    Between its collectives such a function types everything as varying over all axes of the plan. What leaves the
-    function has the types of its operands again. So the specs of a ``shard_map`` may name an axis along which nothing
-    can differ, or leave it out, and a result has the type that the carry of a loop, or a cotangent, has. Over axes of
-    more than one device results vary as they must.
+    Between its collectives such a function types everything as varying over all axes of the plan. Its results get the
+    types of its operands again. So the specs of a ``shard_map`` may name an axis along which nothing can differ, or
+    leave it out; and a result can be the carry of a loop or a cotangent, whose types must be those of the operands.
+    Over axes of more than one device results vary as they must.
 
     Args:
       but: names of arguments that do not count. (Results of ``combine`` vary as tokens do, wherever its rows are.)
@@ -230,8 +231,8 @@ def drop_unit_axes(tree: Any, kept: Any = ()) -> Any:
     return jax.tree.map(narrow, tree)
 
 
-# JAX itself goes from varying to invariant only by collectives, and the transpose of its step back is a collective too.
-# This primitive does both for axes of size 1 without one.
+# JAX itself makes a varying value invariant only by a collective, and the transpose of the way back is a collective
+# too. For axes of size 1 this primitive goes both ways without a collective.
 _retype_unit_axes_p = Primitive("retype_unit_axes")
 mlir.register_lowering(_retype_unit_axes_p, lambda context, x, axes, varying: [x])
 batching.defvectorized(_retype_unit_axes_p)
@@ -250,7 +251,7 @@ def _retyped(x, *, axes, varying):
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """``lax.empty``. JAX's own gives every member of a ``vmap`` a buffer, so that what is the same for all is not."""
+    """``lax.empty``. Under ``vmap`` JAX's own gives each member a buffer, also where one would serve all members."""
     return _empty_p.bind(shape=shape, dtype=jnp.dtype(dtype))
 
 
@@ -268,7 +269,7 @@ def on_one_device(aval: Any) -> Any:
 
 @contextlib.contextmanager
 def lowering_for(platform: str | None) -> Iterator[None]:
-    """Around the lowering of a kernel that is the same for every GPU.
+    """A context for the lowering of a kernel that is the same for every GPU.
 
     A program may be lowered here for GPUs that are elsewhere. JAX 0.12 then has to be told the kind of those GPUs,
     although the kernel is the same for all kinds.

@@ -22,7 +22,8 @@ class Activation(NamedTuple):
     Attributes:
       function: (gate, up) -> hidden if gated, else (up) -> hidden, elementwise; fp32 to fp32.
       gated: whether experts have a second projection, the gate.
-      fusible: whether the kernels of GPUs can make it with the projections: what Triton knows, of gated experts.
+      fusible: whether the kernels of GPUs can compute it in the same kernel as the projections. They can where it is
+        gated and consists of functions that Triton has.
     """
 
     function: Callable[..., Array]
@@ -44,7 +45,7 @@ class ClampedSwiGLU:
       shift: what is added to u.
 
     Raises:
-      InvalidArgumentError: an attribute is no such number.
+      InvalidArgumentError: ``limit`` is not above 0, or an attribute is not a number.
 
     >>> import jax.numpy as jnp, moe_jax as moe
     >>> float(moe.ClampedSwiGLU(limit=2.0, alpha=0.0, shift=0.0)(jnp.float32(8.0), jnp.float32(-3.0)))  # 2 * 0.5 * -2
@@ -106,7 +107,7 @@ Choice = str | Callable[..., Array]  # a name in ``TABLE``, a ClampedSwiGLU, or 
 
 
 def activation_of(activation: Choice) -> Activation:
-    """What an argument ``activation`` that ``check_activation`` lets pass stands for."""
+    """The row of the table for an ``activation`` that ``check_activation`` has let pass; for a function a new row."""
     if isinstance(activation, str):
         return TABLE[activation]
     return Activation(activation, _num_inputs(activation) == 2, fusible=isinstance(activation, ClampedSwiGLU))
@@ -133,7 +134,7 @@ def check_activation(activation: Choice, name: str = "activation") -> None:
 
 
 def _num_inputs(function: Callable) -> int | None:
-    """How many arguments without a default the function has; None if nobody can say."""
+    """How many arguments without a default the function has; None if that cannot be told, or one goes by name only."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):

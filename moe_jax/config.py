@@ -129,6 +129,7 @@ class MoEConfig(_Checked):
       expert_scale, weigh_inputs: as for `moe_on_mesh`.
       transport, overflow, capacity_factor, backend: as for `make_plan`.
       balance_loss, z_loss: weights of the router's losses in the training loss.
+      sequence_balance_loss: weight of the balance loss of each sequence (DeepSeek-V3), whose sequences are windows.
       bias_update_rate: step of the selection bias, where the router has one.
     """
 
@@ -148,6 +149,7 @@ class MoEConfig(_Checked):
     backend: str = "auto"
     balance_loss: float = 0.01
     z_loss: float = 0.001
+    sequence_balance_loss: float = 0.0
     bias_update_rate: float = 0.001
 
     @property
@@ -162,7 +164,8 @@ class MoEConfig(_Checked):
 
     def _violations(self) -> typing.Iterator[str]:
         yield from _positive(self, "num_experts", "top_k", "ffn", "shared_ffn", "capacity_factor")
-        yield from _not_negative(self, "num_shared_experts", "balance_loss", "z_loss", "bias_update_rate")
+        losses = ("balance_loss", "z_loss", "sequence_balance_loss")
+        yield from _not_negative(self, "num_shared_experts", *losses, "bias_update_rate")
         yield from _choice(self, "activation", ACTIVATIONS)
         if self.shared_activation is not None:
             yield from _choice(self, "shared_activation", ACTIVATIONS)

@@ -35,7 +35,7 @@ Result = TypeVar("Result")
 
 
 class custom_gradient(Generic[Arguments, Result]):
-    """A function with a backward pass of its own, like ``jax.custom_vjp`` but for what stands above.
+    """A function with a backward pass of its own: ``jax.custom_vjp`` for every mode, as the text of this module says.
 
     Every operand that has a derivative is first typed as varying over all mesh axes over which any operand varies. The
     transpose of that step is a sum over the ranks, so JAX itself sums the cotangents of operands that are replicated.
@@ -165,10 +165,10 @@ def take_rows(rows: Array, index: Array, *, absent: float | None = None, poison:
       rows: [N, ...].
       index: any shape, i32.
       absent: what stands where the index is -1; None: anything, which nobody may read.
-      poison: with ``absent=None``, NaN (of integers the largest) stands there, to prove that nobody reads it.
+      poison: with ``absent=None``, NaN (or the largest integer) stands there, to prove that nobody reads it.
 
     Returns:
-      [*index.shape, ...]. Rows that are not there have no derivative.
+      [*index.shape, ...]. What stands in for an absent row has no derivative.
     """
     if absent is None and poison:
         absent = poison_of(rows.dtype)
@@ -184,7 +184,7 @@ def take_rows(rows: Array, index: Array, *, absent: float | None = None, poison:
 
 
 def poison_of(dtype) -> float | int:
-    """What stands where nobody may read under ``poison``: NaN, or the largest integer."""
+    """The value that ``poison`` puts where nobody may read: NaN, or the largest integer."""
     return jnp.nan if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).max
 
 
@@ -204,7 +204,7 @@ def _take_backward(num_rows, index, ct):
 _take.defvjp(lambda num_rows, rows, index: (_take(num_rows, rows, index), index), _take_backward)
 
 
-# The linear map from tangents to tangents. It is known by its transpose: the backward pass.
+# The linear map from tangents of the operands to those of the result. It is given by its transpose, the backward pass.
 
 
 def _is_smooth(leaf: Any) -> bool:
@@ -322,7 +322,7 @@ def _differentiate_linear(primals, tangents, *, pull):
 
 
 def _batch_linear(values, axes, *, pull):
-    """Maps a batch of residuals and tangents: a linear map whose backward pass is the one here under ``jax.vmap``."""
+    """The rule for ``jax.vmap``: the linear map of a batch, whose backward pass is the given one under ``jax.vmap``."""
     # 1. The batch comes first in every operand that has one; tangents without one are repeated.
     size = next(value.shape[axis] for value, axis in zip(values, axes, strict=True) if axis is not None)
     values = [v if axis is None else jnp.moveaxis(v, axis, 0) for v, axis in zip(values, axes, strict=True)]

@@ -51,7 +51,7 @@ class MissingArgumentError(MoEError, TypeError):
 
 
 class UnexpectedArgumentError(MoEError, TypeError):
-    """An argument was given that the function does not take, or does not take in this way."""
+    """An argument was given that the function does not take, or that it takes only by position or only by name."""
 
 
 class MeshError(MoEError, ValueError):
@@ -87,7 +87,7 @@ class CheckpointError(MoEError, OSError):
 
 
 def raise_all(violations: Sequence[str], what: str, error: type[MoEError] = InvalidArgumentError) -> None:
-    """Raises one ``error`` that lists every entry of ``violations``; returns when there are none."""
+    """Raises one ``error`` that lists all ``violations``; returns where there are none."""
     if not violations:
         return
     if len(violations) == 1:

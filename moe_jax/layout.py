@@ -1,4 +1,4 @@
-"""Integer bookkeeping: from destinations to counts, offsets and permutations. No floats, no collectives.
+"""Integers alone: from destinations to counts, offsets and permutations. No floats, no collectives.
 
 A *pair* is a (token, choice) that may travel. Its *destination* is a flat expert slot, rank * L + local expert, or -1
 if it stays where it is. The pairs of one rank, sorted by destination and then by flat index, form one list for each
@@ -12,8 +12,8 @@ There are three kinds of addresses:
 
 Everything is i32 and takes O(n + E * W) memory for n pairs, E experts and W ranks. Look-ups and running sums compare
 every number with every other instead of searching in a loop: on an accelerator the launch of an operation costs more
-than the arithmetic on so few numbers, and all comparisons are one fused operation there. On a CPU the comparisons of n
-pairs with E experts, and of M rows with their blocks, pass through memory. They take 4 bytes each, which is little
+than the arithmetic on so few numbers, and all comparisons are one fused operation there. On a CPU the results of
+comparing n pairs with E experts, and M rows with their blocks, pass through memory. Each takes 4 bytes, which is little
 beside a row of activations.
 """
 
@@ -94,7 +94,7 @@ class GatherMaps(NamedTuple):
 
 
 def exclusive_cumsum(sizes: Array) -> Array:
-    """Where each block starts if the blocks of the last axis are laid end to end: the sum of all sizes before it.
+    """Where each block starts if the blocks along the last axis lie end to end: the sum of the sizes before it.
 
     [..., B] -> [..., B].
     """
@@ -171,7 +171,7 @@ def clip_to_stretch(lists: Array, start: Array | int, capacity: Array | int) -> 
 
     Args:
       lists: [..., L] the sizes of the blocks that each list consists of, one behind the other.
-      start, capacity: the stretch, the same for every list, or one that broadcasts to ``lists``.
+      start, capacity: the stretch: one for all lists, or arrays that broadcast to ``lists``.
 
     Returns:
       (first, sizes), both [..., L]: where the part of each block begins inside the stretch, and how long it is.

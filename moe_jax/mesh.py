@@ -58,7 +58,7 @@ def ensure_devices(num_devices: int) -> None:
 
 
 def has_accelerator() -> bool:
-    """Whether JAX runs on something else than the CPU, or would if it started. Asking does not start it."""
+    """Whether JAX runs on something else than the CPU, or would do so once it is started. Asking does not start it."""
     if _compat.backends_are_initialized():
         return jax.default_backend() != "cpu"
     platforms = _compat.config_value("jax_platforms")
@@ -123,7 +123,7 @@ def make_mesh(
 
 
 def mesh_violations(mesh: Mesh | AbstractMesh) -> list[str]:
-    """Empty if ``mesh`` is a mesh of which no axis is empty; else the rule that it breaks."""
+    """The rules that ``mesh`` breaks: it must be a mesh, and none of its axes may be empty."""
     remedy = "build the mesh with moe_jax.make_mesh(ep=..., tp=...), or with jax.sharding.Mesh"
     if not isinstance(mesh, (Mesh, AbstractMesh)):
         return [f"mesh={textwrap.shorten(repr(mesh), 200, placeholder=' ...')} is not a jax.sharding.Mesh; {remedy}"]

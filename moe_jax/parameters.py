@@ -24,12 +24,13 @@ class Parameter:
         "hidden": H; "expert_hidden": H of an expert, split over the plan's
         ``param_axes`` if there are any; "experts": E, split over the expert-parallel axes; "ffn": F, the width of a
         routed expert, split over tp; "shared_ffn": S, the width of the shared expert; "constants": Cc; "one": 1.
-      role: what one expert calls it, which is the same for routed and shared experts; "" where it is no expert's.
-      into: "hidden" where it takes tokens to the inner activation, "output" where it takes that to the result; "" where
-        it is no expert's.
+      role: its name inside one expert, such as "w_up", which is the same for routed and shared experts; "" where it
+        belongs to no expert.
+      into: "hidden" where it takes tokens to the inner activation, "output" where it takes the inner activation to the
+        result; "" where it belongs to no expert.
       fan_in: the axis that a product sums over. First values are normal, of variance 1 / its extent; "": all are
         ``first``.
-      first: the first value of every entry, where nothing is summed over.
+      first: the first value of every entry of a parameter without ``fan_in``.
       needs: the facts about a layer, all of which must hold for the layer to know this parameter: "gated" and
         "shared_gated" (the activation of routed or of shared experts multiplies two projections), "selection_bias" (the
         router has one), "shared" and "constants" (the plan has such experts).
@@ -107,7 +108,7 @@ def rows_of(part: str) -> tuple[Parameter, ...]:
 
 
 def weights_of(part: str, params: Mapping[str, Value]) -> dict[str, Value]:
-    """What ``params`` holds of one part of the layer, by role where the part is an expert's, else by name.
+    """The entries of ``params`` for one part of the layer: by role where the part is an expert, else by name.
 
     >>> from moe_jax.parameters import weights_of
     >>> weights_of("shared", {"router": 1, "w_up": 2, "shared_up": 3})

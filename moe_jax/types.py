@@ -24,11 +24,11 @@ Array = jax.Array
 def pytree(static: tuple[str, ...] = (), *, plain: bool = True) -> Callable[[_compat.Class], _compat.Class]:
     """A frozen, keyword-only dataclass that is a pytree; ``static`` names its compile-time fields.
 
-    It can be part of what ``jax.export`` writes, if the static fields are plain values; the module of other static
-    values sees to that.
+    ``jax.export`` can write programs that take or return it if the static fields are plain values. Static values of
+    other kinds are made exportable where their class is defined.
 
     Args:
-      plain: whether the static fields are plain values, such as numbers.
+      plain: whether the static fields are plain values, such as numbers and texts.
     """
 
     def decorate(cls: _compat.Class) -> _compat.Class:
@@ -81,7 +81,8 @@ class Dispatched:
     """Rows for this rank's experts, expert by expert; rows past ``sum(group_sizes)`` may hold anything.
 
     Quantised rows are constants to JAX; ``moe_jax.dequantize`` turns them into rows in ``plan.dtype`` that have a
-    gradient. One that is asked for through floats among codes and scales themselves is refused (UnsupportedError).
+    gradient. To ask for a gradient through the codes or scales themselves, where they are floats, raises an
+    UnsupportedError.
 
     Attributes:
       x: [M, H] in ``plan.dtype``; with a quantised wire, codes [M, V].
@@ -92,7 +93,7 @@ class Dispatched:
       row_weights: [M] f32, the combine weight of each row, if weights were given; 1 for shared experts.
       gradient: [M, H] zeros that carry the gradient of quantised rows; read by ``dequantize``.
       window: the receive window after this step, if one was given.
-      performance_info: [W] microseconds waited per source, added to what was given.
+      performance_info: [W] or [2, W] microseconds waited per source, added to what was given.
     """
 
     x: Array
@@ -115,8 +116,8 @@ class Routing:
       combine_weights: [T, K] f32.
       losses: "balance" and "z", and "sequence_balance" where sequences are known; f32 scalars.
       load: [E] i32, pairs per expert.
-      mean_score: [E] f32, the mean over the tokens of their scores, each divided by the sum of its token's; None where
-        somebody else than ``route`` made the choices and did not say it.
+      mean_score: [E] f32, the mean over the tokens of their scores, where the scores of each token are first divided by
+        their sum. None where the choices were not made by ``route`` and came without it.
     """
 
     expert_ids: Array

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grouping_cases import make_plan, shapes_of
 from layer_cases import T, compare, make, make_params, steered_tokens, value_and_grads
-from test_grouping import make_plan, shapes_of
 
 import moe_jax as moe
 from moe_jax import reference

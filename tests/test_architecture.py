@@ -15,7 +15,7 @@ ROOT = Path(moe_jax.__file__).parent
 # A module imports only from the lines above its own; modules and packages of one line do not know each other.
 LAYERS = [
     {"errors"},
-    {"_compat", "parameters"},
+    {"_compat", "parameters", "host"},
     {"hlo", "derivatives", "activations"},
     {"config", "types", "reference", "layout", "quant", "hardware"},
     {"mesh", "kernels", "elastic", "targets"},
@@ -103,6 +103,48 @@ def test_one_package_calls_collectives(path):
             base = node.func.value
             is_lax = getattr(base, "id", getattr(base, "attr", None)) == "lax"
             assert not (is_lax and node.func.attr in COLLECTIVES), f"{path.name}:{node.lineno} calls {node.func.attr}"
+
+
+def test_one_module_makes_files_appear_whole():
+    """A file that is synced, and replaces another one, is written by ``host/atomic.py``; so is a temporary one."""
+    names = {path.relative_to(ROOT).as_posix() for path in FILES if re.search(r"fsync|mkstemp", path.read_text())}
+    assert names == {"host/atomic.py"}
+
+
+def bound_names(tree: ast.Module):
+    """The names that a module has when it was imported, each with the module that it was imported from, if any."""
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom):
+            yield from ((alias.asname or alias.name, node.module) for alias in node.names)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name, None
+        elif isinstance(node, ast.Assign):
+            yield from ((target.id, None) for target in node.targets if isinstance(target, ast.Name))
+
+
+def test_no_name_hides_a_module():
+    """Wherever there is a file or folder x in a package, ``package.x`` is that module and nothing of the same name."""
+    for path in ROOT.rglob("__init__.py"):
+        package = ".".join(("moe_jax", *path.parent.relative_to(ROOT).parts))
+        modules = {
+            file.stem for file in path.parent.iterdir() if file.suffix == ".py" or (file / "__init__.py").exists()
+        }
+        names = bound_names(ast.parse(path.read_text()))
+        hidden = [name for name, origin in names if name in modules and origin != package]
+        assert not hidden, f"in {package} something else has the name of a module: {hidden}"
+
+
+def test_at_most_ten_modules_at_the_root():
+    """Whoever lists the package sees folders, and few files beside them."""
+    modules = [path.stem for path in ROOT.glob("*.py") if not path.stem.startswith("__")]
+    assert len(modules) <= 10, modules
+
+
+def test_no_test_file_imports_another():
+    """What the tests of several files share stands in files of its own, such as ``helpers.py`` and ``*_cases.py``."""
+    for path in Path(__file__).parent.glob("*.py"):
+        shared = [name for name in imported(path) if name.startswith("test_")]
+        assert not shared, f"{path.name} imports {shared}"
 
 
 def test_the_architecture_page_has_the_same_order():

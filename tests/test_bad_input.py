@@ -383,6 +383,7 @@ def wrong_params(experts, ffn):
         (replaced(w_gate=zeros(H, ffn)), InvalidArgumentError, "'w_gate' has shape", "expected " + w_up),
         (replaced(w_up=zeros()), InvalidArgumentError, "'w_up' has shape ()", "expected " + w_up),
         (replaced(router=zeros(E + 1, H)), InvalidArgumentError, "'router' has shape (9, 8)", "(8, 8)"),
+        (replaced(router=zeros(H, E - 2)), MissingArgumentError, "table is missing", "6 experts", "placement.table()"),
         (replaced(w_up=None), InvalidArgumentError, "'w_up' is None"),
         (replaced(w_up=[1.0]), InvalidArgumentError, "'w_up' is a list"),
         (replaced(w_up=legal["w_up"].astype(np.int8)), InvalidArgumentError, "'w_up' has dtype int8", "floating"),

@@ -55,6 +55,7 @@ def test_deepseek_preset():
         (MOE.replace("8", "8.0"), ["num_experts=8.0 is a float"]),
         (MOE + "capacity_factor = -1", ["capacity_factor=-1.0 must be finite and above zero"]),
         (MOE + "z_loss = nan", ["z_loss=nan must be finite"]),
+        (MOE + "sequence_balance_loss = -1", ["sequence_balance_loss=-1.0 must be finite and not below zero"]),
         (MOE + "activation = 'swigul'", ["activation='swigul' is unknown", "did you mean 'swiglu'?"]),
         (MOE + "num_shared_experts = 1\nshared_activation = 'swigul'", ["shared_activation='swigul' is unknown"]),
         (

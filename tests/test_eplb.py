@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import moe_jax as moe
+from moe_jax.tools import eplb
 from moe_jax.tools.cli import main
 
 LOADS = [[100, 1, 1, 1, 1, 1, 1, 2], [5, 5, 5, 5, 5, 5, 5, 5]]
@@ -63,10 +64,21 @@ def test_metrics_of_a_run(loads, capsys):
         ("{}", ["--ranks", "4"], "holds no list"),
         ("[[1, 2], [3]]", ["--ranks", "1"], "holds no loads"),
         ("nonsense", ["--ranks", "4"], "holds no loads"),
-        ("[1, 2, 3, 4]", ["--ranks", "3"], "num_ranks=3"),
+        ("[1, 2, 3, 4]", ["--ranks", "3"], "--ranks=3 does not divide the 4 slots"),
+        (
+            "[1, 2, 3, 4]",
+            ["--ranks", "3", "--redundant", "1"],
+            "--redundant=1; every rank has as many slots: pass --red",
+        ),
+        ("[1, 2, 3, 4]", ["--ranks", "0"], "--ranks=0"),
+        ("[1, 2, 3, 4]", ["--ranks", "2", "--groups", "3"], "--groups=3 does not divide the 4 experts"),
+        ("[1, 2, 3, 4]", ["--ranks", "2", "--groups", "0"], "--groups=0"),
+        ("[1, 2, 3, 4]", ["--ranks", "2", "--groups", "4", "--nodes", "4"], "--nodes=4 does not divide --ranks=2"),
+        ("[1, 2, 3, 4]", ["--ranks", "2", "--nodes", "-1"], "--nodes=-1"),
         ("[1, 2, 3, 4]", ["--ranks", "2", "--redundant", "-2"], "--redundant=-2"),
         ("[1, 2, 3, 4]", ["--ranks", "2", "--steps", "2"], "--steps"),
-        ("[1, -2, 3, 4]", ["--ranks", "2"], "-2"),
+        ("[1, -2, 3, 4]", ["--ranks", "2"], "loads.json: load[1] is -2.0"),
+        ("[]", ["--ranks", "2"], "loads.json: load has shape (0,)"),
         ("[1, 2, 3, 4]", ["--ranks", "2", "--out", "loads.json"], "cannot be written"),
         ("[1, 2, 3, 4]", [], "--ranks"),
     ],
@@ -76,7 +88,26 @@ def test_bad_input_is_one_sentence_and_writes_nothing(loads, capsys, text, argum
     assert main(["eplb", str(loads), *arguments]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and named in error
+    assert "num_" not in error  # a person gave options, and no arguments of rebalance
     assert {path.name for path in loads.parent.iterdir()} <= {"loads.json"}
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 3])
+@pytest.mark.parametrize("groups", [1, 2, 3])
+@pytest.mark.parametrize(("ranks", "redundant"), [(2, 1), (2, 2), (6, 2)])
+def test_sizes_are_refused_where_rebalance_refuses_them(loads, capsys, ranks, redundant, groups, nodes):
+    load, legal = np.arange(1, 5), True
+    try:
+        sizes = {"num_ranks": ranks, "num_groups": groups, "num_nodes": nodes}
+        moe.rebalance(load, num_physical_experts=len(load) + redundant, **sizes)
+    except moe.errors.InvalidArgumentError:
+        legal = False
+    loads.write_text(json.dumps(load.tolist()))
+    options = {"--ranks": ranks, "--redundant": redundant, "--groups": groups, "--nodes": nodes}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eplb, "find", lambda name: None)  # no picture
+        code = main(["eplb", str(loads), *(str(word) for option in options.items() for word in option)])
+    assert code == (0 if legal else 2) and "num_" not in capsys.readouterr().err
 
 
 def test_lines_without_loads(loads, capsys):

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -153,6 +154,7 @@ def test_live_blocks_are_those_of_the_table():
 @pytest.mark.parametrize("model_type", GOLDEN)
 def test_written_tensors_are_those_that_were_read(model_type, tmp_path):
     """Bit by bit, in the dtype of the file, under the names of transformers."""
+    (tmp_path / ".model-00001-of-00001.safetensors-of a killed process").touch()
     folder, _ = golden(model_type)
     _, _, params = read(folder, moe.make_mesh(ep=4, tp=2))
     rest = hf.read_rest(folder, 0)
@@ -381,7 +383,7 @@ def test_known_configurations():
         model_type="hunyuan_v1_moe", hidden_size=64, intermediate_size=32, num_experts=8, moe_topk=[1, 2]
     )  # fmt: skip
     assert [hf.read_config(hunyuan, layer).plan["top_k"] for layer in (0, 1)] == [1, 2]
-    with pytest.raises(ConfigError, match="'num_experts_per_tok' has 2 entries, and none for layer 2"):
+    with pytest.raises(ConfigError, match="'moe_topk' has 2 entries, and none for layer 2"):
         hf.read_config(hunyuan, 2)
     each = hunyuan | dict(moe_topk=1, per_layer_config={"1": dict(num_experts=4)})
     assert [hf.read_config(each, layer).plan["num_experts"] for layer in (0, 1)] == [8, 4]
@@ -399,8 +401,10 @@ def test_wrong_configurations_are_named(tmp_path):
         ConfigError, match="model_type='mixtrel' is unknown; did you mean 'mixtral'.*known: .*qwen3_moe"
     ):
         hf.read_config(mixtral | dict(model_type="mixtrel"))
-    with pytest.raises(ConfigError, match="lacks 'hidden_size' or 'd_model'"):
+    with pytest.raises(ConfigError, match="lacks 'hidden_size'; add it"):
         hf.read_config(mixtral | dict(hidden_size=None))
+    with pytest.raises(ConfigError, match="lacks 'num_local_experts'; add it"):
+        hf.read_config(mixtral | dict(num_local_experts=None))
     with pytest.raises(UnsupportedError, match="activation 'snake' has no name here"):
         hf.read_config(mixtral | dict(hidden_act="snake"))
     with pytest.raises(UnsupportedError, match=r"model_type='phimoe' needs the sparse mixer"):
@@ -416,6 +420,24 @@ def test_wrong_configurations_are_named(tmp_path):
         hf.read_config(tmp_path)
     with pytest.raises(ConfigError, match="give the folder of a model"):
         hf.read_config(3)
+
+
+def without(config, names):
+    """A config.json in which no part says any of these."""
+    kept = {name: value for name, value in config.items() if name not in names}
+    return {name: without(value, names) if isinstance(value, dict) else value for name, value in kept.items()}
+
+
+@pytest.mark.parametrize("folder", sorted(hf_golden.DATA.iterdir()), ids=lambda folder: folder.name)
+def test_a_missing_value_is_said_under_the_names_of_its_family(folder):
+    """The released config has one of the names that the error lists, and there are two at most."""
+    config = json.loads((folder / "config.json").read_text())
+    family = hf.read_config(config).family
+    for key in (family.hidden, family.num_experts, family.top_k, family.ffn):
+        with pytest.raises(ConfigError, match="lacks '.*'; add it") as error:
+            hf.read_config(without(config, key.names))
+        listed = re.findall(r"'(\w+)'", str(error.value).split("lacks")[1])
+        assert len(listed) <= 2 and any(f'"{name}":' in json.dumps(config) for name in listed)
 
 
 def test_table_has_each_type_once():

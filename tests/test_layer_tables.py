@@ -177,8 +177,11 @@ def test_bad_input():
     init, apply = make(mesh_of(EP, TP))
     params = make_params(init, np.random.default_rng(0))
     x = jnp.zeros((T * EP * TP, H))
-    with pytest.raises(moe.MoEError, match="'router' has shape"):
+    missing = r"table is missing: .* scores 8 experts.* num_experts=16.* table=placement.table\(\)"
+    with pytest.raises(moe.errors.MissingArgumentError, match=missing):
         apply(params, x)  # its router scores logical experts, and no table says where they are
+    with pytest.raises(moe.errors.ShapeError, match=r"table has shape \(7, 17\).* scores 8 experts"):
+        apply(params, x, table=table_of(np.arange(INSTANCES) % EXPERTS)[1:])
     with pytest.raises(moe.MoEError, match="table"):
         apply(params, x, table=np.zeros(EXPERTS, np.int32))
     with pytest.raises(moe.MoEError, match="rank_table has shape"):

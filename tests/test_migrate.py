@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import moe_jax as moe
-from moe_jax.balance.migrate import _move_in_place
+from moe_jax.balance.migration import _move_in_place
 from moe_jax.balance.moves import find_moves
 from moe_jax.errors import InvalidArgumentError, MeshError, MissingArgumentError
 

@@ -156,7 +156,7 @@ def test_a_picture_that_cannot_be_is_refused_first(path, command, picture, words
 
 
 def test_a_picture_needs_matplotlib(path, monkeypatch, capsys):
-    monkeypatch.setattr("moe_jax.tools.train.extras.find", lambda name: None)
+    monkeypatch.setattr("moe_jax.host.extras.find", lambda name: None)
     assert main(["plan", path, "--mesh", "ep=8", "--hardware", "h100", "--picture", "out.png"]) == 2
     output, text = capsys.readouterr()
     assert output == "" and "a picture needs matplotlib" in text

@@ -10,20 +10,23 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import warnings
 
 import jax
 import jax.numpy as jnp
 import matplotlib.text
 import numpy as np
+import optax
 import pytest
 
 import moe_jax
 from moe_jax.config import load_config, override
 from moe_jax.errors import DataError, UnsupportedError
+from moe_jax.host import extras
+from moe_jax.host.atomic import atomic_write
 from moe_jax.tools import cli
-from moe_jax.tools.train import events, extras, model, progress, report, sample, step
-from moe_jax.tools.train.atomic import atomic_write
+from moe_jax.tools.train import events, loop, model, progress, report, sample, step
 from moe_jax.tools.train.folder import open_folder
 from moe_jax.tools.train.interrupt import Stopped, catch_interrupt
 
@@ -47,7 +50,7 @@ def room_for(num_bytes):
 def test_kill_while_writing_leaves_the_old_file(tmp_path):
     """Killed while the second file is half written; the next run in the folder removes that half."""
     program = (
-        "import sys, time, numpy as np; from pathlib import Path; from moe_jax.tools.train import atomic\n"
+        "import sys, time, numpy as np; from pathlib import Path; from moe_jax.host import atomic\n"
         "path = Path(sys.argv[1])\n"
         "for content in (b'old', b'new'):\n"
         "    with atomic.atomic_write(path) as file:\n"
@@ -118,6 +121,52 @@ def test_a_step_counts_and_decays_matrices_only(config):
         "['blocks']['0']['attention_norm']['scale']",
         "['blocks']['0']['moe_norm']['scale']",
     }
+
+
+def test_every_loss_of_the_router_has_its_weight(config):
+    """A step of plain gradient descent on a model whose losses are its parameters moves each by minus its weight."""
+    weights = {"balance_loss": 0.5, "z_loss": 0.25, "sequence_balance_loss": 0.125}
+    config = override(config, moe=weights, model={"seq_len": 8}, train={"batch_size": 1}, mesh={"ep": 1, "tp": 1})
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    none = jnp.zeros((), jnp.int32)
+
+    def logits(params, tokens):
+        balance, z, sequence_balance = params["losses"]
+        stats = model.ModelStats(jnp.zeros((1, 8), jnp.int32), none, none, balance, z, sequence_balance)
+        return jnp.zeros((*tokens.shape, 256)), stats
+
+    decoder = types.SimpleNamespace(logits=logits, replicated=one, over_batch=one)
+    optimizer = optax.sgd(1.0)
+    params = {"blocks": {}, "losses": jnp.asarray([4.0, 5.0, 6.0])}
+    state = step.TrainState(params, optimizer.init(params))
+    run = step.compile_step(decoder, optimizer, config, state)
+    state, metrics = run(state, np.zeros((1, 9), np.int32))
+    assert state.params["losses"].tolist() == [3.5, 4.75, 5.875]
+    record = loop.make_record(metrics, step=1, tokens_per_s=1.0)
+    assert (record["balance"], record["z"], record["sequence_balance"]) == (4.0, 5.0, 6.0)
+    assert float(metrics.loss) == pytest.approx(np.log(256))
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.125])
+def test_the_sequences_of_the_balance_loss_are_the_windows(config, monkeypatch, weight):
+    asked, call = [], model.MoE.__call__
+
+    def spy(layer, x, **given):
+        asked.append(given["sequence_length"])
+        return call(layer, x, **given)
+
+    monkeypatch.setattr(model.MoE, "__call__", spy)
+    config = override(
+        config,
+        mesh={"ep": 1, "tp": 1},
+        moe={"sequence_balance_loss": weight, "ffn": 8},
+        model={"hidden": 16, "heads": 2, "seq_len": 8, "layers": 1},
+        train={"batch_size": 2},
+    )
+    decoder = model.build_decoder(config, moe_jax.make_mesh())
+    params = jax.eval_shape(decoder.init, jax.random.key(0))
+    _, stats = jax.eval_shape(decoder.logits, params, jax.ShapeDtypeStruct((2, 8), jnp.int32))
+    assert asked == [8 if weight else None] and (stats.sequence_balance is not None) == bool(weight)
 
 
 def named_leaves(tree):

@@ -2,18 +2,18 @@
 
 Each operator is called per shard, inside ``shard_map``: a group name is the name of a mesh axis, and the index along
 that axis is the rank. Beside each stands ``<operator>_get_workspace_size``, a host-side call that checks the arguments,
-for a product's limits too, and returns the bytes of workspace and an executor. The operators are thin: the work is that
-of ``moe_jax.dispatch``, ``moe_jax.combine`` and their companions, which are what a new program should use.
+for a product's limits too, and returns the bytes of workspace and an executor. The operators are thin:
+``moe_jax.dispatch``, ``moe_jax.combine`` and their companions do the work, and a new program should use those.
 
 The way of a call through the files: ``calls`` binds its arguments to names, ``check`` asks the rules (``rules`` has
 their kinds; ``rules_exchange``, ``rules_grouped`` and ``rules_small`` have the rows), and ``dispatch``, ``combine``,
-``grouped`` or ``small`` runs it, the first two by way of ``world``. ``results`` says what comes back. ``first_phase``
-makes the host-side calls from the operators' signatures, ``workspace`` counts their bytes, and ``versions`` has the
-earlier versions.
+``grouped`` or ``small`` runs it, the first two by way of ``world``. ``results`` says what comes back, and ``codes``
+makes rows with a gradient of quantised ones. ``first_phase`` makes the host-side calls from the operators' signatures,
+``workspace`` counts their bytes, and ``versions`` has the earlier versions.
 """
 
+from moe_jax.aclnn.codes import dequantize
 from moe_jax.aclnn.combine import moe_distribute_combine_add_rms_norm_v2, moe_distribute_combine_v4
-from moe_jax.aclnn.dequantize import dequantize
 from moe_jax.aclnn.dispatch import moe_distribute_dispatch_v4
 from moe_jax.aclnn.first_phase import first_phase_of
 from moe_jax.aclnn.grouped import (

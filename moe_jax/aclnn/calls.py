@@ -1,7 +1,8 @@
 """How a function becomes an operator of this package: its call is bound by names, checked, and only then made.
 
 Arrays come by position or by name, in CANN's order; attributes come by name. Results are returned, a group is a mesh
-axis, and the index along that axis is the rank: who passes an output or a rank id, as the C++ call does, is told so.
+axis, and the index along that axis is the rank. So a call that passes an output or a rank id, as the C++ call does, is
+refused with these words.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 FIRST_PHASE = "_get_workspace_size"  # what the name of an operator's first phase ends with
 
-# Parameters of the C++ calls that no function here has, and what stands for them.
+# Parameters of the C++ calls that no function here has, and what takes their place.
 _STAND_INS = {
     "ep_rank_id": "the rank is the index along the mesh axis of group_ep",
     "tp_rank_id": "the rank is the index along the mesh axis of group_tp",
@@ -41,8 +42,8 @@ class Operator:
     Attributes:
       name: its name, in snake_case.
       function: what runs once a call has been checked.
-      parameters: those of its newest version, which has all of them.
-      rules: how its calls are checked.
+      parameters: the parameters of its newest version, which has all of them.
+      rules: the rules by which its calls are checked.
       num_bytes: the bytes of workspace of a legal call.
     """
 
@@ -54,21 +55,21 @@ class Operator:
 
     @property
     def arrays(self) -> tuple[str, ...]:
-        """The arrays: what may come by position, and a few that come by name."""
+        """The names of the arrays: those that may come by position, and a few that come by name."""
         by_position = inspect.Parameter.POSITIONAL_OR_KEYWORD
         names = tuple(name for name, one in self.parameters.items() if one.kind is by_position)
         return (*names, *(name for name in self.rules.more_arrays if name not in names))
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """What has no default, arrays and attributes."""
+        """The arrays and attributes that have no default."""
         required = [name for name, one in self.parameters.items() if one.default is inspect.Parameter.empty]
         return tuple(name for name in required if name not in self.rules.not_needed)
 
     def call(self, given: Mapping[str, Any]) -> Call:
-        """The call with the arguments ``given``, once nothing is wrong with it; what is not given has its default.
+        """The call with the arguments ``given``, checked; arguments that are not given have their defaults.
 
-        Besides the parameters it takes those of a first phase, ``product`` and ``hccl_buffsize``.
+        ``given`` may also hold the two parameters of a first phase, ``product`` and ``hccl_buffsize``.
         """
         empty = inspect.Parameter.empty
         defaults = {name: None if one.default is empty else one.default for name, one in self.parameters.items()}
@@ -123,7 +124,7 @@ def _checked(definition: Operator, parameters: Mapping[str, inspect.Parameter]) 
 
 
 def named(function: Callable[..., R], name: str, signature: inspect.Signature, text: str) -> Callable[..., R]:
-    """``function`` as a public function of this package: with a name, a signature and a docstring."""
+    """``function`` as a public function of this package, with a name, a signature and a docstring of its own."""
     function.__name__ = function.__qualname__ = name
     function.__module__ = "moe_jax.aclnn"
     function.__doc__ = text

@@ -1,4 +1,4 @@
-"""One call against all rules of its operator, in the order that section 1.1 of the CANN sheet states.
+"""Checks one call by all rules of its operator, in the order of section 1.1 of the CANN sheet.
 
 Null pointers come first, then dtypes, then everything else: kinds of attributes, shapes, values that have a meaning
 anywhere, relations, the product's own values, the relations that follow from those, and the buffer.
@@ -62,7 +62,7 @@ def check(call: Call, rules: Rules, parameters: Mapping[str, inspect.Parameter],
 
 
 def _check_product(call: Call, rules: Rules) -> None:
-    """The product is known, and has the operator."""
+    """Checks that the product is known, and that it has the operator."""
     if call.product is None:
         return
     with marked("product", call.product):
@@ -79,7 +79,7 @@ def _check_product(call: Call, rules: Rules) -> None:
 
 
 def _check_nulls(call: Call, needs: tuple[str, ...]) -> None:
-    """What the operator needs is there, and what the product needs with this comm_alg."""
+    """Checks that everything is given that the operator needs, and that the product needs with this comm_alg."""
     for name in needs:
         if (call.arrays[name] if name in call.arrays else call[name]) is None:
             with marked(f"null:{name}"):
@@ -94,7 +94,7 @@ def _check_nulls(call: Call, needs: tuple[str, ...]) -> None:
 
 
 def _check_groups(call: Call, rules: Rules, stage: str) -> None:
-    """The group's name is not empty, and no name of a group is too long."""
+    """Checks that the group's name is not empty, and that no name of a group is too long."""
     for name in (rules.group, "group_tp" if "group_tp" in call.attributes else None):
         if name is None:
             continue
@@ -114,7 +114,7 @@ def _check_groups(call: Call, rules: Rules, stage: str) -> None:
 
 
 def _check_dtypes(call: Call) -> None:
-    """Arrays are arrays, of the dtypes that every table in force allows."""
+    """Checks that arrays are arrays, of dtypes that every table in force allows."""
     for name in filter(call.given, call.arrays):
         array = call.arrays[name]
         if not (hasattr(array, "shape") and hasattr(array, "dtype")):
@@ -127,7 +127,7 @@ def _check_dtypes(call: Call) -> None:
 
 
 def _check_dtype(call: Call, key: str, allowed: tuple[str, ...], product: str | None) -> None:
-    """``key`` is an array, or "y_dtype:2": what the attribute may ask for with quant_mode=2."""
+    """Checks one dtype. ``key`` is an array, or "y_dtype:2": what that attribute may ask for with quant_mode=2."""
     name, _, mode = key.partition(":")
     if mode and not (call["quant_mode"] == int(mode) and call.in_range("quant_mode")):
         return
@@ -142,7 +142,7 @@ def _check_dtype(call: Call, key: str, allowed: tuple[str, ...], product: str | 
 
 
 def _check_kinds(call: Call, rules: Rules, parameters: Mapping[str, inspect.Parameter]) -> None:
-    """Attributes are whole numbers, flags, words or names of groups, as annotations say; others have own rules."""
+    """Checks that attributes are whole numbers, flags, words or names of groups, as their annotations say."""
     for name, value in call.attributes.items():
         annotation = parameters[name].annotation if name in parameters else int
         if name in ("group_tp", rules.group):
@@ -165,7 +165,7 @@ def _check_kinds(call: Call, rules: Rules, parameters: Mapping[str, inspect.Para
 
 
 def _check_shapes(call: Call, rules: Rules) -> None:
-    """Shapes fit each other: a letter stands for the extent that it had first."""
+    """Checks that shapes fit each other: a letter stands for the extent that it had where it came first."""
     extents = {letter: extent(call) for letter, extent in rules.letters.items()}
     for name, shape in rules.shapes.items():
         if not call.given(name):
@@ -198,7 +198,7 @@ def _check_values(call: Call, rules: Rules, product: str | None) -> None:
 
 
 def _check_value(call: Call, rules: Rules, name: str, legal: Legal, product: str | None) -> None:
-    """``name`` is an attribute, or a quantity that follows from the arguments and may not be there."""
+    """Checks ``name``, an attribute, or a quantity that follows from the arguments and may not be there."""
     if name not in rules.quantities:
         if not legal.allows(call[name]):
             nearest = legal.nearest(call[name])
@@ -217,7 +217,7 @@ def _check_value(call: Call, rules: Rules, name: str, legal: Legal, product: str
 
 
 def _check_buffer(call: Call) -> None:
-    """HCCL_BUFFSIZE holds what the product needs for an exchange with this comm_alg."""
+    """Checks that HCCL_BUFFSIZE holds what the product needs for an exchange with this comm_alg."""
     for product, limits in call.tables():
         if limits.buffer is None:
             continue

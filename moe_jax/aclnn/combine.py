@@ -62,12 +62,12 @@ def moe_distribute_combine_v4(
 ) -> CombineOutput | TimedCombineOutput:
     """Brings the experts' rows back to their tokens, and sums them with weights. Call it per shard.
 
-    What dispatch returned goes in unchanged: assist_info_for_combine, ep_recv_counts as ``ep_send_counts`` and
+    Pass what dispatch returned unchanged: assist_info_for_combine, ep_recv_counts as ``ep_send_counts`` and
     tp_recv_counts as ``tp_send_counts`` say where rows go. Rows whose triple is out of range or names another source
-    than the counts become NaN, and so do all rows of a rank whose counts are not what the others sent.
-    With "hierarchy" the weights of routed rows are those of ``expand_scales``, where it is given; rows of shared
-    experts have weight 1, as everywhere. The rows of masked tokens are zero. Of ``activation_scale``, ``weight_scale``
-    and ``group_list``, which are reserved, only None is legal.
+    than the counts become NaN, and so do all rows of a rank whose counts are not what the others sent. With "hierarchy"
+    the weights of routed rows are those of ``expand_scales``, where it is given; rows of shared experts have weight 1,
+    as everywhere. The rows of masked tokens are zero. Of ``activation_scale``, ``weight_scale`` and ``group_list``,
+    which are reserved, only None is legal.
 
     Returns:
       CombineOutput; with ``performance_info``, its new value too. Differentiable in every float array.
@@ -124,7 +124,7 @@ def moe_distribute_combine_add_rms_norm_v2(
     copy_expert_num: int = 0,
     const_expert_num: int = 0,
 ) -> AddRmsNormOutput:
-    """``moe_distribute_combine_v4``, to which the residual is added, and the RMSNorm of that sum.
+    """``moe_distribute_combine_v4``, plus a residual, and the RMSNorm of that sum.
 
     The residual is ``residual_x`` [B, 1, H], and ``gamma`` [H] are the factors of the norm.
 
@@ -152,7 +152,7 @@ def _total(given: dict[str, Any]) -> tuple[Array, Array, Array | None]:
     given = given | _compat.as_varying_alike(arrays, plan.exchange_axes)
     active = worlds.active_tokens(given["x_active_mask"], given["expert_ids"], plan, given["elastic_info"])
     weights = given["expert_scales"]
-    if not weights.size:  # a plain sum
+    if not weights.size:  # without weights it is a plain sum
         weights = jnp.ones_like(given["expand_x"], shape=given["expert_ids"].shape, dtype=jnp.float32)
     if not plan.num_pairs:
         return jnp.zeros_like(weights, shape=(0, hidden)), active, given["performance_info"]
@@ -172,10 +172,10 @@ def _total(given: dict[str, Any]) -> tuple[Array, Array, Array | None]:
 
 
 def _handle(world: worlds.World, given: dict[str, Any]) -> tuple[DispatchHandle, Array, Array | None]:
-    """The handle that dispatch had, made from what it returned; the rows to send back; and their weights.
+    """The handle that dispatch had, made again from what it returned; the rows to send back; and their weights.
 
-    Rows for which that does not fit together are NaN. Weights are those of this rank's own rows, zero for the peer's
-    rows, and None where the tokens weight the rows that come back to them.
+    Rows for which the returned values contradict each other are NaN. Weights are those of this rank's own rows, zero
+    for the peer's rows, and None where rows are weighted at their tokens.
     """
     plan, capacity = world.plan, world.capacity
     ledger = worlds.Ledger(plan, given["elastic_info"])
@@ -201,7 +201,7 @@ def _handle(world: worlds.World, given: dict[str, Any]) -> tuple[DispatchHandle,
     if plan.tp_size > 1:
         fits &= jnp.all(given["tp_send_counts"] == lanes)
     written = (row < jnp.sum(lanes))[:, None]
-    rows = jnp.where(written, given["expand_x"][: world.num_rows], 0)  # a caller may have allocated more
+    rows = jnp.where(written, given["expand_x"][: world.num_rows], 0)  # the caller's array may have more rows
     rows = jnp.where(fits[:, None] | ~written, rows, jnp.nan)
     if not transport.takes_row_weights or given["expand_scales"] is None:
         return handle, rows, None

@@ -18,7 +18,7 @@ from moe_jax.collectives.rendezvous import keep_where
 from moe_jax.derivatives import differentiated_as
 from moe_jax.kernels import FLOAT_DTYPES
 from moe_jax.recovery.window import Window, check_window, fresh_sources, received
-from moe_jax.transports import CodedRows, Sent, Stopwatch, send_as_is, send_smoothed, transport_of
+from moe_jax.transports import CodedRows, Sent, Stopwatch, add_waited, send_as_is, send_smoothed, transport_of
 from moe_jax.transports.manifest import open_round
 from moe_jax.types import DispatchHandle
 
@@ -60,14 +60,14 @@ def moe_distribute_dispatch_v4(
     axis name, or a tuple of them (for "hierarchy": the axis of nodes, then that of the ranks of a node), and the index
     along that axis is the rank. ``scales`` are the same on all ranks.
 
-    Nothing is changed in place. Given ``performance_info``, the result has its new value as a further field. So it is
-    with ``window``, the receive window that CANN keeps in the communicator: pass what ``make_receive_window`` or the
-    last dispatch or buffer reset returned, and donate it. Pairs for a rank whose window is at another step are not
+    Nothing is changed in place. Given ``performance_info``, the result has its new value as a further field. The same
+    holds for ``window``, the receive window that CANN keeps in the communicator: pass what ``make_receive_window``, or
+    the last dispatch or buffer reset returned, and donate it. Pairs for a rank whose window is at another step are not
     sent; combine makes NaN of what waits for them, unless ``elastic_info`` has removed one of the two ranks.
 
     Returns:
-      DispatchOutput. expand_x, where it is not quantised, and expand_scales are differentiable; where it is, the rows
-      of ``moe_jax.aclnn.dequantize`` are.
+      DispatchOutput. expand_scales are differentiable, and so is expand_x where it is not quantised. Where it is, the
+      rows of ``moe_jax.aclnn.dequantize`` are differentiable instead.
 
     Raises:
       As ``moe_distribute_dispatch_v4_get_workspace_size`` with product=None; MeshError: a group is not bound here.
@@ -76,7 +76,7 @@ def moe_distribute_dispatch_v4(
     """
     given = locals()
     recipe = worlds.dispatch_recipe(quant_mode, y_dtype)
-    # Rows that are quantised already count as plain ones, and pass through.
+    # Rows that are quantised already are treated as plain rows, and pass through unchanged.
     ready = str(x.dtype) not in FLOAT_DTYPES or (scales is not None and quant_mode == 0)
     world = worlds.make_world(given, x, dtype="float32" if ready else str(x.dtype), quant=recipe)
     plan = world.plan
@@ -136,7 +136,7 @@ def _dispatch(
     if performance_info is None:
         return result
     waited = manifest.known.waited + sent.note
-    return TimedDispatchOutput(*result, performance_info=performance_info + waited.astype(performance_info.dtype))
+    return TimedDispatchOutput(*result, performance_info=add_waited(performance_info, waited))
 
 
 def _tags(handle: DispatchHandle, ledger: worlds.Ledger, table: Array | None) -> Array:
@@ -159,7 +159,7 @@ def _written(
     nums_type: int,
     ledger: worlds.Ledger,
 ) -> DispatchOutput:
-    """The outputs, zero where nothing arrived."""
+    """CANN's outputs, with zeros where nothing arrived."""
     assert sent.tags is not None, "rows of this facade travel with their triples"
     plan, capacity = world.plan, world.capacity
     row = jnp.arange(world.num_rows)
@@ -173,7 +173,7 @@ def _written(
         def select(array: Array) -> Array:
             return jnp.where(written, array, zero)
 
-        if array.dtype.name.startswith("float8"):  # codes and exponents: every bit of them counts, those of NaN too
+        if array.dtype.name.startswith("float8"):  # codes and exponents must keep every bit, also those of NaN
             return differentiated_as(select, lambda array: keep_where(written, array, zero), array)
         return select(array)
 

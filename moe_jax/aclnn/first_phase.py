@@ -4,14 +4,14 @@
 ``jax.ShapeDtypeStruct`` s of one rank; it checks them in CANN's order (null pointers, dtypes, everything else) and
 returns
 
-- the bytes of the operator's buffers on one rank (``workspace`` says what is counted), and
+- the bytes of the operator's buffers on one rank (the module ``workspace`` says what is counted), and
 - an executor, which runs the operator inside ``shard_map`` on arrays like those that were checked,
 
 or raises a ``MoEError`` whose ``status`` is CANN's code: 161001 (something is missing), 161002 (a dtype),
-561002 (a shape, a value, a relation). ``product`` says whose limits hold: "a2", "a3", "a5", or None for no product's,
-where only the impossible is refused. ``hccl_buffsize`` is the size in MB of a communicator's buffer there.
-A parameter without a value is None; group names are mesh axis names, or tuples of some. Where they are bound, as inside
-``shard_map``, their sizes must be those that the call says.
+561002 (a shape, a value, a relation). ``product`` says whose limits hold: "a2", "a3", "a5", or None, with which only
+what is impossible everywhere is refused. ``hccl_buffsize`` is the size in MB of a communicator's buffer there. A
+parameter without a value is None. Group names are names of mesh axes, or tuples of them; where these are bound, as
+inside ``shard_map``, their sizes must be those that the call says.
 
 >>> import jax
 >>> from moe_jax import aclnn
@@ -55,7 +55,7 @@ _OF_THE_PHASE = [
 class Executor:
     """One checked call of an operator of ``moe_jax.aclnn``. Holds no array, and is hashable.
 
-    A traced ``local_rank_id`` is the exception: it binds the executor to the program that is being traced.
+    The exception is a traced ``local_rank_id``, which binds the executor to the program that is being traced.
 
     Attributes:
       operator_name: the function of ``moe_jax.aclnn`` that it calls.
@@ -71,10 +71,10 @@ class Executor:
         """Runs the operator inside ``shard_map`` on arrays like those that were checked; None = not given.
 
         Raises:
-          InvalidArgumentError: an array that was not among the checked ones.
-          UnexpectedArgumentError: an array without its name, or a part of the C++ call that no function here has,
-            such as a stream or an output.
-          MissingArgumentError: an array that was, and is not given.
+          InvalidArgumentError: an array is given that was not among the checked ones.
+          UnexpectedArgumentError: an array comes without its name, or something of the C++ call that no function here
+            has, such as a stream or an output.
+          MissingArgumentError: an array that was checked is not given.
           ShapeError, DtypeError: an array is not like the one that was checked.
         """
         if by_position:
@@ -111,7 +111,7 @@ class Executor:
 
 
 def first_phase_of(function: Callable[..., Any]) -> Callable[..., tuple[int, Executor]]:
-    """The first phase of the operator ``function``: none of its parameters is required, and two more are taken."""
+    """The first phase of the operator ``function``. No parameter is required by Python, and there are two more."""
     operator, signature = operator_of(function), inspect.signature(function)
     taken = set(signature.parameters)
     name, newest = operator.name + FIRST_PHASE, newest_of(operator.name)
@@ -152,7 +152,7 @@ def _optional(parameter: inspect.Parameter, arrays: tuple[str, ...]) -> inspect.
 
 
 def _static(value: Any) -> Any:
-    """Hashable, unless it is traced: lists and arrays of counts as tuples."""
+    """``value`` in a hashable form, unless it is traced: lists and arrays of counts become tuples."""
     if hasattr(value, "tolist") and not isinstance(value, Tracer):
         value = value.tolist()
     return tuple(_static(item) for item in value) if isinstance(value, (list, tuple)) else value

@@ -21,7 +21,7 @@ _SIGNATURE = _WHOLE.replace(
 
 def _make_window(*args: Any, **kwargs: Any) -> Window:
     given = bind("make_receive_window", _SIGNATURE.parameters, args, kwargs)
-    # The rules are V3's, which takes all that a dispatch with a window may, elastic_info on a3 among it.
+    # The rules are those of V3, which takes all that any dispatch with a window takes, elastic_info on a3 included.
     dispatch = operator_of(moe_distribute_dispatch_v3)
     shape = window_shape(dispatch.call(given))
     call = dispatch.call({**given, "window": jax.ShapeDtypeStruct(shape, "uint8")})  # not every dispatch takes one

@@ -1,7 +1,7 @@
 """What the operators return, under CANN's names.
 
-Values and layouts are CANN's. Shapes are the same on all ranks, those of the rank that needs most, and what CANN leaves
-unwritten is zero.
+Values and layouts are CANN's. Shapes are the same on all ranks, namely those of the rank that needs most, and entries
+that CANN leaves unwritten are zero.
 """
 
 from typing import NamedTuple
@@ -27,8 +27,8 @@ class DispatchOutput(NamedTuple):
       dynamic_scales: [P * A] f32, [P * A, groups] f32 or u8; None where none travel.
       assist_info_for_combine: [A * 128] i32: (source rank, token, k) of own row j from 3 j on.
       expert_token_nums: [L] i64 (i32 unless JAX has 64-bit types enabled), rows of each expert, or their running sum.
-      ep_recv_counts: [P * L * W] i32, running sums by (expert, source): own, then the tp peer's.
-      tp_recv_counts: [2] i32 by tp rank; None for tp_world_size < 2.
+      ep_recv_counts: [P * L * W] i32, running sums by (expert, source): those of this rank, then those of the tp peer.
+      tp_recv_counts: [2] i32, rows by tp rank; None for tp_world_size < 2.
       expand_scales: [A] f32, the expert_scales entry of own rows; None without expert_scales.
     """
 

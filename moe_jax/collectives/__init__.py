@@ -1,8 +1,9 @@
 """The only callers of JAX's collectives.
 
-``group`` is what the ranks of a plan gather, sum and tell each other, and ``exchange`` what moves rows between them.
-They are made of ``ragged``, slices of unequal length on any back end; ``bits``, rows as integers where XLA would widen
-them; and ``stopwatch``, one peer after the other with a clock. In ``rendezvous`` ranks meet on the host.
+``group`` has what the ranks of a plan gather, sum and tell each other, and ``exchange`` what moves rows between them.
+These two are made of three others: ``ragged`` moves slices of unequal length on any back end, ``bits`` moves rows as
+integers where XLA would widen them, and ``stopwatch`` moves rows to one peer after the other with a clock. In
+``rendezvous`` ranks meet on the host.
 """
 
 from moe_jax.collectives.exchange import (
@@ -12,6 +13,7 @@ from moe_jax.collectives.exchange import (
     Receiving,
     Slices,
     TimedBlocks,
+    group_size,
 )
 from moe_jax.collectives.group import (
     check_axes,
@@ -48,6 +50,7 @@ __all__ = [
     "gather_sizes",
     "gather_tokens",
     "gather_tp",
+    "group_size",
     "max_over",
     "ragged_all_to_all",
     "ragged_exchange",

@@ -1,4 +1,4 @@
-"""Rows between ranks, as they are.
+"""Rows travel between ranks bit by bit.
 
 XLA:CPU would widen 16-bit floats for a collective, and move twice the bytes: in programs for CPUs, and in no others,
 they travel as integers. Nothing here has a derivative; what sends, collects or gathers has one of its own.
@@ -32,9 +32,9 @@ def gather_bits(axes: str | tuple[str, ...], dtype: Any, *, tiled: bool = False)
 
 
 def unwritten(num_rows: int, like: Array, plan: "Plan") -> Array:
-    """[num_rows, ...] rows as ``like`` that nobody may read before somebody writes them: NaN under ``plan.poison``.
+    """Rows [num_rows, ...] like ``like``, to be written before they are read. With ``plan.poison`` they are NaN.
 
-    Zeros would cost a pass over the buffer of an exchange, which overwrites all that is read.
+    Zeros would cost a pass over a buffer in which an exchange overwrites all that is read later.
     """
     shape = (num_rows, *like.shape[1:])
     rows = jnp.full(shape, poison_of(like.dtype), like.dtype) if plan.poison else _compat.empty(shape, like.dtype)

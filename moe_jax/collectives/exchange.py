@@ -1,11 +1,10 @@
-"""The exchanges that rows travel by: what moves, between the ranks along some axes, from outbox slots to inbox slots.
+"""The exchanges: what moves rows from outbox slots to inbox slots, between the ranks along some axes.
 
-An exchange is a pytree of integers, opened for one round: a transport keeps it in its maps and asks nothing about it.
-It has no derivative of its own: what sends and collects rows with it has one.
-All of them move rows [S, F] to slots [A, F], and return a *note* beside them: what the exchange has to say, ``()`` for
-those that have nothing to say.
+An exchange is a pytree of integers, made for one round: a transport keeps it in its maps and asks nothing about it. It
+has no derivative of its own; the functions that send and collect rows with it have one. All exchanges move rows [S, F]
+to slots [A, F], and return a *note* beside them: what the exchange has to say, or ``()`` where it has nothing to say.
 
-- ``Blocks``: every rank has as many slots for each other one. One all_to_all.
+- ``Blocks``: every rank has equally many slots for each rank. One all_to_all.
 - ``Chunks``: rows lie end to end. As many all_to_alls of chunks as the longest list needs.
 - ``Slices``: rows lie end to end. One ragged_all_to_all.
 - ``TimedBlocks``: blocks, one peer after the other; its note is how long this rank waited for each.
@@ -14,6 +13,7 @@ those that have nothing to say.
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
@@ -32,13 +32,14 @@ if TYPE_CHECKING:
     from moe_jax.plan.plan import Plan
 
 Array = jax.Array
+group_size = lax.axis_size  # by this name an exchange of somebody else may ask how many ranks there are along its axes
 
 
 class Exchange(abc.ABC):
     """What moves the rows of one round.
 
     Attributes:
-      in_blocks: whether a rank has as many slots for each other one, rather than its rows end to end.
+      in_blocks: whether the outbox has equally many slots for each rank; if not, rows lie end to end.
     """
 
     in_blocks: ClassVar[bool]
@@ -54,19 +55,19 @@ class Exchange(abc.ABC):
           num_slots: A, static.
           axes: mesh axes, outermost first.
           plan: its back end may bring an exchange of its own.
-          into: [A, F] what slots that no row comes to hold; None: anything.
+          into: [A, F], the contents of slots to which no row comes; None: they may hold anything.
         """
 
     @abc.abstractmethod
     def back(self) -> "Exchange":
-        """The exchange that takes the rows back where they came from."""
+        """The exchange that takes the rows back to where they came from."""
 
     def plain(self) -> "Exchange":
-        """The same without a note."""
+        """The same exchange without a note."""
         return self
 
     def timed(self) -> "Exchange | None":
-        """The same with a stopwatch; None where rows do not lie in blocks."""
+        """The same exchange with a stopwatch; None where rows do not lie in blocks."""
         return None
 
 
@@ -94,11 +95,12 @@ class Blocks(Exchange):
 
 @pytree(static=("chunk",))
 class Chunks(Exchange):
-    """Rows end to end, some of each list at a time.
+    """Rows lie end to end, and a chunk of each list travels at a time.
 
     Attributes:
       sizes: [R, R] i32, rows from each rank to each, the same everywhere.
-      chunk: static, rows of each list that one all_to_all moves; how many there are follows the largest of ``sizes``.
+      chunk: static, rows of each list that one all_to_all moves. The largest of ``sizes`` says how many chunks there
+        are.
     """
 
     sizes: Array
@@ -126,7 +128,7 @@ class Chunks(Exchange):
 
 @pytree()
 class Slices(Exchange):
-    """Rows end to end, in one ragged exchange.
+    """Rows lie end to end, and travel in one ragged exchange.
 
     Attributes:
       sizes: as for ``Chunks``.
@@ -148,15 +150,21 @@ class Slices(Exchange):
         return dataclasses.replace(self, sizes=self.sizes.T)
 
 
-@pytree()
+@pytree(static=("on_arrival",))
 class TimedBlocks(Exchange):
-    """``Blocks``, one peer after the other; the note is [R] i32, the microseconds that this rank waited for each."""
+    """``Blocks``, one peer after the other; the note is [2, R] i32, the microseconds of ``timed_all_to_all``.
+
+    Attributes:
+      on_arrival: as for ``timed_all_to_all``.
+    """
+
+    on_arrival: Callable[[Array, Array], Array] | None = None
 
     in_blocks = True
 
     def move(self, rows, num_slots, axes, plan, *, into=None):
         num_ranks = lax.axis_size(axes)
-        moved, waited = timed_all_to_all(rows.reshape(num_ranks, -1, rows.shape[1]), axes)
+        moved, waited = timed_all_to_all(rows.reshape(num_ranks, -1, rows.shape[1]), axes, self.on_arrival)
         return moved.reshape(rows.shape), waited
 
     def back(self):
@@ -168,17 +176,17 @@ class TimedBlocks(Exchange):
 
 @pytree()
 class Receiving(Exchange):
-    """Another exchange, whose rows come into slots that were there before; the note is all the slots.
+    """Another exchange, whose rows are written into slots that exist already. The note is all of these slots.
 
     Attributes:
-      exchange: the other one.
-      slots: [A, F].
+      exchange: the other exchange.
+      slots: [A, F], what the slots hold before the exchange.
     """
 
     exchange: Exchange
     slots: Array
 
-    in_blocks = False  # whichever it is, its slots are laid out by now
+    in_blocks = False  # the layout of the slots has been chosen by now
 
     def move(self, rows, num_slots, axes, plan, *, into=None):
         moved, _ = self.exchange.move(rows, num_slots, axes, plan, into=self.slots)
@@ -192,6 +200,6 @@ class Receiving(Exchange):
 
 
 def _slots(rows: Array, num_slots: int, into: Array | None, plan: "Plan") -> Array:
-    """[A, F] ``into``, or slots that nobody may read before somebody writes them."""
+    """[A, F]: ``into``, or slots that must be written before they are read."""
     slots = unwritten(num_slots, rows, plan) if into is None else into
     return _compat.as_varying(slots, _compat.varying_axes(rows))

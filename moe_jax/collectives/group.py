@@ -60,7 +60,7 @@ def sum_over(tree: Any, axis_name: str | Sequence[str]) -> Any:
 
 
 def _without_unit_axes(collective: Callable, tree: Any, axes: tuple[str, ...]) -> Any:
-    """``collective(tree, axes)``, the same on all devices along ``axes``; without those of size 1."""
+    """``collective(tree, axes)`` without axes of size 1. The result is the same on all devices along ``axes``."""
     large = tuple(axis for axis in axes if lax.axis_size(axis) > 1)
     result = collective(_compat.as_varying(tree, large), large) if large else tree
     return _compat.drop_unit_axes(result, set(_compat.union_of_varying_axes(tree)) - set(axes))
@@ -80,7 +80,7 @@ def exchange_counts(send_counts: Array, plan: "Plan") -> Array:
 
 
 def exchange_counts_timed(send_counts: Array, plan: "Plan") -> tuple[Array, Array]:
-    """As ``exchange_counts``, and [W] i32 microseconds that this rank waited for each."""
+    """As ``exchange_counts``, and [2, W] i32, the microseconds of ``timed_all_to_all``."""
     received, microseconds = timed_all_to_all(send_counts, plan.ep_axis)
     return lax.all_gather(received, plan.tp_axes) if plan.tp_size > 1 else received[None], microseconds
 
@@ -111,7 +111,7 @@ gather_tp.defvjp(lambda plan, rows: (gather_tp(plan, rows), None), lambda plan, 
 
 
 def gather_params(weights: Array, axis: int, plan: "Plan") -> Array:
-    """Weights of which each replica has an equal part along ``axis`` -> the whole, on every one of them."""
+    """Weights of which each replica has an equal part along ``axis`` -> the whole weights, on every replica."""
     return lax.all_gather(weights, plan.param_axes, axis=axis, tiled=True)
 
 

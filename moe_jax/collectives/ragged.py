@@ -29,7 +29,7 @@ from moe_jax.layout import exclusive_cumsum, map_blocks
 
 Array = jax.Array
 
-_CHUNKS_PER_SLICE = 8  # chunks of an evenly spread operand's slice: bounds the padding of the last one to 1/8
+_CHUNKS_PER_SLICE = 8  # chunks of a slice of an evenly spread operand, so that the last one pads it by 1/8 at most
 
 
 @_compat.vary_as_operands()
@@ -54,10 +54,10 @@ def ragged_all_to_all(
     Args:
       operand: [N, ...] rows to send.
       output: [M, ...] in ``operand.dtype``; what unwritten rows hold.
-      input_offsets: [W] i32, first row of each slice in ``operand``.
+      input_offsets: [W] i32, the first row of each slice in ``operand``.
       send_sizes: [W] i32, rows for each rank.
-      output_offsets: [W] i32, first row of my slice in *the receiver's* result.
-      recv_sizes: [W] i32, rows from each rank; equal to what each sender has in its ``send_sizes`` for this rank.
+      output_offsets: [W] i32, the first row of this rank's slice in *the receiver's* result.
+      recv_sizes: [W] i32, rows from each rank: what the sender has in its ``send_sizes`` for this rank.
       axis_name: one mesh axis, or several that are flattened in that order.
 
     Returns:
@@ -103,7 +103,7 @@ def ragged_all_to_all(
 
 
 def ragged_exchange(operand: Array, output: Array, *integers: Array, axes: tuple[str, ...]) -> Array:
-    """``ragged_all_to_all`` of operands that are right; what it gives varies over ``axes`` and as they do."""
+    """``ragged_all_to_all`` of checked operands. The result varies over ``axes`` and as the operands do."""
     return _ragged(axes, *_compat.as_varying_alike((operand, output, *integers), axes))
 
 
@@ -133,8 +133,8 @@ _ragged.defvjp(_ragged_forward, _ragged_backward)
 @functools.partial(custom_gradient, num_static=2)
 def _returned(axes, num_rows, ct, input_offsets, send_sizes, output_offsets, recv_sizes):
     """The adjoint of the exchange in its operand: rows [M, ...] of the result back to [num_rows, ...]."""
-    arrival_offsets = lax.all_to_all(output_offsets, axes, 0, 0, tiled=True)  # where my receptions start
-    return_offsets = lax.all_to_all(input_offsets, axes, 0, 0, tiled=True)  # where they came from
+    arrival_offsets = lax.all_to_all(output_offsets, axes, 0, 0, tiled=True)  # where the rows that came here start
+    return_offsets = lax.all_to_all(input_offsets, axes, 0, 0, tiled=True)  # where they were at their senders
     into = _compat.as_varying(jnp.zeros((num_rows, *ct.shape[1:]), ct.dtype), _compat.varying_axes(ct))
     return _accumulating(axes, ct, into, arrival_offsets, recv_sizes, return_offsets, send_sizes, input_offsets)
 
@@ -154,7 +154,7 @@ _returned.defvjp(_returned_forward, _returned_backward)
 
 
 def _extent(rows: Array) -> Array:
-    """A residual that remembers how many rows there are, and nothing else."""
+    """A residual that keeps the number of rows, and nothing else of them."""
     return jnp.zeros((len(rows), 0))
 
 
@@ -165,7 +165,7 @@ def _covered(starts: Array, sizes: Array, length: int) -> Array:
 
 
 def _accumulating(axes, operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, arrival_offsets):
-    """As the exchange into zeros, but rows that several ranks write add up: one rank after the other where they do."""
+    """The exchange into zeros, in which rows that several ranks write add up; where there are such, rank after rank."""
     starts, sizes = arrival_offsets, recv_sizes
     ends = starts + sizes
     touching = (starts[:, None] < ends) & (starts < ends[:, None]) & (sizes[:, None] > 0) & (sizes > 0)
@@ -173,7 +173,7 @@ def _accumulating(axes, operand, output, input_offsets, send_sizes, output_offse
     num_ranks = sizes.shape[0]
 
     def send(peer_shift):
-        """Only the slices from each rank i to rank i + shift; all of them for a shift of -1."""
+        """Sends only the slices from each rank i to rank i + shift, or all slices for a shift of -1."""
         me, ranks = lax.axis_index(axes), jnp.arange(num_ranks)
         out = jnp.where((peer_shift < 0) | (ranks == (me + peer_shift) % num_ranks), send_sizes, 0)
         came = jnp.where((peer_shift < 0) | (ranks == (me - peer_shift) % num_ranks), recv_sizes, 0)
@@ -198,7 +198,7 @@ def portable_ragged_all_to_all(
 
 
 def _emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axes):
-    del recv_sizes  # gathered with everybody's send_sizes
+    del recv_sizes  # they are among the gathered send_sizes of all ranks
     if not operand.size or not output.size:
         return output
     sizes = lax.all_gather(send_sizes, axes)
@@ -235,7 +235,7 @@ def wire_rows(sizes: Array, chunk: int) -> tuple[Array, Array]:
 def chunked_all_to_all(
     operand, output, sizes, input_offsets, arrival_offsets, axes, *, chunk: int, all_to_all=None
 ) -> Array:
-    """Direct schedule: [N, F] slices into [M, F], ``chunk`` rows of each slice per all_to_all.
+    """The direct schedule: slices of [N, F] go into [M, F], ``chunk`` rows of each slice in each all_to_all.
 
     Args:
       sizes: [W, W] rows from each rank to each, the same everywhere.
@@ -268,7 +268,7 @@ def chunked_all_to_all(
 
 
 def _dealt_before(index: Array, dealer: Array, num_ranks: int) -> Array:
-    """How many of 0..index-1 are dealt to ``dealer`` when number f goes to f mod W."""
+    """How many of the numbers 0 .. index - 1 are dealt to ``dealer``, where number f goes to rank f mod W."""
     return (index - dealer + num_ranks - 1) // num_ranks
 
 
@@ -290,9 +290,9 @@ def _relay_sizes(sizes: Array) -> tuple[Array, Array]:
 
 
 def _relayed(operand, output, sizes, input_offsets, arrival_offsets, axes, chunk):
-    """Relay schedule; the same result as ``chunked_all_to_all``."""
+    """The relay schedule, with the same result as ``chunked_all_to_all``."""
     num_ranks, num_out = sizes.shape[0], output.shape[0]
-    hand = math.ceil(operand.shape[0] / num_ranks)  # most rows that one rank deals to another
+    hand = math.ceil(operand.shape[0] / num_ranks)  # the most rows that one rank deals to another
     me, ranks = lax.axis_index(axes), jnp.arange(num_ranks, dtype=jnp.int32)
     first, second = _relay_sizes(sizes)
     low, high = _relay_blocks(sizes)
@@ -317,7 +317,8 @@ def _relayed(operand, output, sizes, input_offsets, arrival_offsets, axes, chunk
         take_rows(held, order), empty(num_out), second, exclusive_cumsum(second[me]), starts, axes, chunk=chunk
     )
 
-    # 3. Place: row p of source i has number f = start + p, came from dealer f mod W, in that dealer's source order.
+    # 3. Place: row p of source i has the number f = start + p. It came from dealer f mod W, which sent its rows by
+    #    source.
     flat_start = ranks * (num_out + 1)  # an address that keeps source and position apart
     address = map_blocks(arrival_offsets, flat_start, sizes[:, me], num_out)
     source, position = address // (num_out + 1), address % (num_out + 1)

@@ -1,4 +1,4 @@
-"""Who has arrived: ranks announce themselves on the host, and traced values that wait for it.
+"""Ranks meet on the host: they announce themselves there, and traced values wait for it.
 
 Order in a compiled program follows data alone. ``probe`` makes a scalar that needs an array, ``hold`` an array that
 needs a scalar; a callback or a collective between the two then stands where it was written.
@@ -25,7 +25,7 @@ class BarrierTimeoutError(MoEError, TimeoutError):
     """A rank did not arrive at a barrier in time. Its text reaches the user inside a jax.errors.JaxRuntimeError."""
 
 
-# What ties a traced value to a moment.
+# How a traced value is tied to a moment of the program's run.
 
 
 def probe(tree: Any) -> Array:
@@ -50,7 +50,8 @@ def hold(tree: Any, moment: Array) -> Any:
 @jax.custom_jvp
 def _held(leaf, moment):
     narrow = narrow_bits(leaf)
-    # Never taken, and no constant, as the leaf itself may be: of two equal constants XLA would drop the choice.
+    # This value is never chosen. It is made from the moment, since the leaf may be a constant, and XLA would drop a
+    # choice between two equal constants.
     otherwise = jnp.broadcast_to(moment.astype(narrow or leaf.dtype), leaf.shape)
     return keep_where(moment >= 0, leaf, lax.bitcast_convert_type(otherwise, leaf.dtype) if narrow else otherwise)
 
@@ -85,21 +86,21 @@ def gather_ranks(x: Array, axes: tuple[str, ...]) -> Array:
 
 
 def sum_of_arrivals(moment: Array, tree: Any, axes: tuple[str, ...]) -> Array:
-    """An all-reduce of ``moment`` and the ranks over ``axes``; non-negative, and varying only where all leaves do."""
+    """A non-negative all-reduce over ``axes`` of ``moment`` and the ranks. It varies only where all leaves do."""
     shared = frozenset.intersection(*(_compat.varying_axes(leaf) for leaf in jax.tree.leaves(tree)))
-    moment = moment + lax.axis_index(axes)  # so that the addends differ: equal ones XLA may multiply instead
+    moment = moment + lax.axis_index(axes)  # so that addends differ: XLA may turn a sum of equal ones into a product
     return lax.psum(moment, (*axes, *sorted(_compat.varying_axes(moment) - shared - set(axes))))
 
 
-# Callbacks. They are pure_callbacks, ordered by data: the effect of an io_callback is refused by remat and custom_vjp.
-# The members of a batch (vmap) call them one after the other.
+# Callbacks. They are pure_callbacks that are ordered by data, since remat and custom_vjp refuse the effect of an
+# io_callback. The members of a batch (vmap) call them one after the other.
 
 
 def await_live(tree: Any, live: Array, axes: tuple[str, ...], timeout_us: int) -> Array:
-    """Announces this rank once ``tree`` is there and waits on the host until all ``live`` [W] ranks did the same.
+    """Announces this rank once ``tree`` is computed, and waits on the host until all ``live`` [W] ranks have done so.
 
-    Returns an i32 zero. Raises BarrierTimeoutError on the host, on every rank or on none, also on those that come
-    after the others gave up.
+    Returns an i32 zero. Raises BarrierTimeoutError on the host, on every rank or on none, and also on ranks that come
+    after the others have given up.
     """
     family, group = group_of(axes)
 
@@ -113,7 +114,7 @@ def await_live(tree: Any, live: Array, axes: tuple[str, ...], timeout_us: int) -
 
 
 def group_of(axes: tuple[str, ...]) -> tuple[str, Array]:
-    """The layout that ``axes`` belong to, and which of its groups this rank is in: the index along all other axes."""
+    """The layout that ``axes`` belong to, and the number of this rank's group in it: the index along all other axes."""
     mesh = jax.sharding.get_abstract_mesh()
     others = set(mesh.manual_axes) - set(axes)
     others = tuple(sorted(axis for axis in others if mesh.shape[axis] > 1))  # in the same order in every process
@@ -126,7 +127,7 @@ def _meet(group: str, rank: int, live: Sequence[int], timeout_us: int, axes: tup
     board = current_board()
     turn = board.announce(group, rank)
     missing = [peer for peer in live if not board.wait(group, turn, peer, max(0.0, deadline - time.monotonic()))]
-    verdict = board.settle(group, turn, ",".join(map(str, missing)))  # the first one stands, for all ranks
+    verdict = board.settle(group, turn, ",".join(map(str, missing)))  # the first verdict stands for all ranks
     if not verdict:
         if rank == min(live, default=rank):
             board.clean(group, turn - 1)
@@ -145,17 +146,17 @@ def _meet(group: str, rank: int, live: Sequence[int], timeout_us: int, axes: tup
 
 def current_board() -> "LocalBoard | SharedBoard":
     """The board of this program: shared by processes under jax.distributed, local without it."""
-    from jax._src import distributed  # no public way to the coordination service
+    from jax._src import distributed  # JAX has no public way to the coordination service
 
     state = distributed.global_state
     return SharedBoard(state.client, _epoch) if state.client is not None and state.num_processes > 1 else _local
 
 
 def forget_arrivals() -> None:
-    """Starts to count arrivals afresh.
+    """Starts to count arrivals from zero again.
 
-    Needed where a rank failed before it came to a barrier and the program goes on: it is one turn behind for ever. Call
-    it in every process, while no barrier runs.
+    This is needed where a rank fails before it comes to a barrier and the program goes on: without it that rank would
+    be one turn behind for ever. Call it in every process, while no barrier runs.
     """
     global _local, _epoch
     _local, _epoch = LocalBoard(), _epoch + 1

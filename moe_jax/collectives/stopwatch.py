@@ -2,6 +2,7 @@
 
 import functools
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,30 +18,37 @@ Array = jax.Array
 
 _START = time.monotonic_ns()
 _CLOCK_MASK = 2**31 - 1  # clocks wrap after 35 minutes; differences do not mind
-# Seconds; then the exchange goes on and behaves as it would without a stopwatch. It ends a deadlock between ranks that
-# reach this and another collective of the program in different orders, before XLA gives up (40 s).
-_LONGEST_WAIT = 10.0
 _SCALAR = jax.ShapeDtypeStruct((), jnp.int32)
 
 
-def timed_all_to_all(blocks: Array, axis_names: str | tuple[str, ...]) -> tuple[Array, Array]:
+def timed_all_to_all(
+    blocks: Array, axis_names: str | tuple[str, ...], on_arrival: Callable[[Array, Array], Array] | None = None
+) -> tuple[Array, Array]:
     """``lax.all_to_all`` one peer at a time, and the time that each took.
 
-    A rank's entry is the time until its own blocks were ready, counted from when this rank began to look for it, plus
-    the time that its block took to travel. It looks for one rank after the other on the host, before the first block
-    moves: a collective that a slow rank holds up would hold up all ranks and put the blame on any of them. Then the
-    blocks travel in W - 1 shifts, between two readings of the host clock each. Everything is ordered by data, so the
-    compiler cannot move a reading. For finding slow ranks, not for every step. Differentiable; the derivatives
-    are plain all_to_alls.
+    The time has two parts. The first is how long this rank stood ready while the other one was not: every rank reads
+    its clock when its blocks are ready, meets all others, and reads the clock again when they let it go. The longer it
+    stood there the earlier it came, so the differences of these times say who waited for whom, and ranks on several
+    hosts need no common clock. The second part is the time that the block took to travel. Blocks travel in W - 1
+    shifts, between two readings of the clock each, and all ranks meet before every shift and after the last one: so a
+    block that is late is counted where it arrives, and makes no other block late.
+
+    Everything is ordered by data, so the compiler cannot move a reading. There are 2 W readings, each a call of the
+    host, and 2 W collectives of one number beside the shifts. So this is for finding slow ranks, not for every step.
+    Where a device works ahead of its host, a reading is the time at which the host gets to know. Differentiable; the
+    derivatives are plain all_to_alls.
 
     Args:
       blocks: [W, ...], block j for rank j.
       axis_names: one mesh axis, or several that are flattened in that order.
+      on_arrival: what each block passes when it has come and its clock has not been read yet, static: a function of the
+        block and of the i32 rank that it came from, with the block as its result. For rehearsals: see
+        ``moe_jax.tools.stragglers``.
 
     Returns:
       blocks: [W, ...], block i came from rank i; the same bits as ``lax.all_to_all(blocks, axis_names, 0, 0)``.
-      microseconds: [W] i32 by source; at least 0, and 0 for this rank itself. Varies over every axis of more
-        than one device.
+      microseconds: [2, W] i32 by source: until it was ready, and travelling. At least 0, and 0 for this rank itself.
+        Varies over every axis of more than one device.
 
     Raises:
       ShapeError, MissingArgumentError, DtypeError: ``blocks`` is no array with one block for each rank.
@@ -54,31 +62,43 @@ def timed_all_to_all(blocks: Array, axis_names: str | tuple[str, ...]) -> tuple[
     if blocks.ndim < 1:
         raise ShapeError("blocks is a scalar; expected [W, ...]")
     check_shape("blocks", blocks, (num_ranks, *blocks.shape[1:]), f"[W, ...], one per rank of {'*'.join(axes)}")
-    family, group = rendezvous.group_of(axes)
-    moved, microseconds = _timed(axes, f"timing/{family}", _compat.as_varying(blocks, axes), group)
+    _, group = rendezvous.group_of(axes)
+    moved, microseconds = _timed(axes, on_arrival, _compat.as_varying(blocks, axes), group)
     return moved, _compat.as_varying(microseconds, sorted(_compat.varying_axes(group)))
 
 
 @functools.partial(custom_gradient, num_static=2)
-def _timed(axes, family, blocks, group):
+def _timed(axes, on_arrival, blocks, group):
     me, num_ranks, narrow = lax.axis_index(axes), blocks.shape[0], rendezvous.narrow_bits(blocks)
-    waited = _wait_for_peers(blocks, me, family, group)
-    now = _read_clock(jnp.max(waited), blocks)
+    read_clock = functools.partial(_read_clock, me, group)
+    # 1. Who came how early: the last one to be ready stands in the meeting for no time at all.
+    ready = read_clock(blocks)
+    stood = (read_clock(_meet(ready, axes)) - ready) & _CLOCK_MASK
+    all_stood = lax.all_gather(stood, axes)
+    waited = jnp.maximum(stood - all_stood, 0)
+    # 2. The shifts, each of which begins when all ranks have left the one before.
+    met = jnp.max(all_stood)
     bits = lax.bitcast_convert_type(blocks, narrow) if narrow else blocks  # XLA:CPU changes narrow NaNs that it moves
-    arrived, travelled = [bits[me]], [jnp.zeros_like(now)]
+    arrived, travelled = [bits[me]], [jnp.zeros_like(ready)]
     for shift in range(1, num_ranks):
-        sent = rendezvous.hold(bits[(me + shift) % num_ranks], now)
-        arrived.append(lax.ppermute(sent, axes, [(rank, (rank + shift) % num_ranks) for rank in range(num_ranks)]))
-        before, now = now, _read_clock(now, arrived[-1])
-        travelled.append((now - before) & _CLOCK_MASK)
+        before = read_clock(met)
+        sent = rendezvous.hold(bits[(me + shift) % num_ranks], before)
+        block = lax.ppermute(sent, axes, [(rank, (rank + shift) % num_ranks) for rank in range(num_ranks)])
+        if on_arrival is not None:
+            block = on_arrival(block, (me - shift) % num_ranks)
+        after = read_clock((before, block))
+        arrived.append(block)
+        travelled.append((after - before) & _CLOCK_MASK)
+        met = _meet(after, axes)
+    # 3. Shift s brought the block of rank me - s.
     shift_of = (me - jnp.arange(num_ranks)) % num_ranks
-    moved = jnp.stack(arrived)[shift_of]
+    moved = rendezvous.hold(jnp.stack(arrived), met)[shift_of]
     moved = lax.bitcast_convert_type(moved, blocks.dtype) if narrow else moved
-    return moved, waited + jnp.stack(travelled)[shift_of]
+    return moved, jnp.stack([waited, jnp.stack(travelled)[shift_of]])
 
 
-def _timed_backward(axes, family, residuals, cts):
-    del family, residuals
+def _timed_backward(axes, on_arrival, residuals, cts):
+    del on_arrival, residuals
     ct = cts[0]  # [W, ...], of blocks that moved; d_blocks = ct, each block back at its rank
     return None if ct.dtype == jax.dtypes.float0 else lax.all_to_all(ct, axes, 0, 0), None
 
@@ -86,32 +106,15 @@ def _timed_backward(axes, family, residuals, cts):
 _timed.defvjp(lambda *args: (_timed(*args), None), _timed_backward)
 
 
-def _read_clock(after: Array, tree: Array) -> Array:
-    """The host's clock in microseconds, modulo 2^31, read once ``after`` and ``tree`` are there."""
+def _read_clock(me: Array, group: Array, after: Array | tuple[Array, ...]) -> Array:
+    """The host's clock in microseconds, modulo 2^31, read once ``after`` is there; a reading of this rank's own."""
 
     def read(*_):
         return np.int32((time.monotonic_ns() - _START) // 1000 & _CLOCK_MASK)
 
-    return jax.pure_callback(read, _SCALAR, after, rendezvous.probe(tree), vmap_method="sequential")
+    return jax.pure_callback(read, _SCALAR, me, group, rendezvous.probe(after), vmap_method="sequential")
 
 
-def _wait_for_peers(blocks: Array, me: Array, family: str, group: Array) -> Array:
-    """[W] i32 microseconds that this rank stood waiting for each other to have its blocks ready."""
-    num_ranks = blocks.shape[0]
-
-    def wait(rank, group, _):
-        board, name, rank = rendezvous.current_board(), f"{family}/{int(group)}", int(rank)
-        turn = board.announce(name, rank)
-        waited, complete = np.zeros(num_ranks, np.int32), True
-        deadline = time.monotonic() + _LONGEST_WAIT
-        for shift in range(1, num_ranks):
-            peer = (rank - shift) % num_ranks
-            start = time.monotonic_ns()
-            complete &= board.wait(name, turn, peer, max(0.0, deadline - time.monotonic()))
-            waited[peer] = (time.monotonic_ns() - start) // 1000
-        if complete and not rank:  # all are here, so all have left the turn before
-            board.clean(name, turn - 1)
-        return waited
-
-    result = jax.ShapeDtypeStruct((num_ranks,), jnp.int32)
-    return jax.pure_callback(wait, result, me, group, rendezvous.probe(blocks), vmap_method="sequential")
+def _meet(reading: Array, axes: tuple[str, ...]) -> Array:
+    """A non-negative i32 scalar that no rank has before every rank has its ``reading``."""
+    return lax.psum((reading & 1) + lax.axis_index(axes), axes)  # XLA cannot know the sum without the readings

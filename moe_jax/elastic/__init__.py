@@ -1,1 +1,1 @@
-"""Ranks that come and go, as traced data, so that nothing is compiled again: ``rank_table``."""
+"""Ranks that come and go, as traced data, so that nothing is compiled again, and ranks that are slow."""

@@ -65,30 +65,32 @@ def grouped_matmul_all_to_allv(
     order inside a block is kept. Rows of ``gmm_x`` past ``sum(send_counts)`` may hold anything, NaN included: they
     influence nothing, and their gradient is zero. Rows of ``y`` past ``sum(recv_counts)`` are zero.
 
-    R ranks, e local experts. Both count lists have index peer * e + local expert. They must agree: what rank b has in
-    ``recv_counts`` at a * e + l is what rank a has in ``send_counts`` at b * e + l. Static lists (Python integers or a
-    NumPy array) are checked for this; a flat list is the same on all ranks, a table [R, R * e] has a row for each.
-    Traced arrays hold this rank's counts and are taken on trust: where they disagree, nothing is defined.
+    There are R ranks with e local experts each. Both count lists have index peer * e + local expert. They must agree:
+    what rank b has in ``recv_counts`` at a * e + l is what rank a has in ``send_counts`` at b * e + l. Static lists
+    (Python integers or a NumPy array) are checked for this; a flat list is the same on all ranks, a table [R, R * e]
+    has a row for each. Traced arrays hold this rank's counts and are not checked: where they disagree, the result is
+    undefined.
 
     ``all_to_allv_grouped_matmul`` with the two lists swapped puts rows back into the order of ``gmm_x``, and is the
     adjoint. Differentiable in ``gmm_x``, ``gmm_weight``, ``mm_x`` and ``mm_weight``, in both modes and to any order.
 
     *Scaled numbers.* With scales the operands are codes, and products are fp32 rounded once to ``out_dtype``:
 
-    - per tensor: int8 with int8, or fp8 with fp8 (e4m3fn and e5m2 in any mix), and scales f32 [1], that of the rows
-      being the one of the rank they come from. ``(x @ w) * x_scale * weight_scale``; sums of int8 are exact.
+    - per tensor: int8 with int8, or fp8 with fp8 (e4m3fn and e5m2 in any mix), and scales f32 [1]. Rows have the scale
+      of the rank that they come from. ``(x @ w) * x_scale * weight_scale``; sums of int8 are exact.
     - microscaled: fp8 with fp8, or e2m1 with e2m1, and E8M0 bytes (uint8 or float8_e8m0fnu), one for 32 numbers along
       H1, by pairs: rows [A, ceil(H1 / 64), 2], weights [e, ceil(H1 / 64), N1, 2], transposed [e, N1, ceil(H1 / 64), 2].
       Byte b is 2^(b - 127), 255 is NaN. Numbers are multiplied by their scales first, where fp32 subnormals count as
-      zero. e2m1 is float4_e2m1fn, or uint8 with two numbers side by side along the last axis, the first one low.
+      zero. e2m1 is float4_e2m1fn, or uint8 with two numbers side by side along the last axis, the first of them in the
+      low bits.
 
     ``q = moe_jax.quant.recipe("mx_e4m3", "bfloat16").quantize(rows)`` has such numbers in ``q.values`` and scales in
     ``q.scale.reshape(len(rows), -1, 2)``; for weights let ``rows`` be [e * N1, H1], transposed matrices. The dense part
     takes scales of the same kind. Scaled operands have no derivative, and asking for one is refused. (Integer codes
-    rounded from floats do not ask: in JAX a conversion to integers has derivative zero.)
+    that were rounded from floats raise nothing: in JAX a conversion to integers has derivative zero.)
 
     Args:
-      gmm_x: [A, H1] fp32, bf16 or fp16; with scales see above, H1 counted in numbers.
+      gmm_x: [A, H1] fp32, bf16 or fp16; with scales as above, where H1 counts numbers and not bytes.
       gmm_weight: [e, H1, N1], or [e, N1, H1] if ``transpose_gmm_weight``; the dtype of ``gmm_x``.
       send_counts: [R * e] rows of my expert l for rank p; their sum is at most A.
       recv_counts: [R * e] rows that come from expert l of rank p.
@@ -97,9 +99,10 @@ def grouped_matmul_all_to_allv(
       gmm_x_scale, gmm_weight_scale: see above; None = the operands are floats.
       mm_x_scale, mm_weight_scale: likewise, without e: [ceil(H2 / 64), N2, 2] or [N2, ceil(H2 / 64), 2] for weights.
       out_dtype: float32, bfloat16 or float16, of both products; with scales only, and then required.
-      recv_capacity: rows of ``y``. None: static counts take the most that any rank receives, traced ones R * A, which
-        always suffices. If traced counts exceed a smaller one, the rows that come last in (source rank, expert) order,
-        ``max(0, sum(recv_counts) - recv_capacity)`` of them, are not sent, and their gradient is zero.
+      recv_capacity: rows of ``y``. None: the most that any rank receives where counts are static, and R * A, which
+        always suffices, where they are traced. If traced counts exceed a smaller capacity, the rows that come last in
+        (source rank, expert) order, ``max(0, sum(recv_counts) - recv_capacity)`` of them, are not sent, and their
+        gradient is zero.
       chunks: a divisor of R. The exchange is cut into this many, each with R / chunks peers, and no product waits for
         the transfer of another chunk, so that they can overlap. The same bits for every value; each chunk has buffers
         of its own.
@@ -111,7 +114,7 @@ def grouped_matmul_all_to_allv(
     Raises:
       MissingArgumentError, ShapeError, DtypeError, InvalidArgumentError: an argument breaks a rule above.
       MeshError: ``axis_name`` is not bound here; call this inside ``shard_map``.
-      UnsupportedError: somebody differentiates in scaled operands.
+      UnsupportedError: a derivative in scaled operands is asked for.
 
     >>> import jax, jax.numpy as jnp, moe_jax as moe
     >>> from jax.sharding import PartitionSpec as P
@@ -244,12 +247,12 @@ def all_to_allv_grouped_matmul(
 
 
 class _Call(NamedTuple):
-    """What the arguments of the grouped part amount to."""
+    """The arguments of the grouped part, checked and read."""
 
     axes: tuple[str, ...]
     num_ranks: int
     counts: Counts
-    scaled: Operands | None  # the operands if they have scales; None: they are floats
+    scaled: Operands | None  # the operands, where they have scales; None where they are floats
     out_dtype: jnp.dtype
 
 
@@ -257,7 +260,7 @@ def _check(
     x, weight, x_scale, weight_scale, out_dtype, send_counts, recv_counts, axis_name, transpose, recv_capacity, chunks,
     backend,
 ) -> _Call:  # fmt: skip
-    """Raises on what is wrong with the grouped part."""
+    """Checks the grouped part, and reads its arguments."""
     axes = _compat.bound_axes(axis_name)
     num_ranks = jax.lax.axis_size(axes)
     check_flag("transpose_gmm_weight", transpose)

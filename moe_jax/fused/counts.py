@@ -1,4 +1,4 @@
-"""The count lists of the fused pair: read, checked as far as they are known, and cut into one rank's blocks.
+"""The count lists of the fused pair: they are read, checked if they are static, and cut into one rank's blocks.
 
 A list is flat, index peer * e + local expert. *Static* lists are Python or NumPy integers: [R * e], the same on every
 rank, or a table [R, R * e] with one row per rank. *Traced* lists are i32 arrays [R * e] of this rank.
@@ -30,10 +30,10 @@ class Counts(NamedTuple):
 
     Attributes:
       send: [R, e] i32, how many rows go to or belong to each expert of each peer.
-      recv: [R, e] i32, the same of the rows that come.
+      recv: [R, e] i32, how many rows come from, or for, each expert of each peer.
       recv_capacity: rows of the result.
-      may_overflow: whether more rows than that can come.
-      tables: [R, R, e] i64, the counts of all ranks, those of sends and those of receives; None where they are traced.
+      may_overflow: whether more rows than ``recv_capacity`` can come.
+      tables: the counts of all ranks, a table [R, R, e] i64 for sends and one for receives; None where they are traced.
     """
 
     send: Array
@@ -68,7 +68,7 @@ def read_counts(
     if recv_capacity is not None:
         check_count("recv_capacity", recv_capacity, 0)
         recv_capacity = int(recv_capacity)
-    # 1. Both lists are there, and both are of one kind.
+    # 1. Both lists are given, and both are static or both traced.
     named = {"send_counts": send_counts, "recv_counts": recv_counts}
     for name, counts in named.items():
         if counts is None:
@@ -79,8 +79,8 @@ def read_counts(
         raise InvalidArgumentError(
             f"{known} is known while tracing and {other} is a traced array; pass both as lists or both as i32 arrays"
         )
-    # 2. Static lists are known of all ranks. They are checked, the result is as long as the fullest rank needs, and
-    #    this rank takes its own rows of the tables.
+    # 2. Static lists say the counts of all ranks. They are checked; the result is as long as the fullest rank needs;
+    #    and this rank takes its own rows of the tables.
     if static[0]:
         send, recv = (_read_table(name, counts, num_ranks, num_local) for name, counts in named.items())
         _check_tables(send, recv, num_rows, recv_capacity)
@@ -93,7 +93,7 @@ def read_counts(
             may_overflow=False,
             tables=(send, recv),
         )
-    # 3. Traced lists are known of this rank alone, and nobody can check more than their form. Every rank could send all
+    # 3. Traced lists say the counts of this rank alone, and only their form can be checked. Every rank could send all
     #    of its rows here, so without a capacity the result has room for that.
     for name, counts in named.items():
         check_shape(name, counts, (num_ranks * num_local,), f"[R * e] for R = {num_ranks}, e = {num_local}")

@@ -22,10 +22,10 @@ def dense(
     grouped_dtype: jnp.dtype,
     out_dtype: jnp.dtype,
 ) -> Array | None:
-    """``x @ weight``, [BS, N2]; None if neither was given.
+    """``x @ weight`` [BS, N2], or None if neither was given.
 
     Args:
-      x, weight, x_scale, weight_scale, transpose: what the caller gave as ``mm_x`` and so on.
+      x, weight, x_scale, weight_scale, transpose: the caller's ``mm_x``, ``mm_weight`` and so on.
       grouped: the scaled operands of the grouped part, whose scales must be of the same kind; None: it has none.
       grouped_dtype: the dtype of the grouped part's rows, which this part must have too if there are no scales.
       out_dtype: the dtype of the result.

@@ -122,7 +122,7 @@ def make_route(
 
 @functools.partial(custom_gradient, num_static=1)
 def compute_then_send(extents: Extents, rows: Array, weight: Array, route: Route, addend: Array | None) -> Array:
-    """The rows [expert_rows, H] times the weights [e, H, N], plus the addend [expert_rows, N], sent: [token_rows, N].
+    """Multiplies rows [expert_rows, H] by weights [e, H, N], adds the addend [expert_rows, N], sends: [token_rows, N].
 
     A row of the result at which nothing arrives is zero. Without an addend (None) nothing is added.
     """
@@ -177,21 +177,21 @@ def _send_backward(extents, residuals, cts):
 send_then_compute.defvjp(_send_forward, _send_backward)
 
 
-# Products of another kind have no derivative. Their rows may have any form in which a row of zeros stands for nothing,
-# and their weights may be any pytree.
+# The same with a product of the caller's, for which there is no derivative. Rows may have any form in which a row of
+# zeros contributes nothing, and weights may be any pytree.
 
 Multiply = Callable[[Extents, Array, Any, Array], Array]  # (extents, rows, weight, group_sizes) -> [rows, N]
 
 
 def compute_then_send_by(multiply: Multiply, extents: Extents, rows: Array, weight: Any, route: Route) -> Array:
-    """As ``compute_then_send`` with the caller's product; rows travel in the dtype of that product."""
+    """``compute_then_send`` with the caller's product, in whose dtype rows travel."""
     return _compute_then_send(extents, rows, weight, route, multiply=multiply)
 
 
 def send_then_compute_by(
     multiply: Multiply, extents: Extents, rows: Array, weight: Any, route: Route
 ) -> tuple[Array, Array]:
-    """As ``send_then_compute`` with the caller's product."""
+    """``send_then_compute`` with the caller's product."""
     return _send_then_compute(extents, rows, weight, route, multiply=multiply)
 
 
@@ -309,7 +309,7 @@ def _chunks(extents: Extents, route: Route) -> Iterator[_Chunk]:
 
 
 def _chunk_of_peers(extents: Extents) -> tuple[Array, Array]:
-    """[R] the chunk in which this rank's expert side exchanges with each peer, and [R] likewise for its token side.
+    """[R] the chunk in which this rank's expert side exchanges with each peer, and [R] that of its token side.
 
     Chunk c of an expert side has the peers that are c * R / chunks or more steps ahead of it along the ring. The token
     side counts the steps from the peer to itself, so that both ends of every transfer find the same chunk.
@@ -324,7 +324,7 @@ def _sum(sizes: Array, axis: int) -> Array:
 
 
 def _swap(extents: Extents, entries: Array) -> Array:
-    """Entry j of every rank goes to rank j: [R, ...] of this rank's words -> [R, ...] of the peers' words to it."""
+    """Entry j of every rank goes to rank j: [R, ...] entries for all peers -> [R, ...] the entries for this rank."""
     return collectives.swap_with_peers(_compat.as_varying(entries, extents.axes), extents.axes)
 
 

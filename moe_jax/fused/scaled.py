@@ -21,7 +21,7 @@ from moe_jax.quant.message import Part, join, split
 from moe_jax.quant.schemes import named_recipe
 
 Array = jax.Array
-_EXACT_COLUMNS = 1024  # a sum of as many products of two int8 numbers is at most 2^24
+_EXACT_COLUMNS = 1024  # a sum of so many products of two int8 numbers is at most 2^24
 
 
 class Weights(NamedTuple):
@@ -30,7 +30,7 @@ class Weights(NamedTuple):
     Attributes:
       values: fp32 or bf16. Microscaled matrices are [e, N, H], and their scales are multiplied in. Others have the
         layout in which they are stored.
-      scale: [1] f32, what the products have yet to be multiplied by; None of microscaled matrices.
+      scale: [1] f32, by which the products have yet to be multiplied; None for microscaled matrices.
     """
 
     values: Array
@@ -54,7 +54,7 @@ class Scaled(NamedTuple):
 
 
 def scaled_operands(operands: Operands, *, transpose: bool, out_dtype: jnp.dtype) -> Scaled:
-    """The grouped part as it travels and is multiplied; the weights have a leading axis [e]."""
+    """The grouped part in the form in which it travels and is multiplied. Weights have a leading axis [e]."""
     scheme, *arrays = operands
     x, weight, x_scale, weight_scale = _without_derivative(tuple(arrays))
     rows, parts = join(_values_and_scales(x, x_scale))
@@ -96,12 +96,12 @@ def _refuse(primals, tangents):
 
 
 def _values_and_scales(x, x_scale):
-    """What travels: the numbers [rows, V], those of e2m1 as bytes, and the scales [rows, S], those of E8M0 as bytes."""
+    """The two arrays that travel: the numbers [rows, V] (e2m1 as bytes) and the scales [rows, S] (E8M0 as bytes)."""
     values = _as_bytes(x)
     if x_scale.ndim == 3:
         scale = _e8m0_bytes(x_scale).reshape(x.shape[0], 2 * x_scale.shape[1])
     else:
-        scale = jnp.broadcast_to(x_scale, (x.shape[0], 1))  # a row may come to a rank where x has another one
+        scale = jnp.broadcast_to(x_scale, (x.shape[0], 1))  # each row carries the scale of the rank that it is from
     return _compat.as_varying((values, scale), _compat.union_of_varying_axes((values, scale)))
 
 
@@ -124,8 +124,8 @@ def _prepare(scheme: Scheme, weight, weight_scale, transpose, out_dtype) -> Weig
     scale = scale.reshape(flat, 2 * scale.shape[2])
     values = _dequantize(scheme.weight_format, stored.reshape(flat, width), scale)
     values = values.reshape(num_experts, num_columns, scheme.hidden)
-    # The kernels round a product to the dtype of its operands. So bf16 operands, which take half the memory, are enough
-    # where the result is bf16.
+    # The kernels round a product to the dtype of its operands. So where the result is bf16, bf16 operands suffice,
+    # which take half the memory.
     return Weights(values=values.astype(jnp.bfloat16 if out_dtype == jnp.bfloat16 else jnp.float32), scale=None)
 
 
@@ -162,7 +162,7 @@ def _multiply(scheme, values, scale, weight, dot, axis, out_dtype):
 
 
 def _whole_numbers(lhs, rhs, dot, axis):
-    """A product of whole numbers, exact until it becomes fp32: sums over few columns are exact, and add up as int32."""
+    """A product of whole numbers, exact until it is fp32: sums over few columns are exact, and are added as int32."""
     starts = range(0, lhs.shape[1], _EXACT_COLUMNS)
     stops = [min(start + _EXACT_COLUMNS, lhs.shape[1]) for start in starts]
     parts = [

@@ -29,7 +29,7 @@ FORMATS = {
     "float4_e2m1fn": "e2m1",
 }
 _EIGHT_BITS = {("int8", "int8")} | {(a, b) for a in ("e4m3", "e5m2") for b in ("e4m3", "e5m2")}
-_PAIRS = {  # of the formats of rows and weights, by whether they are microscaled
+_PAIRS = {  # the pairs of formats (rows, weights), by whether they are microscaled
     False: _EIGHT_BITS,
     True: _EIGHT_BITS - {("int8", "int8")} | {("e2m1", "e2m1")},
 }
@@ -37,7 +37,7 @@ _RULE = (
     "take int8 with int8 or fp8 with fp8 under float32 scales [1], or fp8 with fp8 or e2m1 with e2m1 (two per uint8 "
     "byte, or float4_e2m1fn) under E8M0 scales (uint8 or float8_e8m0fnu), one per 32 numbers"
 )
-_LONGEST_INT8 = 2**17 - 1  # columns whose products, each up to 2^14, surely sum up in an int32
+_LONGEST_INT8 = 2**17 - 1  # the sum of so many products, each up to 2^14, surely fits an int32
 
 
 class Scheme(NamedTuple):
@@ -80,9 +80,9 @@ def read_operands(
     weight_scale: Array | None,
     transpose: bool,
 ) -> Operands | None:
-    """``{part}_x`` [rows, H] and ``{part}_weight`` [..., H, N] or [..., N, H] with their scales; None without scales.
+    """``{part}_x`` [rows, H] and ``{part}_weight`` [..., H, N] or [..., N, H] with scales; None where none are given.
 
-    The ranks of ``x`` and ``weight`` are right already.
+    The numbers of dimensions of ``x`` and ``weight`` have been checked.
 
     Raises:
       MissingArgumentError, DtypeError, ShapeError: the scales or the numbers are not what some scheme takes.

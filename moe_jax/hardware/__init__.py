@@ -1,8 +1,9 @@
-"""Machines, as data with their sources: what a compiler must know of a chip that is not here, what a chip reaches.
+"""Machines as data with sources: what plans are made for, and what compilers must know of a chip that is not here.
 
 ``MACHINES`` are what plans are made for and costs are divided by: rates, memory and links of one device, in
 ``machines.py``; ``find_machine`` reads one of your own from a TOML file. ``gpu`` and ``tpu`` are what compilers are
-told, ``peaks`` what a measured device is compared with, and ``ascend`` what CANN's operators accept on each product.
+told of chips, ``peaks`` what a measured device is compared with, and ``ascend`` what CANN's operators accept on each
+product.
 """
 
 from moe_jax.hardware.find import find_machine, machine_of

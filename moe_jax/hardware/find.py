@@ -10,10 +10,11 @@ from moe_jax.hardware.machine import MAY_BE_NONE, PARTS, Machine, value_violatio
 from moe_jax.hardware.machines import MACHINES
 
 _FIELDS = [field.name for field in dataclasses.fields(Machine)]
-# What has a source of its own: fields of a machine, and of its parts as "inside.latency".
+# The figures that have a source of their own: fields of a machine, and fields of its parts in the form
+# "inside.latency".
 _FIGURES = [name for name in _FIELDS if name not in ("name", "platform", "kinds", "sources", *PARTS)]
 _FIGURES += [f"{name}.{field.name}" for name, part in PARTS.items() for field in dataclasses.fields(part)]
-# The machine that stands for a platform's devices of a kind that none names.
+# For each platform, the machine that stands for devices whose kind no machine names.
 _OF_PLATFORM = {"cpu": "cpu", "gpu": "h100", "tpu": "v5p", "npu": "a2"}
 
 
@@ -21,13 +22,13 @@ def find_machine(name_or_path: str | os.PathLike[str]) -> Machine:
     """The machine of a name in ``MACHINES``, or the one that a TOML file describes.
 
     A file has a table ``[machine]`` with the fields of ``Machine``; ``inside``, ``between`` and ``torus`` are tables
-    of their own. ``base = "h100"`` takes every figure that is not given from that machine; "none" says that there is no
-    such figure. ``name`` is the file's own where it is missing. Figures come from ``[machine.sources]``, by field such
-    as ``between.latency``, or else from the file.
+    of their own. ``base = "h100"`` takes every figure that is not given from that machine, and the text "none" says
+    that there is no such figure. Without ``name`` the machine is called as the file is. ``[machine.sources]`` says by
+    field, such as ``between.latency``, where a figure is from; other figures are from the file itself.
 
     Raises:
       InvalidArgumentError: it is neither a known name nor the path of a TOML file.
-      ConfigError: the file cannot be read, or its fields break rules, all of which are named.
+      ConfigError: the file cannot be read, or its fields break rules; the text names all of these.
 
     >>> from moe_jax.hardware import find_machine
     >>> find_machine("h100").devices_per_node
@@ -47,10 +48,10 @@ def find_machine(name_or_path: str | os.PathLike[str]) -> Machine:
 
 
 def machine_of(platform: str, device_kind: str) -> Machine:
-    """The machine whose devices JAX gives this platform and kind; the platform's h100, v5p, a2 or cpu where none has.
+    """The machine whose devices JAX gives this platform and kind; without one the platform's h100, v5p, a2 or cpu.
 
     Raises:
-      InvalidArgumentError: the platform is not one that machines are known of.
+      InvalidArgumentError: no machine of this platform is known.
 
     >>> from moe_jax.hardware import machine_of
     >>> machine_of("tpu", "TPU v5 lite").name, machine_of("gpu", "NVIDIA GeForce RTX 4090").name
@@ -87,8 +88,8 @@ def _read(path: Path) -> Machine:
     machine, found = _build(Machine, figures, basis, has_base=base is not None)
     raise_all(violations + found, str(path), ConfigError)
     assert machine is not None  # nothing is wrong
-    # 2. A figure comes from where the file says, or else from the file; one that the file does not give, from where the
-    # base says.
+    # 2. A figure that the file gives has the source that the file names for it, or else the file itself. Any other
+    #    figure has the source that the base names.
     given = set(figures)
     given |= {f"{name}.{part}" for name in PARTS if isinstance(figures.get(name), dict) for part in figures[name]}
     own = [(name, str(said.get(name, path))) for name in _FIGURES if name in given]
@@ -97,7 +98,7 @@ def _read(path: Path) -> Machine:
 
 
 def _build(cls: type, table: dict[str, Any], base: Any, *, has_base: bool, prefix: str = "") -> tuple[Any, list[str]]:
-    """A Machine, Link or Torus of a table's figures, and of ``base`` for the others; None and what is wrong."""
+    """A Machine, Link or Torus: figures of the table, or else of ``base``. Or None, and what is wrong."""
     fields = {field.name: field for field in dataclasses.fields(cls) if field.name != "sources"}
     values: dict[str, Any] = {}
     found = []
@@ -127,7 +128,7 @@ def _build(cls: type, table: dict[str, Any], base: Any, *, has_base: bool, prefi
 
 
 def _flat(said: Any) -> Any:
-    """Sources by figure, whether the file names a figure of a part "between.latency" or in a table of the part."""
+    """Sources by figure. A file may name a figure of a part "between.latency", or have a table for the part."""
     if not isinstance(said, dict):
         return said
     flat = {name: text for name, text in said.items() if not (name in PARTS and isinstance(text, dict))}

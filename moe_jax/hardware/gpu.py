@@ -7,7 +7,7 @@ them.
 
 import dataclasses
 
-# The same in all files.
+# What all of those files say alike.
 _COMMON = {
     "threads_per_block_limit": 1024,
     "threads_per_warp": 32,
@@ -22,7 +22,7 @@ _COMMON = {
     "thread_dim_limit_y": 1024,
     "thread_dim_limit_z": 64,
 }
-# Fields of ``Gpu`` that have the proto's own names.
+# Fields of ``Gpu`` whose names are those of the proto.
 _OWN = (
     "core_count", "fpus_per_core", "clock_rate_ghz", "memory_bandwidth", "device_memory_size", "l2_cache_size",
     "shared_memory_per_core", "shared_memory_per_block_optin",
@@ -31,15 +31,15 @@ _OWN = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """One card: sizes in bytes, rates in bytes per second and GHz, names as in ``GpuDeviceInfoProto``.
+    """One card. Sizes are in bytes, rates in bytes per second and GHz; names are those of ``GpuDeviceInfoProto``.
 
     Attributes:
-      description: its name.
+      description: the name of the card.
       compute_capability: the major number; the minor one of all is 0.
       has_accelerated_features: wgmma and the like, as of sm_90a beside sm_90.
       core_count, fpus_per_core, clock_rate_ghz: multiprocessors, fp32 units of each, and their clock.
-      memory_bandwidth, device_memory_size: of the main memory.
-      l2_cache_size, shared_memory_per_core, shared_memory_per_block_optin: memories on the chip.
+      memory_bandwidth, device_memory_size: the rate and the size of the main memory.
+      l2_cache_size, shared_memory_per_core, shared_memory_per_block_optin: sizes of memories on the chip.
       source: where the figures come from.
     """
 

@@ -31,7 +31,7 @@ class Torus:
 
     Attributes:
       dimensions: in how many dimensions the chips stand; each has a link to both neighbours in every dimension.
-      wraps_from: chips along a dimension from which on the last is linked to the first.
+      wraps_from: from so many chips along a dimension on, the last one is linked to the first.
       devices_per_chip: devices that share the links of a chip.
     """
 
@@ -43,7 +43,7 @@ class Torus:
         raise_all(figure_violations(self), "Torus")
 
     def all_to_all_share(self, num_devices: int) -> float:
-        """The share of a device's links that an all-to-all among so many neighbouring devices keeps busy with its own.
+        """The share of a device's links that carries its own rows in an all-to-all among so many neighbouring devices.
 
         The longest side of the chips, n of them, is what limits: half of all bytes must pass its middle. A ring has two
         links there for every line of chips and carries 4 / (n * dimensions) of what a chip's links carry together; a
@@ -57,10 +57,10 @@ class Torus:
         return min(1.0, passes / (side * self.dimensions) * (chips - 1) / chips)
 
     def gather_share(self, num_devices: int) -> float:
-        """The share of a device's links over which it can get what so many neighbouring devices gather or sum.
+        """The share of a device's links that it can use where so many neighbouring devices gather or sum.
 
-        A corner of the box of chips is what limits: where a dimension is no ring, it has a neighbour on one side only,
-        and none where the box is one chip thick.
+        The chip at a corner of the box limits all others: in a dimension that is no ring it has a neighbour on one side
+        only, and none where the box is one chip thick.
         """
         chips = math.ceil(num_devices / self.devices_per_chip)
         if chips < 2:
@@ -74,7 +74,7 @@ class Machine:
     """The devices of one kind and the links between them. All figures are of one device, as JAX counts devices.
 
     Attributes:
-      name: its name, as in ``hardware="h100"``.
+      name: what it is called, as in ``hardware="h100"``.
       platform: "cpu", "gpu", "tpu" or "npu".
       kinds: what ``jax.Device.device_kind`` of such a device begins with; of all machines the longest that fits counts.
       flops16: flops per second in dense products of 16-bit numbers.
@@ -88,11 +88,12 @@ class Machine:
       torus: how the links inside are laid out, where they have no switch; None where any device reaches any other at
         the full rate.
       launch_seconds: what starting one kernel or step costs.
-      relayout_passes: at each end of a ragged exchange rows are read and written that often beside it.
-      ragged_share: the share of the link inside that a native ragged exchange reaches.
+      relayout_passes: how often the rows are read and written at each end of a ragged exchange, beside the exchange
+        itself.
+      ragged_share: the share of the rate of the link ``inside`` that a native ragged exchange reaches.
       widened: dtypes that a sum over ranks turns into fp32 first.
-      sources: pairs of the names of fields, joined by ", ", and where their figures come from. "inside.latency" names
-        a figure of a link. An assumption is called one.
+      sources: pairs of texts: names of fields, joined by ", ", and where their figures come from. "inside.latency"
+        names a figure of a link. A figure that is assumed has a source that says so.
     """
 
     name: str
@@ -122,15 +123,15 @@ class Machine:
         return said.get(figure, said.get(figure.partition(".")[0], ""))
 
     def all_to_all_share(self, num_devices: int) -> float:
-        """The share of the link inside that an all-to-all among so many neighbouring devices reaches."""
+        """The share of the link ``inside`` that an all-to-all among so many neighbouring devices reaches."""
         return self.torus.all_to_all_share(num_devices) if self.torus else 1.0
 
     def gather_share(self, num_devices: int) -> float:
-        """The share of the link inside that what is gathered or summed over so many neighbouring devices reaches."""
+        """The share of the link ``inside`` that a gather or a sum over so many neighbouring devices reaches."""
         return self.torus.gather_share(num_devices) if self.torus else 1.0
 
 
-# The rule of a figure, by its name: what it must be. All other figures are rates, above zero.
+# What a figure must be, by its name. All figures that are not listed are rates, and above zero.
 _TEXTS = ("name",)
 _TUPLES = ("kinds", "widened", "sources")
 _COUNTS = ("memory_bytes", "devices_per_node", "dimensions", "wraps_from", "devices_per_chip")
@@ -140,7 +141,7 @@ MAY_BE_NONE = ("flops8", "between", "devices_per_node", "torus")
 
 
 def figure_violations(part: Any) -> list[str]:
-    """Broken rules of all figures of a Machine, a Link or a Torus, and of those that must fit each other."""
+    """The rules that the figures of a Machine, Link or Torus break, each by itself or together with others."""
     given = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
     found = [text for name, value in given.items() for text in value_violations(name, value)]
     if isinstance(part, Machine):
@@ -149,7 +150,7 @@ def figure_violations(part: Any) -> list[str]:
 
 
 def value_violations(name: str, value: Any) -> list[str]:
-    """Broken rules of one figure of a Machine, a Link or a Torus."""
+    """The rules that one figure of a Machine, Link or Torus breaks."""
     if value is None and name in MAY_BE_NONE:
         return []
     if name in PARTS:

@@ -1,8 +1,8 @@
 """The machines that are known by name, with a source for every figure.
 
-Rates of products are without sparsity. A link's rate is one way, of one device: half of what is advertised for both,
-and of that the share which exchanges were published to reach. Figures that nobody publishes are assumed, and their
-sources say so.
+Rates of products are without sparsity. A link's rate is that of one device in one direction: half of what is advertised
+for both directions, times the share of it that published exchanges reach. Figures that nobody publishes are assumed,
+and their sources say so.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from moe_jax.hardware.gpu import GPUS
 from moe_jax.hardware.machine import Link, Machine, Torus
 
 GIB = 2**30
-# Latencies and costs of a launch that nobody publishes.
+# Latencies and costs of a launch, which are assumed, since nobody publishes them.
 _GPU_LAUNCH = 3e-6
 _NPU_LAUNCH = 5e-6
 
@@ -33,8 +33,8 @@ class Reached:
     """What exchanges reach of a kind of link, fitted to what others published (``moe_jax.tools.published``).
 
     Attributes:
-      share: of the rate that is advertised, in an exchange of many bytes.
-      latency: seconds, however few bytes.
+      share: the share of the advertised rate that an exchange of many bytes reaches.
+      latency: the seconds that an exchange takes however few bytes it moves.
       source: the rows that gave both figures.
     """
 
@@ -45,10 +45,10 @@ class Reached:
 
 REACHED = {
     "NVLink": Reached(share=0.701, latency=27.5e-6, source="fitted to the rows of DeepEP V1 on 8 H800"),
-    # In both of DeepEP's tables: 400 Gb/s of ConnectX-7.
+    # The network of both of DeepEP's tables: ConnectX-7 with 400 Gb/s.
     "RDMA": Reached(share=0.880, latency=28.7e-6, source="fitted to the rows of DeepEP V1 on 16 to 256 H800"),
     "Infinity Fabric": Reached(share=0.644, latency=19.0e-6, source="fitted to the rows of mori on 8 MI300X"),
-    # Over the links that are there: of a torus of three dimensions, two of a chip's six.
+    # The rate is over the links that the run had: two of the six that a chip has in a torus of three dimensions.
     "ICI": Reached(
         share=0.892, latency=13.2e-6, source="fitted to the rows of accelerator-microbenchmarks on 4 chips of Ironwood"
     ),
@@ -216,7 +216,7 @@ _CPU = Machine(
     name="cpu",
     platform="cpu",
     kinds=("cpu",),
-    flops16=40e9,  # XLA:CPU multiplies 16-bit numbers as fp32
+    flops16=40e9,  # XLA:CPU multiplies 16-bit numbers in fp32
     flops32=40e9,
     memory_bytes=4 * GIB,
     memory_bandwidth=5e9,

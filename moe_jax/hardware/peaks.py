@@ -25,7 +25,7 @@ class Peak:
     source: str
 
 
-# A CPU has no peak to be near to: its machine says what emulated devices reach.
+# CPUs are not listed: ``MACHINES`` has what emulated devices reach, which is no peak.
 PEAKS = {
     name: Peak(
         kinds=machine.kinds,

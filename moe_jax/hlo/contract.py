@@ -52,8 +52,8 @@ class Buffer:
     """The result of one instruction that is held in memory.
 
     Attributes:
-      name: of the instruction.
-      shape: as in f32[8,4]; a tuple has several.
+      name: the name of the instruction.
+      shape: its type as in f32[8,4]; a tuple has several.
       bytes: its size.
     """
 
@@ -71,11 +71,12 @@ class Contract:
       float_scatters, int_scatters: scatters of floats and of integers.
       temporary_bytes: memory beside arguments and results, as the compiler planned it. This and the next three are None
         where only the text of the program is known.
-      argument_bytes, output_bytes: of the arguments and the results.
-      alias_bytes: of results that lie in the memory of donated arguments.
-      flops: XLA's estimate; a loop of unknown length counts once. None: the back end gives none.
+      argument_bytes, output_bytes: the bytes of the arguments, and of the results.
+      alias_bytes: the bytes of those results that lie in the memory of donated arguments.
+      flops: XLA's estimate, in which a loop of unknown length counts as one turn. None where the back end makes no
+        estimate.
       largest_buffers: the largest results of instructions that are held in memory.
-      num_instructions: all of them, those inside fusions included.
+      num_instructions: the number of all instructions, those inside fusions included.
     """
 
     collectives: tuple[Collective, ...]
@@ -101,21 +102,21 @@ class Contract:
 
     @property
     def operand_bytes(self) -> int:
-        """What a device hands over to all collectives."""
+        """The bytes that a device hands over to all collectives."""
         return sum(c.operand_bytes for c in self.collectives)
 
     @property
     def wire_bytes(self) -> int:
-        """What leaves a device; see ``Collective``."""
+        """The bytes that leave a device in all collectives; see ``Collective``."""
         return sum(c.wire_bytes for c in self.collectives)
 
     @property
     def inline_wire_bytes(self) -> int:
-        """What leaves a device outside loops."""
+        """The bytes that leave a device in collectives outside loops."""
         return sum(c.wire_bytes for c in self.collectives if not c.in_loop)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON; the sums too."""
+        """All fields and sums as a dict that JSON can hold."""
         sums = {name: getattr(self, name) for name in ("counts", "operand_bytes", "wire_bytes", "inline_wire_bytes")}
         return {**dataclasses.asdict(self), **sums}
 
@@ -179,7 +180,7 @@ def assert_hlo_contract(
 
     Raises:
       AssertionError: names every broken rule with what was found.
-      InvalidArgumentError: a rule is not as above, or needs more than the text of a program.
+      InvalidArgumentError: a rule is not as above, or it needs more than the text of a program and only that was given.
 
     >>> import jax.numpy as jnp, moe_jax as moe
     >>> found = moe.assert_hlo_contract(jnp.sin, jnp.ones(8), collectives={"all-to-all": 0}, no_float_scatter=True)

@@ -17,14 +17,15 @@ from jax.experimental.xla_metadata import set_xla_metadata
 
 from moe_jax.hlo.text import ALIASES, Execution, Instruction, Program, array_extents, num_bytes
 
-# Custom calls that tell the compiler something and run nothing.
+# Custom calls that only tell the compiler something, and run nothing.
 _ANNOTATIONS = (
     "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "AssumeGatherIndicesInBound", "AllocateBuffer",
     "annotate_device_placement", "MoveToDevice", "MoveToHost", "PinToDevice", "ConcatBitcast",
     "GatherScatterIndicesBitpacked",
 )  # fmt: skip
 _NO_TRAFFIC = (*ALIASES, "constant", "partition-id", "replica-id", "after-all", "iota")
-# The path of an operation has words that JAX itself puts there or wraps around other words. The rest are named scopes.
+# The path of an operation holds named scopes, and words that JAX itself adds to it or wraps around them. These are the
+# words of JAX.
 _STRUCTURE = re.compile(
     r"pjit|while|body|cond|closed_call|call_exported|shard_map|checkpoint|remat\w*|branch_\d+_fun|core_call|scan|"
     r"custom_\w+_call\w*|.*->.*|platform_index|switch|jit\(.*\)|pallas_call|run_state|fori_loop|eval_jaxpr"
@@ -41,11 +42,11 @@ class Kernel:
     """A kernel that the compiler calls by name: Pallas, Triton, Mosaic, or a library's.
 
     Attributes:
-      name: its own.
-      target: the custom call's: tpu_custom_call, __gpu$xla.gpu.triton, ...
+      name: the name that its author gave it.
+      target: the target of the custom call: tpu_custom_call, __gpu$xla.gpu.triton, ...
       executions: how often it runs.
-      in_uncounted_loop: whether that is for one turn of a loop of unknown length.
-      flops: of all executions, as it declares them; None: it declares nothing.
+      in_uncounted_loop: whether it stands in a loop of unknown length, of which ``executions`` count one turn.
+      flops: the flops of all executions, as the kernel declares them; None where it declares none.
     """
 
     name: str
@@ -57,20 +58,20 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
-    """What some part of a program does, per device.
+    """The work that a part of a program does, per device.
 
     Attributes:
       flops: two for each multiplication of a product, plus what kernels declare.
-      bytes_accessed: read from and written to memory; on TPU its main memory alone.
-      collective_bytes: handed over to collectives.
+      bytes_accessed: bytes read from memory and written to it; on TPU only those of the main memory.
+      collective_bytes: bytes handed over to collectives.
       cycles: the TPU compiler's own estimates, summed; None on other platforms.
       scope_cycles: the same by named scope, largest first.
-      flops_by_op: of dot, convolution and each kernel.
-      gathers, scatters: executed.
-      other_bytes, other_cycles: what of ``bytes_accessed`` and ``cycles`` belongs neither to collectives nor to what
-        multiplies: products, fusions around one, and kernels that declare flops.
-      gather_bytes: what gathers take out, written once. (The TPU compiler prices no gather of rows.)
-      unpriced: executions of what has no estimate, by name, on TPU.
+      flops_by_op: the flops of dot, of convolution, and of each kernel.
+      gathers, scatters: how many are executed.
+      other_bytes, other_cycles: the part of ``bytes_accessed`` and ``cycles`` that belongs neither to collectives nor
+        to anything that multiplies (products, fusions around one, and kernels that declare flops).
+      gather_bytes: the bytes of what gathers take out, counted once. (The TPU compiler prices no gather of rows.)
+      unpriced: on TPU, the executions of instructions without an estimate, by name.
     """
 
     flops: int
@@ -111,7 +112,8 @@ class Costs(NamedTuple):
 def work_of(program: Program, *, has_fast_memory: bool) -> Costs:
     """The work of one call of ``program``.
 
-    ``has_fast_memory``: whether memory spaces are on the chip, as on TPU, so that they make no traffic.
+    ``has_fast_memory``: whether memory spaces of their own lie on the chip, as on TPU, so that access to them makes no
+      traffic.
     """
     executions = list(program.executions(lambda i: flops_of(program, i) or 0))
     traffic = _Traffic(program, has_fast_memory)
@@ -205,10 +207,10 @@ def _dot_flops(program: Program, instruction: Instruction, contracted: str) -> i
 
 
 def _convolution_flops(program: Program, instruction: Instruction) -> int:
-    """The multiplications that meet no padding.
+    """Two flops for each multiplication of a convolution that meets no padding.
 
-    The TPU compiler writes every dot as a convolution, the batch of one as a dimension whose window fits in one place
-    only.
+    The TPU compiler writes every dot as a convolution. A batch of the dot becomes a dimension whose window fits in one
+    place only.
     """
     operands, result = instruction.attribute("dim_labels").split("->")  # such as b01f_01io->b01f
     labels = (*operands.split("_"), result)  # one letter or number per dimension of lhs, rhs and the result
@@ -251,8 +253,8 @@ def _places(size: int, window: int, out: int, stride: int, before: int, lhs_dila
 class _Traffic:
     """The bytes that an instruction reads from memory and writes to it.
 
-    Of an array that an operation only looks into, such as the operand of a gather or a slice, the bytes that it takes
-    out count. Of an array that it changes in place, the bytes that it changes count.
+    Where an operation takes a part out of an array, as a gather or a slice does, the bytes of that part count. Where it
+    changes an array in place, the bytes that it changes count.
     """
 
     def __init__(self, program: Program, has_fast_memory: bool):
@@ -396,7 +398,8 @@ def scope_of(instruction: Instruction) -> str | None:
 def _scope(program: Program, instruction: Instruction) -> str:
     """The scope that an operation counts in.
 
-    One that the compiler made counts where most of what it fuses does, or else with its largest operand.
+    An operation that the compiler made counts in the scope of most operations that it fuses, or else in that of its
+    largest operand.
     """
     computation = program.computations[instruction.computation]
     found: Instruction | None = instruction

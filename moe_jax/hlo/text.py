@@ -24,7 +24,7 @@ class Instruction:
     """One line of a computation.
 
     Attributes:
-      name, type, op: the name of the result, its type, and the operation that makes it.
+      name, type, op: the name of the result, the type of the result, and the operation that makes it.
       inside: the text between the parentheses; ``operands`` are the names in it.
       attributes: the text behind the parentheses.
       computation: the name of the computation that it stands in.
@@ -49,7 +49,7 @@ class Instruction:
 
     @property
     def is_held(self) -> bool:
-        """Whether the result has memory of its own. What a start makes belongs to its done."""
+        """Whether the result has memory of its own. The result of a "-start" counts with that of its "-done"."""
         return not self.is_fused and self.op not in ALIASES and not self.op.endswith("-start")
 
     def attribute(self, name: str) -> str:
@@ -58,7 +58,7 @@ class Instruction:
         return (found[1] or found[2] or "") if found else ""
 
     def callees(self) -> Iterator[tuple[str, bool, bool]]:
-        """The computations it calls: (name, whether a loop calls it, whether its results stay in registers)."""
+        """The computations that it calls: (name, whether it is a loop, whether the results stay in registers)."""
         for key, names in _CALLEES.findall(self.attributes):
             fused = self.op == "fusion" or (key == "to_apply" and self.op != "call")
             for name in _NAME.findall(names):
@@ -122,7 +122,7 @@ class Program:
         return self.computations[instruction.computation][operand].type
 
     def result_type(self, instruction: Instruction) -> str:
-        """The type of what an instruction makes, without the operands and the context that a start has in its type."""
+        """The type of an instruction's result. That of a "-start" has operands and context too, which are left out."""
         if not instruction.op.endswith("-start") or instruction.op == "all-reduce-start":
             return instruction.type
         kind = instruction.type
@@ -131,7 +131,7 @@ class Program:
         return re.sub(r"[su]32\[\](\{[^{}]*\})?", "", kind)
 
     def handed_over(self, instruction: Instruction) -> list[str] | None:
-        """The types of the arrays that a device hands over to a collective; None for other instructions."""
+        """The types of the arrays that a device hands over to a collective; None if this is no collective."""
         op = instruction.op.removesuffix("-start")
         if op not in COLLECTIVES:
             return None
@@ -186,7 +186,7 @@ class Program:
         index = _element(condition, test.operands[0])
         first = self._initial(loop, index)
         bound = _constant(condition, test.operands[1])
-        if bound is None:  # the bound may come in with the tuple, if the body hands it on unchanged
+        if bound is None:  # the bound may be an element of the tuple that the body passes on unchanged
             element = _element(condition, test.operands[1])
             unchanged = element is not None and _element(body, result.operands[element]) == element
             bound = self._initial(loop, element) if unchanged else None
@@ -197,7 +197,7 @@ class Program:
         return max(0, -(-(bound - first) // step))
 
     def _initial(self, loop: Instruction, index: int | None) -> int | None:
-        """The constant that element ``index`` of the tuple of a loop starts with; None if it is none."""
+        """The constant that element ``index`` of a loop's tuple starts with; None if it starts with anything else."""
         around = self.computations[loop.computation]
         start = around.get(loop.operands[0])
         if index is None or start is None or start.op != "tuple":
@@ -205,7 +205,7 @@ class Program:
         return _constant(around, start.operands[index])
 
     def _step(self, body: dict[str, Instruction], result: Instruction, index: int | None) -> int | None:
-        """The constant that the body of a loop adds to element ``index`` of its tuple; None if it does not."""
+        """The constant that a loop's body adds to element ``index`` of its tuple; None if it does anything else."""
         added = None if index is None else body.get(result.operands[index])
         if added is None or added.op != "add" or len(added.operands) != 2:
             return None
@@ -234,7 +234,7 @@ def _constant(computation: dict[str, Instruction], name: str) -> int | None:
 
 
 def _element(computation: dict[str, Instruction], name: str) -> int | None:
-    """Which element of the tuple that the computation takes stands behind ``name``; None if none does."""
+    """Which element of the computation's argument, a tuple, has the name ``name``; None if it is no such element."""
     found = _through_copies(computation, name)
     if found is None or found.op != "get-tuple-element" or computation[found.operands[0]].op != "parameter":
         return None

@@ -1,13 +1,13 @@
 """Grouped products, and the table of back ends that supply them.
 
-``grouped_matmul`` is the operator with its gradients, ``table`` the one place where an implementation is chosen.
+``products`` has the operator with its gradients, ``table`` is the one place where an implementation is chosen.
 ``xla`` is the semantics; ``cpu``, ``gpu``, ``tpu`` and ``tokamax`` are faster, and must give the same. ``gpu`` chooses
 between ``mosaic``, JAX's kernels, and ``triton``, our own; those of ``tpu`` are in ``tpu_kernels``. ``kernel_call``
 makes a kernel an operation of a program, which is interpreted where its platform is absent.
 """
 
 from moe_jax.kernels import cpu, gpu, tokamax, tpu, xla
-from moe_jax.kernels.grouped_matmul import FLOAT_DTYPES, gated_matmul, grouped_matmul, grouped_matmuls, grouped_outer
+from moe_jax.kernels.products import FLOAT_DTYPES, gated_matmul, grouped_matmul, grouped_matmuls, grouped_outer
 from moe_jax.kernels.table import (
     Backend,
     backend_names,

@@ -30,8 +30,9 @@ class _Tiles(NamedTuple):
 def _tiles(num_rows: int, num_groups: int, dtype) -> _Tiles:
     """Tile sizes such that an even load consists of whole large tiles.
 
-    A plan makes buffers that an even load fills to four fifths, so that is how many rows are expected. XLA packs 16-bit
-    weights anew for every tile, which makes the smallest tiles a waste; so small tiles have twice the rows there.
+    A plan makes buffers that an even load fills to four fifths, so that many rows are expected. XLA packs 16-bit
+    weights anew for every tile, which would be a waste for the smallest tiles; so with such weights small tiles have
+    twice the rows.
     """
     least = min(num_rows, 32 if jnp.dtype(dtype).itemsize == 2 else 16)
     even = max(1, 4 * num_rows // (5 * num_groups))
@@ -41,11 +42,11 @@ def _tiles(num_rows: int, num_groups: int, dtype) -> _Tiles:
 
 
 class _Steps(NamedTuple):
-    """Where the tiles of each group lie. The products of one buffer share this table, so XLA computes it once.
+    """Which tiles each group has. The products of one buffer share this table, so XLA computes it once.
 
     Attributes:
-      order: [G] i32, the groups that have rows, in ascending order; what follows them is not read.
-      start, stop: [G] i32, the first row of each group, and the one behind its last.
+      order: [G] i32, the groups that have rows, in ascending order; entries behind these are not read.
+      start, stop: [G] i32, the first row of each group, and the row behind its last one.
       num_large, num_small: [G] i32, how many tiles of either size each group has.
     """
 
@@ -57,14 +58,14 @@ class _Steps(NamedTuple):
 
 
 def _steps(group_sizes: jax.Array, num_rows: int, tiles: _Tiles) -> _Steps:
-    """A large tile is at least half full and ends inside the buffer; small ones take the rows behind the large ones."""
+    """Large tiles are at least half full and end inside the buffer; small tiles take the rows behind them."""
     # 1. The groups that have rows: the i-th of them is the first group up to which i + 1 groups have some.
     groups = jnp.arange(len(group_sizes), dtype=jnp.int32)
     present = jnp.cumsum(group_sizes > 0, dtype=jnp.int32)
     order = jnp.sum(present <= groups[:, None], axis=1, dtype=jnp.int32)
     stop = jnp.cumsum(group_sizes, dtype=jnp.int32)
     start = stop - group_sizes
-    # 2. Large tiles, a last one that is half full included; then small ones for the rest.
+    # 2. Large tiles, also for a last part that fills at least half of one; then small tiles for the rest.
     large, small = np.int32(tiles.large), np.int32(tiles.small)  # lax.div wants one dtype, also where integers are wide
     num_large = jnp.minimum(lax.div(group_sizes + large // 2, large), lax.div(num_rows - start, large))
     rest = jnp.maximum(group_sizes - num_large * large, 0)
@@ -80,13 +81,13 @@ def _rows(array: jax.Array, first: jax.Array, size: int) -> jax.Array:
 
 
 def _for_each_group(group_sizes: jax.Array, steps: _Steps, body: Callable, init: Any) -> Any:
-    """Folds ``body(group, carry)`` over the groups that have rows, in ascending order."""
+    """Calls ``carry = body(group, carry)`` for each group that has rows, in ascending order; returns the last one."""
     num_groups = jnp.sum(group_sizes > 0, dtype=jnp.int32)
     return lax.fori_loop(0, num_groups, lambda i, carry: body(_entry(steps.order, i), carry), init)
 
 
 def _for_each_tile(group, steps: _Steps, num_rows: int, tiles: _Tiles, large_tile, small_tile, init: Any) -> Any:
-    """Folds ``large_tile`` and ``small_tile`` over the tiles of a group, both called as ``(first, mine, carry)``.
+    """Calls ``carry = large_tile(first, mine, carry)`` or ``small_tile`` for each tile of a group; returns the last.
 
     ``first`` is the first row of the tile, and ``mine`` [tile, 1] marks those rows of it that this call is for. A large
     tile begins with rows of its group; rows of later groups may follow them. A small tile that would reach past the end
@@ -112,7 +113,7 @@ def _zeros(shape, dtype, *like) -> jax.Array:
 
 
 def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, transpose_rhs: bool) -> jax.Array:
-    """lhs [M, H], rhs [G, H, N] ([G, N, H] if ``transpose_rhs``), group_sizes [G] -> [M, N]; anything past the sum."""
+    """lhs [M, H], rhs [G, H, N] ([G, N, H] if ``transpose_rhs``), group_sizes [G] -> [M, N]."""
     num_rows, out_dim = lhs.shape[0], rhs.shape[1 if transpose_rhs else 2]
     out = _zeros((num_rows, out_dim), lhs.dtype, lhs, rhs, group_sizes)
     if not out.size:
@@ -129,7 +130,7 @@ def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, tr
             return lax.dot_general(rows, weight, contract, preferred_element_type=jnp.float32).astype(out.dtype)
 
         def large_tile(first, mine, out):
-            del mine  # what is written here to rows of later groups, their own tiles write again
+            del mine  # rows of later groups are written here too, and again by their own tiles
             return put(out, product(first, tiles.large), first)
 
         def small_tile(first, mine, out):

@@ -1,4 +1,4 @@
-"""Back ends of other packages, which an installed package offers by an entry point and nobody loads before it is named.
+"""Back ends that installed packages offer by entry points. None is loaded before somebody names it.
 
 A package says in its pyproject.toml, for a ``moe_jax.Backend`` that is called BACKEND in its module::
 
@@ -22,6 +22,6 @@ def offered() -> "dict[str, EntryPoint]":
 
 
 def describe_offer(point: "EntryPoint") -> str:
-    """The entry point and whose it is, in words."""
+    """The entry point and the package that it belongs to, in words."""
     package = f" of {point.dist.name} {point.dist.version}" if point.dist is not None else ""
     return f"the entry point {point.name} = {point.value}{package} (group {GROUP})"

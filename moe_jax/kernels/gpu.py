@@ -1,6 +1,6 @@
 """Back ends for GPUs: Triton kernels of our own for all of NVIDIA's, and JAX's Mosaic kernels for the latest of them.
 
-Each back end runs on CPUs as well, where the Triton kernels are interpreted: slowly, with the same results. On AMD's
+Each back end runs on CPUs as well: the Triton kernels are interpreted there, slowly and with the same results. On AMD's
 GPUs XLA's products run instead, since nobody has measured our tiles there.
 """
 
@@ -94,7 +94,7 @@ def _run(
     static: dict[str, Any],
     **results: Any,
 ) -> Any:
-    """``kernel``, as for ``_imported``, on NVIDIA's GPUs, and ``by_xla`` on AMD's: of operands, and of more by keyword.
+    """Runs ``kernel``, a name for ``_imported``, on NVIDIA's GPUs, and ``by_xla`` on AMD's; ``more`` goes by keyword.
 
     ``results``: as for ``kernel_call``.
     """
@@ -112,12 +112,12 @@ def _run(
 
 
 def _precision() -> str | None:
-    """The precision of products of fp32 rows: None, which stands for full fp32, unless JAX was told another one."""
+    """The precision of products of fp32 rows: what JAX was told, or else None, which stands for full fp32."""
     return _compat.config_value("jax_default_matmul_precision")
 
 
 def _call(kernel: Callable, names: tuple[str, ...], *operands: jax.Array, **static: Any) -> Any:
-    """Calls ``kernel`` with operands by position, of which the last are given by ``names``."""
+    """Calls ``kernel`` with the operands, the last of which go by keyword, under ``names``."""
     split = len(operands) - len(names)
     return kernel(*operands[:split], **dict(zip(names, operands[split:], strict=True)), **static)
 

@@ -1,4 +1,4 @@
-"""A Pallas kernel as an operation of a program: compiled for the platform it was written for, interpreted elsewhere.
+"""A Pallas kernel as an operation of a program: compiled on the platform that it is for, interpreted elsewhere.
 
 Which platform a program is for is known only when it is lowered. Until then a kernel is one primitive whose inside is
 not traced. So a program may hold kernels of any platform, and tracing neither imports Pallas nor pays for kernels that
@@ -33,7 +33,7 @@ def kernel_call(
       call: (*operands, interpret: bool) -> an array, or a tuple of ``num_results`` of them.
       shape, dtype: of each result.
       platforms: the platforms that the kernel compiles for, as JAX names them when it lowers: "tpu", "cuda", "rocm".
-      others: pairs of a platform and a function of the operands, which does the work there instead of the kernel.
+      others: pairs of a platform and a function of the operands, which replaces the kernel on that platform.
 
     The operation has no derivative and cannot be batched: call it inside ``custom_gradient`` and ``sequential_vmap``.
     """
@@ -66,7 +66,7 @@ def _lower_for(platform: str | None) -> Callable:
             found = function(*operands)
             return found if isinstance(found, tuple) else (found,)
 
-        # Kernels count in 32 bits, also where JAX is told to have 64.
+        # Kernels have 32-bit integers, also where JAX is told to use 64 bits.
         with lowering_for(platform), jax.enable_x64(False):
             avals = {"avals_in": context.avals_in, "avals_out": out_types}
             alike = {name: [on_one_device(of) for of in types] for name, types in avals.items()}

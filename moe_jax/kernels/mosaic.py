@@ -4,8 +4,8 @@ These kernels fit 16-bit rows whose extents are multiples of their tiles, in gro
 through as many tiles as there could be, ceil(M / tile) + G - 1, and multiply all of them, so that rows past the sum of
 the groups cost as much as others. They are taken where the G - 1 additional tiles are at most an eighth of all.
 
-They want rows in order, and make no activation. Where the copies and the activation would take longer than what they
-gain on Triton, a back end takes Triton's kernels alone, which need none of these; see ``Backend.fuses``.
+They need rows in order, and compute no activation. Where copying the rows and a separate activation would take longer
+than these kernels save, a back end takes Triton's kernels alone, which need neither; see ``Backend.fuses``.
 
 What the kernels ask of their operands, and what they leave undone, was read in their source. They cannot be
 interpreted, so the test of these calls puts functions in their place that leave the same things undone. The kernels
@@ -28,13 +28,14 @@ from moe_jax.hardware import GPUS, MACHINES
 from moe_jax.hlo.cost import declare_flops
 from moe_jax.kernels import triton
 
-_STEPS = 64  # columns of the contracted axis that are taken at a time: 128 bytes, a swizzled row of shared memory
+_STEPS = 64  # columns of the contracted axis in one step: 128 bytes, a swizzled row of shared memory
 _STAGES = 4  # how many such steps are in shared memory at once, at most 32 KiB each
-_FLOPS_PER_BYTE = (
-    290  # of 16-bit numbers at peak, per byte to or from memory: 989 / 3.35 on an H100, 2250 / 8 on a B200
-)
-_GAIN = 0.2  # of the time at peak that JAX's kernels save, if they reach 0.7 of it and Triton 0.6; nobody measured it
-_MOST_GROUPS = 128  # more are refused: the kernels unroll their search for the group of a tile
+# Flops of 16-bit numbers at peak in the time of a byte to or from memory: 989 / 3.35 on an H100, 2250 / 8 on a B200.
+_FLOPS_PER_BYTE = 290
+# What JAX's kernels save, as a share of the time at peak, if they reach 0.7 of the peak and Triton's 0.6. Nobody has
+# measured it.
+_GAIN = 0.2
+_MOST_GROUPS = 128  # with more these kernels are not taken: they unroll their search for the group of a tile
 
 
 def hopper_matmul(
@@ -47,7 +48,7 @@ def hopper_matmul(
     precision: str | None,
     interpret: bool = False,
 ) -> jax.Array:
-    """As ``triton.grouped_matmul``, to which additions are left, since Triton's kernel makes them in place."""
+    """As ``triton.grouped_matmul``, which is called for ``add_to`` and wherever this kernel does not fit."""
     (num_rows, contracted), num_groups = lhs.shape, rhs.shape[0]
     columns = rhs.shape[1 if transpose_rhs else 2]
     tile, width = _row_tile(num_rows, num_groups, (128, 64)), _divisor(columns, (128, 64))
@@ -81,7 +82,7 @@ def blackwell_matmul(
     precision: str | None,
     interpret: bool = False,
 ) -> jax.Array:
-    """As ``triton.grouped_matmul``, which does additions and transposed matrices: this kernel has neither."""
+    """As ``triton.grouped_matmul``, which is called where this kernel does not fit: it neither adds nor transposes."""
     (num_rows, contracted), num_groups, columns = lhs.shape, rhs.shape[0], rhs.shape[2]
     tile = 256  # the rows of two cores together; JAX's code for one core alone cannot be traced
     fits = _fits_blackwell(num_rows, num_groups, contracted, columns) and _are_narrow(lhs, rhs)
@@ -105,20 +106,20 @@ def blackwell_matmul(
 
 
 def hopper_fuses(num_rows: int, num_groups: int, hidden: int, ffn: int, itemsize: int) -> bool:
-    """``Backend.fuses`` of Hopper's: whether Triton alone, without the copies, is taken to be faster."""
+    """``Backend.fuses`` for Hopper: whether Triton's kernels alone, without copies, should be faster."""
     return _fuses("h100", _fits_hopper, num_rows, num_groups, hidden, ffn, itemsize)
 
 
 def blackwell_fuses(num_rows: int, num_groups: int, hidden: int, ffn: int, itemsize: int) -> bool:
-    """The same for Blackwell's."""
+    """``Backend.fuses`` for Blackwell, as for Hopper."""
     return _fuses("b200", _fits_blackwell, num_rows, num_groups, hidden, ffn, itemsize)
 
 
 def _fuses(machine: str, fits: Callable, num_rows: int, num_groups: int, hidden: int, ffn: int, itemsize: int) -> bool:
     """Compares the seconds that a row costs the experts either way.
 
-    JAX's kernels want rows in order, and make no activation: a row is copied before and after, and the activation reads
-    two rows of the inner width and writes one. What the kernels gain on Triton is a share of the time of the products.
+    JAX's kernels need rows in order, and compute no activation: a row is copied before and after, and the activation
+    reads two rows of the inner width and writes one. What the kernels save is a share of the time of the products.
     """
     if itemsize != 2 or not all(fits(num_rows, num_groups, *pair) for pair in ((hidden, ffn), (ffn, hidden))):
         return True
@@ -153,7 +154,7 @@ def _divisor(extent: int, sizes: tuple[int, ...]) -> int | None:
 
 
 def find_kernel(module: str, function: str, core_count: int) -> Callable:
-    """JAX's function, in which the name ``jax`` stands for a ``_JaxOfTarget``. Two things are wrong without it.
+    """JAX's function, with ``_JaxOfTarget`` in place of the module ``jax``. Without that, two things would be wrong.
 
     The function asks the first device of this process how many cores it has, but the program may be meant for another
     device. And its result is typed without mesh axes, which a ``shard_map`` that checks them refuses.

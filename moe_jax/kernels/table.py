@@ -1,8 +1,8 @@
 """The back-end table: the one place where an implementation is chosen, and the only mutable state of the package.
 
-A name means whoever is registered under it now. A plan does not keep names: it keeps registrations ("cpu#1": the first
-back end that was registered as "cpu"), of which none is ever changed or removed. So a plan means the same program
-whatever is registered after it was made.
+A name means the back end that was registered under it last. A plan does not keep names: it keeps registrations ("cpu#1"
+is the first back end that was registered as "cpu"), none of which is ever changed or removed. So a plan means the same
+program whatever is registered after it was made.
 """
 
 import dataclasses
@@ -33,11 +33,11 @@ KERNELS = ("grouped_matmul", "grouped_outer")
 FUSED = ("slot_matmul", "slot_outer", "gated_matmul")  # what a back end may bring beside them
 TRANSPORTS = ("padded", "ragged")
 PLATFORMS = ("cpu", "gpu", "tpu")
-OPTIONAL_LAWS = ("weights_of_others", "vmap")  # of ``moe_jax.testing``, which a back end may say that it does not keep
+OPTIONAL_LAWS = ("weights_of_others", "vmap")  # laws of ``moe_jax.testing`` that a back end may say it breaks
 AND = "+"  # joins the names of back ends that share the work
 
-_TABLE: dict[str, "Backend"] = {}  # by name: the latest of that name, in the order in which they were registered
-_REGISTERED: dict[str, "Backend"] = {}  # by registration: all that ever were, which only grows
+_TABLE: dict[str, "Backend"] = {}  # by name: the latest back end of each name, in the order of registration
+_REGISTERED: dict[str, "Backend"] = {}  # by registration: every back end that was ever registered
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,8 +46,8 @@ class Backend:
 
     A kernel that a back end leaves out is refused when that back end is named, and served by another under "auto".
     A transport that it leaves out is served by the portable collectives of ``moe_jax.collectives``. The last three
-    kernels below spare passes over rows. Only those of the back end that serves "grouped_matmul" are used; where it
-    leaves them out, rows are copied into their order and back, and the activation is an operation of its own.
+    kernels below save passes over the rows. They are taken only from the back end that serves "grouped_matmul". Where
+    that leaves them out, rows are copied into their order and back, and the activation is an operation of its own.
 
     Args:
       name: how users and plans call it; not "auto", and without a "+".
@@ -72,8 +72,8 @@ class Backend:
         None, or as for "slot_matmul" with into=None.
       accumulates: whether "grouped_matmul" also takes the keyword add_to, [M, N] in lhs.dtype, which it adds to the
         product in fp32 before it rounds once. Other back ends are served by an addition of the rounded product.
-      fuses: whether to use those three for experts of given extents: (num_rows, num_groups, hidden, ffn, itemsize) ->
-        bool; None: always.
+      fuses: whether to use the last three kernels for experts of given extents: (num_rows, num_groups, hidden, ffn,
+        itemsize) -> bool; None: always.
       about: a few words on the kernels, for ``Plan.describe()``.
       requires: a package that the kernels import, as pip calls it. Without it the back end is refused.
       unpromised: the laws of ``moe_jax.testing`` that its kernels do not keep, out of "weights_of_others" (NaN in the
@@ -83,8 +83,8 @@ class Backend:
         "ragged": the calling convention of jax.lax.ragged_all_to_all.
 
     Raises:
-      InvalidArgumentError: an unknown kernel, transport or platform, something that cannot be called, or a name
-        that is "auto", no word, or has a "+".
+      InvalidArgumentError: a kernel, transport or platform is unknown, a kernel cannot be called, or the name is
+        "auto", is not a text, or has a "+".
     """
 
     name: str
@@ -128,13 +128,13 @@ class Backend:
         object.__setattr__(self, "transports", MappingProxyType(dict(self.transports)))
 
     def __reduce__(self):
-        """Pickles as what it was built from: a mapping that cannot change does not pickle by itself."""
+        """Pickles the arguments that it was built from, since its read-only mappings cannot be pickled."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values |= {"kernels": dict(self.kernels), "transports": dict(self.transports)}
         return functools.partial(Backend, **values), ()
 
     def serves(self, platform: str, device_kind: str | None = None) -> bool:
-        """Whether "auto" may choose it for devices of that platform and kind; None: of a kind that is not known."""
+        """Whether "auto" may choose it for devices of that platform and kind; a kind of None is not known."""
         if platform not in self.platforms:
             return False
         kind = (device_kind or "").lower()
@@ -156,7 +156,7 @@ def _check_words(what: str, given, known: tuple[str, ...], kind) -> None:
 
 
 def register_backend(backend: Backend, *, replace: bool = False) -> None:
-    """Adds ``backend`` to the table. Among those that serve a platform, "auto" takes the one registered last.
+    """Adds ``backend`` to the table. Among back ends that serve a platform, "auto" takes the one registered last.
 
     Plans that were made before keep the back ends that they were made with.
 
@@ -180,15 +180,16 @@ def backend_names() -> list[str]:
 
 
 def registrations(name: str) -> tuple[str, ...]:
-    """What the back ends of ``name``, which may be several joined by "+", are now: one registration for each."""
+    """The registrations that ``name`` stands for now: one for each back end, of which "+" joins several."""
     by_identity = {id(backend): registration for registration, backend in _REGISTERED.items()}
     return tuple(by_identity[id(_TABLE[part])] for part in name.split(AND))
 
 
 def backend_violations(name) -> list[str]:
-    """Nothing if ``name`` is "auto", a known back end, or several that share the work, joined by "+".
+    """What is wrong with ``name``, which must be "auto", a known back end, or several of them joined by "+".
 
-    Known is what is registered, and what an installed package offers: that is loaded and registered here.
+    Back ends are known if they are registered, or if an installed package offers them; those are loaded and registered
+    here.
     """
     parts = name.split(AND) if isinstance(name, str) else [name]
     known = ["auto"] if len(parts) == 1 else []
@@ -205,13 +206,13 @@ def _name_violations(name, known: list[str]) -> list[str]:
 
 
 def _load(name: str, point: "EntryPoint") -> list[str]:
-    """Registers the back end that a package offers; or says why that fails."""
+    """Registers the back end that a package offers; returns why, where that fails."""
     about = f"backend={name!r} is {describe_offer(point)}"
     try:
         backend = point.load()
     except Exception as error:  # noqa: BLE001 - whatever somebody's module raises while it is imported
         return [f"{about}, which cannot be loaded: {type(error).__name__}: {error}; mend or uninstall that package"]
-    if name in _TABLE:  # the module has registered it by itself
+    if name in _TABLE:  # the module has already registered it
         return []
     if not isinstance(backend, Backend) or backend.name != name:
         is_one = isinstance(backend, Backend)
@@ -258,7 +259,7 @@ def resolve_backend(
 
 
 def _first_with(kernel: str, chosen: str | tuple[str, ...]) -> Backend:
-    """The first of the back ends that has ``kernel``; ``chosen``: a name that is not "auto", or registrations."""
+    """The first of the ``chosen`` back ends that has ``kernel``. ``chosen``: a name but "auto", or registrations."""
     backends = backends_of(chosen)
     for backend in backends:
         if backend.requires and find_spec(backend.requires) is None:
@@ -285,9 +286,10 @@ def backends_of(chosen: str | tuple[str, ...]) -> list[Backend]:
 
 
 def resolve_all(platform: str, device_kind: str | None) -> str:
-    """What a plan writes for "auto": the back end that serves everything, or those that share the work, joined.
+    """The name that a plan has in place of "auto": a back end that serves everything, or several, joined by "+".
 
-    The last registered one comes first, so that resolving the result finds for each kernel what "auto" finds.
+    The one that was registered last comes first, so that the result leads to the same back end as "auto" for each
+    kernel.
     """
     words = (*KERNELS, *TRANSPORTS)
     chosen = {word: resolve_backend(word, platform=platform, device_kind=device_kind).name for word in words}
@@ -298,7 +300,7 @@ def resolve_all(platform: str, device_kind: str | None) -> str:
 def fused_kernels(
     backend: str | tuple[str, ...], num_rows: int, num_groups: int, hidden: int, ffn: int, itemsize: int
 ) -> tuple[str, ...]:
-    """Which of ``FUSED`` are to be used for experts of these extents.
+    """Which kernels of ``FUSED`` are to be used for experts of these extents.
 
     ``backend``: the registrations of a plan, or a name that is not "auto".
     """
@@ -309,7 +311,7 @@ def fused_kernels(
 
 
 def describe_backend(name: str) -> str:
-    """Which back end serves which product, in words, for a name that is not "auto"."""
+    """Which back end serves which product, in words. ``name`` is not "auto"."""
     rows, weights = resolve_backend("grouped_matmul", name), resolve_backend("grouped_outer", name)
     served = [(rows, "products of rows"), (weights, "gradients of weights")]
     if rows is weights:
@@ -322,7 +324,7 @@ def describe_backend(name: str) -> str:
 
 
 def find_transport(transport: str, backend: str | tuple[str, ...]) -> Callable | None:
-    """What ``backend`` brings along for ``transport``; None where the portable collectives serve.
+    """The exchange that ``backend`` brings for ``transport``; None where the portable collectives serve.
 
     ``backend``: the registrations of a plan, ``plan.kernels``; or a name, "auto" included, as it is understood now.
     """
@@ -345,8 +347,8 @@ def call_kernel(
       kernel: its name.
       backend: the registrations of a plan, ``plan.kernels``; or a name, which means what it means now. "auto" is
         decided by the platform that the program is lowered for.
-      operands, static: what ``Backend`` says of that kernel. Kernels of ``FUSED`` get other things by keyword as well,
-        and are called where ``fused_kernels`` names them.
+      operands, static: the arguments of that kernel, as ``Backend`` has them. Kernels of ``FUSED`` take more keywords,
+        and are called only where ``fused_kernels`` names them.
       add_to: for "grouped_matmul" and "slot_matmul" alone, see ``Backend``.
 
     Returns:
@@ -365,5 +367,5 @@ def call_kernel(
 
 
 def _branch(kernel: str, name: str, static: dict[str, Any]) -> Callable[..., jax.Array]:
-    """What "auto" does where back end ``name`` serves, as a function of arrays alone."""
+    """What "auto" does where the back end ``name`` serves, as a function of arrays alone."""
     return lambda add_to, *operands: call_kernel(kernel, name, *operands, add_to=add_to, **static)

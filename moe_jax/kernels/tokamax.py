@@ -1,4 +1,4 @@
-"""Grouped products by tokamax, for users who name it: it chooses among its kernels by the devices of the process."""
+"""Grouped products by tokamax, for users who name it. Tokamax takes the kernels for the devices of the process."""
 
 import functools
 import importlib
@@ -12,7 +12,7 @@ from moe_jax.kernels.table import Backend
 
 
 def _ragged_dot(lhs, rhs, group_sizes, *, dimensions):
-    tokamax = importlib.import_module("tokamax")  # an optional package; ``Backend.requires`` asked for it
+    tokamax = importlib.import_module("tokamax")  # an optional package, which ``Backend.requires`` has asked for
     return tokamax.ragged_dot_general(
         lhs, rhs, group_sizes, ragged_dot_dimension_numbers=dimensions, preferred_element_type=jnp.float32
     )

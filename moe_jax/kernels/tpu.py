@@ -1,7 +1,7 @@
 """Grouped products for TPUs: Pallas kernels that multiply the rows of each group and no others.
 
-This file has what XLA computes around the kernels: how large tiles are, and which tile of rows is visited for which
-group. The kernels themselves are in ``tpu_kernels``.
+This file has what XLA computes around the kernels: how large tiles are, and which tile of rows a kernel visits for
+which group. The kernels themselves are in ``tpu_kernels``.
 """
 
 import functools
@@ -18,10 +18,12 @@ from moe_jax import _compat
 from moe_jax.kernels.kernel_call import kernel_call
 from moe_jax.kernels.table import Backend
 
-_BLOCK_BYTES = 28 << 20  # of fast memory for the sums and for the blocks of a kernel, each of which is there twice
-_MOST_WEIGHTS, _MOST_SUMS = 2 << 20, 1 << 20  # elements of a block; Mosaic spells out every register, so more take long
+_BLOCK_BYTES = 28 << 20  # fast memory for the sums and for the blocks of a kernel, each of which is there twice
+# Elements of a block. With more of them Mosaic would take long, since it spells out every register.
+_MOST_WEIGHTS, _MOST_SUMS = 2 << 20, 1 << 20
 _LANES = 128
-_EXACT = ("high", "highest", "bfloat16_3x", "tensorfloat32", "float32")  # default_matmul_precision beyond one pass
+# The values of default_matmul_precision that take more than one pass.
+_EXACT = ("high", "highest", "bfloat16_3x", "tensorfloat32", "float32")
 
 
 class Tiles(NamedTuple):
@@ -44,7 +46,7 @@ class Visits(NamedTuple):
     """Which tile of rows is visited for which group, group after group, tile after tile. All are i32.
 
     Attributes:
-      bounds: [G + 1] the first row of each group, and behind them the number of all rows that are in groups.
+      bounds: [G + 1] the first row of each group; the last entry is the number of all rows that are in groups.
       groups: [V] the group of each visit.
       row_tiles: [V] the tile of rows of each visit.
       num_visits: a scalar, how many visits there are, at least 1; entries of ``groups`` and ``row_tiles`` from there on
@@ -84,9 +86,9 @@ def plan_visits(group_sizes: jax.Array, num_rows: int, tile_rows: int, *, every_
 
 
 def row_tiles(num_rows: int, num_groups: int) -> tuple[int, int]:
-    """(rows of a tile, rows of a step); a step is 4 times as long as its last one is rounded up to.
+    """(rows of a tile, rows of a step). The last step is rounded up to quarters of a step.
 
-    The matrix unit of most TPUs takes as long for fewer rows than 128 as for so many.
+    The matrix unit of most TPUs takes as long for fewer than 128 rows as for 128.
     """
     average = num_rows // num_groups
     step = 128 if average >= 128 else 64
@@ -154,7 +156,7 @@ def outer_tiles(num_rows: int, num_groups: int, contracted: int, columns: int, i
 
 
 def multiplied_rows(num_rows: int, num_groups: int, tiles: Tiles) -> int:
-    """How many rows the matrix unit multiplies for ``num_rows`` rows, on average over where groups begin and end.
+    """How many rows the matrix unit multiplies for ``num_rows`` rows, averaged over the places where groups begin.
 
     A group that begins inside a tile is multiplied from the multiple of 16 before its first row, which is 7.5 rows
     early on average. Its last step is rounded up to a quarter of a whole step. And where a group goes on from its first
@@ -177,7 +179,7 @@ def _wide(array):
 def _precision(dtype):
     """How precisely operands are multiplied.
 
-    fp32 operands are multiplied as everywhere in JAX, in one bf16 pass unless ``jax.default_matmul_precision`` says
+    fp32 operands are multiplied as everywhere in JAX: in one bf16 pass, unless ``jax.default_matmul_precision`` says
     otherwise. Operands that were fp16 before they were widened are multiplied exactly, since they have more bits than
     bf16.
     """
@@ -294,7 +296,7 @@ BACKEND = Backend(
 LITE = Backend(
     name="tpu_lite",
     platforms=("tpu",),
-    device_kinds=("TPU* lite", "TPU v5e", "TPU v6e", "TPU7*"),  # JAX sees one core of a TPU 7x
+    device_kinds=("TPU* lite", "TPU v5e", "TPU v6e", "TPU7*"),  # a device of JAX is one core of a TPU 7x
     kernels={name: functools.partial(kernel, cores=1) for name, kernel in BACKEND.kernels.items()},
     accumulates=True,
     about="Pallas kernels over tiles of rows, columns in as few tiles as fit, for one core",

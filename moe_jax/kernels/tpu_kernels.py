@@ -20,7 +20,7 @@ from moe_jax.kernels.kernel_call import result_type
 
 PACKED_ROWS = 16  # rows of 16-bit numbers that share a register: steps start at multiples of it
 SIZES = 4  # a step may be one to four quarters of a whole step
-_VMEM_BYTES = 64 << 20  # what a kernel may ask for, of the 128 MiB that there are
+_VMEM_BYTES = 64 << 20  # a kernel may ask for so much of the 128 MiB that there are
 
 
 def multiply_rows(
@@ -74,7 +74,7 @@ def _rows_kernel(
     axis = 1 if transpose_rhs else 0
 
     def within(block, axis):
-        """Zeros past the end of the contraction, where the last block hangs over the end of its operand."""
+        """Puts zeros past the end of the contraction, where the last block hangs over the end of its operand."""
         if not rest:
             return block
         inside = lax.broadcasted_iota(jnp.int32, block.shape, axis) < jnp.where(k == last_k, rest, block.shape[axis])
@@ -156,7 +156,7 @@ def _params(*semantics: Literal["parallel", "arbitrary"]) -> pltpu.CompilerParam
 
 
 def _select(mask, chosen, other):
-    """``jnp.where`` in the dtype of ``chosen``, by way of fp32, since not every TPU selects among 16-bit numbers."""
+    """``jnp.where`` in the dtype of ``chosen``. It goes by way of fp32: not every TPU can select 16-bit numbers."""
     wide = [part.astype(jnp.float32) if isinstance(part, jax.Array) else jnp.float32(part) for part in (chosen, other)]
     return jnp.where(mask, *wide).astype(chosen.dtype)
 
@@ -176,7 +176,7 @@ def _for_rows(low, high, tiles, multiply: Callable) -> None:
     3. If it would reach past the tile, it is shifted back over rows that an earlier step has taken.
     4. ``mine`` marks the rows of a step that are in [low, high) and that no earlier step has taken.
     """
-    # lax.div, not //: for a floor division Pallas asks which device is here, and that need not be a TPU.
+    # This is lax.div and not //: for a floor division Pallas asks which device is here, and that need not be a TPU.
     start = lax.div(low, PACKED_ROWS) * PACKED_ROWS
     part = tiles.step // SIZES
 

@@ -8,7 +8,7 @@ be padded or copied. Rows may also lie in slots, in any order: a program then re
 
 Sums are fp32, and so are the products of fp32 operands, unless another precision is asked for.
 
-JAX 0.12 warns that Pallas will do without Triton some day.
+JAX 0.12 warns that Pallas will drop Triton some day.
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ from jax.experimental.pallas import triton as plgpu
 from moe_jax.hlo.cost import declare_flops
 from moe_jax.kernels.kernel_call import result_type
 
-_LEAST = 16  # rows, columns and steps of the smallest tile that tensor cores multiply
-_STRIPE = 8  # so many row tiles meet a block of columns before the next block, and all of them stay in the L2 cache
+_LEAST = 16  # the least rows, columns and steps of a tile that tensor cores multiply
+_STRIPE = 8  # so many row tiles are multiplied with a block of columns before the next block, and stay in the L2 cache
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Tiles:
     Attributes:
       rows, columns: the extents of a tile of the result.
       steps: how much of the contracted axis is taken at a time.
-      products: how many products of the same rows are made at once, each of a tile of so many columns.
+      products: how many products of the same rows are made at once, each with a tile of ``columns`` columns.
       stages: how many such steps are in shared memory at once. The largest tiles take 3 * 64 * (128 + 128) * 2 bytes =
         96 KiB of it. A block may have 163 KiB on an A100, 227 on an H100 or a B200, and 99 on a consumer's Ampere or
         Ada.
@@ -51,7 +51,7 @@ class Tiles:
 
     @property
     def warps(self) -> int:
-        """How many warps of 32 threads make a tile. Of four, a thread would keep 128 sums of the largest: too many."""
+        """How many warps of 32 threads make a tile. With only four, a thread would keep 128 sums of a large one."""
         return 8 if self.rows * self.columns * self.products > 64 * 128 else 4
 
 
@@ -82,7 +82,7 @@ def _largest(itemsize: int) -> tuple[int, int]:
 
 
 def _part_of_group(num_rows: int, num_groups: int, most: int) -> int:
-    """At most a quarter of a group's rows: its last tile is half empty on average, which then costs an eighth."""
+    """At most a quarter of a group's rows. Its last tile is half empty on average, which then costs an eighth."""
     quarter = num_rows // (4 * num_groups)
     return min(max(1 << quarter.bit_length() >> 1, _LEAST), most)
 
@@ -118,8 +118,8 @@ def grouped_matmul(
 
     Rows past the sum are not written. With ``row_slot`` [M] the rows on one side lie in slots: those of ``lhs`` [A, H];
     or, with ``into`` = A, those of the result [A, N], and of ``add_to``. Slots that belong to no row are neither read
-    nor written. ``precision``: of fp32 operands, as for ``jax.lax.dot_general``; None: fp32. ``interpret``: runs the
-    kernel as a JAX function, on any platform.
+    nor written. ``precision`` is that of products of fp32 operands, as for ``jax.lax.dot_general``; None stands for
+    full fp32. ``interpret`` runs the kernel as a JAX function, on any platform.
     """
     columns = rhs.shape[1 if transpose_rhs else 2]
     out_rows = (lhs if row_slot is None else row_slot).shape[0] if into is None else into
@@ -207,17 +207,18 @@ def _products_of_rows(
     precision: str | None,
     interpret: bool,
 ) -> tuple[jax.Array, ...]:
-    """One kernel that multiplies the same rows with each of several matrices, and makes results of the products.
+    """One kernel that multiplies the same rows with each of several matrices, and computes results from the products.
 
-    ``out``: the types of the results; ``finish``: makes a tile of each from the fp32 tiles of the products, with biases
-    and ``add_to`` in them. ``reads_slots``: whether it is ``lhs`` whose rows lie in slots, and not the results.
+    ``out`` has the types of the results. ``finish`` makes a tile of each result from the fp32 tiles of the products,
+    which have biases and ``add_to`` added. ``reads_slots`` says that the rows of ``lhs`` lie in slots, and not those of
+    the results.
     """
     num_rows = (lhs if row_slot is None else row_slot).shape[0]
     contracted, num_groups = lhs.shape[1], group_sizes.shape[0]
     columns = out[0].shape[1]
     if not num_rows * columns:
         return tuple(jnp.zeros(of.shape, of.dtype) for of in out) if add_to is None else (add_to,)
-    if not contracted:  # a sum of nothing is a sum of zeros
+    if not contracted:  # an empty sum is zero, plus what is added to it
         contracted, lhs = 1, jnp.zeros((lhs.shape[0], 1), lhs.dtype)
         matrices = tuple(
             jnp.zeros((num_groups, *((columns, 1) if transpose_rhs else (1, columns))), lhs.dtype) for _ in matrices
@@ -241,7 +242,7 @@ def _products_of_rows(
             rows, row_mask = pl.ds(first, tiles.rows), first + _arange(tiles.rows) < end
             read_from = write_to = rows
             if slots_ref is not None:
-                # What lies behind the last slot is masked on a GPU, and dropped by the interpreter.
+                # Writes behind the last slot are masked on a GPU, and dropped by the interpreter.
                 slots = plgpu.load(slots_ref.at[rows], mask=row_mask, other=num_slots)
                 read_from, write_to = (slots, rows) if reads_slots else (rows, slots)
             wanted, column_mask = _block(column_block, tiles.columns, columns)
@@ -272,7 +273,7 @@ def _products_of_rows(
 
     optional = [operand for operand in (row_slot, add_to) if operand is not None]
     operands = (lhs, group_sizes, *matrices, *biases, *optional)
-    # A program reads a tile of add_to and writes the same tile of the result, so both may lie in one place.
+    # A program reads a tile of add_to and writes the same tile of the result, so both may share one buffer.
     call = _kernel(
         kernel,
         name,
@@ -387,12 +388,12 @@ def _ceil_div(numbers: jax.Array, by: int) -> jax.Array:
 
 
 def _i32(number: int) -> np.int32:
-    """A constant of a kernel. JAX would give a plain number 64 bits where it is told to have integers so wide."""
+    """A constant of a kernel in 32 bits. A plain number would have 64 where JAX is told to use them."""
     return np.int32(number)
 
 
 def _pick(values: jax.Array, index: jax.Array) -> jax.Array:
-    """values[index], which Triton lacks."""
+    """``values[index]``: Triton has no indexing."""
     return _sum(jnp.where(_arange(values.size) == index, values, 0))
 
 
@@ -405,13 +406,13 @@ def _arange(length: int) -> jax.Array:
 
 
 def _block(number: jax.Array, size: int, extent: int) -> tuple[Any, jax.Array | None]:
-    """Where block ``number`` lies along an axis, and which of its places are inside; None if all of every block are."""
+    """Where block ``number`` lies along an axis, and which of its places are inside it; None if blocks fit the axis."""
     inside = None if extent % size == 0 else number * size + _arange(size) < extent
     return pl.ds(number * size, size), inside
 
 
 def _at(ref, rows: Any, columns: Any) -> Any:
-    """A block of a matrix: columns that follow each other, of rows that do so too, or that an array lists."""
+    """A block of a matrix: consecutive columns of rows that are consecutive too, or that an array lists."""
     if isinstance(rows, pl.Slice):
         return ref.at[rows, columns]
     return ref.at[rows[:, None], (columns.start + _arange(columns.size))[None, :]]

@@ -16,7 +16,7 @@ OUTER = lax.RaggedDotDimensionNumbers(
 
 
 def zero_past_groups(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """``rows`` with zeros in the rows past ``sum(group_sizes)``. It is a select, so that NaN there is gone too."""
+    """``rows`` with zeros past ``sum(group_sizes)``. It selects and does not multiply, so that NaN goes as well."""
     written = jnp.arange(rows.shape[0]) < jnp.sum(group_sizes)
     return jnp.where(written[:, None], rows, jnp.zeros((), rows.dtype))
 
@@ -54,7 +54,7 @@ def grouped_outer(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, dty
     return masked_outer(_outer_product, lhs, rhs, group_sizes, dtype)
 
 
-# What the kernels of other back ends that read and write slots, or make the activation as well, compute in one.
+# What those kernels of other back ends compute that read and write slots, or make the activation too, in single steps.
 
 
 def slot_matmul(
@@ -124,5 +124,5 @@ BACKEND = Backend(
     name="xla",
     kernels={"grouped_matmul": grouped_matmul, "grouped_outer": grouped_outer},
     about="jax.lax.ragged_dot",
-    unpromised=("weights_of_others",),  # where XLA has no such instruction, it multiplies all rows with all matrices
+    unpromised=("weights_of_others",),  # where XLA has no grouped product, it multiplies all rows with all matrices
 )

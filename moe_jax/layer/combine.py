@@ -10,7 +10,7 @@ from moe_jax import _compat, collectives
 from moe_jax.errors import InvalidArgumentError, check_dtype, check_rank, check_shape, check_type
 from moe_jax.layer.weightless import Constants, WeightlessTerms, check_weightless, weightless_term, weightless_terms
 from moe_jax.plan import Plan
-from moe_jax.transports import collect_rows, transport_of
+from moe_jax.transports import add_waited, check_performance_info, collect_rows, transport_of
 from moe_jax.transports.base import Transport, pair_weights
 from moe_jax.types import DispatchHandle
 
@@ -46,8 +46,8 @@ def combine(
       const_alpha1, const_alpha2: [Cc] or [Cc, H], const_v: [Cc, H], in ``plan.dtype``; required with constant experts.
         ``moe_jax.layer.weightless`` says what they mean.
       shared_x: [T, H] in ``plan.dtype``, added with weight 1 before rounding: what shared experts made of the tokens.
-      performance_info: [W] int, to which the microseconds are added that this rank waited for each rank's rows, as in
-        ``dispatch``, whose handle must come from a call with it.
+      performance_info: [W] or [2, W] int, to which the microseconds are added that this rank waited for each rank's
+        rows, as in ``dispatch``, whose handle must come from a call with it.
 
     Returns:
       [T, H] in ``plan.dtype``. Differentiable in every float array, in both modes and to any order. With
@@ -174,7 +174,7 @@ def combine_sum(
     weights_of_rows = weights if row_weights is None else row_weights
     collected, note = collect_rows(transport, ordered=True, rows=rows, weights=weights_of_rows, handle=timed)
     if performance_info is not None:
-        performance_info = performance_info + note.astype(performance_info.dtype)
+        performance_info = add_waited(performance_info, note)
     total = finish(transport, collected, jnp.where(contributes, weights, 0.0), travelled, terms, plan)
     return total if shared_x is None else total + shared_x.astype(jnp.float32), performance_info
 
@@ -214,8 +214,7 @@ def _check(rows, combine_weights, handle, shared_x, performance_info):
         check_dtype("shared_x", shared_x, (plan.dtype,), "the plan's dtype")
     if performance_info is None:
         return
-    check_shape("performance_info", performance_info, (plan.ep_size,), "[W], one per rank")
-    check_dtype("performance_info", performance_info, ("int32", "int64"), "microseconds are whole numbers")
+    check_performance_info(performance_info, plan)
     if plan.num_pairs and transport.timed(handle.maps) is None:
         raise InvalidArgumentError(
             "performance_info was given to combine, but not to the dispatch that made the handle; give it to both"

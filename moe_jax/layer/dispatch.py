@@ -22,7 +22,15 @@ from moe_jax.errors import (
 from moe_jax.plan import Plan
 from moe_jax.quant.message import Part
 from moe_jax.recovery.window import Window, fresh_sources, make_window, received
-from moe_jax.transports import CodedRows, Stopwatch, dequantized, send_smoothed, transport_of
+from moe_jax.transports import (
+    CodedRows,
+    Stopwatch,
+    add_waited,
+    check_performance_info,
+    dequantized,
+    send_smoothed,
+    transport_of,
+)
 from moe_jax.transports.manifest import count_pairs, open_round, read_table
 from moe_jax.types import Dispatched
 
@@ -69,7 +77,8 @@ def dispatch(
         pair for a rank whose window is at another step is not sent, and counted in ``stats.num_stale``. Slots past
         what ``window.counts`` says may hold what older steps left.
       performance_info: [W] int, to which the microseconds are added that this rank waited for each source: the
-        exchange then goes to one peer after the other, with the host's clock in between. For "padded" and "ragged".
+        exchange then goes to one peer after the other, with the host's clock in between. Or [2, W], for both parts of
+        it: until the source was ready, and while rows travelled. For "padded" and "ragged".
 
     Returns:
       Dispatched, varying over the plan's ep and tp axes: ``out_specs=P(("ep", "tp"))``. An axis of size 1 may be left
@@ -128,8 +137,7 @@ def _dispatch(
     if window is not None:
         window = received(window, sent.note, handle, plan.dispatch_capacity)
     if performance_info is not None:
-        waited = manifest.known.waited + sent.note
-        performance_info = performance_info + waited.astype(performance_info.dtype)
+        performance_info = add_waited(performance_info, manifest.known.waited + sent.note)
     return Dispatched(
         x=x,
         scales=scales,
@@ -198,8 +206,7 @@ def _check_options(plan: Plan, combine_weights, smooth_scales, rank_table, windo
         if value is not None and not transport_of(plan).pairwise:
             raise UnsupportedError(f"{name}: transport={plan.transport!r} has no exchange between pairs of ranks")
     if performance_info is not None:
-        check_shape("performance_info", performance_info, (plan.ep_size,), "[W], one per source rank")
-        check_dtype("performance_info", performance_info, ("int32", "int64"), "microseconds are whole numbers")
+        check_performance_info(performance_info, plan)
     if window is None:
         return
     check_type("window", window, Window, "make one with make_receive_window(plan)")

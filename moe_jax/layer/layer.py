@@ -118,7 +118,8 @@ def moe_layer(
       InvalidArgumentError: lists everything that is wrong with ``params``; lists every way in which the router's groups
         do not fit the plan; an unknown activation, or a function that takes neither one array nor two; chunks that do
         not divide T.
-      MissingArgumentError, ShapeError, DtypeError, MeshError: as for ``dispatch``.
+      MissingArgumentError, ShapeError, DtypeError, MeshError: as for ``dispatch``; ``table`` is missing, or of another
+        number of experts, where the router scores fewer experts than the plan has instances.
       UnsupportedError: the plan puts shared experts on ranks of their own; or somebody asks for a derivative that needs
         a plan of one round.
     """

@@ -19,7 +19,9 @@ from moe_jax.config import RouterConfig, router_violations
 from moe_jax.errors import (
     InvalidArgumentError,
     MeshError,
+    MissingArgumentError,
     MoEError,
+    ShapeError,
     UnsupportedError,
     check_choice,
     check_count,
@@ -318,6 +320,20 @@ def check_params(
     if table is not None:
         check_rank("table", table, 2, "[E_logical, F]")
     num_logical_experts = None if table is None else table.shape[0]
+    router_shape = () if routed else getattr(params.get("router"), "shape", ())
+    if len(router_shape) == 2:
+        scored = router_shape[1] - (plan.num_ids - plan.num_experts)
+        if table is None and 0 < scored < plan.num_experts:
+            raise MissingArgumentError(
+                f"table is missing: the router of params scores {scored} experts, and the plan has num_experts="
+                f"{plan.num_experts}, which must be instances of those; pass table=placement.table(), of a placement "
+                f"such as moe_jax.rebalance makes, or make a plan with num_experts={scored}"
+            )
+        if table is not None and scored != num_logical_experts:
+            raise ShapeError(
+                f"table has shape {table.shape}, and the router of params scores {scored} experts; expected a row for "
+                "each of them, as placement.table() has"
+            )
     where = "on each device" if on_device else "over the mesh"
     extents: dict[str, Any] = extents_of(
         plan,

@@ -1,4 +1,4 @@
-"""The quantised wire: recipes that turn rows into codes and scales, one message of bytes for each row, and rows again.
+"""The quantised wire: recipes that turn rows into codes and scales, these into one message of bytes per row, and back.
 
 ``formats`` are the grids of numbers that codes stand for, ``schemes`` how the scale of a block follows from its
 numbers, ``base`` what all recipes share, ``message`` the bytes, ``gradient`` the straight-through rule. Every recipe

@@ -1,4 +1,4 @@
-"""What all recipes share: they turn rows into values and scales, these into one message of bytes per row, and back."""
+"""What all recipes share: rows become values and scales, these become one message of bytes per row, and back again."""
 
 import dataclasses
 
@@ -21,7 +21,7 @@ from moe_jax.quant.formats import Format
 from moe_jax.quant.message import Part, join, split
 
 TINY = 2.0**-126  # the smallest normal fp32 number
-FLOOR = 2.0**-110  # more than largest * TINY of every format: what is lost where subnormals count as zero
+FLOOR = 2.0**-110  # more than largest * TINY for any format: the most that is lost where subnormals count as zero
 _FP32_SLACK = 2.0**-21  # the relative error of a handful of fp32 roundings
 
 
@@ -80,15 +80,15 @@ class Recipe:
         return sum(part.num_bytes for part in self._parts(hidden))
 
     def quantize(self, x: jax.Array, *, smooth: jax.Array | None = None) -> QTensor:
-        """Rounds ``y = fp32(x) * smooth`` as the docstring of the class says.
+        """Quantises ``y = fp32(x) * smooth`` as the docstring of the recipe's class says.
 
         Args:
           x: [rows, H] of ``dtype``.
           smooth: f32, a scalar, [1], [H], [rows, 1] or [rows, H]; None = 1.
 
         Raises:
-          ShapeError, DtypeError, InvalidArgumentError, MissingArgumentError: an argument breaks a rule above, or the
-            recipe takes no ``smooth``, or cannot do without.
+          ShapeError, DtypeError, InvalidArgumentError, MissingArgumentError: an argument breaks a rule above, or
+            ``smooth`` is given to a recipe that takes none, or missing where one is needed.
         """
         check_rank("x", x, 2, "[rows, H]")
         check_dtype("x", x, (self.dtype,), f"this recipe {self.name!r} was made for rows of that dtype")
@@ -100,7 +100,7 @@ class Recipe:
             return QTensor(values=values, scale=lax.optimization_barrier(scale))
 
     def dequantize(self, q: QTensor) -> jax.Array:
-        """``values * scale`` in fp32, [rows, H] f32: near ``fp32(x) * smooth``, not divided by ``smooth`` again."""
+        """``values * scale``, [rows, H] f32. It is near ``fp32(x) * smooth``; ``smooth`` is not divided out again."""
         with jax.named_scope(f"dequantize_{self.name}"):
             decoded = self.format.decode(q.values)
             blocks = self._unscale(to_blocks(decoded, self.block), self._block_scale(q.scale, decoded.shape[1]))
@@ -111,7 +111,7 @@ class Recipe:
 
         The bound is ``scale * max(roundoff * |value|, half_step)``, and more where the value saturated. A few fp32
         roundings are added, and 2^-110 for numbers that count as zero, which is enough for |smooth| up to 2^15. Where
-        ``dequantize(q)`` is not finite there is no bound: inf. "int8_static" cannot tell a 0 from a NaN.
+        ``dequantize(q)`` is not finite there is no bound: inf. With "int8_static" a NaN cannot be told from a 0.
         """
         decoded = self.format.decode(q.values)
         size = jnp.abs(to_blocks(decoded, self.block))
@@ -160,7 +160,7 @@ class Recipe:
         raise NotImplementedError
 
     def _block_scale(self, scale, hidden):
-        """The scales of the blocks that hold columns, [rows, G, 1]."""
+        """The scales of the blocks that have columns, [rows, G, 1]."""
         return scale[:, : -(-hidden // (self.block or hidden)), None]
 
     def _factor(self, scale):
@@ -174,7 +174,7 @@ class Recipe:
 
 
 def flush(x: jax.Array) -> jax.Array:
-    """fp32 ``x`` with subnormals replaced by zeros of their sign, as devices that flush would have it."""
+    """fp32 ``x`` with subnormals replaced by zeros of their sign, as on devices that flush subnormals."""
     return jnp.where(jnp.abs(x) < TINY, jnp.copysign(0.0, x), x)
 
 

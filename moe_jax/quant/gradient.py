@@ -1,4 +1,4 @@
-"""The derivative of quantisation. Rounding has slope zero almost everywhere, so a useful one has to be chosen."""
+"""The derivative of quantisation. Rounding has slope zero almost everywhere, so a more useful derivative is defined."""
 
 import functools
 

@@ -11,11 +11,11 @@ Array = jax.Array
 
 
 class Part(NamedTuple):
-    """What one array contributes to each row of a message.
+    """The part of each row of a message that one array makes.
 
     Attributes:
-      width: how many numbers.
-      dtype: of these numbers.
+      width: how many numbers it has.
+      dtype: the dtype of these numbers.
     """
 
     width: int
@@ -23,7 +23,7 @@ class Part(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """How many bytes it takes in a row."""
+        """How many bytes of a row it takes."""
         return -(-self.width // 2) if _is_nibble(self.dtype) else self.width * jnp.dtype(self.dtype).itemsize
 
 
@@ -31,7 +31,7 @@ _ALONE = Part(-1, "")  # marks the only array of a message, which travels as it 
 
 
 def join(arrays: Sequence[Array]) -> tuple[Array, tuple[Part, ...]]:
-    """Arrays [..., n_i] -> (one message [..., bytes] u8, what each contributes to it). No bit changes on the way."""
+    """Arrays [..., n_i] -> (one message [..., bytes] u8, the ``Part`` of each array). No bit changes on the way."""
     parts = tuple(Part(array.shape[-1], str(array.dtype)) for array in arrays)
     return jnp.concatenate([_to_bytes(array) for array in arrays], axis=-1), parts
 
@@ -46,9 +46,9 @@ def split(message: Array, parts: Sequence[Part]) -> list[Array]:
 
 
 def join_some(arrays: Sequence[Array | None]) -> tuple[Any, tuple[Part | None, ...]]:
-    """As ``join``, of those arrays that are not None; if there is only one, it is the message, in its own dtype.
+    """``join`` of those arrays that are not None. A single array is the message itself, in its own dtype.
 
-    Where there is none, the message is None, and so are the parts.
+    Where there is no array, the message is None.
     """
     present = [array for array in arrays if array is not None]
     if not present:

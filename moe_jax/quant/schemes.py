@@ -13,7 +13,7 @@ from moe_jax.errors import check_choice, check_count
 from moe_jax.quant.base import FLOOR, TINY, Recipe, from_blocks, to_blocks
 from moe_jax.quant.formats import E2M1, E4M3, E5M2, INT8
 
-_LEAST_AMAX = np.float32(1e-4)  # the scale of a block of ``MicroscaledClip`` is made for at least this magnitude
+_LEAST_AMAX = np.float32(1e-4)  # ``MicroscaledClip`` takes the largest magnitude of a block to be at least this
 
 
 @jax.tree_util.register_static
@@ -21,8 +21,8 @@ _LEAST_AMAX = np.float32(1e-4)  # the scale of a block of ``MicroscaledClip`` is
 class Static(Recipe):
     """``q = saturate(rint(y))`` with ``y = fp32(x) * smooth``: the caller chooses the scale, and none travels.
 
-    Ties go to the even code; NaN becomes 0. ``dequantize`` returns about y, and the receiver divides by the scale,
-    which it knows. The error of y is at most half a unit inside [-127, 127]; outside values saturate, and it has no
+    Ties go to the even code; NaN becomes 0. ``dequantize`` returns about y, and the receiver, which knows the scale,
+    divides by it. Inside [-127, 127] the error of y is at most half a unit. Outside, values saturate, and there is no
     bound.
     """
 
@@ -133,8 +133,8 @@ class MicroscaledClip(Microscaled):
     """``Microscaled`` with a scale that leaves room: ``2^(s-127)`` is the power of two at or above amax / largest.
 
     ``v = max(amax, 1e-4) * fp32(1 / largest)`` in fp32; s is the biased exponent of v, plus 1 if v is not a power of
-    two. So a block of zeros has the scale that one with amax = 1e-4 has. A block with NaN or inf has s = 255. Nothing
-    saturates by more than a rounding. The error is the relative roundoff of the format times the number, or
+    two. So a block of zeros has the same scale as a block with amax = 1e-4. A block with NaN or inf has s = 255.
+    Nothing saturates by more than a rounding. The error is the relative roundoff of the format times the number, or
     2^(s-127) * half_step if that is more.
     """
 
@@ -155,11 +155,11 @@ class MicroscaledClip(Microscaled):
 class RoundedScale(Recipe):
     """``s = amax * fp32(1/127)``, ``q = rint(fp16(x / s))`` by groups of columns; what travels is ``dtype(s)``.
 
-    The division is by s before it is rounded to ``dtype``. The quotient is rounded to fp16 and then to an integer, both
-    with ties to even. The receiver gets ``dtype(q * fp32(dtype(s)))``. A group of zeros, or one whose s is subnormal in
-    fp32, becomes zeros. A group with NaN or inf comes back as NaN. In fp16, numbers near the largest one may come back
-    as inf. The error is at most scale * (1/2 + 1/32), plus the roundings of scale and value to the dtype of the rows,
-    each of which is at most |value| * roundoff(dtype).
+    Numbers are divided by s as it is before it is rounded to ``dtype``. The quotient is rounded to fp16 and then to an
+    integer, both with ties to even. The receiver gets ``dtype(q * fp32(dtype(s)))``. A group of zeros, or one whose s
+    is subnormal in fp32, becomes zeros. A group with NaN or inf comes back as NaN. In fp16, numbers near the largest
+    one may come back as inf. The error is at most scale * (1/2 + 1/32), plus the roundings of scale and value to the
+    dtype of the rows, each of which is at most |value| * roundoff(dtype).
     """
 
     takes_smooth = False
@@ -187,7 +187,7 @@ class RoundedScale(Recipe):
             q.scale.astype(jnp.float32)[..., None],
         )
         roundoff = float(jnp.finfo(self.dtype).eps) / 2
-        floor = 2.0**-25 if self.dtype == "float16" else FLOOR  # half of the smallest fp16 number
+        floor = 2.0**-25 if self.dtype == "float16" else FLOOR  # half of the smallest fp16 number above 0
         unrounded = scale * (1 + 2 * roundoff) + floor  # the scale before it was rounded is at most this
         bound = unrounded * (0.5 + 2.0**-5 + 2.0**-14) + size * (unrounded - scale) + size * scale * roundoff + floor
         return jnp.where(jnp.isfinite(self.dequantize(q)), from_blocks(bound, q.values.shape[1]), jnp.inf)
@@ -251,7 +251,7 @@ def named_recipe(name: str, dtype: str) -> Recipe:
 
 
 def _amax(y):
-    """max |y| of every block, [rows, G, 1]; NaN for a block that has one.
+    """max |y| of every block, [rows, G, 1]; NaN for a block that holds a NaN.
 
     The maximum is taken over the bits as integers. They order non-negative floats and put NaN above all others, while a
     compiled maximum of floats may drop NaN.

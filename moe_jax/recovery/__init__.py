@@ -1,5 +1,5 @@
 """What a group of ranks needs when one of them fails.
 
-``barrier`` is a value that nobody gets before all have come; ``window`` is the receive memory that is kept between
-steps, how it is reset, and the tests of who still hears whom.
+``barrier`` makes a value that no rank gets before all ranks have come. ``window`` has the receive memory that is kept
+between steps, how it is reset, and the tests of who still hears whom.
 """

@@ -26,12 +26,12 @@ def barrier(
     """Returns ``x`` unchanged, on no rank before every rank along ``axis_name`` has computed its own ``x``.
 
     Use the result in place of ``x``: only what is computed from it waits, and a barrier whose result is not used is
-    dropped by the compiler. Barriers may follow each other and need no group of their own. The identity in both modes
-    of differentiation: cotangents pass, and wait for nobody.
+    dropped by the compiler. Barriers may follow each other and need no group of their own. In both modes of
+    differentiation a barrier is the identity: tangents and cotangents pass, and wait for nobody.
 
-    Without ``timeout_us`` the wait is a collective and lasts as long as it must. With it each rank first announces
-    itself on its host, and if a live rank stays away for that long all fail together, none of them inside the
-    collective: at the cost of a host callback, and across processes of a few messages to jax.distributed's coordinator.
+    Without ``timeout_us`` the wait is a collective, and lasts as long as it must. With it, each rank first announces
+    itself on its host. If a live rank stays away for that long, all ranks fail together, none of them inside the
+    collective. That costs a host callback, and between processes a few messages to the coordinator of jax.distributed.
     The collective itself takes in every rank of the mesh, removed ones too, as it must in an SPMD program; a process
     that is really gone can only be left out by a smaller mesh.
 
@@ -39,7 +39,7 @@ def barrier(
       x: an array or a pytree of arrays, of any dtype; a leaf without elements waits but is not waited for.
       axis_name: one mesh axis, or several that are flattened in that order.
       rank_table: [4 + 2W] i32 of ``make_rank_table``, traced; with ``timeout_us``, ranks that it removes may be late.
-      timeout_us: static; how long this rank waits for the others, in microseconds, compilation of theirs included.
+      timeout_us: static; how long this rank waits for the others, in microseconds, the time that they compile included.
         None: for ever.
 
     Returns:
@@ -68,7 +68,7 @@ def barrier(
 
 
 def wait_for_ranks(x: Any, live: jax.Array, axes: tuple[str, ...], timeout_us: int | None) -> Any:
-    """``barrier`` with the ranks that must come as a mask: ``live`` [W] bool."""
+    """``barrier`` with a mask of the ranks that must come, ``live`` [W] bool."""
     _check_timeout(timeout_us)
     leaves = jax.tree.leaves(x)
     if not leaves:

@@ -1,8 +1,8 @@
 """The receive window: the rows that a rank receives into, kept from step to step, and its recovery after a failure.
 
-After a failure: reset the window, ``receivable_test`` towards each server in turn, ``receivable_info_collect``; from
-its matrix the host decides who survives; reset again with the mask of the survivors, and hand their rank table to the
-operators.
+What to do after a failure: reset the window; call ``receivable_test`` for each server in turn, and then
+``receivable_info_collect``, from whose matrix the host decides who survives. Reset the window again, with the mask of
+the survivors, and give their rank table to the operators.
 """
 
 from typing import Any
@@ -35,8 +35,9 @@ class Window:
 
     Attributes:
       data: [A, V] rows.
-      counts: [W] i32, by source: rows that came; after ``receivable_test``: source + 1, or 0.
-      step: [1] i32, the step that wrote it.
+      counts: [W] i32, the rows that came from each source; after ``receivable_test`` source + 1 where it was heard,
+        else 0.
+      step: [1] i32, the number of the step that wrote the window.
     """
 
     data: Array
@@ -45,12 +46,12 @@ class Window:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of ``data``: a first phase of ``moe_jax.aclnn`` takes a window where CANN has a buffer."""
+        """The shape of ``data``: a first phase of ``moe_jax.aclnn`` takes a window where CANN has a buffer."""
         return self.data.shape
 
     @property
     def dtype(self) -> Any:
-        """That of ``data``."""
+        """The dtype of ``data``."""
         return self.data.dtype
 
 
@@ -84,14 +85,14 @@ def buffer_reset(
     sync: bool = True,
     timeout_us: int | None = None,
 ) -> Window:
-    """Zeroes the whole window of every rank that is not isolated; that of an isolated one stays as it is.
+    """Zeroes the whole window of every rank that is not isolated. An isolated rank keeps its window as it is.
 
     Args:
-      window: this rank's.
-      link_mask: [W] i32 or bool, the same on all ranks; 0 = the links to that rank are broken, it is isolated.
+      window: the window of this rank.
+      link_mask: [W] i32 or bool, the same on all ranks; 0 = the links to that rank are broken, so it is isolated.
       axis_name: one mesh axis, or several that are flattened in that order.
-      sync: whether nobody gets its window back before all ranks have cleaned theirs, as after ``barrier``.
-      timeout_us: only with ``sync``; as in ``barrier``, isolated ranks may be late.
+      sync: whether no rank gets its window back before all ranks have zeroed theirs, as after ``barrier``.
+      timeout_us: only with ``sync``; as for ``barrier``, where isolated ranks may be late.
 
     Returns:
       Window, in the memory of the old one where that is donated.
@@ -122,7 +123,7 @@ def received(window: Window, data: Array, handle: DispatchHandle, capacity: int)
 
 
 def fresh_sources(step: Array, axis_name: str | tuple[str, ...]) -> Array:
-    """[W] bool: whose step number [1] is this rank's own, so that its rows belong to this step and not to an old one.
+    """[W] bool: the ranks whose ``step`` [1] is that of this rank, so that rows between the two belong to this step.
 
     Raises:
       ShapeError, DtypeError, MissingArgumentError: ``step`` is not [1] i32.
@@ -156,7 +157,8 @@ def receivable_test(
       ranks_per_server: ranks on one server, consecutive.
 
     Returns:
-      The window with the rows and status (in ``counts``) of every rank that sent here and was heard; others untouched.
+      The window with the rows and the status (in ``counts``) of every rank that sent here and was heard. The entries of
+      other ranks stay as they were.
 
     Raises:
       InvalidArgumentError, MissingArgumentError, ShapeError, DtypeError: an argument is not as above.
@@ -191,7 +193,7 @@ def receivable_test(
 def receivable_info_collect(
     window: Window, pattern: Array, axis_name: str | tuple[str, ...], *, link_up: Array | None = None
 ) -> Array:
-    """Who hears whom, as this rank gets to know it after ``receivable_test``.
+    """Who hears whom, as far as this rank is told after ``receivable_test``.
 
     A rank counts as heard when its status stands in the window and its rows equal the pattern.
 

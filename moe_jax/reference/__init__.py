@@ -1,8 +1,8 @@
 """The oracle: the definition of correct, in NumPy and float64, with all ranks visible and in plain loops.
 
 It is slow on purpose, and free of JAX. Everything faster in this library is tested against these functions, forward and
-backward. A file has the name of what it defines: ``routing``, ``exchange`` (dispatch and combine), ``experts``,
-``weightless``, ``layer``, ``update_expert``, ``quant``, ``fused`` and ``rms_norm``, on functions of
+backward. A file has the name of what it defines: ``routing``, ``placement`` (update_expert), ``exchange`` (dispatch and
+combine), ``experts``, ``weightless``, ``layer``, ``quant``, ``fused`` and ``rms_norm``. They use the functions of
 ``elementwise``.
 """
 
@@ -24,6 +24,7 @@ from moe_jax.reference.fused import (
     grouped_matmul_all_to_allv_vjp,
 )
 from moe_jax.reference.layer import combine_weights_vjp, moe_layer, moe_layer_vjp
+from moe_jax.reference.placement import update_expert
 from moe_jax.reference.rms_norm import add_rms_norm, add_rms_norm_vjp
 from moe_jax.reference.routing import (
     Routing,
@@ -33,10 +34,9 @@ from moe_jax.reference.routing import (
     route_vjp,
     update_selection_bias,
 )
-from moe_jax.reference.update_expert import update_expert
 from moe_jax.reference.weightless import WeightlessExperts, weightless_sum, weightless_value
 
-# The names that these three had before.
+# Earlier names of these three, which stay importable.
 SpecialExperts, special_sum, special_value = WeightlessExperts, weightless_sum, weightless_value
 
 __all__ = [

@@ -14,7 +14,7 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def sigmoid_grad(x: np.ndarray) -> np.ndarray:
-    """The derivative of ``sigmoid``; a product of two tails, so it stays accurate where 1 - sigmoid(x) is tiny."""
+    """The derivative of ``sigmoid``, as sigmoid(x) * sigmoid(-x): it stays accurate where 1 - sigmoid(x) is tiny."""
     return sigmoid(x) * sigmoid(-x)
 
 
@@ -70,12 +70,12 @@ def relu2_grad(x: np.ndarray) -> np.ndarray:
 
 
 def sqrt_softplus(x: np.ndarray) -> np.ndarray:
-    """sqrt(log(1 + exp(x))), elementwise; exp(x / 2) to the last bit where x is below -40."""
+    """sqrt(log(1 + exp(x))), elementwise. Where x is below -40 it equals exp(x / 2) to the last bit."""
     return np.where(x < -40.0, np.exp(0.5 * np.minimum(x, -40.0)), np.sqrt(np.logaddexp(0.0, x)))
 
 
 def sqrt_softplus_grad(x: np.ndarray) -> np.ndarray:
-    """The derivative of ``sqrt_softplus``: sigmoid(x) / (2 * sqrt_softplus(x)); sqrt_softplus(x) / 2 below -40."""
+    """The derivative of ``sqrt_softplus``: sigmoid(x) / (2 * sqrt_softplus(x)), and sqrt_softplus(x) / 2 below -40."""
     root = sqrt_softplus(np.maximum(x, -40.0))
     return np.where(x < -40.0, 0.5 * sqrt_softplus(x), 0.5 * sigmoid(x) / root)
 

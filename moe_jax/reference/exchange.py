@@ -12,7 +12,7 @@ import numpy as np
 from moe_jax import errors
 
 PerRank = Sequence[np.ndarray] | np.ndarray  # W arrays, one of each rank, or all of them stacked
-Ranked = list[list[np.ndarray]]  # [W][P] arrays: the number of rows differs from device to device
+Ranked = list[list[np.ndarray]]  # [W][P] arrays, since the number of rows differs from device to device
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,7 +39,7 @@ def dispatch(
     num_shared_experts: int = 0,
     num_shared_ranks: int = 0,
 ) -> Dispatched:
-    """Sends one copy of each token to each of its experts, and to each shared expert that has ranks of its own.
+    """Sends each token, once per pair, to each of its experts and to each shared expert that has ranks of its own.
 
     With S shared ranks for Ns shared experts, routed expert e lives on rank S + e // L, L = E // (W - S); and every
     active token of source rank w also goes, as k = K + s, to rank w % (S // Ns) + s * (S // Ns), slot 0, for each s. A
@@ -88,7 +88,7 @@ def dispatch(
 
 
 def dispatch_vjp(ct_rows: Ranked, dispatched: Dispatched, num_tokens: int) -> np.ndarray:
-    """The cotangent of ``x`` in ``dispatch``: the sum over all copies of a token, those on every tp peer included.
+    """The cotangent of ``x`` in ``dispatch``: the sum over all rows of a token, those on every tp peer included.
 
     Args:
       ct_rows: [W][P] of [n, H]; rows past the true number are not read.
@@ -108,7 +108,7 @@ def dispatch_vjp(ct_rows: Ranked, dispatched: Dispatched, num_tokens: int) -> np
 
 
 def combine(rows: Ranked, combine_weights: np.ndarray, dispatched: Dispatched) -> np.ndarray:
-    """Brings every row home: y_t = sum over k ascending of weight_tk * value_tk.
+    """Brings every row back to its token: y_t = sum over k ascending of weight_tk * value_tk.
 
     The value of a pair is the sum of its rows over the tp peers, each of which holds a partial sum. Pairs that do not
     exist contribute nothing and their weights are not read; a token without pairs gives zero.
@@ -224,7 +224,8 @@ def ragged_all_to_all_vjp(
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """The cotangents of ``operand`` and ``output`` in ``ragged_all_to_all``.
 
-    A row of ``operand`` collects the cotangents of all its copies; a row of ``output`` that was overwritten gets zero.
+    A row of ``operand`` gets the sum of the cotangents of all rows that it was sent to; a row of ``output`` that was
+    overwritten gets zero.
 
     Args:
       ct: W arrays [M, ...].
@@ -248,7 +249,7 @@ def ragged_all_to_all_vjp(
 def _shared_slots(
     lead: tuple[int, int, int], s: int, per_expert: int, num_local: int, token_mask: np.ndarray | None
 ) -> np.ndarray:
-    """[W, P, T] the slot that each token's copy for shared expert ``s`` goes to, -1 for tokens that are not active."""
+    """[W, P, T] the slot that each token's row for shared expert ``s`` goes to, -1 for tokens that are not active."""
     slots = np.full(lead, -1)
     for w, p, t in np.ndindex(lead):
         if token_mask is None or np.any(token_mask[w, p, t]):

@@ -154,7 +154,7 @@ def _group_slices(group_sizes: np.ndarray, num_rows: int) -> list[slice]:
 
 
 def _checked(weights: Mapping[str, np.ndarray], activation: Any) -> dict[str, np.ndarray]:
-    """``weights`` in float64, once they are known to be exactly what ``activation`` uses."""
+    """``weights`` in float64; raises unless they are exactly what ``activation`` uses."""
     facts = {"gated"} if _rule_of(activation, weights)[2] else set()
     rows = [row for row in rows_of("experts") if row.needs <= facts]
     known, needed = {row.role for row in rows}, {row.role for row in rows if not row.optional}
@@ -172,7 +172,8 @@ def _projections(x: np.ndarray, weights: Mapping[str, np.ndarray]) -> tuple[np.n
     return gate, up
 
 
-# An activation: its function of (gate, up), its cotangents of both, and whether it is gated; else gate is None.
+# An activation is three things: its function of (gate, up), the cotangents of both, and whether it is gated. Where it
+# is not, gate is None.
 _Rule = tuple[Callable, Callable | None, bool]
 
 

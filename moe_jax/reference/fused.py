@@ -1,7 +1,7 @@
 """The grouped product fused with an all-to-all of unequal blocks, row by row, with every rank visible.
 
-R ranks, e experts each. Count lists are [R][R * e], rank r's list first, index peer * e + local expert. Arrays are
-given per rank, and so are results; these hold the rows that arrive and no padding.
+There are R ranks with e experts each. Count lists are [R][R * e]: entry r is the list of rank r, with an entry for each
+(peer, local expert). Arrays are given per rank, and so are results, which hold the rows that arrive and no padding.
 
 Operands may be scaled numbers; ``dequantize`` says which. Products are in f64 and stay there.
 """
@@ -34,7 +34,7 @@ def grouped_matmul_all_to_allv(
     transpose_mm_weight: bool = False,
     recv_capacity: int | None = None,
 ) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
-    """Every row times the weights of its expert, then to its rank.
+    """Multiplies every row by the weights of its expert, then sends it to its rank.
 
     Args:
       gmm_x: [R] of [A, H1], rows by (local expert, destination rank); rows past the counts are not read.
@@ -110,7 +110,7 @@ def all_to_allv_grouped_matmul(
     transpose_mm_weight: bool = False,
     recv_capacity: int | None = None,
 ) -> tuple[list[np.ndarray], list[np.ndarray] | None, list[np.ndarray]]:
-    """Every row to the rank of its expert, then times the weights there.
+    """Sends every row to the rank of its expert, then multiplies it by the weights there.
 
     Args:
       gmm_x: [R] of [BSK, H1], rows by (destination rank, its expert); rows past the counts are not read.
@@ -119,8 +119,8 @@ def all_to_allv_grouped_matmul(
       gmm_weight, mm_x, mm_weight, scales, recv_capacity: as for ``grouped_matmul_all_to_allv``.
 
     Returns:
-      gmm_y: [R] of [n, N1] f64, rows by (local expert, source rank); mm_y: likewise or None; permuted: [R] of [n, H1],
-      the rows that were multiplied; with scales, their codes as they were given.
+      gmm_y: [R] of [n, N1] f64, rows by (local expert, source rank); mm_y: as there, or None; permuted: [R] of [n, H1],
+      the rows that were multiplied, or with scales their codes as they were given.
 
     Raises:
       InvalidArgumentError: the lists disagree.
@@ -172,7 +172,7 @@ def all_to_allv_grouped_matmul_vjp(
 
 
 def _outward(send_counts, recv_counts, num_local: int, capacity: int | None) -> Origins:
-    """Where the rows come from that reach each rank from the experts: by (source rank, its expert)."""
+    """The origins of the rows that reach each rank from the experts, in the order (source rank, its expert)."""
     send = _tables(send_counts, recv_counts, num_local)
     num_ranks = len(send)
     origins = []
@@ -187,7 +187,7 @@ def _outward(send_counts, recv_counts, num_local: int, capacity: int | None) -> 
 
 
 def _inward(send_counts, recv_counts, num_local: int, capacity: int | None) -> Origins:
-    """Where the rows come from that reach each rank's experts: by (local expert, source rank)."""
+    """The origins of the rows that reach each rank's experts, in the order (local expert, source rank)."""
     send = _tables(send_counts, recv_counts, num_local)
     num_ranks = len(send)
     origins = []
@@ -202,7 +202,7 @@ def _inward(send_counts, recv_counts, num_local: int, capacity: int | None) -> O
 
 
 def _tables(send_counts, recv_counts, num_local: int) -> np.ndarray:
-    """[R, R, e] rows from each rank to each, by expert."""
+    """[R, R, e] how many rows go from each rank to each, for each expert."""
     num_ranks = len(send_counts)
     send, recv = (np.asarray(c, np.int64).reshape(num_ranks, num_ranks, num_local) for c in (send_counts, recv_counts))
     for a, b, e in np.ndindex(send.shape):

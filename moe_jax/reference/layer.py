@@ -21,7 +21,7 @@ from moe_jax.reference.weightless import WeightlessExperts, weightless_value
 
 Params = Mapping[str, np.ndarray]
 
-# Constant experts come with ``special``.
+# The parameters of constant experts come with the argument ``special``.
 _KNOWN = {row.name: row for part in ("router", "experts", "shared") for row in rows_of(part)}
 _SHARED = {row.role: row.name for row in rows_of("shared") if row.role}
 
@@ -53,21 +53,21 @@ def moe_layer(
       top_k: K.
       activation: see ``expert_ffn``.
       shared_activation: that of the shared expert; None: as ``activation``.
-      bias: [E], the router's selection bias, for those who do not keep it in ``params["selection_bias"]``.
+      bias: [E], the router's selection bias, where it is not in ``params["selection_bias"]``.
       token_mask: [N] bool, False = inactive; None = all active.
-      special: the weightless experts, that is zero, copy and constant ones; the router then has an output for each. (No
-        vjp is written for them.)
+      special: the weightless experts (zero, copy and constant ones), each of which then has a logit of its own.
+        ``moe_layer_vjp`` does not take them.
       routing: (expert_ids [N, K], combine_weights [N, K]), choices made outside, -1 for none; ``router`` is not read,
         and the router's parameters need not be there.
       router_x: [N, H_r], what the router sees; None: it sees x.
-      weigh_inputs: the term of a routed expert is expert_{id_tk}(weight_tk * x_t) instead.
+      weigh_inputs: whether a routed expert adds expert_{id_tk}(weight_tk * x_t) instead.
       sequence_length: see ``route``.
 
     Returns:
       y [N, H] f64 and the ``Routing``.
 
     Raises:
-      InvalidArgumentError: ``params`` has an unknown key, or the selection bias comes twice.
+      InvalidArgumentError: ``params`` has an unknown key, or the selection bias is given twice.
       MissingArgumentError: ``params`` lacks a weight.
     """
     x = np.asarray(x, np.float64)
@@ -217,7 +217,7 @@ def _logits(params: Params, x: np.ndarray, token_mask: np.ndarray | None) -> np.
 def _given(
     params: Params, routing: tuple[np.ndarray, np.ndarray], num_ids: int, token_mask: np.ndarray | None
 ) -> routing_lib.Routing:
-    """Choices made outside, as a router would have made them; it has no losses."""
+    """The ``Routing`` of choices that were made outside. It has no losses."""
     _check_keys(params, routed=True)
     ids, weights = np.array(routing[0], np.int64), np.array(routing[1], np.float64)
     if token_mask is not None:
@@ -228,7 +228,7 @@ def _given(
 
 
 def _check_keys(params: Params, *, routed: bool) -> None:
-    """``routed``: whether choices are made outside, so that the router needs no parameters."""
+    """Raises unless ``params`` has the right keys; ``routed``: choices are made outside, so the router needs none."""
     if unknown := sorted(set(params) - set(_KNOWN)):
         raise errors.InvalidArgumentError(f"params has unknown keys {unknown}; known: {', '.join(sorted(_KNOWN))}")
     rows = [row for row in _KNOWN.values() if not row.needs and not row.optional]
@@ -260,7 +260,7 @@ def _shared_weights(params: Params, x: np.ndarray) -> tuple[dict[str, np.ndarray
     return shared, 1.0 if router is None else float(ew.sigmoid(x @ np.asarray(router, np.float64)[:, 0]))
 
 
-# The three below add to ``ct_params`` in place and return their share of the token's ct_x [H].
+# The three functions below add to ``ct_params`` in place, and return what they contribute to the token's ct_x [H].
 
 
 def _router_vjp(params: Params, x: np.ndarray, ct_logits: np.ndarray, ct_params: dict[str, np.ndarray]) -> np.ndarray:

@@ -34,7 +34,7 @@ _BLOCKS = {"group128": 128, "mx": 32, "group8": 8}
 
 
 def quantize(name: str, x: np.ndarray, *, smooth: np.ndarray | float | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """The values and the scales of rows.
+    """Quantises rows: returns their values and their scales.
 
     Args:
       name: a name of ``moe_jax.quant.NAMES`` other than "none".
@@ -88,7 +88,7 @@ def _largest(target: str) -> float:
 
 
 def _quantize_block(name, target, x, smooth):
-    """The codes of one block and its scale, None where none travels."""
+    """The codes of one block, and its scale, which is None where no scale travels."""
     if name.startswith("mx_clip"):
         return _microscale_clip(target, x)
     if name.startswith("mx"):
@@ -110,7 +110,7 @@ def _quantize_block(name, target, x, smooth):
 
 
 def _microscale(target, x):
-    """The floor rule. Exponents are read off the bits, and products are in float64, where they are exact."""
+    """The codes and the scale of a block by the floor rule. Exponents are read off bits; float64 products are exact."""
     exponents = [int(np.float32(v).view(np.uint32)) >> 23 & 0xFF for v in x]
     top = max(exponents)
     if top == 255:
@@ -122,7 +122,7 @@ def _microscale(target, x):
 
 
 def _microscale_clip(target, x):
-    """The rule that rounds the exponent of amax / largest up."""
+    """The codes and the scale of one block by the rule that rounds the exponent of amax / largest up."""
     amax = np.max(np.abs(x.astype(np.float32)))
     if not np.isfinite(amax):
         return [_encode(target, np.nan)] * len(x), 255
@@ -133,7 +133,7 @@ def _microscale_clip(target, x):
 
 
 def _encode(target: str, z: float | np.floating) -> int:
-    """The code of the number nearest to ``z``, ties to the even code; beyond the ends, the end."""
+    """The code of the number nearest to ``z``. Ties go to the even code, and numbers beyond the grid to its end."""
     z = float(z)
     if target == "int8":
         return 0 if np.isnan(z) else int(np.clip(np.rint(z), -128, 127))

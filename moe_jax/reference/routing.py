@@ -23,12 +23,12 @@ class _Score(NamedTuple):
     """A score as a function of the logits [E] of one token, with all that is derived from it.
 
     Attributes:
-      of: the score.
+      of: logits -> scores.
       vjp: (cotangent of the scores, logits) -> cotangent of the logits.
-      log, log_grad: its logarithm and the derivative of that. Shares of a sum are taken between logarithms, as scores
-        may vanish. The logarithm of a softmax lacks a constant here, which drops out of shares.
-      rest, log_rest: 1 minus the score and the logarithm of that, where scores come so near to 1 that a float64 takes
-        them for 1; None for others.
+      log, log_grad: the logarithm of the score, and its derivative. Shares of a sum are computed from logarithms, since
+        scores may vanish. For a softmax ``log`` leaves out a constant, which drops out of shares.
+      rest, log_rest: 1 minus the score, and the logarithm of that, for scores that come so near to 1 that float64
+        rounds them to 1; None for other scores.
     """
 
     of: Callable[[np.ndarray], np.ndarray]
@@ -70,11 +70,11 @@ class Routing:
     Attributes:
       expert_ids: [N, K] i64, best first; -1 in every slot of an inactive token.
       combine_weights: [N, K] f64; 0 for an inactive token.
-      losses: "balance" and "z", over active tokens, and "sequence_balance" where sequences are known; 0 when there are
-        none.
+      losses: "balance" and "z", over active tokens, and "sequence_balance" where ``sequence_length`` was given; 0 where
+        no token is active.
       load: [E] i64, assignments per expert.
-      mean_score: [E] f64, the mean over active tokens of their scores, each divided by its token's sum; None where no
-        router made the choices.
+      mean_score: [E] f64, the mean over active tokens of their scores, where the scores of each token are first divided
+        by their sum; None where no router made the choices.
     """
 
     expert_ids: np.ndarray
@@ -94,7 +94,7 @@ def route(
     token_mask: np.ndarray | None = None,
     sequence_length: int | None = None,
 ) -> Routing:
-    """Picks ``top_k`` experts per token and weights them.
+    """Chooses ``top_k`` experts per token, and says what each of them weighs.
 
     Experts come best first; ties go to the lower index. ``bias`` steers the selection only: it enters neither the
     weights nor the losses. The logits of an inactive token are never read. A token whose logits are all -inf has equal
@@ -112,12 +112,12 @@ def route(
     Args:
       logits: [N, E] float.
       router: see the module's text.
-      top_k: K, at most the number of experts in the kept groups.
+      top_k: K, at most the number of experts in the groups that take part.
       bias: [E] float; given exactly when ``router.selection_bias`` is set.
       expert_scale: [E] float, a factor on the final weights of each expert; None: ones.
       token_mask: [N] bool, False = inactive; None = all active.
-      sequence_length: tokens of a sequence; the "sequence_balance" is the mean of the balance losses of all sequences
-        that have an active token (DeepSeek-V3, eq. 17-20, with alpha = 1).
+      sequence_length: how many tokens a sequence has. The loss "sequence_balance" is the mean of the balance losses of
+        all sequences that have an active token (DeepSeek-V3, eq. 17-20, with alpha = 1).
 
     Returns:
       A ``Routing``.
@@ -203,7 +203,7 @@ def route_vjp(
       logits, router, top_k, bias, expert_scale, token_mask: as given to ``route``.
       ct_weights: [N, K], cotangent of ``combine_weights``.
       ct_balance, ct_z, ct_sequence_balance: cotangents of the losses.
-      sequence_length: as given to ``route``, for those who give ``ct_sequence_balance``.
+      sequence_length: as given to ``route``; needed with ``ct_sequence_balance``.
 
     Returns:
       ct_logits [N, E] f64; zero for inactive tokens.
@@ -241,9 +241,10 @@ def expert_scale_vjp(
     expert_scale: np.ndarray | None = None,
     token_mask: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The cotangent of ``expert_scale`` in ``route``: [E] f64, sums of ct_weights times what it multiplies.
+    """The cotangent of ``expert_scale`` in ``route``, [E] f64: sums of ct_weights times the weights before scaling.
 
-    The arguments are those of ``route_vjp``; what the scales are does not matter.
+    The arguments are those of ``route_vjp``. The values of the scales are not needed, since the weights are linear in
+    them.
     """
     routing = route(logits, router, top_k=top_k, bias=bias, token_mask=token_mask)
     ct_scale = np.zeros(len(routing.load))
@@ -326,7 +327,7 @@ def _is_empty(logits: np.ndarray) -> bool:
 
 
 def _log_softplus(x: np.ndarray) -> np.ndarray:
-    """log(log(1 + exp(x))); below -40 it is x to the last bit."""
+    """log(log(1 + exp(x))). Below -40 it equals x to the last bit."""
     return np.where(x < -40.0, x, np.log(np.logaddexp(0.0, np.maximum(x, -40.0))))
 
 
@@ -339,8 +340,8 @@ def _log_softplus_grad(x: np.ndarray) -> np.ndarray:
 def _split_scores(logits: np.ndarray, score: _Score) -> np.ndarray:
     """[E, 2]: two numbers for each expert, whose sum is its score.
 
-    They are 1 and minus the rest where a score lies near 1, so that its distance from 1 is not lost; else the score and
-    0.
+    Where a score lies near 1 they are 1 and minus its distance from 1, so that this distance is not lost; elsewhere
+    they are the score and 0.
     """
     value, distance = score.of(logits), np.zeros(len(logits))
     if score.rest is not None:
@@ -350,7 +351,7 @@ def _split_scores(logits: np.ndarray, score: _Score) -> np.ndarray:
 
 
 def _exact_sum(terms: np.ndarray) -> tuple[float, float]:
-    """The sum of all ``terms`` as a float, and as another what rounding took from it."""
+    """The sum of all ``terms`` as two floats: the rounded sum, and what rounding took from it."""
     addends = terms.ravel().tolist()
     if not math.isfinite(sum(addends)):
         return sum(addends), 0.0
@@ -359,25 +360,25 @@ def _exact_sum(terms: np.ndarray) -> tuple[float, float]:
 
 
 def _group_key(group: np.ndarray, keys: list[tuple], terms: np.ndarray, logits: np.ndarray, router: Any) -> tuple:
-    """What a ``group`` [E / G] of experts is compared by: the key of its best, or of the sum of its best two."""
+    """The key by which a ``group`` [E / G] of experts is compared: that of its best, or of the sum of its best two."""
     group_score = router.group_score
     if group_score == "auto":
         group_score = "top2" if router.selection_bias else "max"
     best = group[_top([keys[e] for e in group], {"max": 1, "top2": 2}[group_score])]
-    if len(best) == 1:  # also of a group that has only one to add up
+    if len(best) == 1:  # also where a group has one expert alone
         return keys[best[0]]
     total = _exact_sum(terms[best])
     if router.topk_first:
         return total
     score = _SCORES[router.score]
     log_sum = np.logaddexp.reduce(score.log(logits[best]))
-    if score.log_rest is not None:  # the sum may also come near 2: the logarithm of its distance from there decides too
+    if score.log_rest is not None:  # the sum may also come near 2: then its distance from 2 decides
         log_sum -= np.logaddexp.reduce(score.log_rest(logits[best]))
     return (*total, log_sum, *logits[best])
 
 
 def _top(keys: list[tuple], count: int) -> list[int]:
-    """Positions of the greatest ``keys``; the sort is stable in reverse too, which sends ties to the lower index."""
+    """Positions of the greatest ``keys``. The sort is stable in reverse too, so that ties go to the lower index."""
     order = [tuple(math.inf if math.isnan(x) else x for x in key) for key in keys]
     return sorted(range(len(keys)), key=order.__getitem__, reverse=True)[:count]
 

@@ -10,7 +10,7 @@ from moe_jax import errors
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class WeightlessExperts:
-    """How many weightless experts there are of each kind, in the order of their ids, which follow the E routed ones.
+    """How many weightless experts there are of each kind, in the order of their ids, which follow those of routed ones.
 
     Attributes:
       num_experts: E, the number of routed experts.
@@ -32,7 +32,7 @@ class WeightlessExperts:
 
 
 def weightless_value(x: np.ndarray, expert_id: int, experts: WeightlessExperts) -> np.ndarray:
-    """What expert ``expert_id`` makes of one token x [H], before weighting; zero for routed and unknown ids. f64 [H].
+    """What expert ``expert_id`` makes of one token x [H], before weighting, f64 [H]; zero for routed and unknown ids.
 
     zero: 0. copy: x. const c: a1 * x + a2 * v[c], with (a1, a2) = (alpha1[c], alpha2[c]) for alphas [Cc] and
     softmax(<alpha1[c], x>, <alpha2[c], x>) for alphas [Cc, H].

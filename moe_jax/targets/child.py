@@ -34,7 +34,7 @@ def main(folder: Path) -> None:
 
 
 def _leave_with_parent() -> None:
-    """Ends this process with its parent: however the parent ends, the other end of standard input closes then."""
+    """Ends this process when its parent ends. However that happens, the other end of standard input is closed then."""
     sys.stdin.buffer.read()
     os._exit(1)
 
@@ -84,7 +84,8 @@ def _lower_exported(job: dict[str, Any], devices: list[_compat.Device]) -> jax.s
     """Lays the exported program out over the target's devices: device i of the caller's mesh is device i here."""
     exported = job["exported"]
     avals = exported.in_avals
-    # As in a call of jit, an argument that nothing reads is not an argument of the program, which gets zeros instead.
+    # As jit does, this drops arguments that nothing reads: they are no arguments of the program, in which zeros stand
+    # for them.
     read = [
         place
         for place, aval in enumerate(avals)
@@ -103,7 +104,7 @@ def _lower_exported(job: dict[str, Any], devices: list[_compat.Device]) -> jax.s
     here = np.array(devices[: exported.nr_devices]).reshape(tuple(shape.shape.values()))
     mesh = Mesh(here, shape.axis_names, axis_types=shape.axis_types)
     placed = exported.in_shardings_jax(mesh)
-    with jax.set_mesh(mesh):  # says which devices, if no argument does
+    with jax.set_mesh(mesh):  # tells JAX the devices, where no argument does
         return jitted.lower(*(_argument(avals[place], placed[place]) for place in read))
 
 

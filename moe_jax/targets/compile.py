@@ -105,7 +105,7 @@ def _job_of_function(target: Target, fn: Callable, args: tuple) -> dict[str, Any
                 "fn with functools.partial"
             )
     jitted = _compat.jitted(fn)
-    traced = jitted.trace(*args)  # mistakes in fn show here, as they are
+    traced = jitted.trace(*args)  # mistakes in fn are raised here, unchanged
     donated = tuple(place for place, info in enumerate(jax.tree.leaves(traced.args_info)) if info.donated)
     # The other process has the same JAX, so it knows every custom call that this one knows, however new.
     checks = [export.DisabledSafetyCheck.custom_call("ALL")]
@@ -128,7 +128,7 @@ def _job_of_function(target: Target, fn: Callable, args: tuple) -> dict[str, Any
 def _pickled(job: dict[str, Any]) -> bytes:
     try:
         return pickle.dumps(job)
-    except Exception as error:  # pickle raises what the object raises
+    except Exception as error:  # pickle raises whatever the object raises
         raise InvalidArgumentError(f"abstract_args cannot be pickled for the process that compiles: {error}") from error
 
 
@@ -156,7 +156,7 @@ def _run(target: Target, folder: Path) -> dict[str, Any]:
 
 
 def _end(child: subprocess.Popen) -> None:
-    with contextlib.suppress(ProcessLookupError):  # it has ended, and so have its own
+    with contextlib.suppress(ProcessLookupError):  # it has ended, and so have its children
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
     if child.stdin is not None:  # the pipe that ``_run`` opened: its end tells the child that nobody waits for it

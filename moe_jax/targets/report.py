@@ -12,7 +12,7 @@ _SHOWN = 12
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TargetReport(Contract):
-    """What the compiler of a target made of a program: all that a ``Contract`` says, and the following, per device.
+    """What the compiler of a target made of a program: the fields of ``Contract``, and those below. All is per device.
 
     ``flops`` is ``work.flops``: products alone, and what kernels declare. ``cycles`` are the TPU compiler's own
     estimates; it makes none for kernels, collectives and some others, which ``work.unpriced`` counts.
@@ -24,7 +24,7 @@ class TargetReport(Contract):
       num_devices: how many devices the program runs on.
       work: what surely runs, loops by their trip count: a ``moe_jax.hlo.cost.Work`` with ``flops``,
         ``bytes_accessed``, ``collective_bytes``, ``cycles``, ``gathers``, ``scatters``.
-      loop_work: the same of one turn of each loop whose trip count is not known when the program is compiled.
+      loop_work: the same for one turn of each loop whose trip count is not known when the program is compiled.
       uncounted_loops: those loops by name, with their scopes.
       kernels: the custom calls that run something.
       peak_bytes: the most memory in use at a time by the compiler's word, arguments and results included; XLA:CPU
@@ -54,21 +54,21 @@ class TargetReport(Contract):
 
     @property
     def bytes_accessed(self) -> int:
-        """Read from memory and written to it; on TPU the main memory alone."""
+        """The bytes that are read from memory and written to it; on TPU only those of the main memory."""
         return self.work.bytes_accessed
 
     @property
     def cycles(self) -> int | None:
-        """Priced cycles; None where the compiler prices nothing."""
+        """The cycles that the compiler estimates; None where it estimates none."""
         return self.work.cycles
 
     @property
     def cycles_by_scope(self) -> dict[str, int]:
-        """Priced cycles by the named scopes around an operation, as in "dispatch/exchange", largest first."""
+        """The estimated cycles by the named scopes around an operation, as in "dispatch/exchange", largest first."""
         return dict(self.work.scope_cycles)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything but the program's text, ready for JSON; the sums too."""
+        """All fields but the program's text, and the sums, as a dict that JSON can hold."""
         values = super().as_dict()
         del values["hlo"]
         for name in ("work", "loop_work"):

@@ -63,12 +63,12 @@ class Target:
         """The environment of the process that compiles; everything here is read when JAX starts."""
         theirs = dict(os.environ)
         flags = [f for f in theirs.get("XLA_FLAGS", "").split() if "force_host_platform_device_count" not in f]
-        theirs["JAX_PLATFORMS"] = "cpu"  # even on a machine that has the accelerator: it is left alone
+        theirs["JAX_PLATFORMS"] = "cpu"  # also on a machine that has the accelerator, which is left alone
         theirs["JAX_ENABLE_X64"] = str(_compat.config_value("jax_enable_x64"))
         theirs["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # the compiler shall run
         theirs["JAX_NUM_CPU_DEVICES"] = str(self.num_devices if self.platform == "cpu" else 1)
         if self.platform == "tpu":
-            theirs["TPU_SKIP_MDS_QUERY"] = "1"  # this machine has no metadata to look up
+            theirs["TPU_SKIP_MDS_QUERY"] = "1"  # there is no metadata server to ask
             theirs["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # else a lock file keeps a second process out
         if self.platform == "gpu":
             theirs["CUDA_VISIBLE_DEVICES"] = "-1"
@@ -90,7 +90,7 @@ def find_target(name: str) -> Target:
         extents = [int(side) for side in extent.split("x")]
         topology: dict[str, Any] = {"topology_name": name}
         chips = math.prod(extents)
-        if chips < _TPUS_OF_A_HOST:  # by itself the compiler takes hosts to be full
+        if chips < _TPUS_OF_A_HOST:  # unless told otherwise, the compiler takes hosts to be full
             topology["chips_per_host_bounds"] = (*extents, 1)[:3]
         return Target(name=name, platform="tpu", num_devices=chips, topology=topology)
     if kind not in ("cpu", *GPUS):
@@ -104,7 +104,7 @@ def find_target(name: str) -> Target:
     hosts = math.ceil(count / _GPUS_OF_A_HOST)
     if count % hosts or (hosts > 1 and count % _GPUS_OF_A_HOST):
         raise InvalidArgumentError(f"target={name!r}: a host has {_GPUS_OF_A_HOST} GPUs; ask for a multiple of them")
-    extents = f"1x{hosts}x{count // hosts}"  # slices, hosts, devices of a host
+    extents = f"1x{hosts}x{count // hosts}"  # slices x hosts x devices of a host
     topology = {"topology_name": "", "target_config": GPUS[kind].target_config(), "topology": extents}
     return Target(name=name, platform="gpu", num_devices=count, topology=topology)
 

@@ -221,7 +221,7 @@ def _train(arguments: argparse.Namespace) -> int:
         num_words = 1 if "=" in arguments.argv[place] else 2
         others = arguments.argv[:place] + arguments.argv[place + num_words :]
         return run_processes(others, arguments.processes)
-    from moe_jax.tools.train.extras import require
+    from moe_jax.host.extras import require
 
     require("flax", "training")  # which the modules of the next import cannot do without
     from moe_jax.tools.train.loop import train
@@ -313,6 +313,8 @@ def _terms(arguments: argparse.Namespace) -> "Terms":
 
 
 def _eplb(arguments: argparse.Namespace) -> int:
+    for option, value in (("--ranks", arguments.ranks), ("--groups", arguments.groups), ("--nodes", arguments.nodes)):
+        check_count(option, value)
     check_count("--redundant", arguments.redundant, 0)
     if arguments.steps is not None:
         check_count("--steps", arguments.steps)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.errors import DataError, InvalidArgumentError
-from moe_jax.tools.train.atomic import atomic_write
-from moe_jax.tools.train.extras import require
+from moe_jax.host.atomic import atomic_write
+from moe_jax.host.extras import require
 
 FORMATS = (".png", ".svg", ".pdf")
 

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 import moe_jax as moe
-from moe_jax.balance.placement import over_mean, rank_loads
-from moe_jax.errors import DataError
+from moe_jax.balance.placement import over_mean, rank_loads, read_load
+from moe_jax.errors import DataError, InvalidArgumentError, MoEError
+from moe_jax.host.atomic import atomic_write
+from moe_jax.host.extras import REMEDY, find
 from moe_jax.tools.drawing import new_figure, save
-from moe_jax.tools.train.atomic import atomic_write
-from moe_jax.tools.train.extras import REMEDY, find
 
 
 def run(
@@ -29,19 +29,20 @@ def run(
 
     Args:
       path: a JSON list of loads, [E] or [layers, E], or the ``metrics.jsonl`` of a training run.
-      ranks, redundant, groups, nodes: as for ``moe_jax.rebalance``; P = E + redundant.
+      ranks, redundant, groups, nodes: as for ``moe_jax.rebalance``; P = E + redundant. Counts, as has been checked.
       steps: of metrics, how many of the last steps to sum up; None for all.
       out: the folder to write into, which is made if it is not there.
       json_lines: print one JSON object instead of sentences.
 
     Raises:
       DataError: the file holds no loads, or the folder cannot be written.
-      InvalidArgumentError: the sizes do not fit each other.
+      InvalidArgumentError: the sizes do not fit each other. The text names the options, as a person gave them.
     """
     load, source = read_loads(Path(path), steps)
     layers = np.atleast_2d(load)
     num_experts = layers.shape[1]
     num_slots = num_experts + redundant
+    _check_sizes(num_experts, num_slots, ranks, groups, nodes)
     placement = moe.rebalance(
         layers, num_physical_experts=num_slots, num_ranks=ranks, num_groups=groups, num_nodes=nodes
     )
@@ -66,6 +67,24 @@ def run(
         print(f"most replicas: {placement.replica_counts.max()}, of expert {expert} in layer {layer}")
     print(f"wrote {', '.join(written)}" + ("" if find("matplotlib") else f"; matplotlib, for a picture: {REMEDY}"))
     return 0
+
+
+def _check_sizes(num_experts: int, num_slots: int, ranks: int, groups: int, nodes: int) -> None:
+    """Raises where ``rebalance`` would refuse the sizes, in the words of the command line."""
+    redundant = num_slots - num_experts
+    if num_slots % ranks:
+        raise InvalidArgumentError(
+            f"--ranks={ranks} does not divide the {num_slots} slots, {num_experts} experts and --redundant={redundant}"
+            f"; every rank has as many slots: pass --redundant {-num_experts % ranks}, or other --ranks"
+        )
+    if num_experts % groups:
+        raise InvalidArgumentError(
+            f"--groups={groups} does not divide the {num_experts} experts; groups are equal, so take a divisor"
+        )
+    if groups % nodes == 0 and ranks % nodes:  # otherwise nodes do not count
+        raise InvalidArgumentError(
+            f"--nodes={nodes} does not divide --ranks={ranks}; every node has as many ranks: take a divisor"
+        )
 
 
 def read_loads(path: Path, steps: int | None = None) -> tuple[np.ndarray, str]:
@@ -97,7 +116,10 @@ def read_loads(path: Path, steps: int | None = None) -> tuple[np.ndarray, str]:
 def _as_loads(path: Path, load: np.ndarray) -> np.ndarray:
     if load.ndim not in (1, 2) or not np.issubdtype(load.dtype, np.number):
         raise DataError(f"{path}: holds no list of loads, nor a list of such lists for several layers")
-    return load
+    try:
+        return read_load(load)
+    except MoEError as error:
+        raise DataError(f"{path}: {error}") from None
 
 
 def _write(folder: Path, placement: "moe.Placement", before: np.ndarray, after: np.ndarray) -> list[str]:

@@ -12,7 +12,7 @@ from moe_jax.transports.base import InboxOrder, Transport, register_transport
 from moe_jax.transports.collect import collect_rows
 from moe_jax.transports.hierarchy import HIERARCHY
 from moe_jax.transports.send import CodedRows, Sent, carry_rows, dequantized, send_as_is, send_rows, send_smoothed
-from moe_jax.transports.stopwatch import Stopwatch
+from moe_jax.transports.stopwatch import Stopwatch, add_waited, check_performance_info
 
 __all__ = [
     "ALL_GATHER",
@@ -24,7 +24,9 @@ __all__ = [
     "Sent",
     "Stopwatch",
     "Transport",
+    "add_waited",
     "carry_rows",
+    "check_performance_info",
     "collect_rows",
     "dequantized",
     "register_transport",

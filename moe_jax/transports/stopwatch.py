@@ -7,6 +7,8 @@ import jax.numpy as jnp
 
 from moe_jax import collectives
 from moe_jax.collectives.rendezvous import hold
+from moe_jax.errors import ShapeError, check_array, check_dtype
+from moe_jax.plan import Plan
 from moe_jax.transports.base import Opened, Transport
 
 Array = jax.Array
@@ -17,7 +19,7 @@ class TimedCounts(NamedTuple):
 
     Attributes:
       recv_counts: [P, W, L] i32, pairs for this rank by source.
-      waited: [W] i32, the microseconds that this rank waited for the counts of each rank.
+      waited: [2, W] i32, the microseconds that this rank waited for each: until its counts were ready, and for them.
     """
 
     recv_counts: Array
@@ -28,7 +30,8 @@ class Stopwatch:
     """Counts and opens as the transport that it wraps does, with readings of the host's clock in between.
 
     Rows travel by the maps that it opens, to one peer after the other in equal blocks: what the wrapped transport notes
-    when it sends with them, or collects, is [W] i32, the microseconds that this rank waited for each peer.
+    when it sends with them, or collects, is [2, W] i32, the microseconds that this rank waited for each peer: until its
+    rows were ready, and while they travelled.
     """
 
     def __init__(self, transport: Transport):
@@ -43,3 +46,20 @@ class Stopwatch:
     def open(self, manifest, start, capacity, plan, *, num_rows) -> Opened:
         opened = self._transport.open_blocks(manifest, start, capacity, plan, num_rows=num_rows)
         return opened._replace(maps=self._transport.timed(opened.maps))
+
+
+def check_performance_info(performance_info: Array, plan: Plan) -> None:
+    """Raises unless ``performance_info`` is [W] or [2, W] of whole numbers."""
+    check_array("performance_info", performance_info)
+    if performance_info.shape not in ((plan.ep_size,), (2, plan.ep_size)):
+        raise ShapeError(
+            f"performance_info has shape {performance_info.shape}; expected ({plan.ep_size},) = [W], one per source "
+            f"rank, or (2, {plan.ep_size}) = [2, W], until it was ready and while rows travelled"
+        )
+    check_dtype("performance_info", performance_info, ("int32", "int64"), "microseconds are whole numbers")
+
+
+def add_waited(performance_info: Array, waited: Array) -> Array:
+    """``performance_info`` [W] or [2, W] and the times ``waited`` [2, W] of one exchange, added."""
+    added = waited if performance_info.ndim == 2 else waited.sum(0)
+    return performance_info + added.astype(performance_info.dtype)

@@ -1,7 +1,7 @@
 """The laws and the float64 oracle, on the devices that are there: ``python -m moe_jax verify``.
 
 ``run`` checks everything and prints a table. ``transport_contract`` checks one transport and ``backend_contract`` one
-back end, which may be yours. The laws stand in ``exchange`` (dispatch and combine), ``layer``, ``backend`` (grouped
+back end; either may be your own. The laws stand in ``exchange`` (dispatch and combine), ``layer``, ``backend`` (grouped
 products, on the data of ``products``) and ``kernels`` (kernels that spare passes, and recipes). ``table`` runs all of
 them, and ``contract`` those of a transport. ``moe_jax.testing`` has the laws of a back end as tests.
 """

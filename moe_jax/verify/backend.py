@@ -1,4 +1,4 @@
-"""The laws that every back end is held to, each by its name: for ``moe_jax.testing``, ``verify``, and its author.
+"""The laws that every back end must keep, each under its name. ``moe_jax.testing``, ``verify`` and authors run them.
 
 A law is a function of a back end's name and a dtype. It returns how far each of its cases is off, which must be zero,
 or None where it does not apply. Products are taken at the highest precision, since fp32 operands must keep theirs.
@@ -60,7 +60,7 @@ def gradients(backend: str, dtype: str) -> Findings:
 
 
 def every_mode(backend: str, dtype: str) -> Findings:
-    """Forward mode, and both modes of the gradient, equal the formulas; tangents are NaN past the groups, too."""
+    """Forward mode, and both modes of the gradient, equal the formulas. Tangents are NaN past the groups, too."""
     case = operands(0, GROUPINGS["slack"], jnp.dtype(dtype))
     tangents = operands(1, GROUPINGS["slack"], jnp.dtype(dtype))
     got = jax.jit(functools.partial(_modes, backend))(*case, *tangents[:2])
@@ -105,7 +105,7 @@ def empty_groups(backend: str, dtype: str) -> Findings:
 
 
 def one_group_has_all(backend: str, dtype: str) -> Findings:
-    """No group is too large: all rows in one; nor too small: one row in each."""
+    """No group is too large, with all rows in one, and none too small, with one row in each."""
     return _products(backend, dtype, ("one_giant", "giant_last", "ones"))
 
 
@@ -129,7 +129,8 @@ def weights_of_others(backend: str, dtype: str) -> Findings:
             bad = rhs.copy()
             bad[group] = poison
             product, d_lhs, d_rhs = (np.array(a) for a in program(backend)(lhs, bad, group_sizes, ct))
-            for got, want in zip((product, d_lhs), expected[:2], strict=True):  # rows of this group are what they are
+            # The rows of this group itself are spoilt, so they are not compared.
+            for got, want in zip((product, d_lhs), expected[:2], strict=True):
                 got[start : start + sizes[group]] = want[start : start + sizes[group]].astype(dtype)
             worst = differences((product, d_lhs, d_rhs), expected, case)
             found |= {f"{part}, matrix {group} of {group_sizes} is {poison}": off for part, off in worst.items()}
@@ -450,7 +451,7 @@ def _products(
 
 
 def _named(case: Operands, worst: dict[str, float]) -> Findings:
-    """``worst`` by part, with the case in words."""
+    """``worst`` of each part, under the words for the case and the part."""
     lhs, _, sizes, ct = case
     extents = (*lhs.shape, ct.shape[1])
     about = "" if extents == EXTENTS else f" of {extents[0]} rows, {extents[1]} x {extents[2]}"
@@ -466,7 +467,7 @@ def _fused(backend: str, dtype: str, words: tuple[str, ...]) -> Findings | None:
 
 
 def _members(backend: str) -> list[Backend]:
-    """The back ends of a name; of "auto", those that serve the platform that JAX runs on."""
+    """The back ends that a name stands for; for "auto", those that serve the platform that JAX runs on."""
     return backends_of(resolve_all(jax.default_backend(), None) if backend == "auto" else backend)
 
 
@@ -475,11 +476,11 @@ def _served(backend: str, kernel: str) -> Backend:
 
 
 def _completed(backend: str) -> str:
-    """With "xla" behind it, which serves the kernels that it leaves out."""
+    """The name with "xla" behind it, which serves the kernels that the back end leaves out."""
     whole = backend == "auto" or all(any(member.has(word) for member in _members(backend)) for word in KERNELS)
     return backend if whole else f"{backend}+xla"
 
 
 def _mesh() -> Mesh:
-    """Two tensor-parallel ranks of as many expert-parallel ones as there are devices for, up to four."""
+    """A mesh of two tensor-parallel ranks, and of as many expert-parallel ones as there are devices for, up to four."""
     return make_mesh(ep=max(1, min(4, len(jax.devices()) // 2)), tp=min(2, len(jax.devices())))

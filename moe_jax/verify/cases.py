@@ -39,7 +39,7 @@ def over(mesh: Mesh, function: Callable) -> Callable:
 
 
 def expert_ids(pattern: str, rng: np.random.Generator, lead: tuple[int, ...], num_experts: int) -> np.ndarray:
-    """[*lead, K], distinct in a row."""
+    """[*lead, K] expert ids, distinct for each token."""
     weights = np.ones(num_experts)
     if pattern == "skewed":
         weights = 1.0 / np.arange(1, num_experts + 1) ** 1.5
@@ -51,7 +51,7 @@ def expert_ids(pattern: str, rng: np.random.Generator, lead: tuple[int, ...], nu
 
 
 def make_case_plan(mesh: Mesh, transport: str, backend: str, **options) -> Plan:
-    """A small plan, with all that nobody may read poisoned; ``options`` of ``make_plan`` replace sizes and dtype."""
+    """A small plan that poisons all that nobody may read. ``options`` of ``make_plan`` replace sizes and dtype."""
     ranks = mesh.size // mesh.shape["tp"]
     sizes = {"tokens_per_rank": TOKENS, "hidden": HIDDEN, "num_experts": ranks * max(2, -(-4 // ranks)), "top_k": TOP_K}
     given = {**sizes, "dtype": "float32", "transport": transport, "backend": backend, "poison": True, **options}

@@ -20,7 +20,7 @@ from moe_jax.transports.manifest import count_pairs, count_rounds, open_round
 from moe_jax.verify.cases import HIDDEN, PATTERNS, TOKENS, TOP_K, deviation, expert_ids, integers, make_case_plan, over
 from moe_jax.verify.exchange import Exchange
 
-CAPACITY = 4  # rows per pair of ranks and round, of the TOKENS * TOP_K that the worst skew has
+CAPACITY = 4  # rows per pair of ranks in a round; the worst skew has TOKENS * TOP_K
 
 
 class TransportContractError(MoEError, AssertionError):
@@ -74,7 +74,7 @@ def transport_contract(transport: Transport, *, mesh: Mesh | None = None) -> dic
 
 
 def _worst(deviations: list[float]) -> float:
-    """The largest; NaN if one of them is."""
+    """The largest of some deviations; NaN if one of them is NaN."""
     return float(np.max(deviations))
 
 
@@ -85,7 +85,7 @@ def _factor(mesh: Mesh) -> float:
 
 
 def _round_trip(plan: Plan, x, ids, weights, mask, ct) -> tuple:
-    """Rows out and back in as many rounds as the worst skew needs, unchanged by experts; and their gradients."""
+    """Sends rows out and back, unchanged, in as many rounds as the worst skew needs; and takes the gradients."""
     transport = transport_of(plan)
     manifest = count_pairs(transport, ids, plan, token_mask=mask)
     num_rounds = count_rounds(transport, manifest, plan)
@@ -142,7 +142,7 @@ def _rounds(mesh: Mesh, plan: Plan) -> dict[str, float]:
 
 
 def _no_tokens(mesh: Mesh, plan: Plan) -> float:
-    """What comes of a mesh without a token: no row, and sums of no token."""
+    """What comes of a mesh without a token: no row arrives, and no token gets a sum."""
 
     def shard(x, ids, weights):
         sent = dispatch(x, ids, plan)

@@ -48,16 +48,16 @@ def fused_deviations(
     *,
     words: tuple[str, ...] = FUSED,
 ) -> list[float] | None:
-    """The same for products of rows that lie in slots, and for those that make the activation as well.
+    """The deviations of products whose rows lie in slots, and of those that compute the activation as well.
 
-    Rows are read from slots, and written to slots; other slots are NaN, and where a row lies that is in no group is any
-    number. The activation is the product of both projections, which keeps numbers whole. They are as small as sums in
-    16 bits need.
+    Rows are read from slots and written to slots. Slots of no row are NaN, and rows in no group have any number as
+    their slot. The activation is the product of both projections, so that numbers stay whole; they are so small that
+    sums fit in 16 bits.
 
     Args:
       backend: its name in the table; not "auto".
       dtype, extents: as for ``grouped_matmul_deviations``.
-      words: of which of these kernels.
+      words: the names of the kernels to check.
 
     Returns:
       A deviation for each way in which rows fall into groups; None if the back end brings no such kernels.
@@ -110,11 +110,12 @@ def _ways_of_grouping(rows: int) -> tuple[list[int], ...]:
 
 
 class _Case:
-    """Small whole numbers, and what must come of them. Rows past the groups are NaN in ``lhs`` and ``ct``."""
+    """Small whole numbers, and the right results. Rows past the groups are NaN in ``lhs`` and ``ct``."""
 
     def __init__(self, rng, total: int, extents: tuple[int, int, int], sizes: np.ndarray, dtype: str):
         rows, hidden, columns = extents
-        density = min(1.0, (8 / max(hidden, columns)) ** 0.5)  # a sum of products has a handful of terms
+        # Most numbers are zero, so that a sum of products has a handful of terms.
+        density = min(1.0, (8 / max(hidden, columns)) ** 0.5)
 
         def whole(*shape):
             return (rng.integers(-1, 2, shape) * (rng.random(shape) < density)).astype(np.float32)
@@ -134,7 +135,7 @@ class _Case:
         return reference.grouped_matmul(self.lhs, self.rhs[0], self.sizes)[: self.total], d_lhs[: self.total], d_rhs
 
     def gated(self, keep: bool):
-        """The product of both products with their biases, after these if ``keep``, and all gradients.
+        """Both products with their biases (only if ``keep``), then the product of both, and all gradients.
 
         ``ct`` is the cotangent of each of the results.
         """
@@ -171,7 +172,7 @@ def _run_gated(backend, keep, lhs, gate, up, gate_bias, up_bias, ct, sizes, row_
     operands = (lhs, gate, up, gate_bias, up_bias)
     made, pull = jax.vjp(gated, *operands)
     cts = (ct,) * len(made)
-    return (made if keep else gated(*operands)), pull(cts)  # undifferentiated, another kernel runs
+    return (made if keep else gated(*operands)), pull(cts)  # without a derivative, another kernel runs
 
 
 def recipe_deviations(name: str) -> list[float]:

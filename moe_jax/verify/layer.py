@@ -35,7 +35,7 @@ class Layer:
         self.cases = []
 
     def _run(self) -> list[tuple]:
-        """(arguments, results) of every pattern; routes are steered through bumps in x that the router reads off."""
+        """(arguments, results) for every pattern. Bumps in x, which the router reads off, decide the routes."""
         if not self.cases:
             rng = np.random.default_rng(4)
             params = {name: 0.5 * np.asarray(value) for name, value in self.init(jax.random.key(0)).items()}

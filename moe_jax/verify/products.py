@@ -44,7 +44,7 @@ def operands(
     numbers: tuple[int, int] = (-4, 4),
     poison: float = np.nan,
 ) -> Operands:
-    """(lhs, rhs, group_sizes, ct) of whole numbers; rows past the groups are ``poison`` in ``lhs`` and in ``ct``."""
+    """(lhs, rhs, group_sizes, ct) of whole numbers. Rows past the groups hold ``poison`` in ``lhs`` and ``ct``."""
     rows, hidden, columns = extents
     rng = np.random.default_rng(seed)
     low, high = numbers
@@ -56,13 +56,13 @@ def operands(
 
 
 def program(backend: str, transpose_rhs: bool = False) -> Any:
-    """The compiled ``product_and_gradients`` of what ``backend`` means now."""
+    """``product_and_gradients``, compiled for the back end that the name ``backend`` means now."""
     return _program(backend, transpose_rhs, _meaning(backend))
 
 
 @functools.lru_cache(maxsize=64)
 def _program(backend, transpose_rhs, meaning):
-    del meaning  # it stands for what was compiled, since a name may be registered again
+    del meaning  # part of the key of the cache: a name may be registered again
     return jax.jit(product_and_gradients(backend, transpose_rhs))
 
 

@@ -1,4 +1,4 @@
-"""Checks this installation on the devices that are there, by laws and against the float64 oracle.
+"""Checks this installation on the devices that are there: laws, and comparisons with the float64 oracle.
 
 Every case is made from a fixed seed. Data are small integers where a result must be exact, so that the limit is 0.
 Rows and slots that nobody writes are poisoned with NaN, so that a check fails if one of them is read.
@@ -24,7 +24,8 @@ from moe_jax.verify.layer import Layer
 
 TRANSPORTS = ("padded", "ragged", "allgather")
 
-# fp32 against float64, relative to the largest entry of an array; products at the back end's highest precision.
+# The limits are for fp32 against float64, relative to the largest entry of an array, with products at the highest
+# precision of the back end.
 TOLERANCE = 1e-5
 
 
@@ -134,7 +135,7 @@ def _checks(mesh: Mesh, backend: str) -> Iterator[Check]:
 
 
 def _of_backend(law: str, backend: str) -> Check | None:
-    """A law of back ends, with every dtype that it looks at; None where it does not apply."""
+    """The line of a law of back ends, over every dtype that it looks at; None where the law does not apply."""
     start, cases, worst, notes = time.perf_counter(), 0, 0.0, []
     for dtype in dtypes_of(law):
         try:
@@ -151,6 +152,6 @@ def _of_backend(law: str, backend: str) -> Check | None:
 def _timed(law: str, subject: str, limit: float, deviations: Callable[[], list[float]]) -> Check:
     start = time.perf_counter()
     found = deviations()
-    worst = float(np.max(found)) if found else float("nan")  # np.max keeps NaN; no case at all is no proof
+    worst = float(np.max(found)) if found else float("nan")  # np.max keeps NaN; without a case nothing is proved
     seconds = time.perf_counter() - start
     return Check(law=law, subject=subject, cases=len(found), worst=worst, limit=limit, seconds=seconds)

@@ -11,7 +11,8 @@ from moe_jax.hardware.ascend.versions import VERSIONS, lacking, newest_of, with_
 PRODUCTS = {
     "a2": with_versions(A2),
     "a3": with_versions(A3),
-    # Section 13: A5 has the second barrier, which its own extension serves; the document of the first knows A3 alone.
+    # Section 13: A5 has only the second barrier, which an extension of its own serves. The document of the first
+    # barrier knows A3 alone.
     "a5": with_versions(A5, lacks=("distribute_barrier",)),
 }
 

@@ -21,7 +21,7 @@ class Sizes:
       shared_expert_num: Ns.
       shared_expert_rank_num: S.
       tp_world_size: T.
-      global_bs: as CANN has it; 0: that of `tokens`.
+      global_bs: the attribute of CANN; 0 stands for W times `tokens`.
     """
 
     tokens: int

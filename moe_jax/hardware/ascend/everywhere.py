@@ -1,4 +1,4 @@
-"""What holds whatever the product: the values that have a meaning at all, and the dtypes that JAX can use for them.
+"""What holds on every product: the values that have a meaning at all, and the dtypes that JAX can use for them.
 
 Sections in brackets are those of the CANN sheet. Relations between arguments are the rules of ``moe_jax.aclnn``.
 """

@@ -13,8 +13,8 @@ T = TypeVar("T")
 HALVES = ("float16", "bfloat16")
 FLOATS = ("float32", "bfloat16", "float16")
 FP8 = ("float8_e4m3fn", "float8_e5m2")
-FP4 = ("float4_e2m1fn", "uint8")  # uint8: two values per byte
-E8M0 = ("float8_e8m0fnu", "uint8")  # uint8: the exponent's byte
+FP4 = ("float4_e2m1fn", "uint8")  # uint8 holds two values per byte
+E8M0 = ("float8_e8m0fnu", "uint8")  # uint8 holds the byte of the exponent
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -83,8 +83,8 @@ class Limits:
     """What one operator takes on one product, or on any of them (``everywhere``).
 
     Attributes:
-      values: what is legal for each quantity, which is an attribute, or follows from the arguments as the rules of
-        ``moe_jax.aclnn`` say under its name.
+      values: what is legal for each quantity. A quantity is an attribute, or follows from the arguments, as the rules
+        of ``moe_jax.aclnn`` say under its name.
       dtypes: what is legal for each array; "y_dtype:2" stands for the dtype of the output in quant_mode 2.
       absent: optional arrays that it does not take.
       why: for an array of ``absent``, the reason, where there is more to say.

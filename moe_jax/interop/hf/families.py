@@ -38,10 +38,20 @@ class Key:
     Attributes:
       names: where it may stand.
       default: what it is where none is there; REQUIRED: one must be.
+      own: those of the names that the models of a family use, which an error about a missing value lists.
     """
 
     names: tuple[str, ...]
     default: Any = REQUIRED
+    own: tuple[str, ...] = ()
+
+    def named(self, *own: str) -> "Key":
+        """The same key for a family whose models say it under the names ``own``."""
+        return dataclasses.replace(self, own=own)
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        return self.own or self.names
 
 
 def key(*names: str, default: Any = REQUIRED) -> Key:
@@ -61,9 +71,13 @@ class Rule:
 Get = Callable[[Any], Any]  # a Key, or a value that stands for itself -> the value
 
 
-HIDDEN = key("hidden_size", "d_model")
-NUM_EXPERTS = key("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
+HIDDEN = key("hidden_size", "d_model").named("hidden_size")
+NUM_EXPERTS = key("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts").named("num_experts")
+ROUTED, LOCAL = NUM_EXPERTS.named("n_routed_experts"), NUM_EXPERTS.named("num_local_experts")
+PLAIN_OR_LOCAL = NUM_EXPERTS.named("num_experts", "num_local_experts")  # released, and written by later transformers
+OF_MOE = NUM_EXPERTS.named("moe_num_experts")
 TOP_K = key("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
+TOP_K = TOP_K.named("num_experts_per_tok")
 MOE_FFN = key("moe_intermediate_size")
 HIDDEN_ACT = key("hidden_act", "mlp_hidden_act", "hidden_activation", "activation_function", default="silu")
 NORM = key("norm_topk_prob", "moe_renormalize", default=True)
@@ -148,7 +162,7 @@ class Family:
       types: the values of ``model_type`` in config.json.
       layers: what stands before the number of a layer in the names of tensors; files with another prefix are read too.
       blocks: what stands behind it, by spelling; "" where the tensors stand in the layer itself.
-      num_experts, top_k, ffn, num_copy_experts: of the plan and the layer; copy experts give back their input.
+      hidden, num_experts, top_k, ffn, num_copy_experts: of the plan and the layer; copy experts give back their input.
       activation, shared_activation: (name in config.json, reader of a Key) -> ours.
       score, topk_first, renormalize, scale, num_groups, top_groups, group_score: of the router.
       router, router_bias, selection_bias, expert_scale, shared_router: spellings of these tensors; () where there is
@@ -169,6 +183,7 @@ class Family:
     types: tuple[str, ...]
     layers: str = "model.layers"
     blocks: tuple[str, ...] = ("mlp",)
+    hidden: Any = HIDDEN
     num_experts: Any = NUM_EXPERTS
     top_k: Any = TOP_K
     ffn: Any = MOE_FFN
@@ -204,46 +219,52 @@ class Family:
 _FFN = key("intermediate_size")
 _NO_BIAS = Rule(value=key("mlp_bias", "use_bias", default=False), allowed=(False,), lacks="shared experts with biases")
 _TOPK_METHOD = key("topk_method", default="greedy")
-_DEEPSEEK: dict[str, Any] = dict(score="sigmoid", renormalize=NORM, scale=SCALE, **GROUPS)
+_SIGMOID: dict[str, Any] = dict(score="sigmoid", renormalize=NORM, scale=SCALE, **GROUPS)
+_DEEPSEEK: dict[str, Any] = dict(num_experts=ROUTED, **_SIGMOID)
 _CORRECTION = ("gate.e_score_correction_bias",)
 _GRANITE: dict[str, Any] = dict(
-    blocks=("block_sparse_moe",), ffn=_FFN, topk_first=True, renormalize=False,
+    num_experts=LOCAL, blocks=("block_sparse_moe",), ffn=_FFN, topk_first=True, renormalize=False,
     router=("router.layer.weight", "router.weight"), experts=(LINEARS, FUSED),
 )  # fmt: skip
 
 FAMILIES = (
     # softmax, then the best
     Family(
-        types=("mixtral", "minimax"), blocks=("block_sparse_moe", "mlp"), ffn=_FFN, topk_first=True, renormalize=False,
+        types=("mixtral", "minimax"), num_experts=LOCAL, blocks=("block_sparse_moe", "mlp"), ffn=_FFN, topk_first=True,
+        renormalize=False,
         experts=(NUMBERED, FUSED),
     ),
     Family(
-        types=("qwen2_moe", "qwen3_next", "qwen3_omni_moe_talker_text", "qwen4_exp_text"),
+        types=("qwen2_moe", "qwen3_next", "qwen3_omni_moe_talker_text", "qwen4_exp_text"), num_experts=PLAIN_OR_LOCAL,
         renormalize=key("norm_topk_prob", default=False),
         shared=(shared("shared_expert"),), shared_width=SHARED_WIDTH, shared_router=("shared_expert_gate.weight",),
     ),
     Family(
-        types=("qwen3_5_moe_text", "qwen3_5_moe"), layers="model.language_model.layers", experts=(FUSED, NAMED),
+        types=("qwen3_5_moe_text", "qwen3_5_moe"), num_experts=PLAIN_OR_LOCAL, layers="model.language_model.layers",
+        experts=(FUSED, NAMED),
         shared=(shared("shared_expert"),), shared_width=SHARED_WIDTH, shared_router=("shared_expert_gate.weight",),
     ),
-    Family(types=("qwen3_moe", "mellum"), renormalize=key("norm_topk_prob", default=False)),
+    Family(types=("qwen3_moe", "mellum"), num_experts=PLAIN_OR_LOCAL, renormalize=key("norm_topk_prob", default=False)),
     Family(
-        types=("qwen3_omni_moe_text",), layers="thinker.model.layers", renormalize=key("norm_topk_prob", default=True),
+        types=("qwen3_omni_moe_text",), num_experts=PLAIN_OR_LOCAL, layers="thinker.model.layers",
+        renormalize=key("norm_topk_prob", default=True),
     ),
     Family(
-        types=("qwen3_vl_moe_text", "qwen3_vl_moe"), layers="model.language_model.layers",
+        types=("qwen3_vl_moe_text", "qwen3_vl_moe"), num_experts=PLAIN_OR_LOCAL, layers="model.language_model.layers",
         experts=(FUSED_BACKWARD, FUSED),
     ),
     Family(types=("olmoe", "flex_olmo"), ffn=_FFN, renormalize=key("norm_topk_prob", default=False)),
     Family(types=("jamba",), blocks=("feed_forward",), ffn=_FFN, renormalize=False, router=("router.weight",)),
     Family(
-        types=("hunyuan_v1_moe",), ffn=_FFN, router=("gate.wg.weight",), shared=(shared("shared_mlp"),), shared_count=1,
+        types=("hunyuan_v1_moe",), top_k=TOP_K.named("moe_topk"), ffn=_FFN, router=("gate.wg.weight",),
+        shared=(shared("shared_mlp"),), shared_count=1,
     ),
     Family(
         types=("lara_mini",), renormalize=NORM, shared=(shared("shared_expert"),), shared_width=SHARED_WIDTH,
     ),
     Family(
-        types=("dbrx",), layers="transformer.blocks", blocks=("ffn",), ffn=key("ffn_hidden_size"),
+        types=("dbrx",), hidden=HIDDEN.named("d_model"), num_experts=OF_MOE, top_k=TOP_K.named("moe_top_k"),
+        layers="transformer.blocks", blocks=("ffn",), ffn=key("ffn_hidden_size"),
         router=("router.layer.weight",), experts=(DBRX,),
         rules=(Rule(
             value=key("moe_normalize_expert_weights", default=1.0), allowed=(1, 1.0),
@@ -251,26 +272,31 @@ FAMILIES = (
         ),),
     ),
     Family(
-        types=("deepseek_v2", "deepseek_ocr2_text", "unlimited_ocr_text"), renormalize=False, scale=SCALE, **GROUPS,
+        types=("deepseek_v2", "deepseek_ocr2_text", "unlimited_ocr_text"), num_experts=ROUTED, renormalize=False,
+        scale=SCALE, **GROUPS,
         group_score="max", shared=(shared("shared_experts"),), shared_count=SHARED_COUNT,
         rules=(_NO_BIAS, Rule(value=_TOPK_METHOD, allowed=("greedy", "group_limited_greedy"), lacks="that choice")),
     ),
     Family(
-        types=("mistral4",), renormalize=NORM, scale=SCALE, **GROUPS, group_score="top2", experts=(FUSED, NAMED),
+        types=("mistral4",), num_experts=ROUTED, renormalize=NORM, scale=SCALE, **GROUPS, group_score="top2",
+        experts=(FUSED, NAMED),
         shared=(shared("shared_experts"),), shared_count=SHARED_COUNT,
     ),
     Family(
-        types=("mistral_large4_text",), layers="layers", blocks=("", "mlp"), scale=SCALE, **GROUPS, group_score="top2",
+        types=("mistral_large4_text",), num_experts=ROUTED, layers="layers", blocks=("", "mlp"), scale=SCALE, **GROUPS,
+        group_score="top2",
         experts=(NUMBERED, FUSED), shared=(shared("shared_experts", "w1", "w3", "w2"), shared("shared_experts")),
         shared_count=SHARED_COUNT,
     ),
     Family(
-        types=("ernie4_5_moe",), num_experts=key("moe_num_experts", "num_experts"), rules=(_NO_BIAS,),
+        types=("ernie4_5_moe",), num_experts=key("moe_num_experts", "num_experts"), top_k=TOP_K.named("moe_k"),
+        rules=(_NO_BIAS,),
         selection_bias=("moe_statics.e_score_correction_bias",), bias_axes="1 I",
         shared=(shared("shared_experts"),), shared_count=SHARED_COUNT,
     ),
     Family(
-        types=("longcat_flash",), ffn=key("expert_ffn_hidden_size", "moe_intermediate_size"), renormalize=False,
+        types=("longcat_flash",), num_experts=ROUTED, top_k=TOP_K.named("moe_topk"),
+        ffn=key("expert_ffn_hidden_size", "moe_intermediate_size"), renormalize=False,
         scale=SCALE, num_copy_experts=key("zero_expert_num", default=0), router=("router.classifier.weight",),
         selection_bias=("router.e_score_correction_bias",),
         ignored=r"router\.classifier\.bias|experts\.\d+\.(gate|up)_proj\.weight",
@@ -280,7 +306,8 @@ FAMILIES = (
         ),),
     ),
     Family(
-        types=("gemma4_text", "gemma4_unified_text", "diffusion_gemma_text"), layers="model.language_model.layers",
+        types=("gemma4_text", "gemma4_unified_text", "diffusion_gemma_text"), top_k=TOP_K.named("top_k_experts"),
+        layers="model.language_model.layers",
         blocks=("",), router=("router.proj.weight",), expert_scale=("router.per_expert_scale",),
         experts=(FUSED, NAMED), rest=(("router.scale", "H"),),
         outside="router_x is RMSNorm(h) without weights, times router.scale / sqrt(H), and x is "
@@ -293,12 +320,14 @@ FAMILIES = (
         shared=(SHARED_FUSED,), shared_width=key("shared_intermediate_size", default=0),
     ),
     Family(
-        types=("aria_text",), layers="language_model.model.layers", ffn=_FFN, topk_first=True, renormalize=False,
+        types=("aria_text",), num_experts=OF_MOE, top_k=TOP_K.named("moe_topk"), layers="language_model.model.layers",
+        ffn=_FFN, topk_first=True, renormalize=False,
         router=("router.weight",), rules=(_NO_BIAS,), shared=(shared("shared_experts"),), shared_count=SHARED_COUNT,
         experts=(fused("experts.fc1.weight", "E H 2F", "experts.fc2.weight", "E F H"), FUSED_BACKWARD),
     ),
     Family(
-        types=("jetmoe",), ffn=_FFN, topk_first=True, renormalize=False, router=("router.layer.weight",),
+        types=("jetmoe",), num_experts=LOCAL, ffn=_FFN, topk_first=True, renormalize=False,
+        router=("router.layer.weight",),
         experts=(LINEARS,), rest=(("bias", "H"),), outside="adds bias to y",
     ),
     Family(
@@ -310,12 +339,13 @@ FAMILIES = (
         ),),
     ),
     Family(
-        types=("gpt_oss",), ffn=_FFN, topk_first=True, renormalize=False, router=("router.weight",),
+        types=("gpt_oss",), num_experts=LOCAL, ffn=_FFN, topk_first=True, renormalize=False, router=("router.weight",),
         router_bias=("router.bias",), use_bias=True, activation=clamped_alpha,
         experts=(biased(INTERLEAVED, interleaved=True),),
     ),
     Family(
-        types=("openai_privacy_filter",), ffn=_FFN, topk_first=True, renormalize=False, router=("router.weight",),
+        types=("openai_privacy_filter",), num_experts=LOCAL, ffn=_FFN, topk_first=True, renormalize=False,
+        router=("router.weight",),
         router_bias=("router.bias",), use_bias=True, activation=clamped_alpha, experts=(biased(FUSED_BACKWARD),),
     ),
     # sigmoid
@@ -333,17 +363,18 @@ FAMILIES = (
         rest=(("../post_mlp_layernorm.weight", "H"),), outside="applies RMSNorm to y, by post_mlp_layernorm",
     ),
     Family(
-        types=("bailing_hybrid",), **_DEEPSEEK,
+        types=("bailing_hybrid",), **_SIGMOID,
         selection_bias=("gate.expert_bias", *_CORRECTION),
         shared=(shared("shared_experts"),), shared_count=SHARED_COUNT,
     ),
     Family(
-        types=("kimi_linear",), blocks=("block_sparse_moe", "mlp"), **_DEEPSEEK, selection_bias=_CORRECTION,
+        types=("kimi_linear",), blocks=("block_sparse_moe", "mlp"), **_SIGMOID,
+        top_k=TOP_K.named("num_experts_per_token", "num_experts_per_tok"), selection_bias=_CORRECTION,
         experts=(NUMBERED, FUSED), shared=(shared("shared_experts"),), shared_count=SHARED_COUNT,
     ),
     Family(types=("mimo_v2_flash", "beam"), **_DEEPSEEK, selection_bias=_CORRECTION),
     Family(
-        types=("exaone_moe",), **_DEEPSEEK, selection_bias=("e_score_correction_bias", *_CORRECTION),
+        types=("exaone_moe",), **_SIGMOID, selection_bias=("e_score_correction_bias", *_CORRECTION),
         shared=(shared("shared_experts"),), shared_count=SHARED_COUNT,
     ),
     Family(
@@ -370,11 +401,12 @@ FAMILIES = (
         ),),
     ),
     Family(
-        types=("minimax_m2",), blocks=("block_sparse_moe", "mlp"), ffn=_FFN, score="sigmoid",
+        types=("minimax_m2",), num_experts=LOCAL, blocks=("block_sparse_moe", "mlp"), ffn=_FFN, score="sigmoid",
         selection_bias=("e_score_correction_bias", *_CORRECTION), experts=(NUMBERED, FUSED),
     ),
     Family(
-        types=("minimax_m3_vl_text",), layers="language_model.model.layers", blocks=("block_sparse_moe", "mlp"),
+        types=("minimax_m3_vl_text",), num_experts=LOCAL, layers="language_model.model.layers",
+        blocks=("block_sparse_moe", "mlp"),
         ffn=_FFN, score="sigmoid", scale=SCALE, activation=clamped_alpha,
         selection_bias=("e_score_correction_bias", *_CORRECTION), experts=(NUMBERED, FUSED),
         shared=(shared("shared_experts"),), shared_width=key("shared_intermediate_size"),
@@ -385,7 +417,9 @@ FAMILIES = (
         shared=(shared("shared_mlp"), shared("shared_experts")), shared_count=SHARED_COUNT,
     ),
     Family(
-        types=("step3p5", "step3p7"), blocks=("moe",), score="sigmoid", activation=clamped_behind,
+        types=("step3p5", "step3p7"), num_experts=NUM_EXPERTS.named("moe_num_experts", "n_routed_experts"),
+        top_k=TOP_K.named("moe_top_k", "num_experts_per_tok"), blocks=("moe",), score="sigmoid",
+        activation=clamped_behind,
         shared_activation=clamped_behind_shared, scale=key("moe_router_scaling_factor", default=1.0),
         selection_bias=("router_bias",), experts=(STACKED,), rules=(_NO_BIAS,),
         shared=(shared("../share_expert"),), shared_width=key("share_expert_dim"),
@@ -415,24 +449,28 @@ FAMILIES = (
         shared=(shared("shared_expert"),), shared_width=SHARED_WIDTH,
     ),
     Family(
-        types=("kolibri1",), score="sigmoid", topk_first=True, renormalize=key("norm_topk_prob", default=False),
+        types=("kolibri1",), num_experts=LOCAL, score="sigmoid", topk_first=True,
+        renormalize=key("norm_topk_prob", default=False),
         selection_bias=("../moe.router.expert_bias", *_CORRECTION),
         shared=(shared("shared_experts"),), shared_width=SHARED_WIDTH,
     ),
     Family(
-        types=("llama4_text",), layers="language_model.model.layers", blocks=("feed_forward",), ffn=_FFN,
+        types=("llama4_text",), num_experts=LOCAL, layers="language_model.model.layers", blocks=("feed_forward",),
+        ffn=_FFN,
         score="sigmoid", renormalize=False, weigh_inputs=True, router=("router.weight",), experts=(FUSED_BACKWARD,),
         shared=(shared("shared_expert"),), shared_count=1,
     ),
     Family(
-        types=("inkling2_text", "inkling2_loop_text"), layers="model.llm.layers", score="sigmoid", scale=SCALE,
+        types=("inkling2_text", "inkling2_loop_text"), num_experts=ROUTED, layers="model.llm.layers", score="sigmoid",
+        scale=SCALE,
         activation=softcapped,
         selection_bias=("gate.bias", *_CORRECTION),
         experts=(fused("experts.w13_weight", "E 2F H", "experts.w2_weight", "E H F", interleaved=True), FUSED),
     ),
     # the root of softplus
     Family(
-        types=("deepseek_v4",), layers="layers", blocks=("ffn", "mlp"), score="sqrt_softplus", scale=SCALE,
+        types=("deepseek_v4",), num_experts=ROUTED, layers="layers", blocks=("ffn", "mlp"), score="sqrt_softplus",
+        scale=SCALE,
         activation=clamped, selection_bias=("gate.bias", *_CORRECTION), experts=(NUMBERED, FUSED),
         shared=(shared("shared_experts", "w1", "w3", "w2"), shared("shared_experts")), shared_count=SHARED_COUNT,
         rules=(_NO_BIAS, Rule(value=key("scoring_func", default="sqrtsoftplus"), allowed=("sqrtsoftplus",),

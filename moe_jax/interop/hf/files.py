@@ -5,7 +5,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from jax.sharding import Mesh
 
 from moe_jax.activations import activation_of
 from moe_jax.errors import CheckpointError, InvalidArgumentError, UnsupportedError, check_count, check_type, raise_all
+from moe_jax.host.atomic import atomic_path, remove_unfinished
+from moe_jax.host.extras import require
 from moe_jax.interop.hf.layouts import Layout, Stored, axes_of, tensors_of
 from moe_jax.interop.hf.model import ModelLayer, load_config_json, read_config
 from moe_jax.layer.params import abstract_params
@@ -76,7 +78,7 @@ class Tensors:
 
     def _file(self, file: str) -> Any:
         if file not in self._open:
-            library = _library()
+            library = require("safetensors", "moe_jax.interop.hf", "hf")
             try:
                 opened = library.safe_open(self.folder / file, framework="numpy")
             except (library.SafetensorError, OSError) as error:
@@ -85,17 +87,6 @@ class Tensors:
                 ) from None
             self._open[file] = self._stack.enter_context(opened)
         return self._open[file]
-
-
-def _library() -> Any:
-    """The package safetensors, which only those need who read or write files."""
-    try:
-        import safetensors.numpy
-    except ImportError:
-        raise UnsupportedError(
-            "moe_jax.interop.hf needs safetensors, which is not installed; run: pip install 'moe_jax[hf]'"
-        ) from None
-    return safetensors
 
 
 def _weight_map(path: Path) -> dict[str, str]:
@@ -243,9 +234,11 @@ def write_params(
         _check_written(params[layer], (rest or {}).get(layer, {}), what, layer)
     writes = jax.process_index() == 0
     target, files = Path(folder), {}
+    names = [f"model-{number:05d}-of-{len(whats):05d}.safetensors" for number in range(1, len(whats) + 1)]
     if writes:
         target.mkdir(parents=True, exist_ok=True)
-    for number, (layer, what) in enumerate(whats.items(), start=1):
+        remove_unfinished(*(target / name for name in (*names, "config.json", _INDEX)))
+    for file, (layer, what) in zip(names, whats.items(), strict=True):
         whole = {name: _whole(array) for name, array in params[layer].items()}
         if not writes:
             continue
@@ -256,7 +249,6 @@ def write_params(
             ((name, np.asarray(array)) for name, array in (rest or {}).get(layer, {}).items()),
         )
         tensors = {_full(block, name): array for name, array in named}
-        file = f"model-{number:05d}-of-{len(whats):05d}.safetensors"
         _write_tensors(target / file, tensors)
         files |= {name: (file, array.nbytes) for name, array in tensors.items()}
     if writes:
@@ -274,27 +266,15 @@ def _whole(array: Any) -> np.ndarray:
 
 
 def _write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    with _appearing(path) as unfinished:
+    library = require("safetensors.numpy", "moe_jax.interop.hf", "hf")
+    with atomic_path(path) as unfinished:
         # The only format that transformers reads.
-        _library().numpy.save_file(tensors, unfinished, metadata={"format": "pt"})
+        library.save_file(tensors, unfinished, metadata={"format": "pt"})
 
 
 def _write_text(path: Path, text: str) -> None:
-    with _appearing(path) as unfinished:
+    with atomic_path(path) as unfinished:
         unfinished.write_text(text + "\n")
-
-
-@contextlib.contextmanager
-def _appearing(path: Path) -> Iterator[Path]:
-    """The path of a file that gets the name ``path`` when it is complete and on the disk."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        yield unfinished
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 # Names.

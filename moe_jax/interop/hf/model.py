@@ -134,15 +134,14 @@ def _read(family: Family, model_type: str, config: Mapping[str, Any], layer: int
     def get(value: Any) -> Any:
         if not isinstance(value, Key):
             return value
-        found = next((config[name] for name in value.names if config.get(name) is not None), value.default)
+        name = next((name for name in value.names if config.get(name) is not None), None)
+        found = value.default if name is None else config[name]
         if isinstance(found, list | tuple):
             if layer >= len(found):
-                raise ConfigError(
-                    f"config.json: {value.names[0]!r} has {len(found)} entries, and none for layer {layer}"
-                )
+                raise ConfigError(f"config.json: {name!r} has {len(found)} entries, and none for layer {layer}")
             found = found[layer] if found[layer] is not None else value.default
         if found is REQUIRED:
-            raise ConfigError(f"config.json of a {model_type!r} lacks {' or '.join(map(repr, value.names))}; add it")
+            raise ConfigError(f"config.json of a {model_type!r} lacks {' or '.join(map(repr, value.shown))}; add it")
         return found
 
     # 1. What the layer cannot do.
@@ -151,7 +150,7 @@ def _read(family: Family, model_type: str, config: Mapping[str, Any], layer: int
         names = [name for name in rule.value.names if name in config]
         said = config[names[0]] if names else rule.value.default
         if said not in rule.allowed:
-            broken.append(f"{rule.value.names[0]}={said!r} needs {rule.lacks}")
+            broken.append(f"{(names or rule.value.names)[0]}={said!r} needs {rule.lacks}")
     name = (config.get("ffn_act_fn") or {}).get("name") or get(families.HIDDEN_ACT)
     activation = family.activation(name, get)
     if activation is None:
@@ -160,9 +159,7 @@ def _read(family: Family, model_type: str, config: Mapping[str, Any], layer: int
     # 2. The arguments. What has its usual value stays out.
     ffn, width = int(get(family.ffn)), int(get(family.shared_width) or 0)
     count = 1 if width else int(get(family.shared_count) or 0)
-    plan = dict(
-        hidden=int(get(families.HIDDEN)), num_experts=int(get(family.num_experts)), top_k=int(get(family.top_k))
-    )
+    plan = dict(hidden=int(get(family.hidden)), num_experts=int(get(family.num_experts)), top_k=int(get(family.top_k)))
     plan |= dict(num_shared_experts=count) if count else {}
     copies = int(get(family.num_copy_experts) or 0)
     plan |= dict(num_copy_experts=copies) if copies else {}

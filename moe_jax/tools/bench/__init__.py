@@ -1,5 +1,5 @@
 """How fast the layer is, beside the dense limit and the usual ways of doing it: `python -m moe_jax bench`."""
 
-from moe_jax.tools.bench.run import run
+from moe_jax.tools.bench.command import run
 
 __all__ = ["run"]

@@ -21,8 +21,8 @@ from moe_jax.parameters import weights_of
 from moe_jax.targets import TargetReport, compile_for
 from moe_jax.targets.target import find_target
 from moe_jax.tools.bench.baselines import minimal_layer
+from moe_jax.tools.bench.command import emit, open_lines
 from moe_jax.tools.bench.programs import LAYER, MINIMAL, PASSES, make_layer, make_layer_plan, with_backward
-from moe_jax.tools.bench.run import emit, open_lines
 from moe_jax.tools.bench.workloads import Workload
 
 OURS = LAYER

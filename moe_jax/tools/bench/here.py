@@ -27,8 +27,8 @@ from moe_jax.kernels import backend_names, grouped_matmul, grouped_outer, resolv
 from moe_jax.mesh import ensure_devices, make_mesh
 from moe_jax.parameters import weights_of
 from moe_jax.tools.bench.check import WrongResult, check_layer, check_limit, tolerance
+from moe_jax.tools.bench.command import emit, open_lines
 from moe_jax.tools.bench.programs import LAYER, LIMIT, PASSES, Program, compile_programs, make_setting
-from moe_jax.tools.bench.run import emit, open_lines
 from moe_jax.tools.bench.workloads import Workload
 from moe_jax.verify.cases import deviation
 from moe_jax.verify.kernels import fused_deviations, grouped_matmul_deviations, recipe_deviations

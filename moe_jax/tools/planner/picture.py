@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from moe_jax.host.extras import REMEDY, find
 from moe_jax.tools.drawing import name_bars, new_figure, save, stack_bars
 from moe_jax.tools.planner.figures import peak_as_compiled
 from moe_jax.tools.planner.question import Question
 from moe_jax.tools.planner.rows import COMPILED, PREDICTED, RUN, SOURCES, Row
-from moe_jax.tools.train.extras import REMEDY, find
 
 _MOST = 20  # meshes, so that the bars of the best can be read
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.errors import DataError
-from moe_jax.tools.train.atomic import append_line, atomic_write
+from moe_jax.host.atomic import append_line, atomic_write
 
 Row = dict[str, Any]
 PREDICTED, COMPILED, RUN = "predicted", "compiled", "run"  # where the figures of a row come from

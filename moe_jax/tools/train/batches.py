@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from moe_jax.host.extras import require
 from moe_jax.tools.train.data import Corpus, Text
-from moe_jax.tools.train.extras import require
 
 # A batch of bytes takes far less time to read than a step to compute, so that a few of them ahead are enough.
 NUM_THREADS, NUM_AHEAD = 1, 4

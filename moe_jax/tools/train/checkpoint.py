@@ -18,8 +18,8 @@ import numpy as np
 
 from moe_jax.config import Config
 from moe_jax.errors import CheckpointError, raise_all
+from moe_jax.host.extras import require
 from moe_jax.tools.train import peers
-from moe_jax.tools.train.extras import require
 from moe_jax.tools.train.seal import find_damage
 
 # These entries of the configuration may change between a checkpoint and the run that resumes it, because none of them
@@ -141,7 +141,7 @@ class Checkpoints:
 
         steps = saved_steps(self._path)
         if not steps:
-            raise CheckpointError(f"{self._path}: there is no checkpoint here; start without --resume")
+            raise nothing_saved(self._path, step)
         if step is not None and step not in steps:
             there = ", ".join(map(str, steps))
             raise CheckpointError(f"{self._path}: there is no checkpoint of step {step}; there are those of {there}")
@@ -196,6 +196,12 @@ def saved_steps(path: Path) -> list[int]:
     if not path.is_dir():
         return []
     return sorted(int(entry.name) for entry in path.iterdir() if entry.name.isdecimal() and entry.is_dir())
+
+
+def nothing_saved(path: Path, step: int | None) -> CheckpointError:
+    """The error of a run that should go on from the checkpoint of `step`, or from the last one, where none is."""
+    given = "--resume" if step is None else f"--resume-from {step}"
+    return CheckpointError(f"{path}: there is no checkpoint here; start without {given}, or pass another --out")
 
 
 def unfinished(path: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.errors import DataError
-from moe_jax.tools.train.extras import find
+from moe_jax.host.extras import find
 
 PACKAGE = "tensorboardX"
 

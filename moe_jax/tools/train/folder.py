@@ -9,9 +9,9 @@ from itertools import count
 from pathlib import Path
 
 from moe_jax.errors import CheckpointError, DataError, MoEError
+from moe_jax.host.atomic import remove_unfinished
 from moe_jax.tools.train import peers
-from moe_jax.tools.train.atomic import remove_unfinished
-from moe_jax.tools.train.checkpoint import saved_steps
+from moe_jax.tools.train.checkpoint import nothing_saved, saved_steps
 
 RUNS = Path("runs")
 
@@ -50,7 +50,7 @@ class RunFolder:
 
 
 @contextmanager
-def share_folder(out: str | Path | None, name: str, *, resume: bool) -> Iterator[RunFolder]:
+def share_folder(out: str | Path | None, name: str, *, resume: bool, step: int | None = None) -> Iterator[RunFolder]:
     """As `open_folder`, in the first process of a run; the others get the folder that it tells them.
 
     Raises:
@@ -59,7 +59,7 @@ def share_folder(out: str | Path | None, name: str, *, resume: bool) -> Iterator
     with ExitStack() as stack:
         if peers.leads():
             try:
-                folder = stack.enter_context(open_folder(out, name, resume=resume))
+                folder = stack.enter_context(open_folder(out, name, resume=resume, step=step))
             except MoEError:
                 peers.tell_all("")
                 raise
@@ -73,7 +73,7 @@ def share_folder(out: str | Path | None, name: str, *, resume: bool) -> Iterator
 
 
 @contextmanager
-def open_folder(out: str | Path | None, name: str, *, resume: bool) -> Iterator[RunFolder]:
+def open_folder(out: str | Path | None, name: str, *, resume: bool, step: int | None = None) -> Iterator[RunFolder]:
     """Makes the folder of a run if it does not exist, and locks it against other runs until the context ends.
 
     Args:
@@ -81,6 +81,7 @@ def open_folder(out: str | Path | None, name: str, *, resume: bool) -> Iterator[
       name: without `out`, a new run takes the first of the folders `runs/NAME`, `runs/NAME-2`, `runs/NAME-3`, ... that
         is empty, and a resumed run takes the one of these folders whose checkpoint was saved last.
       resume: whether the run goes on from a checkpoint.
+      step: the step of that checkpoint; None: the last one.
 
     Raises:
       CheckpointError: the checkpoint to resume is missing, or there is one that a new run would replace, or another
@@ -91,18 +92,18 @@ def open_folder(out: str | Path | None, name: str, *, resume: bool) -> Iterator[
         if out is None and not resume:
             folder = _claim_first_free(name, stack)
         else:
-            folder = _checked(Path(out), resume) if out is not None else _last_saved(name)
+            folder = _checked(Path(out), resume, step) if out is not None else _last_saved(name, step)
             stack.enter_context(_claim(folder.path))
         remove_unfinished(folder.metrics, folder.report)
         yield folder
 
 
-def _checked(path: Path, resume: bool) -> RunFolder:
+def _checked(path: Path, resume: bool, step: int | None) -> RunFolder:
     """The folder that the person named, after checking that it holds a checkpoint, or none, as the run needs."""
     folder = RunFolder(path)
     exists = bool(saved_steps(folder.checkpoints))
     if resume and not exists:
-        raise CheckpointError(f"{folder.checkpoints}: there is no checkpoint here; start without --resume")
+        raise nothing_saved(folder.checkpoints, step)
     if exists and not resume:
         raise CheckpointError(
             f"{path}: holds a run, which a new one would replace; add --resume to go on with it, or pass another --out"
@@ -112,13 +113,13 @@ def _checked(path: Path, resume: bool) -> RunFolder:
     return folder
 
 
-def _last_saved(name: str) -> RunFolder:
+def _last_saved(name: str, step: int | None) -> RunFolder:
     """The folder whose checkpoint is the youngest, among those that runs called `name` take without --out."""
     pattern = re.compile(re.escape(name) + r"(-\d+)?")
     paths = [path for path in (RUNS.iterdir() if RUNS.is_dir() else ()) if pattern.fullmatch(path.name)]
     folders = [folder for folder in map(RunFolder, paths) if saved_steps(folder.checkpoints)]
     if not folders:
-        raise CheckpointError(f"{RUNS / name}: there is no checkpoint here; start without --resume, or pass --out")
+        raise nothing_saved(RUNS / name, step)
     return max(folders, key=_saved_at)
 
 

@@ -14,13 +14,13 @@ import numpy as np
 import moe_jax as moe
 from moe_jax.config import Config, ModelConfig, TrainConfig
 from moe_jax.errors import CheckpointError, ConfigError, DataError, InvalidArgumentError
+from moe_jax.host.extras import REMEDY
 from moe_jax.mesh import ensure_devices
 from moe_jax.tools.train import peers
 from moe_jax.tools.train.batches import Reader, TrainBatches, eval_batch, rows_here
 from moe_jax.tools.train.checkpoint import Checkpoints, Identity, identify, unfinished
 from moe_jax.tools.train.data import Corpus, digest, load_corpus
 from moe_jax.tools.train.events import PACKAGE, EventFile
-from moe_jax.tools.train.extras import REMEDY
 from moe_jax.tools.train.folder import RunFolder, share_folder
 from moe_jax.tools.train.interrupt import Interrupt, Stopped, catch_interrupt
 from moe_jax.tools.train.model import Decoder, build_decoder, training_sections
@@ -170,7 +170,7 @@ def train(
     corpus = load_corpus(data, model.seq_len)
     if distributed:
         peers.join(place, num_devices=config.mesh.num_devices)
-    with share_folder(out, name, resume=resume) as folder:
+    with share_folder(out, name, resume=resume, step=resume_from) as folder:
         _check_apart(folder, data)
         progress = make_progress(json_lines=json_lines, log_every=schedule.log_every, num_steps=num_steps)
         with peers.notice_losses(), closing(progress), catch_interrupt(progress.note) as interrupt:
@@ -339,12 +339,14 @@ def _one_step(run: Run, step: Callable) -> Record:
 def make_record(metrics: StepMetrics, *, step: int, tokens_per_s: float) -> Record:
     """The numbers of one step as plain Python values, ready for JSON."""
     stats = metrics.stats
+    of_sequences = stats.sequence_balance
     return {
         "step": step,
         "loss": float(metrics.loss),
         "grad_norm": float(metrics.grad_norm),
         "balance": float(stats.balance),
         "z": float(stats.z),
+        **({} if of_sequences is None else {"sequence_balance": float(of_sequences)}),
         "tokens_per_s": tokens_per_s,
         "imbalance": float(np.max(stats.load.max(axis=-1) / np.maximum(stats.load.mean(axis=-1), 1e-9))),
         "dropped": int(stats.num_dropped),

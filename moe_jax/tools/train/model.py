@@ -36,6 +36,7 @@ class ModelStats:
     num_rounds: jax.Array  # scalar i32, the largest over layers
     balance: jax.Array  # scalar f32, summed over layers
     z: jax.Array  # scalar f32, summed over layers
+    sequence_balance: jax.Array | None = None  # scalar f32, summed over layers; None where it has no weight
 
 
 class Attention(nnx.Module):
@@ -66,12 +67,14 @@ class Block(nnx.Module):
         self.moe_norm = nnx.RMSNorm(model.hidden, dtype=dtype, rngs=rngs)
         options = {**config.moe.parameters, "weigh_inputs": config.moe.weigh_inputs}
         self.moe = MoE(mesh, plan, config.router, rngs=rngs, **options)
+        self.balances_sequences = config.moe.sequence_balance_loss > 0
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, moe.LayerStats]:
         with jax.named_scope("attention"):
             x = x + self.attention(self.attention_norm(x))
         with jax.named_scope("moe"):
-            y, stats = self.moe(self.moe_norm(x))
+            sequence_length = x.shape[1] if self.balances_sequences else None
+            y, stats = self.moe(self.moe_norm(x), sequence_length=sequence_length)
             return x + y, stats
 
 
@@ -167,12 +170,16 @@ def rotate(x: jax.Array, theta: float) -> jax.Array:
 
 def _gather_stats(layers: list[moe.LayerStats]) -> ModelStats:
     """Puts the stats of all layers together."""
+    balances_sequences = "sequence_balance" in layers[0].losses
     return ModelStats(
         load=jnp.stack([stats.load for stats in layers]),
         num_dropped=_total([stats.num_dropped for stats in layers]),
         num_rounds=jnp.max(jnp.stack([stats.num_rounds for stats in layers])),
         balance=_total([stats.losses["balance"] for stats in layers]),
         z=_total([stats.losses["z"] for stats in layers]),
+        sequence_balance=(
+            _total([stats.losses["sequence_balance"] for stats in layers]) if balances_sequences else None
+        ),
     )
 
 

@@ -7,8 +7,8 @@ import time
 from typing import Any, Protocol
 
 from moe_jax.errors import DataError
+from moe_jax.host.extras import REMEDY, find
 from moe_jax.tools.train import peers
-from moe_jax.tools.train.extras import REMEDY, find
 
 Record = dict[str, Any]
 SILENT_SECONDS = 20.0  # while anything moves, a plain line is printed at least this often

@@ -12,10 +12,10 @@ import numpy as np
 
 from moe_jax.config import Config
 from moe_jax.errors import DataError
+from moe_jax.host.atomic import append_line, atomic_write
+from moe_jax.host.extras import REMEDY, find
 from moe_jax.tools.drawing import new_figure, save
 from moe_jax.tools.planner.meshes import mesh_words
-from moe_jax.tools.train.atomic import append_line, atomic_write
-from moe_jax.tools.train.extras import REMEDY, find
 from moe_jax.tools.train.sample import printable
 
 LINE_LENGTH, MAX_LINES = 110, 30  # the room for a sample in the picture

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 import moe_jax as moe
 from moe_jax.config import Config, TrainConfig
-from moe_jax.tools.train.extras import require
+from moe_jax.host.extras import require
 from moe_jax.tools.train.layer_plan import training_sections
 from moe_jax.tools.train.model import Decoder, ModelStats, Params
 
@@ -78,7 +78,10 @@ def compile_step(decoder: Decoder, optimizer: Any, config: Config, state: TrainS
     def loss_fn(params, batch):
         logits, stats = decoder.logits(params, batch[:, :-1])
         loss = cross_entropy(logits, batch[:, 1:])
-        return loss + config.moe.balance_loss * stats.balance + config.moe.z_loss * stats.z, (loss, stats)
+        total = loss + config.moe.balance_loss * stats.balance + config.moe.z_loss * stats.z
+        if stats.sequence_balance is not None:
+            total += config.moe.sequence_balance_loss * stats.sequence_balance
+        return total, (loss, stats)
 
     def step(state, batch):
         (_, (loss, stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)

@@ -93,8 +93,8 @@ def grouped_outer(
       group_sizes: as for ``grouped_matmul``.
       backend: as for ``grouped_matmul``, or the registrations of a plan.
       dtype: of the result.
-      row_slot: [M], or None. The rows of one operand [A, ...] lie in slots then; see ``Backend``.
-      slotted: "lhs" or "rhs": of which.
+      row_slot: [M] i32: the rows of one operand [A, ...] lie in slots, see ``Backend``; None: no rows do.
+      slotted: "lhs" or "rhs", the operand whose rows lie in slots.
 
     Returns:
       [G, H, N]. Differentiable in ``lhs`` and ``rhs``.
@@ -104,7 +104,7 @@ def grouped_outer(
 
 @functools.partial(custom_gradient, num_static=3)
 def _grouped_matmul(backend, transpose_rhs, into, lhs, rhs, group_sizes, add_to=None, row_slot=None):
-    """One product. With ``row_slot`` the rows of ``lhs`` lie in slots, or with ``into`` those of the result do."""
+    """One product. With ``row_slot`` the rows of ``lhs`` lie in slots; or with ``into``, those of the result."""
     if row_slot is None:
         return call_kernel("grouped_matmul", backend, lhs, rhs, group_sizes, add_to=add_to, transpose_rhs=transpose_rhs)
     slots = {"row_slot": row_slot, "into": into}
@@ -140,7 +140,7 @@ _grouped_matmul.defvjp(_forward, _backward)
 
 
 def _adjoint_slots(lhs: jax.Array, row_slot: jax.Array | None, into: int | None) -> tuple[int | None, str]:
-    """(``into`` of the product that makes d_lhs, which operand of ``lhs^T ct`` lies in slots) for a product."""
+    """For the adjoint: (``into`` of the product that makes d_lhs, which operand of ``lhs^T ct`` lies in slots)."""
     if row_slot is None:
         return None, ""
     return (lhs.shape[0], "lhs") if into is None else (None, "rhs")
@@ -156,19 +156,19 @@ def grouped_matmuls(
     group_sizes: jax.Array,
     row_slot: jax.Array | None = None,
 ) -> tuple[jax.Array, ...]:
-    """``grouped_matmul`` of the same rows with each of several matrices, plus the bias of each row's group.
+    """``grouped_matmul`` of the same rows with each of several matrices, each plus the bias of the row's group.
 
     Nothing is checked here. Rows at or past ``sum(group_sizes)`` influence nothing, forward or backward.
 
     Args:
-      backend: the registrations of a plan, or a name as for ``grouped_matmul``.
+      backend: the registrations that a plan keeps, or a name as for ``grouped_matmul``.
       into: None, or with ``row_slot`` A: the results are [A, N], each row in its slot.
       lhs: [M, H]; with ``row_slot`` and without ``into`` [A, H], each row in its slot.
       matrices: [G, H, N] each, which may differ in N, in the dtype of ``lhs``.
       biases: [G, N] in that dtype, or None, for each of the matrices.
       group_sizes: [G] i32.
-      row_slot: [M] i32, the slot of each row; None: rows lie in order. Slots want a back end that has them, which
-        ``table.fused_kernels`` says.
+      row_slot: [M] i32, the slot of each row; None: rows lie in order. Only some back ends can read or write slots:
+        ``table.fused_kernels`` says which.
 
     Returns:
       [M, N] for each of the matrices.
@@ -177,7 +177,8 @@ def grouped_matmuls(
     for rhs, bias in zip(matrices, biases, strict=True):
         product = _grouped_matmul(backend, False, into, lhs, rhs, group_sizes, None, row_slot)
         if bias is not None:
-            # A bias is a grouped product with ones, too: a kernel that accumulates adds it in the same pass over rows.
+            # A bias is the product of a row's 1 with the bias of its group, so a kernel that accumulates adds it in the
+            # same pass over the rows.
             slots = None if into is None else row_slot
             ones = _ones(lhs, row_slot)
             product = _grouped_matmul(backend, False, into, ones, bias[:, None, :], group_sizes, product, slots)
@@ -186,7 +187,7 @@ def grouped_matmuls(
 
 
 def _ones(rows: jax.Array, row_slot: jax.Array | None) -> jax.Array:
-    """[M, 1] ones that vary over mesh axes as ``rows`` does, for M rows [M, ...], or as many as ``row_slot`` has."""
+    """[M, 1] ones that vary over the mesh axes of ``rows``; M is the length of ``row_slot``, or else of ``rows``."""
     num_rows = (rows if row_slot is None else row_slot).shape[0]
     return _compat.as_varying(jnp.ones((num_rows, 1), rows.dtype), _compat.varying_axes(rows))
 
@@ -232,7 +233,7 @@ def gated_matmul(
     group_sizes: jax.Array,
     row_slot: jax.Array | None = None,
 ) -> tuple[jax.Array, ...]:
-    """``gating`` of the two results of ``grouped_matmuls``, made by one kernel, of a back end that has it.
+    """``gating`` of the two results of ``grouped_matmuls``, in one kernel of a back end that has such a kernel.
 
     Args:
       gating: (gate, up) -> the result, entry by entry; it is differentiated by JAX.

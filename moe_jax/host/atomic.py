@@ -11,23 +11,31 @@ from typing import BinaryIO
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Opens a temporary file beside `path`, which replaces `path` if the block succeeds and is removed if it fails.
+def atomic_path(path: Path) -> Iterator[Path]:
+    """The path of an empty temporary file, which replaces `path` if the block succeeds and is removed if it fails.
 
     A reader, or a run killed at any moment, sees either the old content of `path` or the new one.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path))
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path))
+    os.close(handle)
+    temporary = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
+        yield temporary
+        with temporary.open("r+b") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink()
         raise
     _sync_folder(path.parent)
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """As `atomic_path`, with the temporary file open for writing."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        yield file
 
 
 def append_line(file: FileIO, line: bytes) -> None:

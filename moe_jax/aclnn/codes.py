@@ -44,9 +44,9 @@ def dequantize(
 ) -> Array:
     """The rows that ``expand_x`` and ``dynamic_scales`` of a quantised dispatch stand for. Call it per shard.
 
-    They are about the tokens, times their smoothing factors if any, and zero where no row was written. The rows come
-    from ``sent``; the gradient goes to ``x`` and ``scales`` as if nothing had been rounded, as it does from
-    ``moe_jax.dequantize``.
+    These rows equal the tokens up to rounding, times their smoothing factors if there are any, and are zero where no
+    row was written. The rows come from ``sent``; the gradient goes to ``x`` and ``scales`` as if nothing had been
+    rounded, as it does from ``moe_jax.dequantize``.
 
     Args:
       sent: what ``moe_distribute_dispatch_v4`` returned.
@@ -57,8 +57,8 @@ def dequantize(
       [P * A, H] in the dtype of ``x``. Differentiable in ``x`` and ``scales``.
 
     Raises:
-      InvalidArgumentError: ``sent`` is no result of a dispatch; quant_mode=0, which quantises nothing.
-      As ``moe_distribute_dispatch_v4`` otherwise.
+      InvalidArgumentError: ``sent`` is no result of a dispatch, or quant_mode=0, with which nothing is quantised. As
+      ``moe_distribute_dispatch_v4`` otherwise.
     """
     given = dict(locals())
     del given["sent"]
@@ -83,7 +83,7 @@ def dequantize(
     handle = open_round(transport_of(plan), manifest, 0, plan.max_pair_rows, plan, num_rows=world.num_rows)
     gradient = carry_rows(transport_of(plan), x, handle, world.num_rows, smooth=scales)
     scale = sent.dynamic_scales
-    if scale is None:  # a static scale does not travel
+    if scale is None:  # a static scale does not travel with the rows
         scale = jnp.zeros_like(gradient, shape=(world.num_rows, 0), dtype=recipe.scale_dtype)
     scale = scale.reshape(world.num_rows, -1)
     return dequantized(CodedRows(sent.expand_x, scale, gradient), plan)
