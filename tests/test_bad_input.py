@@ -502,7 +502,7 @@ LAYER = [
             ({"token_mask": zeros(4 * T, dtype=np.int8)}, DtypeError, "token_mask", "int8", ".astype(bool)"),
             *wrong_params(E, F),
             *unknown("balance", "rnk", "rank"),
-            ({"balance": ["rank"]}, InvalidArgumentError, "balance=['rank']", "known: rank, token"),
+            ({"balance": ["rank"]}, InvalidArgumentError, "balance=['rank']", "known: load, rank, token"),
             ({"rank_table": [1, 4]}, DtypeError, "rank_table is a list"),
             ({"table": [[1, 0]]}, DtypeError, "table is a list"),
             ({"params": params_of(E, F + 1)}, InvalidArgumentError, "params: 'w_up'", "7", "divisible by tp=2"),

@@ -4,17 +4,16 @@ from typing import Any
 
 import jax
 import jax.core
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_jax import _compat
 from moe_jax.balance.leaves import belongs_to_slots, layers_of, missing_of, name_of
 from moe_jax.balance.moves import Moves, find_moves
 from moe_jax.balance.placement import Placement
-from moe_jax.collectives import swap_with_peers
+from moe_jax.collectives import fetch_slots
 from moe_jax.errors import MeshError, check_flag, check_type, raise_all
+from moe_jax.kernels.table import PLATFORMS, registrations, resolve_backend
 from moe_jax.mesh import mesh_violations
 from moe_jax.plan.axes import as_names
 
@@ -32,16 +31,21 @@ def migrate(
     so nothing else that happens to have such a name is taken for experts. All other leaves, those of a single number,
     and those of layers whose placement stays, come back as they are.
 
-    A slot whose expert is on its own rank already is copied there. Other experts travel in turns, without the host: in
-    a turn each rank sends one slot and writes at most one, by two all-to-alls of 1/R of a slot to each rank. So a turn
-    takes 2 (R - 1) / R slots over the wire of a device, whoever talks to whom, and there are about as many turns as the
-    rank that receives most has slots to receive. The replica on the rank that has sent least is sent, once for all who
-    want it in that turn.
+    A slot whose expert is on its own rank already takes it from there. Every other slot that changes gets its expert
+    from one of the ranks that hold it, chosen such that the rank which sends most sends as few slots as possible. All
+    of it stays on the mesh, and what goes over the wire is this:
 
-    Leaves are moved one after the other, so beside the result there are about two copies of a device's part of one leaf
-    at a time. There is one program for each shape, dtype and layout of leaves. Which slots move is traced, so further
-    placements of these sizes compile nothing (one that takes more than 4 S turns, S being the slots of a rank, compiles
-    for up to 8 S).
+    - On GPU and TPU exactly the slots whose expert their rank did not hold, each once, from where it is to where it
+      belongs: one ragged all-to-all, without a buffer. A back end that brings a ragged exchange of its own carries the
+      same slots in S of them, S being the slots of a rank.
+    - On CPU, where XLA has no ragged exchange, about twice as much: there are as many turns as the busiest rank has
+      slots to send, or to receive, and each takes 2 (R - 1) / R slots of every device's wire, whoever talks to whom.
+
+    Leaves are moved one after the other. Beside a device's part of one leaf and of its result, GPUs need no memory;
+    TPUs make one more copy of that part, and CPUs one and a half.
+
+    There is one program for each shape, dtype and layout of leaves. Which slots move is traced, so further placements
+    of these sizes compile nothing.
 
     Args:
       params: any pytree, such as ``{"params": ..., "opt_state": ...}``, of arrays on the mesh; not traced. With
@@ -99,57 +103,35 @@ def migrate(
         for x in range(len(old))
         if (old[x] != new[x]).any()
     }
-    move = _move_in_place if donate else _move
+    move, kernels = _move_in_place if donate else _move, _kernels_of(mesh)
     for i, spec in specs.items():
         if layers[i] in moves:
-            leaves[i] = move(leaves[i], moves[layers[i]], mesh=mesh, spec=spec)
+            leaves[i] = move(leaves[i], moves[layers[i]], mesh=mesh, spec=spec, kernels=kernels)
     return jax.tree.unflatten(tree, leaves)
 
 
-def _moved(leaf: Array, moves: Moves, *, mesh: Mesh, spec: PartitionSpec) -> Array:
+def _moved(leaf: Array, moves: Moves, *, mesh: Mesh, spec: PartitionSpec, kernels: tuple[str, ...]) -> Array:
     """One leaf [P, ...], laid out by ``spec``, of which the first entry names the expert-parallel axes."""
-    axes = as_names(spec[0]) if spec else ()
-    over_ranks, everywhere = PartitionSpec(axes or None), PartitionSpec()
-    specs = Moves(at_home=over_ranks, sent=over_ranks, written=over_ranks, sources=everywhere, num_turns=everywhere)  # type: ignore[arg-type]
+    axes, everywhere = as_names(spec[0]) if spec else (), PartitionSpec()
 
-    def shard(given: Array, moves: Moves) -> Array:
-        # Bits travel, and not numbers: back ends may widen narrow floats, and quiet what is no number.
-        is_float = jnp.issubdtype(given.dtype, jnp.floating)
-        leaf = lax.bitcast_convert_type(given, f"uint{8 * given.dtype.itemsize}") if is_float else given
-        moved = shard_of_bits(leaf, moves)
-        return lax.bitcast_convert_type(moved, given.dtype) if is_float else moved
+    def shard(leaf: Array, moves: Any) -> Array:
+        return fetch_slots(leaf, moves.sources, moves.turns, moves.num_turns, axes=axes, kernels=kernels)
 
-    def shard_of_bits(leaf: Array, moves: Moves) -> Array:
-        # 1. What a rank has itself. The result starts as a copy, so that turns read what was there before.
-        result = jnp.take(leaf, moves.at_home[0], axis=0, mode="clip")
-        if not axes:
-            return result
-        num_ranks, num_slots, size = lax.axis_size(axes), len(leaf), leaf[0].size
-        piece = -(-size // num_ranks)
-
-        def turn(t: Array, result: Array) -> Array:
-            # 2. Cut the slot to be sent into a piece for each rank: rank j gets piece j of every rank's slot.
-            row = lax.dynamic_index_in_dim(leaf, moves.sent[0, t], keepdims=False).reshape(-1)
-            pieces = jnp.pad(row, (0, num_ranks * piece - size)).reshape(num_ranks, piece)
-            pieces = swap_with_peers(pieces, axes)
-            # 3. From there rank r gets the pieces of that slot which it wants. So every turn loads all links alike.
-            pieces = swap_with_peers(jnp.take(pieces, moves.sources[t], axis=0, mode="clip"), axes)
-            row = pieces.reshape(-1)[:size].reshape(leaf.shape[1:])
-            # 4. Write it, or what is there already where this rank wants nothing.
-            slot = moves.written[0, t]
-            wanted, slot = slot < num_slots, jnp.minimum(slot, num_slots - 1)
-            row = jnp.where(wanted, row, lax.dynamic_index_in_dim(result, slot, keepdims=False))
-            return lax.dynamic_update_index_in_dim(result, row, slot, 0)
-
-        return lax.fori_loop(0, moves.num_turns[0], turn, result)
-
-    given = jax.tree.map(lambda array, spec: _compat.lay_out(array, mesh, spec), (leaf, moves), (spec, specs))
+    given = _compat.lay_out(leaf, mesh, spec), jax.tree.map(lambda ints: _compat.lay_out(ints, mesh, everywhere), moves)
     with jax.named_scope("migrate"):
-        return _compat.shard_map(shard, mesh=mesh, in_specs=(spec, specs), out_specs=spec)(*given)
+        return _compat.shard_map(shard, mesh=mesh, in_specs=(spec, everywhere), out_specs=spec)(*given)
 
 
-_move = jax.jit(_moved, static_argnames=("mesh", "spec"))
-_move_in_place = jax.jit(_moved, static_argnames=("mesh", "spec"), donate_argnums=0)
+_move = jax.jit(_moved, static_argnames=("mesh", "spec", "kernels"))
+_move_in_place = jax.jit(_moved, static_argnames=("mesh", "spec", "kernels"), donate_argnums=0)
+
+
+def _kernels_of(mesh: Mesh) -> tuple[str, ...]:
+    """The back end that "auto" takes for ragged exchanges on these devices, as a registration."""
+    device = mesh.devices.flat[0]
+    known = device.platform in PLATFORMS
+    chosen = resolve_backend("ragged", platform=device.platform, device_kind=device.device_kind) if known else None
+    return registrations(chosen.name if chosen else "xla")
 
 
 def _disagreements(old: Placement, new: Placement) -> list[str]:

@@ -2,8 +2,8 @@
 
 ``group`` has what the ranks of a plan gather, sum and tell each other, and ``exchange`` what moves rows between them.
 These two are made of three others: ``ragged`` moves slices of unequal length on any back end, ``bits`` moves rows as
-integers where XLA would widen them, and ``stopwatch`` moves rows to one peer after the other with a clock. In
-``rendezvous`` ranks meet on the host.
+integers where XLA would widen them, and ``stopwatch`` moves rows to one peer after the other with a clock. ``slots``
+takes experts from rank to rank, and in ``rendezvous`` ranks meet on the host.
 """
 
 from moe_jax.collectives.exchange import (
@@ -33,6 +33,7 @@ from moe_jax.collectives.group import (
     tp_rank,
 )
 from moe_jax.collectives.ragged import ragged_all_to_all, ragged_exchange
+from moe_jax.collectives.slots import fetch_slots
 
 __all__ = [
     "Blocks",
@@ -45,6 +46,7 @@ __all__ = [
     "ep_rank",
     "exchange_counts",
     "exchange_counts_timed",
+    "fetch_slots",
     "gather_counts",
     "gather_params",
     "gather_sizes",

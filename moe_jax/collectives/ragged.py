@@ -29,6 +29,7 @@ from moe_jax.layout import exclusive_cumsum, map_blocks
 
 Array = jax.Array
 
+NATIVE = ("cuda", "rocm", "tpu")  # the platforms that have jax.lax.ragged_all_to_all, as lowerings call them
 _CHUNKS_PER_SLICE = 8  # chunks of a slice of an evenly spread operand, so that the last one pads it by 1/8 at most
 
 
@@ -194,7 +195,7 @@ def portable_ragged_all_to_all(
     # A batch is a loop over its members: JAX's own rule for a batch fails where all members have the same sizes.
     native = sequential_vmap(functools.partial(lax.ragged_all_to_all, axis_name=axis_name))
     emulated = functools.partial(_emulated, axes=axis_name)
-    return lax.platform_dependent(*operands, cuda=native, rocm=native, tpu=native, default=emulated)
+    return lax.platform_dependent(*operands, **dict.fromkeys(NATIVE, native), default=emulated)
 
 
 def _emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axes):
