@@ -321,7 +321,7 @@ def open_hierarchy(
     """
     destination = _compat.as_varying(destination, plan.exchange_axes)
     (tokens, pairs_per_token), num_local = destination.shape, plan.num_local_experts
-    num_nodes = collectives.group_size(_across(plan))
+    num_nodes = lax.axis_size(_across(plan))
     per_node = plan.ep_size // num_nodes
     compact = capacity > plan.pair_capacity
     # 1. The pairs of this round, and the tokens that must travel to each node for them.
