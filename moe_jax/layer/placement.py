@@ -125,7 +125,7 @@ def instances_of(
     shares: jax.Array | None = None,
     counted: jax.Array | None = None,
 ) -> jax.Array:
-    """The ids of ``update_expert``, of arguments that have been checked.
+    """The ids of ``update_expert``, for checked arguments.
 
     ``counted``: [T, K] or [T, 1] bool, the pairs that count with ``balance="load"``; None: all.
     """
