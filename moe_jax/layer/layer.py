@@ -9,7 +9,7 @@ from jax import lax
 
 from moe_jax import _compat, collectives
 from moe_jax.activations import Choice, check_activation
-from moe_jax.config import RouterConfig
+from moe_jax.config import BALANCES, RouterConfig
 from moe_jax.errors import (
     InvalidArgumentError,
     check_array,
@@ -24,7 +24,7 @@ from moe_jax.errors import (
 from moe_jax.layer.experts import shared_ffn
 from moe_jax.layer.grouping import feed_forward
 from moe_jax.layer.params import check_layer_plan, check_params, check_router, gathered
-from moe_jax.layer.placement import BALANCES, check_shares, check_table, instances_of
+from moe_jax.layer.placement import check_shares, check_table, instances_of
 from moe_jax.layer.rounds import routed_sum
 from moe_jax.layer.router import check_sequences, choose_experts
 from moe_jax.layer.weightless import Constants
