@@ -57,7 +57,7 @@ def timed_all_to_all(
     Source: performanceInfo of MoeDistributeDispatchV3.
     """
     axes = _compat.bound_axes(axis_names)
-    num_ranks = _compat.group_size(axes)
+    num_ranks = lax.axis_size(axes)
     check_array("blocks", blocks)
     if blocks.ndim < 1:
         raise ShapeError("blocks is a scalar; expected [W, ...]")
