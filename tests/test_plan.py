@@ -25,6 +25,7 @@ def make(ep=16, tp=1, **options):
 PRODUCT_RULES = [  # product, at the edge, just past it, words of the refusal
     ("a3", {"hidden": 8192}, {"hidden": 8193}, "hidden=8193"),
     ("a3", {"hidden": 1024}, {"hidden": 1023}, "hidden=1023"),
+    ("a3", {"transport": "padded", "hidden": 8192}, {"transport": "hierarchy", "hidden": 8192}, "hidden=8192"),
     ("a3", {"tokens_per_rank": 512}, {"tokens_per_rank": 513}, "tokens_per_rank=513"),
     ("a3", {"num_experts": 1024, "ep": 128}, {"num_experts": 1152, "ep": 128}, "num_experts=1152"),
     ("a3", {"top_k": 16}, {"top_k": 17}, "top_k=17"),

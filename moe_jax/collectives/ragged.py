@@ -84,7 +84,7 @@ def ragged_all_to_all(
     Communication, SIAM J. Comput. 11 (1982), for the relay.
     """
     axes = _compat.bound_axes(axis_name)
-    num_ranks = _compat.group_size(axes)
+    num_ranks = lax.axis_size(axes)
     check_dtype("operand", operand, (jnp.number, jnp.bool_))
     if operand.ndim < 1:
         raise ShapeError("operand is a scalar; expected [N, ...]")
@@ -145,6 +145,7 @@ def _returned_forward(axes, num_rows, ct, *integers):
 
 
 def _returned_backward(axes, num_rows, residuals, ct):
+    # d_ct = ct, every row sent the way of the exchange again    # [M, ...] from [num_rows, ...]
     extent, integers = residuals
     empty = jnp.zeros_like(ct, shape=(len(extent), *ct.shape[1:]))
     # Rows of ``ct`` that no slice reaches were constants: the exchange sends none of them.

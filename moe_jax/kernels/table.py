@@ -245,6 +245,10 @@ def resolve_backend(
       InvalidArgumentError: an unknown kernel, back end or platform.
       UnsupportedError: the named back end does not have that kernel, or needs a package that is not installed. (An
         explicit choice is never replaced.)
+
+    >>> import moe_jax as moe
+    >>> moe.resolve_backend("grouped_matmul", platform="tpu").name
+    'tpu'
     """
     check_choice("kernel", kernel, KERNELS + TRANSPORTS)
     check_backend(name)

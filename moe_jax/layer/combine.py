@@ -148,7 +148,7 @@ def combine_sum(
     *,
     row_weights: Array | None = None,
 ) -> tuple[Array, Array | None]:
-    """What both operators add up, fp32 [T, H]; and ``performance_info`` after it.
+    """The sums of both operators before rounding, fp32 [T, H], and the new ``performance_info``.
 
     ``row_weights``: [M], taken for the rows instead of ``combine_weights``, and summed over the tp ranks; only for a
     transport that ``takes_row_weights``.

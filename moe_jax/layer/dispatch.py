@@ -71,8 +71,8 @@ def dispatch(
       smooth_scales: f32 factors of the rows before they are quantised: [1], [H], or [E, H], a row per expert; with
         shared experts on ranks of their own [Ns + E, H], those first. The same on all ranks. "int8_static" needs it.
       token_mask: [T] or [T, K] bool; false = the token, or the pair, goes nowhere.
-      rank_table: [4 + 2 * ep] i32, who is alive; see ``make_rank_table``. Then expert ids count the experts of the
-        ranks that are left, and rows come by logical source rank. Removed ranks send and get nothing.
+      rank_table: [4 + 2 * ep] i32, who is left; see ``make_rank_table``. Then expert ids count the experts of the ranks
+        that are left, and rows come by logical source rank. Removed ranks send and get nothing.
       window: what ``make_receive_window`` returned, or the last dispatch; donate it. Arrivals are written into it. A
         pair for a rank whose window is at another step is not sent, and counted in ``stats.num_stale``. Slots past
         what ``window.counts`` says may hold what older steps left.
@@ -167,7 +167,14 @@ def dequantize(dispatched: Dispatched) -> Array:
 
 
 def make_receive_window(plan: Plan, *, with_weights: bool = False) -> Window:
-    """An empty window for ``dispatch(..., window=)`` on one device; ``with_weights`` if it is given combine_weights."""
+    """An empty window for ``dispatch(..., window=)`` on one device; ``with_weights`` if it is given combine_weights.
+
+    >>> import moe_jax as moe
+    >>> moe.emulate_devices(2)  # leave this out where there are accelerators
+    >>> plan = moe.make_plan(moe.make_mesh(ep=2), tokens_per_rank=4, hidden=8, num_experts=4, top_k=2)
+    >>> moe.make_receive_window(plan).data.shape  # 2 choices of 4 tokens from each of 2 ranks, 8 numbers each
+    (16, 8)
+    """
     check_type("plan", plan, Plan, "build one with moe_jax.make_plan(...)")
     part = _message_part(plan, with_weights)
     return make_window(plan.ep_size * plan.dispatch_capacity, part.width, part.dtype, plan.ep_size)

@@ -63,7 +63,7 @@ class _Way(NamedTuple):
 
 
 def _way(plan: Plan, activation: Choice, experts: dict[str, Array], slots: Array, order: InboxOrder | None) -> _Way:
-    """``slots``: [A, H], what arrived, or its cotangent."""
+    """The way that the kernels of the plan allow; ``slots``: [A, H], what arrived, or its cotangent."""
     num_rows = slots.shape[0] if order is None else order.row_inbox.shape[0]
     (num_groups, hidden, ffn), itemsize = experts["w_up"].shape, slots.dtype.itemsize
     fused = fused_kernels(plan.kernels, num_rows, num_groups, hidden, ffn, itemsize)
@@ -197,9 +197,8 @@ class ExpertKind:
     what: Any
 
 
-def feed_forward(activation: Choice) -> ExpertKind:
-    """The feed-forward experts of the layer, whose parameters are those of ``expert_slots``."""
-    return ExpertKind(expert_slots, overflow_slots, add_overflow_gradients, activation)
+# The feed-forward experts of the layer, whose parameters are those of ``expert_slots``; takes their activation.
+feed_forward = functools.partial(ExpertKind, expert_slots, overflow_slots, add_overflow_gradients)
 
 
 def rows_of_slots(slots: Array, order: InboxOrder | None, plan: Plan) -> Array:

@@ -92,7 +92,7 @@ def moe_layer(
       balance: "rank", "token" or "load", how the instances of an expert share its tokens, see ``update_expert``; read
         with ``table`` only. With "load" each gets its share of every chunk on every device, and padding does not count.
       shares: [E_logical, F - 1] f32, of the instances in ``table``, with ``balance="load"`` only; None: equal ones.
-      rank_table: [4 + 2 * ep] i32, who is alive, see ``dispatch``: tokens of removed ranks get nothing from routed
+      rank_table: [4 + 2 * ep] i32, who is left, see ``dispatch``: tokens of removed ranks get nothing from routed
         experts. Without ``table`` the router must not choose the experts that are gone; choices that do are dropped.
       chunks: a divisor of T. The tokens pass in this many chunks, each with its share of ``plan.pair_capacity``, and
         no chunk waits for another: while one is multiplied, the next can travel. Values are those of chunks=1, except
@@ -212,7 +212,7 @@ def layer_of_shard(
     axes_of_tokens = _compat.union_of_varying_axes((x, token_mask, table, shares, rank_table, choices, router_x))
     # 1. Operands. Parameters are typed as varying over axes of size 1, or JAX would sum their gradients there.
     x, router_x = _compat.as_varying((x, router_x), plan.token_axes)
-    params = _compat.as_varying_over_units(params, plan.token_axes)
+    params = _compat.as_varying(params, [axis for axis in plan.token_axes if lax.axis_size(axis) == 1])
     if token_mask is not None:  # padding may hold anything; from here on it is zero
         x = jnp.where(token_mask[:, None], x, jnp.zeros((), x.dtype))
         if router_x is not None:

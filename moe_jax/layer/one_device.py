@@ -85,7 +85,7 @@ def weighed(rows: Array, weights: Array) -> Array:
 
 
 def _places(pairs: layout.PairOrder, num_kept: Array, num_rows: int, plan: Plan) -> _Places:
-    """``num_kept``: pairs that have a row, the first in their order."""
+    """Which row belongs to which pair. ``num_kept`` pairs have a row: the first ones in their order."""
     row_pair = pairs.order[:num_rows]
     if plan.poison:  # else the other rows are those of pairs that go nowhere
         row_pair = jnp.where(jnp.arange(num_rows) < num_kept, row_pair, -1)
@@ -125,7 +125,7 @@ _weighted_sum.defvjp(lambda plan, *operands: (_weighted_sum(plan, *operands), op
 
 @functools.partial(custom_gradient, num_static=1)
 def _spread(plan: Plan, x, places):
-    """Tokens [T, H] at the rows of all their pairs, [M, H]."""
+    """Takes tokens [T, H] to the rows of all their pairs, [M, H]."""
     return take_rows(x, token_of(places.row_pair, plan.top_k), poison=plan.poison)
 
 
@@ -141,11 +141,12 @@ _spread.defvjp(lambda plan, x, places: (_spread(plan, x, places), places), _spre
 
 @functools.partial(custom_gradient, num_static=1)
 def _collect(plan: Plan, rows, places):
-    """Rows [M, H] at their pairs, K times [T, H]; anything at a pair that has none."""
+    """Takes rows [M, H] to their pairs: K arrays [T, H], with anything at a pair that has no row."""
     return tuple(take_rows(rows, places.pair_row[:, k], poison=plan.poison) for k in range(plan.top_k))
 
 
 def _collect_backward(plan: Plan, places, cts):
+    # d_rows[m] = ct_k[t], where row m is that of pair (t, k)    # [M, H] from K arrays [T, H]
     return _rows_of_pairs(plan, jnp.stack(cts, axis=1), places), None
 
 
@@ -154,20 +155,22 @@ _collect.defvjp(lambda plan, rows, places: (_collect(plan, rows, places), places
 
 @functools.partial(custom_gradient, num_static=1)
 def _rows_of_pairs(plan: Plan, pairs, places):
-    """What belongs to pairs [T, K, ...] at their rows, [M, ...]."""
+    """Takes what belongs to pairs, [T, K, ...], to their rows, [M, ...]."""
     return take_rows(jax.lax.collapse(pairs, 0, 2), places.row_pair, poison=plan.poison)
 
 
 @functools.partial(custom_gradient, num_static=1)
 def _pairs_of_rows(plan: Plan, rows, places):
-    """The adjoint: what belongs to rows [M, ...] at their pairs, [T, K, ...], zeros where there is none."""
+    """The adjoint: takes what belongs to rows, [M, ...], to their pairs, [T, K, ...]; zeros where there is no row."""
     return take_rows(rows, places.pair_row, absent=0)
 
 
+# d_pairs[t, k] = ct[row of (t, k)], zero where there is no row    # [T, K, ...] from [M, ...]
 _rows_of_pairs.defvjp(
     lambda plan, pairs, places: (_rows_of_pairs(plan, pairs, places), places),
     lambda plan, places, ct: (_pairs_of_rows(plan, ct, places), None),
 )
+# d_rows[m] = ct[t, k], where row m is that of pair (t, k)    # [M, ...] from [T, K, ...]
 _pairs_of_rows.defvjp(
     lambda plan, rows, places: (_pairs_of_rows(plan, rows, places), places),
     lambda plan, places, ct: (_rows_of_pairs(plan, ct, places), None),

@@ -225,6 +225,8 @@ def gathered(experts: dict[str, Array], plan: Plan) -> dict[str, Array]:
 
     The adjoint sums the gradients of all replicas, and leaves every device its part.
     """
+    if plan.num_param_shards == 1:
+        return experts
     split = {row.role: row.dims.index("expert_hidden") for row in rows_of("experts") if "expert_hidden" in row.dims}
     with jax.named_scope("gather_params"):
         return {
@@ -240,7 +242,7 @@ def extents_of(
     on_device: bool = False,
     router_hidden: int | None = None,
 ) -> dict[str, int]:
-    """The extent of every axis in the table, but for the widths of experts, which a plan does not know.
+    """The extent of every axis in the table, except the widths of experts, which a plan does not know.
 
     Args:
       num_logical_experts: the experts that the router scores beside the weightless ones; None: it scores instances.

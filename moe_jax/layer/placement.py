@@ -125,7 +125,7 @@ def instances_of(
     shares: jax.Array | None = None,
     counted: jax.Array | None = None,
 ) -> jax.Array:
-    """The ids of ``update_expert``, of arguments that have been checked.
+    """The ids of ``update_expert``, for checked arguments.
 
     ``counted``: [T, K] or [T, 1] bool, the pairs that count with ``balance="load"``; None: all.
     """
@@ -188,14 +188,6 @@ def _places_by_load(expert: jax.Array, weights: jax.Array, rank: int | jax.Array
     # 3. So many places but the first one have begun at j.
     place = jnp.sum(start[of][..., 1:] <= number[..., None], axis=-1, dtype=jnp.int32)
     return jnp.where(expert >= 0, place, 0)
-
-
-def _sum_of_quotients(step: int, size: int) -> int:
-    """How unevenly ``i * step mod size`` can lie on the circle, over any stretch of i: a bound of the discrepancy."""
-    total = 0
-    while step:
-        total, step, size = total + size // step, size % step, step
-    return total
 
 
 def _sum_of_quotients(step: int, size: int) -> int:

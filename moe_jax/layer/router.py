@@ -186,6 +186,10 @@ def update_selection_bias(bias: jax.Array, load: jax.Array, *, rate: float) -> j
 
     Raises:
       ShapeError, DtypeError, InvalidArgumentError, MissingArgumentError: an argument breaks a rule above.
+
+    >>> import jax.numpy as jnp, moe_jax as moe
+    >>> moe.update_selection_bias(jnp.zeros(3), jnp.array([5, 3, 1]), rate=0.5)
+    Array([-0.5,  0. ,  0.5], dtype=float32)
     """
     check_rank("bias", bias, 1, "[E]")
     check_dtype("bias", bias, ("float32",), "keep it in fp32: small steps vanish in narrower types")

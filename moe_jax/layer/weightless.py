@@ -59,7 +59,7 @@ class WeightlessTerms:
 
 
 def weightless_terms(expert_ids: Array, x: Array | None, constants: Constants, plan: Plan) -> WeightlessTerms | None:
-    """What ``weightless_term`` reads, of arguments that have been checked; None where the plan has no such expert.
+    """What ``weightless_term`` reads, from checked arguments; None where the plan has no weightless experts.
 
     Args:
       expert_ids: [T, K] i32, -1 for pairs that do not count.

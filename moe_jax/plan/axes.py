@@ -19,8 +19,8 @@ class Axes(NamedTuple):
     Attributes:
       ep: experts are spread over them, outermost first.
       tp: experts are split along them, outermost first.
-      tokens: tokens are spread over them, outermost first; among them are all of ``ep`` and ``tp``.
-      params: expert weights are split along them as well, and gathered for use; they are among ``tokens``.
+      tokens: tokens are spread over them, outermost first. All axes of ``ep`` and ``tp`` are among them.
+      params: expert weights are split along them too, and gathered for use. They are among ``tokens``.
     """
 
     ep: tuple[str, ...]
@@ -96,7 +96,7 @@ def extent(axes: tuple[str, ...], sizes: Mapping[str, int]) -> int:
 
 
 def as_names(axes: Names | None) -> tuple[str, ...]:
-    """One name, or several, or None as a tuple of names."""
+    """An argument that is one name, several names, or None, as a tuple of names."""
     return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
 
 

@@ -28,12 +28,12 @@ _AT_LEAST_ONE = ("hidden", "num_experts", "top_k")  # other sizes may be 0
 
 
 def whole_sizes(sizes: Mapping[str, Any]) -> dict[str, int]:
-    """Those of the sizes that are legal by themselves, as Python's own numbers: the ones that rules can compare."""
+    """Those sizes that are legal by themselves, as Python's own numbers. Rules can compare these."""
     return {name: int(value) for name, value in sizes.items() if not count_violations(name, value, _least(name))}
 
 
 def shard_violations(hidden: Any, num_shards: int) -> list[str]:
-    """The rule of the weights that are split along ``param_axes`` into ``num_shards`` parts."""
+    """What is wrong with weights that are to be split along ``param_axes`` into ``num_shards`` parts."""
     if count_violations("hidden", hidden, 1) or hidden % num_shards == 0:
         return []
     return [f"hidden={hidden} must be divisible by {num_shards}, the number of devices along param_axes"]
@@ -47,7 +47,7 @@ def _least(name: str) -> int:
 def check_shared(
     plan: Any, shared_ffn: int | None, shared_activation: Choice | None, gated_shared: bool = False
 ) -> None:
-    """Raises unless these are what a shared expert can have, and ``plan`` has one if any of them is given."""
+    """Raises unless a shared expert can have this width and activation, and ``plan`` has one where either is given."""
     if shared_ffn is not None:
         check_count("shared_ffn", shared_ffn)
     if shared_activation is not None:
@@ -62,12 +62,12 @@ def check_shared(
 
 
 def width_of_shared(plan: Any, ffn: int, shared_ffn: int | None) -> int:
-    """S, the width of the shared expert; 0 where ``plan`` has none. None: as many times F as there are."""
+    """S, the width of the shared expert; 0 where ``plan`` has none. Without ``shared_ffn`` it is F for each of them."""
     return ffn * plan.num_shared_experts if shared_ffn is None else int(shared_ffn)
 
 
 def size_violations(mesh_sizes: tuple[int, int] | None, sizes: Mapping[str, Any]) -> list[str]:
-    """Broken rules of and between the sizes, by the names of the arguments.
+    """The rules that sizes break, by themselves and between them, with the names of the arguments.
 
     A rule between several sizes is checked as soon as each of them is legal by itself.
 
@@ -95,7 +95,7 @@ def size_violations(mesh_sizes: tuple[int, int] | None, sizes: Mapping[str, Any]
         return found
     ep_size, tp_size = mesh_sizes
     if shared_ranks is not None:
-        holders = ep_size - shared_ranks  # of routed experts
+        holders = ep_size - shared_ranks  # ranks that hold routed experts
         if holders < 1:
             found.append(
                 f"num_shared_ranks={shared_ranks} leaves none of ep={ep_size} ranks for routed experts; lower it"
@@ -112,7 +112,7 @@ def size_violations(mesh_sizes: tuple[int, int] | None, sizes: Mapping[str, Any]
 
 
 def dtype_violations(dtype: Any) -> list[str]:
-    """Nothing if rows may have this dtype."""
+    """Empty if rows may have this dtype."""
     try:
         word = str(jnp.dtype(dtype))
     except (TypeError, ValueError):  # no dtype at all
@@ -121,9 +121,9 @@ def dtype_violations(dtype: Any) -> list[str]:
 
 
 def backend_violations(backend: Any) -> list[str]:
-    """Nothing if the back end is known, is installed and has every kernel."""
+    """Empty if the back end is known, is installed and has every kernel."""
     unknown = table.backend_violations(backend)
-    if unknown or backend == "auto":  # which serves all, and must not ask JAX for its devices where a machine is named
+    if unknown or backend == "auto":  # "auto" has every kernel, and must not ask JAX for devices if a machine is named
         return unknown
     found = []
     for kernel in table.KERNELS:
@@ -135,7 +135,7 @@ def backend_violations(backend: Any) -> list[str]:
 
 
 def recipe_violations(hidden: Any, names: Mapping[str, Any]) -> list[str]:
-    """Recipes that do not exist, need a scale that only the caller of dispatch has, or cannot store the width."""
+    """What is wrong with recipes: they do not exist, need a scale of the caller's, or cannot store the width."""
     found = []
     for argument, name in names.items():
         unknown = choice_violations(argument, name, quant.NAMES)
@@ -164,7 +164,7 @@ def product_violations(
     recipes: Mapping[str, Any],
     sizes: Mapping[str, Any],
 ) -> list[str]:
-    """What CANN's operators do not take on the hardware ``product``; limits stand in ``moe_jax.hardware.ascend``.
+    """What CANN's operators do not take on the hardware ``product``. The limits are in ``moe_jax.hardware.ascend``.
 
     A value that is no size, recipe or dtype at all is left out here: other rules name it.
     """
@@ -197,7 +197,8 @@ def product_violations(
         back = known["combine_quant"]
         values["comm_quant_mode"] = (f"combine_quant={back!r}", _COMBINE_MODES.get(back, -1))
     for operator in ("moe_distribute_dispatch_v4", "moe_distribute_combine_v4"):
-        limits = PRODUCTS[product][operator].under("hierarchy" if transport == "hierarchy" else "")
+        # Of CANN's algorithms only "hierarchy" has the name of a transport: all others have the limits of its default.
+        limits = PRODUCTS[product][operator].under(transport)
         for quantity, legal in {**ANY[operator].values, **limits.values}.items():
             what, value = values.get(quantity, ("", None))
             if value is not None and not legal.allows(value):
@@ -228,7 +229,7 @@ _QUANTITIES = {
 
 
 def _quant_mode(name: str) -> int:
-    """The quant_mode of CANN's dispatch that a recipe is; -1 where it is none of them."""
+    """The quant_mode of CANN's dispatch for a recipe; -1 where there is none."""
     if name in _QUANT_MODES:
         return _QUANT_MODES[name]
     if name == "int8_group8":
@@ -237,7 +238,7 @@ def _quant_mode(name: str) -> int:
 
 
 def capacity_violations(capacity_factor: Any) -> list[str]:
-    """Nothing if the factor is None, or a number by which a capacity can be multiplied."""
+    """Empty if the factor is None, or a number by which a capacity can be multiplied."""
     if capacity_factor is None:
         return []
     if isinstance(capacity_factor, bool) or not isinstance(capacity_factor, numbers.Real):
@@ -267,7 +268,7 @@ def machine_from(hardware: str | Machine) -> Machine:
 
 
 def platform_violations(mesh: Mesh | AbstractMesh, machine: Machine) -> list[str]:
-    """Nothing if a plan for ``machine`` can be traced on ``mesh``: without devices, or with CPUs or its own."""
+    """Empty if a plan for ``machine`` can be traced on ``mesh``: one without devices, of CPUs, or of its platform."""
     here = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else machine.platform
     if here in ("cpu", machine.platform):
         return []

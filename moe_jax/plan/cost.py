@@ -1,7 +1,8 @@
 """What one call of the layer costs one device: bytes on the wire, flops, memory traffic, and the time that they take.
 
-Counted is the program of ``moe_on_mesh`` with fp32 parameters and no biases, in a round under an even load. What rows
-cost, their transport knows: it lists its steps, see ``moe_jax.plan.steps``; the others are in ``layer_steps``.
+The costs are those of the program of ``moe_on_mesh`` with fp32 parameters and no biases, in a round under an even load.
+A cost is a sum of steps, see ``moe_jax.plan.steps``: the transport lists those that move rows, ``layer_steps`` all
+others.
 """
 
 import dataclasses
@@ -40,17 +41,17 @@ class Phase:
 
     Attributes:
       name: "route" (the router, its statistics, counts and maps), "dispatch", "products", "activation", "combine" or
-        "gradients" (their sums over devices). What the backward pass does of each counts with it.
-      inside_bytes: what leaves the device for others of its node.
-      between_bytes: what leaves it for other nodes.
-      flops: of products.
-      traffic_bytes: what is read from memory and written to it.
+        "gradients" (their sums over devices). The backward pass of a phase counts with it.
+      inside_bytes: bytes that leave the device for others of its node.
+      between_bytes: bytes that leave it for other nodes.
+      flops: the flops of products.
+      traffic_bytes: bytes that are read from memory and written to it.
       launches: kernels and steps of a program that are started, and exchanges.
-      compute_seconds: of the flops, at the rate of their dtype.
-      memory_seconds: of the traffic.
-      wire_seconds: of the bytes that leave; in each exchange the slower kind of links decides.
-      between_seconds: those of ``wire_seconds`` in which the links between nodes are the slower ones.
-      latency_seconds: of exchanges and launches, however little they do.
+      compute_seconds: the seconds of the flops, at the rate of their dtype.
+      memory_seconds: the seconds of the traffic.
+      wire_seconds: the seconds of the bytes that leave. In each exchange the slower kind of links decides.
+      between_seconds: the part of ``wire_seconds`` in which the links between nodes are the slower ones.
+      latency_seconds: the seconds that exchanges and launches take, however little they do.
     """
 
     name: str
@@ -67,7 +68,7 @@ class Phase:
 
     @property
     def seconds(self) -> float:
-        """The time of the phase: products pass while memory is read; exchanges and latencies are added to that."""
+        """The time of the phase. Products overlap with memory traffic; exchanges and latencies are added."""
         return max(self.compute_seconds, self.memory_seconds) + self.wire_seconds + self.latency_seconds
 
     @property
@@ -78,30 +79,27 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cost:
-    """One device, one pass: "forward", or "forward + backward".
+    """What one pass, "forward" or "forward + backward", costs one device.
 
-    Beside the fields below: ``inside_bytes`` and ``between_bytes`` are those of ``wire_bytes`` that stay inside a node
-    and that go to other nodes, where the machine has nodes; ``even_wire_bytes`` are those of ``wire_bytes`` that an
-    even load fills, all but for "ragged"; ``router_flops`` are those of ``flops`` that the router takes, in fp32
-    whatever the rows are; ``hardware`` names the machine, of ``platform``, whose rates give all seconds; ``phases`` are
-    those of the layer in their order, under an even load, each a ``Phase``. ``seconds`` is their sum, as if nothing
-    passed while something else does but memory traffic and products; ``compute_seconds``, ``memory_seconds``,
-    ``wire_seconds``, ``between_seconds`` and ``latency_seconds`` are the sums of theirs.
-
-    ``wire_bytes``: what ``moe_jax.hlo.contract`` counts as ``inline_wire_bytes`` of the compiled layer: rows, and
-    beside them counts, weights, the router's statistics and the gradients of parameters that several devices hold. A
-    ragged exchange counts with the extent of its operand, as it does there; where it is emulated, as on CPUs, it runs
-    in a loop, and is not counted there. Without tokens XLA drops sums of nothing, which are counted here. The backward
-    pass is asked for the gradients of parameters and x, and not through the losses.
-
-    ``flops``: of all products with weights, a multiplication and an addition being two. Experts multiply as many rows
-    as one has under an even load, each.
-
-    ``traffic_bytes``: what passes over rows and weights read and write, each in full, wherever it comes from. A pass is
-    a copy (pack, exchange, permute, unpermute, unpack), a change of format, an activation, a sum or a product. Where
-    the plan's back end multiplies rows in their slots, or activates them in the kernel that multiplies, these passes
-    are left out. Indices do not count. A partial sum of "allgather" reads a row for every choice of every token of all
-    ranks, whether the row is there or not.
+    Attributes:
+      wire_bytes: bytes that leave the device: those of rows, counts, weights, the router's statistics, and the
+        gradients of parameters that several devices hold. It is what ``moe_jax.hlo.contract`` counts as
+        ``inline_wire_bytes`` of the compiled layer, with two exceptions. A ragged exchange counts with the extent of
+        its operand; where it is emulated, as on CPUs, it runs in a loop, which is not inline there. And without tokens
+        XLA drops sums of nothing, which are counted here. The backward pass is asked for the gradients of parameters
+        and x, and not through the losses.
+      even_wire_bytes: the part of ``wire_bytes`` that an even load fills. It is less for "ragged" alone.
+      inside_bytes, between_bytes: the parts of ``wire_bytes`` that stay inside a node, and that go to other nodes.
+      flops: those of all products with weights; a multiplication and an addition are two. Each expert multiplies as
+        many rows as it has under an even load.
+      router_flops: the part of ``flops`` that the router takes, in fp32 whatever the rows are.
+      traffic_bytes: what passes over rows and weights read and write, each in full, wherever it comes from. A pass is
+        a copy (pack, exchange, permute, unpermute, unpack), a change of format, an activation, a sum or a product.
+        Where the plan's back end multiplies rows in their slots, or activates them in the kernel that multiplies, these
+        passes are left out. Indices do not count. A partial sum of "allgather" reads a row for every choice of every token of all ranks,
+        whether the row is there or not.
+      hardware, platform: the machine whose rates give all seconds, and its platform.
+      phases: a ``Phase`` for each phase of the layer, in their order, under an even load.
     """
 
     wire_bytes: int
@@ -117,32 +115,32 @@ class Cost:
 
     @property
     def seconds(self) -> float:
-        """The estimated time: the sum over the phases."""
+        """The estimated time: the sum over the phases, as if only memory traffic and products could overlap."""
         return sum(phase.seconds for phase in self.phases)
 
     @property
     def compute_seconds(self) -> float:
-        """Of all products."""
+        """The seconds of all products."""
         return sum(phase.compute_seconds for phase in self.phases)
 
     @property
     def memory_seconds(self) -> float:
-        """Of all memory traffic."""
+        """The seconds of all memory traffic."""
         return sum(phase.memory_seconds for phase in self.phases)
 
     @property
     def wire_seconds(self) -> float:
-        """Of all bytes that leave the device."""
+        """The seconds of all bytes that leave the device."""
         return sum(phase.wire_seconds for phase in self.phases)
 
     @property
     def between_seconds(self) -> float:
-        """Of ``wire_seconds``, those in which the links between nodes are the slower ones."""
+        """The part of ``wire_seconds`` in which the links between nodes are the slower ones."""
         return sum(phase.between_seconds for phase in self.phases)
 
     @property
     def latency_seconds(self) -> float:
-        """Of all exchanges and launches, however little they do."""
+        """The seconds that exchanges and launches take, however little they do."""
         return sum(phase.latency_seconds for phase in self.phases)
 
     @property
@@ -225,7 +223,7 @@ def layer_costs(
         backward = name == PHASES[1]
         steps = steps_of(plan, size, layout, routed, shared, machine, backward)
         even = steps_of(plan, transport.even_size(plan, size), layout, routed, shared, machine, backward)
-        passes = 3 if backward else 1  # the gradient of a product takes two
+        passes = 3 if backward else 1  # the gradients of a product are two more products
         router = passes * 2 * plan.tokens_per_rank * plan.hidden * plan.num_ids
         flops = passes * sum(2 * f.projections * f.rows * plan.hidden * f.width for f in (routed, shared))
         rate = machine.flops32 if size.itemsize == 4 else machine.flops16
@@ -250,7 +248,7 @@ def layer_costs(
 
 
 def rows_cost(plan: "Plan") -> Cost:
-    """Of a forward and a backward pass, all that a transport decides: everything but what has the width of an FFN."""
+    """All costs of both passes that a transport decides: everything but what has the width of an FFN."""
     no_experts = {"ffn": 0, "activation": "swiglu", "shared_ffn": 0, "shared_activation": "swiglu"}
     return layer_costs(plan, plan.hardware, **no_experts, num_replicas=plan.num_replicas)[PHASES[1]]
 
@@ -299,7 +297,7 @@ def even_exchanges(
     shared_ffn: int | None,
     shared_activation: Choice | None,
 ) -> tuple[list[Collective], Layout]:
-    """The exchanges whose bytes the phases of ``Plan.cost`` sum up, and how the devices lie that make them."""
+    """The exchanges whose bytes the phases of ``Plan.cost`` sum up, and the layout of the devices that make them."""
     machine, of_shared = plan.hardware, activation if shared_activation is None else shared_activation
     size, layout = Size.of(plan, machine, ffn), Layout.of(plan, machine, plan.num_replicas)
     experts = experts_of(plan, size, ffn, activation, width_of_shared(plan, ffn, shared_ffn), of_shared)

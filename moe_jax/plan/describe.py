@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from moe_jax.plan.plan import Plan
 
 _CHUNKS = (1, 2, 4, 8)  # numbers of chunks that are compared
-_WORTH_SAYING = 0.98  # of the time; what saves less is not named
+_WORTH_SAYING = 0.98  # share of the time: what would save less is not named
 
 
 def describe(
@@ -58,7 +58,7 @@ def describe(
 
 
 def cost_words(cost: Cost) -> str:
-    """The time of a candidate, and what it consists of."""
+    """The time of a candidate in words, and what it consists of."""
     parts = (
         f"{cost_bytes(cost)} sent in {_ms(cost.wire_seconds)}",
         f"{cost.traffic_bytes:,} B touched in {_ms(cost.memory_seconds)}",
@@ -98,7 +98,7 @@ def _words(cost: Cost, *, whole: bool) -> str:
 
 
 def _chunks_line(plan: "Plan", cost: Cost) -> list[str]:
-    """The number of chunks that should take the least time: one travels while another is multiplied."""
+    """The line on the number of chunks that should take the least time: one travels while another is multiplied."""
     phases = {phase.name: phase for phase in cost.phases}
     moving, computing = [phases[DISPATCH], phases[COMBINE]], [phases[PRODUCTS], phases[ACTIVATION]]
     wire = sum(phase.wire_seconds for phase in moving)
@@ -122,7 +122,7 @@ def _chunks_line(plan: "Plan", cost: Cost) -> list[str]:
 
 
 def _capacity_line(plan: "Plan", cost: Cost, balanced: float) -> list[str]:
-    """What rows without a pair cost, where a round has room for them and its exchange carries them."""
+    """The line on what empty rows cost, where a round has room for them and its exchange carries them."""
     least = dataclasses.replace(plan, pair_capacity=max(1, math.ceil(balanced)))
     saved = rows_cost(plan).seconds - rows_cost(least).seconds
     if saved < (1 - _WORTH_SAYING) * cost.seconds:

@@ -29,9 +29,16 @@ _ROUTE_LAUNCHES = {"cpu": 40, "gpu": 40, "npu": 40, "tpu": 100}
 
 
 class Ffn(NamedTuple):
-    """Experts on one device."""
+    """The experts of one kind, routed or shared, on one device.
 
-    rows: int  # of all of them
+    Attributes:
+      rows: the rows of all of them.
+      experts: how many there are.
+      width: the width of one of them, the part that tp leaves it.
+      activation: as for ``moe_on_mesh``.
+    """
+
+    rows: int
     experts: int
     width: int
     activation: Choice
@@ -50,7 +57,7 @@ class Ffn(NamedTuple):
 def experts_of(
     plan: "Plan", size: Size, ffn: int, activation: Choice, shared_ffn: int, shared_activation: Choice
 ) -> tuple[Ffn, Ffn]:
-    """(routed, shared)."""
+    """The routed and the shared experts of a device."""
     routed = Ffn(size.multiplied, plan.num_local_experts, ffn // plan.tp_size, activation, size.fused)
     return routed, Ffn(plan.tokens_per_rank, 1, shared_ffn, shared_activation)
 
@@ -76,12 +83,12 @@ def steps_of(
 
 
 def rounds_step(plan: "Plan") -> Step:
-    """The ranks agree on the number of rounds, where they do not know it from the counts that they exchange."""
+    """The step in which ranks agree on the number of rounds, where counts that they exchange do not tell it."""
     return Step(ROUTE, (Collective("all-reduce", plan.exchange_axes, WIDE),) if plan.max_rounds > 1 else ())
 
 
 def _sums(plan: "Plan", size: Size, layout: Layout, routed: Ffn, shared: Ffn, backward: bool) -> list[Step]:
-    """What is summed over all devices: load and two counts; shares and a loss; gradients of replicated parameters.
+    """The steps that sum over all devices: load and counts, shares and a loss, gradients of replicated parameters.
 
     XLA makes one all-reduce of all that have a dtype and a group in common.
     """
@@ -94,7 +101,7 @@ def _sums(plan: "Plan", size: Size, layout: Layout, routed: Ffn, shared: Ffn, ba
     floats += plan.hidden * plan.num_ids * WIDE
     narrow = plan.hidden * (3 * plan.num_const_experts + shared.projections * shared.width) * size.sum_item
     sums = (floats + narrow,) if size.sum_item == WIDE else (floats, narrow)
-    # Of weights that are split over replicas each device gets its part of the sum, which is then added over the others.
+    # Where replicas split weights, each device gets its part of the sum, which is then added over the other replicas.
     of_experts = _expert_weights(plan, routed) * WIDE
     others = tuple(name for name in replicas if name not in layout.params)
     experts = (
@@ -107,18 +114,18 @@ def _sums(plan: "Plan", size: Size, layout: Layout, routed: Ffn, shared: Ffn, ba
 
 
 def _gathers(plan: "Plan", layout: Layout, routed: Ffn) -> Step:
-    """The weights of experts made whole, where they are split over replicas: one gather for each projection."""
+    """The step that makes the weights of experts whole, where replicas split them: a gather for each projection."""
     part = _expert_weights(plan, routed) * WIDE // routed.projections // layout.group(layout.params).size
     return Step(PRODUCTS, (Collective("all-gather", layout.params, part),) * (routed.projections if part else 0))
 
 
 def _expert_weights(plan: "Plan", routed: Ffn) -> int:
-    """Numbers in the weights of a device's routed experts, whole along H."""
+    """How many numbers the weights of a device's routed experts have, whole along H."""
     return routed.projections * routed.experts * plan.hidden * routed.width
 
 
 def _local_steps(plan: "Plan", size: Size, backward: bool) -> list[Step]:
-    """Of a device that exchanges nothing: a gather each way, of rows as recipes leave them; the sum at the tokens."""
+    """The steps of a device that exchanges nothing: a gather of rows each way, recipes, and the sum at the tokens."""
     tokens, pairs = plan.tokens_per_rank, plan.num_pairs
 
     def out(phase, rows, message):
@@ -129,14 +136,14 @@ def _local_steps(plan: "Plan", size: Size, backward: bool) -> list[Step]:
         return Step(phase, (), traffic, launches=2)
 
     found = [out(DISPATCH, tokens, size.out), back(COMBINE, size.back)]
-    if backward:  # cotangents take the same ways; beside that, those of pairs and of weights are made
+    if backward:  # cotangents go the same ways, and those of pairs and weights are computed too
         beside = 2 * (pairs * size.row + tokens * size.wide)
         found += [out(COMBINE, pairs, size.ct), Step(COMBINE, (), beside, launches=2), back(DISPATCH, size.ct)]
     return found
 
 
 def _ffn_steps(ffn: Ffn, hidden: int, itemsize: int, backward: bool) -> list[Step]:
-    """Each product reads two matrices and writes one; so do its two gradients. 16-bit weights are cast copies."""
+    """Products and activation. A product and its gradients read two matrices and write one; 16-bit weights are cast."""
     if not ffn.width:
         return []
     row, inner, count = hidden * itemsize, ffn.width * itemsize, ffn.projections

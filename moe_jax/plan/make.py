@@ -156,7 +156,7 @@ def make_plan(
     balanced = balanced_rows(tokens, sizes["top_k"], ep_size, sizes["num_shared_ranks"])
     pair_capacity = _pair_capacity(balanced, most, capacity_factor)
     if ep_size * tp_size == 1 and overflow == "dropless":
-        pair_capacity = max(1, most)  # nothing is exchanged, and all rows are there in one round
+        pair_capacity = max(1, most)  # nothing is exchanged, and one round has all rows
     plan = Plan(
         ep_axis=axes.ep,
         tp_axis=axes.tp[0] if len(axes.tp) == 1 else axes.tp or None,
@@ -182,7 +182,7 @@ def make_plan(
         backward_quant=backward_quant,
         **sizes,
     )
-    # 3. A transport is chosen last, for it is the plan itself that says what each of them costs.
+    # 3. The transport is chosen last, since it takes a plan to say what each transport costs.
     if transport != "auto":
         remark = transport_of(plan).remark(plan)
         return dataclasses.replace(plan, transport_reason=f"as asked; {remark}") if remark else plan
@@ -239,19 +239,19 @@ def _of_nodes(plan: Plan, taken: Cost) -> str:
 
 
 def _machine_of_mesh(mesh: Mesh | AbstractMesh) -> tuple[Machine, str]:
-    """What the mesh's devices are, or JAX's own where it has none, and what JAX calls their kind."""
+    """The machine of the mesh's devices, or of JAX's own where it has none, and what JAX calls their kind."""
     device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else jax.devices()[0]
     return machine_of(device.platform, device.device_kind), device.device_kind
 
 
 def _for_kind(machine: Machine, kind: str) -> str:
-    """Why "auto" took its back ends. JAX may have several words for one kind, so a listed one goes by its own name."""
+    """Why "auto" took its back ends. JAX may have several names for a kind; a listed machine has its own name here."""
     is_listed = any(map(kind.startswith, machine.kinds))
     return f"; for {machine.name}" if is_listed else f"; for {machine.platform} devices of kind {kind!r}"
 
 
 def _back_ends(machine: Machine, kind: str) -> str:
-    """The back ends that "auto" stands for; those for any platform where none can be registered for the machine's."""
+    """The back ends that "auto" stands for. A platform that no back end can name gets those that serve any platform."""
     return resolve_all(machine.platform, kind) if machine.platform in PLATFORMS else "xla"
 
 

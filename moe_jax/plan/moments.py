@@ -1,7 +1,7 @@
 """The moments of a layer's programs: which arrays lie in the memory of one device at the same time, on each platform.
 
-They were read off buffer assignments and live ranges of compiled programs. What a fusion never writes is not there, and
-an array that nobody reads any more has given its place to the next.
+They were read off buffer assignments and live ranges of compiled programs. Values that only exist inside a fusion take
+no memory, and an array that nobody reads any more has given its place to the next one.
 """
 
 from collections.abc import Iterator
@@ -17,22 +17,23 @@ if TYPE_CHECKING:
     from moe_jax.plan.plan import Plan
 
 WIDE = 4  # bytes of an integer, of a number of a sum, and of a number in an optimiser's state
-LANES = {"tpu": 128}  # numbers that the last axis of an array is filled up to
+LANES = {"tpu": 128}  # the last axis of an array is filled up to a multiple of so many numbers
 
 
 class Held(NamedTuple):
     """Bytes that lie in the memory of one device while the rows of a round travel, as their transport says.
 
     Attributes:
-      out: while rows leave and arrive.
-      arrived: what arrived, until rows are put in the order of the experts.
-      placed: what the rows that the experts made are put into before they leave.
-      back: while that leaves, and comes back to the tokens.
-      returned: what came back, until it is put at the tokens.
-      collected: what is kept at the tokens for the sum over the choices of each.
-      adjoint: beside rows and their cotangents, what lies there in the backward pass of a round.
-      sums: of all ranks' tokens, where they are made on every rank.
-      weighed: the rows of all ranks' tokens for every choice, and their sums, where both lie there at once.
+      out: the bytes in memory while rows leave and arrive.
+      arrived: those of what arrived, until rows are put in the order of the experts.
+      placed: those of the buffer into which the experts' results are put before they leave.
+      back: the bytes in memory while that buffer leaves, and comes back to the tokens.
+      returned: those of what came back, until it is put at the tokens.
+      collected: those of what the tokens keep for the sum over the choices of each.
+      adjoint: those that a backward pass of a round takes beside rows and their cotangents.
+      sums: those of the sums of all ranks' tokens, where every rank makes these.
+      weighed: those of the rows of all ranks' tokens for every choice, and of their sums, where both are in memory at
+        once.
     """
 
     out: int
@@ -51,13 +52,13 @@ class Sizes(NamedTuple):
 
     Attributes:
       rows: [M, H], in the order of the experts.
-      column: [M, F], what one projection makes.
+      column: [M, F], the result of one projection.
       inner: what the activation reads, [M, F] of each projection into the hidden width.
       weight: [L, H, F], one projection's weights, in the dtype of the rows.
       projections: how many of them an expert has.
       tokens: [T, H] in the dtype of the rows.
       wide: [T, H] in fp32.
-      held: what rows of the transport take while they travel, see ``Held``.
+      held: what rows take while the transport moves them, see ``Held``.
       loops: whether further rounds may follow the first, so that there are loops.
       narrow: whether the rows have 16 bits.
       cast: whether weights are cast to the dtype of the rows.
@@ -147,15 +148,15 @@ def backward(s: Sizes, platform: str) -> Iterator[tuple[int, str]]:
     casts = s.projections * s.weight if s.cast else 0
     for size, moment in forward(s, platform):
         yield kept - s.held.collected * s.loops + size, f"forward, kept rows beside it: {moment}"
-    if platform == "tpu":  # where the backward pass begins before the further rounds of the forward pass
+    if platform == "tpu":  # the backward pass begins there before the further rounds of the forward pass
         yield kept + s.rows + s.column + held.out, "forward, cotangents beside it: rows on their way to the experts"
     yield base + kept + held.back, "the cotangents of rows on their way to the experts"
     both = 2 * s.rows + held.adjoint
     yield base + casts + both + 2 * s.inner, "the backward pass of the activation"
-    if s.loops:  # where the first round writes its gradients into the results, further ones make and add theirs
+    if s.loops:  # the first round writes its gradients into the results; further rounds make theirs and add them
         more = s.weight * (2 if s.cast else 1)
         yield base + more + both + s.inner + s.column, "the gradient of the experts' weights in a further round"
-    if held.sums:  # those that came out of the experts, and of cotangents, beside the rows that they are made of
+    if held.sums:  # sums of experts' results, and of cotangents, beside the rows that they are made of
         yield 4 * s.rows + s.inner + s.column + 2 * held.sums, "the sums of the cotangents of the tokens"
     if held.weighed:
         yield s.tokens + 3 * s.rows + held.weighed, "the gradient of the weights of choices"
@@ -168,12 +169,12 @@ def backward(s: Sizes, platform: str) -> Iterator[tuple[int, str]]:
 
 
 def kept_bytes(s: Sizes) -> int:
-    """What one layer keeps from its forward to its backward pass, but for parameters, its input and ``unweighed``."""
+    """What one layer keeps from its forward to its backward pass, except parameters, its input and ``unweighed``."""
     return s.rows + s.inner + s.held.collected
 
 
 def _held_alone(plan: "Plan") -> Held:
-    """Of a device that holds all experts: rows are gathered from the tokens, and come back by choice."""
+    """The ``Held`` of a device that holds all experts: rows are gathered from tokens, and come back by choice."""
     pairs = plan.num_pairs * plan.hidden * jnp.dtype(plan.dtype).itemsize
     return Held(out=0, arrived=0, placed=0, back=0, returned=0, collected=pairs, adjoint=0, sums=0, weighed=0)
 

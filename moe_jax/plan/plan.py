@@ -30,8 +30,8 @@ class Plan:
       ep_axis: mesh axes over which experts are spread, outermost first: ("ep",), or ("node", "ep"). Of several, the
         last one lies inside a node, and the others go from node to node.
       tp_axis: the mesh axis along which experts are split, or a tuple of several; None: no such axis.
-      token_axes: mesh axes over which tokens are spread, outermost first; all of the exchange are among them.
-      param_axes: those of ``dp_axis`` along which the weights of experts are split as well, and gathered for use.
+      token_axes: mesh axes over which tokens are spread, outermost first. All axes of the exchange are among them.
+      param_axes: the axes of ``dp_axis`` along which the weights of experts are split too, and gathered for use.
       mesh_axes: all axes of the mesh with their sizes, outermost first: devices are laid out along the last one first.
       ep_size: W, ranks along ``ep_axis``, of all nodes.
       tp_size: P, ranks along ``tp_axis``.
@@ -40,7 +40,7 @@ class Plan:
       hidden: H, the width of a token.
       num_experts: E, physical routed experts.
       top_k: K, choices of a token.
-      dtype: of the rows: "float32", "bfloat16" or "float16".
+      dtype: the dtype of rows: "float32", "bfloat16" or "float16".
       num_shared_experts: experts that every token goes to.
       num_shared_ranks: expert-parallel ranks that hold shared experts; 0: they are computed where the token is.
       num_zero_experts: experts that add nothing; their ids follow those of routed experts.
@@ -50,14 +50,14 @@ class Plan:
       combine_quant: recipe of the rows on their way back.
       backward_quant: recipe of the cotangents of rows, both ways.
       transport: how rows travel: "padded", "ragged", "allgather" or "hierarchy"; never "auto".
-      transport_reason: why this one, in words.
+      transport_reason: why it is this transport, in words.
       overflow: "dropless" or "drop": what happens to rows that a round has no room for.
       pair_capacity: rows that a pair of ranks can move in a round of the layer.
       hardware: the machine that the plan was made for, whose figures the cost model takes.
-      platform: that machine's: "cpu", "gpu", "tpu" or "npu".
+      platform: the platform of that machine: "cpu", "gpu", "tpu" or "npu".
       backend: the back end of the kernels, by name; where several share the work, joined by "+": the first that has a
         kernel serves it. Never "auto".
-      backend_reason: which of them serves what, and why, in words.
+      backend_reason: which back end serves what, and why, in words.
       kernels: what the names in ``backend`` meant when the plan was made, such as ("cpu#1",): the registrations that
         kernels and exchanges are looked up by, so that nothing that is registered later changes the plan's program.
       poison: whether slots that nobody may read are filled with NaN.
@@ -132,7 +132,7 @@ class Plan:
 
     @cached_property
     def num_ids(self) -> int:
-        """Ids that a router may give: routed, then zero, copy and constant experts."""
+        """The number of ids that a router may give: those of routed experts, then of zero, copy and constant ones."""
         return self.num_experts + self.num_zero_experts + self.num_copy_experts + self.num_const_experts
 
     @cached_property
@@ -169,17 +169,17 @@ class Plan:
 
     @cached_property
     def dispatch_recipe(self) -> Recipe | None:
-        """How rows travel to the experts; None: as they are."""
+        """How rows are quantised on their way to the experts; None: not at all."""
         return recipe(self.quant, self.dtype)
 
     @cached_property
     def combine_recipe(self) -> Recipe | None:
-        """How rows travel back from the experts; None: as they are."""
+        """How rows are quantised on their way back; None: not at all."""
         return recipe(self.combine_quant, self.dtype)
 
     @cached_property
     def backward_recipe(self) -> Recipe | None:
-        """How cotangents travel, both ways; None: as they are."""
+        """How cotangents are quantised, both ways; None: not at all."""
         return recipe(self.backward_quant, self.dtype)
 
     @property
@@ -194,16 +194,16 @@ class Plan:
     def workspace(self, call: str = "layer") -> dict[str, int]:
         """Bytes per device of the buffers through which rows pass in a forward pass, by purpose.
 
-        They are counted as the program describes them, from sizes alone; each buffer counts once, and those of one call
-        are counted as if all were there at the same time. By key:
+        They are counted from sizes alone. Each buffer of a call counts once, as if all of them were in memory at the
+        same time. By key:
 
         - "outbox": rows, or messages of a quantised wire, packed for other ranks. "allgather" has none: it sends the
           tokens as they are.
-        - "inbox": what came from all ranks, of all tp ranks.
-        - "node_slots": of "hierarchy", the tokens packed for other nodes, and those that came from them.
+        - "inbox": what came from all ranks, for all tp ranks.
+        - "node_slots": only for "hierarchy", the tokens packed for other nodes, and those that came from them.
         - "rows": the M rows in the order of the experts, in ``plan.dtype``.
         - "return": rows, or sums of rows, on their way back to the tokens.
-        - "integers": which row lies where, and the counts.
+        - "integers": the maps, which say what row lies where, and the counts.
 
         Not in it are the arguments and results (tokens, parameters, y); what the experts compute of the rows (inner
         activations, as wide as an FFN, and the rows that they return); casts of parameters and of rows; the router;
@@ -213,10 +213,10 @@ class Plan:
         times as large: ``temporary_bytes`` of ``moe_jax.hlo_contract`` reads what they are.
 
         Args:
-          call: "layer": of one round of ``moe_layer`` or ``moe_on_mesh``, M being ``num_rows(pair_capacity)``: bounded,
-            at any skew; where one device holds all experts nothing is sent, and M is T * K. "dispatch": of a call of
-            ``dispatch`` alone and the ``combine`` that follows it, which do all in one round: with overflow="dropless"
-            M is the worst skew, T * K rows from every rank.
+          call: "layer": one round of ``moe_layer`` or ``moe_on_mesh``, where M is ``num_rows(pair_capacity)``, which is
+            bounded at any skew; where one device holds all experts nothing is sent, and M is T * K. "dispatch": a call
+            of ``dispatch`` alone and the ``combine`` that follows it, which do all in one round: with
+            overflow="dropless" M holds the worst skew, T * K rows from every rank.
 
         Raises:
           InvalidArgumentError: ``call`` is neither.
@@ -248,12 +248,12 @@ class Plan:
         ``mesh_axes`` and ``devices_per_node`` of the machine; where ``ep_axis`` has several axes, these say it.
 
         Args:
-          ffn: F, width of an expert, divisible by tp; a shared expert is as many times as wide as there are. 0 leaves
-            out what depends on it: products of experts, and gradients of weights that are summed over devices.
+          ffn: F, width of an expert, divisible by tp; n shared experts are n times as wide. 0 leaves out what depends
+            on it: products of experts, and gradients of weights that are summed over devices.
           activation, shared_ffn, shared_activation: as for ``moe_on_mesh``.
-          num_replicas: copies of the whole group; None: as many as the plan's mesh has.
-          platform: "cpu", "gpu" or "tpu": at the rates of a machine of that platform (h100, v5p); or
-          hardware: at those of this machine, as for ``make_plan``; both None: at those of ``plan.hardware``.
+          num_replicas: how often the whole group is there; None: as often as in the plan's mesh.
+          platform: "cpu", "gpu" or "tpu": take the rates of a machine of that platform (h100, v5p); or
+          hardware: take the rates of this machine, as for ``make_plan``; both None: take those of ``plan.hardware``.
 
         Raises:
           InvalidArgumentError: an argument is not as above.
@@ -296,12 +296,12 @@ class Plan:
         """What one device holds at the largest moment, in bytes, as the compiler of its platform places arrays.
 
         Args:
-          ffn: F, width of an expert, divisible by tp; a shared expert is as many times as wide as there are.
+          ffn: F, width of an expert, divisible by tp; n shared experts are n times as wide.
           activation: as for ``moe_on_mesh``.
           layers: how many layers like this one the model has.
           optimizer: "adamw" or "adam" (two fp32 numbers for each parameter), "momentum" (one), "sgd" (none), or "none":
             inference, where there are no gradients and nothing is kept.
-          param_dtype: of the parameters.
+          param_dtype: the dtype of the parameters.
           remat: whether each layer is computed again in the backward pass (``jax.checkpoint``), and keeps its input
             alone.
           call: "layer", or "dispatch": a call of ``dispatch`` alone, which has room for the worst skew. It has neither
@@ -352,7 +352,7 @@ class Plan:
     ) -> str:
         """The plan in words: sizes, choices with their reasons, bytes and costs per device.
 
-        The arguments are those of ``cost``; without ``ffn``, of the costs only what it does not decide.
+        The arguments are those of ``cost``. Without ``ffn`` only those costs are named that do not depend on it.
         """
         return describe(
             self, ffn=ffn, activation=activation, shared_ffn=shared_ffn, shared_activation=shared_activation

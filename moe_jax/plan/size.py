@@ -17,7 +17,7 @@ WIDE = 4  # bytes of an integer, a weight, a term of a sum, a number in a parame
 
 
 def balanced_rows(tokens: int, top_k: int, ep_size: int, num_shared_ranks: int) -> float:
-    """Rows that a rank sends another when routes are even; a rank of a shared expert gets every token it serves."""
+    """Rows that a rank sends another under even routes. A rank with a shared expert gets all tokens that it serves."""
     routed = tokens * top_k / (ep_size - num_shared_ranks)
     return max(routed, float(tokens)) if num_shared_ranks else routed
 

@@ -45,7 +45,7 @@ class Step(NamedTuple):
       phase: one of ``STEP_PHASES``.
       collectives: the exchanges, one after the other.
       traffic: bytes that pass through the memory of the device.
-      launches: kernels and steps of a program that are started, but for the exchanges themselves.
+      launches: kernels and steps of a program that are started, without the exchanges themselves.
     """
 
     phase: str
@@ -59,8 +59,8 @@ class Group(NamedTuple):
 
     Attributes:
       size: how many they are, this rank included.
-      outside: how many of them are on other nodes; of the rank that sees most.
-      span: neighbouring devices among which they lie: from the first of them to the last, in blocks of whole axes.
+      outside: how many of them are on other nodes, for the rank that sees most there.
+      span: how many neighbouring devices they lie among, from the first to the last, in blocks of whole axes.
     """
 
     size: int
@@ -74,8 +74,8 @@ class Layout(NamedTuple):
     Attributes:
       axes: names and sizes of the mesh axes, outermost first.
       replicas: the axes that replicate the whole group.
-      params: those of them along which the weights of experts are split as well.
-      node: devices that share a node; a number that no mesh reaches where all of them do.
+      params: the axes of ``replicas`` along which the weights of experts are split too.
+      node: how many devices share a node; a number that no mesh reaches, where all devices share one.
     """
 
     axes: tuple[tuple[str, int], ...]
@@ -123,7 +123,7 @@ def _group(axes: tuple[tuple[str, int], ...], names: frozenset[str], node: int) 
     # 1. The node of each device, one row for each group.
     nodes = np.arange(math.prod(sizes)).reshape(sizes) // node
     rows = np.moveaxis(nodes, inside, range(-len(inside), 0)).reshape(-1, size)
-    # 2. Of each row, the members on each node; a rank on the node with the fewest sees most outside.
+    # 2. For each row, the members on each node. A rank on the node with the fewest members sees most outside.
     keys = np.arange(len(rows))[:, None] * (nodes.max() + 1) + rows
     _, members = np.unique(keys, return_counts=True)
     return Group(size, size - int(members.min()), span)
@@ -138,9 +138,9 @@ def leaves(op: str, size: int, handed: int) -> int:
 def bytes_of(collective: Collective, group: Group) -> tuple[int, int]:
     """(bytes that leave a device for its own node, for other nodes).
 
-    In an all-to-all every rank gets a part of its own, so what is for other nodes crosses by itself. What is gathered
-    or summed enters each node once, and its devices share the work: of what comes from one rank outside, each device
-    carries one part in as many as there are in the node.
+    In an all-to-all every rank gets a part of its own, so each device sends what is for other nodes by itself. What is
+    gathered or summed enters each node once, and its devices share the work: each of the n members of the group in a
+    node carries an n-th of what comes from one rank outside.
     """
     total = leaves(collective.op, group.size, collective.handed)
     if not group.outside:
@@ -156,9 +156,9 @@ class Sent(NamedTuple):
     Attributes:
       inside: bytes that leave a device for its own node.
       between: bytes that leave it for other nodes.
-      seconds: of the slower kind of links, exchange by exchange.
-      between_seconds: those of them in which the links between nodes are the slower ones.
-      latency: seconds, however few bytes.
+      seconds: the time on the slower kind of links, exchange by exchange.
+      between_seconds: the part of ``seconds`` in which the links between nodes are the slower ones.
+      latency: the seconds that the exchanges take however few bytes they move.
     """
 
     inside: int = 0
@@ -174,7 +174,7 @@ class Sent(NamedTuple):
 def sent_by(collective: Collective, layout: Layout, machine: Machine, wire_share: float) -> Sent:
     """One exchange. Both kinds of links work at the same time, so the slower one decides; the latency is added to it.
 
-    ``wire_share``: of the link inside, what rows reach that go from rank to rank.
+    ``wire_share`` is the share of the rate of the link inside that exchanges of rows reach.
     """
     group = layout.group(collective.axes)
     if group.size == 1:

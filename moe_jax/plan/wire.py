@@ -25,13 +25,13 @@ def wire_bytes(
 ) -> tuple[np.ndarray, np.ndarray]:
     """What devices send each other in one call of the layer under an even load, as ``Plan.cost`` counts it.
 
-    An exchange counts with the one for whom the bytes are, whoever carries them: what a device sends inside of its node
-    is spread evenly over the others of its group there, and what it sends to other nodes over those that are elsewhere.
+    Bytes count for the device that they are for, whoever carries them: what a device sends inside its node is spread
+    evenly over the other members of its group there, and what it sends to other nodes over the members elsewhere.
 
     Args:
       plan, ffn, activation, shared_ffn, shared_activation: as for ``Plan.cost``.
-      backward: with the backward pass.
-      most: of all devices, so many of the first ones at most.
+      backward: whether to add the backward pass.
+      most: the most devices to look at, the first ones.
 
     Returns:
       (bytes [D, D] f64, from the device of the row to that of the column; the node [D] of each device).
@@ -57,7 +57,7 @@ def _add(found: np.ndarray, exchange: Collective, layout: Layout, nodes: np.ndar
     groups = np.broadcast_to(np.arange(math.prod(kept)).reshape(kept), sizes).ravel()
     # 2. How many members of its group are on its node, itself included.
     _, key, members = np.unique(groups * (nodes[-1] + 1) + nodes, return_inverse=True, return_counts=True)
-    # 3. The bytes for each of the others, of a device that has so many neighbours.
+    # 3. The bytes that each of the others gets from a device with so many neighbours.
     shown = len(found)
     for here in np.unique(members):
         inside, between = bytes_of(exchange, group._replace(outside=group.size - int(here)))

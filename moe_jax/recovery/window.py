@@ -102,6 +102,16 @@ def buffer_reset(
       InvalidArgumentError, MissingArgumentError, ShapeError, DtypeError: an argument is not as above.
       MeshError: ``axis_name`` is not bound here.
 
+    >>> import jax, jax.numpy as jnp, moe_jax as moe
+    >>> from jax.sharding import PartitionSpec as P
+    >>> moe.emulate_devices(2)  # leave this out where there are accelerators
+    >>> def used_and_reset(link_mask):
+    ...     window = moe.Window(data=jnp.ones((2, 1)), counts=jnp.ones(2, jnp.int32), step=jnp.zeros(1, jnp.int32))
+    ...     return moe.buffer_reset(window, link_mask, "ep").data
+    >>> run = jax.jit(jax.shard_map(used_and_reset, mesh=moe.make_mesh(ep=2), in_specs=P(), out_specs=P("ep")))
+    >>> run(jnp.array([1, 0])).ravel()  # rank 1 is isolated
+    Array([0., 0., 1., 1.], dtype=float32)
+
     Source: MoeDistributeBufferReset (its elasticInfo is ``link_mask``, its needSync ``sync``).
     """
     axes, num_ranks = _bound(axis_name)
@@ -210,6 +220,18 @@ def receivable_info_collect(
       InvalidArgumentError, MissingArgumentError, ShapeError, DtypeError: an argument is not as above.
       MeshError: ``axis_name`` is not bound here.
 
+    >>> import jax, jax.numpy as jnp, moe_jax as moe
+    >>> from jax.sharding import PartitionSpec as P
+    >>> from moe_jax.recovery.window import make_window
+    >>> moe.emulate_devices(2)  # leave this out where there are accelerators
+    >>> def who_hears_whom(pattern):
+    ...     window = make_window(2, 1, jnp.float32, num_ranks=2)
+    ...     window = moe.receivable_test(window, pattern, jnp.array([0]), "ep")  # all ranks are on server 0
+    ...     return moe.receivable_info_collect(window, pattern, "ep")
+    >>> run = jax.jit(jax.shard_map(who_hears_whom, mesh=moe.make_mesh(ep=2), in_specs=P(), out_specs=P("ep")))
+    >>> run(jnp.array([[7.0]])).tolist()  # two rows of each rank
+    [[1, 2], [1, 2], [1, 2], [1, 2]]
+
     Source: ElasticReceivableInfoCollect.
     """
     axes, num_ranks = _bound(axis_name)
@@ -224,7 +246,7 @@ def receivable_info_collect(
 
 def _bound(axis_name: Any) -> tuple[tuple[str, ...], int]:
     axes = _compat.bound_axes(axis_name)
-    return axes, _compat.group_size(axes)
+    return axes, jax.lax.axis_size(axes)
 
 
 def _links(link_up: Array | None, num_ranks: int) -> Array:

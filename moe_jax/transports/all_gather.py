@@ -134,7 +134,7 @@ class AllGather(Transport):
             collected=plan.tokens_per_rank * wide,
             adjoint=tokens * (row + wide),
             sums=buffers["return"],
-            # XLA:TPU gathers the rows of all choices first, where others read them inside of what they make.
+            # XLA:TPU first gathers the rows of all choices; other compilers read them inside the sum.
             weighed=tokens * (plan.pairs_per_token * row + wide) if platform == "tpu" else 0,
         )
 
@@ -154,7 +154,8 @@ class AllGather(Transport):
         found = [rounds_step(plan), Step(ROUTE, (of_pairs,)), out(DISPATCH, size.out)]
         found += [Step(COMBINE, (of_pairs,)), back(COMBINE, size.back)]
         if backward:
-            # Of every choice of every token, <row, cotangent>; their sums go back as the gradients of the weights.
+            # The products <row, cotangent> of every choice of every token are summed, and go back as the gradients of
+            # the weights.
             dots = tokens * (size.wide + size.row) + 2 * size.arrived * size.row + everyone * (size.row + size.wide)
             summed = Collective("reduce-scatter", axes, plan.ep_size * plan.tp_size * pairs)
             found += [out(COMBINE, size.ct), Step(COMBINE, (summed,), dots, launches=3), back(DISPATCH, size.ct)]
@@ -165,14 +166,14 @@ class AllGather(Transport):
 
 
 def _pass_out(plan: Plan, size, message: int) -> int:
-    """Tokens as messages to all ranks, and rows picked out of them."""
+    """The steps that take tokens as messages to all ranks, and pick rows out of them."""
     coded = recoded(size, message, plan.tokens_per_rank) + recoded(size, message, size.arrived)
     moved = (plan.tokens_per_rank + size.everyone) * message if plan.ep_size * plan.tp_size > 1 else 0
     return coded + moved + 2 * size.arrived * message
 
 
 def _pass_back(plan: Plan, size, message: int) -> int:
-    """Rows of products summed for all tokens, and the sums of the ranks added."""
+    """The steps that sum the rows of products for all tokens, and add the sums of the ranks."""
     sums = size.everyone * (plan.pairs_per_token * size.row + size.wide)
     moved = (size.everyone + plan.tokens_per_rank) * size.wide if plan.ep_size * plan.tp_size > 1 else 0
     return 2 * recoded(size, message, size.arrived) + sums + moved
@@ -182,7 +183,7 @@ ALL_GATHER = AllGather()
 
 
 def _everyone(ct: Array, plan: Plan) -> Array:
-    """[T, H] of each device -> [P * W, T, H] of all, as the recipe of cotangents leaves them."""
+    """[T, H] of each device -> [P * W, T, H] of all devices, rounded as the recipe of cotangents rounds them."""
     recipe = plan.backward_recipe
 
     def encoded(ct):

@@ -1,7 +1,10 @@
 """The transports "padded" and "ragged": every rank sends each rank its rows, and sums are made at the tokens.
 
-They differ in how the exchange moves rows that lie end to end in the outbox. "padded" sends equal blocks where a round
-is no longer than ``plan.pair_capacity``, as in the layer, and else chunks of that length; "ragged" sends slices.
+They differ in the exchange alone. "padded" sends equal blocks where a round is no longer than ``plan.pair_capacity``,
+as in the layer, and chunks of that length where it is longer; "ragged" sends slices of true length, which lie end to
+end in the outbox. ``AllToAll`` has what they share: ``send`` packs rows into the outbox, and ``collect`` unpacks what
+came back. JAX never differentiates these two: each is the adjoint of the other, by the rules in ``linear``, ``send``
+and ``collect``.
 """
 
 import abc
@@ -74,8 +77,8 @@ class Counted(NamedTuple):
 class AllToAll(Transport):
     """What "padded" and "ragged" have in common: everything but the exchange, and how many rows it hands over.
 
-    A subclass says in ``exchange`` what moves the rows. Where that sends fewer rows than ``ep_size * capacity``, it
-    says so in ``sent_rows``, from which the plan counts bytes.
+    A subclass says in ``exchange`` what moves the rows. If its exchange sends fewer rows than ``ep_size * capacity``,
+    its ``sent_rows`` says how many, from which the plan counts bytes.
     """
 
     pairwise = True
@@ -129,7 +132,7 @@ class AllToAll(Transport):
         mine = manifest.known.sizes[lane][:, collectives.ep_rank(plan)]
         return jnp.all(jnp.sum(recv_counts[lane], axis=-1) == mine)
 
-    # Out.
+    # Out: rows are packed into the outbox, travel, and are put in the order of the experts if ``ordered``.
 
     def send(self, tokens, pairs, maps, plan: Plan, *, ordered):
         with jax.named_scope("pack"):
@@ -178,7 +181,7 @@ class AllToAll(Transport):
         return maps.pair_outbox >= 0
 
     def together(self, earlier, collected, maps):
-        """Each pair comes back in one round."""
+        """Each pair comes back in one round, so its row is taken from that round."""
         return jnp.where((maps.pair_outbox >= 0).T[..., None], collected, earlier)
 
     def total(self, collected, maps):
@@ -229,8 +232,8 @@ class AllToAll(Transport):
         gathered = inbox if plan.tp_size > 1 else 0
         out = buffers["inbox"] + max(buffers["outbox"] + self.chunk_rows(plan, capacity) * row, gathered)
         if capacity > plan.pair_capacity and platform != "gpu":
-            # A long inbox is filled bit by bit. XLA:TPU and XLA:CPU make it out of another one, which is empty, and on
-            # CPU that stays.
+            # A long inbox is filled part by part. XLA:TPU and XLA:CPU make it from another, empty one, which on CPUs
+            # stays in memory.
             out = out + buffers["inbox"] if platform == "cpu" else max(out, 2 * buffers["inbox"])
         return Held(
             out=out,
@@ -268,14 +271,14 @@ class AllToAll(Transport):
             out(DISPATCH, tokens, size.out),
             back(COMBINE, size.back),
         ]
-        if backward:  # beside the cotangents of rows, those of pairs and of weights
+        if backward:  # cotangents of what pairs sent, and of weights, go beside those of rows
             beside = 2 * (pairs * size.row + tokens * size.wide)
             found += [Step(COMBINE, (), beside, launches=2), out(COMBINE, pairs, size.ct), back(DISPATCH, size.ct)]
         return found
 
 
 def _pass_out(plan: Plan, size, rows: int, message: int) -> int:
-    """``rows`` as messages to the experts, and in their order there, where they are put in order."""
+    """Bytes of the passes that take ``rows`` as messages to the experts, and put them in order where that is needed."""
     coded = recoded(size, message, rows) + recoded(size, message, size.arrived)
     moved = (size.sent + size.slots) * message if plan.ep_size > 1 else 0
     gathered = (size.slots + size.arrived) * message if plan.tp_size > 1 else 0
@@ -283,7 +286,7 @@ def _pass_out(plan: Plan, size, rows: int, message: int) -> int:
 
 
 def _pass_back(plan: Plan, size, message: int) -> int:
-    """Rows of products as messages to the tokens, and summed."""
+    """Bytes of the passes that take rows of products as messages to the tokens, and sum them."""
     moved = (size.slots + size.sent) * message if plan.ep_size > 1 else 0
     coded = recoded(size, message, size.slots) + recoded(size, message, plan.num_pairs)
     unpacked = plan.num_pairs * (2 * message + size.row) + plan.tokens_per_rank * size.wide

@@ -13,9 +13,9 @@ A dispatch, round by round::
     y     = transport.finish(...)                # the weighted sum over the choices of each token
 
 T tokens per device, C pairs of each token, W expert-parallel and P tensor-parallel ranks, L local experts, M rows of
-the experts' input. A pair (t, c) has the number t * C + c; -1 stands for "none" in all maps. What belongs to pairs and
-has a width is ordered by choice, then token, [C, T, ...]: for sums over the choices of a token it is C arrays in their
-natural layout, where [T, C, ...] would leave most of a TPU's tiles empty.
+the experts' input. A pair (t, c) has the number t * C + c; -1 stands for "none" in all maps. Arrays of pairs that have
+a width are ordered by choice, then token, [C, T, ...]. A sum over the choices of a token is then a sum of C arrays in
+their natural layout, while [T, C, ...] would leave most of a TPU's tiles empty.
 
 To add a transport: write a subclass in a file of its own, ``register_transport`` an object of it, and run
 ``moe_jax.verify.transport_contract`` on it.
@@ -96,18 +96,18 @@ class InboxOrder(NamedTuple):
 
 
 class Transport(abc.ABC):
-    """How rows travel. The methods below are all that others know of it.
+    """How rows travel. Others know nothing of it but the methods below.
 
     The abstract ones must be written. The bodies of the others fit a transport that is not ``pairwise``, whose
     rows come back as sums.
 
     Attributes:
-      name: what plans call it.
+      name: the name that plans have for it.
       pairwise: True: each pair of ranks exchanges rows of its own. Every row travels for itself, so that it can be
         quantised with factors of its expert and can be received into a window, and it comes back for itself, so that
         the sum over the choices of a token is made at the token. False: a token travels once for several experts, and
         the rows of a token are summed on their way back.
-      takes_row_weights: whether ``collect`` also takes weights [M] that stand beside the rows.
+      takes_row_weights: whether ``collect`` also takes weights [M], one for each row.
     """
 
     name: ClassVar[str]
@@ -122,13 +122,13 @@ class Transport(abc.ABC):
 
     @abc.abstractmethod
     def buffers(self, plan: Plan, capacity: int) -> tuple[dict[str, int], int]:
-        """Of a round of ``capacity`` rows per pair of ranks: (bytes of each buffer by purpose, integers in maps)."""
+        """What a round of ``capacity`` rows per pair of ranks takes: (bytes of buffers by purpose, entries of maps)."""
 
     def held(self, plan: Plan, capacity: int, platform: str) -> Held:
         """What lies in memory while the rows of a round of ``capacity`` rows per pair of ranks travel.
 
-        ``platform``: whose compiler places it, "cpu", "gpu", "tpu" or "npu". The body takes every buffer to be there on
-        the way that it is for, and sums to come back.
+        ``platform`` says whose compiler places the buffers: "cpu", "gpu", "tpu" or "npu". As written here, every buffer
+        is in memory on the way that it is for, and sums come back.
         """
         buffers, _ = self.buffers(plan, capacity)
         back = buffers.get("return", 0)
@@ -148,18 +148,19 @@ class Transport(abc.ABC):
 
     @abc.abstractmethod
     def steps(self, plan: Plan, size: Any, backward: bool) -> list[Step]:
-        """What moves rows, and what says where they go and how much they weigh: exchanges and passes through memory.
+        """The steps of a round that move rows, or say where rows go and what they weigh: exchanges and passes.
 
-        The phase of a step is "route", "dispatch" or "combine", see ``moe_jax.plan.steps``; products are not in it.
-        ``size``: of ``moe_jax.plan.cost``, the extents of a round; ``backward``: with the backward pass.
+        The phase of a step is "route", "dispatch" or "combine", see ``moe_jax.plan.steps``. Products are no part of
+        them. ``size`` has the extents of a round, see ``moe_jax.plan.cost``; ``backward`` says whether to add the
+        backward pass.
         """
 
     def sent_rows(self, plan: Plan, capacity: int) -> int:
-        """Rows that the exchange of a round of ``capacity`` rows per pair of ranks hands over."""
+        """How many rows the exchange hands over in a round of ``capacity`` rows per pair of ranks."""
         return plan.ep_size * capacity
 
     def even_size(self, plan: Plan, size: Any) -> Any:
-        """``size`` of a round under an even load, where the exchange follows the true counts."""
+        """``size`` under an even load, for an exchange that follows the true counts."""
         return size
 
     def automatic(self, plan: Plan) -> bool:
@@ -167,15 +168,15 @@ class Transport(abc.ABC):
         return False
 
     def source_of_rates(self, machine: Machine) -> str:
-        """Where the figures of ``machine`` are from that the two methods below read, in words; "" for nothing."""
+        """In words, the sources of the figures of ``machine`` that the two methods below read; "" if there are none."""
         return ""
 
     def added_steps(self, plan: Plan, size: Any, machine: Machine, backward: bool) -> list[Step]:
-        """What the compiler for ``machine`` adds to ``steps``; the other arguments are those of that."""
+        """The steps that the compiler for ``machine`` adds to ``steps``, whose arguments the others are."""
         return []
 
     def wire_share(self, machine: Machine) -> float:
-        """The share of the link inside a node that rows reach in exchanges that carry them, see ``Collective``."""
+        """The share of the rate of the link inside a node that exchanges of rows reach; see ``Collective``."""
         return 1.0
 
     # Before a round: who sends how much to whom, and which row lies where.
@@ -190,7 +191,7 @@ class Transport(abc.ABC):
           plan: static.
 
         Returns:
-          (the pairs that later work shall use, a pytree of integers for ``open``).
+          (the pairs as ``manifest.pairs`` shall have them, a pytree of integers for ``open``).
         """
 
     def longest_list(self, manifest: Any, plan: Plan) -> Array:
@@ -201,15 +202,15 @@ class Transport(abc.ABC):
     def open(self, manifest: Any, start: Array | int, capacity: int, plan: Plan, *, num_rows: int) -> Opened:
         """The round of the pairs at places [start, start + capacity) of every list; see ``moe_jax.layout`` for lists.
 
-        ``start`` may be traced; ``num_rows``: M, at least the rows that may come.
+        ``start`` may be traced. ``num_rows`` is M, which must be at least the number of rows that may come.
         """
 
     @abc.abstractmethod
     def num_rows(self, maps: Any) -> int:
-        """M, the rows of a round, those that may hold anything included."""
+        """M, the number of rows in a round, including rows that may hold anything."""
 
     def with_counts(self, known: Any, recv_counts: Array) -> Any:
-        """What ``count`` returned; if it holds the counts [P, W, L], with those that the caller has from elsewhere."""
+        """``known`` with the caller's counts [P, W, L] in place of those that it holds; unchanged if it holds none."""
         return known
 
     def counts_agree(self, recv_counts: Array, manifest: Any, opened_counts: Array, plan: Plan) -> Array:
@@ -223,8 +224,8 @@ class Transport(abc.ABC):
         """row(t, c) = tokens[t] and pairs[c, t], for every pair of the round, as bits of any dtype.
 
         Args:
-          tokens: [T, F], or None.
-          pairs: [C, T, G], or None; a ``pairwise`` transport is given one of both alone.
+          tokens: [T, F]; None only for a ``pairwise`` transport, where pairs send everything.
+          pairs: [C, T, G]; None if they send nothing of their own.
           maps, plan: of the round.
           ordered: True puts everything in the order of the experts; False leaves it in its inbox slot, see
             ``inbox_order``.
@@ -248,7 +249,7 @@ class Transport(abc.ABC):
         ordered: bool,
         recipe: Any,
     ) -> Return:
-        """The rows of every pair, and scalars, back at their tokens; without ``pairwise``, weighted and summed.
+        """Brings rows and scalars back to their tokens: for every pair, or without ``pairwise`` as weighted sums.
 
         ``y[t] = sum over c of w[t, c] * row(t, c)`` in fp32, c ascending on each rank or node, then over those.
 
@@ -265,14 +266,14 @@ class Transport(abc.ABC):
     def collect_adjoint(
         self, rows: Array, weights: Array, ct: Array, maps: Any, plan: Plan, *, ordered: bool
     ) -> tuple[Array, Array]:
-        """Cotangents of rows and weights from that of what was collected; roundings count as identity."""
+        """The cotangents of rows and weights, from the cotangent of what was collected. Rounding counts as identity."""
 
     def together(self, earlier: Array, collected: Array, maps: Any) -> Array:
-        """Puts what was collected in earlier rounds together with what came back in this one; here both are sums."""
+        """Joins what earlier rounds collected with what came back in this one. As written here, both are sums."""
         return earlier + collected
 
     def total(self, collected: Array, maps: Any) -> Array:
-        """Sums what was collected in this round with unit weights over the choices of each token: fp32 [T, F]."""
+        """The sum with unit weights, over the choices of each token, of what this round collected: fp32 [T, F]."""
         return collected
 
     def present(self, maps: Any, plan: Plan) -> Array:
@@ -298,15 +299,15 @@ class Transport(abc.ABC):
     # What the edges of ``dispatch`` and ``combine`` ask of a pairwise transport; see ``moe_jax.collectives.exchange``.
 
     def receiving(self, maps: Any, slots: Array) -> Any:
-        """Maps that send into the inbox ``slots`` of a receive window; the note is what the slots hold then."""
+        """Maps that send into the inbox ``slots`` of a receive window. Their note is what the slots hold afterwards."""
         raise NotImplementedError(f"{self.name} is not pairwise")
 
     def open_blocks(self, manifest: Any, start: Array | int, capacity: int, plan: Plan, *, num_rows: int) -> Opened:
-        """As ``open``, with as many slots for each rank, as a stopwatch needs it."""
+        """``open`` with equally many slots for each rank, which a stopwatch needs."""
         raise NotImplementedError(f"{self.name} is not pairwise")
 
     def timed(self, maps: Any) -> Any:
-        """Maps that move rows past a stopwatch, whose note is the time; None where they cannot."""
+        """Maps that move rows past a stopwatch, and whose note is the time; None where there are no such maps."""
         return None
 
     def plain(self, maps: Any) -> Any:
@@ -360,17 +361,17 @@ def summed_slots(arrays: list[Array | None], maps: Any, plan: Plan, *, ordered: 
 
 
 def as_sent(rows: Array, recipe) -> Array:
-    """Rows [n, H] as they travel: a message of codes and scales, or themselves."""
+    """Rows [n, H] as they travel: a message of codes and scales, or the rows themselves."""
     return rows if recipe is None else recipe.pack(recipe.quantize(rows))
 
 
 def as_received(message: Array, recipe, hidden: int) -> Array:
-    """The inverse of ``as_sent`` but for what the recipe loses; fp32 where there is one."""
+    """The inverse of ``as_sent``, up to what the recipe loses. Where there is a recipe, rows are fp32."""
     return message if recipe is None else recipe.dequantize(recipe.unpack(message, hidden))
 
 
 def as_delivered(rows: Array, recipe) -> Array:
-    """Rows as the receiver sees them, in fp32 where there is a recipe, whose rounding counts as identity."""
+    """Rows as the receiver sees them, in fp32 where there is a recipe. Its rounding counts as identity."""
     if recipe is None:
         return rows
 
@@ -405,7 +406,7 @@ def only_present(pair_rows: Array, present: Array) -> Array:
 
 
 def rows_if(present: Array, rows: Array) -> Array:
-    """[T, H] in fp32, with zeros for the rows that are not ``present`` [T], which may hold anything."""
+    """[T, H] in fp32, with zeros for the rows that are not ``present`` [T]: those may hold anything."""
     return jnp.where(present[:, None], rows.astype(jnp.float32), 0.0)
 
 
@@ -431,10 +432,10 @@ def partial_sums(rows: Array, pair_row: Array, weights: Array | None) -> Array:
 
 
 def choices_apart(plan: Plan, size: Any, tokens: int, machine: Machine, backward: bool) -> list[Step]:
-    """What ``partial_sums`` of ``tokens`` tokens touch beside the rows and the sum, on machines that gather apart.
+    """The steps of ``partial_sums`` beside rows and sum, where the gather of each choice is a pass of its own.
 
     For GPUs a gather of rows becomes part of the sum. For TPUs the rows of each choice are written and read again, and
-    the sum so far with them: by the prices of the compiler one pass for each choice.
+    with them the sum so far. By the compiler's prices that is one pass for each choice.
     """
     if machine.platform != "tpu":
         return []

@@ -57,7 +57,7 @@ class HierarchyMaps:
       node_outbox_token: [N * B] i32, the token in each node outbox slot.
       token_node_outbox: [T, N] i32, the node outbox slot of each token for each node.
       outbox_pair: [S] i32, node inbox slot * C + c in each outbox slot; S = R * D for blocks, at most that otherwise.
-      pair_outbox: [N * B, C] i32, the outbox slot of each choice of the token in each node inbox slot.
+      pair_outbox: [N * B, C] i32, for the token in each node inbox slot, the outbox slot of each of its choices.
       row_inbox: [M] i32, the inbox slot of each row.
       inbox_row: [P * R * D] i32, the row of each inbox slot.
       exchange: what moves outbox slots to inbox slots, between the ranks of this node.
@@ -86,7 +86,7 @@ class Hierarchy(Transport):
         return alone if plan.num_nodes == 1 else ""
 
     def count(self, destination, pairs, plan: Plan):
-        """[T, C] the destinations of this rank's pairs: ``open`` exchanges what it needs of them."""
+        """Returns the destinations [T, C] of this rank's pairs: ``open`` exchanges what it needs of them."""
         return pairs, destination.reshape(plan.tokens_per_rank, plan.pairs_per_token)
 
     def open(self, manifest, start, capacity, plan: Plan, *, num_rows):
@@ -133,7 +133,8 @@ class Hierarchy(Transport):
 
         Source: the layered combine kernels of MoeDistributeCombine, without their fp16 special case.
         """
-        # 1. Inside: rows, and what stands beside them, back in the outbox slots that they left, summed over tp.
+        # 1. Inside: rows, and scalars or weights beside them, go back to the outbox slots that they left, summed over
+        #    tp.
         beside_rows = weights is not None and weights.ndim == 1
         slots = [rows, weights[:, None] if weights is not None and beside_rows else scalars]
         slots = summed_slots(slots, maps, plan, ordered=ordered)
@@ -244,8 +245,8 @@ class Hierarchy(Transport):
         found += [Step(COMBINE, (of_pairs,)), back(COMBINE, size.back)]
         if not backward:
             return found
-        # Cotangents of rows travel with the weights. Of every row that arrived, <row, cotangent> is the cotangent of
-        # its weight, and goes back by itself.
+        # Cotangents of rows travel with the weights. For every row that arrived, <row, cotangent> is the cotangent of
+        # its weight, which goes back by itself.
         dots = plan.tokens_per_rank * (size.wide + size.row) + 4 * size.arrived * size.row
         scalars = (
             Collective("reduce-scatter", tp, size.arrived * WIDE),
@@ -260,7 +261,7 @@ class Hierarchy(Transport):
 
 
 def _pass_out(plan: Plan, size, message: int) -> int:
-    """Tokens as messages to the nodes, inside them to the experts, and in their order there."""
+    """The steps that take tokens as messages to the nodes, inside nodes to the experts, and put them in order there."""
     coded = recoded(size, message, plan.tokens_per_rank) + recoded(size, message, size.arrived)
     packed = 2 * size.sent * message + 4 * size.node_slots * message
     moved = (size.sent + size.slots) * message if plan.ep_size > 1 else 0
@@ -269,7 +270,7 @@ def _pass_out(plan: Plan, size, message: int) -> int:
 
 
 def _pass_back(plan: Plan, size, message: int) -> int:
-    """Rows of products inside their node, summed there, and the sums of the nodes added."""
+    """The steps that sum the rows of products inside their node, and add the sums of the nodes."""
     inside = 2 * size.slots * size.row if plan.ep_size > plan.num_nodes else 0
     sums = size.node_slots * (plan.pairs_per_token * size.row + size.wide + 3 * message)
     return unplaced_bytes(plan, size) + inside + sums + plan.tokens_per_rank * (plan.num_nodes * message + size.wide)
@@ -307,8 +308,8 @@ def open_hierarchy(
 ) -> Opened:
     """The maps of the pairs at places [start, start + capacity) of every list; see ``layout`` for lists and rounds.
 
-    Two exchanges of integers: counts between all ranks, destinations between nodes; a third one inside the node, of
-    R numbers, where rows travel end to end.
+    Two exchanges of integers: counts between all ranks, and destinations between nodes. Where rows travel end to end
+    there is a third one inside the node, of R numbers.
 
     Args:
       destination: [T, C] i32 flat expert slot, rank * L + local expert, of every pair, or -1.
@@ -320,7 +321,7 @@ def open_hierarchy(
     """
     destination = _compat.as_varying(destination, plan.exchange_axes)
     (tokens, pairs_per_token), num_local = destination.shape, plan.num_local_experts
-    num_nodes = collectives.group_size(_across(plan))
+    num_nodes = lax.axis_size(_across(plan))
     per_node = plan.ep_size // num_nodes
     compact = capacity > plan.pair_capacity
     # 1. The pairs of this round, and the tokens that must travel to each node for them.

@@ -1,4 +1,4 @@
-"""The linear maps that the derivatives of sending and collecting are made of: rows of floats, unweighted.
+"""The linear maps that the derivatives of sending and collecting are made of. They move rows of floats, unweighted.
 
 ``send`` and ``collect`` are each other's adjoint, and the rules of ``send_rows`` and ``collect_rows`` are made of them.
 They move rows as a ``recipe`` rounds them, which counts as identity. Static arguments come first.
@@ -39,9 +39,9 @@ def send(transport, plan: Plan, ordered, recipe, tokens, pairs, scalars, maps) -
         tokens = as_sent(tokens, recipe)
     elif recipe is not None:
         pairs = as_sent(jax.lax.collapse(pairs, 0, 2), recipe).reshape(*pairs.shape[:2], -1)
-    per_pair, held = (None, None) if pairs is None and scalars is None else join_some([pairs, scalars])
+    per_pair, held = join_some([pairs, scalars])
     rows, pair_rows, _ = transport.send(tokens, per_pair, maps, plan, ordered=ordered)
-    pair_rows, row_scalars = (None, None) if held is None else split_some(pair_rows, held)
+    pair_rows, row_scalars = split_some(pair_rows, held)
     message: Any = pair_rows if tokens is None else rows
     return as_received(message, recipe, given.shape[-1]), row_scalars
 
@@ -87,7 +87,7 @@ def _collect_backward(transport, plan: Plan, ordered, recipe, residuals, cts):
     rows, maps = residuals
     ct, ct_scalars = cts
     if rows is None:
-        # A token of no width carries the scalars.
+        # Tokens of width zero are sent, since scalars travel beside tokens.
         tokens = jnp.zeros_like(ct_scalars, shape=(ct_scalars.shape[1], 0))
         return None, send(transport, plan, ordered, None, tokens, None, ct_scalars, maps)[1], None
     ct = ct.astype(rows.dtype)  # as rows are rounded when they travel

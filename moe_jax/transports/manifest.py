@@ -1,4 +1,4 @@
-"""From choices to rounds: which pairs travel, where to, in which round. Integers only."""
+"""From choices to rounds: which pairs travel, where they go, and in which round. Integers only."""
 
 from typing import Any, NamedTuple
 
@@ -20,10 +20,10 @@ class Manifest(NamedTuple):
       expert_ids: [T, K] i32, the choices that count, -1 otherwise.
       pairs: sorted by destination.
       send_counts: [W, L] i32, pairs of this rank by destination.
-      known: what the ranks told each other; the transport's own.
+      known: what the ranks told each other, in the transport's own form.
       travels: [T, C] bool, the pairs that go somewhere in one of the rounds.
       source_order: [P * W] i32, the sources in the order of their rows; None: ascending.
-      stats: of this device's pairs.
+      stats: what became of this device's pairs.
     """
 
     expert_ids: Array
@@ -60,19 +60,20 @@ def count_pairs(
             wanted &= token_mask[:, None] if token_mask.ndim == 1 else token_mask
         if ranks is not None:
             wanted &= ranks.logical[collectives.ep_rank(plan)] >= 0
-            # Weightless experts follow the routed ones that are left; from here on they follow all of the plan's.
+            # So far the ids of weightless experts follow those of the routed experts that are left. From here on they
+            # follow those of all routed experts of the plan.
             lost = plan.num_experts - ranks.num_experts
             expert_ids = jnp.where(expert_ids >= ranks.num_experts, expert_ids + lost, expert_ids)
         valid = (expert_ids >= 0) & (expert_ids < plan.num_ids)
         chosen = _compat.as_varying(jnp.where(wanted & valid, expert_ids, -1), plan.exchange_axes)
-        # 2. Where each pair goes; nowhere, if the receive window of that rank is at another step.
+        # 2. Where each pair goes. It goes nowhere if the receive window of that rank is at another step.
         destination = _destinations(chosen, token_mask, plan, ranks)
         stale = jnp.zeros_like(destination[:0], shape=(1,))
         if fresh is not None:
             sendable = (destination < 0) | fresh[jnp.maximum(destination, 0) // plan.num_local_experts]
             destination = jnp.where(sendable, destination, -1)
             stale = jnp.sum(~sendable, dtype=jnp.int32)[None]
-        # 3. One list of pairs for each rank, and what of it does not fit where overflow is dropped.
+        # 3. One list of pairs for each rank; and how many of its pairs do not fit, where overflow is dropped.
         pairs = layout.sort_pairs(destination, plan.ep_size * plan.num_local_experts)
         send_counts = pairs.counts.reshape(plan.ep_size, plan.num_local_experts)
         travels, dropped = destination >= 0, jnp.zeros_like(send_counts[0, :1])
@@ -108,7 +109,7 @@ def open_round(
 ) -> DispatchHandle:
     """The handle of the pairs at places [start, start + capacity) of every list.
 
-    ``num_rows``: M where the caller knows that so many suffice.
+    ``num_rows`` is M, where the caller knows that so many rows suffice.
     """
     num_rows = plan.num_rows(capacity) if num_rows is None else num_rows
     with jax.named_scope("layout"):
@@ -129,7 +130,7 @@ def read_table(rank_table: Array, plan: Plan) -> RankTable:
 
 
 def source_order(ranks: RankTable, plan: Plan) -> Array:
-    """[P * W] sources by tp rank, then logical rank; removed ranks last, who send nothing."""
+    """[P * W] sources by tp rank, then logical rank. Removed ranks, which send nothing, come last."""
     order = jnp.argsort(jnp.where(ranks.logical < 0, plan.ep_size, ranks.logical)).astype(jnp.int32)
     return (jnp.arange(plan.tp_size, dtype=jnp.int32)[:, None] * plan.ep_size + order).ravel()
 
@@ -154,7 +155,7 @@ def _destinations(chosen: Array, token_mask: Array | None, plan: Plan, ranks: Ra
         if token_mask is not None:
             active &= token_mask if token_mask.ndim == 1 else jnp.any(token_mask, axis=1)
         slots = jnp.concatenate([slots, jnp.where(active[:, None], rank * num_local, -1)], axis=1)
-    # 3. Ranks have been logical so far, which are numbered without gaps; rows go to physical ones.
+    # 3. Ranks have been logical so far: they are numbered without gaps. Rows go to physical ranks.
     slots = slots.ravel()
     if ranks is None:
         return slots

@@ -74,7 +74,7 @@ def send_smoothed(
     recipe = handle.plan.dispatch_recipe
     if smooth is None or smooth.ndim == 1 or transport.pairwise:
         return send_rows(transport, recipe, True, x, handle, smooth, weights, tags)
-    # Here a token travels once for all its experts, and the rank of each expert smooths and quantises the row there.
+    # With such a transport a token travels once for all its experts, and the rank of each expert smooths and quantises.
     factor = smooth_rows(handle)[..., None]
     tags = factor if tags is None else jnp.concatenate([factor, tags], axis=-1)
     sent = send_rows(transport, None, True, x, handle, weights=weights, tags=tags)
@@ -99,7 +99,7 @@ def carry_rows(
 
 
 def dequantized(rows: Array | CodedRows, plan: Plan) -> Array:
-    """The rows [M, H] in ``plan.dtype`` as the experts see them: about x, or x times its smoothing factors."""
+    """The rows [M, H] in ``plan.dtype`` as the experts see them: x, times its smoothing factors if any, but rounded."""
     if not isinstance(rows, CodedRows):
         return rows
     assert plan.dispatch_recipe is not None, "rows are coded by the plan's recipe"
@@ -108,7 +108,7 @@ def dequantized(rows: Array | CodedRows, plan: Plan) -> Array:
 
 
 def _row_factors(smooth: Array, row: Array, handle: DispatchHandle) -> Array:
-    """[M, H] the factors of every row that came, zeros elsewhere. ``row`` [M]: which row of ``smooth`` it takes."""
+    """[M, H] the factors of every row that came, zeros elsewhere. ``row`` [M] says which row of ``smooth`` it takes."""
     written = jnp.arange(row.shape[0]) < jnp.sum(handle.group_sizes)
     return take_rows(smooth, jnp.where(written, row, -1), absent=0)
 
@@ -156,7 +156,7 @@ def send_rows(
       Sent. Differentiable in x, smooth and weights.
     """
     plan = handle.plan
-    # 1. What each token sends. Where each pair has factors of its own, it is the pairs that send.
+    # 1. What each token sends. Where each pair has factors of its own, the pairs send instead.
     tokens, own_messages = x, None
     with jax.named_scope("quantize"):
         if recipe is not None and smooth is not None and smooth.ndim == 2:
@@ -165,14 +165,11 @@ def send_rows(
             tokens, own_messages = None, message.reshape(plan.pairs_per_token, x.shape[0], message.shape[1])
         elif recipe is not None:
             tokens = recipe.pack(recipe.quantize(x, smooth=smooth))
-    per_pair = [own_messages, *_of_pairs(weights, tags, plan)]
-    pairs, held = (None, None) if all(part is None for part in per_pair) else join_some(per_pair)
+    pairs, held = join_some([own_messages, *_of_pairs(weights, tags, plan)])
     # 2. To the rows.
     rows, pair_rows, note = transport.send(tokens, pairs, handle.maps, plan, ordered=ordered)
-    # 3. What each row got.
-    own_messages, row_weights, row_tags = [None] * 3
-    if held is not None and pair_rows is not None:
-        own_messages, row_weights, row_tags = split_some(pair_rows, held)
+    # 3. What arrived with each row.
+    own_messages, row_weights, row_tags = split_some(pair_rows, held)
     row_weights = None if row_weights is None else row_weights[:, 0]
     message: Any = own_messages if tokens is None else rows
     if recipe is None:
@@ -183,7 +180,7 @@ def send_rows(
 
 
 def _of_pairs(weights: Array | None, tags: Array | None, plan: Plan) -> list[Array | None]:
-    """Weights [T, K] and tags [T, C, G] as they belong to pairs: [C, T, 1] and [C, T, G]."""
+    """Weights [T, K] and tags [T, C, G] in the order of pairs: [C, T, 1] and [C, T, G]."""
     weights = None if weights is None else pair_weights(weights, plan).T[..., None]
     return [weights, None if tags is None else jnp.swapaxes(tags, 0, 1)]
 
@@ -230,7 +227,7 @@ _CODES = (
 
 
 def _codes_of(rows: Array | CodedRows) -> tuple[Array, ...]:
-    """The constants among rows."""
+    """Those parts of rows that are constants to JAX."""
     return (rows.values, rows.scale) if isinstance(rows, CodedRows) else ()
 
 
@@ -247,6 +244,7 @@ def _carry_forward(transport, num_rows, x, smooth, handle):
 
 
 def _carry_backward(transport, num_rows, residuals, ct):
+    # d_x [T, H] and d_smooth from ct [num_rows, H]: those of ``_send_backward``
     d_x, _, d_smooth, *_ = _send_backward(transport, None, True, residuals, Sent(ct, None, None, None))
     return d_x, d_smooth, None
 
@@ -289,11 +287,10 @@ def send_as_is(
     Weights and tags are as for ``send_rows``. Differentiable in floats.
     """
     message, parts = join(tokens)
-    per_pair = _of_pairs(weights, tags, handle.plan)
-    pairs, held = (None, None) if all(part is None for part in per_pair) else join_some(per_pair)
+    pairs, held = join_some(_of_pairs(weights, tags, handle.plan))
     rows, pair_rows, note = transport.send(message, pairs, handle.maps, handle.plan, ordered=True)
     assert rows is not None, "every token sends its arrays"
-    row_weights, row_tags = [None] * 2 if held is None or pair_rows is None else split_some(pair_rows, held)
+    row_weights, row_tags = split_some(pair_rows, held)
     return Sent(tuple(split(rows, parts)), None if row_weights is None else row_weights[:, 0], row_tags, note)
 
 
@@ -327,7 +324,7 @@ send_as_is.defvjp(_as_is_forward, _as_is_backward)
 
 @jax.custom_jvp
 def _attach(rows, carrier):
-    """``rows``, whose derivative is that of ``carrier``."""
+    """``rows`` with the derivative of ``carrier``."""
     return rows
 
 

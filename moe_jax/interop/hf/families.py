@@ -33,11 +33,11 @@ REQUIRED = object()
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """A value of config.json: that of the first of ``names`` that is there and not null; of a list, the layer's.
+    """A value of config.json: that of the first of ``names`` that is there and not null; of a list, the layer's entry.
 
     Attributes:
       names: where it may stand.
-      default: what it is where none is there; REQUIRED: one must be.
+      default: the value where none of the names is there; REQUIRED: one of them must be there.
       own: those of the names that the models of a family use, which an error about a missing value lists.
     """
 
@@ -61,7 +61,7 @@ def key(*names: str, default: Any = REQUIRED) -> Key:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
-    """A value of config.json that must be one of ``allowed``; ``lacks`` says what the layer cannot do otherwise."""
+    """A value of config.json that must be one of ``allowed``; ``lacks`` says what the layer cannot do with others."""
 
     value: Key
     allowed: tuple[Any, ...]
@@ -99,7 +99,7 @@ _UNGATED |= dict.fromkeys(("gelu_pytorch_tanh", "gelu_new", "gelu_fast"), "gelu_
 
 
 def gated(name: Any, get: Get) -> Choice | None:
-    """Our name of Hugging Face's ``name``, for experts with a gate; None: there is none."""
+    """Our name for Hugging Face's activation ``name``, for experts with a gate; None: we have no such activation."""
     return _GATED.get(name)
 
 
@@ -160,7 +160,7 @@ class Family:
 
     Attributes:
       types: the values of ``model_type`` in config.json.
-      layers: what stands before the number of a layer in the names of tensors; files with another prefix are read too.
+      layers: what stands before the number of a layer in the names of tensors. Files with another prefix are read too.
       blocks: what stands behind it, by spelling; "" where the tensors stand in the layer itself.
       hidden, num_experts, top_k, ffn, num_copy_experts: of the plan and the layer; copy experts give back their input.
       activation, shared_activation: (name in config.json, reader of a Key) -> ours.
@@ -170,13 +170,13 @@ class Family:
       bias_axes: the axes of the selection bias.
       experts, shared: spellings of these groups of tensors.
       shared_count: how many shared experts of width F there are.
-      shared_width: or how wide the shared expert is.
+      shared_width: how wide the shared expert is, in models that say so instead.
       weigh_inputs: whether the weight multiplies what goes into an expert.
       use_bias: whether experts and router have biases.
       rules: what config.json must say for the layer to be right.
-      refuse: names of tensors that only blocks have which the layer cannot do, and why.
+      refuse: names of tensors that only occur in blocks which the layer cannot be, and what it lacks for them.
       rest: names and axes of tensors in the block that belong to the model around the layer.
-      outside: what that model does with them.
+      outside: what that model does with the tensors of ``rest``.
       ignored: a pattern of names that no model reads.
     """
 

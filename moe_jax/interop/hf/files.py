@@ -33,7 +33,7 @@ _QUANTISED_TYPES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "U8", "I8", "U32", "I
 
 
 class Tensors:
-    """The tensors of a folder, by name, mapped into memory: only what is asked for is read.
+    """The tensors of a folder, by name. They are mapped into memory, so that only what is asked for is read.
 
     ``quantisation``: what config.json says of it. Tensors of a form that ``quantised`` knows are there as what they
     stand for, in ``files`` too.
@@ -135,7 +135,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 def moe_layers(folder: str | os.PathLike, *, prefix: str | None = None) -> tuple[int, ...]:
     """The numbers of the layers that have experts, ascending, of a model in a folder.
 
-    Layers behind the last one of the model, which only predict further tokens, do not count.
+    Layers behind the last one of the model do not count: they only predict further tokens.
 
     Args:
       folder: with config.json, and model.safetensors or model.safetensors.index.json and the files that it names.
@@ -206,7 +206,7 @@ def read_params(
 
 
 def _remembered(read: Callable, dtype: Any) -> Callable:
-    """``read`` that reads a part once, however many devices have it; cast to ``dtype``, None: as it is."""
+    """``read``, which reads a part once, however many devices have it, and casts it to ``dtype``; None: no cast."""
     parts: dict[str, np.ndarray] = {}
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
@@ -248,11 +248,12 @@ def write_params(
     """Writes MoE layers under the names, and in the layouts, of Hugging Face: the inverse of ``read_params``.
 
     There is one file for each layer, its index, and config.json. A file appears whole or not at all, the index last.
-    Arrays that are spread over processes are gathered one layer at a time; all processes call this, the first writes.
+    Arrays that are spread over processes are gathered one layer at a time. All processes call this, and the first one
+    writes.
 
     Args:
-      folder: made if it is not there; what it has under the same names is replaced.
-      params: those of the layer by its number, as ``read_params`` returns them.
+      folder: it is made if it is not there. Files in it that have the same names are replaced.
+      params: by the number of each layer, its parameters as ``read_params`` returns them.
       config: a folder with config.json, its path or what it holds.
       rest: what ``read_rest`` returns, by layer, where the model has such tensors.
       prefix: see ``moe_layers``; None: that of the model's family.
@@ -301,7 +302,7 @@ def _unquantised(config: Any) -> Any:
 
 
 def _whole(array: Any) -> np.ndarray:
-    """All values of an array on this host."""
+    """An array with all of its values on this host."""
     if isinstance(array, Array) and not array.is_fully_addressable:
         array = multihost_utils.process_allgather(array, tiled=True)
     return np.asarray(array)
@@ -310,7 +311,7 @@ def _whole(array: Any) -> np.ndarray:
 def _write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
     library = require("safetensors.numpy", "moe_jax.interop.hf", "hf")
     with atomic_path(path) as unfinished:
-        # The only format that transformers reads.
+        # This is the only format that transformers reads.
         library.save_file(tensors, unfinished, metadata={"format": "pt"})
 
 
@@ -377,7 +378,7 @@ def _layout(tensors: Tensors, what: ModelLayer, layer: int, prefix: str | None) 
         there = [name for name in firsts if name in tensors.files]
         return sum(tensors.describe(name)[0] == firsts[name] for name in there), len(there)
 
-    groups = [max(spellings, key=fit) for spellings in _groups(what)]  # of equals the first
+    groups = [max(spellings, key=fit) for spellings in _groups(what)]  # the first of equally good ones
     return {name: stored for group in groups for name, stored in group.items()}, block
 
 
@@ -409,7 +410,7 @@ def _groups(what: ModelLayer) -> list[list[Layout]]:
 
 
 def _needed(layout: Layout, what: ModelLayer) -> Layout:
-    """``layout`` without gates, where the activation has none."""
+    """``layout`` without gates where the activation needs none."""
     gated = activation_of(what.options["activation"]).gated
     return {name: stored for name, stored in layout.items() if gated or BY_NAME[name].role not in ("w_gate", "b_gate")}
 
@@ -470,7 +471,7 @@ def _check_tensors(tensors: Tensors, what: ModelLayer, layout: Layout, block: st
 
 def _root(block: str, name: str) -> str:
     """The beginning of the names of what stands beside a tensor in its block."""
-    if block[-2:-1].isdigit() or name.startswith("../"):  # names stand in the layer itself
+    if block[-2:-1].isdigit() or name.startswith("../"):  # the tensor is one of the layer itself
         return _full(block, name).split("{")[0].rsplit(".", 1)[0] + "."
     return block
 

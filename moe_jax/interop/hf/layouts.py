@@ -58,7 +58,7 @@ class Stored:
         return tuple(sizes[axis] for axis in self.axes.split())
 
     def read(self, parameter: str, extents: Extents, index: tuple[slice, ...], fetch: Fetch) -> np.ndarray:
-        """The part ``index`` of the parameter, in its own order of axes, reading no other values (or their twins)."""
+        """The part ``index`` of the parameter, in its own order of axes. No other values are read but their twins."""
         # 1. What is wanted of every axis of the parameter.
         own_axes = axes_of(parameter)
         bounds = {axis: each.indices(extents.get(axis, 1)) for axis, each in zip(own_axes, index, strict=True)}
@@ -68,7 +68,7 @@ class Stored:
         separate = self.per_expert or "EF" in self.axes.split()
         parts = [self._cut(e, wanted, extents, fetch) for e in (range(first, last) if separate else [0])]
         values = np.stack(parts) if separate else parts[0]
-        # 3. The order of the parameter; an axis of one that only the file has falls away.
+        # 3. The order of the parameter's axes. An axis of one that only the file has is dropped.
         found = (["E"] if separate else []) + [axis[-1] for axis in self.axes.split()]
         extra = tuple(place for place, axis in enumerate(found) if axis not in own_axes)
         found = [axis for axis in found if axis in own_axes]
@@ -126,7 +126,7 @@ def _arranged(stored: Stored, parameter: str, values: np.ndarray, expert: int) -
 
 
 def _fused(stored: Stored, halves: list[np.ndarray]) -> np.ndarray:
-    """Two projections in one tensor; what has no twin stays as it is."""
+    """Puts two projections into one tensor; what has no twin stays as it is."""
     if len(halves) == 1:
         return halves[0]
     axis = next(place for place, name in enumerate(stored.axes.split()) if name[0] == "2")

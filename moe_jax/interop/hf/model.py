@@ -21,13 +21,13 @@ class ModelLayer:
     """One MoE block of a model, as its config.json describes it.
 
     Attributes:
-      model_type: that of the part of config.json which has the experts.
+      model_type: the ``model_type`` of that part of config.json which has the experts.
       plan: keyword arguments of ``make_plan``: hidden, num_experts, top_k, num_shared_experts, num_copy_experts.
-      router: of ``moe_on_mesh`` and ``moe_layer``.
+      router: the router for ``moe_on_mesh`` and ``moe_layer``.
       options: keyword arguments of ``moe_on_mesh``: ffn, activation and, where the model needs them, others.
       outside: what the model does around the layer with tensors of the block, see ``read_rest``; mostly "".
       family: the row of the table of families.
-      num_layers: of the whole model; None if config.json does not say.
+      num_layers: how many layers the whole model has; None if config.json does not say.
       quantisation: what config.json says under "quantization_config"; {} where it says nothing.
     """
 
@@ -68,7 +68,8 @@ def read_config(source: str | os.PathLike | Mapping[str, Any], layer: int | None
 
     Args:
       source: the folder of a model, the path of its config.json, or what that file holds.
-      layer: its number, where layers differ, as in models whose limits or top_k are lists; None: the first one's.
+      layer: the number of the layer, where layers differ, as in models whose limits or top_k are lists; None: the first
+        one.
 
     Raises:
       ConfigError: config.json is missing, is not JSON, has an unknown ``model_type``, or lacks a value.
@@ -158,7 +159,7 @@ def _read(family: Family, model_type: str, config: Mapping[str, Any], layer: int
     if activation is None:
         broken.append(f"activation {name!r} has no name here")
     raise_all(broken, f"model_type={model_type!r}", UnsupportedError)
-    # 2. The arguments. What has its usual value stays out.
+    # 2. The arguments. Those that have their usual values are left out.
     ffn, width = int(get(family.ffn)), int(get(family.shared_width) or 0)
     count = 1 if width else int(get(family.shared_count) or 0)
     plan = dict(hidden=int(get(family.hidden)), num_experts=int(get(family.num_experts)), top_k=int(get(family.top_k)))

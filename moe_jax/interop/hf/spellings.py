@@ -14,7 +14,7 @@ def per_expert(gate: str, up: str, down: str) -> Layout:
 
 
 def fused(inner: str, inner_axes: str, down: str, down_axes: str, *, interleaved: bool = False) -> Layout:
-    """One tensor for gates and ups of all experts, one for what leads back."""
+    """One tensor for the gates and ups of all experts, and one for their down projections."""
     return {
         "w_gate": Stored(inner, inner_axes, 0, interleaved),
         "w_up": Stored(inner, inner_axes, 1, interleaved),
