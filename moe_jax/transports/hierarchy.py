@@ -97,7 +97,7 @@ class Hierarchy(Transport):
         return maps.row_inbox.shape[0]
 
     def send(self, tokens, pairs, maps, plan: Plan, *, ordered):
-        # 1. Across: one message of each token for each node, of whose blocks block m goes to node m.
+        # 1. Across: one message of each token for each node. Block m of those that leave goes to node m.
         with jax.named_scope("pack"):
             message, parts = join_some([tokens, None if pairs is None else by_token(pairs)])
             leaving = take_rows(message, maps.node_outbox_token, poison=plan.poison)
