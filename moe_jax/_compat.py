@@ -121,9 +121,10 @@ def unsplit(x: Any, mesh: Any) -> Any:
 
 
 def name_unit_axes_as(y: jax.Array, x: jax.Array, mesh: Any) -> jax.Array:
-    """``y`` with the layout of ``x`` in its type, if the two layouts differ only in axes of size 1 that they name."""
-    if not explicit_axes(mesh):
-        return y
+    """``y`` with the layout of ``x`` in its type, if the two layouts differ only in axes of size 1 that they name.
+
+    ``mesh`` has Explicit axes.
+    """
     split = {axis for axis, size in mesh.shape.items() if size > 1}
     layouts = [only_axes(jax.typeof(array).sharding.spec, split) for array in (y, x)]
     if layouts[0] != layouts[1]:
@@ -177,11 +178,6 @@ def as_varying(tree: Any, axes: Any) -> Any:
         return lax.pcast(leaf, large, to="varying") if large else leaf
 
     return jax.tree.map(widen, tree)
-
-
-def as_varying_over_units(tree: Any, axes: Any) -> Any:
-    """Types every leaf as varying over those of ``axes`` that have size 1. The compiled program has no trace of it."""
-    return as_varying(tree, [axis for axis in axes if lax.axis_size(axis) == 1])
 
 
 def as_varying_alike(tree: Any, axes: Any) -> Any:
@@ -301,11 +297,6 @@ def bound_axis_size(axis: str) -> int | None:
         return lax.axis_size(axis)
     except NameError:
         return None
-
-
-def group_size(axes: tuple[str, ...]) -> int:
-    """How many devices exchange along mesh axes that are bound here, such as those of ``bound_axes``."""
-    return math.prod(lax.axis_size(axis) for axis in axes)
 
 
 def bound_axes(axis_name: Any, argument: str = "axis_name") -> tuple[str, ...]:

@@ -21,6 +21,7 @@ ACTIVATIONS = tuple(activations.TABLE)
 TRANSPORTS = ("auto", "padded", "ragged", "allgather", "hierarchy")
 OVERFLOWS = ("dropless", "drop")
 DTYPES = ("float32", "bfloat16")
+BALANCES = ("rank", "token", "load")
 
 
 class _Checked:
@@ -259,6 +260,37 @@ class TrainConfig(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BalanceConfig(_Checked):
+    """How experts follow their load from rank to rank while a run trains.
+
+    Attributes:
+      num_redundant: slots beyond one for each expert, for replicas of hot ones.
+      every: steps between looks at the load.
+      decay: of the moving average of the load, per step.
+      threshold: the least gain for which experts of a layer move: by which part the load of its fullest rank falls.
+      max_moved: how many slots of a layer may change at a time; None: any number.
+      mode: how the tokens of an expert are shared among its replicas, as ``balance`` of `moe_layer`; with "load" their
+        shares follow the load too, at every look.
+    """
+
+    num_redundant: int = 0
+    every: int = 50
+    decay: float = 0.9
+    threshold: float = 0.05
+    max_moved: int | None = None
+    mode: str = "load"
+
+    def _violations(self) -> typing.Iterator[str]:
+        yield from _positive(self, "every", "max_moved")
+        yield from _not_negative(self, "num_redundant")
+        yield from _choice(self, "mode", BALANCES)
+        for name in ("decay", "threshold"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                yield f"{name}={value} must be at least 0 and below 1"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config(_Checked):
     """A whole configuration: one field for each section of a file.
 
@@ -268,6 +300,7 @@ class Config(_Checked):
       router: its router; the defaults where the file has no such section.
       model: the decoder; None where a file describes only a layer.
       train: the training run; None where a file describes none.
+      balance: how experts follow their load; None where they stay, in their order.
     """
 
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -275,18 +308,35 @@ class Config(_Checked):
     router: RouterConfig = field(default_factory=RouterConfig)
     model: ModelConfig | None = None
     train: TrainConfig | None = None
+    balance: BalanceConfig | None = None
+
+    @property
+    def num_slots(self) -> int:
+        """Experts with their replicas, which is what a plan counts."""
+        return self.moe.num_experts + (self.balance.num_redundant if self.balance else 0)
+
+    @property
+    def parameters(self) -> dict[str, typing.Any]:
+        """`moe.parameters`, and how many experts the router scores where a table says which slots they lie in."""
+        return {**self.moe.parameters, "num_logical_experts": self.moe.num_experts if self.balance else None}
 
     def _violations(self) -> typing.Iterator[str]:
         num_experts, top_k = self.moe.num_experts, self.moe.top_k
         yield from router_violations(self.router, num_experts, f"moe.num_experts={num_experts}", top_k, "moe.top_k")
         if self.train and not self.model:
             yield "[train] needs a [model] section; add one with layers, hidden, heads and seq_len"
+        if self.balance and self.num_slots % self.mesh.ep:
+            yield (
+                f"moe.num_experts={num_experts} and balance.num_redundant={self.balance.num_redundant} are "
+                f"{self.num_slots} slots, not a multiple of mesh.ep={self.mesh.ep}: every rank has equally many; add "
+                f"{-self.num_slots % self.mesh.ep} to num_redundant, or take another ep"
+            )
         if self.train and self.model:
             yield from _training_violations(self.mesh, self.model, self.train)
 
 
 def load_config(path: str | Path) -> Config:
-    r"""Reads a TOML file with the sections [mesh], [moe], [router], [model] and [train]; only [moe] is required.
+    r"""Reads a TOML file with the sections [mesh], [moe], [router], [model], [train] and [balance]; only [moe] must be.
 
     Raises:
       ConfigError: the file is unreadable or not TOML; a section or key is unknown or missing; a value breaks a rule.

@@ -121,10 +121,7 @@ class custom_gradient(Generic[Arguments, Result]):
 
 def first_order_only(function: Callable, reason: str) -> Callable:
     """``function``, which raises UnsupportedError with ``reason`` when it is differentiated."""
-
-    @jax.custom_jvp
-    def call(*operands):
-        return function(*operands)
+    call = jax.custom_jvp(function)
 
     @call.defjvp
     def refuse(primals, tangents):

@@ -129,17 +129,20 @@ def flag_violations(name: str, value: Any) -> list[str]:
 
 def check_count(name: str, value: Any, low: int = 1) -> None:
     """Raises unless ``value`` is a whole number of at least ``low``."""
-    _raise_first(count_violations(name, value, low))
+    for text in count_violations(name, value, low):
+        raise InvalidArgumentError(text)
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     """Raises unless ``value`` is one of ``choices``."""
-    _raise_first(choice_violations(name, value, choices))
+    for text in choice_violations(name, value, choices):
+        raise InvalidArgumentError(text)
 
 
 def check_flag(name: str, value: Any) -> None:
     """Raises unless ``value`` is True or False."""
-    _raise_first(flag_violations(name, value))
+    for text in flag_violations(name, value):
+        raise InvalidArgumentError(text)
 
 
 def check_type(name: str, value: Any, kind: type, remedy: str) -> None:
@@ -212,8 +215,3 @@ def _show(value: Any) -> str:
     """The ``repr`` of ``value`` on one line, cut off after 80 characters."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _raise_first(violations: Sequence[str]) -> None:
-    for text in violations:
-        raise InvalidArgumentError(text)

@@ -99,7 +99,8 @@ def exclusive_cumsum(sizes: Array) -> Array:
     [..., B] -> [..., B].
     """
     place = np.arange(sizes.shape[-1])
-    return _sum_where(place[:, None] < place, sizes[..., None])
+    before = jnp.where(place[:, None] < place, sizes[..., None], 0)
+    return jnp.sum(before, axis=-2, dtype=jnp.int32)
 
 
 def searchsorted(ascending: Array, values: Array, *, side: str) -> Array:
@@ -307,7 +308,8 @@ def row_starts(sizes: Array, source_order: Array | None = None) -> Array:
     place = _places(sizes.shape[0] * sizes.shape[1], source_order)
     order = (place[:, None] + np.arange(sizes.shape[-1], dtype=np.int32) * len(place)).ravel()
     # 2. A block starts behind all blocks of a lower place.
-    return _sum_where(order[:, None] < order, sizes.reshape(-1, 1)).reshape(sizes.shape)
+    before = jnp.where(order[:, None] < order, sizes.reshape(-1, 1), 0)
+    return jnp.sum(before, axis=0, dtype=jnp.int32).reshape(sizes.shape)
 
 
 def _places(num_sources: int, source_order: Array | None) -> Array | np.ndarray:
@@ -315,8 +317,3 @@ def _places(num_sources: int, source_order: Array | None) -> Array | np.ndarray:
     if source_order is None:
         return np.arange(num_sources, dtype=np.int32)
     return jnp.argsort(source_order).astype(jnp.int32)
-
-
-def _sum_where(wanted: Array | np.ndarray, sizes: Array) -> Array:
-    """The sum over the last axis but one of those ``sizes`` that are ``wanted``."""
-    return jnp.sum(jnp.where(wanted, sizes, 0), axis=-2, dtype=jnp.int32)

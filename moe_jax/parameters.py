@@ -114,4 +114,4 @@ def weights_of(part: str, params: Mapping[str, Value]) -> dict[str, Value]:
     >>> weights_of("shared", {"router": 1, "w_up": 2, "shared_up": 3})
     {'w_up': 3}
     """
-    return {row.role or row.name: params[row.name] for row in rows_of(part) if row.name in params}
+    return {row.role or row.name: params[row.name] for row in TABLE if row.part == part and row.name in params}

@@ -1,11 +1,14 @@
 """Eight emulated devices for every test, and the same generated cases on every run. Real ones for ``-m gpu``."""
 
+import functools
+import gc
 import os
 from pathlib import Path
 
 import hypothesis
 import jax
 import pytest
+from jax._src import compiler  # no public way to give every program a compiler option
 
 import moe_jax
 
@@ -23,6 +26,12 @@ def pytest_ignore_collect(collection_path, config):
     return None
 
 
+def pytest_collection_finish(session):
+    """What was imported stays to the end: the garbage collector, which JAX keeps busy, need not look at it again."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
         pytest.skip(f"needs a GPU and JAX runs on {jax.default_backend()}; on a machine with one, run pytest -m gpu")
@@ -34,12 +43,13 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("default")
 
 
-# Most of what tests cost is compilation, and half of that is spent on making machine code fast. Most laws are about
+# Most of what tests cost is compilation, and most of that is spent on making machine code fast. Most laws are about
 # values: small integers, whose sums are exact in any order, or a tolerance that says why. So machine code is not
-# optimised. What XLA does before it makes machine code stays the same, and so does what a test may read in a compiled
-# program. In the files below (on bits and roundings, on times and memory, on what other compilers make of a program)
-# everything is optimised as users have it. JAX_DISABLE_MOST_OPTIMIZATIONS=0 or 1 in the environment decides for all
-# files instead: the step "newest" of .ci/run sets 0, so that CI runs the tests that everybody runs both ways.
+# optimised, and XLA's older emitters make it, where XLA has them still: they take half the time of the newer ones. What
+# XLA does before it makes machine code stays the same, and so does what a test may read in a compiled program. In the
+# files below (on bits and roundings, on times and memory, on what other compilers make of a program) everything is
+# compiled as users have it. JAX_DISABLE_MOST_OPTIMIZATIONS=0 or 1 in the environment decides for all files instead: the
+# step "newest" of .ci/run sets 0, so that CI runs the tests that everybody runs both ways.
 OPTIMISED = {
     "test_bench",
     "test_bench_here",
@@ -57,8 +67,27 @@ OPTIMISED = {
     "test_tpu_kernels",
 }
 OPTIMISE_LESS = "jax_disable_most_optimizations"
+OLDER_EMITTERS = "xla_cpu_use_fusion_emitters"
+get_compile_options = compiler.get_compile_options
 DECIDED = OPTIMISE_LESS.upper() in os.environ
 assert all(Path(__file__).with_name(f"{name}.py").exists() for name in OPTIMISED)
+
+
+@functools.cache
+def has_older_emitters() -> bool:
+    try:
+        jax.jit(lambda: 0).lower().compile(compiler_options={OLDER_EMITTERS: False})
+    except jax.errors.JaxRuntimeError as error:
+        assert "No such compile option" in str(error)
+        return False
+    return True
+
+
+def with_older_emitters(*args, env_options_overrides=None, backend=None, **options):
+    """``compiler.get_compile_options`` with one option more for programs for CPUs."""
+    cpu = {OLDER_EMITTERS: False} if backend is not None and backend.platform == "cpu" else {}
+    overrides = {**cpu, **(env_options_overrides or {})}
+    return get_compile_options(*args, env_options_overrides=overrides, backend=backend, **options)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -72,6 +101,11 @@ def _compile(request):
         if request.module.__name__ not in OPTIMISED and not DECIDED:
             jax.config.update(OPTIMISE_LESS, True)
             patch.setenv(OPTIMISE_LESS.upper(), "1")  # for the processes that a test starts
+            if has_older_emitters():
+                patch.setattr(compiler, "get_compile_options", with_older_emitters)
+                patch.setenv(
+                    "XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} --{OLDER_EMITTERS}=false"
+                )  # for those too
         yield
     jax.config.update(OPTIMISE_LESS, before)
     jax.clear_caches()

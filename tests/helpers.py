@@ -5,17 +5,14 @@ share stands in ``*_cases.py`` and ``*_laws.py``; no test file imports from anot
 """
 
 import re
-import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 import moe_jax as moe
 from moe_jax import _compat
-from moe_jax.collectives import rendezvous
 from moe_jax.errors import UnsupportedError
 from moe_jax.targets.target import find_target
 
@@ -104,17 +101,6 @@ def needs(target):
         find_target(target).check_installed()
     except UnsupportedError as error:
         pytest.skip(str(error))
-
-
-def delayed(x, seconds):
-    """``x`` after so many seconds of sleep on the host."""
-
-    def sleep(seconds, _):
-        time.sleep(float(seconds))
-        return np.int32(0)
-
-    done = jax.pure_callback(sleep, jax.ShapeDtypeStruct((), jnp.int32), seconds, rendezvous.probe(x))
-    return rendezvous.hold(x, done)
 
 
 DEFINITION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (?:\([^=]*\)|\S+) ([\w\-]+)\((.*)$")

@@ -13,11 +13,11 @@ import pytest
 from aclnn_cases import RAN, WORLDS, agree, bits, both, draw, given, groups, over_ep, over_ranks, over_world, shape_of
 from family_cases import DTYPES, Config, combine_arrays, dispatch_arrays
 from fused_cases import E2M1, INT8, codes, hashable, lists, scales
-from helpers import delayed
 
 import moe_jax as moe
 from moe_jax import aclnn, errors, reference
 from moe_jax.recovery.window import Window
+from moe_jax.tools.stragglers.faults import delayed
 
 H = 8
 FIELDS = {

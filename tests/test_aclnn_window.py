@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from aclnn_cases import WORLDS, agree, bits, both, draw, given, groups, over_ep, over_ranks, over_world
 from family_cases import Config, dispatch_arrays
-from helpers import delayed
 
 import moe_jax as moe
 from moe_jax import _compat, aclnn, errors
 from moe_jax.recovery.window import Window
+from moe_jax.tools.stragglers.faults import delayed
 
 H, W = 8, 4
 NAMES = {

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import behind, delayed, entry_graph, over_ep, over_mesh
+from helpers import behind, entry_graph, over_ep, over_mesh
 from jax.sharding import PartitionSpec as P
 from processes import run_processes
 
@@ -15,6 +15,7 @@ from moe_jax import _compat, errors
 from moe_jax.collectives import rendezvous
 from moe_jax.elastic.rank_table import make_rank_table, read_rank_table
 from moe_jax.recovery.barrier import BarrierTimeoutError, barrier
+from moe_jax.tools.stragglers.faults import delayed
 
 W = 8
 FAR = 120_000_000  # microseconds, longer than any test

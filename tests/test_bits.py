@@ -105,10 +105,10 @@ def test_gradients_are_the_transposes(dtype):
         ct = small_integers(rng, (ep, tp, group_size(ep, tp, axes), A, H)).astype(jnp.dtype(dtype))
         given = ct.reshape(ep, tp, -1, H) if tiled else ct
 
-        def pulled(rows, ct, move=functools.partial(gather, plan)):
-            return jax.vjp(move, rows)[1](ct)[0]
+        def pulled(gather, rows, ct):
+            return jax.vjp(functools.partial(gather, plan), rows)[1](ct)[0]
 
-        got = jax.jit(over_mesh(mesh, pulled))(rows, given)
+        got = jax.jit(over_mesh(mesh, functools.partial(pulled, gather)))(rows, given)
         expected = in_groups(gathered_transposed, ct, axes)
         assert got.dtype == expected.dtype, axes
         np.testing.assert_array_equal(np.asarray(got, np.float32), expected.astype(np.float32), err_msg=str(axes))

@@ -50,6 +50,7 @@ sample_bytes = 0
 
 
 SAMPLING = MINIATURE.replace("sample_bytes = 0", "sample_bytes = 4")
+BALANCED = SAMPLING + "[balance]\nnum_redundant = 4\nevery = 1\nthreshold = 0\ndecay = 0.5\nmode = 'token'\n"
 MESH = ("--mesh", "ep=2")
 TWO_LAYERS = MINIATURE.replace("layers = 1", "layers = 2")
 
@@ -152,7 +153,7 @@ def test_a_profile_of_a_run_has_the_phases_of_the_layer(folder, capsys):
 
 
 @pytest.mark.quick("without_sample")
-@pytest.mark.parametrize("text", [MINIATURE, SAMPLING], ids=["without_sample", "with_sample"])
+@pytest.mark.parametrize("text", [MINIATURE, SAMPLING, BALANCED], ids=["without_sample", "with_sample", "balanced"])
 def test_resume_is_bit_exact(folder, capsys, text):
     (folder / "mini.toml").write_text(text)
     through = train(folder, capsys, *MESH, "--out", folder / "through", "--steps", 6)
@@ -160,8 +161,14 @@ def test_resume_is_bit_exact(folder, capsys, text):
     resumed = train(folder, capsys, *MESH, "--out", folder / "stopped", "--steps", 6, "--resume")
     assert [(r["step"], r["loss"]) for r in resumed["step"]] == [(r["step"], r["loss"]) for r in through["step"][3:]]
     assert resumed["validation"] == through["validation"] and resumed.get("sample") == through.get("sample")
-    assert ("sample" in resumed) == (text == SAMPLING)
+    assert ("sample" in resumed) == (text != MINIATURE)
     assert read_checkpoint(folder / "through") == read_checkpoint(folder / "stopped")
+    if text == BALANCED:
+        moves = [[(r["step"], r["moved_slots"]) for r in run["rebalanced"]] for run in (through, resumed)]
+        assert 3 in dict(moves[1]) and moves[0][-len(moves[1]) :] == moves[1] and len(moves[0]) > len(moves[1])
+        files = [(folder / name / "metrics.jsonl").read_text() for name in ("through", "stopped")]
+        written = [[r for r in map(json.loads, text.splitlines()) if "rebalanced_after" in r] for text in files]
+        assert written[0] == written[1] and [r["step"] - 1 for r in written[0]] == [place for place, _ in moves[0]]
     if text == SAMPLING:
         again = train(folder, capsys, *MESH, "--out", folder / "stopped", "--steps", 6, "--resume")
         assert "step" not in again and again["validation"] == through["validation"]

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import mesh_of, needs
+from jax.sharding import AbstractMesh
 
 import moe_jax as moe
 from moe_jax import reference
@@ -59,6 +60,22 @@ def layer_of(target, name, phase, what=facts.OURS):
     return compiled(target, name, phase, what)
 
 
+def plan_of_facts(target, name):
+    """The plan of a program of ``layer_of``, for its machine."""
+    mesh = AbstractMesh((8, 1), ("ep", "tp"))
+    workload = facts.WORKLOADS[name]
+    return moe.make_plan(
+        mesh,
+        tokens_per_rank=workload.tokens,
+        hidden=workload.hidden,
+        num_experts=workload.num_experts,
+        top_k=workload.top_k,
+        dtype=facts.DTYPE,
+        transport="padded",
+        hardware=target.split(":")[0],
+    )
+
+
 @pytest.mark.parametrize("phase", PASSES)
 @pytest.mark.parametrize("target,name", programs(CASES))
 def test_products_multiply_the_rows_that_are_routed(target, name, phase):
@@ -104,6 +121,35 @@ def test_temporaries(target, name):
 def test_bytes_beside_products_on_gpus(target, name):
     found, _ = layer_of(target, name, FORWARD)
     assert found.other_bytes <= GPU_BYTES * found.row_bytes, str(found)
+
+
+@pytest.mark.parametrize("passes,phase", list(enumerate(PASSES)))
+@pytest.mark.parametrize("target,name", programs(case for case in CASES if case[0] == "h100:8"))
+def test_a_plan_counts_what_the_products_of_a_gpu_touch(target, name, passes, phase):
+    """Bytes that kernels read and write, where they activate too: those of a plan, for slots that are all full."""
+    _, report = layer_of(target, name, phase)
+    plan, workload = plan_of_facts(target, name), facts.WORKLOADS[name]
+    cost = plan.cost(workload.ffn)[phase]
+    found = {step.name: step.traffic_bytes for step in cost.phases}
+    weights = 3 * plan.num_local_experts * workload.hidden * workload.ffn
+    casts = (1 + passes) * weights * (4 + 2)  # of parameters in fp32, and these are narrow
+    touched = found["products"] - casts - (1 + 2 * passes) * 2 * weights
+    full = touched * plan.num_rows(plan.pair_capacity) / plan.num_pairs + (1 + 2 * passes) * 2 * weights
+    assert report.work.product_bytes == pytest.approx(full + found["route"], rel=0.03)
+    inner = plan.num_pairs * workload.ffn * 2
+    assert found["activation"] == 6 * inner * passes  # one pass of the derivative alone: three read, three written
+
+
+@pytest.mark.parametrize("target,name", programs(case for case in CASES if case[0] == "h100:8"))
+def test_a_plan_counts_the_passes_of_a_gpu_over_rows(target, name):
+    """Forward: each side of the exchange, and the sum. A plan counts a token as often as a pair reads it."""
+    found, _ = layer_of(target, name, FORWARD)
+    plan, workload = plan_of_facts(target, name), facts.WORKLOADS[name]
+    row, slots = 2 * workload.hidden, plan.num_rows(plan.pair_capacity)
+    phases = {step.name: step.traffic_bytes for step in plan.cost(workload.ffn)["forward"].phases}
+    exchanged, read_again = 2 * 2 * slots * row, (slots - workload.tokens) * row
+    counted = phases["dispatch"] + phases["combine"] + phases["activation"] - exchanged - read_again
+    assert counted == pytest.approx(found.other_bytes, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from moe_jax.config import Config, MeshConfig, MoEConfig, RouterConfig, TrainConfig, load_config, override, parse_mesh
+from moe_jax.config import (
+    BalanceConfig,
+    Config,
+    MeshConfig,
+    MoEConfig,
+    RouterConfig,
+    TrainConfig,
+    load_config,
+    override,
+    parse_mesh,
+)
 from moe_jax.errors import ConfigError, InvalidArgumentError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -27,8 +37,15 @@ def test_values_and_defaults(tmp_path):
     assert config.moe == MoEConfig(num_experts=8, top_k=2, ffn=16)
     assert config.router == RouterConfig()
     assert config.train == TrainConfig(steps=40, batch_size=8, learning_rate=1.0)
+    assert config.balance is None and config.num_slots == 8 and config.parameters["num_logical_experts"] is None
     assert type(config.train.learning_rate) is float
     assert hash(config) == hash(load_text(tmp_path, (tmp_path / "some.toml").read_text()))
+
+
+def test_replicas_are_slots_beside_experts(tmp_path):
+    config = load_text(tmp_path, MOE + "[mesh]\nep = 4\n[balance]\nnum_redundant = 4\nmax_moved = 3\n")
+    assert config.balance == BalanceConfig(num_redundant=4, max_moved=3, every=50, decay=0.9, threshold=0.05)
+    assert config.num_slots == 12 and config.parameters["num_logical_experts"] == 8
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.toml")))
@@ -74,6 +91,17 @@ def test_deepseek_preset():
         (MOE + "[router]\nnum_groups = 8\ntop_groups = 1", ["moe.top_k=2 exceeds 1", "router.top_groups=1"]),
         (MOE + "[mesh]\nep = 0", ["ep=0 must be finite and above zero"]),
         (MOE + "[mesh]\nep = 4\nnodes = 3", ["ep=4 must be a multiple of nodes=3"]),
+        (MOE + "[balance]\nnum_redundent = 4", ["[balance]", "did you mean 'num_redundant'?"]),
+        (MOE + "[balance]\nevery = 0", ["every=0 must be finite and above zero"]),
+        (MOE + "[balance]\nmax_moved = 0", ["max_moved=0 must be finite and above zero"]),
+        (MOE + "[balance]\nnum_redundant = -1", ["num_redundant=-1 must be finite and not below zero"]),
+        (MOE + "[balance]\ndecay = 1", ["decay=1.0 must be at least 0 and below 1"]),
+        (MOE + "[balance]\nthreshold = -0.1", ["threshold=-0.1 must be at least 0 and below 1"]),
+        (MOE + "[balance]\nmode = 'tokens'", ["mode='tokens' is unknown", "did you mean 'token'?"]),
+        (
+            MOE + "[balance]\nnum_redundant = 2\n[mesh]\nep = 4",
+            ["num_experts=8", "num_redundant=2 are 10 slots, not a multiple of mesh.ep=4", "add 2 to num_redundant"],
+        ),
         (MOE + TRAIN, ["[train] needs a [model] section"]),
         (MOE + MODEL + TRAIN + "[mesh]\nep = 3", ["train.batch_size=8 must be a multiple of the 3 devices"]),
         (MOE + MODEL.replace("heads = 2", "heads = 8") + TRAIN, ["model.hidden=8 must be a multiple of"]),

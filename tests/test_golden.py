@@ -44,7 +44,7 @@ PLANS = {
         | {"overflow": "drop", "dtype": "float32"},
     ),
 }
-COMMANDS = ([], ["train"], ["verify"], ["plan"], ["sweep"], ["bench"], ["eplb"])
+COMMANDS = ([], ["train"], ["verify"], ["plan"], ["sweep"], ["bench"], ["eplb"], ["stragglers"])
 HOW_TO = ROOT / "docs" / "how_to" / "compare_meshes.md"
 # A command in a block of its own, and the block of what it prints below it.
 PRINTED = re.compile(r"(?<=```sh\npython -m moe_jax )(?P<command>[^\n]*)\n```\n\n```text\n(?P<text>.*?)```", re.DOTALL)

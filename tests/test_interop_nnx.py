@@ -67,6 +67,29 @@ def test_values_are_those_of_the_plain_layer():
     assert_close(y, expected.reshape(y.shape))
 
 
+@pytest.mark.slow
+def test_replicas_lie_where_a_table_says():
+    """A module with more slots than experts computes what the experts do, wherever they lie, as one program."""
+    mesh, _ = setting()
+    roles = {"ep_axis": "expert", "tp_axis": None, "token_axes": ("data", "expert")}
+    plan = moe.make_plan(mesh, tokens_per_rank=N // 4, hidden=H, num_experts=E + 2, top_k=K, dtype="float32", **roles)
+    drawn = MoE(mesh, plan, ROUTER, ffn=F, num_logical_experts=E, rngs=nnx.Rngs(0))
+    whole = numpy_of(drawn.params)
+    assert whole["router"].shape == (H, E) and whole["w_up"].shape == (E + 2, H, F)
+    experts = {name: value[:E] if name.startswith("w_") else value for name, value in whole.items()}
+    x = np.random.default_rng(0).normal(size=(N, H)).astype(np.float32)
+    expected, _ = reference.moe_layer(experts, x, ROUTER, top_k=K)
+    call = nnx.jit(lambda layer, x, table: layer(x, table=table, balance="token"))
+    for slots in ([0, 1, 2, 3, 0, 0], [3, 1, 0, 2, 3, 2]):
+        placement = moe.Placement(physical_to_logical=np.array(slots, np.int32), num_logical_experts=E, num_ranks=2)
+        params = {name: value[slots] if name.startswith("w_") else value for name, value in experts.items()}
+        for name, value in moe.place(params, mesh, plan).items():
+            getattr(drawn, name)[...] = value
+        y, stats = call(drawn, x, placement.table())
+        assert_close(y, expected)
+        assert stats.load.shape == (E,)
+
+
 @pytest.mark.parametrize("types", TYPES)
 def test_without_values_it_knows_shapes_and_layouts(types):
     mesh, plan = setting(types)

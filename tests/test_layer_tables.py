@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import MOSTLY_PADDED, mesh_of
+from jax.sharding import PartitionSpec as P
 from layer_cases import BALANCE, EXPERTS, TOLERANCE, F, H, K, T, Z, assert_close, make_params, steered_tokens
 
 import moe_jax as moe
@@ -40,6 +41,19 @@ def on_instances(params, owner):
     return {name: value[owner] if name in EXPERT_WEIGHTS else value for name, value in params.items()}
 
 
+def unserved(params, owner, rng):
+    """(parameters on instances, [EXPERTS, F - 1] shares): one of several instances has share 0, and weights of NaN."""
+    params, table = on_instances(params, owner), table_of(owner)
+    shares = rng.integers(1, 9, (EXPERTS, len(owner))).astype(np.float32) / 8
+    for e, row in enumerate(table):
+        if row[0] > 1:
+            place = rng.integers(row[0])
+            shares[e, place] = 0
+            for name in EXPERT_WEIGHTS:
+                params[name][row[1 + place]] = np.nan
+    return params, shares
+
+
 def table_of(owner, num_ids=None):
     """[EXPERTS, F] the instances of every expert among the first ``num_ids``."""
     owner = owner[:num_ids]
@@ -50,10 +64,11 @@ def table_of(owner, num_ids=None):
     return table
 
 
-def compare(run, params, owner, x, mask, rng, **tables):
-    """Values and gradients of one case; those of an expert are summed over its instances."""
+def compare(run, params, owner, x, mask, rng, placed=None, **tables):
+    """Values and gradients of one case; those of an expert are summed over its instances, which ``placed`` has."""
     ct = rng.normal(size=x.shape).astype(np.float32)
-    (_, (y, stats)), (d_params, d_x) = run(on_instances(params, owner), x, mask, ct, tables)
+    placed = on_instances(params, owner) if placed is None else placed
+    (_, (y, stats)), (d_params, d_x) = run(placed, x, mask, ct, tables)
     options = {"top_k": K, "token_mask": mask}
     expected, routing = reference.moe_layer(params, x, moe.RouterConfig(), **options)
     ct_params, ct_x = reference.moe_layer_vjp(params, x, ct, moe.RouterConfig(), ct_balance=BALANCE, ct_z=Z, **options)
@@ -95,8 +110,30 @@ def test_tables_of_instances_change_nothing_and_never_retrace(transport, balance
         assert width in (None, table.shape)
         width = table.shape
         x, mask = steered_tokens(pattern, rng, T * EP * TP, EP)
-        shares = {"shares": rng.integers(0, 9, (EXPERTS, width[1] - 1)).astype(np.float32) / 8}
-        compare(run, params, owner, x, mask, rng, table=table, **shares if balance == "load" else {})
+        if balance == "load":
+            placed, shares = unserved(params, owner, rng)
+            compare(run, params, owner, x, mask, rng, placed, table=table, shares=shares)
+        else:
+            compare(run, params, owner, x, mask, rng, table=table)
+
+
+@pytest.mark.slow
+def test_shares_per_shard():
+    """``moe_layer`` reads them as ``apply`` does: instances whose share is 0 get nothing."""
+    rng, router, mesh = np.random.default_rng(6), moe.RouterConfig(), mesh_of(2, 1)
+    sizes = {"hidden": H, "num_experts": INSTANCES, "top_k": K, "dtype": "float32", "num_shared_experts": 1}
+    plan = moe.make_plan(mesh, tokens_per_rank=T, **sizes)
+    params = logical_params(rng)
+    owner = rng.permutation(np.arange(INSTANCES) % EXPERTS)
+    placed, shares = unserved(params, owner, rng)
+
+    def shard(params, x, table, shares):
+        return moe.moe_layer(params, x, plan, router, table=table, balance="load", shares=shares)[0]
+
+    specs = (moe.param_specs(plan, router, use_bias=True), P("ep"), P(), P())
+    x, _ = steered_tokens("random", rng, 2 * T, 2)
+    y = jax.jit(jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=P("ep")))(placed, x, table_of(owner), shares)
+    assert_close("y", y, reference.moe_layer(params, x, router, top_k=K)[0])
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Pictures for reports: what is in them is what was measured or predicted, read off the axes and not off pixels."""
 
 import contextlib
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax.config import load_config
+from moe_jax.config import BalanceConfig, load_config
 from moe_jax.hardware import MACHINES
 from moe_jax.plan.wire import wire_bytes
 from moe_jax.tools import drawing
@@ -209,7 +210,8 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path):
 
 
 def step_of(step, load=((1, 2, 3, 2), (4, 4, 0, 0))):
-    values = {"loss": 10.0 - step, "imbalance": 2.0, "dropped": step % 2, "rounds": 1, "tokens_per_s": 100.0 * step}
+    values = {"loss": 10.0 - step, "imbalance": 2.0, "rank_imbalance": 1.5}
+    values |= {"dropped": step % 2, "rounds": 1, "tokens_per_s": 100.0 * step}
     return {"step": step, **values, "load": [list(layer) for layer in load]}
 
 
@@ -230,6 +232,7 @@ def test_a_run_in_a_picture():
     found = {axes.get_title(): axes.lines[0].get_ydata().tolist() for axes in curves}
     assert found == {
         "fullest expert / mean load": [2.0] * 6,
+        "fullest rank / mean load": [1.5] * 6,
         "dropped pairs": [1, 0] * 3,
         "rounds": [1] * 6,
         "tokens / s": [100.0 * step for step in range(3, 9)],
@@ -238,6 +241,25 @@ def test_a_run_in_a_picture():
     said = "\n".join(texts(figure))
     for words in ("tiny-2\ntop 2 of 8 experts", "mesh ep=4,tp=2", "16 x 64 tokens a step", "validation: 2.500"):
         assert words in said
+
+
+def test_moves_of_experts_are_in_the_picture():
+    """An arrow from before to after stands before the first step that was taken with the new places."""
+    records = [step_of(step) for step in range(1, 6)]
+    moves = [(3, 1.6, 1.1), (5, 1.4, 1.2)]
+    for place, before, after in moves:
+        values = {"rebalanced_before": before, "rebalanced_after": after, "rebalanced_moved_slots": 4}
+        records.insert(place, {"step": place, **values})
+    config = load_config(TINY)
+    config = dataclasses.replace(config, balance=BalanceConfig(num_redundant=4, every=2))
+    figure = report.draw_run("run", records, config)
+    (axes,) = (axes for axes in figure.axes if axes.get_title() == "fullest rank / mean load")
+    measured, _, *marks = (line.get_xydata().tolist() for line in axes.lines)
+    assert measured == [[step, 1.5] for step in range(1, 6)]
+    assert marks[1::2] == [[[place - 0.5, before], [place - 0.5, after]] for place, before, after in moves]
+    arrows = [(arrow.xyann, arrow.xy) for arrow in axes.texts]
+    assert arrows == [((place - 0.5, before), (place - 0.5, after)) for place, before, after in moves]
+    assert any("top 2 of 8 experts, moving every 2 steps among 12 slots" in text for text in texts(figure))
 
 
 def test_a_long_run_has_a_column_for_some_steps(monkeypatch):

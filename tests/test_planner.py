@@ -11,7 +11,7 @@ import pytest
 
 import moe_jax as moe
 from moe_jax.config import MeshConfig, MoEConfig, load_config
-from moe_jax.errors import CompilationError, DataError
+from moe_jax.errors import CompilationError, DataError, InvalidArgumentError
 from moe_jax.hardware import MACHINES
 from moe_jax.tools.cli import main
 from moe_jax.tools.planner import compiled, figures, here, picture, screen, sweep, words
@@ -518,6 +518,26 @@ def test_what_a_configuration_says_of_the_layer_is_in_all_that_it_costs(folder):
     trained = build_decoder(load_config(path), moe.make_mesh(ep=2))
     paths = str(jax.tree_util.tree_flatten_with_path(jax.eval_shape(trained.init, jax.random.key(0)))[0])
     assert "shared_router" in paths and "expert_scale" in paths
+
+
+def test_replicas_count_in_a_plan(tmp_path):
+    """Weights and meshes are those of all slots, and the layer that is compiled has a table for its router."""
+    path = tmp_path / "more.toml"
+    path.write_text(Path(TINY).read_text() + "[balance]\nnum_redundant = 4\n")
+    asked, plain = (question("ep=2", "cpu", str(name)) for name in (path, TINY))
+    assert asked.plan().num_experts == 12 and plain.plan().num_experts == 8
+    weights = [figures.memory_of(each, each.plan(), 1).weights for each in (asked, plain)]
+    expert = 3 * 128 * 256 * 4
+    assert weights[0] - weights[1] == pytest.approx(2 * expert, rel=0.01)  # two more on each rank
+    apply, (params, x) = compiled.build(list(moe.make_mesh(ep=2).devices.flat), asked, "forward")
+    assert params["w_up"].shape[0] == 12 and params["router"].shape == (128, 8)
+    y, stats = jax.eval_shape(apply, params, x)
+    assert y.shape == x.shape and stats.load.shape == (8,)
+    config = load_config(path)
+    found = {mesh.ep for mesh in sensible_meshes(12, config.moe, H100, config.num_slots)}
+    assert found == {1, 2, 3, 4, 6, 12}
+    with pytest.raises(InvalidArgumentError, match="12 slots, not a multiple of mesh.ep=8"):
+        question("ep=8", "cpu", str(path))
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ PRESETS = sorted(path.stem for path in CONFIGS.glob("*.toml") if path.stem != "t
 # What says in the models' own config.json what the presets say in ours; the rest of the numbers is in the presets.
 DEEPSEEK = dict(n_shared_experts=1, norm_topk_prob=True)
 RELEASED = {
+    "dbrx": dict(model_type="dbrx", ffn_hidden_size=10752, moe_normalize_expert_weights=1),
     "deepseek_v2": dict(
         model_type="deepseek_v2", n_shared_experts=2, topk_method="group_limited_greedy", n_group=8, topk_group=3,
         routed_scaling_factor=16.0,

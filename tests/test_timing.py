@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import behind, delayed, entry_graph, over_ep
+from helpers import behind, entry_graph, over_ep
 from jax.sharding import PartitionSpec as P
 from processes import run_processes
 
@@ -15,6 +15,8 @@ import moe_jax
 from moe_jax import _compat, errors
 from moe_jax.collectives import stopwatch
 from moe_jax.collectives.stopwatch import timed_all_to_all
+from moe_jax.tools.stragglers.faults import delayed
+from moe_jax.transports import add_waited
 
 W = 8
 
@@ -68,6 +70,52 @@ def test_slow_rank_gets_the_blame(slow):
         if me != slow:
             assert np.argmax(microseconds[me]) == slow, microseconds
     assert microseconds[slow].sum() < microseconds[:, slow].sum() / (W - 1), microseconds
+
+
+def test_a_late_block_is_counted_where_it_arrives():
+    """Late on one link: its receiver counts it, nobody counts it again, and no rank counts as late itself."""
+    seconds = np.zeros((W, W), np.float32)
+    seconds[6, 1] = 1.0
+
+    def run(blocks):
+        return timed_all_to_all(
+            blocks, "ep", lambda block, source: delayed(block, jnp.asarray(seconds)[jax.lax.axis_index("ep"), source])
+        )
+
+    blocks = np.arange(W * W, dtype=np.float32).reshape(W, W, 1)
+    got, microseconds = jax.jit(over_ep(run))(blocks)
+    np.testing.assert_array_equal(got, np.swapaxes(blocks, 0, 1))
+    ready, travelled = np.moveaxis(np.array(microseconds), 1, 0)
+    assert travelled[6, 1] >= 1_000_000
+    travelled[6, 1] = 0
+    assert max(ready.max(), travelled.max()) < 500_000, microseconds
+
+
+def test_performance_info_for_both_parts():
+    """[2, W] is added to part by part, [W] by the sum of both; anything else is refused."""
+    waited = np.array([[0, 5, 2, 7], [0, 1, 9, 3]], np.int32)
+    both, total = np.full((2, 4), 100, np.int32), np.full(4, 100, np.int32)
+    np.testing.assert_array_equal(add_waited(jnp.asarray(both), jnp.asarray(waited)), 100 + waited)
+    np.testing.assert_array_equal(add_waited(jnp.asarray(total), jnp.asarray(waited)), 100 + waited.sum(0))
+    mesh = moe_jax.make_mesh(ep=2)
+    plan = moe_jax.make_plan(mesh, tokens_per_rank=2, hidden=4, num_experts=2, top_k=1, dtype="float32")
+    ids, weights, x = jnp.zeros((2, 1), jnp.int32), jnp.ones((2, 1)), np.zeros((2, 2, 4), np.float32)
+
+    def there_and_back(x, info, back):
+        sent = moe_jax.dispatch(x, ids, plan, performance_info=info)
+        return sent.performance_info, moe_jax.combine(sent.x, weights, sent.handle, performance_info=back)[1]
+
+    infos = [np.zeros((2, *shape), np.int32) for shape in ((2,), (2, 2))]
+    for info, back in (infos, infos[::-1]):
+        sent, returned = jax.eval_shape(over_ep(there_and_back, mesh), x, info, back)
+        assert (sent.shape, returned.shape) == (info.shape, back.shape) and sent.dtype == jnp.int32
+    for bad in ((3,), (1, 2), (2, 3), ()):
+        bad = np.zeros((2, *bad), np.int32)
+        for info, back in ((bad, infos[0]), (infos[0], bad)):
+            with pytest.raises(errors.ShapeError, match=r"performance_info has shape .*\[W\].*\[2, W\]"):
+                jax.eval_shape(over_ep(there_and_back, mesh), x, info, back)
+    with pytest.raises(errors.DtypeError, match="microseconds are whole numbers"):
+        jax.eval_shape(over_ep(there_and_back, mesh), x, infos[1].astype(np.float32), infos[1])
 
 
 def test_clock_survives_its_wrap(monkeypatch):

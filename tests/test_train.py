@@ -26,7 +26,7 @@ from moe_jax.errors import DataError, UnsupportedError
 from moe_jax.host import extras
 from moe_jax.host.atomic import atomic_write
 from moe_jax.tools import cli
-from moe_jax.tools.train import events, loop, model, progress, report, sample, step
+from moe_jax.tools.train import balance, events, loop, model, progress, report, sample, step
 from moe_jax.tools.train.folder import open_folder
 from moe_jax.tools.train.interrupt import Stopped, catch_interrupt
 
@@ -101,7 +101,7 @@ def test_a_step_counts_and_decays_matrices_only(config):
     )
     decoder = model.build_decoder(config, moe_jax.make_mesh())
     optimizer = step.make_optimizer(config.train)
-    state = step.init_state(decoder, optimizer, seed=0)
+    state = step.init_state(decoder, optimizer, 0, config)
     run = step.compile_step(decoder, optimizer, config, state)
     batch = jax.device_put(np.zeros((2, 9), np.int32), decoder.over_batch)
     losses = []
@@ -130,7 +130,7 @@ def test_every_loss_of_the_router_has_its_weight(config):
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     none = jnp.zeros((), jnp.int32)
 
-    def logits(params, tokens):
+    def logits(params, tokens, where):
         balance, z, sequence_balance = params["losses"]
         stats = model.ModelStats(jnp.zeros((1, 8), jnp.int32), none, none, balance, z, sequence_balance)
         return jnp.zeros((*tokens.shape, 256)), stats
@@ -142,7 +142,7 @@ def test_every_loss_of_the_router_has_its_weight(config):
     run = step.compile_step(decoder, optimizer, config, state)
     state, metrics = run(state, np.zeros((1, 9), np.int32))
     assert state.params["losses"].tolist() == [3.5, 4.75, 5.875]
-    record = loop.make_record(metrics, step=1, tokens_per_s=1.0)
+    record = loop.make_record(metrics, balance.first_places(config, 1), step=1, tokens_per_s=1.0)
     assert (record["balance"], record["z"], record["sequence_balance"]) == (4.0, 5.0, 6.0)
     assert float(metrics.loss) == pytest.approx(np.log(256))
 
@@ -182,6 +182,7 @@ def make_record(step):
         "loss": 2.0,
         "tokens_per_s": 1234.5,
         "imbalance": 1.5,
+        "rank_imbalance": 1.25,
         "dropped": 3,
         "load": [[1, 2], [3, 0]],
     }
@@ -208,6 +209,7 @@ def test_metrics_keep_validation_losses_and_samples(tmp_path):
         {"step": 1, "validation_loss": 2.5},
         {"step": 1, "sample": "\ud800 text\n\ufffd"},
         make_record(2),
+        {"step": 2, "rebalanced_before": 1.6, "rebalanced_after": 1.1, "rebalanced_moved_slots": 4},
     ]
     with contextlib.closing(report.MetricsFile(path, done_steps=0)) as metrics:
         for record in records:
@@ -237,6 +239,7 @@ def test_a_full_disk_tears_no_record(tmp_path):
         json.dumps(make_record(2) | {"step": "2"}).encode(),
         b'{"step": 2, "validation_loss": "low"}',
         b'{"step": 2, "sample": 5}',
+        b'{"step": 2, "rebalanced_moved_slots": 3, "rebalanced_before": 1.5}',
         b'{"sample": "no step"}',
         json.dumps(make_record(2) | {"loss": None}).encode(),
         json.dumps(make_record(2) | {"load": [1, 2]}).encode(),
@@ -310,7 +313,8 @@ def test_tensorboard_gets_every_number(tmp_path):
         assert not list(tmp_path.iterdir())  # nothing is written before there is something to write
         file.append(make_record(4))
         found, starts = read_events(tmp_path)  # at once: a killed run keeps it
-        assert starts == [4] and found == [(4, {"loss": 2.0, "tokens_per_s": 1234.5, "imbalance": 1.5, "dropped": 3.0})]
+        numbers = {"loss": 2.0, "tokens_per_s": 1234.5, "imbalance": 1.5, "rank_imbalance": 1.25, "dropped": 3.0}
+        assert starts == [4] and found == [(4, numbers)]
         file.append({"step": 4, "validation_loss": 1.5})
         file.append({"step": 4, "sample": "if x:\n\treturn \ud800"})
         with room_for(100), pytest.raises(DataError, match="the event file cannot be written .File too large"):
@@ -367,7 +371,7 @@ def test_plain_progress(capsys):
         shown.step(make_record(number))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == ["1/8", "3/8", "6/8", "8/8"]
-    assert lines[0] == "step 1/8  loss 2.0000  1,234 tokens/s  imbalance 1.50  dropped 3"
+    assert lines[0] == "step 1/8  loss 2.0000  1,234 tokens/s  imbalance 1.50  ranks 1.25  dropped 3"
 
 
 def test_plain_progress_is_not_silent_for_long(capsys, monkeypatch):

@@ -195,12 +195,21 @@ warmup_steps = 4
 eval_batches = 1
 sample_bytes = 0
 save_every = 2
+[balance]
+num_redundant = 2
+every = 2
+threshold = 0
+decay = 0
+mode = "token"
 """
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path):
-    """Two processes; SIGTERM reaches one of them, and both save; one process goes on from there as if it had begun."""
+    """Two processes; SIGTERM reaches one of them, and both save; one process goes on from there as if it had begun.
+
+    Experts move in both, and so from one process to the other.
+    """
     (tmp_path / "mini.toml").write_text(MINIATURE)
     (tmp_path / "text").write_bytes(Path(__file__).read_bytes())
     environment = {
@@ -236,6 +245,8 @@ def test_two_processes_train_as_one_does(tmp_path):
     alone = events("--out", "one", "--steps", str(last + 2))
     losses = [[record["loss"] for record in run if record["event"] == "step"] for run in (records + resumed, alone)]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)  # sums over devices go another way
+    moves = [[record["step"] for record in run if record["event"] == "rebalanced"] for run in (records, resumed, alone)]
+    assert moves[0] and moves[0] + moves[1] == moves[2]
     ends = [next(record["loss"] for record in run if record["event"] == "validation") for run in (resumed, alone)]
     np.testing.assert_allclose(*ends, rtol=1e-5)
     assert {"checkpoints", "metrics.jsonl", "report.png"} <= set(os.listdir(tmp_path / "two"))

@@ -12,7 +12,7 @@ from jax import lax
 
 import moe_jax as moe
 from moe_jax import errors
-from moe_jax.collectives.exchange import Exchange, group_size
+from moe_jax.collectives.exchange import Exchange
 from moe_jax.plan.transport_table import entered
 from moe_jax.transports import ALL_GATHER, HIERARCHY, PADDED, RAGGED, Transport, register_transport, transport_names
 from moe_jax.transports.all_to_all import AllToAll
@@ -43,7 +43,7 @@ class RingBlocks(Exchange):
     in_blocks = True
 
     def move(self, rows, num_slots, axes, plan, *, into=None):
-        num_ranks, me = group_size(axes), lax.axis_index(axes)
+        num_ranks, me = lax.axis_size(axes), lax.axis_index(axes)
         blocks, moved = rows.reshape(num_ranks, -1, rows.shape[1]), []
         for shift in range(num_ranks):
             to = [(rank, (rank + shift) % num_ranks) for rank in range(num_ranks)]

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 Array = jax.Array
 
 
-def swap_bits(axes: tuple[str, ...], dtype: Any) -> Callable[[Array], Array]:
+def swap_bits(axes: tuple[str, ...], dtype: Any) -> Callable[[Array], Any]:
     """The exchange of blocks [W, ...] of ``dtype``: block j goes to rank j along ``axes``, block i came from rank i."""
     return _unwidened(functools.partial(lax.all_to_all, axis_name=axes, split_axis=0, concat_axis=0), dtype)
 
 
-def gather_bits(axes: str | tuple[str, ...], dtype: Any, *, tiled: bool = False) -> Callable[[Array], Array]:
+def gather_bits(axes: str | tuple[str, ...], dtype: Any, *, tiled: bool = False) -> Callable[[Array], Any]:
     """Rows [A, ...] of ``dtype`` of each rank along ``axes`` -> [W, A, ...], or [W * A, ...] if ``tiled``, by rank."""
     return _unwidened(functools.partial(lax.all_gather, axis_name=axes, tiled=tiled), dtype)
 
@@ -41,8 +41,8 @@ def unwritten(num_rows: int, like: Array, plan: "Plan") -> Array:
     return _compat.as_varying(rows, _compat.varying_axes(like))
 
 
-def _unwidened(move: Callable[[Array], Array], dtype: Any) -> Callable[[Array], Array]:
-    """``move``, which changes no bit, for rows of ``dtype``; on CPUs of their bits, where XLA would move them as fp32."""
+def _unwidened(move: Callable[[Array], Array], dtype: Any) -> Callable[[Array], Any]:
+    """``move``, which changes no bit, for rows of ``dtype``; on CPUs for their bits, where XLA would widen the rows."""
     if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize != 2:
         return move
 

@@ -21,7 +21,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax import _compat
-from moe_jax._compat import group_size
 from moe_jax.collectives.bits import swap_bits, unwritten
 from moe_jax.collectives.ragged import chunked_all_to_all, portable_ragged_all_to_all
 from moe_jax.collectives.stopwatch import timed_all_to_all
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from moe_jax.plan.plan import Plan
 
 Array = jax.Array
+group_size = lax.axis_size  # by this name an exchange of somebody else may ask how many ranks there are along its axes
 
 
 class Exchange(abc.ABC):
@@ -78,7 +78,7 @@ class Blocks(Exchange):
     in_blocks = True
 
     def move(self, rows, num_slots, axes, plan: "Plan", *, into=None):
-        num_ranks = group_size(axes)
+        num_ranks = lax.axis_size(axes)
         if num_ranks == 1:
             return rows, ()
         blocks = rows.reshape(num_ranks, rows.shape[0] // num_ranks, rows.shape[1])
@@ -163,7 +163,7 @@ class TimedBlocks(Exchange):
     in_blocks = True
 
     def move(self, rows, num_slots, axes, plan: "Plan", *, into=None):
-        num_ranks = group_size(axes)
+        num_ranks = lax.axis_size(axes)
         moved, waited = timed_all_to_all(rows.reshape(num_ranks, -1, rows.shape[1]), axes, self.on_arrival)
         return moved.reshape(rows.shape), waited
 

@@ -30,8 +30,8 @@ def check_axes(plan: "Plan", *, replicas: bool = False) -> None:
             f"axis {unbound[0]!r} of the plan is not bound here; call this function inside jax.shard_map over a mesh "
             f"with axes {axes}, or use moe_jax.moe_on_mesh"
         )
-    ep_size = _compat.group_size(plan.ep_axis)
-    tp_size = _compat.group_size(plan.tp_axes)
+    ep_size = lax.axis_size(plan.ep_axis)
+    tp_size = lax.axis_size(plan.tp_axes)
     if (ep_size, tp_size) != (plan.ep_size, plan.tp_size):
         raise MeshError(
             f"the mesh has ep={ep_size}, tp={tp_size} and the plan was made for ep={plan.ep_size}, "
@@ -112,8 +112,6 @@ gather_tp.defvjp(lambda plan, rows: (gather_tp(plan, rows), None), lambda plan, 
 
 def gather_params(weights: Array, axis: int, plan: "Plan") -> Array:
     """Weights of which each replica has an equal part along ``axis`` -> the whole weights, on every replica."""
-    if plan.num_param_shards == 1:
-        return weights
     return lax.all_gather(weights, plan.param_axes, axis=axis, tiled=True)
 
 

@@ -85,7 +85,7 @@ def ragged_all_to_all(
     Communication, SIAM J. Comput. 11 (1982), for the relay.
     """
     axes = _compat.bound_axes(axis_name)
-    num_ranks = _compat.group_size(axes)
+    num_ranks = lax.axis_size(axes)
     check_dtype("operand", operand, (jnp.number, jnp.bool_))
     if operand.ndim < 1:
         raise ShapeError("operand is a scalar; expected [N, ...]")

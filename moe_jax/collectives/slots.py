@@ -39,7 +39,7 @@ def fetch_slots(
     Returns:
       [S, ...], varying over ``axes`` and as ``slots`` does.
     """
-    if _compat.group_size(axes) == 1:
+    if lax.axis_size(axes) == 1:
         return _on_bits(slots, lambda bits: jnp.take(bits, sources[0], axis=0, mode="clip"))
     operands, exchange = (slots, sources, turns, num_turns), find_transport("ragged", kernels)
     if exchange is not None:

@@ -57,7 +57,7 @@ def timed_all_to_all(
     Source: performanceInfo of MoeDistributeDispatchV3.
     """
     axes = _compat.bound_axes(axis_names)
-    num_ranks = _compat.group_size(axes)
+    num_ranks = lax.axis_size(axes)
     check_array("blocks", blocks)
     if blocks.ndim < 1:
         raise ShapeError("blocks is a scalar; expected [W, ...]")
@@ -109,10 +109,11 @@ _timed.defvjp(lambda *args: (_timed(*args), None), _timed_backward)
 def _read_clock(me: Array, group: Array, after: Array | tuple[Array, ...]) -> Array:
     """The host's clock in microseconds, modulo 2^31, read once ``after`` is there; a reading of this rank's own."""
 
-    def read(*_):
+    def read(_):
         return np.int32((time.monotonic_ns() - _START) // 1000 & _CLOCK_MASK)
 
-    return jax.pure_callback(read, _SCALAR, me, group, rendezvous.probe(after), vmap_method="sequential")
+    # One operand, because JAX makes an array of each.
+    return jax.pure_callback(read, _SCALAR, rendezvous.probe((me, group, after)), vmap_method="sequential")
 
 
 def _meet(reading: Array, axes: tuple[str, ...]) -> Array:

@@ -55,7 +55,7 @@ class Straggler:
 
 
 def find_stragglers(
-    ready: Any, travel: Any, *, warm_up: int = 2, at_least: float = 500.0, times: float = 3.0, share: float = 0.75
+    ready: Any, travel: Any, *, warm_up: int = 2, at_least: float = 500.0, times: float = 2.0, share: float = 0.75
 ) -> list[Straggler]:
     """The ranks and links that are slow, by the waits of many steps: what stands out from the others of its kind.
 
@@ -146,9 +146,9 @@ class _Rule(NamedTuple):
 
 
 class _Late(NamedTuple):
-    """One of N series that stands out."""
+    """One of N series that stands out, by its number."""
 
-    index: int
+    number: int
     microseconds: float
     typical: float
     share: float
@@ -179,8 +179,9 @@ def _median_of_others(values: np.ndarray) -> np.ndarray:
     place[order] = np.arange(len(values))
     ascending = np.append(values[order], np.nan)
     # Without the value at its place, the k-th of the others is the k-th of all before it, and the next one behind it.
-    low, high = ((len(values) - 2) // 2, (len(values) - 1) // 2)
-    return sum(np.where(k < place, ascending[k], ascending[k + 1]) for k in (low, high)) / 2
+    middle = ((len(values) - 2) // 2, (len(values) - 1) // 2)
+    low, high = (np.where(k < place, ascending[k], ascending[k + 1]) for k in middle)
+    return (low + high) / 2
 
 
 def _slow_ranks(kind: str, series: np.ndarray, rule: _Rule) -> list[Straggler]:
@@ -189,8 +190,8 @@ def _slow_ranks(kind: str, series: np.ndarray, rule: _Rule) -> list[Straggler]:
     return [
         Straggler(
             kind=kind,
-            source=None if receives else late.index,
-            receiver=late.index if receives else None,
+            source=None if receives else late.number,
+            receiver=late.number if receives else None,
             microseconds=late.microseconds,
             typical=late.typical,
             share=late.share,
@@ -213,8 +214,8 @@ def _slow_links(travel: np.ndarray, found: list[Straggler], rule: _Rule) -> list
     return [
         Straggler(
             kind="link",
-            source=int(sources[one.index]),
-            receiver=int(receivers[one.index]),
+            source=int(sources[one.number]),
+            receiver=int(receivers[one.number]),
             microseconds=one.microseconds,
             typical=one.typical,
             share=one.share,

@@ -270,7 +270,7 @@ def _check(
 ) -> _Call:  # fmt: skip
     """Checks the grouped part, and reads its arguments."""
     axes = _compat.bound_axes(axis_name)
-    num_ranks = _compat.group_size(axes)
+    num_ranks = jax.lax.axis_size(axes)
     check_flag("transpose_gmm_weight", transpose)
     check_backend(backend)
     check_count("chunks", chunks)

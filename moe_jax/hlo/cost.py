@@ -70,6 +70,7 @@ class Work:
       gathers, scatters: how many are executed.
       other_bytes, other_cycles: the part of ``bytes_accessed`` and ``cycles`` that belongs neither to collectives nor
         to anything that multiplies (products, fusions around one, and kernels that declare flops).
+      product_bytes: the part of ``bytes_accessed`` that belongs to what multiplies.
       gather_bytes: the bytes of what gathers take out, counted once. (The TPU compiler prices no gather of rows.)
       unpriced: on TPU, the executions of instructions without an estimate, by name.
     """
@@ -84,6 +85,7 @@ class Work:
     scatters: int
     other_bytes: int
     other_cycles: int | None
+    product_bytes: int
     gather_bytes: int
     unpriced: tuple[tuple[str, int], ...]
 
@@ -130,7 +132,7 @@ def work_of(program: Program, *, has_fast_memory: bool) -> Costs:
 
 def _sum(program: Program, executions: list[Execution], traffic: "_Traffic") -> Work:
     flops, scopes, ops, unpriced = collections.Counter(), collections.Counter(), collections.Counter(), []
-    moved = handed = other_bytes = other_cycles = gathered = 0
+    moved = handed = other_bytes = other_cycles = product_bytes = gathered = 0
     for execution in executions:
         instruction, times = execution.instruction, execution.times
         products = flops_of(program, instruction)
@@ -142,10 +144,12 @@ def _sum(program: Program, executions: list[Execution], traffic: "_Traffic") -> 
         if execution.is_fused:
             continue
         types = program.handed_over(instruction)
-        is_other = types is None and not _multiplies(program, instruction)
+        multiplies = _multiplies(program, instruction)
+        is_other = types is None and not multiplies
         touched = times * traffic.of(instruction)
         moved += touched
         other_bytes += touched * is_other
+        product_bytes += touched * multiplies
         handed += times * sum(map(num_bytes, types or ()))
         priced = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
         if priced:
@@ -168,6 +172,7 @@ def _sum(program: Program, executions: list[Execution], traffic: "_Traffic") -> 
         scatters=ops["scatter"],
         other_bytes=other_bytes,
         other_cycles=other_cycles if is_priced else None,
+        product_bytes=product_bytes,
         gather_bytes=gathered,
         unpriced=_largest_first(names),
     )

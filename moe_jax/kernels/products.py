@@ -102,14 +102,16 @@ def grouped_outer(
     return _grouped_outer(backend, str(dtype), slotted, lhs, rhs, group_sizes, row_slot)
 
 
-@functools.partial(custom_gradient, num_static=3)
-def _grouped_matmul(backend, transpose_rhs, into, lhs, rhs, group_sizes, add_to=None, row_slot=None):
+def _product(backend, transpose_rhs, into, lhs, rhs, group_sizes, add_to=None, row_slot=None):
     """One product. With ``row_slot`` the rows of ``lhs`` lie in slots; or with ``into``, those of the result."""
     if row_slot is None:
         return call_kernel("grouped_matmul", backend, lhs, rhs, group_sizes, add_to=add_to, transpose_rhs=transpose_rhs)
     slots = {"row_slot": row_slot, "into": into}
     operands = (lhs, rhs, group_sizes)
     return call_kernel("slot_matmul", backend, *operands, add_to=add_to, transpose_rhs=transpose_rhs, **slots)
+
+
+_grouped_matmul = custom_gradient(_product, num_static=3)
 
 
 def _forward(backend, transpose_rhs, into, lhs, rhs, group_sizes, add_to=None, row_slot=None):
@@ -175,13 +177,13 @@ def grouped_matmuls(
     """
     products = []
     for rhs, bias in zip(matrices, biases, strict=True):
-        product = _grouped_matmul(backend, False, into, lhs, rhs, group_sizes, None, row_slot)
+        product = _product(backend, False, into, lhs, rhs, group_sizes, None, row_slot)
         if bias is not None:
             # A bias is the product of a row's 1 with the bias of its group, so a kernel that accumulates adds it in the
             # same pass over the rows.
             slots = None if into is None else row_slot
             ones = _ones(lhs, row_slot)
-            product = _grouped_matmul(backend, False, into, ones, bias[:, None, :], group_sizes, product, slots)
+            product = _product(backend, False, into, ones, bias[:, None, :], group_sizes, product, slots)
         products.append(product)
     return tuple(products)
 

@@ -66,7 +66,7 @@ def project_in(
     Returns:
       Both in the dtype of ``rows``; gate is None without w_gate.
     """
-    weights, biases = _inner_parameters(experts, rows)
+    weights, biases = _parameters(experts, ("gate", "up"), rows)
     projected = grouped_matmuls(kernels, None, rows, weights, biases, group_sizes, row_slot)
     return projected if "w_gate" in experts else (None, *projected)
 
@@ -89,7 +89,7 @@ def project_in_and_activate(
     if not fused:
         inner = project_in(experts, rows, group_sizes, kernels, row_slot)
         return (inner if keep else None), activate(*inner, activation)
-    weights, biases = _inner_parameters(experts, rows)
+    weights, biases = _parameters(experts, ("gate", "up"), rows)
     *inner, hidden = gated_matmul(kernels, _gating(activation), keep, rows, weights, biases, group_sizes, row_slot)
     return ((inner[0], inner[1]) if keep else None), hidden
 
@@ -113,21 +113,21 @@ def project_out(
     ``experts``: w_down [L, F, H] and optional b_down [L, H]; ``row_slot``: the result is [num_slots, H], each row in
     its slot, by kernels that can write them there; the other arguments are those of ``project_in``.
     """
-    weights, biases = _cast(experts, ("w_down",), hidden), _cast(experts, ("b_down",), hidden)
+    weights, biases = _parameters(experts, ("down",), hidden)
     into = None if row_slot is None else num_slots
     return grouped_matmuls(kernels, into, hidden, weights, biases, group_sizes, row_slot)[0]
 
 
-def _inner_parameters(experts: dict[str, Array], like: Array) -> tuple[tuple[Array | None, ...], ...]:
-    """The weights of the inner projections, gate before up, and their biases, None where there are none."""
-    names = ("gate", "up") if "w_gate" in experts else ("up",)
-    weights, biases = (_cast(experts, tuple(f"{kind}_{name}" for name in names), like) for kind in "wb")
-    return weights, biases
-
-
-def _cast(experts: dict[str, Array], names: tuple[str, ...], like: Array) -> tuple[Array | None, ...]:
-    """The parameters of these names in the dtype of ``like``; None for what is not there."""
-    return tuple(experts[name].astype(like.dtype) if name in experts else None for name in names)
+def _parameters(
+    experts: dict[str, Array], projections: tuple[str, ...], like: Array
+) -> tuple[tuple[Array, ...], tuple[Array | None, ...]]:
+    """(weights, biases) of those projections that the experts have, in the dtype of ``like``; None for no bias."""
+    names = [name for name in projections if f"w_{name}" in experts]
+    biases = [experts.get(f"b_{name}") for name in names]
+    return (
+        tuple(experts[f"w_{name}"].astype(like.dtype) for name in names),
+        tuple(None if bias is None else bias.astype(like.dtype) for bias in biases),
+    )
 
 
 def shared_ffn(weights: dict[str, Array], x: Array, *, activation: Choice) -> Array:

@@ -197,9 +197,8 @@ class ExpertKind:
     what: Any
 
 
-def feed_forward(activation: Choice) -> ExpertKind:
-    """The feed-forward experts of the layer, whose parameters are those of ``expert_slots``."""
-    return ExpertKind(expert_slots, overflow_slots, add_overflow_gradients, activation)
+# The feed-forward experts of the layer, whose parameters are those of ``expert_slots``; takes their activation.
+feed_forward = functools.partial(ExpertKind, expert_slots, overflow_slots, add_overflow_gradients)
 
 
 def rows_of_slots(slots: Array, order: InboxOrder | None, plan: Plan) -> Array:

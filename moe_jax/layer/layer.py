@@ -212,7 +212,7 @@ def layer_of_shard(
     axes_of_tokens = _compat.union_of_varying_axes((x, token_mask, table, shares, rank_table, choices, router_x))
     # 1. Operands. Parameters are typed as varying over axes of size 1, or JAX would sum their gradients there.
     x, router_x = _compat.as_varying((x, router_x), plan.token_axes)
-    params = _compat.as_varying_over_units(params, plan.token_axes)
+    params = _compat.as_varying(params, [axis for axis in plan.token_axes if lax.axis_size(axis) == 1])
     if token_mask is not None:  # padding may hold anything; from here on it is zero
         x = jnp.where(token_mask[:, None], x, jnp.zeros((), x.dtype))
         if router_x is not None:

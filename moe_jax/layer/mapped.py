@@ -1,5 +1,6 @@
 """Experts of your own in the rounds of the layer: any differentiable function of rows and group sizes."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -133,11 +134,6 @@ def map_experts(
     return _compat.drop_unit_axes((total.astype(plan.dtype), stats), axes_of_tokens)
 
 
-def mapped(fn: Callable[[Any, Array, Array], Array]) -> ExpertKind:
-    """The experts that ``fn`` of ``map_experts`` computes."""
-    return ExpertKind(_mapped_slots, _mapped_slots, _add_mapped_gradients, fn)
-
-
 def _mapped_slots(plan: Plan, fn: Callable, params: Any, arrived: Array, order: InboxOrder | None, group_sizes: Array):
     """[A, H] -> [A, H'], what ``fn`` makes of each row, in the slot that the row came in."""
     with jax.named_scope("experts"):
@@ -188,3 +184,7 @@ def _add_mapped_gradients(plan: Plan, fn, grads, params, arrived, ct, order, gro
 
     more, d_arrived = jax.vjp(through, params, arrived)[1](ct)
     return jax.tree.map(jnp.add, grads, without_float0(more)), d_arrived
+
+
+# The experts of ``map_experts``; takes the function that computes them.
+mapped = functools.partial(ExpertKind, _mapped_slots, _mapped_slots, _add_mapped_gradients)

@@ -143,6 +143,7 @@ def moe_on_mesh(
     specs = {row.name: _split(param_spec(row.name, plan), mesh) for row in TABLE}
     tokens: Any = _split(PartitionSpec(plan.token_axes), mesh)
     everywhere: Any = PartitionSpec()
+    has_explicit_axes = bool(_compat.explicit_axes(mesh))
     # Compiled once, and not at every call of ``init``.
     drawn = jax.jit(
         lambda key: draw(key, shapes),
@@ -193,8 +194,9 @@ def moe_on_mesh(
             None if choices is None else (tokens, tokens),
             None if router_x is None else tokens,
         )
-        given = (params, x, token_mask, table, shares, rank_table, choices, router_x)
-        given = jax.tree.map(lambda array, spec: _compat.lay_out(array, mesh, spec), given, in_specs)
+        given: Any = (params, x, token_mask, table, shares, rank_table, choices, router_x)
+        if has_explicit_axes:
+            given = jax.tree.map(lambda array, spec: _compat.lay_out(array, mesh, spec), given, in_specs)
         shard = functools.partial(
             layer_of_shard,
             plan=plan,
@@ -209,7 +211,8 @@ def moe_on_mesh(
         )
         mapped = _compat.shard_map(shard, mesh=mesh, in_specs=in_specs, out_specs=(tokens, stats_specs))
         y, stats = mapped(*given)
-        y = _compat.name_unit_axes_as(y, x, mesh)
+        if has_explicit_axes:
+            y = _compat.name_unit_axes_as(y, x, mesh)
         if lead != (num_tokens,):
             of_tokens = _compat.unsplit((y, stats.routing), mesh)
             y, given = jax.tree.map(lambda array: _as_given(array, share, plan.tokens_per_rank, lead), of_tokens)

@@ -225,6 +225,8 @@ def gathered(experts: dict[str, Array], plan: Plan) -> dict[str, Array]:
 
     The adjoint sums the gradients of all replicas, and leaves every device its part.
     """
+    if plan.num_param_shards == 1:
+        return experts
     split = {row.role: row.dims.index("expert_hidden") for row in rows_of("experts") if "expert_hidden" in row.dims}
     with jax.named_scope("gather_params"):
         return {

@@ -198,14 +198,6 @@ def _sum_of_quotients(step: int, size: int) -> int:
     return total
 
 
-def _sum_of_quotients(step: int, size: int) -> int:
-    """How unevenly ``i * step mod size`` can lie on the circle, over any stretch of i: a bound of the discrepancy."""
-    total = 0
-    while step:
-        total, step, size = total + size // step, size % step, step
-    return total
-
-
 def _divided(
     part: jax.Array, count: jax.Array, whole: jax.Array | int, whole_bits: int, count_bits: int
 ) -> tuple[jax.Array, jax.Array]:

@@ -157,14 +157,12 @@ def _add_overflow_round(
     return d_experts, *d_tokens, d_weights + more_weights
 
 
-def _loop(overflow: Callable, plan: Plan) -> Callable:
-    """``overflow``, a loop of unknown length, which refuses in words what it has no derivative for."""
-    return first_order_only(
-        overflow,
-        "forward mode and second derivatives of the layer are there for plans of one round, and this one may need "
-        f"max_rounds={plan.max_rounds}: make it with capacity_factor={plan.ep_size}, which holds any skew in one "
-        "round; or use first derivatives in reverse mode (jax.grad, jax.vjp) and differences of them",
-    )
+# What a loop of unknown length says where somebody asks for a derivative that it has not.
+_FIRST_ORDER = (
+    "forward mode and second derivatives of the layer are there for plans of one round, and this one may need "
+    "max_rounds={0.max_rounds}: make it with capacity_factor={0.ep_size}, which holds any skew in one "
+    "round; or use first derivatives in reverse mode (jax.grad, jax.vjp) and differences of them"
+)
 
 
 @functools.partial(custom_gradient, num_static=2)
@@ -187,7 +185,9 @@ def _overflow_rounds(plan: Plan, kind, collected, num_rounds, *operands):
 
         return lax.while_loop(lambda state: state[0] < num_rounds, turn, (jnp.ones_like(num_rounds), collected))[1]
 
-    return _loop(overflow, plan)(collected, num_rounds, *operands) if plan.max_rounds > 1 else collected
+    if plan.max_rounds == 1:
+        return collected
+    return first_order_only(overflow, _FIRST_ORDER.format(plan))(collected, num_rounds, *operands)
 
 
 def _routed_forward(plan: Plan, kind, experts, x, row_weights, weights, terms, manifest, num_rounds):
@@ -222,7 +222,8 @@ def _routed_backward(plan: Plan, kind, residuals, ct):
         return lax.while_loop(lambda state: state[0] < num_rounds, turn, (jnp.ones_like(num_rounds), grads))[1]
 
     if plan.max_rounds > 1:
-        grads = _loop(overflow, plan)(grads, num_rounds, manifest, pull_finish, ct, *operands)
+        overflow = first_order_only(overflow, _FIRST_ORDER.format(plan))
+        grads = overflow(grads, num_rounds, manifest, pull_finish, ct, *operands)
     *d_sent, d_sent_weights = grads
     return *d_sent, d_weights + d_sent_weights, d_terms, None, None
 

@@ -95,8 +95,9 @@ class Cost:
       router_flops: the part of ``flops`` that the router takes, in fp32 whatever the rows are.
       traffic_bytes: what passes over rows and weights read and write, each in full, wherever it comes from. A pass is
         a copy (pack, exchange, permute, unpermute, unpack), a change of format, an activation, a sum or a product.
-        Indices do not count. A partial sum of "allgather" reads a row for every choice of every token of all ranks,
-        whether the row is there or not.
+        Where the plan's back end multiplies rows in their slots, or activates them in the kernel that multiplies, these
+        passes are left out. Indices do not count. A partial sum of "allgather" reads a row for every choice of every
+        token of all ranks, whether the row is there or not.
       hardware, platform: the machine whose rates give all seconds, and its platform.
       phases: a ``Phase`` for each phase of the layer, in their order, under an even load.
     """
@@ -214,7 +215,7 @@ def layer_costs(
     num_replicas: int,
 ) -> dict[str, Cost]:
     """The costs of both passes; ``ffn`` 0 leaves out everything that has the width of an expert. See ``Plan.cost``."""
-    size = Size.of(plan, machine.widened)
+    size = Size.of(plan, machine, ffn)
     transport, layout = transport_of(plan), Layout.of(plan, machine, num_replicas)
     routed, shared = experts_of(plan, size, ffn, activation, shared_ffn, shared_activation)
     costs = {}
@@ -298,7 +299,7 @@ def even_exchanges(
 ) -> tuple[list[Collective], Layout]:
     """The exchanges whose bytes the phases of ``Plan.cost`` sum up, and the layout of the devices that make them."""
     machine, of_shared = plan.hardware, activation if shared_activation is None else shared_activation
-    size, layout = Size.of(plan, machine.widened), Layout.of(plan, machine, plan.num_replicas)
+    size, layout = Size.of(plan, machine, ffn), Layout.of(plan, machine, plan.num_replicas)
     experts = experts_of(plan, size, ffn, activation, width_of_shared(plan, ffn, shared_ffn), of_shared)
     steps = steps_of(plan, transport_of(plan).even_size(plan, size), layout, *experts, machine, backward)
     return [exchange for step in steps for exchange in step.collectives], layout

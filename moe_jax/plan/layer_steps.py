@@ -42,17 +42,23 @@ class Ffn(NamedTuple):
     experts: int
     width: int
     activation: Choice
+    fused: tuple[str, ...] = ()  # see ``Size``
 
     @property
     def projections(self) -> int:
         return 3 if activation_of(self.activation).gated else 2
+
+    @property
+    def activates(self) -> bool:
+        """Whether one kernel multiplies with gate and up, and activates."""
+        return "gated_matmul" in self.fused and activation_of(self.activation).fusible
 
 
 def experts_of(
     plan: "Plan", size: Size, ffn: int, activation: Choice, shared_ffn: int, shared_activation: Choice
 ) -> tuple[Ffn, Ffn]:
     """The routed and the shared experts of a device."""
-    routed = Ffn(size.multiplied, plan.num_local_experts, ffn // plan.tp_size, activation)
+    routed = Ffn(size.multiplied, plan.num_local_experts, ffn // plan.tp_size, activation, size.fused)
     return routed, Ffn(plan.tokens_per_rank, 1, shared_ffn, shared_activation)
 
 
@@ -142,15 +148,24 @@ def _ffn_steps(ffn: Ffn, hidden: int, itemsize: int, backward: bool) -> list[Ste
         return []
     row, inner, count = hidden * itemsize, ffn.width * itemsize, ffn.projections
     weights = count * ffn.experts * hidden * ffn.width
-    casts = weights * (WIDE + itemsize) if itemsize != WIDE else 0
-    products, activated = casts + weights * itemsize + ffn.rows * count * (row + inner), ffn.rows * count * inner
-    launches, activations = count + (count if casts else 0), 1
+    casts, casting = (weights * (WIDE + itemsize), count) if itemsize != WIDE else (0, 0)
+    if ffn.activates:  # one kernel reads a row and writes what goes into the last product, and what is kept beside it
+        multiplied, multiplying = 2 * (row + inner) + (count - 1) * inner * backward, count - 1
+        activated, activating = 0, 0
+    else:
+        multiplied, multiplying = count * (row + inner), count
+        activated, activating = count * inner, 1
+    products, launches = casts + weights * itemsize + ffn.rows * multiplied, multiplying + casting
     if backward:
-        added = 3 * row if count == 3 else 0  # the cotangents of a row by gate and up, and their sum
+        # The cotangents of a row from gate and up: the second product adds to what the first one wrote, or a pass does.
+        in_place = "slot_matmul" in ffn.fused
+        added = (row if in_place else 3 * row) if count == 3 else 0
         products += casts + 2 * weights * itemsize + ffn.rows * (2 * count * (row + inner) + added)
-        activated += ffn.rows * (3 * count - 1) * inner  # the activation is computed again, and then its cotangents
-        launches, activations = 3 * launches + 1, 3
-    return [Step(PRODUCTS, (), products, launches), Step(ACTIVATION, (), activated, activations)]
+        launches += 2 * (count + casting) + (not in_place)
+        # It is made again, and its cotangents: in one pass, or in two.
+        activated += (2 * count if ffn.activates else 3 * count - 1) * inner
+        activating += 1 if ffn.activates else 2
+    return [Step(PRODUCTS, (), products, launches), Step(ACTIVATION, (), ffn.rows * activated, activating)]
 
 
 def _router_traffic(plan: "Plan") -> int:

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
 
+from moe_jax.hardware import Machine
+from moe_jax.kernels.table import fused_kernels
 from moe_jax.plan.transport_table import transport_of
 from moe_jax.quant import recipe
 
@@ -44,6 +46,7 @@ class Size(NamedTuple):
       everyone: tokens of all ranks.
       arrived: M.
       multiplied: rows of all experts under an even load.
+      fused: which of ``moe_jax.kernels.table.FUSED`` the back end uses for these extents.
     """
 
     itemsize: int
@@ -60,9 +63,21 @@ class Size(NamedTuple):
     everyone: int
     arrived: int
     multiplied: int
+    fused: tuple[str, ...]
+
+    @property
+    def in_slots(self) -> bool:
+        """Whether kernels read rows in the slots that they came in, and write them there."""
+        return {"slot_matmul", "slot_outer"} <= set(self.fused)
+
+    @property
+    def ordered(self) -> int:
+        """Bytes of a pass that copies rows from slots into the order of the experts, or back; 0 where none is made."""
+        return 0 if self.in_slots else 2 * self.arrived * self.row
 
     @classmethod
-    def of(cls, plan: "Plan", widened: tuple[str, ...]) -> "Size":
+    def of(cls, plan: "Plan", machine: Machine, ffn: int) -> "Size":
+        """``ffn``: the width of an expert; 0: it is not known, and kernels are those for experts as wide as a row."""
         itemsize, slots = jnp.dtype(plan.dtype).itemsize, plan.ep_size * plan.pair_capacity
         messages = (
             row_bytes(name, plan.hidden, plan.dtype) for name in (plan.quant, plan.combine_quant, plan.backward_quant)
@@ -75,7 +90,7 @@ class Size(NamedTuple):
             plan.hidden * itemsize,
             *messages,
             wide=plan.hidden * WIDE,
-            sum_item=WIDE if plan.dtype in widened else itemsize,
+            sum_item=WIDE if plan.dtype in machine.widened else itemsize,
             slots=slots,
             sent=transport_of(plan).sent_rows(plan, plan.pair_capacity),
             returned=slots,
@@ -83,14 +98,23 @@ class Size(NamedTuple):
             everyone=everyone,
             arrived=arrived,
             multiplied=min(even, arrived),
+            fused=_fused(plan, machine, arrived, ffn or plan.hidden * plan.tp_size),
         )
+
+
+def _fused(plan: "Plan", machine: Machine, num_rows: int, ffn: int) -> tuple[str, ...]:
+    """Those of the plan's back ends, where they are for the platform of ``machine``."""
+    if machine.platform != plan.platform:
+        return ()
+    item = jnp.dtype(plan.dtype).itemsize
+    return fused_kernels(plan.kernels, num_rows, plan.num_local_experts, plan.hidden, ffn // plan.tp_size, item)
 
 
 def unplaced_bytes(plan: "Plan", size: Size) -> int:
     """Rows of products put into the slots that they came in, and added over tp."""
     widened = 2 * size.wide if size.sum_item > size.itemsize else 0  # rows are cast for the sum, and cast back
     added = (size.arrived + size.slots) * (size.row + widened) if plan.tp_size > 1 else 0
-    return 2 * size.arrived * size.row + added
+    return size.ordered + added
 
 
 def recoded(size: Size, message: int, rows: int) -> int:

@@ -45,16 +45,23 @@ def split(message: Array, parts: Sequence[Part]) -> list[Array]:
     return arrays
 
 
-def join_some(arrays: Sequence[Array | None]) -> tuple[Array, tuple[Part | None, ...]]:
-    """``join`` of those arrays that are not None. A single array is the message itself, in its own dtype."""
+def join_some(arrays: Sequence[Array | None]) -> tuple[Any, tuple[Part | None, ...]]:
+    """``join`` of those arrays that are not None. A single array is the message itself, in its own dtype.
+
+    Where there is no array, the message is None.
+    """
     present = [array for array in arrays if array is not None]
+    if not present:
+        return None, (None,) * len(arrays)
     message, parts = join(present) if len(present) > 1 else (present[0], [None])
     parts = iter(parts)
     return message, tuple(None if array is None else (next(parts) or _ALONE) for array in arrays)
 
 
-def split_some(message: Array, parts: Sequence[Part | None]) -> list[Any]:
+def split_some(message: Any, parts: Sequence[Part | None]) -> list[Any]:
     """The inverse of ``join_some``."""
+    if message is None:
+        return [None] * len(parts)
     if _ALONE in parts:
         return [None if part is None else message for part in parts]
     arrays = iter(split(message, [part for part in parts if part is not None]))

@@ -62,7 +62,7 @@ def barrier(
     Source: DistributeBarrierV2 (xRef, elasticInfo, timeOut).
     """
     axes = _compat.bound_axes(axis_name)
-    num_ranks = _compat.group_size(axes)
+    num_ranks = jax.lax.axis_size(axes)
     live = read_rank_table(rank_table, num_ranks, 0, 0).logical >= 0
     return wait_for_ranks(x, live, axes, timeout_us)
 

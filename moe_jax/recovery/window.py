@@ -246,7 +246,7 @@ def receivable_info_collect(
 
 def _bound(axis_name: Any) -> tuple[tuple[str, ...], int]:
     axes = _compat.bound_axes(axis_name)
-    return axes, _compat.group_size(axes)
+    return axes, jax.lax.axis_size(axes)
 
 
 def _links(link_up: Array | None, num_ranks: int) -> Array:

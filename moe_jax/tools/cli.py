@@ -60,6 +60,7 @@ def _make_parser() -> argparse.ArgumentParser:
     _add_sweep(commands)
     _add_bench(commands)
     _add_eplb(commands)
+    _add_stragglers(commands)
     return parser
 
 
@@ -81,11 +82,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     several = parser.add_mutually_exclusive_group()
     processes = "start N processes on this machine, which share the emulated devices of the mesh"
     several.add_argument("--processes", type=int, metavar="N", help=processes)
-    distributed = (
-        "this is one of several processes, started alike on all hosts; Slurm, Kubernetes and Cloud TPU tell which, "
-        "elsewhere HOST:PORT of the first one, how many there are, and the number of this one do"
-    )
-    several.add_argument("--distributed", nargs="?", const=True, default=False, metavar="H:P,N,I", help=distributed)
+    _add_distributed(several)
     _add_mesh_and_json(parser)
     parser.set_defaults(command=_train)
 
@@ -201,6 +198,38 @@ def _add_eplb(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--out", default="eplb", metavar="DIR", help=out)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(command=_eplb)
+
+
+def _add_stragglers(commands: argparse._SubParsersAction) -> None:
+    text = "time who waits for whom in the exchanges of a layer; say which rank, receiver or link is slow"
+    parser = commands.add_parser("stragglers", help=text, description=text, allow_abbrev=False)
+    layer = "TOML with [moe] and [model]: its layer, with the same load on every rank (default: a small one)"
+    parser.add_argument("config", metavar="CONFIG", nargs="?", help=layer)
+    parser.add_argument("--steps", type=int, metavar="N", help="steps to time (default: 30)")
+    parser.add_argument("--warm-up", type=int, default=2, metavar="N", help="first steps to leave out (default: 2)")
+    least = "what a slow rank or link adds to a step at least (default: 0.5ms)"
+    parser.add_argument("--at-least", default="0.5ms", metavar="TIME", help=least)
+    inject = (
+        "rehearse: compute:3=20ms, rank 3 is late to dispatch; receiver:3=20ms, sender:3=20ms, link:1-5=20ms, blocks "
+        "to rank 3, of rank 3, from rank 1 to 5 are late, on both ways of a step; as often as there are faults"
+    )
+    parser.add_argument("--inject", action="append", default=[], metavar="FAULT", help=inject)
+    parser.add_argument("--from", dest="given", metavar="FILE", help="read what --out wrote instead of measuring")
+    parser.add_argument("--out", metavar="FILE", help="write the waits of all steps, as JSON")
+    parser.add_argument("--picture", metavar="FILE", help="draw both parts of the waits: .png, .svg or .pdf")
+    _add_distributed(parser)
+    mesh = "axes ep and nodes: all devices are ranks (default: CONFIG's, or ep=8)"
+    parser.add_argument("--mesh", metavar="ep=8", help=mesh)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(command=functools.partial(_stragglers, parser))
+
+
+def _add_distributed(parser: argparse._ActionsContainer) -> None:
+    distributed = (
+        "this is one of several processes, started alike on all hosts; Slurm, Kubernetes and Cloud TPU tell which, "
+        "elsewhere HOST:PORT of the first one, how many there are, and the number of this one do"
+    )
+    parser.add_argument("--distributed", nargs="?", const=True, default=False, metavar="H:P,N,I", help=distributed)
 
 
 def _words(text: str) -> list[str]:
@@ -332,6 +361,30 @@ def _eplb(arguments: argparse.Namespace) -> int:
     )
 
 
+def _stragglers(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    if arguments.given is not None:
+        _refuse(parser, arguments, "--from, which measures nothing", "config", "mesh", "steps", "inject", "distributed")
+        _refuse(parser, arguments, "--from, which has the waits already", "out")
+    config = None if arguments.config is None else _load(arguments)
+    mesh = None if arguments.mesh is None else parse_mesh(arguments.mesh)
+    from moe_jax.tools import stragglers
+
+    return stragglers.run(
+        config,
+        path=arguments.config or "",
+        mesh=mesh,
+        steps=stragglers.STEPS if arguments.steps is None else arguments.steps,
+        warm_up=arguments.warm_up,
+        at_least=arguments.at_least,
+        injected=arguments.inject,
+        distributed=arguments.distributed,
+        given=arguments.given,
+        out=arguments.out,
+        picture=arguments.picture,
+        json_lines=arguments.json,
+    )
+
+
 def _bench(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     if arguments.target == ["here"]:
         return _bench_here(parser, arguments)
@@ -358,29 +411,28 @@ def _bench(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> in
 
 
 def _bench_here(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
-    _refuse(parser, arguments, "workloads", "dtype", "quant", "against", "repeats", "quick", "max_seconds", "picture")
+    unread = ("config", "mesh", "workloads", "dtype", "quant", "against", "repeats", "quick", "max_seconds", "picture")
+    _refuse(parser, arguments, "--target here, whose list is prepared", *unread)
     from moe_jax.tools.bench import here
 
     return here.run(json_path=arguments.json)
 
 
 def _bench_elsewhere(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
-    _refuse(parser, arguments, "dtype", "quant", "repeats", "quick", "max_seconds", "picture")
+    other = f"--target {','.join(arguments.target)}, whose list is prepared"
+    _refuse(parser, arguments, other, "config", "mesh", "dtype", "quant", "repeats", "quick", "max_seconds", "picture")
     from moe_jax.tools.bench import facts
 
     contenders = arguments.against or ()
     return facts.run(arguments.target, workloads=arguments.workloads, contenders=contenders, json_path=arguments.json)
 
 
-def _refuse(parser: argparse.ArgumentParser, arguments: argparse.Namespace, *unread: str) -> None:
-    """Raises if an option was given that the list for a target does not read."""
-    for name in ("config", "mesh", *unread):
+def _refuse(parser: argparse.ArgumentParser, arguments: argparse.Namespace, other: str, *unread: str) -> None:
+    """Raises if one of the ``unread`` was given, which does not go with the ``other`` option."""
+    for name in unread:
         if getattr(arguments, name) != parser.get_default(name):
             option = "CONFIG" if name == "config" else f"--{name.replace('_', '-')}"
-            target = ",".join(arguments.target)
-            raise InvalidArgumentError(
-                f"{option} does not go with --target {target}, whose list is prepared; leave it out"
-            )
+            raise InvalidArgumentError(f"{option} does not go with {other}; leave it out")
 
 
 def _load(arguments: argparse.Namespace) -> Config:

@@ -257,12 +257,14 @@ class AllToAll(Transport):
         def out(phase, rows, message):
             exchange = Collective("all-to-all", ep, size.sent * message, carries_rows=True)
             gathered = Collective("all-gather", tp, size.slots * message)
-            return Step(phase, (exchange, gathered), _pass_out(plan, size, rows, message), launches=2)
+            return Step(
+                phase, (exchange, gathered), _pass_out(plan, size, rows, message), launches=1 + (not size.in_slots)
+            )
 
         def back(phase, message):
             summed = Collective("reduce-scatter", tp, size.arrived * plan.hidden * size.sum_item)
             exchange = Collective("all-to-all", ep, size.returned * message, carries_rows=True)
-            return Step(phase, (summed, exchange), _pass_back(plan, size, message), launches=3)
+            return Step(phase, (summed, exchange), _pass_back(plan, size, message), launches=2 + (not size.in_slots))
 
         found = [
             Step(ROUTE, (Collective("all-gather", plan.exchange_axes, plan.num_experts * WIDE),)),  # counts
@@ -276,15 +278,15 @@ class AllToAll(Transport):
 
 
 def _pass_out(plan: Plan, size, rows: int, message: int) -> int:
-    """The steps that take ``rows`` as messages to the experts, and put them in order there."""
+    """Bytes of the passes that take ``rows`` as messages to the experts, and put them in order where that is needed."""
     coded = recoded(size, message, rows) + recoded(size, message, size.arrived)
     moved = (size.sent + size.slots) * message if plan.ep_size > 1 else 0
     gathered = (size.slots + size.arrived) * message if plan.tp_size > 1 else 0
-    return coded + 2 * size.sent * message + moved + gathered + 2 * size.arrived * size.row
+    return coded + 2 * size.sent * message + moved + gathered + size.ordered
 
 
 def _pass_back(plan: Plan, size, message: int) -> int:
-    """The steps that take rows of products as messages to the tokens, and sum them."""
+    """Bytes of the passes that take rows of products as messages to the tokens, and sum them."""
     moved = (size.slots + size.sent) * message if plan.ep_size > 1 else 0
     coded = recoded(size, message, size.slots) + recoded(size, message, plan.num_pairs)
     unpacked = plan.num_pairs * (2 * message + size.row) + plan.tokens_per_rank * size.wide

@@ -230,7 +230,7 @@ class Hierarchy(Transport):
                 Collective("all-to-all", inside, size.sent * bytes_inside, carries_rows=True),
                 Collective("all-gather", tp, size.slots * bytes_inside),
             )
-            return Step(phase, collectives, _pass_out(plan, size, message), launches=3)
+            return Step(phase, collectives, _pass_out(plan, size, message), launches=2 + (not size.in_slots))
 
         def back(phase, message):
             collectives = (
@@ -238,7 +238,7 @@ class Hierarchy(Transport):
                 Collective("all-to-all", inside, size.slots * size.row, carries_rows=True),
                 Collective("all-to-all", across, size.node_slots * message, carries_rows=True),
             )
-            return Step(phase, collectives, _pass_back(plan, size, message), launches=4)
+            return Step(phase, collectives, _pass_back(plan, size, message), launches=3 + (not size.in_slots))
 
         exchanged = (Collective("all-to-all", plan.ep_axis, counts), Collective("all-gather", tp, counts), of_pairs)
         found = [rounds_step(plan), Step(ROUTE, exchanged), out(DISPATCH, size.out, 0, 0)]
@@ -266,7 +266,7 @@ def _pass_out(plan: Plan, size, message: int) -> int:
     packed = 2 * size.sent * message + 4 * size.node_slots * message
     moved = (size.sent + size.slots) * message if plan.ep_size > 1 else 0
     gathered = (size.slots + size.arrived) * message if plan.tp_size > 1 else 0
-    return coded + packed + moved + gathered + 2 * size.arrived * size.row
+    return coded + packed + moved + gathered + size.ordered
 
 
 def _pass_back(plan: Plan, size, message: int) -> int:
@@ -321,7 +321,7 @@ def open_hierarchy(
     """
     destination = _compat.as_varying(destination, plan.exchange_axes)
     (tokens, pairs_per_token), num_local = destination.shape, plan.num_local_experts
-    num_nodes = collectives.group_size(_across(plan))
+    num_nodes = lax.axis_size(_across(plan))
     per_node = plan.ep_size // num_nodes
     compact = capacity > plan.pair_capacity
     # 1. The pairs of this round, and the tokens that must travel to each node for them.

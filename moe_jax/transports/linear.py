@@ -49,12 +49,9 @@ def send(
         tokens = as_sent(tokens, recipe)
     elif recipe is not None:
         pairs = as_sent(jax.lax.collapse(pairs, 0, 2), recipe).reshape(*pairs.shape[:2], -1)
-    per_pair, held = (None, None) if pairs is None and scalars is None else join_some([pairs, scalars])
+    per_pair, held = join_some([pairs, scalars])
     rows, pair_rows, _ = transport.send(tokens, per_pair, maps, plan, ordered=ordered)
-    row_scalars = None
-    if held is not None:
-        assert pair_rows is not None  # pairs sent something
-        pair_rows, row_scalars = split_some(pair_rows, held)
+    pair_rows, row_scalars = split_some(pair_rows, held)
     message: Any = pair_rows if tokens is None else rows
     return as_received(message, recipe, given.shape[-1]), row_scalars
 

@@ -165,14 +165,11 @@ def send_rows(
             tokens, own_messages = None, message.reshape(plan.pairs_per_token, x.shape[0], message.shape[1])
         elif recipe is not None:
             tokens = recipe.pack(recipe.quantize(x, smooth=smooth))
-    per_pair = [own_messages, *_of_pairs(weights, tags, plan)]
-    pairs, held = (None, None) if all(part is None for part in per_pair) else join_some(per_pair)
+    pairs, held = join_some([own_messages, *_of_pairs(weights, tags, plan)])
     # 2. To the rows.
     rows, pair_rows, note = transport.send(tokens, pairs, handle.maps, plan, ordered=ordered)
     # 3. What arrived with each row.
-    own_messages, row_weights, row_tags = [None] * 3
-    if held is not None and pair_rows is not None:
-        own_messages, row_weights, row_tags = split_some(pair_rows, held)
+    own_messages, row_weights, row_tags = split_some(pair_rows, held)
     row_weights = None if row_weights is None else row_weights[:, 0]
     message: Any = own_messages if tokens is None else rows
     if recipe is None:
@@ -290,11 +287,10 @@ def send_as_is(
     Weights and tags are as for ``send_rows``. Differentiable in floats.
     """
     message, parts = join(tokens)
-    per_pair = _of_pairs(weights, tags, handle.plan)
-    pairs, held = (None, None) if all(part is None for part in per_pair) else join_some(per_pair)
+    pairs, held = join_some(_of_pairs(weights, tags, handle.plan))
     rows, pair_rows, note = transport.send(message, pairs, handle.maps, handle.plan, ordered=True)
     assert rows is not None, "every token sends its arrays"
-    row_weights, row_tags = [None] * 2 if held is None or pair_rows is None else split_some(pair_rows, held)
+    row_weights, row_tags = split_some(pair_rows, held)
     return Sent(tuple(split(rows, parts)), None if row_weights is None else row_weights[:, 0], row_tags, note)
 
 

@@ -188,9 +188,8 @@ def all_experts_layer(mesh: Mesh, plan: Plan, activation: Choice) -> Callable:
         down = params["w_down"].astype(x.dtype)
         total = jnp.einsum("lnf,lfh->nh", inner, down, preferred_element_type=jnp.float32)
         y = collectives.reduce_scatter_tokens(plan, total.reshape(everyone.shape))
-        return y.astype(x.dtype), collectives.sum_over(
-            _compat.as_varying(jnp.int32(0), plan.token_axes), plan.token_axes
-        )
+        dropped = _compat.as_varying(jnp.int32(0), plan.token_axes)
+        return y.astype(x.dtype), collectives.sum_over(dropped, plan.token_axes)
 
     return _mapped_layer(mesh, plan, shard)
 

@@ -87,6 +87,8 @@ def of_config(config: Config, path: str) -> Workload:
         )
     if moe.expert_scale or moe.weigh_inputs:
         raise ConfigError(f"{path}: [moe]: expert_scale and weigh_inputs are nothing that bench times; leave them out")
+    if config.balance is not None:
+        raise ConfigError(f"{path}: [balance] is nothing that bench times; leave it out")
     tokens = train.batch_size * model.seq_len // config.mesh.num_devices if train else CONFIG_TOKENS
     names = ("transport", "overflow", "capacity_factor", "backend")
     return Workload(

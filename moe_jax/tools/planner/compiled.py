@@ -1,5 +1,6 @@
 """What the compiler of the machine makes of the layer that a question asks about."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -78,11 +79,11 @@ def build(devices: Sequence[_compat.Device], question: Question, pass_name: str)
     shape, moe_config = question.mesh, question.config.moe
     mesh = moe.make_mesh(ep=shape.ep, tp=shape.tp, nodes=shape.nodes, dp=shape.dp, devices=devices)
     plan, router = question.plan(mesh), question.config.router
-    params = moe.abstract_params(mesh, plan, router, **moe_config.parameters)
+    params = moe.abstract_params(mesh, plan, router, **question.config.parameters)
     tokens = NamedSharding(mesh, PartitionSpec(plan.token_axes))
     x = jax.ShapeDtypeStruct((plan.tokens_per_rank * mesh.size, plan.hidden), plan.dtype, sharding=tokens)
-    options = {**moe_config.parameters, "weigh_inputs": moe_config.weigh_inputs}
-    apply = moe.moe_on_mesh(mesh, plan, router, **options)[1]
+    options = {**question.config.parameters, "weigh_inputs": moe_config.weigh_inputs}
+    apply = functools.partial(moe.moe_on_mesh(mesh, plan, router, **options)[1], **question.keywords())
     if pass_name == PASSES[0]:
         return apply, (params, x)
     return with_backward(jax.checkpoint(apply) if question.terms.remat else apply), (params, x, x)

@@ -125,17 +125,17 @@ def _change_of(question: Question, memory: Memory) -> str:
 
 def _changed(question: Question, change: Change, layers: int) -> Memory | None:
     """The memory of the plan that is made with ``change``, by the transport that is best then."""
-    config, terms = question.config, question.terms
-    terms = dataclasses.replace(terms, remat=change.memory.question.remat)
+    terms, replaced = dataclasses.replace(question.terms, remat=change.memory.question.remat), {}
     if change.name in ("ep", "tp"):
         mesh = resized(question.mesh, question.machine, **{change.name: int(change.value)})
-        config = dataclasses.replace(config, mesh=mesh)
+        replaced = {"mesh": mesh}
     elif change.name == "tokens_per_rank":
         terms = dataclasses.replace(terms, tokens=int(change.value))
     elif change.name == "capacity_factor":
-        config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, capacity_factor=change.value))
-    changed = dataclasses.replace(question, config=config, terms=terms)
+        replaced = {"moe": dataclasses.replace(question.config.moe, capacity_factor=change.value)}
     try:
+        config = dataclasses.replace(question.config, **replaced)
+        changed = dataclasses.replace(question, config=config, terms=terms)
         plan = changed.plan()
     except (InvalidArgumentError, MeshError):
         return None

@@ -53,8 +53,9 @@ def time_layer(question: Question) -> dict[str, dict[str, Any]]:
     mesh = moe.make_mesh(ep=shape.ep, tp=shape.tp, nodes=shape.nodes, dp=shape.dp)
     plan = question.plan(mesh)
     init, apply = moe.moe_on_mesh(
-        mesh, plan, question.config.router, **moe_config.parameters, weigh_inputs=moe_config.weigh_inputs
+        mesh, plan, question.config.router, **question.config.parameters, weigh_inputs=moe_config.weigh_inputs
     )
+    apply = functools.partial(apply, **question.keywords())
     params = init(jax.random.key(0))
     tokens = NamedSharding(mesh, PartitionSpec(plan.token_axes))
     drawn = np.random.default_rng(0).normal(size=(plan.tokens_per_rank * mesh.size, plan.hidden))

@@ -40,14 +40,17 @@ def resized(mesh: MeshConfig, machine: Machine, **extents: int) -> MeshConfig:
     return on_nodes(after, machine) if is_natural else dataclasses.replace(after, nodes=mesh.nodes)
 
 
-def sensible_meshes(num_devices: int, layer: MoEConfig, machine: Machine) -> list[MeshConfig]:
+def sensible_meshes(
+    num_devices: int, layer: MoEConfig, machine: Machine, num_slots: int | None = None
+) -> list[MeshConfig]:
     """All meshes of ``num_devices`` that make sense for ``layer``, the largest expert-parallel groups first.
 
-    ep divides the experts. tp divides the width of an expert, leaves at least ``MIN_WIDTH`` of it, and stays inside a
-    node. dp has the rest of the devices, and nodes are as large as the machine's.
+    ep divides the experts, or the ``num_slots`` in which they lie with their replicas. tp divides the width of an
+    expert, leaves at least ``MIN_WIDTH`` of it, and stays inside a node. dp has the rest of the devices, and nodes are
+    as large as the machine's.
     """
     found = []
-    for ep in _divisors(math.gcd(num_devices, layer.num_experts)):
+    for ep in _divisors(math.gcd(num_devices, num_slots or layer.num_experts)):
         for tp in _divisors(math.gcd(num_devices // ep, layer.ffn)):
             inside = machine.devices_per_node is None or machine.devices_per_node % tp == 0
             if tp == 1 or (inside and layer.ffn // tp >= MIN_WIDTH):

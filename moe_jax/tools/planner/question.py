@@ -15,6 +15,7 @@ from moe_jax.errors import ConfigError, InvalidArgumentError, check_choice, chec
 from moe_jax.hardware import Machine, machine_of
 from moe_jax.plan.cost import PHASES
 from moe_jax.plan.memory import OPTIMIZERS
+from moe_jax.tools.train.balance import first_places
 from moe_jax.tools.train.layer_plan import make_layer_plan
 
 TOKENS = 512  # tokens per device where the configuration has no [train] section
@@ -99,6 +100,13 @@ class Question:
             backward_quant=self.terms.backward_quant,
             hardware=self.machine,
         )
+
+    def keywords(self) -> dict[str, Any]:
+        """What `apply` of the layer is called with beside its arrays: where experts lie, if they have replicas."""
+        if self.config.balance is None:
+            return {}
+        table = first_places(self.config, 1).placement.table()[0]
+        return {"table": table, "balance": self.config.balance.mode}
 
     def unquantised(self) -> "Question | None":
         """The same question for rows that travel unquantised; None where they do so anyway."""

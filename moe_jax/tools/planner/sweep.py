@@ -117,7 +117,8 @@ def _questions(
     for question in named:
         question.plan()
     found, reasons = list(dict.fromkeys(named)), []
-    for mesh in [] if num_devices is None else sensible_meshes(num_devices, config.moe, machine):
+    wanted = [] if num_devices is None else sensible_meshes(num_devices, config.moe, machine, config.num_slots)
+    for mesh in wanted:
         try:
             question = ask(config, path, machine, mesh, terms)
             question.plan()

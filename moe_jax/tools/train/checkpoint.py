@@ -24,8 +24,11 @@ from moe_jax.tools.train.seal import find_damage
 
 # These entries of the configuration may change between a checkpoint and the run that resumes it, because none of them
 # alters the function that is trained.
-_FREE_MOE = ("transport", "backend")
-_FREE_TRAIN = ("eval_batches", "log_every", "save_seconds", "save_every", "keep_checkpoints", "sample_bytes")
+_FREE = {
+    "moe": ("transport", "backend"),
+    "train": ("eval_batches", "log_every", "save_seconds", "save_every", "keep_checkpoints", "sample_bytes"),
+    "balance": ("every", "decay", "threshold", "max_moved", "mode"),
+}
 
 # What a checkpoint belongs to: each "section.key" of the configuration with its value, and "data" with a description of
 # the bytes that the run trains on.
@@ -34,12 +37,14 @@ Identity = dict[str, Any]
 
 def identify(config: Config, data: str) -> Identity:
     """The identity of a run. The mesh is no part of the identity: a run may be resumed on another mesh."""
-    values = asdict(config)
-    del values["mesh"]
-    for section, names in (("moe", _FREE_MOE), ("train", _FREE_TRAIN)):
-        for name in names:
-            del values[section][name]
-    flat = {f"{section}.{name}": value for section, entries in values.items() for name, value in entries.items()}
+    sections = {section: entries for section, entries in asdict(config).items() if entries is not None}
+    del sections["mesh"]
+    flat = {
+        f"{section}.{name}": value
+        for section, entries in sections.items()
+        for name, value in entries.items()
+        if name not in _FREE.get(section, ())
+    }
     return {**flat, "data": data}
 
 

@@ -33,13 +33,13 @@ def make_layer_plan(
 ) -> moe.Plan:
     """The plan of one layer of `config`, in the decoder `model`, with `tokens_per_rank` tokens on every device.
 
-    The recipes of the wire and the machine are as for `make_plan`.
+    It counts replicas as experts. The recipes of the wire and the machine are as for `make_plan`.
     """
     return moe.make_plan(
         mesh,
         tokens_per_rank=tokens_per_rank,
         hidden=model.hidden,
-        num_experts=config.moe.num_experts,
+        num_experts=config.num_slots,
         top_k=config.moe.top_k,
         dtype=dtype,
         num_shared_experts=config.moe.num_shared_experts,

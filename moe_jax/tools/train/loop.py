@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from moe_jax.errors import CheckpointError, ConfigError, DataError, InvalidArgum
 from moe_jax.host.extras import REMEDY
 from moe_jax.mesh import ensure_devices
 from moe_jax.tools.train import peers
+from moe_jax.tools.train.balance import Balance, Places, find_better, first_places
 from moe_jax.tools.train.batches import Reader, TrainBatches, eval_batch, rows_here
 from moe_jax.tools.train.checkpoint import Checkpoints, Identity, identify, unfinished
 from moe_jax.tools.train.data import Corpus, digest, load_corpus
@@ -66,7 +67,7 @@ class Job:
 
 @dataclass
 class Run:
-    """A run in progress. Only `state` and the numbers of steps change."""
+    """A run in progress. Only `state`, `places` and the numbers of steps change."""
 
     job: Job
     decoder: Decoder
@@ -78,6 +79,7 @@ class Run:
     rows: np.ndarray  # which rows of every batch this process reads
     reader: Reader
     state: TrainState
+    places: Places  # where the experts lie in `state`
     done_steps: int
     begun_steps: int  # the steps of the checkpoint that was begun last; 0: none was
     saved_steps: int  # the steps of the last checkpoint in the folder; 0: there is no checkpoint
@@ -100,7 +102,7 @@ class Run:
         self.settle()
         self.job.interrupt.doing = "saving"
         position = self.reader.position
-        self.checkpoints.save(self.state, step=self.done_steps, identity=self.identity, position=position)
+        self.checkpoints.save(self.state.parts, step=self.done_steps, identity=self.identity, position=position)
         self.begun_steps = self.done_steps
 
     def poll(self) -> None:
@@ -225,7 +227,7 @@ def _start(job: Job) -> Run:
     ensure_devices(shape.num_devices)
     mesh = moe.make_mesh(ep=shape.ep, tp=shape.tp, nodes=shape.nodes, dp=shape.dp)
     decoder = build_decoder(config, mesh)
-    state, done_steps = init_state(decoder, optimizer, job.train.seed), 0
+    state, done_steps = init_state(decoder, optimizer, job.train.seed, config), 0
     num_bytes = len(corpus.train) + len(corpus.held_out)
     identity = identify(config, f"{num_bytes} bytes with SHA-256 {sha256}")
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -241,8 +243,8 @@ def _start(job: Job) -> Run:
     if job.resume:
         for path in unfinished(folder.checkpoints):
             job.progress.note(f"{path}: was being written when the run ended, and is left out")
-        restored = checkpoints.restore(state, identity=identity, step=job.resume_from)
-        state, done_steps = restored.state, restored.step
+        restored = checkpoints.restore(state.parts, identity=identity, step=job.resume_from)
+        state, done_steps = TrainState(**restored.state), restored.step
         reader.seek(restored.position)
         job.progress.note(f"resuming {folder.path} after step {done_steps}")
     else:
@@ -264,6 +266,7 @@ def _start(job: Job) -> Run:
         rows,
         reader,
         state,
+        first_places(config, job.model.layers) if state.balance is None else state.balance.places(decoder.plan),
         done_steps,
         begun_steps=done_steps,
         saved_steps=done_steps,
@@ -304,6 +307,7 @@ def _step_until(run: Run, step: Callable, trace: StepTrace) -> None:
     saved_at = time.monotonic()
     (stop,) = peers.agree(run.job.interrupt.signum)
     while run.done_steps < run.job.num_steps and not stop:
+        _rebalance(run)
         run.job.interrupt.doing = f"taking step {run.done_steps + 1}"
         with trace.step(run.done_steps + 1):
             record = _one_step(run, step)
@@ -316,6 +320,33 @@ def _step_until(run: Run, step: Callable, trace: StepTrace) -> None:
         if due:
             run.save()
             saved_at = time.monotonic()
+
+
+def _rebalance(run: Run) -> None:
+    """Before a step, if one is due: moves experts to where their load is more even, if that gains enough.
+
+    It follows from the state and the number of steps alone, so a run that goes on from a checkpoint does the same.
+    """
+    config, balance = run.job.config.balance, run.state.balance
+    if config is None or balance is None or not run.done_steps or run.done_steps % config.every:
+        return
+    run.job.interrupt.doing = "rebalancing"
+    now, load = run.places, np.asarray(jax.device_get(balance.load))
+    better = find_better(run.job.config, config, load, now) if peers.leads() else None
+    places = now if better is None else better.places
+    experts, shares = peers.share(places.placement.physical_to_logical), peers.share(places.shares)
+    places = Places(replace(now.placement, physical_to_logical=experts), shares)
+    trained = {"params": run.state.params, "opt_state": run.state.opt_state}
+    if places.placement != now.placement:
+        trained = moe.migrate(trained, now.placement, places.placement, run.decoder.mesh, donate=True)
+    run.state = TrainState(**trained, balance=Balance.of(places, balance.load, run.decoder.replicated))
+    run.places = places
+    if better is not None and better.num_moved:
+        values = {"before": better.before, "after": better.after, "moved_slots": better.num_moved}
+        sentence = f"rebalanced after step {run.done_steps}: {better.sentence}"
+        run.job.progress.result("rebalanced", sentence, step=run.done_steps, **values)
+        # Of the step that begins, so that a run that goes on from here, and does the same, writes it once.
+        run.record({"step": run.done_steps + 1, **{f"rebalanced_{name}": value for name, value in values.items()}})
 
 
 def _one_step(run: Run, step: Callable) -> Record:
@@ -333,11 +364,12 @@ def _one_step(run: Run, step: Callable) -> Record:
             f"lower train.learning_rate={config.learning_rate} or train.grad_clip={config.grad_clip}{kept}"
         )
     num_tokens = config.batch_size * seq_len
-    return make_record(metrics, step=run.done_steps, tokens_per_s=num_tokens / (time.perf_counter() - begin))
+    seconds = time.perf_counter() - begin
+    return make_record(metrics, run.places, step=run.done_steps, tokens_per_s=num_tokens / seconds)
 
 
-def make_record(metrics: StepMetrics, *, step: int, tokens_per_s: float) -> Record:
-    """The numbers of one step as plain Python values, ready for JSON."""
+def make_record(metrics: StepMetrics, places: Places, *, step: int, tokens_per_s: float) -> Record:
+    """The numbers of one step, taken with the experts in `places`, as plain Python values, ready for JSON."""
     stats = metrics.stats
     of_sequences = stats.sequence_balance
     return {
@@ -349,6 +381,7 @@ def make_record(metrics: StepMetrics, *, step: int, tokens_per_s: float) -> Reco
         **({} if of_sequences is None else {"sequence_balance": float(of_sequences)}),
         "tokens_per_s": tokens_per_s,
         "imbalance": float(np.max(stats.load.max(axis=-1) / np.maximum(stats.load.mean(axis=-1), 1e-9))),
+        "rank_imbalance": float(places.imbalance(np.asarray(stats.load)).mean()),
         "dropped": int(stats.num_dropped),
         "rounds": int(stats.num_rounds),
         "load": stats.load.tolist(),
@@ -365,7 +398,7 @@ def _finish(run: Run) -> None:
         run.job.tell("compiling the sampler")
         text = sample_text(
             run.decoder,
-            run.state.params,
+            run.state,
             run.job.corpus.held_out.read(0, PROMPT_BYTES),
             num_bytes=config.sample_bytes,
             batch_size=config.batch_size,
@@ -381,7 +414,7 @@ def _validate(run: Run) -> float:
     job = run.job
     config = job.train
     job.tell("compiling the validation")
-    evaluate = compile_eval(run.decoder, job.config, run.state.params)
+    evaluate = compile_eval(run.decoder, job.config, run.state)
     losses = []
     for index in range(config.eval_batches):
         job.tell("validating", index, config.eval_batches)
@@ -393,5 +426,5 @@ def _validate(run: Run) -> float:
             seq_len=job.model.seq_len,
             rows=run.rows,
         )
-        losses.append(float(evaluate(run.state.params, run.batch(batch))))
+        losses.append(float(evaluate(run.state.params, run.state.balance, run.batch(batch))))
     return float(np.mean(losses))

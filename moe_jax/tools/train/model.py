@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.nn.initializers import normal
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -21,9 +22,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import moe_jax as moe
 from moe_jax.config import Config, ModelConfig
 from moe_jax.interop.nnx import MoE
+from moe_jax.parameters import rows_of
+from moe_jax.tools.train.balance import Balance
 from moe_jax.tools.train.layer_plan import make_layer_plan, training_sections
 
 Params = dict[str, Any]
+EXPERTS = {row.name for row in rows_of("experts")}  # the parameters that slots have
 
 
 @jax.tree_util.register_dataclass
@@ -73,16 +77,23 @@ class Block(nnx.Module):
         self.attention_norm = nnx.RMSNorm(model.hidden, dtype=dtype, rngs=rngs)
         self.attention = Attention(model, dtype, rngs=rngs)
         self.moe_norm = nnx.RMSNorm(model.hidden, dtype=dtype, rngs=rngs)
-        options = {**config.moe.parameters, "weigh_inputs": config.moe.weigh_inputs}
+        options = {**config.parameters, "weigh_inputs": config.moe.weigh_inputs}
         self.moe = MoE(mesh, plan, config.router, rngs=rngs, **options)
         self.balances_sequences = config.moe.sequence_balance_loss > 0
+        self.mode = config.balance.mode if config.balance else "rank"  # read with a table only
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, moe.LayerStats]:
+    def __call__(self, x: jax.Array, balance: Balance | None, layer: int) -> tuple[jax.Array, moe.LayerStats]:
         with jax.named_scope("attention"):
             x = x + self.attention(self.attention_norm(x))
         with jax.named_scope("moe"):
             sequence_length = x.shape[1] if self.balances_sequences else None
-            y, stats = self.moe(self.moe_norm(x), sequence_length=sequence_length)
+            y, stats = self.moe(
+                self.moe_norm(x),
+                table=None if balance is None else balance.table[layer],
+                balance=self.mode,
+                shares=None if balance is None or self.mode != "load" else balance.shares[layer],
+                sequence_length=sequence_length,
+            )
             return x + y, stats
 
 
@@ -91,8 +102,7 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: Config, mesh: Mesh, *, rngs: nnx.Rngs) -> None:
         model, train = training_sections(config)
-        tokens_per_rank = train.batch_size * model.seq_len // mesh.size
-        plan = make_layer_plan(config, model, mesh, tokens_per_rank=tokens_per_rank, dtype=train.dtype)
+        plan = plan_of_layer(config, mesh)
         self.dtype = jnp.dtype(train.dtype)
         self.over_batch = over_batch(mesh)
         scale = model.hidden**-0.5 if model.tied_head else 1.0
@@ -104,12 +114,13 @@ class Transformer(nnx.Module):
             # The head is so small at first that every byte is about as likely as any other.
             self.head = nnx.Param(normal(1 / model.hidden)(rngs.params(), (model.hidden, model.vocab)))
 
-    def __call__(self, tokens: jax.Array) -> tuple[jax.Array, ModelStats]:
-        """tokens [B, S] i32 -> (logits of the next byte [B, S, V] f32, stats)."""
+    def __call__(self, tokens: jax.Array, balance: Balance | None = None) -> tuple[jax.Array, ModelStats]:
+        """tokens [B, S] i32 -> (logits of the next byte [B, S, V] f32, stats); balance as in `Decoder.logits`."""
         x = self.embedding(jax.lax.with_sharding_constraint(tokens, self.over_batch))
         stats = []
         for i in range(len(self.blocks)):
-            x, layer_stats = self.blocks[str(i)](jax.lax.with_sharding_constraint(x, self.over_batch))
+            x = jax.lax.with_sharding_constraint(x, self.over_batch)
+            x, layer_stats = self.blocks[str(i)](x, balance, i)
             stats.append(layer_stats)
         x = self.final_norm(x)
         head = self.head[...] if hasattr(self, "head") else self.embedding.embedding[...].T
@@ -131,6 +142,7 @@ class Decoder:
 
     config: ModelConfig
     mesh: Mesh
+    plan: moe.Plan  # of each layer
     make: Callable[[nnx.Rngs], Transformer]
     graph: nnx.GraphDef[Transformer]
     shardings: Params
@@ -144,17 +156,28 @@ class Decoder:
         """The sharding of an array whose first dimension is the batch, which is split over all axes of the mesh."""
         return over_batch(self.mesh)
 
-    def init(self, key: jax.Array) -> Params:
-        """Draws parameters from `key`. Dense ones are replicated; those of experts are sharded as the layer wants."""
+    def init(self, key: jax.Array, slots: np.ndarray | None = None) -> Params:
+        """Draws parameters from `key`. Dense ones are replicated; those of experts are sharded as the layer wants.
+
+        `slots` [L, P] is the expert of each slot of each layer; None: slots are experts, in their order. JAX draws the
+        first numbers of an array alike, however long it is, so that an expert has the same first values in any slot.
+        """
 
         def draw(key):
-            return nnx.to_pure_dict(nnx.state(self.make(nnx.Rngs(params=key))))
+            params = nnx.to_pure_dict(nnx.state(self.make(nnx.Rngs(params=key))))
+            if slots is None:
+                return params
+            experts = jnp.asarray(slots)
+            return change_experts(params, lambda leaf, layer: leaf[experts[layer]])
 
         return jax.jit(draw, out_shardings=self.shardings)(key)
 
-    def logits(self, params: Params, tokens: jax.Array) -> tuple[jax.Array, ModelStats]:
-        """tokens [B, S] i32 -> (logits of the next byte [B, S, V] f32, stats)."""
-        return nnx.merge(self.graph, params)(tokens)
+    def logits(self, params: Params, tokens: jax.Array, balance: Balance | None = None) -> tuple[jax.Array, ModelStats]:
+        """tokens [B, S] i32 -> (logits of the next byte [B, S, V] f32, stats).
+
+        `balance` says where the experts lie; None if the configuration has no section [balance].
+        """
+        return nnx.merge(self.graph, params)(tokens, balance)
 
 
 def build_decoder(config: Config, mesh: Mesh) -> Decoder:
@@ -166,7 +189,23 @@ def build_decoder(config: Config, mesh: Mesh) -> Decoder:
 
     graph, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
     shardings = nnx.to_pure_dict(nnx.get_named_sharding(state, mesh))
-    return Decoder(model, mesh, make, graph, shardings)
+    return Decoder(model, mesh, plan_of_layer(config, mesh), make, graph, shardings)
+
+
+def plan_of_layer(config: Config, mesh: Mesh) -> moe.Plan:
+    """The plan of each layer of the decoder that `config` describes on `mesh`."""
+    model, train = training_sections(config)
+    tokens_per_rank = train.batch_size * model.seq_len // mesh.size
+    return make_layer_plan(config, model, mesh, tokens_per_rank=tokens_per_rank, dtype=train.dtype)
+
+
+def change_experts(params: Params, change: Callable[[jax.Array, int], jax.Array]) -> Params:
+    """Parameters or gradients, of which `change(leaf [P, ...], layer)` makes those of routed experts anew."""
+    blocks = {}
+    for name, block in params["blocks"].items():
+        layer = {key: change(leaf, int(name)) if key in EXPERTS else leaf for key, leaf in block["moe"].items()}
+        blocks[name] = {**block, "moe": layer}
+    return {**params, "blocks": blocks}
 
 
 def over_batch(mesh: Mesh) -> NamedSharding:

@@ -136,13 +136,19 @@ def tell_all(text: str) -> str:
     """The value that the first process passes, in all processes. All call this at the same place."""
     if alone():
         return text
-    from jax.experimental import multihost_utils
-
     content = np.zeros(TEXT_BYTES, np.uint8)
     encoded = text.encode(errors="surrogateescape")[:TEXT_BYTES] if leads() else b""
     content[: len(encoded)] = np.frombuffer(encoded, np.uint8)
-    told = np.asarray(multihost_utils.broadcast_one_to_all(content))
-    return told.astype(np.uint8).tobytes().rstrip(b"\0").decode(errors="surrogateescape")
+    return share(content).tobytes().rstrip(b"\0").decode(errors="surrogateescape")
+
+
+def share(array: np.ndarray) -> np.ndarray:
+    """The array of the first process, in all of them. All call this at the same place, with one shape and dtype."""
+    if alone():
+        return array
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.broadcast_one_to_all(array)).astype(array.dtype)
 
 
 def _keep_stdout_to_python() -> None:

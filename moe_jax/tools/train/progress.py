@@ -50,10 +50,11 @@ def make_progress(*, json_lines: bool, log_every: int, num_steps: int) -> Progre
 
 
 def describe(record: Record, num_steps: int) -> str:
-    """One line: step, loss, speed, imbalance (largest load of an expert over the mean load) and dropped pairs."""
+    """One line: step, loss, speed, the largest load of an expert and of a rank over the mean, and dropped pairs."""
     return (
         f"step {record['step']:>{len(str(num_steps))}}/{num_steps}  loss {record['loss']:.4f}  "
-        f"{record['tokens_per_s']:,.0f} tokens/s  imbalance {record['imbalance']:.2f}  dropped {record['dropped']}"
+        f"{record['tokens_per_s']:,.0f} tokens/s  imbalance {record['imbalance']:.2f}  "
+        f"ranks {record['rank_imbalance']:.2f}  dropped {record['dropped']}"
     )
 
 

@@ -22,17 +22,21 @@ LINE_LENGTH, MAX_LINES = 110, 30  # the room for a sample in the picture
 MAX_COLUMNS = 1000  # of the image of loads, which has no room for more
 _CURVES = {
     "imbalance": "fullest expert / mean load",
+    "rank_imbalance": "fullest rank / mean load",
     "dropped": "dropped pairs",
     "rounds": "rounds",
     "tokens_per_s": "tokens / s",
 }
 
+MOVED = "rebalanced_moved_slots"  # what a record has where experts moved
+
 Record = dict[str, Any]
 
 
 class MetricsFile:
-    """The file `metrics.jsonl`: one line per step, and one for every validation loss and sample, with its last step.
+    """The file `metrics.jsonl`: one line per step, and one for every validation loss, sample and move of experts.
 
+    A validation loss and a sample have the step that they came after; a move has the step that it came before.
     A resumed run keeps the records of the steps that its checkpoint holds and drops later ones. The file is not touched
     before the first new record is written.
 
@@ -76,8 +80,9 @@ class MetricsFile:
 def write_report(path: Path, records: list[Record], config: Config) -> str:
     """Draws a run from its records; returns a sentence on the outcome.
 
-    The picture has the losses, the load of every expert over steps, how uneven it was, dropped pairs, rounds, tokens
-    per second, and the last sample. Its title is the name of the run's folder and what was trained.
+    The picture has the losses, the load of every expert over steps, how uneven that of experts and ranks was and where
+    experts moved, dropped pairs, rounds, tokens per second, and the last sample. Its title is the name of the run's
+    folder and what was trained.
     """
     if find("matplotlib") is None:
         return f"matplotlib is not installed, so {path} was not drawn; {REMEDY}"
@@ -106,6 +111,8 @@ def draw_run(name: str, records: list[Record], config: Config) -> Any:
     curves = [figure.add_subplot(grid[2, column]) for column in range(len(_CURVES))]
     for axes, (key, title) in zip(curves, _CURVES.items(), strict=True):
         _draw_curve(axes, [(r["step"], r[key]) for r in steps if key in r])
+        if key == "rank_imbalance":
+            _draw_moves(axes, [record for record in records if MOVED in record])
         axes.set_title(title, fontsize=9)
         axes.set_ylim(0, None if axes.dataLim.y1 > 0 else 1)
     for axes in (loss_axes, load_axes, *curves):
@@ -136,8 +143,11 @@ def _describe(config: Config) -> str:
     """What was trained, in a line."""
     moe, model, train = config.moe, config.model, config.train
     assert model is not None and train is not None, "a run has both sections"
+    balance = config.balance
+    moving = f", moving every {balance.every} steps among {config.num_slots} slots" if balance else ""
     return (
-        f"top {moe.top_k} of {moe.num_experts} experts, ffn {moe.ffn}; {model.layers} layers, hidden {model.hidden}; "
+        f"top {moe.top_k} of {moe.num_experts} experts{moving}, ffn {moe.ffn}; {model.layers} layers, hidden "
+        f"{model.hidden}; "
         f"{train.batch_size} x {model.seq_len} tokens a step, {train.dtype}, learning rate {train.learning_rate:g}; "
         f"mesh {mesh_words(config.mesh)}"
     )
@@ -160,6 +170,15 @@ def _draw_curve(axes: Any, points: list[tuple[int, float]], name: str = "") -> N
         axes.plot(places, values, linewidth=1, alpha=0.35, color="tab:blue", label=name)
         axes.plot(places, smooth(values), linewidth=1.5, color="tab:blue", label=name and f"{name}, smoothed")
     axes.grid(alpha=0.3)
+
+
+def _draw_moves(axes: Any, moves: list[Record]) -> None:
+    """An arrow wherever experts moved, from the imbalance that the averaged load had before to that after."""
+    for record in moves:
+        place, before, after = record["step"] - 0.5, record["rebalanced_before"], record["rebalanced_after"]
+        axes.axvline(place, color="tab:orange", linewidth=0.8, alpha=0.5)
+        axes.annotate("", (place, after), (place, before), arrowprops={"arrowstyle": "->", "color": "tab:orange"})
+        axes.plot([place, place], [before, after], linestyle="", marker=".", color="tab:orange")
 
 
 def _lines(sample: str) -> list[str]:
@@ -233,6 +252,8 @@ def _parse(line: bytes) -> Record | None:
             numbers, whole = [record["step"]], isinstance(record["sample"], str)
         elif "validation_loss" in record:
             numbers, whole = [record["step"], record["validation_loss"]], True
+        elif MOVED in record:
+            numbers, whole = [record[name] for name in ("step", "rebalanced_before", "rebalanced_after", MOVED)], True
         else:
             numbers = [record["step"], record["loss"], *np.ravel(record["load"]).tolist()]
             whole = np.ndim(record["load"]) == 2

@@ -6,14 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.tools.train.model import Decoder, Params
+from moe_jax.tools.train.model import Decoder
+from moe_jax.tools.train.step import TrainState
 
 
-def compile_next_byte(decoder: Decoder, params: Params, *, batch_size: int) -> Callable:
-    """Compiles next_byte(params, tokens [B, S] i32, position, key data): draws the byte after `position` of row 0."""
+def compile_next_byte(decoder: Decoder, state: TrainState, *, batch_size: int) -> Callable:
+    """Compiles next_byte(params, balance, tokens [B, S] i32, position, key data), as `state` has the first two.
 
-    def next_byte(params, tokens, position, key):
-        logits, _ = decoder.logits(params, tokens)
+    It draws the byte after `position` of row 0.
+    """
+
+    def next_byte(params, balance, tokens, position, key):
+        logits, _ = decoder.logits(params, tokens, balance)
         return jax.random.categorical(jax.random.wrap_key_data(key), logits[0, position])
 
     key = jax.random.key_data(jax.random.key(0))
@@ -22,12 +26,12 @@ def compile_next_byte(decoder: Decoder, params: Params, *, batch_size: int) -> C
         jax.ShapeDtypeStruct((), jnp.int32, sharding=decoder.replicated),
         jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=decoder.replicated),
     )
-    return jax.jit(next_byte, out_shardings=decoder.replicated).lower(params, *like).compile()
+    return jax.jit(next_byte, out_shardings=decoder.replicated).lower(state.params, state.balance, *like).compile()
 
 
 def sample_text(
     decoder: Decoder,
-    params: Params,
+    state: TrainState,
     prompt: bytes,
     *,
     num_bytes: int,
@@ -42,7 +46,7 @@ def sample_text(
     The model runs on the batch size that it was planned for, so that no other plan is needed: every row holds the same
     text, and row 0 is read. Of a text longer than `seq_len` the model sees the last `seq_len` bytes.
     """
-    next_byte = compile_next_byte(decoder, params, batch_size=batch_size)
+    next_byte = compile_next_byte(decoder, state, batch_size=batch_size)
     seq_len, text = decoder.config.seq_len, list(prompt)
     for done, key in enumerate(np.asarray(jax.random.key_data(jax.random.split(jax.random.key(seed), num_bytes)))):
         tell("sampling", done, num_bytes)
@@ -52,7 +56,7 @@ def sample_text(
         inputs = jax.device_put(
             (tokens, np.int32(len(window) - 1), key), (decoder.over_batch, decoder.replicated, decoder.replicated)
         )
-        text.append(int(next_byte(params, *inputs)))
+        text.append(int(next_byte(state.params, state.balance, *inputs)))
     return bytes(text).decode(errors="replace")
 
 

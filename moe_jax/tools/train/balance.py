@@ -1,0 +1,158 @@
+"""Experts that follow their load while a run trains: what a state holds for that, and whether moving is worth it.
+
+The compiled step keeps a moving average of the load. On the host the loop looks at it now and then, gives the replicas
+of experts other shares, and asks whether another placement would be so much more even that experts should move. Slots
+and shares are data, so that nothing is compiled again.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+import moe_jax as moe
+from moe_jax.config import BalanceConfig, Config
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the experts of L layers lie, on the host.
+
+    Attributes:
+      placement: the expert of each slot, [L, P].
+      shares: [L, E, F - 1] f32, of the load of each expert that its replicas get; zeros: equal ones.
+    """
+
+    placement: moe.Placement
+    shares: np.ndarray
+
+    def imbalance(self, load: np.ndarray) -> np.ndarray:
+        """[L] the load of the fullest rank over the mean, for the load [L, E] of experts."""
+        return moe.expected_imbalance(load, self.placement, self.shares)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Balance:
+    """Where the experts of L layers lie, and how loaded they are; all replicated.
+
+    Attributes:
+      load: [L, E] f32, the moving average of the pairs that each expert received in a step.
+      experts: [L, P] i32, the expert that each slot holds.
+      table: [L, E, F] i32, the same as `update_expert` reads it. F has room for all replicas that an expert can have.
+      shares: [L, E, F - 1] f32, as in `Places`.
+    """
+
+    load: jax.Array
+    experts: jax.Array
+    table: jax.Array
+    shares: jax.Array
+
+    @classmethod
+    def of(cls, places: Places, load: jax.Array | None, replicated: NamedSharding) -> "Balance":
+        """The same as `places`, on the mesh, and the `load` so far; None: there was none."""
+        placement, shares = places.placement, places.shares
+        table = placement.table(shares.shape[-1])
+        load = jnp.zeros(shares.shape[:-1], jnp.float32) if load is None else load
+        arrays = (load, placement.physical_to_logical, table, shares)
+        return cls(*(jax.device_put(array, replicated) for array in arrays))
+
+    def placement(self, plan: moe.Plan) -> moe.Placement:
+        """The placement as it is now, in a traced program too."""
+        return moe.Placement(
+            physical_to_logical=self.experts,  # type: ignore[arg-type]
+            num_logical_experts=self.table.shape[1],
+            num_ranks=plan.ep_size,
+        )
+
+    def places(self, plan: moe.Plan) -> Places:
+        """The same, on the host."""
+        experts, shares = map(np.asarray, jax.device_get((self.experts, self.shares)))
+        return Places(replace(self.placement(plan), physical_to_logical=experts), shares)
+
+
+@dataclass(frozen=True)
+class Better:
+    """What a look at the load leads to.
+
+    Attributes:
+      places: the new ones. Layers in which experts gain too little by moving keep their slots.
+      before, after: the load of the fullest rank over the mean, as the averaged load has it, the mean over layers.
+      num_moved: slots of all layers that get another expert.
+    """
+
+    places: Places
+    before: float
+    after: float
+    num_moved: int
+
+    @property
+    def sentence(self) -> str:
+        return (
+            f"fullest rank {self.before:.2f} -> {self.after:.2f} x mean, {self.num_moved} of "
+            f"{self.places.placement.physical_to_logical.size} slots moved"
+        )
+
+
+def first_places(config: Config, num_layers: int) -> Places:
+    """Where experts lie before the first step: in their order, or, with replicas, even if all are loaded alike."""
+    num_experts = config.moe.num_experts
+    if config.num_slots == num_experts:
+        slots = np.arange(num_experts, dtype=np.int32)
+    else:
+        slots = moe.rebalance(np.ones(num_experts), **_sizes(config)).physical_to_logical
+    placement = moe.Placement(
+        physical_to_logical=np.tile(slots, (num_layers, 1)), num_logical_experts=num_experts, num_ranks=config.mesh.ep
+    )
+    most_replicas = 1 + config.num_slots - num_experts
+    return Places(placement, np.zeros((num_layers, num_experts, most_replicas), np.float32))
+
+
+def find_better(config: Config, balance: BalanceConfig, load: np.ndarray, now: Places) -> Better:
+    """Better places for the load [L, E], as far as there are any. ``balance`` is the section [balance] of `config`.
+
+    A layer moves if its fullest rank then has less to do by `balance.threshold` than with the best shares in the slots
+    of now. Each layer decides for itself, because each has its own price: the slots that move.
+    """
+    sizes = _sizes(config)
+    if balance.max_moved is not None:
+        sizes |= {"strategy": "minimal", "current": now.placement, "max_moved": balance.max_moved}
+        if not _keeps_to_nodes(now.placement, config.mesh.nodes):  # it was made for another mesh
+            sizes["num_nodes"] = 1
+
+    def with_shares(placement: moe.Placement) -> Places:
+        most_replicas = now.shares.shape[-1]
+        follows = balance.mode == "load"
+        return Places(placement, placement.shares(load, most_replicas) if follows else np.zeros_like(now.shares))
+
+    stay, move = with_shares(now.placement), with_shares(moe.rebalance(load, **sizes))
+    moves = move.imbalance(load) < stay.imbalance(load) * (1 - balance.threshold)
+    experts = np.where(moves[:, None], move.placement.physical_to_logical, stay.placement.physical_to_logical)
+    shares = np.where(moves[:, None, None], move.shares, stay.shares)
+    places = Places(replace(now.placement, physical_to_logical=experts), shares)
+    return Better(
+        places=places,
+        before=float(now.imbalance(load).mean()),
+        after=float(places.imbalance(load).mean()),
+        num_moved=int((experts != now.placement.physical_to_logical).sum()),
+    )
+
+
+def _sizes(config: Config) -> dict[str, Any]:
+    """What `rebalance` has to know beside the load."""
+    return {
+        "num_physical_experts": config.num_slots,
+        "num_ranks": config.mesh.ep,
+        "num_groups": config.router.num_groups,
+        "num_nodes": config.mesh.nodes,
+    }
+
+
+def _keeps_to_nodes(placement: moe.Placement, num_nodes: int) -> bool:
+    """Whether no expert of a layer has replicas on several nodes."""
+    nodes = placement.physical_to_logical.reshape(-1, num_nodes, placement.num_physical_experts // num_nodes)
+    held = sum(len(np.unique(node)) for layer in nodes for node in layer)
+    return held == len(nodes) * placement.num_logical_experts
