@@ -96,8 +96,8 @@ class Cost:
       traffic_bytes: what passes over rows and weights read and write, each in full, wherever it comes from. A pass is
         a copy (pack, exchange, permute, unpermute, unpack), a change of format, an activation, a sum or a product.
         Where the plan's back end multiplies rows in their slots, or activates them in the kernel that multiplies, these
-        passes are left out. Indices do not count. A partial sum of "allgather" reads a row for every choice of every token of all ranks,
-        whether the row is there or not.
+        passes are left out. Indices do not count. A partial sum of "allgather" reads a row for every choice of every
+        token of all ranks, whether the row is there or not.
       hardware, platform: the machine whose rates give all seconds, and its platform.
       phases: a ``Phase`` for each phase of the layer, in their order, under an even load.
     """
