@@ -352,7 +352,7 @@ class Config(_Checked):
 
 
 def load_config(path: str | Path) -> Config:
-    r"""Reads a TOML file: sections [mesh], [moe], [router], [model], [train] and [balance]; only [moe] is required.
+    r"""Reads a TOML file with the sections [mesh], [moe], [router], [model], [train] and [balance]; only [moe] must be.
 
     Raises:
       ConfigError: the file is unreadable or not TOML; a section or key is unknown or missing; a value breaks a rule.

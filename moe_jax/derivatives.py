@@ -25,6 +25,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.typing import DTypeLike
 
 from moe_jax import _compat
 from moe_jax.errors import UnsupportedError
@@ -183,7 +184,7 @@ def take_rows(rows: Array, index: Array, *, absent: float | None = None, poison:
     return jnp.where(there, picked, jnp.asarray(absent, picked.dtype))
 
 
-def poison_of(dtype) -> float | int:
+def poison_of(dtype: DTypeLike) -> float | int:
     """The value that ``poison`` puts where nobody may read: NaN, or the largest integer."""
     return jnp.nan if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).max
 

@@ -69,7 +69,7 @@ class Case:
 
     @property
     def capacity(self) -> int:
-        """A: a rank that holds min(L, K) experts may get so many copies of every token; 1 where that has no meaning."""
+        """A: a rank that holds min(L, K) experts may get so many pairs of every token; 1 where that has no meaning."""
         n = self.common
         holders = n["ep_world_size"] - n["shared_expert_rank_num"]
         local = n["moe_expert_num"] // holders if holders > 0 else 1
@@ -599,7 +599,7 @@ def _compare_combine(case, arrays, expected, out):
 
 
 def _close(case, got, rounded, unrounded, name):
-    """Equal where nothing is quantised on its way home: sums of these numbers are exact in fp32."""
+    """Equal where nothing is quantised on its way back: sums of these numbers are exact in fp32."""
     if not case.combine_only.get("comm_quant_mode", 0):
         same(got, rounded, name)
         return

@@ -64,7 +64,7 @@ class Config:
 
     @property
     def capacity(self) -> int:
-        """A: a rank that holds min(L, K) experts may get so many copies of every token."""
+        """A: a rank that holds min(L, K) experts may get so many pairs of every token."""
         most = self.global_bs // self.world or self.tokens
         return most * self.world * min(self.local_experts, self.top_k)
 

@@ -282,7 +282,7 @@ def test_nearest_is_legal_and_nothing_is_nearer(legal):
 
 
 def test_capacity_is_what_the_worst_routing_needs():
-    """Against a loop over roles: all tokens of all ranks choose one rank's experts; shared copies go by residue."""
+    """Against a loop over roles: all tokens of all ranks choose one rank; pairs of shared experts go by residue."""
     rng = np.random.default_rng(0)
     for _ in range(200):
         tokens, top_k, local, experts, per_expert = (int(n) for n in rng.integers(1, 5, 5))

@@ -111,14 +111,23 @@ def test_one_module_makes_files_appear_whole():
     assert names == {"host/atomic.py"}
 
 
-def test_every_plan_has_its_type():
-    """A reader, and an editor, can follow each parameter ``plan`` to what it holds."""
+def untyped(function: ast.FunctionDef) -> list[str]:
+    """The arguments of a function that have no type."""
+    arguments = (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)
+    return [argument.arg for argument in arguments if argument.annotation is None]
+
+
+def test_functions_say_their_types():
+    """A function that other modules may call says the types of its arguments and its result; every plan is a Plan."""
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef):  # a lambda cannot say types
-                arguments = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
-                bare = [argument for argument in arguments if argument.arg == "plan" and argument.annotation is None]
-                assert not bare, f"{path.name}:{node.lineno} {node.name}: plan has no type"
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                assert "plan" not in untyped(node), f"{path.name}:{node.lineno} {node.name}: plan has no type"
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                assert not untyped(node), f"{path.name}:{node.lineno} {node.name}: {untyped(node)} have no type"
+                assert node.returns, f"{path.name}:{node.lineno} {node.name} has a result without a type"
 
 
 def bound_names(tree: ast.Module):

@@ -1,4 +1,4 @@
-"""Movement over nodes against oracles that loop over pairs: exact, for every mesh, window and routing pattern.
+"""The transport "hierarchy" against oracles that loop over pairs: exact, for every mesh, round and routing pattern.
 
 Data are small integers, so that every sum is exact; rows, slots and weights that nobody may read hold NaN.
 """
@@ -26,7 +26,7 @@ T, K, H, BYTES = 5, 3, 4, 6
 LOCAL = 2  # experts per rank
 
 
-def scatter(x, maps, plan):
+def send(x, maps, plan):
     return HIERARCHY.send(x, None, maps, plan, ordered=True).tokens
 
 
@@ -35,7 +35,7 @@ def collect(rows, weights, maps, plan, recipe=None):
 
 
 def make(nodes, per_node, tp, **options):
-    """The mesh and a plan with windows of 2 rows per pair of ranks."""
+    """The mesh and a plan with rounds of 2 rows per pair of ranks."""
     mesh = moe.make_mesh(ep=nodes * per_node, nodes=nodes, tp=tp)
     ep = nodes * per_node
     factor = 2 * ep / (T * K) - 1e-6
@@ -46,13 +46,13 @@ def make(nodes, per_node, tp, **options):
 
 
 def all_in_one(plan, capacity, x, message, destination, start, rows, weights, ct):
-    """Everything that the module gives for one window. Per shard."""
+    """Everything that the module gives for one round. Per shard."""
     num_rows = plan.num_rows(capacity)
     maps, group_sizes, recv_counts = open_hierarchy(destination, start, capacity, plan, num_rows=num_rows)
     d_rows, d_weights = HIERARCHY.collect_adjoint(rows, weights, ct, maps, plan, ordered=True)
     return {
-        "rows": scatter(x, maps, plan),
-        "messages": scatter(message, maps, plan),
+        "rows": send(x, maps, plan),
+        "messages": send(message, maps, plan),
         "group_sizes": group_sizes,
         "recv_counts": recv_counts,
         "y": collect(rows, weights, maps, plan),
@@ -70,14 +70,14 @@ def program(nodes, per_node, tp, capacity):
 
 
 class Case:
-    """One generated case with every rank visible, and what each window of it must give."""
+    """One generated case with every rank visible, and what each round of it must give."""
 
     def __init__(self, nodes, per_node, tp, pattern, seed=0):
         rng = np.random.default_rng([nodes, per_node, tp, seed])
         self.key, self.num_nodes, self.per_node = (nodes, per_node, tp), nodes, per_node
         W, P = nodes * per_node, tp
         self.lead = (W, P)
-        if pattern == "repeated":  # copies of a token may meet at one expert, or all of them at one
+        if pattern == "repeated":  # pairs of a token may meet at one expert, or all of them at one
             self.ids = rng.integers(0, 2 * LOCAL, (W, P, T, K)).astype(np.int32)
             self.ids[:, :, ::2] = 1
         elif pattern == "one_node":
@@ -99,7 +99,7 @@ class Case:
             inside.append(start <= place < start + capacity)
         return np.array(inside, bool)
 
-    def window(self, start, capacity):
+    def round(self, start, capacity):
         """[W] of (origins of the rows of the stretch, experts of these rows)."""
         found = []
         for w in range(self.lead[0]):
@@ -119,24 +119,24 @@ class Case:
 
 
 def run(case, start, capacity):
-    """One window through the program, with rows that are random where they may be read: (rows in, results)."""
+    """One round through the program, with rows that are random where they may be read: (rows in, results)."""
     W, P = case.lead
     num_rows = P * W * capacity
     rows = np.full((W, P, num_rows, H), np.nan, np.float32)
-    for w, (origins, _) in enumerate(case.window(start, capacity)):
+    for w, (origins, _) in enumerate(case.round(start, capacity)):
         rows[w, :, : len(origins)] = small_integers(case.rng, (P, len(origins), H))
     starts = np.full(case.lead, start, np.int32)
     got = program(*case.key, capacity)(case.x, case.message, case.ids, starts, rows, case.weights, case.ct)
     return rows, {name: np.asarray(value) for name, value in got.items()}
 
 
-def check_window(case, start, capacity):
-    """Asserts that every result of a window equals what loops over its pairs give."""
+def check_round(case, start, capacity):
+    """Asserts that every result of a round equals what loops over its pairs give."""
     W, P = case.lead
     rows, got = run(case, start, capacity)
     y, plain, d_weights = np.zeros(case.x.shape), np.zeros(case.x.shape), np.zeros(case.ids.shape)
-    crossings = {(w, p, m): set() for w, p, m in np.ndindex(W, P, case.num_nodes)}
-    for w, (origins, experts) in enumerate(case.window(start, capacity)):
+    across = {(w, p, m): set() for w, p, m in np.ndindex(W, P, case.num_nodes)}
+    for w, (origins, experts) in enumerate(case.round(start, capacity)):
         count, node = len(origins), w // case.per_node
         for p in range(P):
             np.testing.assert_array_equal(got["group_sizes"][w, p], np.bincount(experts, minlength=LOCAL))
@@ -147,7 +147,7 @@ def check_window(case, start, capacity):
             y[token] += weight * value
             plain[token] += value
             d_weights[source, p, t, k] = case.ct[token] @ value
-            crossings[source, p, node].add(t)
+            across[source, p, node].add(t)
             for peer in range(P):
                 np.testing.assert_array_equal(got["rows"][w, peer, row], case.x[token])
                 np.testing.assert_array_equal(got["messages"][w, peer, row], case.message[token])
@@ -157,18 +157,18 @@ def check_window(case, start, capacity):
     np.testing.assert_array_equal(got["sum"], plain)
     np.testing.assert_array_equal(got["d_weights"], d_weights)
     slots = got["node_outbox_token"].reshape(W, P, case.num_nodes, -1)
-    for (w, p, node), tokens in crossings.items():  # a slot for every (token, node), and no other
+    for (w, p, node), tokens in across.items():  # a slot for every (token, node), and no other
         assert [t for t in slots[w, p, node] if t >= 0] == sorted(tokens)
     return rows, got
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
-def test_a_window_of_everything(mesh):
+def test_a_round_of_everything(mesh):
     """The rows are the oracle's own, in its order, and collect and its adjoint are exact."""
     for pattern in (*PATTERNS, "one_node", "repeated"):
         case = Case(*mesh, pattern)
-        _, got = check_window(case, 0, T * K)
+        _, got = check_round(case, 0, T * K)
         for w, p in np.ndindex(*case.lead):
             expected = case.sent.rows[w][p]
             np.testing.assert_array_equal(got["rows"][w, p, : len(expected)], expected)
@@ -177,13 +177,13 @@ def test_a_window_of_everything(mesh):
 
 @pytest.mark.quick("mesh0")
 @pytest.mark.parametrize("mesh", MESHES)
-def test_windows_cover_every_pair_once(mesh):
-    """Windows of 2 rows per pair of ranks, each exact; a pair of another window is not there."""
+def test_rounds_cover_every_pair_once(mesh):
+    """Rounds of 2 rows per pair of ranks, each exact; a pair of another round is not there."""
     for pattern in ("random", "masked", "repeated", "none"):
         case, seen = Case(*mesh, pattern, seed=1), 0
         longest = case.expected_counts().sum(axis=-1).max()
         for start in range(0, max(longest, 1), 2):
-            _, got = check_window(case, start, 2)
+            _, got = check_round(case, start, 2)
             seen += got["group_sizes"][:, 0].sum()
         assert seen == (case.ids >= 0).sum()
         _, beyond = run(case, start + 2, 2)
@@ -191,24 +191,24 @@ def test_windows_cover_every_pair_once(mesh):
 
 
 @pytest.mark.quick("4-3")
-@pytest.mark.parametrize("copies,capacity", [(1, 1), (1, 4), (4, 3)])
-def test_odd_sizes(copies, capacity):
-    """Another number of copies than K, slots that are no multiple of anything, with and without blocks."""
+@pytest.mark.parametrize("choices,capacity", [(1, 1), (1, 4), (4, 3)])
+def test_odd_sizes(choices, capacity):
+    """Another number of choices than K, slots that are no multiple of anything, with and without blocks."""
     mesh, plan = make(2, 2, 2)
-    rng = np.random.default_rng(copies)
-    destination = rng.integers(-1, 4 * LOCAL, (4, 2, T, copies)).astype(np.int32)
+    rng = np.random.default_rng(choices)
+    destination = rng.integers(-1, 4 * LOCAL, (4, 2, T, choices)).astype(np.int32)
     x = small_integers(rng, (4, 2, T, H))
 
     def shard(x, destination):
         maps, sizes, _ = open_hierarchy(destination, 0, capacity, plan, num_rows=8 * capacity)
-        return collect(scatter(x, maps, plan), None, maps, plan), sizes
+        return collect(send(x, maps, plan), None, maps, plan), sizes
 
     y, sizes = jax.jit(over_mesh(mesh, shard, (plan.ep_axis, "tp")))(x, destination)
     kept = np.zeros((4, 2, T))
     for w, p, rank in np.ndindex(4, 2, 4):
-        mine = [(destination[w, p, t, c], t) for t in range(T) for c in range(copies)]
+        mine = [(destination[w, p, t, c], t) for t in range(T) for c in range(choices)]
         for _slot, t in sorted(pair for pair in mine if pair[0] // LOCAL == rank)[:capacity]:
-            kept[w, p, t] += 2  # the copies of both tp ranks come back
+            kept[w, p, t] += 2  # the rows of both tp ranks come back
     np.testing.assert_array_equal(y, kept[..., None] * x)
     assert sizes.sum() == kept.sum()
 
@@ -223,7 +223,7 @@ def test_sources_in_another_order():
     def shard(x, ids):
         num_rows = plan.num_rows(T * K)
         maps, _, _ = open_hierarchy(ids, 0, T * K, plan, num_rows=num_rows, source_order=jnp.array(order))
-        rows = scatter(x, maps, plan)
+        rows = send(x, maps, plan)
         return rows, collect(rows, None, maps, plan)
 
     rows, y = jax.jit(over_mesh(mesh, shard, (plan.ep_axis, "tp")))(x, ids)
@@ -319,12 +319,12 @@ def test_groups_by_hand():
 @pytest.mark.quick("15")
 @pytest.mark.parametrize("capacity", [1, 2, T * K])
 def test_a_token_crosses_once(capacity):
-    """One float all-to-all between nodes per scatter, of at most T rows per pair of nodes; two of integers to open."""
+    """One float all-to-all between nodes sends at most T rows per pair of nodes; two of integers to open."""
     mesh, plan = make(2, 2, 2)
 
     def shard(x, ids):
         maps, _, _ = open_hierarchy(ids, 0, capacity, plan, num_rows=8 * capacity)
-        return scatter(x, maps, plan)
+        return send(x, maps, plan)
 
     x, ids = np.zeros((4, 2, T, H), np.float32), np.zeros((4, 2, T, K), np.int32)
     text = jax.jit(over_mesh(mesh, shard, (plan.ep_axis, "tp"))).lower(x, ids).compile().as_text()

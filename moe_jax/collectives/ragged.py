@@ -14,6 +14,7 @@ The cheaper one is chosen at run time.
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -189,7 +190,14 @@ def _accumulating(axes, operand, output, input_offsets, send_sizes, output_offse
 
 
 def portable_ragged_all_to_all(
-    operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name: tuple[str, ...]
+    operand: Array,
+    output: Array,
+    input_offsets: Array,
+    send_sizes: Array,
+    output_offsets: Array,
+    recv_sizes: Array,
+    *,
+    axis_name: tuple[str, ...],
 ) -> Array:
     """The exchange without gradients: native on GPU and TPU, chunks of all_to_all elsewhere."""
     operands = (operand, output, input_offsets, send_sizes, output_offsets, recv_sizes)
@@ -235,7 +243,15 @@ def wire_rows(sizes: Array, chunk: int) -> tuple[Array, Array]:
 
 
 def chunked_all_to_all(
-    operand, output, sizes, input_offsets, arrival_offsets, axes, *, chunk: int, all_to_all=None
+    operand: Array,
+    output: Array,
+    sizes: Array,
+    input_offsets: Array,
+    arrival_offsets: Array,
+    axes: tuple[str, ...],
+    *,
+    chunk: int,
+    all_to_all: Callable | None = None,
 ) -> Array:
     """The direct schedule: slices of [N, F] go into [M, F], ``chunk`` rows of each slice in each all_to_all.
 

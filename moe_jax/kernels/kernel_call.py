@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
+from jax.typing import DTypeLike
 
 from moe_jax._compat import as_varying, lowering_for, on_one_device, union_of_varying_axes
 
@@ -22,7 +23,7 @@ def kernel_call(
     call: Callable,
     *operands: jax.Array,
     shape: tuple[int, ...],
-    dtype,
+    dtype: DTypeLike,
     platforms: tuple[str, ...],
     others: tuple[tuple[str, Callable], ...] = (),
     num_results: int | None = None,
@@ -45,7 +46,7 @@ def kernel_call(
     return found[0] if num_results is None else tuple(found)
 
 
-def result_type(shape: tuple[int, ...], dtype, like: jax.Array) -> jax.ShapeDtypeStruct:
+def result_type(shape: tuple[int, ...], dtype: DTypeLike, like: jax.Array) -> jax.ShapeDtypeStruct:
     """The ``out_shape`` of a ``pallas_call`` whose operands vary over the mesh axes that ``like`` varies over."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
 

@@ -185,7 +185,7 @@ def registrations(name: str) -> tuple[str, ...]:
     return tuple(by_identity[id(_TABLE[part])] for part in name.split(AND))
 
 
-def backend_violations(name) -> list[str]:
+def backend_violations(name: Any) -> list[str]:
     """What is wrong with ``name``, which must be "auto", a known back end, or several of them joined by "+".
 
     Back ends are known if they are registered, or if an installed package offers them; those are loaded and registered
@@ -222,7 +222,7 @@ def _load(name: str, point: "EntryPoint") -> list[str]:
     return []
 
 
-def check_backend(name) -> None:
+def check_backend(name: Any) -> None:
     """Raises InvalidArgumentError with the first of ``backend_violations``."""
     for text in backend_violations(name):
         raise InvalidArgumentError(text)

@@ -6,6 +6,7 @@ import importlib
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from moe_jax.kernels import xla
 from moe_jax.kernels.table import Backend
@@ -29,7 +30,7 @@ def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, tr
     return xla.masked_matmul(product, lhs, rhs, group_sizes)
 
 
-def grouped_outer(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, dtype) -> jax.Array:
+def grouped_outer(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, dtype: DTypeLike) -> jax.Array:
     """lhs [M, H], rhs [M, N], group_sizes [G] -> [G, H, N] in ``dtype``."""
     product = functools.partial(_ragged_dot, dimensions=xla.OUTER)
     return xla.masked_outer(product, lhs, rhs, group_sizes, dtype)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import sequential_vmap
+from jax.typing import DTypeLike
 
 from moe_jax import _compat
 from moe_jax.kernels.kernel_call import kernel_call
@@ -245,7 +246,9 @@ def _multiply_rows(transpose_rhs, precision, cores):
     return run
 
 
-def grouped_outer(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, dtype, cores: int = 2) -> jax.Array:
+def grouped_outer(
+    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, dtype: DTypeLike, cores: int = 2
+) -> jax.Array:
     """lhs [M, H], rhs [M, N], group_sizes [G] -> [G, H, N] in ``dtype``; fp16, ``cores`` as in ``grouped_matmul``."""
     shape = (group_sizes.shape[0], lhs.shape[1], rhs.shape[1])
     if not (lhs.size and rhs.size):

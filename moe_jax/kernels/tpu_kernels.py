@@ -8,15 +8,19 @@ group. Such rows may hold garbage, NaN included: they are masked where results a
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from moe_jax.kernels.kernel_call import result_type
+
+if TYPE_CHECKING:
+    from moe_jax.kernels.tpu import Tiles, Visits
 
 PACKED_ROWS = 16  # rows of 16-bit numbers that share a register: steps start at multiples of it
 SIZES = 4  # a step may be one to four quarters of a whole step
@@ -24,7 +28,17 @@ _VMEM_BYTES = 64 << 20  # a kernel may ask for so much of the 128 MiB that there
 
 
 def multiply_rows(
-    lhs, rhs, visits, add_to, *, tiles, transpose_rhs, out_dtype, cost, precision, interpret
+    lhs: jax.Array,
+    rhs: jax.Array,
+    visits: "Visits",
+    add_to: jax.Array | None,
+    *,
+    tiles: "Tiles",
+    transpose_rhs: bool,
+    out_dtype: DTypeLike,
+    cost: pl.CostEstimate,
+    precision: lax.Precision,
+    interpret: bool,
 ) -> jax.Array:
     """lhs [M, H], rhs [G, H, N] ([G, N, H] if ``transpose_rhs``), add_to [M, N] or None -> [M, N] in ``out_dtype``."""
     num_rows, contracted = lhs.shape
@@ -105,7 +119,17 @@ def _rows_kernel(
     _for_rows(*_rows_of_group(bounds, groups, row_tiles, visit, tiles), tiles, multiply)
 
 
-def sum_outer(lhs, rhs, visits, *, tiles, out_dtype, cost, precision, interpret) -> jax.Array:
+def sum_outer(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    visits: "Visits",
+    *,
+    tiles: "Tiles",
+    out_dtype: DTypeLike,
+    cost: pl.CostEstimate,
+    precision: lax.Precision,
+    interpret: bool,
+) -> jax.Array:
     """lhs [M, H], rhs [M, N] -> [G, H, N] in ``out_dtype``; ``visits`` has at least one visit of every group."""
     num_groups, contracted, columns = visits.bounds.shape[0] - 1, lhs.shape[1], rhs.shape[1]
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import sequential_vmap
+from jax.typing import DTypeLike
 
 from moe_jax.kernels.table import Backend
 
@@ -37,7 +38,9 @@ def masked_matmul(product: Callable, lhs: jax.Array, rhs: jax.Array, group_sizes
     return product(zero_past_groups(lhs, group_sizes), rhs, group_sizes).astype(lhs.dtype)
 
 
-def masked_outer(product: Callable, lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, dtype) -> jax.Array:
+def masked_outer(
+    product: Callable, lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, dtype: DTypeLike
+) -> jax.Array:
     """``product(lhs, rhs, group_sizes)``, fp32 [G, H, N], cast to ``dtype``; rows past the sum add nothing to it."""
     summed = product(zero_past_groups(lhs, group_sizes), zero_past_groups(rhs, group_sizes), group_sizes)
     empty = (group_sizes == 0)[:, None, None]  # some kernels leave an empty group's product unwritten
@@ -49,7 +52,7 @@ def grouped_matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, tr
     return masked_matmul(_inner_product, lhs, jnp.swapaxes(rhs, 1, 2) if transpose_rhs else rhs, group_sizes)
 
 
-def grouped_outer(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, dtype) -> jax.Array:
+def grouped_outer(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, dtype: DTypeLike) -> jax.Array:
     """lhs [M, H], rhs [M, N], group_sizes [G] -> [G, H, N] in ``dtype``."""
     return masked_outer(_outer_product, lhs, rhs, group_sizes, dtype)
 
@@ -83,7 +86,7 @@ def slot_outer(
     rhs: jax.Array,
     group_sizes: jax.Array,
     *,
-    dtype,
+    dtype: DTypeLike,
     row_slot: jax.Array | None = None,
     slotted: str = "",
 ) -> jax.Array:

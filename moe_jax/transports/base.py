@@ -36,6 +36,7 @@ from moe_jax.plan import Plan
 from moe_jax.plan.moments import Held
 from moe_jax.plan.steps import COMBINE, DISPATCH, Step
 from moe_jax.plan.transport_table import add_transport, is_taken
+from moe_jax.quant.base import Recipe
 from moe_jax.quant.message import split_some
 
 Array = jax.Array
@@ -360,17 +361,17 @@ def summed_slots(arrays: list[Array | None], maps: Any, plan: Plan, *, ordered: 
 # Rows in the form in which they travel.
 
 
-def as_sent(rows: Array, recipe) -> Array:
+def as_sent(rows: Array, recipe: Recipe | None) -> Array:
     """Rows [n, H] as they travel: a message of codes and scales, or the rows themselves."""
     return rows if recipe is None else recipe.pack(recipe.quantize(rows))
 
 
-def as_received(message: Array, recipe, hidden: int) -> Array:
+def as_received(message: Array, recipe: Recipe | None, hidden: int) -> Array:
     """The inverse of ``as_sent``, up to what the recipe loses. Where there is a recipe, rows are fp32."""
     return message if recipe is None else recipe.dequantize(recipe.unpack(message, hidden))
 
 
-def as_delivered(rows: Array, recipe) -> Array:
+def as_delivered(rows: Array, recipe: Recipe | None) -> Array:
     """Rows as the receiver sees them, in fp32 where there is a recipe. Its rounding counts as identity."""
     if recipe is None:
         return rows

@@ -12,14 +12,24 @@ import jax.numpy as jnp
 
 from moe_jax.derivatives import custom_gradient
 from moe_jax.plan import Plan
+from moe_jax.quant.base import Recipe
 from moe_jax.quant.message import join_some, split_some
-from moe_jax.transports.base import as_received, as_sent, only_present
+from moe_jax.transports.base import Transport, as_received, as_sent, only_present
 
 Array = jax.Array
 
 
 @functools.partial(custom_gradient, num_static=4)
-def send(transport, plan: Plan, ordered, recipe, tokens, pairs, scalars, maps) -> tuple[Array | None, Array | None]:
+def send(
+    transport: Transport,
+    plan: Plan,
+    ordered: bool,
+    recipe: Recipe | None,
+    tokens: Any,
+    pairs: Any,
+    scalars: Array | None,
+    maps: Any,
+) -> tuple[Array | None, Array | None]:
     """row(t, c) = tokens[t] or pairs[c, t], and scalars[c, t], in one message.
 
     Args:
@@ -65,7 +75,15 @@ send.defvjp(_send_forward, _send_backward)
 
 
 @functools.partial(custom_gradient, num_static=4)
-def collect(transport, plan: Plan, ordered, recipe, rows, scalars, maps) -> tuple[Array | None, Array | None]:
+def collect(
+    transport: Transport,
+    plan: Plan,
+    ordered: bool,
+    recipe: Recipe | None,
+    rows: Array | None,
+    scalars: Array | None,
+    maps: Any,
+) -> tuple[Array | None, Array | None]:
     """Rows [M, F] and scalars [M, G] at their tokens: [C, T, F] and [C, T, G].
 
     Rows of pairs of other rounds may hold anything. A transport that is not ``pairwise`` gives sums of rows, fp32

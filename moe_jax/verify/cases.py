@@ -1,6 +1,7 @@
 """What the checks share: data made from a seed, deviations, and functions over a mesh."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ TOKENS, HIDDEN, TOP_K = 8, 16, 2
 PATTERNS = ("random", "skewed", "one rank", "masked")
 
 
-def deviation(got, expected, *, relative: bool = False) -> float:
+def deviation(got: Any, expected: Any, *, relative: bool = False) -> float:
     """Largest deviation; relative: to the largest expected entry. Infinite for another shape."""
     got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
     if got.shape != expected.shape:

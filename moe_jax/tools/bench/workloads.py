@@ -4,6 +4,7 @@ Routes are steered through x: a token carries a bump for each expert that it wan
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -167,7 +168,7 @@ class Data:
     ct_rows: jax.Array
 
 
-def make_data(workload: Workload, plan: Plan, mesh: Mesh, init) -> Data:
+def make_data(workload: Workload, plan: Plan, mesh: Mesh, init: Callable) -> Data:
     """Data for ``workload``, placed on ``mesh``; ``init`` is the layer's."""
     hidden, experts = plan.hidden, plan.num_experts
     rng, num_tokens = np.random.default_rng(1), plan.tokens_per_rank * mesh.size
