@@ -131,6 +131,7 @@ def moe_layer_vjp(
     x, ct_y = np.asarray(x, np.float64), np.asarray(ct_y, np.float64)
     seen = x if router_x is None else np.asarray(router_x, np.float64)
     shared_activation = activation if shared_activation is None else shared_activation
+    # 1. The choices, and the cotangents of their weights, which lead to the logits.
     ct_logits, ct_scale = None, None
     if routing is None:
         logits = _logits(params, seen, token_mask)
@@ -151,6 +152,7 @@ def moe_layer_vjp(
         ct_scale = routing_lib.expert_scale_vjp(logits, router, ct_weights, **options)
     else:
         chosen = _given(params, routing, len(params["w_up"]), token_mask)
+    # 2. Token by token: through the router, the shared expert, and the experts that the token chose.
     ct_params = {name: np.zeros(np.shape(value)) for name, value in params.items()}
     if ct_scale is not None and "expert_scale" in params:
         ct_params["expert_scale"] = ct_scale
