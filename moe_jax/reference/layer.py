@@ -71,6 +71,7 @@ def moe_layer(
       MissingArgumentError: ``params`` lacks a weight.
     """
     x = np.asarray(x, np.float64)
+    # 1. The choices: those of the router, or those that were made outside.
     if routing is None:
         logits = _logits(params, x if router_x is None else np.asarray(router_x, np.float64), token_mask)
         bias = _selection_bias(params, bias)
@@ -81,6 +82,7 @@ def moe_layer(
         num_ids = len(params["w_up"]) + weightless
         chosen = _given(params, routing, num_ids, token_mask)
     y = np.zeros(x.shape)
+    # 2. Token by token: the shared expert, then every choice in ascending order.
     for t in routing_lib.active_tokens(len(x), token_mask):
         y[t] += _shared_value(params, x[t], activation if shared_activation is None else shared_activation)
         for e, weight in zip(chosen.expert_ids[t], chosen.combine_weights[t], strict=True):
