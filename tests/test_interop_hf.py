@@ -282,10 +282,107 @@ def test_quantised_tensors_are_refused(tmp_path):
     def scaled(tensors):
         return tensors | {f"{name}_scale_inv": np.ones((1, 1), np.float32)}
 
-    with pytest.raises(UnsupportedError, match=r"weight_scale_inv' and 0 more are quantised; read a copy in bf16"):
+    unnamed = (
+        r"weight_scale_inv' and 0 more are quantised in a way that config.json does not name; .*read a copy in bf16"
+    )
+    with pytest.raises(UnsupportedError, match=unnamed):
         broken(tmp_path, scaled, "deepseek_v3")
     with pytest.raises(UnsupportedError, match=r"gate_proj\.weight' and 0 more are quantised"):
         broken(tmp_path, lambda tensors: tensors | {name: np.zeros((6, 16), ml_dtypes.float8_e4m3fn)}, "deepseek_v3")
+    packed = {name.replace("weight", "qweight"): np.zeros((2, 6), np.int32)}
+    folder = changed(golden("deepseek_v3")[0], tmp_path / "model", lambda tensors: tensors | packed)
+    with_config(folder, quantization_config=dict(quant_method="gptq", bits=4))
+    with pytest.raises(
+        UnsupportedError, match=r"gate_proj\.qweight' and 0 more are quantised by 'gptq'; 'fp8' in blocks"
+    ):
+        read(folder, moe.make_mesh(ep=8))
+
+
+def with_config(folder: Path, **said) -> Path:
+    """The folder, whose config.json says this too."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | said))
+    return folder
+
+
+def quantised8(tensors, block, rng):
+    """``tensors`` with those of experts in e4m3 and a factor for each block, and what they stand for, by loops."""
+    stored, meant = dict(tensors), {}
+    for name, array in tensors.items():
+        if "experts" not in name or not name.endswith("weight"):
+            continue
+        codes = rng.normal(size=array.shape).astype(ml_dtypes.float8_e4m3fn)
+        factors = rng.uniform(0.5, 2, [-(-extent // size) for extent, size in zip(array.shape, block, strict=True)])
+        stored[name], stored[f"{name}_scale_inv"] = codes, factors.astype(np.float32)
+        meant[name] = np.zeros(array.shape)
+        for i, j in np.ndindex(*array.shape):
+            factor = float(stored[f"{name}_scale_inv"][i // block[0], j // block[1]])
+            meant[name][i, j] = float(codes[i, j]) * factor
+    return stored, meant
+
+
+def test_codes_of_8_bits_are_read_as_what_they_stand_for(tmp_path):
+    """Every part of every device: tp cuts F = 6 in the middle of a block of 4. Shared experts are quantised too."""
+    block = (4, 5)
+    meant = {}
+
+    def quantise(tensors):
+        stored, values = quantised8(tensors, block, np.random.default_rng(0))
+        meant.update(values)
+        return stored
+
+    folder = changed(golden("deepseek_v3")[0], tmp_path / "model", quantise)
+    said = dict(quant_method="fp8", fmt="e4m3", weight_block_size=list(block), activation_scheme="dynamic")
+    with_config(folder, quantization_config=said)
+    layer, _, params = read(folder, moe.make_mesh(ep=4, tp=2))
+    assert params["w_up"].dtype == jnp.bfloat16 and layer.quantisation == said
+    files_of = {"w_gate": "gate_proj", "w_up": "up_proj", "w_down": "down_proj"}
+    start = "model.layers.0.mlp."
+    for ours, theirs in files_of.items():
+        for e in range(8):
+            expected = meant[f"{start}experts.{e}.{theirs}.weight"].T.astype(ml_dtypes.bfloat16)
+            np.testing.assert_array_equal(np.asarray(params[ours][e]), expected)
+        shared = meant[f"{start}shared_experts.{theirs}.weight"].T.astype(ml_dtypes.bfloat16)
+        np.testing.assert_array_equal(np.asarray(params[ours.replace("w_", "shared_")]), shared)
+    # What is written is not quantised any more, and its config.json does not say so.
+    hf.write_params(tmp_path / "again", {0: params}, folder)
+    again, _, kept = read(tmp_path / "again", moe.make_mesh(ep=8))
+    assert again.quantisation == {}
+    np.testing.assert_array_equal(np.asarray(kept["w_down"]), np.asarray(params["w_down"]))
+    # Factors that do not fit are no such quantisation.
+    with_config(folder, quantization_config=said | dict(weight_block_size=[6, 5]))
+    with pytest.raises(CheckpointError, match=r"has shape \(2, 4\); expected F8_E4M3, .* block of \[6, 5\], \(1, 4\)"):
+        read(folder, moe.make_mesh(ep=8))
+
+
+def test_codes_of_4_bits_are_read_as_what_they_stand_for(tmp_path):
+    """gpt-oss: two numbers in a byte, the first in its low half; groups of 4 along H, and of 2 along F."""
+    rng, meant, table = np.random.default_rng(1), {}, [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+
+    def quantise(tensors):
+        stored = dict(tensors)
+        for name, width in (("gate_up_proj", 2), ("down_proj", 1)):
+            whole = f"model.layers.0.mlp.experts.{name}"
+            num_experts, columns, rows = stored.pop(whole).shape
+            groups = columns // (2 * width)
+            blocks = rng.integers(0, 256, (num_experts, rows, groups, width), np.uint8)
+            scales = rng.integers(120, 134, (num_experts, rows, groups), np.uint8)
+            stored[f"{whole}_blocks"], stored[f"{whole}_scales"] = blocks, scales
+            meant[name] = np.zeros((num_experts, columns, rows))
+            for e, r, g, b in np.ndindex(*blocks.shape):
+                for half, code in enumerate((int(blocks[e, r, g, b]) & 15, int(blocks[e, r, g, b]) >> 4)):
+                    number = table[code & 7] * (-1 if code & 8 else 1) * 2.0 ** (int(scales[e, r, g]) - 127)
+                    meant[name][e, 2 * (g * width + b) + half, r] = number
+        return stored
+
+    folder = changed(golden("gpt_oss")[0], tmp_path / "model", quantise)
+    with_config(folder, quantization_config=dict(quant_method="mxfp4"))
+    _, _, params = read(folder, moe.make_mesh(ep=4, tp=2))
+    together = meant["gate_up_proj"].astype(ml_dtypes.bfloat16)
+    for ours, expected in (("w_gate", together[..., 0::2]), ("w_up", together[..., 1::2])):
+        np.testing.assert_array_equal(np.asarray(params[ours]), expected)
+    np.testing.assert_array_equal(np.asarray(params["w_down"]), meant["down_proj"].astype(ml_dtypes.bfloat16))
+    assert params["b_down"].dtype == jnp.bfloat16
 
 
 def test_damaged_files_are_named(tmp_path):

@@ -216,8 +216,9 @@ def test_no_tokens_at_all():
     mesh = mesh_of(2, 1)
     plan = moe.make_plan(mesh, tokens_per_rank=0, hidden=H, num_experts=E, top_k=K, dtype="float32")
     params, *_ = drawn(np.random.default_rng(0), 2, 1, "random")
-    y, stats = jax.jit(on_mesh(mesh, plan))(params, jnp.ones((0, H)), jnp.ones((0, K), jnp.int32), jnp.ones((0, K)))
-    assert y.shape == (0, WIDE) and not stats.load.any()
+    layer = on_mesh(mesh, plan, table=np.array([[E, *range(E)]], np.int32), balance="load")
+    y, stats = jax.jit(layer)(params, jnp.ones((0, H)), jnp.ones((0, K), jnp.int32), jnp.ones((0, K)))
+    assert y.shape == (0, WIDE) and stats.load.tolist() == [0]
     with pytest.raises(moe.errors.ShapeError, match="fn returned tuple"):
         layer = on_mesh(mesh, plan, lambda p, rows, n: (rows,))
         layer(params, jnp.ones((0, H)), jnp.ones((0, K), jnp.int32), jnp.ones((0, K)))

@@ -76,9 +76,11 @@ def test_the_count_by_hand(monkeypatch):
 
 
 # Two of these frames are the machinery of derivatives, and three with "allgather", whose exchange has one of its own.
-@pytest.mark.parametrize("transport,most,deepest", [("padded", 118, 11), ("allgather", 110, 12)])
+@pytest.mark.parametrize(
+    "transport,most,deepest", [("padded", 118, 11), ("allgather", 110, 12), ("hierarchy", 124, 11)]
+)
 def test_the_way_of_a_row_is_short(monkeypatch, transport, most, deepest):
-    mesh = mesh_of(8, 1)
+    mesh = moe.make_mesh(ep=8, nodes=2) if transport == "hierarchy" else mesh_of(8, 1)
     sizes = {"tokens_per_rank": TOKENS, "hidden": HIDDEN, "num_experts": 16, "top_k": 4, "dtype": "float32"}
     plan = moe.make_plan(mesh, **sizes, transport=transport)
     init, apply = moe.moe_on_mesh(mesh, plan, moe.RouterConfig(), ffn=64)
@@ -89,6 +91,7 @@ def test_the_way_of_a_row_is_short(monkeypatch, transport, most, deepest):
     assert 0 < frames["product"][0] <= 13
 
     ids = jax.ShapeDtypeStruct((8 * TOKENS, 4), "int32")
-    sent = jax.shard_map(lambda x, ids: moe.dispatch(x, ids, plan).x, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"))
+    spec = P(plan.token_axes)
+    sent = jax.shard_map(lambda x, ids: moe.dispatch(x, ids, plan).x, mesh=mesh, in_specs=spec, out_specs=spec)
     _, frames = trace(monkeypatch, sent, x, ids)
     assert 0 < frames["wire"][0] <= 10

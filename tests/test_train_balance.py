@@ -100,6 +100,23 @@ def test_shares_follow_the_load_where_experts_stay():
 
 
 @pytest.mark.parametrize("num_nodes", [1, 2])
+def test_few_slots_differ_where_ranks_and_slots_may_change_places(num_nodes):
+    rng, moved = np.random.default_rng(0), np.zeros(2)
+    for seed in range(5):
+        now, new = random_places(seed).placement, random_places(seed + 1).placement
+        found = balance.nearest(new, now, num_nodes)
+        ranks = [np.sort(p.physical_to_logical.reshape(LAYERS, num_nodes, -1, SLOTS // EP)) for p in (new, found)]
+        for mine, theirs in zip(*(rows.reshape(LAYERS * num_nodes, -1, SLOTS // EP) for rows in ranks), strict=True):
+            assert sorted(mine.tolist()) == sorted(theirs.tolist())  # the same ranks in each node, in some order
+        moved += [(p.physical_to_logical != now.physical_to_logical).sum() for p in (new, found)]
+        # The same in another order is no change at all.
+        rows = now.physical_to_logical.reshape(LAYERS, num_nodes, -1, SLOTS // EP)
+        mixed = rng.permuted(rng.permutation(rows, axis=2), axis=3).reshape(LAYERS, SLOTS)
+        assert balance.nearest(dataclasses.replace(now, physical_to_logical=mixed), now, num_nodes) == now
+    assert moved[1] < 0.75 * moved[0]
+
+
+@pytest.mark.parametrize("num_nodes", [1, 2])
 def test_no_more_slots_move_than_may(num_nodes):
     """Two nodes, each of which has its groups of experts; and a placement that was made where nodes did not count."""
     of_nodes = {"mesh": {"nodes": num_nodes}, "router": {"num_groups": 2, "top_groups": 2}}

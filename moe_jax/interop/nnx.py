@@ -67,9 +67,9 @@ class MoE(nnx.Module):
     ``nnx.split`` and ``nnx.merge`` work as with any module. Made under ``nnx.eval_shape`` it has shapes in place of
     arrays. To see ``stats`` of a layer deep inside a model, use ``nnx.capture`` with ``method_outputs=``.
 
-    With replicas of experts (``moe_jax.rebalance``) the plan counts slots, ``num_logical_experts=`` the experts that the
-    router scores, and each call is given ``table=``, the slots of each of them. ``rngs`` then draws every slot anew, so
-    pass ``params=``, in which replicas are equal.
+    With replicas of experts (``moe_jax.rebalance``) the plan counts slots, ``num_logical_experts=`` says how many
+    experts the router scores, and each call is given ``table=``, the slots of each of them. ``rngs`` draws every slot
+    anew, so pass ``params=``, in which replicas are equal.
 
     Attributes:
       mesh, plan, router_config: as given; static.

@@ -9,7 +9,7 @@ from jax import lax
 
 from moe_jax import _compat, collectives
 from moe_jax.activations import Choice, check_activation
-from moe_jax.config import RouterConfig
+from moe_jax.config import BALANCES, RouterConfig
 from moe_jax.errors import (
     InvalidArgumentError,
     check_array,
@@ -24,7 +24,7 @@ from moe_jax.errors import (
 from moe_jax.layer.experts import shared_ffn
 from moe_jax.layer.grouping import feed_forward
 from moe_jax.layer.params import check_layer_plan, check_params, check_router, gathered
-from moe_jax.layer.placement import BALANCES, check_shares, check_table, instances_of
+from moe_jax.layer.placement import check_shares, check_table, instances_of
 from moe_jax.layer.rounds import routed_sum
 from moe_jax.layer.router import check_sequences, choose_experts
 from moe_jax.layer.weightless import Constants
@@ -278,18 +278,20 @@ def instances_on(
     expert_ids: Array, table: Array, plan: Plan, *, balance: str, shares: Array | None, chunks: int
 ) -> Array:
     """Ids of logical experts -> ids of their instances; weightless experts are numbered behind either."""
-    num_logical = table.shape[0]
-    is_logical = expert_ids < num_logical
-    logical_ids = jnp.where(is_logical, expert_ids, -1)
-    rank = collectives.ep_rank(plan)
-    if balance == "load":  # Every chunk of every device is split for itself, as if each were a rank.
-        num_parts = plan.tp_size * chunks
-        part = rank * num_parts + collectives.tp_rank(plan) * chunks + jnp.arange(chunks, dtype=jnp.int32)
-        split = jax.vmap(lambda ids, part: instances_of(ids, table, part, plan.ep_size * num_parts, balance, shares))
-        ids = split(logical_ids.reshape(chunks, -1, plan.top_k), part).reshape(expert_ids.shape)
-    else:
-        ids = instances_of(logical_ids, table, rank, plan.ep_size, balance)
-    return jnp.where(is_logical, ids, expert_ids - num_logical + plan.num_experts)
+    num_logical, rank = table.shape[0], collectives.ep_rank(plan)
+    with jax.named_scope("update_expert"):
+        is_logical = expert_ids < num_logical
+        ids = jnp.where(is_logical, expert_ids, -1)
+        if balance == "load":  # Every chunk of every device is split for itself, as if each were a rank.
+            num_parts = plan.tp_size * chunks
+            part = rank * num_parts + collectives.tp_rank(plan) * chunks + jnp.arange(chunks, dtype=jnp.int32)
+            ids = ids.reshape(chunks, plan.tokens_per_rank // chunks, plan.top_k)
+            size = plan.ep_size * num_parts
+            ids = jax.vmap(lambda ids, part: instances_of(ids, table, part, size, balance, shares))(ids, part)
+            ids = ids.reshape(expert_ids.shape)
+        else:
+            ids = instances_of(ids, table, rank, plan.ep_size, balance)
+        return jnp.where(is_logical, ids, expert_ids - num_logical + plan.num_experts)
 
 
 def choices_of(routing: Routing | tuple[Array, Array]) -> tuple[Array, Array]:

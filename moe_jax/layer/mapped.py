@@ -10,12 +10,13 @@ from jax.core import Tracer
 from jax.extend.core import jaxpr_as_fun
 
 from moe_jax import _compat, collectives
+from moe_jax.config import BALANCES
 from moe_jax.derivatives import without_float0
 from moe_jax.errors import InvalidArgumentError, ShapeError, UnsupportedError, check_choice, check_dtype
 from moe_jax.layer.grouping import ExpertKind, rows_of_slots, slots_of_rows
 from moe_jax.layer.layer import check_choices, check_chunks, check_tokens, instances_on, routing_of
 from moe_jax.layer.params import check_layer_plan
-from moe_jax.layer.placement import BALANCES, check_shares, check_table
+from moe_jax.layer.placement import check_shares, check_table
 from moe_jax.layer.rounds import routed_sum
 from moe_jax.layer.weightless import Constants
 from moe_jax.plan import Plan

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from moe_jax import _compat
 from moe_jax.activations import Choice
-from moe_jax.config import RouterConfig
+from moe_jax.config import BALANCES, RouterConfig
 from moe_jax.errors import (
     MeshError,
     MissingArgumentError,
@@ -34,7 +34,7 @@ from moe_jax.layer.layer import (
     with_losses,
 )
 from moe_jax.layer.params import abstract_params, check_params, check_width, draw, param_spec
-from moe_jax.layer.placement import BALANCES, check_shares, check_table
+from moe_jax.layer.placement import check_shares, check_table
 from moe_jax.parameters import TABLE
 from moe_jax.plan import Plan
 from moe_jax.types import LayerStats, Routing

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import _compat, layout
+from moe_jax.config import BALANCES
 from moe_jax.errors import (
     DtypeError,
     InvalidArgumentError,
@@ -21,7 +22,6 @@ from moe_jax.errors import (
     check_shape,
 )
 
-BALANCES = ("rank", "token", "load")
 _SHARE_BITS = 15  # A share is read as a whole number of 2**-15ths, so that all that follows is exact.
 _NO_INSTANCE = -2  # neither an instance nor the -1 of "no expert": dispatch counts it in stats.num_invalid
 

@@ -97,12 +97,12 @@ class Hierarchy(Transport):
         return maps.row_inbox.shape[0]
 
     def send(self, tokens, pairs, maps, plan: Plan, *, ordered):
-        # 1. Across: one message of each token for each node.
+        # 1. Across: one message of each token for each node. Block m of those that leave goes to node m.
         with jax.named_scope("pack"):
             message, parts = join_some([tokens, None if pairs is None else by_token(pairs)])
             leaving = take_rows(message, maps.node_outbox_token, poison=plan.poison)
         with jax.named_scope("exchange"):
-            crossed = _exchange_across(leaving, plan)
+            crossed, _ = Blocks().move(leaving, len(leaving), _across(plan), plan)
             node_tokens, node_pairs = split_some(crossed, parts)
         # 2. Inside: the message once for each expert of the token on this node.
         with jax.named_scope("pack"):
@@ -149,7 +149,7 @@ class Hierarchy(Transport):
         elif weights is not None:
             with jax.named_scope("exchange"):
                 leaving = take_rows(weights, maps.node_outbox_token, poison=plan.poison)
-                node_weights = _exchange_across(leaving, plan)
+                node_weights, _ = Blocks().move(leaving, len(leaving), _across(plan), plan)
         # 3. Across: one partial sum of each token from each node, rounded to ``plan.dtype``.
         message = flat = None
         with jax.named_scope("partial_sum"):
@@ -161,7 +161,8 @@ class Hierarchy(Transport):
                 flat = lax.collapse(take_rows(node_scalars, maps.pair_outbox, absent=0), 1)
         with jax.named_scope("exchange"):
             packed, parts = join_some([message, flat])
-            returned, returned_scalars = split_some(_exchange_across(packed, plan), parts)
+            returned, _ = Blocks().move(packed, len(packed), _across(plan), plan)
+            returned, returned_scalars = split_some(returned, parts)
         # 4. At the tokens: the sum over the nodes.
         with jax.named_scope("combine_sum"):
             total = pair_scalars = None
@@ -277,11 +278,6 @@ def _pass_back(plan: Plan, size, message: int) -> int:
 
 
 HIERARCHY = Hierarchy()
-
-
-def _exchange_across(rows: Array, plan: Plan) -> Array:
-    """[N * B, F]: block m of B slots goes to node m; block n of the result came from node n."""
-    return Blocks().move(rows, len(rows), _across(plan), plan)[0]
 
 
 def _across(plan: Plan) -> tuple[str, ...]:

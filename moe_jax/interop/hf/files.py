@@ -20,6 +20,7 @@ from moe_jax.host.atomic import atomic_path, remove_unfinished
 from moe_jax.host.extras import require
 from moe_jax.interop.hf.layouts import Layout, Stored, axes_of, tensors_of
 from moe_jax.interop.hf.model import ModelLayer, load_config_json, read_config
+from moe_jax.interop.hf.quantised import READ_AS, find_quantised
 from moe_jax.layer.params import abstract_params
 from moe_jax.parameters import BY_NAME
 from moe_jax.plan import Plan
@@ -34,15 +35,19 @@ _QUANTISED_TYPES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "U8", "I8", "U32", "I
 class Tensors:
     """The tensors of a folder, by name. They are mapped into memory, so that only what is asked for is read.
 
+    ``quantisation``: what config.json says of it. Tensors of a form that ``quantised`` knows are there as what they
+    stand for, in ``files`` too.
+
     Raises:
       CheckpointError: there is no file; the index is damaged or names files that are not there; a file is cut off, or
         lacks tensors that the index says it has.
     """
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike, quantisation: Mapping[str, Any]):
         self.folder = Path(folder)
         self._stack = contextlib.ExitStack()
         self._open: dict[str, Any] = {}
+        self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}  # of files with floats of 8 bits
         if (self.folder / _INDEX).is_file():
             self.files = _weight_map(self.folder / _INDEX)
             missing = sorted({file for file in self.files.values() if not (self.folder / file).is_file()})
@@ -53,6 +58,13 @@ class Tensors:
         else:
             raise CheckpointError(f"{self.folder}: has neither {_SINGLE} nor {_INDEX}; give the folder of a model")
 
+        found = find_quantised(self.files, quantisation)
+        self._quantised = {name: tensor for name, (tensor, _) in found.items()}
+        self._file_of = dict(self.files)
+        replaced = {part for _, parts in found.values() for part in parts}
+        stand_for = {name: self.files[parts[0]] for name, (_, parts) in found.items()}
+        self.files = {name: file for name, file in self.files.items() if name not in replaced} | stand_for
+
     def __enter__(self) -> "Tensors":
         return self
 
@@ -61,18 +73,39 @@ class Tensors:
 
     def describe(self, name: str) -> tuple[tuple[int, ...], str]:
         """The shape of a tensor, and its dtype as safetensors names it."""
-        tensor = self._tensor(name)
-        return tuple(tensor.get_shape()), tensor.get_dtype()
+        found = self._quantised.get(name)
+        return self.stored(name) if found is None else (found.shape(self), READ_AS)
 
     def fetch(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """A part of a tensor."""
-        return np.asarray(self._tensor(name)[index])
+        found = self._quantised.get(name)
+        return self.part(name, index) if found is None else found.read(self, index)
+
+    def stored(self, name: str) -> tuple[tuple[int, ...], str]:
+        """As ``describe``, of a tensor of a file."""
+        tensor = self._tensor(name)
+        return tuple(tensor.get_shape()), tensor.get_dtype()
+
+    def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """As ``fetch``, of a tensor of a file; numbers of 8 bits as u8, since NumPy has none of its own for floats."""
+        shape, dtype = self.stored(name)
+        if not dtype.startswith("F8"):
+            return np.asarray(self._tensor(name)[index])
+        path = self.folder / self._file_of[name]
+        if path not in self._headers:
+            with path.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                self._headers[path] = 8 + size, json.loads(file.read(size))
+        start, header = self._headers[path]
+        offset = start + header[name]["data_offsets"][0]
+        return np.asarray(np.memmap(path, np.uint8, "r", offset, shape)[index])
 
     def _tensor(self, name: str) -> Any:
-        file = self._file(self.files[name])
+        where = self._file_of[name]
+        file = self._file(where)
         if name not in file.keys():  # noqa: SIM118, which would read the tensor
             raise CheckpointError(
-                f"{self.folder / self.files[name]}: lacks {name!r}, which {_INDEX} says is there; fetch the file again"
+                f"{self.folder / where}: lacks {name!r}, which {_INDEX} says is there; fetch the file again"
             )
         return file.get_slice(name)
 
@@ -114,7 +147,7 @@ def moe_layers(folder: str | os.PathLike, *, prefix: str | None = None) -> tuple
       CheckpointError: a file is missing or damaged; there are several prefixes, or no layer has experts.
     """
     layer = read_config(folder)
-    with Tensors(folder) as tensors:
+    with Tensors(folder, layer.quantisation) as tensors:
         return tuple(sorted(_found(tensors, layer, prefix)[1]))
 
 
@@ -137,11 +170,13 @@ def read_params(
       layer: its number, one of ``moe_layers``.
       mesh: the mesh that the plan was made from.
       plan: made with ``read_config(folder).plan``.
-      param_dtype: "float32", "bfloat16" or "float16"; None: each as the file has it.
+      param_dtype: "float32", "bfloat16" or "float16"; None: each as the file has it, and bf16 where that is
+        quantised.
       prefix: see ``moe_layers``.
 
     Raises:
-      ConfigError, UnsupportedError: as ``read_config``; UnsupportedError too where tensors are quantised.
+      ConfigError, UnsupportedError: as ``read_config``; UnsupportedError too where tensors are quantised in another way
+        than "fp8" in blocks or "mxfp4", which are read as the bf16 that they stand for.
       CheckpointError: a file is missing or damaged; or lists every tensor of the block that is missing, has another
         shape, or has no place in the layer.
       InvalidArgumentError: the plan is not of this model.
@@ -155,7 +190,7 @@ def read_params(
     if param_dtype is not None:
         options["param_dtype"] = param_dtype
     shapes = abstract_params(mesh, plan, what.router, **options)
-    with Tensors(folder) as tensors:
+    with Tensors(folder, what.quantisation) as tensors:
         layout, base = _layout(tensors, what, layer, prefix)
         _check_tensors(tensors, what, layout, base)
 
@@ -193,7 +228,7 @@ def read_rest(folder: str | os.PathLike, layer: int, *, prefix: str | None = Non
       ConfigError, UnsupportedError, CheckpointError: as ``read_params``.
     """
     what = read_config(folder, layer)
-    with Tensors(folder) as tensors:
+    with Tensors(folder, what.quantisation) as tensors:
         layout, base = _layout(tensors, what, layer, prefix)
         _check_tensors(tensors, what, layout, base)
         everything = slice(None)
@@ -255,8 +290,15 @@ def write_params(
     if writes:
         size = sum(nbytes for _, nbytes in files.values())
         index = {"metadata": {"total_size": size}, "weight_map": {name: file for name, (file, _) in files.items()}}
-        _write_text(target / "config.json", json.dumps(known, indent=2))
+        _write_text(target / "config.json", json.dumps(_unquantised(known), indent=2))
         _write_text(target / _INDEX, json.dumps(index, indent=2))
+
+
+def _unquantised(config: Any) -> Any:
+    """What config.json says of a model whose tensors are those that quantised ones stood for."""
+    if not isinstance(config, Mapping):
+        return config
+    return {name: _unquantised(value) for name, value in config.items() if name != "quantization_config"}
 
 
 def _whole(array: Any) -> np.ndarray:
@@ -414,8 +456,11 @@ def _check_tensors(tensors: Tensors, what: ModelLayer, layout: Layout, block: st
     quantised = [name for name in surplus if _QUANTISED.search(name)]
     quantised += [name for name in present if tensors.describe(name)[1] in _QUANTISED_TYPES]
     if quantised:
+        method = what.quantisation.get("quant_method")
+        by = "in a way that config.json does not name" if method is None else f"by {method!r}"
         raise UnsupportedError(
-            f"{tensors.folder}: {quantised[0]!r} and {len(quantised) - 1} more are quantised; read a copy in bf16"
+            f"{tensors.folder}: {quantised[0]!r} and {len(quantised) - 1} more are quantised {by}; 'fp8' in blocks "
+            "(weight_block_size) and 'mxfp4' are read here: of others read a copy in bf16"
         )
     # 3. All that is missing, misshapen or surplus.
     problems = [f"{name!r} is missing; its shape is {shape}" for name, shape in expected.items() if name not in present]

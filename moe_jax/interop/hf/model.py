@@ -28,6 +28,7 @@ class ModelLayer:
       outside: what the model does around the layer with tensors of the block, see ``read_rest``; mostly "".
       family: the row of the table of families.
       num_layers: how many layers the whole model has; None if config.json does not say.
+      quantisation: what config.json says under "quantization_config"; {} where it says nothing.
     """
 
     model_type: str
@@ -37,6 +38,7 @@ class ModelLayer:
     outside: str
     family: Family = dataclasses.field(repr=False)
     num_layers: int | None = dataclasses.field(repr=False)
+    quantisation: Mapping[str, Any] = dataclasses.field(repr=False, default_factory=dict)
 
     @property
     def extents(self) -> Extents:
@@ -188,4 +190,5 @@ def _read(family: Family, model_type: str, config: Mapping[str, Any], layer: int
         group_score=family.group_score,
     )
     num_layers = config.get("num_hidden_layers", config.get("n_layers"))
-    return ModelLayer(model_type, plan, router, options, family.outside, family, num_layers)
+    quantisation = config.get("quantization_config") or {}
+    return ModelLayer(model_type, plan, router, options, family.outside, family, num_layers, quantisation)

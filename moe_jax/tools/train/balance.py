@@ -117,18 +117,21 @@ def find_better(config: Config, balance: BalanceConfig, load: np.ndarray, now: P
     A layer moves if its fullest rank then has less to do by `balance.threshold` than with the best shares in the slots
     of now. Each layer decides for itself, because each has its own price: the slots that move.
     """
-    sizes = _sizes(config)
-    if balance.max_moved is not None:
-        sizes |= {"strategy": "minimal", "current": now.placement, "max_moved": balance.max_moved}
-        if not _keeps_to_nodes(now.placement, config.mesh.nodes):  # it was made for another mesh
+    sizes, num_nodes = _sizes(config), config.mesh.nodes
+    if balance.max_moved is None:
+        found = nearest(moe.rebalance(load, **sizes), now.placement, num_nodes)
+    else:
+        if not _keeps_to_nodes(now.placement, num_nodes):  # it was made for another mesh
             sizes["num_nodes"] = 1
+        few = {"strategy": "minimal", "current": now.placement, "max_moved": balance.max_moved}
+        found = moe.rebalance(load, **sizes, **few)
 
     def with_shares(placement: moe.Placement) -> Places:
         most_replicas = now.shares.shape[-1]
         follows = balance.mode == "load"
         return Places(placement, placement.shares(load, most_replicas) if follows else np.zeros_like(now.shares))
 
-    stay, move = with_shares(now.placement), with_shares(moe.rebalance(load, **sizes))
+    stay, move = with_shares(now.placement), with_shares(found)
     moves = move.imbalance(load) < stay.imbalance(load) * (1 - balance.threshold)
     experts = np.where(moves[:, None], move.placement.physical_to_logical, stay.placement.physical_to_logical)
     shares = np.where(moves[:, None, None], move.shares, stay.shares)
@@ -139,6 +142,39 @@ def find_better(config: Config, balance: BalanceConfig, load: np.ndarray, now: P
         after=float(places.imbalance(load).mean()),
         num_moved=int((experts != now.placement.physical_to_logical).sum()),
     )
+
+
+def nearest(placement: moe.Placement, current: moe.Placement, num_nodes: int) -> moe.Placement:
+    """As even as `placement`, with its ranks and their slots in such an order that few slots differ from `current`.
+
+    Ranks of a node are alike, and slots of a rank too. Greedy: of all pairs of a rank of `placement` and one of
+    `current` that share a node, the one with most experts in common comes first.
+    """
+    num_ranks = placement.num_ranks
+    node = np.arange(num_ranks) * num_nodes // num_ranks
+    ordered = []
+    for experts, before in zip(placement.physical_to_logical, current.physical_to_logical, strict=True):
+        new, old = experts.reshape(num_ranks, -1), before.reshape(num_ranks, -1)
+        held = [(rows[:, :, None] == np.arange(placement.num_logical_experts)).sum(1) for rows in (new, old)]  # [R, E]
+        common = np.where(node[:, None] == node, np.minimum(held[0][:, None], held[1]).sum(-1), -1)
+        rows = np.empty_like(new)
+        for _ in range(num_ranks):
+            rank, place = np.unravel_index(common.argmax(), common.shape)
+            rows[place] = _in_slots_of(new[rank], old[place])
+            common[rank], common[:, place] = -2, -2
+        ordered.append(rows.ravel())
+    return replace(placement, physical_to_logical=np.stack(ordered))
+
+
+def _in_slots_of(new: np.ndarray, old: np.ndarray) -> np.ndarray:
+    """The experts `new` of a rank in such an order that those which are in `old` too keep their slots."""
+    left, row = new.tolist(), np.full_like(new, -1)
+    for slot, expert in enumerate(old.tolist()):
+        if expert in left:
+            left.remove(expert)
+            row[slot] = expert
+    row[row < 0] = left
+    return row
 
 
 def _sizes(config: Config) -> dict[str, Any]:
