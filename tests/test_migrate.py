@@ -315,3 +315,20 @@ def test_errors_list_all_that_is_wrong():
         moe.migrate(params, old, old, mesh.abstract_mesh)
     with pytest.raises(InvalidArgumentError, match="donate"):
         moe.migrate(params, old, old, mesh, donate=1)
+
+
+def test_an_array_is_donated_once():
+    # Of a deleted array JAX 0.10 makes a segmentation fault on several devices.
+    rng, mesh = np.random.default_rng(4), mesh_of(EP, TP)
+    old, new = placement_of(np.arange(12), 12), placement_of(np.arange(12)[::-1], 12)
+    params = random_params(mesh, rng, np.arange(12))
+    average = {"ema": params, "params": params}
+    with pytest.raises(
+        InvalidArgumentError, match=r"params\['params'\]\['w_up'\] is the same array as params\['ema'\]"
+    ):
+        moe.migrate(average, old, new, mesh, donate=True)
+    assert not params["w_up"].is_deleted()
+    params["w_up"].delete()
+    for donate in (False, True):
+        with pytest.raises(InvalidArgumentError, match=r"params\['w_up'\] was donated before"):
+            moe.migrate(params, old, new, mesh, donate=donate)

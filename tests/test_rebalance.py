@@ -281,6 +281,9 @@ def test_json_round_trip_and_pytree():
     halves = json.loads(placement.to_json()) | {"physical_to_logical": [0.5]}
     with pytest.raises(DataError, match="whole numbers"):
         moe.Placement.from_json(json.dumps(halves))
+    wide = json.loads(placement.to_json()) | {"physical_to_logical": [2**32] + [0] * 15}
+    with pytest.raises(InvalidArgumentError, match="from 0 to 4294967296"):
+        moe.Placement.from_json(json.dumps(wide))
 
 
 SIZES = {"num_physical_experts": 8, "num_ranks": 4}
@@ -296,6 +299,7 @@ BAD_CALLS = [
     (np.ones(8), {"max_moved": 3}, UnexpectedArgumentError, "max_moved"),
     (np.array([1, -1.0]), {}, InvalidArgumentError, r"load\[1\] is -1"),
     (np.array([[1, 1], [1, np.nan]]), {}, InvalidArgumentError, r"load\[1, 1\] is nan"),
+    (np.full(8, 1e308), {}, InvalidArgumentError, r"load\[0\] is 1e\+308"),
     (np.ones((2, 2, 8)), {}, ShapeError, "load"),
     (np.ones(0), {}, ShapeError, "load"),
     (np.ones(8, bool), {}, DtypeError, "load"),
@@ -331,6 +335,7 @@ def test_bad_current():
         (np.array([0, 1, 2, 3], np.int32), InvalidArgumentError, "0 to 3"),
         (np.array([0, 1, 1, 0], np.int32), InvalidArgumentError, "lacks expert 2"),
         (np.array([0.0, 1, 2, 0]), DtypeError, "float64"),
+        (np.array([0, 1, 2, 0], np.uint64), DtypeError, "uint64"),
         (np.zeros((1, 1, 4), np.int32), ShapeError, "physical_to_logical"),
         ([0, 1, 2, 0], DtypeError, "physical_to_logical"),
     ],

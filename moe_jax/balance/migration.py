@@ -94,6 +94,7 @@ def migrate(
     if not specs:
         found.append(missing_of("params"))
     layers = layers_of("params", {i: paths[i][0] for i in specs}, old_placement, found)
+    found += _not_to_be_donated({name_of("params", paths[i][0]): leaves[i] for i in specs}) if donate else []
     raise_all(found, "migrate")
 
     old, new = (np.atleast_2d(placement.physical_to_logical) for placement in (old_placement, new_placement))
@@ -149,6 +150,16 @@ def _disagreements(old: Placement, new: Placement) -> list[str]:
     return found
 
 
+def _not_to_be_donated(leaves: dict[str, Any]) -> list[str]:
+    """Which leaves are an array that another one is too: its memory can become a result only once."""
+    first, found = {}, []
+    for name, leaf in leaves.items():
+        other = first.setdefault(id(leaf), name)
+        if other != name:
+            found.append(f"{name} is the same array as {other}, and donated once only; copy it, or pass donate=False")
+    return found
+
+
 def _spec_of(path: tuple[Any, ...], leaf: Any, placement: Placement, mesh: Mesh, found: list[str]) -> PartitionSpec:
     """How a leaf that moves lies on the mesh; ``found`` gets what is wrong with it."""
     name = name_of("params", path)
@@ -157,6 +168,9 @@ def _spec_of(path: tuple[Any, ...], leaf: Any, placement: Placement, mesh: Mesh,
         traced = isinstance(leaf, jax.core.Tracer)
         remedy = "call migrate outside jax.jit" if traced else "lay it out with moe_jax.place"
         found.append(f"{name} is a {type(leaf).__name__}, not an array on devices; {remedy}")
+        return PartitionSpec()
+    if leaf.is_deleted():
+        found.append(f"{name} was donated before, and its memory is gone; pass what that call returned")
         return PartitionSpec()
     if leaf.ndim < 1 or leaf.shape[0] != num_slots:
         found.append(

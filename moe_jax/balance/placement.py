@@ -18,6 +18,7 @@ from moe_jax.errors import (
     check_type,
 )
 
+_LARGEST = 1e300  # of a load, so that sums of loads stay finite
 _FIELDS = ("physical_to_logical", "num_logical_experts", "num_ranks")
 
 
@@ -63,7 +64,7 @@ class Placement:
         check_count("num_ranks", self.num_ranks)
         if experts.ndim not in (1, 2):
             raise ShapeError(f"physical_to_logical has shape {experts.shape}; expected [P] or [X, P]")
-        if not np.issubdtype(experts.dtype, np.integer):
+        if not np.issubdtype(experts.dtype, np.integer) or experts.dtype == np.uint64:  # of which NumPy makes floats
             raise DtypeError(f"physical_to_logical has dtype {experts.dtype}; expected int32")
         if experts.shape[-1] % self.num_ranks:
             raise InvalidArgumentError(
@@ -227,7 +228,8 @@ class Placement:
         if not np.issubdtype(experts.dtype, np.integer):
             raise DataError(f"physical_to_logical must hold whole numbers, not {experts.dtype}")
         sizes = {name: values[name] for name in _FIELDS[1:]}
-        return cls(physical_to_logical=experts.astype(np.int32), **sizes)
+        placement = cls(physical_to_logical=experts, **sizes)  # checked before it is narrowed, which would wrap numbers
+        return dataclasses.replace(placement, physical_to_logical=experts.astype(np.int32))
 
 
 def expected_imbalance(load: np.ndarray, placement: Placement, shares: np.ndarray | None = None) -> np.ndarray:
@@ -310,15 +312,15 @@ def over_mean(loads: np.ndarray) -> np.ndarray:
 
 
 def read_load(load: Any) -> np.ndarray:
-    """``load`` as f64, checked: [E] or [X, E], finite and not negative."""
+    """``load`` as f64, checked: [E] or [X, E], not negative, and so small that sums are finite."""
     check_array("load", load, "pass a numpy array of loads, [E] or [X, E]")
     if load.ndim not in (1, 2) or not load.size:
         raise ShapeError(f"load has shape {load.shape}; expected [E] or [X, E] with at least one expert and layer")
     if not (np.issubdtype(load.dtype, np.integer) or jax.numpy.issubdtype(load.dtype, np.floating)):
         raise DtypeError(f"load has dtype {load.dtype}; expected integers or floats")
     load = np.asarray(load).astype(np.float64)
-    wrong = np.argwhere(~(np.isfinite(load) & (load >= 0)))
+    wrong = np.argwhere(~((load >= 0) & (load <= _LARGEST)))
     if len(wrong):
         place = tuple(int(i) for i in wrong[0])
-        raise InvalidArgumentError(f"load{list(place)} is {load[place]}; loads are finite and not negative")
+        raise InvalidArgumentError(f"load{list(place)} is {load[place]}; loads are at least 0 and at most {_LARGEST}")
     return load
