@@ -44,11 +44,11 @@ def test_json_and_one_layer(loads, capsys):
 
 
 def test_metrics_of_a_run(loads, capsys):
-    """Steps are summed; other records are passed over."""
+    """Steps are summed; other records are passed over, and half a line at the end of a run that is under way."""
     steps = [{"step": s, "loss": 1.0, "load": (s * np.array(LOADS)).tolist()} for s in (1, 2, 3)]
     lines = [*steps, {"step": 3, "validation_loss": 2.0}, {"step": 3, "sample": "x"}]
     metrics = loads.parent / "metrics.jsonl"
-    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines) + json.dumps(steps[0])[:30])
     after = []
     for options in ([], ["--steps", "1"]):
         assert main(["eplb", str(metrics), "--ranks", "4", "--redundant", "4", "--json", *options]) == 0

@@ -100,7 +100,7 @@ def read_loads(path: Path, steps: int | None = None) -> tuple[np.ndarray, str]:
         raise DataError(f"{path}: cannot be read ({reason}); pass loads as JSON, or a run's metrics.jsonl") from None
     try:
         if path.suffix == ".jsonl":
-            records = [json.loads(line) for line in text.splitlines() if line.strip()]
+            records = _read_lines(text)
             loads = [record["load"] for record in records if isinstance(record, dict) and "load" in record]
             if not loads:
                 raise DataError(f"{path}: no line has a load; pass the metrics.jsonl of a training run")
@@ -111,6 +111,18 @@ def read_loads(path: Path, steps: int | None = None) -> tuple[np.ndarray, str]:
         return _as_loads(path, np.array(json.loads(text))), str(path)
     except (ValueError, TypeError) as error:
         raise DataError(f"{path}: holds no loads ({error}); expected lists of numbers, all of one length") from None
+
+
+def _read_lines(text: str) -> list[Any]:
+    """The JSON of every line. A run that is under way, or was killed, may have written half of its last line."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    records = [json.loads(line) for line in lines[:-1]]
+    try:
+        return records + [json.loads(line) for line in lines[-1:]]
+    except json.JSONDecodeError:
+        if text.endswith("\n"):
+            raise
+        return records
 
 
 def _as_loads(path: Path, load: np.ndarray) -> np.ndarray:
