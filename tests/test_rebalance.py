@@ -148,6 +148,18 @@ def test_minimal_moves_no_more_than_it_may():
     assert (reached[2] < before).all() and (reached[-1] - best < 0.2 * (before - best)).all()
 
 
+@pytest.mark.parametrize(("max_moved", "fullest"), [(1, 11), (2, 6), (4, 26 / 6)])
+def test_minimal_where_two_ranks_are_the_fullest(max_moved, fullest):
+    """Each of the two hot experts needs a replica before the layer gains: half a way is not gone."""
+    load = np.array([10, 1, 10, 1, 1, 1, 1, 1])
+    slots = np.array([0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 7, 7], np.int32)
+    current = moe.Placement(physical_to_logical=slots, num_logical_experts=8, num_ranks=6)
+    sizes = {"num_physical_experts": 12, "num_ranks": 6}
+    found = moe.rebalance(load, **sizes, strategy="minimal", current=current, max_moved=max_moved)
+    assert moe.expected_imbalance(load, found) == pytest.approx(fullest / (26 / 6))
+    assert (found.physical_to_logical != slots).sum() == (max_moved if max_moved > 1 else 0)
+
+
 def test_minimal_keeps_groups_on_their_nodes():
     sizes = {"num_physical_experts": 16, "num_ranks": 8, "num_groups": 4, "num_nodes": 2}
     current = moe.rebalance(PUBLISHED, **sizes)

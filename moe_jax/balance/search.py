@@ -184,9 +184,14 @@ def recount(deal: Deal, layer: int, most: int) -> bool:
     # 2. In the slot itself the heavier share makes room for the lighter one.
     comes = (load[gains] / (counts[gains] + 1))[:, None] - load[gives] / (counts[gives] - 1)  # [g, C]
     after[ranks, :, np.arange(len(ranks))] += comes.T
-    worst = after.max(0)
     # 3. No rank gets an expert that it has already.
-    worst[(held[ranks][:, gains] > 0).T] = np.inf
+    after[:, (held[ranks][:, gains] > 0).T] = np.inf
+    worst = after.max(0)
+    if not worst.min() < loads[fullest] * (1 - _GAIN):
+        # 4. Where several ranks are the fullest, it helps that this one gets lighter, if none becomes as full.
+        stays = after == loads[:, None, None]
+        stays[fullest] = False
+        worst = np.where(stays, 0.0, after).max(0)
     gain, place = np.unravel_index(worst.argmin(), worst.shape)
     if not worst[gain, place] < loads[fullest] * (1 - _GAIN):
         return False
@@ -320,24 +325,33 @@ def improve_by_few(deal: Deal, max_moved: int) -> None:
     """Takes steps at the layer with the fullest rank, while one helps and at most ``max_moved`` slots have changed.
 
     All layers share the limit, since they are the nodes of one layer. Of the two kinds of step, the one that gains more
-    per slot moved is taken.
+    per slot moved is taken. Where several ranks are the fullest, a step for one of them gains nothing yet; steps at the
+    end that did not lead to a gain are taken back.
     """
-    before = deal.experts.copy()
+    before, everyone = deal.experts.copy(), np.arange(len(deal.experts))
+    lowest = _some(deal, everyone)
     most = deal.experts.shape[1] * -(-deal.experts.shape[2] // deal.load.shape[1])
     while True:
         layer = int(deal.rank_load.max(1).argmax())
         largest = deal.rank_load[layer].max()
-        best, gain_per_slot = None, 0.0
-        exchanged, recounted = _some(deal, slice(None)), _some(deal, slice(None))
+        best, most_gained = None, (0.0, 0.0)
+        exchanged, recounted = _some(deal, everyone), _some(deal, everyone)
         exchange_slots(exchanged, np.array([layer]), 0.0, steps=1)
         recount(recounted, layer, most)
         for trial in (exchanged, recounted):
             moved = int((trial.experts != deal.experts).sum())
-            if not moved:
+            if not moved or (trial.experts != before).sum() > max_moved:
                 continue
-            gain = (largest - trial.rank_load[layer].max()) / moved
-            if (trial.experts != before).sum() <= max_moved and (best is None or gain > gain_per_slot):
-                best, gain_per_slot = trial, gain
+            # What the layer gains, and, if others are as full, what the ranks gain whose load the step changes.
+            loads = trial.rank_load[layer]
+            changed = np.abs(loads - deal.rank_load[layer]) > largest * _GAIN
+            gains = [(largest - loads.max()) / moved, (largest - loads[changed].max(initial=0)) / moved]
+            gained = tuple(gain if gain > largest * _GAIN else 0.0 for gain in gains)
+            if best is None or gained > most_gained:
+                best, most_gained = trial, gained
         if best is None:
+            _replace(deal, lowest, everyone)
             return
-        _replace(deal, best, np.arange(len(deal.experts)))
+        _replace(deal, best, everyone)
+        if deal.rank_load.max() < lowest.rank_load.max() * (1 - _GAIN):
+            lowest = _some(deal, everyone)
