@@ -26,10 +26,16 @@ def pytest_ignore_collect(collection_path, config):
     return None
 
 
-def pytest_collection_finish(session):
-    """What was imported stays to the end: the garbage collector, which JAX keeps busy, need not look at it again."""
-    gc.collect()
-    gc.freeze()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session):
+    """The garbage collector, which JAX keeps busy, waits while files are imported, and looks at none of them again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_runtest_setup(item):
