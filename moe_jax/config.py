@@ -126,6 +126,8 @@ class MoEConfig(_Checked):
       ffn: the width of an expert.
       activation: a name of `moe_layer`, such as "swiglu" or "gelu".
       num_shared_experts: experts that every token goes to.
+      num_zero_experts, num_copy_experts: experts without weights that the router may choose too, after the others: they
+        add nothing, or the token itself. Predictions count their choices as rows that travel, so they are the most.
       shared_ffn, shared_activation, gated_shared: of the shared expert, as for `moe_on_mesh`.
       expert_scale, weigh_inputs: as for `moe_on_mesh`.
       transport, overflow, capacity_factor, backend: as for `make_plan`.
@@ -139,6 +141,8 @@ class MoEConfig(_Checked):
     ffn: int
     activation: str = "swiglu"
     num_shared_experts: int = 0
+    num_zero_experts: int = 0
+    num_copy_experts: int = 0
     shared_ffn: int | None = None
     shared_activation: str | None = None
     gated_shared: bool = False
@@ -154,6 +158,11 @@ class MoEConfig(_Checked):
     bias_update_rate: float = 0.001
 
     @property
+    def num_ids(self) -> int:
+        """How many experts the router chooses from."""
+        return self.num_experts + self.num_zero_experts + self.num_copy_experts
+
+    @property
     def widths(self) -> dict[str, typing.Any]:
         """The options of `Plan.cost`, `Plan.memory` and `Plan.describe`: what an expert costs."""
         return {name: getattr(self, name) for name in ("ffn", "activation", "shared_ffn", "shared_activation")}
@@ -166,7 +175,8 @@ class MoEConfig(_Checked):
     def _violations(self) -> typing.Iterator[str]:
         yield from _positive(self, "num_experts", "top_k", "ffn", "shared_ffn", "capacity_factor")
         losses = ("balance_loss", "z_loss", "sequence_balance_loss")
-        yield from _not_negative(self, "num_shared_experts", *losses, "bias_update_rate")
+        kinds = ("num_shared_experts", "num_zero_experts", "num_copy_experts")
+        yield from _not_negative(self, *kinds, *losses, "bias_update_rate")
         yield from _choice(self, "activation", ACTIVATIONS)
         if self.shared_activation is not None:
             yield from _choice(self, "shared_activation", ACTIVATIONS)
@@ -175,8 +185,11 @@ class MoEConfig(_Checked):
             yield f"{', '.join(of_shared)} of a layer with num_shared_experts=0; set it to 1, or leave this out"
         yield from _choice(self, "transport", TRANSPORTS)
         yield from _choice(self, "overflow", OVERFLOWS)
-        if self.top_k > self.num_experts:
-            yield f"top_k={self.top_k} exceeds num_experts={self.num_experts}; lower top_k"
+        if self.top_k > self.num_ids:
+            of_all = (
+                "" if self.num_ids == self.num_experts else f" and {self.num_ids - self.num_experts} without weights"
+            )
+            yield f"top_k={self.top_k} exceeds num_experts={self.num_experts}{of_all}; lower top_k"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,8 +334,11 @@ class Config(_Checked):
         return {**self.moe.parameters, "num_logical_experts": self.moe.num_experts if self.balance else None}
 
     def _violations(self) -> typing.Iterator[str]:
-        num_experts, top_k = self.moe.num_experts, self.moe.top_k
-        yield from router_violations(self.router, num_experts, f"moe.num_experts={num_experts}", top_k, "moe.top_k")
+        num_experts, num_ids, top_k = self.moe.num_experts, self.moe.num_ids, self.moe.top_k
+        experts = f"moe.num_experts={num_experts}"
+        if num_ids > num_experts:
+            experts += f" and {num_ids - num_experts} without weights, {num_ids} in all"
+        yield from router_violations(self.router, num_ids, experts, top_k, "moe.top_k")
         if self.train and not self.model:
             yield "[train] needs a [model] section; add one with layers, hidden, heads and seq_len"
         if self.balance and self.num_slots % self.mesh.ep:

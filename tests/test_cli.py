@@ -189,6 +189,17 @@ def test_selection_bias_moves_and_bfloat16_trains(folder, capsys):
 
 
 @pytest.mark.slow
+def test_experts_without_weights_train(folder, capsys):
+    """With a selection bias of their own, and beside experts that move; no rank is loaded by them."""
+    text = MINIATURE.replace("ffn = 32", "ffn = 32\nnum_zero_experts = 1\nnum_copy_experts = 2")
+    text += '[router]\nscore = "sigmoid"\nselection_bias = true\n[balance]\nevery = 5\n'
+    (folder / "mini.toml").write_text(text)
+    steps = train(folder, capsys, "--mesh", "ep=2", "--steps", 8)["step"]
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert all(0 < record["weightless"] < 1 and record["rank_imbalance"] < 2 for record in steps)
+
+
+@pytest.mark.slow
 def test_seed_changes_the_run(folder, capsys):
     def loss(seed):
         return train(folder, capsys, "--mesh", "ep=1", "--steps", 2, "--seed", seed)["step"][1]["loss"]

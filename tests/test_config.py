@@ -83,6 +83,15 @@ def test_deepseek_preset():
         (MOE + "transport = 'paded'", ["did you mean 'padded'?"]),
         (MOE + "overflow = 'spill'", ["overflow='spill' is unknown", "known: drop, dropless"]),
         (MOE.replace("top_k = 2", "top_k = 9"), ["top_k=9 exceeds num_experts=8"]),
+        (
+            MOE.replace("top_k = 2", "top_k = 11") + "num_zero_experts = 1\nnum_copy_experts = 1",
+            ["top_k=11 exceeds num_experts=8 and 2 without weights; lower top_k"],
+        ),
+        (MOE + "num_copy_experts = -1", ["num_copy_experts=-1 must be finite and not below zero"]),
+        (
+            MOE + "num_copy_experts = 1\n[router]\nnum_groups = 2",
+            ["router.num_groups=2 does not divide moe.num_experts=8 and 1 without weights, 9 in all"],
+        ),
         ("moe = 3", ["'moe' is a single value", "[moe]"]),
         (MOE + "[router]\nscore = 'softmx'", ["did you mean 'softmax'?"]),
         (MOE + "[router]\nnum_groups = 2\ntop_groups = 3", ["top_groups=3 exceeds num_groups=2"]),

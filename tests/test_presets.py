@@ -29,6 +29,9 @@ RELEASED = {
     "kimi_k2": dict(model_type="kimi_k2", n_group=1, topk_group=1, routed_scaling_factor=2.827, **DEEPSEEK),
     "llama4_maverick": dict(model_type="llama4_text"),
     "llama4_scout": dict(model_type="llama4_text"),
+    "longcat_flash": dict(
+        model_type="longcat_flash", expert_ffn_hidden_size=2048, zero_expert_num=256, routed_scaling_factor=6.0,
+    ),
     "minimax_m2": dict(model_type="minimax_m2"),
     "minimax_m3": dict(model_type="minimax_m3_vl_text", routed_scaling_factor=2.0, shared_intermediate_size=3072),
     "mixtral_8x22b": dict(model_type="mixtral"),
@@ -53,6 +56,7 @@ def test_presets_make_plans(name):
     plan = moe.make_plan(
         mesh, tokens_per_rank=64, hidden=config.model.hidden, num_experts=config.moe.num_experts,
         top_k=config.moe.top_k, num_shared_experts=config.moe.num_shared_experts,
+        num_copy_experts=config.moe.num_copy_experts,
     )  # fmt: skip
     assert plan.num_local_experts * ep == config.moe.num_experts
     assert plan.workspace()
@@ -73,6 +77,7 @@ def test_presets_are_what_config_json_says(name):
     }
     layer = hf.read_config(sizes | RELEASED[name])
     assert layer.plan.get("num_shared_experts", 0) == config.moe.num_shared_experts
+    assert layer.plan.get("num_copy_experts", 0) == config.moe.num_copy_experts
     assert (layer.options["ffn"], layer.plan["num_experts"]) == (config.moe.ffn, config.moe.num_experts)
     named = {"clamped_swiglu": moe.ClampedSwiGLU()}.get(config.moe.activation, config.moe.activation)
     assert layer.options["activation"] == named

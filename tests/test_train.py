@@ -126,13 +126,15 @@ def test_a_step_counts_and_decays_matrices_only(config):
 def test_every_loss_of_the_router_has_its_weight(config):
     """A step of plain gradient descent on a model whose losses are its parameters moves each by minus its weight."""
     weights = {"balance_loss": 0.5, "z_loss": 0.25, "sequence_balance_loss": 0.125}
-    config = override(config, moe=weights, model={"seq_len": 8}, train={"batch_size": 1}, mesh={"ep": 1, "tp": 1})
+    moe = {**weights, "num_zero_experts": 1, "num_copy_experts": 1}
+    config = override(config, moe=moe, model={"seq_len": 8}, train={"batch_size": 1}, mesh={"ep": 1, "tp": 1})
+    load = jnp.asarray([[1] * 8 + [4, 8]], jnp.int32)
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     none = jnp.zeros((), jnp.int32)
 
     def logits(params, tokens, where):
         balance, z, sequence_balance = params["losses"]
-        stats = model.ModelStats(jnp.zeros((1, 8), jnp.int32), none, none, balance, z, sequence_balance)
+        stats = model.ModelStats(load, none, none, balance, z, sequence_balance)
         return jnp.zeros((*tokens.shape, 256)), stats
 
     decoder = types.SimpleNamespace(logits=logits, replicated=one, over_batch=one)
@@ -145,6 +147,8 @@ def test_every_loss_of_the_router_has_its_weight(config):
     record = loop.make_record(metrics, balance.first_places(config, 1), step=1, tokens_per_s=1.0)
     assert (record["balance"], record["z"], record["sequence_balance"]) == (4.0, 5.0, 6.0)
     assert float(metrics.loss) == pytest.approx(np.log(256))
+    # Experts without weights lie on no rank: they are in no load, and their share of the choices stands by itself.
+    assert (record["load"], record["weightless"], record["imbalance"]) == ([[1] * 8], 0.6, 1.0)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.125])
@@ -159,7 +163,7 @@ def test_the_sequences_of_the_balance_loss_are_the_windows(config, monkeypatch, 
     config = override(
         config,
         mesh={"ep": 1, "tp": 1},
-        moe={"sequence_balance_loss": weight, "ffn": 8},
+        moe={"sequence_balance_loss": weight, "ffn": 8, "num_copy_experts": 2},
         model={"hidden": 16, "heads": 2, "seq_len": 8, "layers": 1},
         train={"batch_size": 2},
     )
@@ -167,6 +171,7 @@ def test_the_sequences_of_the_balance_loss_are_the_windows(config, monkeypatch, 
     params = jax.eval_shape(decoder.init, jax.random.key(0))
     _, stats = jax.eval_shape(decoder.logits, params, jax.ShapeDtypeStruct((2, 8), jnp.int32))
     assert asked == [8 if weight else None] and (stats.sequence_balance is not None) == bool(weight)
+    assert stats.load.shape == (1, 10)
 
 
 def named_leaves(tree):

@@ -75,6 +75,7 @@ def make_world(given: Mapping[str, Any], rows: Array, *, dtype: str, quant: str 
     ep_size, tp_size = given["ep_world_size"], max(given["tp_world_size"], 1)
     ep_axes = _compat.bound_axes(given["group_ep"], "group_ep")
     tp_axes = _compat.bound_axes(given["group_tp"], "group_tp") if tp_size > 1 else ()
+    # 1. The plan is made for a mesh of the sizes that the call says, with the usual names of axes.
     plan = make_plan(
         AbstractMesh((ep_size, tp_size), ("ep", "tp")),
         tokens_per_rank=tokens,
@@ -91,8 +92,10 @@ def make_world(given: Mapping[str, Any], rows: Array, *, dtype: str, quant: str 
         combine_quant=_COMBINE_RECIPES[given.get("comm_quant_mode", 0)],
         transport=_TRANSPORTS[given["comm_alg"] or ""],
     )
+    # 2. It gets the names of the caller's axes, along which its collectives run.
     tp_axis = tp_axes[0] if tp_axes else None
     plan = dataclasses.replace(plan, ep_axis=ep_axes, tp_axis=tp_axis, token_axes=(*ep_axes, *tp_axes))
+    # 3. Every rank has room for all choices of all tokens, as CANN counts it.
     most = given["global_bs"] // ep_size if given["global_bs"] else tokens
     return World(plan, most * ep_size * min(plan.num_local_experts, top_k))
 

@@ -149,8 +149,8 @@ class Placement:
     def shares(self, load: np.ndarray, max_replicas: int | None = None) -> np.ndarray:
         """The shares of replicas that make the fullest rank as light as this placement allows, for ``balance="load"``.
 
-        No shares make it lighter, so it is never heavier than with equal ones. Of the ways to get there it is one that
-        begins with equal shares and passes load on only where a rank is too full. It takes milliseconds per layer, and
+        No shares make it lighter, so it is never heavier than with equal ones. Of all such shares, these are found from
+        equal ones by passing load on only where a rank is too full. It takes milliseconds per layer, and
         no weight moves: shares may follow the load in every step, and a new placement is needed only where they no
         longer help, as ``expected_imbalance`` with these shares tells.
 
@@ -179,7 +179,7 @@ class Placement:
         # 1. The load of every slot, layer by layer.
         rows = zip(load.reshape(-1, num_experts), np.atleast_2d(self.physical_to_logical), strict=True)
         split = np.stack([split_evenly(loads, experts, self.num_ranks) for loads, experts in rows])
-        # 2. In the columns of the table, over the load of the expert.
+        # 2. As shares of the load of the expert, in the columns of the table.
         slots = self._instances(columns).reshape(len(split), -1)
         parts = np.take_along_axis(split, np.maximum(slots, 0), 1)
         parts = np.where(slots >= 0, parts, 0.0).reshape(*load.shape, columns)
@@ -289,14 +289,14 @@ def _carried(load: np.ndarray, placement: Placement, shares: np.ndarray) -> np.n
             f"shares has shape {shares.shape}; expected {(*load.shape, 'F - 1')} with F - 1 of at least {needed}, a "
             "share for each replica, as placement.shares(load) has"
         )
-    # 1. In proportion; equal ones in a row of zeros.
+    # 1. Shares in proportion, and equal ones in a row of zeros.
     slots = placement._instances(shares.shape[-1])
     weights = np.where(slots >= 0, np.asarray(shares, np.float64), 0.0)
     if not (np.isfinite(weights) & (weights >= 0)).all():
         raise InvalidArgumentError("shares has entries that are negative or not finite; shares are parts of a load")
     weights = np.where(weights.sum(-1, keepdims=True) > 0, weights, slots >= 0)
     parts = load[..., None] * weights / weights.sum(-1, keepdims=True)
-    # 2. To the slots. What stands behind the replicas has a slot of its own at the end, which is cut off.
+    # 2. Shares go to the slots. Columns behind the replicas go to a slot of their own at the end, which is cut off.
     carried = np.zeros((*load.shape[:-1], placement.num_physical_experts + 1))
     flat = (*load.shape[:-1], -1)
     np.put_along_axis(carried, slots.reshape(flat), parts.reshape(flat), -1)

@@ -88,6 +88,7 @@ def rebalance(
             f"num_physical_experts={num_physical_experts} is less than the {num_experts} experts of load, of which "
             "each needs a slot"
         )
+    # Groups that cannot be whole on a node do not count, and then nodes do not count either.
     if num_groups % num_nodes:
         num_groups = num_nodes = 1
     _check_divides("num_nodes", num_nodes, "num_ranks", num_ranks)

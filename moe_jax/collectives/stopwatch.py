@@ -34,7 +34,7 @@ def timed_all_to_all(
     block that is late is counted where it arrives, and makes no other block late.
 
     Everything is ordered by data, so the compiler cannot move a reading. There are 2 W readings, each a call of the
-    host, and 2 W collectives of one number beside the shifts. So this is for finding slow ranks, not for every step.
+    host, and W + 1 collectives of one number beside the shifts. So this is for finding slow ranks, not for every step.
     Where a device works ahead of its host, a reading is the time at which the host gets to know. Differentiable; the
     derivatives are plain all_to_alls.
 

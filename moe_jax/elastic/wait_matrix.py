@@ -69,7 +69,8 @@ def find_stragglers(
     - A link is slow if what travels over it is late by more than half of what its two ends add to every block.
 
     Late means, in a ``share`` of the steps, ``at_least`` microseconds longer than the median of the other ranks or
-    links, and ``times`` times as long as they take in all but a quarter of the steps.
+    links, and ``times`` times as long as they take in all but a quarter of the steps. In fewer than a dozen steps some
+    of it may be chance.
 
     Args:
       ready: [S, R, R] numbers, not negative: the time until rank i was ready. The diagonal is not read.

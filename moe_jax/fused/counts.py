@@ -131,6 +131,7 @@ def _read_table(name: str, counts: Any, num_ranks: int, num_local: int) -> np.nd
         counts = counts.tolist()
     if not isinstance(counts, (list, tuple)):
         raise DtypeError(f"{name} is a {type(counts).__name__}; pass a list of whole numbers or an i32 array")
+    # A flat list stands for one row, which is the same for every rank.
     nested = any(isinstance(row, (list, tuple, np.ndarray)) for row in counts)
     rows = list(counts) if nested else [counts]
     length = num_ranks * num_local
@@ -152,12 +153,14 @@ def _read_table(name: str, counts: Any, num_ranks: int, num_local: int) -> np.nd
 
 
 def _check_tables(send: np.ndarray, recv: np.ndarray, num_rows: int, recv_capacity: int | None) -> None:
+    # 1. No rank sends more rows than it has.
     for rank, total in enumerate(send.sum(axis=(1, 2))):
         if total > num_rows:
             raise InvalidArgumentError(
                 f"send_counts sums to {total} on rank {rank}, but gmm_x has {num_rows} rows; "
                 f"the sum must not exceed the rows: correct the counts or pass all the rows"
             )
+    # 2. What one rank sends is what the other one expects.
     disagreeing = np.argwhere(send.transpose(1, 0, 2) != recv)
     if len(disagreeing):
         to, source, expert = disagreeing[0].tolist()
@@ -169,6 +172,7 @@ def _check_tables(send: np.ndarray, recv: np.ndarray, num_rows: int, recv_capaci
             f"send_counts of rank a at b * e + l. A flat list holds on every rank alike; where ranks differ, pass "
             f"tables [R, R * e] with one row per rank"
         )
+    # 3. Every rank has room for what it receives.
     for rank, total in enumerate(recv.sum(axis=(1, 2))):
         if recv_capacity is not None and total > recv_capacity:
             raise InvalidArgumentError(

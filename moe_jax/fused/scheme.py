@@ -87,6 +87,7 @@ def read_operands(
     Raises:
       MissingArgumentError, DtypeError, ShapeError: the scales or the numbers are not what some scheme takes.
     """
+    # 1. Both scales are given, or neither is.
     if x_scale is None and weight_scale is None:
         return None
     if x_scale is None or weight_scale is None:
@@ -97,6 +98,7 @@ def read_operands(
     scales = {f"{part}_x_scale": x_scale, f"{part}_weight_scale": weight_scale}
     for name, scale in scales.items():
         check_array(name, scale)
+    # 2. The dtypes of scales say whether blocks share them, and those of numbers must fit that.
     microscaled = _is_microscaled(scales)
     x_format, weight_format = (FORMATS.get(str(array.dtype), "") for array in (x, weight))
     if (x_format, weight_format) not in _PAIRS[microscaled]:
@@ -104,6 +106,7 @@ def read_operands(
             f"{part}_x is {x.dtype} and {part}_weight {weight.dtype}, with {x_scale.dtype} scales; that is no scheme: "
             f"{_RULE}"
         )
+    # 3. Shapes are compared in numbers, since a byte may hold two.
     rows, weights = logical_shape(x), logical_shape(weight)
     axis = -1 if transpose else -2
     if rows[1] != weights[axis]:

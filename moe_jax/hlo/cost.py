@@ -135,6 +135,7 @@ def _sum(program: Program, executions: list[Execution], traffic: "_Traffic") -> 
     moved = handed = other_bytes = other_cycles = product_bytes = gathered = 0
     for execution in executions:
         instruction, times = execution.instruction, execution.times
+        # 1. What an instruction computes counts wherever it stands, inside fusions too.
         products = flops_of(program, instruction)
         if products:
             name = kernel_name(instruction) if instruction.op == "custom-call" else instruction.op
@@ -143,6 +144,7 @@ def _sum(program: Program, executions: list[Execution], traffic: "_Traffic") -> 
         gathered += times * num_bytes(instruction.type) if instruction.op == "gather" else 0
         if execution.is_fused:
             continue
+        # 2. Memory and time belong to what runs by itself: a fused instruction is part of its fusion.
         types = program.handed_over(instruction)
         multiplies = _multiplies(program, instruction)
         is_other = types is None and not multiplies
@@ -157,6 +159,7 @@ def _sum(program: Program, executions: list[Execution], traffic: "_Traffic") -> 
             other_cycles += times * int(priced[1]) * is_other
         elif _runs(instruction):
             unpriced.append((instruction, times))
+    # 3. Only the TPU compiler prices instructions. What it left out is named.
     is_priced = traffic.has_fast_memory
     names = collections.Counter()
     for instruction, times in unpriced if is_priced else ():

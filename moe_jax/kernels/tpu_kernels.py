@@ -133,6 +133,7 @@ def sum_outer(
     """lhs [M, H], rhs [M, N] -> [G, H, N] in ``out_dtype``; ``visits`` has at least one visit of every group."""
     num_groups, contracted, columns = visits.bounds.shape[0] - 1, lhs.shape[1], rhs.shape[1]
 
+    # The grid goes over tiles of columns, tiles of the other axis, and visits: rows of a visit are its tile of rows.
     def block(width, place):
         return pl.BlockSpec((tiles.rows, width), lambda *at: (at[-1][at[2]], at[place]))
 
@@ -159,6 +160,7 @@ def sum_outer(
 def _outer_kernel(bounds, groups, row_tiles, lhs, rhs, out, sums, *, tiles, precision):
     visit, last = pl.program_id(2), pl.num_programs(2) - 1
 
+    # The visits of a group follow each other. The first one clears the sums, and the last one writes them out.
     @pl.when((visit == 0) | (groups[jnp.maximum(visit - 1, 0)] != groups[visit]))
     def _start():
         sums[...] = jnp.zeros_like(sums)

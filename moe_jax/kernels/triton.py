@@ -315,8 +315,10 @@ def grouped_outer(
 
     def grouped_outer_kernel(lhs_ref, rhs_ref, sizes_ref, *refs):
         *slot_refs, out_ref = refs
+        # 1. Which group this program is for, and which block of its matrix it makes.
         group = lax.div(pl.program_id(0), _i32(of_group))
         row_block, column_block = _swizzled(lax.rem(pl.program_id(0), _i32(of_group)), row_tiles, column_tiles)
+        # 2. Where the rows of the group are.
         sizes = _load_sizes(sizes_ref, num_groups)
         first, size = _sum(jnp.where(_arange(sizes.size) < group, sizes, 0)), _pick(sizes, group)
         rows, row_mask = _block(row_block, tiles.rows, height)
@@ -333,6 +335,7 @@ def grouped_outer(
             right = _load(_at(rhs_ref, right_from, columns), inner_mask, column_mask)
             return total + _dot(left, right, (0, 0), precision)
 
+        # 3. The sum over the rows of the group, step by step.
         total = jnp.zeros((tiles.rows, tiles.columns), jnp.float32)
         total = lax.fori_loop(_i32(0), _ceil_div(size, tiles.steps), step, total)
         _store(out_ref.at[group, rows, columns], total, row_mask, column_mask)

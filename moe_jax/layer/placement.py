@@ -62,8 +62,8 @@ def update_expert(
     A pair stays active if ``w[t, k] >= threshold[k] * sum_j w[t, j]``, all in fp32, the sum in ascending order of j.
     Nothing guarantees that a token keeps an expert: a token whose weights all fall short loses them all.
 
-    Purely local. The table, the shares, the thresholds and the masks are traced: changing them never recompiles.
-    Integers and booleans only come out, so no gradient flows through here.
+    Nothing is communicated. The table, the shares, the thresholds and the masks are traced: changing them never
+    recompiles. Integers and booleans only come out, so no gradient flows through here.
 
     Args:
       expert_ids: [T, K] i32, or i64 with 64-bit types enabled; logical ids, -1 = no expert. Not checked: an id outside

@@ -184,12 +184,14 @@ def receivable_test(
         raise ShapeError("dst_ranks has shape (0,); expected [n] with the ranks of one server")
     check_count("ranks_per_server", ranks_per_server)
     hears = _links(link_up, num_ranks)
+    # 1. What goes to each rank: the status and the pattern to those of the server, zeros to all others.
     ranks = jnp.arange(num_ranks, dtype=jnp.int32)
     addressed = ranks // ranks_per_server == jnp.asarray(dst_ranks)[0] // ranks_per_server
     me = jax.lax.axis_index(axes)
     status = _compat.as_varying(jnp.where(addressed, me + 1, 0), axes)
     rows = _compat.as_varying(jnp.where(addressed[:, None, None], pattern, jnp.zeros_like(pattern)), axes)
     status, rows = collectives.swap_with_peers(status, axes), collectives.swap_with_peers(rows, axes)
+    # 2. Only what came over a link that works, from a rank that sent here, is written.
     arrived = hears & (status > 0)
     old = window.data.reshape(rows.shape)
     return Window(
@@ -239,7 +241,9 @@ def receivable_info_collect(
     hears = _links(link_up, num_ranks)
     rows = window.data.reshape(num_ranks, *pattern.shape)
     names = jnp.arange(1, num_ranks + 1, dtype=jnp.int32)
+    # 1. Whom this rank heard: the status is right, and so is every number of the pattern.
     received = (window.counts == names) & jnp.all(rows == pattern, axis=(1, 2))
+    # 2. What all ranks say of that, as far as their reports come through.
     reports = rendezvous.gather_ranks(jnp.where(received, names, 0), axes)
     return jnp.where(hears[:, None], reports, 0)
 

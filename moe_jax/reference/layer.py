@@ -71,6 +71,7 @@ def moe_layer(
       MissingArgumentError: ``params`` lacks a weight.
     """
     x = np.asarray(x, np.float64)
+    # 1. The choices: those of the router, or those that were made outside.
     if routing is None:
         logits = _logits(params, x if router_x is None else np.asarray(router_x, np.float64), token_mask)
         bias = _selection_bias(params, bias)
@@ -81,6 +82,7 @@ def moe_layer(
         num_ids = len(params["w_up"]) + weightless
         chosen = _given(params, routing, num_ids, token_mask)
     y = np.zeros(x.shape)
+    # 2. Token by token: the shared expert, then every choice in ascending order.
     for t in routing_lib.active_tokens(len(x), token_mask):
         y[t] += _shared_value(params, x[t], activation if shared_activation is None else shared_activation)
         for e, weight in zip(chosen.expert_ids[t], chosen.combine_weights[t], strict=True):
@@ -131,6 +133,7 @@ def moe_layer_vjp(
     x, ct_y = np.asarray(x, np.float64), np.asarray(ct_y, np.float64)
     seen = x if router_x is None else np.asarray(router_x, np.float64)
     shared_activation = activation if shared_activation is None else shared_activation
+    # 1. The choices, and the cotangents of their weights, which lead to the logits.
     ct_logits, ct_scale = None, None
     if routing is None:
         logits = _logits(params, seen, token_mask)
@@ -151,6 +154,7 @@ def moe_layer_vjp(
         ct_scale = routing_lib.expert_scale_vjp(logits, router, ct_weights, **options)
     else:
         chosen = _given(params, routing, len(params["w_up"]), token_mask)
+    # 2. Token by token: through the router, the shared expert, and the experts that the token chose.
     ct_params = {name: np.zeros(np.shape(value)) for name, value in params.items()}
     if ct_scale is not None and "expert_scale" in params:
         ct_params["expert_scale"] = ct_scale

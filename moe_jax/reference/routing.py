@@ -138,11 +138,13 @@ def route(
     active = active_tokens(num_tokens, token_mask)
     expert_ids = np.full((num_tokens, top_k), -1, np.int64)
     combine_weights = np.zeros((num_tokens, top_k))
+    # 1. The choices of every active token, and their weights.
     for t in active:
         expert_ids[t] = select_experts(logits[t], router, top_k=top_k, bias=bias)
         combine_weights[t] = expert_weights(logits[t], expert_ids[t], router)
         if expert_scale is not None:
             combine_weights[t] *= np.asarray(expert_scale, np.float64)[expert_ids[t]]
+    # 2. The losses, from how often each expert was chosen and what scores it got.
     load = np.bincount(expert_ids[active].ravel(), minlength=num_experts)
     mean_score = _mean_score(logits[active], router)
     losses = {"balance": balance_loss(load, mean_score), "z": _z_loss(logits[active])}

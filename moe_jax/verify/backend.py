@@ -69,6 +69,7 @@ def every_mode(backend: str, dtype: str) -> Findings:
     def vjp(ct, lhs, rhs):
         return reference.grouped_matmul_vjp(ct, lhs, rhs, sizes)
 
+    # The product is linear in each operand, so every derivative is a product of operands and tangents.
     product, total = reference.grouped_matmul, int(sizes.sum())
     along = product(lhs, u_rhs, sizes) + product(u_lhs, rhs, sizes)
     ct_along_lhs, ct_along_rhs = vjp(ct, lhs, u_rhs)[0], vjp(ct, u_lhs, rhs)[1]
@@ -249,6 +250,7 @@ def shard_map(backend: str, dtype: str) -> Findings:
     lhs, sizes, ct = (np.concatenate([case[i] for case in cases]) for i in (0, 2, 3))
     product, d_lhs, d_rhs = jax.jit(run)(lhs, cases[0][1], sizes, ct)
     expected = [exact(case) for case in cases]
+    # All ranks have the same matrices, so the gradient of these is the sum over the ranks.
     summed = sum(want[2] for want in expected)
     found = {"d_rhs, summed over ranks": deviation(d_rhs, np.asarray(summed).astype(dtype))}
     of_ranks = zip(*(np.split(np.asarray(a), len(cases)) for a in (product, d_lhs)), strict=True)

@@ -65,10 +65,12 @@ class Exchange:
         ids = expert_ids(pattern, rng, lead, plan.num_experts)
         mask = rng.random(lead) < 0.6 if pattern == "masked" else np.ones(lead, bool)
         x, ct_y, weights = integers(rng, *lead, HIDDEN), integers(rng, *lead, HIDDEN), integers(rng, *lead, TOP_K)
+        # 1. The oracle says which rows each device gets. Rows past them have NaN as their cotangent.
         want = reference.dispatch(x, ids, num_experts=plan.num_experts, token_mask=mask)
         totals = want.group_sizes.sum(-1)
         ct_rows = integers(rng, self.ranks, self.peers, plan.num_rows(plan.num_pairs), HIDDEN)
         ct_rows[np.arange(ct_rows.shape[2]) >= totals[..., None]] = np.nan
+        # 2. The program gives both results and all gradients.
         got = [np.asarray(a) for a in self.program(x, ids, weights, mask, ct_rows, ct_y)]
         sent, sizes, y, d_x, d_rows, d_weights, returned = got
 
@@ -83,6 +85,7 @@ class Exchange:
             )
             return max(deviation(a, b) for a, b in pairs)
 
+        # 3. Each of them beside the oracle.
         want_rows, want_weights = reference.combine_vjp(ct_y, want.rows, weights, want)
         self._add("dispatch = oracle", deviation(sizes, want.group_sizes), ranked(sent, want.rows))
         self._add("combine = oracle", deviation(y, reference.combine(want.rows, weights, want)))
@@ -92,6 +95,7 @@ class Exchange:
             ranked(d_rows, want_rows),
             deviation(d_weights, want_weights),
         )
+        # 4. The two sides of the adjoint law, over the whole mesh.
         sides = sum(
             float(np.sum(a * b))
             for s, c in zip(written(sent), written(ct_rows), strict=True)

@@ -338,6 +338,7 @@ def _found(tensors: Tensors, what: ModelLayer, prefix: str | None) -> tuple[str,
     pattern = re.compile(
         rf"(?P<prefix>.*?)\.?(?P<layer>\d+)\.(?P<block>{'|'.join(map(re.escape, blocks))})(?:{router})"
     )
+    # 1. Whatever has the name of a router, by prefix and layer.
     found: dict[str, dict[int, str]] = {}
     for name in tensors.files:
         if match := pattern.fullmatch(name):
@@ -345,6 +346,7 @@ def _found(tensors: Tensors, what: ModelLayer, prefix: str | None) -> tuple[str,
             if what.num_layers is None or layer < what.num_layers:
                 start = f"{match['prefix']}." if match["prefix"] else ""
                 found.setdefault(match["prefix"], {})[layer] = f"{start}{layer}.{match['block']}"
+    # 2. The prefix that was asked for, or else that of the family, or else the only one.
     if prefix is None and len(found) > 1 and family.layers in found:
         prefix = family.layers
     if prefix is None and len(found) == 1:
@@ -433,6 +435,7 @@ def _check_plan(plan: Plan, what: ModelLayer) -> None:
 
 def _check_tensors(tensors: Tensors, what: ModelLayer, layout: Layout, block: str) -> None:
     """Raises one error that lists every tensor of the block that is missing, misshapen or surplus."""
+    # 1. The tensors that the block must have, and others that stand beside them.
     expected = {
         _full(block, name): stored.shape(what.extents)
         for stored in layout.values()
@@ -448,6 +451,7 @@ def _check_tensors(tensors: Tensors, what: ModelLayer, layout: Layout, block: st
         for name in tensors.files
         if name.startswith(tuple(roots)) and name not in expected and not ignored.fullmatch(name.removeprefix(block))
     )
+    # 2. Codes of a quantised copy would explain all that follows, so they are named alone.
     present = [name for name in expected if name in tensors.files]
     quantised = [name for name in surplus if _QUANTISED.search(name)]
     quantised += [name for name in present if tensors.describe(name)[1] in _QUANTISED_TYPES]
@@ -458,6 +462,7 @@ def _check_tensors(tensors: Tensors, what: ModelLayer, layout: Layout, block: st
             f"{tensors.folder}: {quantised[0]!r} and {len(quantised) - 1} more are quantised {by}; 'fp8' in blocks "
             "(weight_block_size) and 'mxfp4' are read here: of others read a copy in bf16"
         )
+    # 3. All that is missing, misshapen or surplus.
     problems = [f"{name!r} is missing; its shape is {shape}" for name, shape in expected.items() if name not in present]
     shapes = {name: tensors.describe(name)[0] for name in present}
     problems += [

@@ -85,6 +85,11 @@ def of_config(config: Config, path: str) -> Workload:
         raise ConfigError(
             f"{path}: [moe]: num_shared_experts={moe.num_shared_experts}, and bench times routed experts only; set it 0"
         )
+    if moe.num_ids > moe.num_experts:
+        raise ConfigError(
+            f"{path}: [moe]: num_zero_experts={moe.num_zero_experts} and num_copy_experts={moe.num_copy_experts}, and "
+            "bench times routed experts only; set both 0"
+        )
     if moe.expert_scale or moe.weigh_inputs:
         raise ConfigError(f"{path}: [moe]: expert_scale and weigh_inputs are nothing that bench times; leave them out")
     if config.balance is not None:

@@ -105,11 +105,12 @@ def _values(question: Question, plan: Plan) -> dict[str, Any]:
 def _screen(question: Question, path: str, found: Found, unquantised: Found | None) -> list[str]:
     moe_config, model, machine = question.config.moe, question.model, question.machine
     nodes = f", {machine.devices_per_node} to a node" if machine.devices_per_node else ""
-    shared = f", {moe_config.num_shared_experts} shared" if moe_config.num_shared_experts else ""
+    counts = {kind: getattr(moe_config, f"num_{kind}_experts") for kind in ("shared", "zero", "copy")}
+    others = "".join(f", {count} {kind}" for kind, count in counts.items() if count)
     return [
         _labelled(
             "layer",
-            f"{path}: top {moe_config.top_k} of {moe_config.num_experts} experts{shared}, hidden {model.hidden}, ffn "
+            f"{path}: top {moe_config.top_k} of {moe_config.num_experts} experts{others}, hidden {model.hidden}, ffn "
             f"{moe_config.ffn}; {model.layers} layers",
         ),
         _labelled(

@@ -43,6 +43,8 @@ def make_layer_plan(
         top_k=config.moe.top_k,
         dtype=dtype,
         num_shared_experts=config.moe.num_shared_experts,
+        num_zero_experts=config.moe.num_zero_experts,
+        num_copy_experts=config.moe.num_copy_experts,
         transport=config.moe.transport,
         overflow=config.moe.overflow,
         capacity_factor=config.moe.capacity_factor,

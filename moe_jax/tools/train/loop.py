@@ -370,7 +370,8 @@ def _one_step(run: Run, step: Callable) -> Record:
 
 def make_record(metrics: StepMetrics, places: Places, *, step: int, tokens_per_s: float) -> Record:
     """The numbers of one step, taken with the experts in `places`, as plain Python values, ready for JSON."""
-    stats = metrics.stats
+    stats, num_experts = metrics.stats, places.placement.num_logical_experts
+    load, weightless = np.split(np.asarray(stats.load), [num_experts], axis=1)  # of both kinds of experts
     of_sequences = stats.sequence_balance
     return {
         "step": step,
@@ -380,11 +381,12 @@ def make_record(metrics: StepMetrics, places: Places, *, step: int, tokens_per_s
         "z": float(stats.z),
         **({} if of_sequences is None else {"sequence_balance": float(of_sequences)}),
         "tokens_per_s": tokens_per_s,
-        "imbalance": float(np.max(stats.load.max(axis=-1) / np.maximum(stats.load.mean(axis=-1), 1e-9))),
-        "rank_imbalance": float(places.imbalance(np.asarray(stats.load)).mean()),
+        "imbalance": float(np.max(load.max(axis=-1) / np.maximum(load.mean(axis=-1), 1e-9))),
+        "rank_imbalance": float(places.imbalance(load).mean()),
         "dropped": int(stats.num_dropped),
         "rounds": int(stats.num_rounds),
-        "load": stats.load.tolist(),
+        **({"weightless": float(weightless.sum() / (load.sum() + weightless.sum()))} if weightless.size else {}),
+        "load": load.tolist(),
     }
 
 

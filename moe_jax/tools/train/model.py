@@ -36,7 +36,7 @@ class ModelStats:
     """What the layers did in one forward pass.
 
     Attributes:
-      load: [L, E] i32, how many pairs (token, choice) each expert received.
+      load: [L, E'] i32, how many pairs (token, choice) each expert received; experts without weights come last.
       num_dropped: i32 scalar, pairs that were dropped, summed over the layers.
       num_rounds: i32 scalar, the most rounds that a layer took.
       balance, z: f32 scalars, the router's losses, summed over the layers.

@@ -145,9 +145,10 @@ def _describe(config: Config) -> str:
     assert model is not None and train is not None, "a run has both sections"
     balance = config.balance
     moving = f", moving every {balance.every} steps among {config.num_slots} slots" if balance else ""
+    weightless = f" and {moe.num_ids - moe.num_experts} without weights" if moe.num_ids > moe.num_experts else ""
     return (
-        f"top {moe.top_k} of {moe.num_experts} experts{moving}, ffn {moe.ffn}; {model.layers} layers, hidden "
-        f"{model.hidden}; "
+        f"top {moe.top_k} of {moe.num_experts} experts{weightless}{moving}, ffn {moe.ffn}; "
+        f"{model.layers} layers, hidden {model.hidden}; "
         f"{train.batch_size} x {model.seq_len} tokens a step, {train.dtype}, learning rate {train.learning_rate:g}; "
         f"mesh {mesh_words(config.mesh)}"
     )

@@ -115,7 +115,8 @@ def compile_step(decoder: Decoder, optimizer: Any, config: Config, state: TrainS
             params = jax.tree.map(jnp.add, state.params, updates)
             params = _update_biases(params, stats.load, config.moe.bias_update_rate)
             if config.balance is not None and balance is not None:
-                balance = replace(balance, load=_moved_average(balance.load, stats.load, config.balance.decay))
+                load = stats.load[:, : balance.load.shape[1]]  # without that of experts that have no weights
+                balance = replace(balance, load=_moved_average(balance.load, load, config.balance.decay))
         return TrainState(params, opt_state, balance), StepMetrics(loss, grad_norm, stats)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
