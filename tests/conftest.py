@@ -26,10 +26,16 @@ def pytest_ignore_collect(collection_path, config):
     return None
 
 
-def pytest_collection_finish(session):
-    """What was imported stays to the end: the garbage collector, which JAX keeps busy, need not look at it again."""
-    gc.collect()
-    gc.freeze()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session):
+    """The garbage collector, which JAX keeps busy, waits while files are imported, and looks at none of them again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_runtest_setup(item):
@@ -46,8 +52,9 @@ hypothesis.settings.load_profile("default")
 # Most of what tests cost is compilation, and most of that is spent on making machine code fast. Most laws are about
 # values: small integers, whose sums are exact in any order, or a tolerance that says why. So machine code is not
 # optimised. What XLA does before it makes machine code stays the same, and so does what a test may read in a compiled
-# program. Programs that are called are made by XLA's older emitters, where XLA has them still, in half the time; these
-# want loops in place of scatters, so a program that ``lower().compile()`` makes, which a test may read, has the newer.
+# program. In the line that everybody runs, programs that are called are made by XLA's older emitters, where XLA has them
+# still, in half the time. These want loops in place of scatters, so a program that ``lower().compile()`` makes, which a
+# test may read, has the newer ones, which users have; and so have the slow tests.
 # In the files below (on bits and roundings, on times and memory, on what other compilers make of a program) everything
 # is compiled as users have it. JAX_DISABLE_MOST_OPTIMIZATIONS=0 or 1 in the environment decides for all files instead:
 # the step "newest" of .ci/run sets 0, so that CI runs the tests that everybody runs both ways.
@@ -114,7 +121,7 @@ def _compile(request):
         if request.module.__name__ not in OPTIMISED and not DECIDED:
             jax.config.update(OPTIMISE_LESS, True)
             patch.setenv(OPTIMISE_LESS.upper(), "1")  # for the processes that a test starts
-            if _has_older_emitters():
+            if "not slow" in request.config.option.markexpr and _has_older_emitters():
                 _take_older_emitters(patch)
         yield
     jax.config.update(OPTIMISE_LESS, before)

@@ -406,6 +406,7 @@ def test_bad_input(arguments, words, capsys):
         ("hidden = 8", "hidden = 4\n", "num_experts=8 exceeds model.hidden=4"),
         ("ffn = 8", "ffn = 8\nnum_shared_experts = 1", "num_shared_experts=1, and bench times routed experts only"),
         ("ffn = 8", "ffn = 8\nweigh_inputs = true", "weigh_inputs are nothing that bench times"),
+        ("[model]", "[balance]\nevery = 9\n[model]", "[balance] is nothing that bench times"),
     ],
 )
 def test_configurations_that_cannot_be_steered(config, old, new, words, capsys):

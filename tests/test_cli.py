@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,6 +90,19 @@ def train(folder, capsys, *options):
         record = json.loads(line)
         events.setdefault(record["event"], []).append(record)
     return events
+
+
+@pytest.fixture(scope="module")
+def one_step(tmp_path_factory):
+    """A run of one step on what ``folder`` holds, for tests of what a run finds in its place; each takes a copy."""
+    place = tmp_path_factory.mktemp("one_step")
+    (place / "mini.toml").write_text(MINIATURE)
+    (place / "text").write_bytes(Path(__file__).read_bytes())
+    files = ["mini.toml", "--data", "text", "--out", "run"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        assert main(["train", *files, *MESH, "--steps", "1", "--json"]) == 0
+    return place / "run"
 
 
 def last_step(run):
@@ -240,8 +254,8 @@ def test_a_diverging_run_stops_and_keeps_its_last_checkpoint(folder, capsys):
     assert last_step(folder / "run") == 1
 
 
-def test_a_new_run_never_replaces_one_and_a_refused_resume_names_the_key(folder, capsys):
-    train(folder, capsys, *MESH, "--out", "run", "--steps", 1)
+def test_a_new_run_never_replaces_one_and_a_refused_resume_names_the_key(one_step, folder, capsys):
+    shutil.copytree(one_step, folder / "run")
     before = read_files(folder / "run")
     arguments = ["train", "mini.toml", "--data", "text", *MESH, "--out", "run"]
     assert main(arguments) == 2
@@ -490,8 +504,8 @@ def test_resume_without_a_checkpoint(folder, capsys):
     assert "checkpoints: there is no checkpoint here" in capsys.readouterr().err
 
 
-def test_resume_beside_damaged_metrics(folder, capsys):
-    train(folder, capsys, *MESH, "--out", folder / "run", "--steps", 1)
+def test_resume_beside_damaged_metrics(one_step, folder, capsys):
+    shutil.copytree(one_step, folder / "run")
     (folder / "run" / "metrics.jsonl").write_text("{}\n")
     arguments = ["train", str(folder / "mini.toml"), "--data", str(folder / "text"), "--out", str(folder / "run")]
     assert main([*arguments, *MESH, "--steps", "2", "--resume"]) == 2

@@ -55,6 +55,8 @@ def filled(cls):
         values |= {"window": filled(moe.Window)}
     if cls is exchange.Chunks:
         values |= {"chunk": 3}
+    if cls is exchange.TimedBlocks:
+        values |= {"on_arrival": None}
     if "exchange" in values:
         values |= {"exchange": filled(exchange.Slices)}
     if "losses" in values:

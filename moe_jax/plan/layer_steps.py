@@ -36,13 +36,14 @@ class Ffn(NamedTuple):
       experts: how many there are.
       width: the width of one of them, the part that tp leaves it.
       activation: as for ``moe_on_mesh``.
+      fused: what the kernels of the plan's back end do beside the products, see ``Size``.
     """
 
     rows: int
     experts: int
     width: int
     activation: Choice
-    fused: tuple[str, ...] = ()  # see ``Size``
+    fused: tuple[str, ...] = ()
 
     @property
     def projections(self) -> int:

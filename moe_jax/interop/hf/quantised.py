@@ -56,7 +56,12 @@ class Quantised(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Blocks8:
-    """e4m3, with a factor for each block of the last two axes."""
+    """e4m3, with a factor for each block of the last two axes.
+
+    Attributes:
+      codes, factors: the names of two tensors in the files.
+      block: the extents of a block.
+    """
 
     codes: str
     factors: str
@@ -89,7 +94,11 @@ class Blocks8:
 
 @dataclasses.dataclass(frozen=True)
 class Microscaled4:
-    """e2m1, 32 along the last axis but one with a power of two; the files have the last two axes in the other order."""
+    """e2m1, 32 along the last axis but one with a power of two; the files have the last two axes in the other order.
+
+    Attributes:
+      codes, exponents: the names of two tensors in the files, two codes to a byte, and an exponent for each 32 of them.
+    """
 
     codes: str
     exponents: str

@@ -37,16 +37,29 @@ PROMPT_BYTES = 16
 
 @dataclass
 class Job:
-    """What a run is asked to do, where it leaves its work, and whom it tells about it. No field changes later."""
+    """What a run is asked to do, where it leaves its work, and whom it tells about it. No field changes later.
+
+    Attributes:
+      config: the configuration.
+      model, train: its sections [model] and [train].
+      corpus: the bytes to train on, and those to validate on.
+      num_steps: the step at which the run ends.
+      resume: whether it goes on from a checkpoint.
+      resume_from: the step of that checkpoint; None: the last one.
+      profile: where to write the trace of some steps; None: nowhere.
+      folder: where the run keeps its files.
+      progress: what the person sees.
+      interrupt: whether the run was asked to stop.
+    """
 
     config: Config
-    model: ModelConfig  # the section [model] of `config`
-    train: TrainConfig  # its section [train]
+    model: ModelConfig
+    train: TrainConfig
     corpus: Corpus
     num_steps: int
     resume: bool
-    resume_from: int | None  # the step of the checkpoint to go on from; None: the last one
-    profile: Path | None  # where to write the trace of some steps
+    resume_from: int | None
+    profile: Path | None
     folder: RunFolder
     progress: Progress
     interrupt: Interrupt
@@ -67,7 +80,21 @@ class Job:
 
 @dataclass
 class Run:
-    """A run in progress. Only `state`, `places` and the numbers of steps change."""
+    """A run in progress. Only `state`, `places` and the numbers of steps change.
+
+    Attributes:
+      job: what it is asked to do.
+      decoder, optimizer: the model on its mesh, and what changes its parameters.
+      checkpoints, identity: where states are saved, and what they belong to.
+      metrics, events: the files that records go to.
+      rows: which rows of every batch this process reads.
+      reader: reads the batches ahead.
+      state: the parameters and the state of the optimizer.
+      places: where the experts lie in `state`.
+      done_steps: how many steps were taken.
+      begun_steps: the steps of the checkpoint that was begun last; 0: none was.
+      saved_steps: the steps of the last checkpoint in the folder; 0: there is no checkpoint.
+    """
 
     job: Job
     decoder: Decoder
@@ -76,13 +103,13 @@ class Run:
     identity: Identity
     metrics: MetricsFile
     events: EventFile
-    rows: np.ndarray  # which rows of every batch this process reads
+    rows: np.ndarray
     reader: Reader
     state: TrainState
-    places: Places  # where the experts lie in `state`
+    places: Places
     done_steps: int
-    begun_steps: int  # the steps of the checkpoint that was begun last; 0: none was
-    saved_steps: int  # the steps of the last checkpoint in the folder; 0: there is no checkpoint
+    begun_steps: int
+    saved_steps: int
 
     def batch(self, rows: np.ndarray) -> jax.Array:
         """Puts the rows of a batch that this process read on the mesh: [B, S + 1], spread over all devices."""

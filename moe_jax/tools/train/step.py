@@ -47,10 +47,16 @@ class TrainState:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepMetrics:
-    """What one step measured before it changed the parameters. All arrays are replicated."""
+    """What one step measured before it changed the parameters. All arrays are replicated.
 
-    loss: jax.Array  # scalar f32, cross-entropy in nats per byte
-    grad_norm: jax.Array  # scalar f32, before clipping
+    Attributes:
+      loss: f32 scalar, the cross-entropy in nats per byte.
+      grad_norm: f32 scalar, the norm of the gradient before it is clipped.
+      stats: what the layers did.
+    """
+
+    loss: jax.Array
+    grad_norm: jax.Array
     stats: ModelStats
 
 
