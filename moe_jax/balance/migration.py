@@ -54,7 +54,8 @@ def migrate(
       old_placement: where the experts lie in ``params``: [P] or [X, P]. With [P] all layers in ``params`` lie so.
       new_placement: where they shall lie; of the same P, E, R and X.
       mesh: whose devices hold ``params``.
-      donate: whether the memory of moved leaves is reused for the result; ``params`` must then not be read again.
+      donate: whether the memory of moved leaves is reused for the result; ``params`` must then not be read again, and
+        no array of experts may stand in it twice.
 
     Returns:
       A pytree as ``params``, with the same layouts.

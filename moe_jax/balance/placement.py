@@ -238,7 +238,7 @@ def expected_imbalance(load: np.ndarray, placement: Placement, shares: np.ndarra
     1 is even, and R, the number of ranks, the worst. It is 1 where there is no load at all.
 
     Args:
-      load: [E] or [X, E], any real numbers >= 0, such as ``stats.load`` summed over steps; X as in the placement.
+      load: [E] or [X, E], real numbers from 0 to 1e300, such as ``stats.load`` summed over steps; X of the placement.
       placement: where the replicas lie.
       shares: [E, F - 1] or [X, E, F - 1], of the replicas in the order of ``placement.table()``, such as
         ``placement.shares(load)``; only their proportion counts. None: equal ones.

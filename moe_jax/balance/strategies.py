@@ -46,7 +46,7 @@ def rebalance(
     where that cannot be avoided, or where avoiding it would break this promise. The same input gives the same answer.
 
     Args:
-      load: [E] or [X, E] real numbers >= 0, the load of each logical expert of each layer, in any unit.
+      load: [E] or [X, E] real numbers from 0 to 1e300, the load of each logical expert of each layer, in any unit.
       num_physical_experts: P >= E, a multiple of ``num_ranks``.
       num_ranks: R, a multiple of ``num_nodes`` where nodes count.
       num_groups: groups of consecutive logical experts; divides E.
@@ -59,7 +59,7 @@ def rebalance(
       Placement with ``physical_to_logical`` [P], or [X, P].
 
     Raises:
-      InvalidArgumentError: sizes do not divide, P < E, a load is negative or not finite, or the current placement is of
+      InvalidArgumentError: sizes do not divide, P < E, a load is negative or too large, or the current placement is of
         other sizes or splits a group over nodes.
       MissingArgumentError, UnexpectedArgumentError: ``current`` and ``max_moved`` go with "minimal".
       ShapeError, DtypeError: ``load`` is no such array.
