@@ -132,7 +132,8 @@ class LayerStats:
     """What one MoE layer did, summed over the whole mesh and the same on every device, but for ``routing``.
 
     Attributes:
-      num_dropped: i32 scalar, pairs that did not fit; 0 unless overflow="drop".
+      num_dropped: i32 scalar, pairs that did not fit, which there are with overflow="drop" alone, and pairs whose
+        expert has no instance of the plan in its row of the table; none of them adds anything.
       num_rounds: i32 scalar, dispatch-compute-combine rounds executed, at least 1.
       load: [E] i32, pairs per expert.
       losses: the router's losses, f32 scalars.

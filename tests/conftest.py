@@ -53,11 +53,11 @@ hypothesis.settings.load_profile("default")
 # values: small integers, whose sums are exact in any order, or a tolerance that says why. So machine code is not
 # optimised. What XLA does before it makes machine code stays the same, and so does what a test may read in a compiled
 # program. In the line that everybody runs, programs that are called are made by XLA's older emitters, where XLA still
-# has them, in half the time. These want loops in place of scatters, so a program that ``lower().compile()`` makes, which
-# a test may read, has the newer ones, which users have; and so have the slow tests.
-# In the files below (on bits and roundings, on times and memory, on what other compilers make of a program) everything
-# is compiled as users have it. JAX_DISABLE_MOST_OPTIMIZATIONS=0 or 1 in the environment decides for all files instead:
-# the step "newest" of .ci/run sets 0, so that CI runs the tests that everybody runs both ways.
+# has them, in half the time. These want loops in place of scatters, so a program that ``lower().compile()`` makes,
+# which a test may read, has the newer ones, which users have; and so have the slow tests. In the files below (on bits
+# and roundings, on times and memory, on what other compilers make of a program) everything is compiled as users have
+# it. JAX_DISABLE_MOST_OPTIMIZATIONS=0 or 1 in the environment decides for all files instead: the step "newest" of
+# .ci/run sets 0, so that CI runs the tests that everybody runs both ways.
 OPTIMISED = {
     "test_bench",
     "test_bench_here",

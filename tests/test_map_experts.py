@@ -167,6 +167,13 @@ def test_tables_send_every_pair_to_the_instance_that_the_oracle_says():
         np.testing.assert_array_equal(y, np.repeat(wanted[:, None], H, axis=1))
         active = ids[np.repeat(mask[:, None], K, axis=1) & (ids >= 0)]
         np.testing.assert_array_equal(stats.load, np.bincount(active, minlength=5)[:4])
+        assert stats.num_dropped == 0
+    # Rows of the table that name no instance of the plan lose their pairs, and count them.
+    broken = np.array([[0, 0, 0, 0, 0], [3, instances, -1, 99, 0], [1, 2, 0, 0, 0]], np.int32)
+    y, stats = run(np.arange(instances, dtype=np.float32), x, ids, weights, mask, broken, shares)
+    left = np.where(mask[:, None] & (ids == 2), 2 * tp, 0) @ [1, 64]
+    np.testing.assert_array_equal(y, np.repeat(left[:, None], H, axis=1))
+    assert stats.num_dropped == np.isin(active, [0, 1]).sum()
     assert run._cache_size() == 1
 
 

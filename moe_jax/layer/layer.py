@@ -24,7 +24,7 @@ from moe_jax.errors import (
 from moe_jax.layer.experts import shared_ffn
 from moe_jax.layer.grouping import feed_forward
 from moe_jax.layer.params import check_layer_plan, check_params, check_router, gathered
-from moe_jax.layer.placement import check_shares, check_table, instances_of
+from moe_jax.layer.placement import NO_INSTANCE, check_shares, check_table, instances_of
 from moe_jax.layer.rounds import routed_sum
 from moe_jax.layer.router import check_sequences, choose_experts
 from moe_jax.layer.weightless import Constants
@@ -88,7 +88,8 @@ def moe_layer(
       shared_activation: the same for the shared expert; None: as ``activation``.
       token_mask: [T] bool; false = padding: it goes nowhere, counts nowhere and its result is zero.
       table: [E_logical, F] i32, the instances of each logical expert, see ``update_expert``. Then the router scores
-        logical experts (E' = E_logical plus the weightless ones), and ``plan.num_experts`` counts instances.
+        logical experts (E' = E_logical plus the weightless ones), and ``plan.num_experts`` counts instances. Pairs
+        whose row names no instance of the plan go nowhere, and count in ``stats.num_dropped``.
       balance: "rank", "token" or "load", how the instances of an expert share its tokens, see ``update_expert``; read
         with ``table`` only. With "load" each gets its share of every chunk on every device, and padding does not count.
       shares: [E_logical, F - 1] f32, of the instances in ``table``, with ``balance="load"`` only; None: equal ones.
@@ -247,6 +248,8 @@ def layer_of_shard(
         chunks=chunks,
         weigh_inputs=weigh_inputs,
     )
+    if table is not None:
+        num_dropped += jnp.sum(expert_ids == NO_INSTANCE, dtype=jnp.int32)
     # 4. The shared expert adds its part where the token is.
     if plan.num_shared_experts:
         total = total + shared_ffn(weights_of("shared", params), x, activation=shared_activation)
@@ -277,7 +280,10 @@ def routing_of(choices: tuple[Array, Array], token_mask: Array | None, table: Ar
 def instances_on(
     expert_ids: Array, table: Array, plan: Plan, *, balance: str, shares: Array | None, chunks: int
 ) -> Array:
-    """Ids of logical experts -> ids of their instances; weightless experts are numbered behind either."""
+    """Ids of logical experts -> ids of their instances; weightless experts are numbered behind either.
+
+    What is no choice is -1. A choice whose row of the table names no instance of the plan is -2, to be counted.
+    """
     num_logical, rank = table.shape[0], collectives.ep_rank(plan)
     with jax.named_scope("update_expert"):
         is_logical = expert_ids < num_logical
@@ -291,6 +297,7 @@ def instances_on(
             ids = ids.reshape(expert_ids.shape)
         else:
             ids = instances_of(ids, table, rank, plan.ep_size, balance)
+        ids = jnp.where((ids >= 0) & (ids < plan.num_experts), ids, jnp.where(expert_ids < 0, -1, NO_INSTANCE))
         return jnp.where(is_logical, ids, expert_ids - num_logical + plan.num_experts)
 
 

@@ -16,7 +16,7 @@ from moe_jax.errors import InvalidArgumentError, ShapeError, UnsupportedError, c
 from moe_jax.layer.grouping import ExpertKind, rows_of_slots, slots_of_rows
 from moe_jax.layer.layer import check_choices, check_chunks, check_tokens, instances_on, routing_of
 from moe_jax.layer.params import check_layer_plan
-from moe_jax.layer.placement import check_shares, check_table
+from moe_jax.layer.placement import NO_INSTANCE, check_shares, check_table
 from moe_jax.layer.rounds import routed_sum
 from moe_jax.layer.weightless import Constants
 from moe_jax.plan import Plan
@@ -121,6 +121,8 @@ def map_experts(
     total, num_dropped, num_rounds = routed_sum(
         expert_ids, params, no_constants, x, weights, plan, kind, rank_table=rank_table, chunks=chunks
     )
+    if table is not None:
+        num_dropped += jnp.sum(expert_ids == NO_INSTANCE, dtype=jnp.int32)
     if not plan.num_pairs:  # no device has a token, so nobody has asked the experts how wide their rows are
         width = _made(plan, fn, params, x, jnp.zeros(plan.num_local_experts, jnp.int32)).shape[1]
         total = jnp.zeros_like(total, shape=(plan.tokens_per_rank, width))

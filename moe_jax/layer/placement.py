@@ -23,7 +23,7 @@ from moe_jax.errors import (
 )
 
 _SHARE_BITS = 15  # A share is read as a whole number of 2**-15ths, so that all that follows is exact.
-_NO_INSTANCE = -2  # neither an instance nor the -1 of "no expert": dispatch counts it in stats.num_invalid
+NO_INSTANCE = -2  # neither an instance nor the -1 of "no expert": dispatch counts it in stats.num_invalid
 
 
 @_compat.vary_as_operands("rank")
@@ -147,7 +147,7 @@ def instances_of(
         place = _places_by_load(pairs, _weights_of(shares, table), rank, ep_size)
     known &= (place >= 0) & (place < num_instances)  # false only for a traced rank outside 0 .. ep_size-1
     instance = table[expert, jnp.where(known, place + 1, 0)].astype(expert_ids.dtype)
-    return jnp.where(known, instance, jnp.where(expert_ids == -1, -1, _NO_INSTANCE).astype(expert_ids.dtype))
+    return jnp.where(known, instance, jnp.where(expert_ids == -1, -1, NO_INSTANCE).astype(expert_ids.dtype))
 
 
 def _weights_of(shares: jax.Array | None, table: jax.Array) -> jax.Array:
