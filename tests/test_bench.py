@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -315,6 +316,21 @@ def test_against_other_transports(config, capsys):
     assert "faster than allgather" in printed and "faster than one-hot capacity" in printed
     assert "faster than padded" not in printed and "faster than ragged_dot" not in printed
     assert "checked allgather, forward + backward" in progress and "the layer's transport was the fastest in" in printed
+
+
+@pytest.mark.slow
+def test_balanced_is_the_layer_with_replicas():
+    """The same y and gradients, those of replicas being sums, and a fullest rank that has less."""
+    workload = dataclasses.replace(TINY, pattern="zipf")
+    setting = programs.make_setting(workload, mesh_of(4, 2), "float32", "none", (programs.BALANCED,))
+    _, layer, balanced = programs.compile_programs(setting, programs.PASSES[1])
+    results = layer.run(), balanced.run()
+    assert check.check_agreement(setting, balanced, *results) is None
+    wrong = dataclasses.replace(balanced, first_slots=np.roll(balanced.first_slots, 1))
+    with pytest.raises(check.WrongResult, match="the gradient of w_"):
+        check.check_agreement(setting, wrong, *results)
+    before, after = re.fullmatch(r"4 redundant slots; fullest rank (.*) -> (.*) x mean", balanced.note).groups()
+    assert 1 <= float(after) < float(before)
 
 
 def test_transports_in_words():

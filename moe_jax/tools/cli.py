@@ -166,7 +166,8 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--dtype", type=_words, default=["float32"], metavar="D,...", help="float32, bfloat16 or both")
     parser.add_argument("--quant", type=_words, default=["none"], metavar="Q,...", help="wires: none, int8, fp8_e4m3")
     against = (
-        "what to compare with: minimal, ragged_dot, one-hot capacity, all experts (default: these), or a transport"
+        "what to compare with: minimal, ragged_dot, one-hot capacity, all experts (default: these), balanced (with "
+        "replicas of hot experts), or a transport"
     )
     parser.add_argument("--against", type=_words, metavar="A,...", help=against)
     parser.add_argument("--repeats", type=int, metavar="N", help="rounds of timing (default: 7, or 3 with --quick)")

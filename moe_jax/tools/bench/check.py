@@ -98,6 +98,11 @@ def check_agreement(setting: Setting, program: Program, layer: Any, results: Any
     if not forward:
         (params, x), (want_params, want_x) = results[1], layer[1]
         pairs["the gradient of x"] = (x, want_x)
+        if program.first_slots is not None:
+            params = {
+                name: value if value.shape == want_params[name].shape else value[program.first_slots]
+                for name, value in params.items()
+            }
         pairs |= {f"the gradient of {name}": (params[name], want_params[name]) for name in params}
     for what, (got, want) in pairs.items():
         _compare(program.name, "the layer", what, got, want, limit)

@@ -22,7 +22,15 @@ from moe_jax.tools.bench.estimate import estimate_seconds, pace_of, words
 from moe_jax.tools.bench.measure import measure
 from moe_jax.tools.bench.memory import keep_freed_memory
 from moe_jax.tools.bench.picture import draw_times
-from moe_jax.tools.bench.programs import BASELINES, CONTENDERS, Setting, make_layer, make_setting, on_transport
+from moe_jax.tools.bench.programs import (
+    BASELINES,
+    CONTENDERS,
+    OVER_TRANSPORTS,
+    Setting,
+    make_layer,
+    make_setting,
+    on_transport,
+)
 from moe_jax.tools.bench.report import describe_pass, describe_transports, describe_workload
 from moe_jax.tools.bench.workloads import WORKLOADS, Workload, of_config
 from moe_jax.tools.drawing import check_picture, save_asked
@@ -56,7 +64,8 @@ def run(
       workloads: names in ``WORKLOADS``; None: all, or W1, W3 and W4 with ``quick``.
       dtypes, quants: the dtypes of rows, and the recipes by which they travel.
       contenders: what the layer is compared with, names in ``CONTENDERS``: usual ways to compute it, which are the
-        default, and the layer itself over other transports.
+        default, the layer itself over other transports, and "balanced": with a redundant slot on each rank for
+        replicas of hot experts, placed for the load of the workload.
       repeats: rounds of timing; None: 7, or 3 with ``quick``.
       max_seconds: contenders that need longer for one run are left out.
       json_path: a file for JSON lines, raw seconds included; "-": standard output, instead of the tables.
@@ -88,7 +97,7 @@ def run(
     ensure_devices(extents.num_devices)
     devices = make_mesh(ep=extents.ep, tp=extents.tp, nodes=extents.nodes, dp=extents.dp)
     rounds = repeats or (QUICK_REPEATS if quick else REPEATS)
-    others = [name for name in contenders if name not in BASELINES]
+    others = [name for name in contenders if name in OVER_TRANSPORTS]
     runs = [(workload, dtype, wire) for workload in chosen for dtype in dtypes for wire in quants]
     for workload, dtype, wire in runs:  # whatever does not fit is told before the first run
         for layer in (workload, *(on_transport(workload, name) for name in others)):

@@ -96,7 +96,7 @@ def _first_runs(setting, programs, max_seconds, notes, progress) -> tuple[dict[s
             continue
         results: list[Any] = []
         seconds[name] = seconds_of(lambda program=program, results=results: results.append(program.run()))
-        note = check_agreement(setting, program, expected, results.pop())
+        note = check_agreement(setting, program, expected, results.pop()) or program.note
         if note:
             notes[name] = note
         progress(f"checked {name}, {program.phase}")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from moe_jax.config import TRANSPORTS, RouterConfig
@@ -14,13 +15,16 @@ from moe_jax.hlo.contract import Contract, contract_of
 from moe_jax.layer.experts import is_gated
 from moe_jax.layer.on_mesh import moe_on_mesh
 from moe_jax.plan import Plan, make_plan
+from moe_jax.tools.bench.balanced import BalancedLayer
 from moe_jax.tools.bench.baselines import all_experts_layer, dense_limit, minimal_layer, one_hot_layer
 from moe_jax.tools.bench.workloads import Data, Workload, check_steerable, make_data
 
 LIMIT, LAYER = "dense limit", "layer"
 MINIMAL, RAGGED_DOT, ONE_HOT, ALL_EXPERTS = "minimal", "ragged_dot", "one-hot capacity", "all experts"
 BASELINES = (MINIMAL, RAGGED_DOT, ONE_HOT, ALL_EXPERTS)
-CONTENDERS = (*BASELINES, *(name for name in TRANSPORTS if name != "auto"))  # the layer over another transport
+BALANCED = "balanced"  # the layer with replicas of hot experts
+OVER_TRANSPORTS = tuple(name for name in TRANSPORTS if name != "auto")  # the layer over another transport
+CONTENDERS = (*BASELINES, BALANCED, *OVER_TRANSPORTS)
 PASSES = ("forward", "forward + backward")
 
 
@@ -35,6 +39,8 @@ class Program:
       arguments: what it is called with.
       contract: what it contains.
       compile_seconds: how long it took to compile.
+      first_slots: [E] where its parameters have slots, the first one of each expert; else None.
+      note: what is worth saying about it, or None.
     """
 
     name: str
@@ -43,6 +49,8 @@ class Program:
     arguments: tuple[Any, ...]
     contract: Contract
     compile_seconds: float
+    first_slots: np.ndarray | None = None
+    note: str | None = None
 
     def run(self) -> Any:
         """Calls the program, waits for its results, and returns them."""
@@ -109,6 +117,14 @@ def compile_programs(setting: Setting, phase: str) -> Iterator[Program]:
     limit = dense_limit(setting.mesh, setting.plan, setting.workload.activation)[PASSES.index(phase)]
     yield _compile(LIMIT, phase, limit, (data.params, data.rows, data.ct_rows)[: 2 + backward])
     for name in (LAYER, *setting.contenders):
+        if name == BALANCED:
+            made = _plan_arguments(setting.workload, setting.plan.dtype)
+            made |= {"quant": setting.plan.quant, "combine_quant": setting.plan.combine_quant}
+            layer = BalancedLayer(setting.workload, setting.mesh, setting.plan, data, made)
+            function = layer.sum_gradients(with_backward(layer.apply)) if backward else layer.apply
+            program = _compile(name, phase, function, (layer.params, data.x, data.ct)[: 2 + backward])
+            yield dataclasses.replace(program, first_slots=layer.first_slots, note=layer.note)
+            continue
         apply = _apply_of(name, setting)
         function = with_backward(apply) if backward else apply
         yield _compile(name, phase, function, (data.params, data.x, data.ct)[: 2 + backward])

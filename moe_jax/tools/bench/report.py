@@ -6,7 +6,7 @@ Absolute times would say little about another machine; only those of compilation
 from typing import Any
 
 from moe_jax.plan import Plan
-from moe_jax.tools.bench.programs import BASELINES, LAYER, LIMIT, MINIMAL, PASSES
+from moe_jax.tools.bench.programs import LAYER, LIMIT, MINIMAL, OVER_TRANSPORTS, PASSES
 from moe_jax.tools.bench.workloads import Workload
 
 _NAME = 34
@@ -43,7 +43,7 @@ def describe_transports(records: list[dict[str, Any]]) -> str:
     compared, slower = 0, []
     for record in records:
         speedups = record["phases"][PASSES[1]]["speedups"]
-        others = {name: value for name, value in speedups.items() if name not in BASELINES and value is not None}
+        others = {name: value for name, value in speedups.items() if name in OVER_TRANSPORTS and value is not None}
         compared += bool(others)
         faster = {name: value for name, value in others.items() if value["median"] < 1}
         if faster:
