@@ -219,6 +219,34 @@ def test_padding_and_weightless_experts():
     np.testing.assert_array_equal(stats.load, [1, 1, 1, 3])
 
 
+def test_weightless_experts_keep_their_ids_where_a_rank_is_gone():
+    """Ids of weightless experts follow all experts of the plan, or of the table; experts that are gone add nothing."""
+    mesh = mesh_of(2, 1)
+    plan = moe.make_plan(
+        mesh, tokens_per_rank=6, hidden=H, num_experts=4, top_k=1, dtype="float32", num_zero_experts=1,
+        num_copy_experts=2,
+    )  # fmt: skip
+    rank_table = moe.make_rank_table(2, np.array([True, False]), num_experts=4)  # experts 0 and 1 are left
+    table = np.array([[1, 0], [1, 1]], np.int32)
+    x = np.arange(1, 12 * H + 1, dtype=np.float32).reshape(12, H)
+    factors = [[2, 2, 0, 0, 1, 1], [2, 2, 0, 1, 1, 0]]  # an expert doubles, a copy is the token itself
+    choices = np.array([[0, 1, 2, 4, 5, 6], [0, 1, 2, 3, 4, -1]], np.int32)  # without the table, and with it
+
+    def layer(x, plain, logical):
+        def double(_, rows, group_sizes):
+            return 2 * rows
+
+        def run(ids, **given):
+            weights = jnp.ones(ids.shape, jnp.float32)
+            return moe.map_experts(double, (), x, ids, weights, plan, rank_table=rank_table, **given)[0]
+
+        return run(plain), run(logical, table=table)
+
+    run = jax.jit(jax.shard_map(layer, mesh=mesh, in_specs=P("ep"), out_specs=P("ep")))
+    for y, factor in zip(run(x, *np.tile(choices, 2)[..., None]), factors, strict=True):
+        np.testing.assert_array_equal(y, x * np.concatenate([factor, np.zeros(6)])[:, None])
+
+
 def test_no_tokens_at_all():
     mesh = mesh_of(2, 1)
     plan = moe.make_plan(mesh, tokens_per_rank=0, hidden=H, num_experts=E, top_k=K, dtype="float32")

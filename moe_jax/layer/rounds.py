@@ -46,7 +46,8 @@ def routed_sum(
       experts: the parameters of ``kind``; constants: in ``plan.dtype``.
       x: [T, H] in ``plan.dtype``.
       plan, kind: static.
-      rank_table: as for ``dispatch``; the table of a single rank can only say that this rank is there.
+      rank_table: as for ``dispatch``, but that ids of weightless experts follow those of all routed experts of the
+        plan, whoever is left. The table of a single rank can only say that this rank is there.
       chunks: a divisor of T; each chunk of the tokens passes by itself, with its share of ``plan.pair_capacity``.
       weigh_inputs: whether the weight of a pair multiplies the row that its expert gets, instead of what that makes of
         it. A pair of a weightless expert has no row: what it adds is weighted in either case.
@@ -60,8 +61,13 @@ def routed_sum(
     chunk_plan = plan
     if chunks > 1:
         chunk_plan = dataclasses.replace(plan, tokens_per_rank=tokens, pair_capacity=-(-plan.pair_capacity // chunks))
-    if rank_table is not None and not plan.exchanges:
-        read_table(rank_table, plan)  # raises if the table is not one of this plan
+    if rank_table is not None:
+        # In the layer ids of weightless experts follow those of all routed experts, and for ``count_pairs`` those of
+        # the routed experts that are left. Routed experts that are gone are no choice.
+        left = read_table(rank_table, plan).num_experts
+        is_gone = (expert_ids >= left) & (expert_ids < plan.num_experts)
+        moved = jnp.where(expert_ids < left, expert_ids, expert_ids - (plan.num_experts - left))
+        expert_ids = jnp.where(is_gone, -1, moved)
     found = []
     for start in range(0, plan.tokens_per_rank, tokens):
         ids_here, x_here, weights_here = (a[start : start + tokens] for a in (expert_ids, x, weights))
