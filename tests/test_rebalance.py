@@ -336,6 +336,10 @@ def test_bad_current():
     )
     with pytest.raises(InvalidArgumentError, match="num_nodes=2"):
         moe.rebalance(np.ones(4), **SIZES, **minimal, current=shared, num_groups=2, num_nodes=2)
+    split = np.array([0, 2, 0, 2, 1, 3, 1, 3], np.int32)  # no expert is on two nodes, but both groups are
+    split = moe.Placement(physical_to_logical=split, num_logical_experts=4, num_ranks=4)
+    with pytest.raises(InvalidArgumentError, match="a group of experts, on more than one of num_nodes=2"):
+        moe.rebalance(np.ones(4), **SIZES, **minimal, current=split, num_groups=2, num_nodes=2)
     with pytest.raises(InvalidArgumentError, match="max_replicas=1"):
         shared.table(1)
 

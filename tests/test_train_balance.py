@@ -118,10 +118,16 @@ def test_few_slots_differ_where_ranks_and_slots_may_change_places(num_nodes):
 
 @pytest.mark.parametrize("num_nodes", [1, 2])
 def test_no_more_slots_move_than_may(num_nodes):
-    """Two nodes, each of which has its groups of experts; and a placement that was made where nodes did not count."""
+    """Two nodes, each of which has its groups of experts; and placements that were made where nodes did not count."""
+    uneven, mixed = [0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7, 3], [0, 2, 4, 6, 0, 2, 1, 3, 5, 7, 1, 3]  # no expert is on both
     of_nodes = {"mesh": {"nodes": num_nodes}, "router": {"num_groups": 2, "top_groups": 2}}
     config = config_with(BalanceConfig(num_redundant=REDUNDANT, max_moved=2, threshold=0.0), **of_nodes)
-    for now in (balance.first_places(config, LAYERS), random_places(0)):
+    first = balance.first_places(config, LAYERS)
+    others = (
+        dataclasses.replace(first.placement, physical_to_logical=np.tile(np.array(slots, np.int32), (LAYERS, 1)))
+        for slots in (uneven, mixed)
+    )
+    for now in (first, random_places(0), *(dataclasses.replace(first, placement=other) for other in others)):
         loads = np.random.default_rng(1).pareto(1, (9, LAYERS, EXPERTS))
         found = [balance.find_better(config, config.balance, load, now) for load in loads]
         assert sum(better.num_moved > 0 for better in found) > 3

@@ -102,6 +102,11 @@ def rebalance(
         if current is None or max_moved is None:
             raise MissingArgumentError('strategy="minimal" needs current, the placement of today, and max_moved')
         _check_current(current, load, num_physical_experts, num_ranks)
+        if not keeps_to_nodes(current, num_groups, num_nodes):
+            raise InvalidArgumentError(
+                f"current keeps an expert, or a group of experts, on more than one of num_nodes={num_nodes} nodes; "
+                "pass num_nodes=1, or a placement made for these nodes"
+            )
         check_count("max_moved", max_moved, 0)
         experts = _change_few(layers, current, num_nodes, max_moved)
     else:
@@ -129,6 +134,18 @@ def _check_current(current: Placement, load: np.ndarray, num_physical_experts: i
         raise InvalidArgumentError(
             f"current has (layers,) P, E, R = {found}, but load and arguments say {wanted}; they must be the same"
         )
+
+
+def keeps_to_nodes(placement: Placement, num_groups: int, num_nodes: int) -> bool:
+    """Whether every node has equally many whole groups of experts in each layer, which are on no other node."""
+    num_experts = placement.num_logical_experts
+    nodes = placement.physical_to_logical.reshape(-1, placement.num_physical_experts // num_nodes)
+    # Each node has its share of the experts and of the groups. All experts are somewhere, so no two nodes share one.
+    return all(
+        len(np.unique(node)) * num_nodes == num_experts
+        and len(np.unique(node * num_groups // num_experts)) * num_nodes == num_groups
+        for node in nodes
+    )
 
 
 def _place(load: np.ndarray, num_slots: int, num_ranks: int, num_groups: int, num_nodes: int) -> np.ndarray:
@@ -165,11 +182,6 @@ def _change_few(load: np.ndarray, current: Placement, num_nodes: int, max_moved:
 def _change_few_of(load: np.ndarray, experts: np.ndarray, current: Placement, num_nodes: int, max_moved: int):
     nodes = experts.reshape(num_nodes, -1)
     members = [np.unique(row) for row in nodes]
-    if any(len(row) * num_nodes != len(load) for row in members):
-        raise InvalidArgumentError(
-            f"current keeps an expert on more than one of num_nodes={num_nodes} nodes; pass num_nodes=1, or a "
-            "placement made for these nodes"
-        )
     # Each node is a layer of its own here, with its own experts numbered from 0.
     local = np.stack([np.searchsorted(row, node) for row, node in zip(members, nodes, strict=True)])
     deal = Deal.of(local.reshape(num_nodes, current.num_ranks // num_nodes, -1), load[np.stack(members)])

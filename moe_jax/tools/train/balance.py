@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 import moe_jax as moe
+from moe_jax.balance.strategies import keeps_to_nodes
 from moe_jax.config import BalanceConfig, Config
 
 
@@ -121,7 +122,7 @@ def find_better(config: Config, balance: BalanceConfig, load: np.ndarray, now: P
     if balance.max_moved is None:
         found = nearest(moe.rebalance(load, **sizes), now.placement, num_nodes)
     else:
-        if not _keeps_to_nodes(now.placement, num_nodes):  # it was made for another mesh
+        if not keeps_to_nodes(now.placement, sizes["num_groups"], num_nodes):  # it was made for another mesh
             sizes["num_nodes"] = 1
         few = {"strategy": "minimal", "current": now.placement, "max_moved": balance.max_moved}
         found = moe.rebalance(load, **sizes, **few)
@@ -185,10 +186,3 @@ def _sizes(config: Config) -> dict[str, Any]:
         "num_groups": config.router.num_groups,
         "num_nodes": config.mesh.nodes,
     }
-
-
-def _keeps_to_nodes(placement: moe.Placement, num_nodes: int) -> bool:
-    """Whether no expert of a layer has replicas on several nodes."""
-    nodes = placement.physical_to_logical.reshape(-1, num_nodes, placement.num_physical_experts // num_nodes)
-    held = sum(len(np.unique(node)) for layer in nodes for node in layer)
-    return held == len(nodes) * placement.num_logical_experts
