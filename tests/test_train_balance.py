@@ -136,6 +136,20 @@ def test_no_more_slots_move_than_may(num_nodes):
             assert changed.sum(1).max() <= 2 and better.after <= better.before
 
 
+@pytest.mark.parametrize("num_groups", [3, 2])  # of four experts, the last ones without weights; of six, one of both
+def test_groups_may_hold_experts_without_weights(num_groups):
+    router = {"num_groups": num_groups, "top_groups": num_groups}
+    moe_section = {"ffn": 16, "num_zero_experts": 4}
+    config = config_with(BalanceConfig(threshold=0.0), mesh={"nodes": 2}, moe=moe_section, router=router)
+    first = balance.first_places(config, LAYERS)
+    load = np.tile([10, 9, 8, 7, 1, 1, 1, 1], (LAYERS, 1))
+    better = balance.find_better(config, config.balance, load, first)
+    assert better.num_moved > 0
+    nodes = better.places.placement.physical_to_logical.reshape(LAYERS, 2, -1)
+    whole = [len(np.unique(node // 4)) == 1 for layer in nodes for node in layer]
+    assert all(whole) == (num_groups == 3)
+
+
 # What moves with them.
 
 

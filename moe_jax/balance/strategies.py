@@ -123,7 +123,7 @@ def rebalance(
 
 def _check_divides(small_name: str, small: int, name: str, value: int) -> None:
     if value % small:
-        raise InvalidArgumentError(f"{name}, {value}, is not a multiple of {small_name}={small}")
+        raise InvalidArgumentError(f"{name}, {value}, is not a multiple of {small_name}={small}; take a divisor of it")
 
 
 def _check_current(current: Placement, load: np.ndarray, num_physical_experts: int, num_ranks: int) -> None:

@@ -179,10 +179,11 @@ def _in_slots_of(new: np.ndarray, old: np.ndarray) -> np.ndarray:
 
 
 def _sizes(config: Config) -> dict[str, Any]:
-    """What `rebalance` has to know beside the load."""
+    """What `rebalance` has to know beside the load. The router's groups may hold experts without weights too."""
+    num_experts, per_group = config.moe.num_experts, config.moe.num_ids // config.router.num_groups
     return {
         "num_physical_experts": config.num_slots,
         "num_ranks": config.mesh.ep,
-        "num_groups": config.router.num_groups,
+        "num_groups": 1 if num_experts % per_group else num_experts // per_group,
         "num_nodes": config.mesh.nodes,
     }
