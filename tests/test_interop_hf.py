@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+import types
 from pathlib import Path
 
 import hf_golden
@@ -20,6 +21,7 @@ import moe_jax as moe
 from moe_jax.errors import CheckpointError, ConfigError, InvalidArgumentError, UnsupportedError
 from moe_jax.interop import hf
 from moe_jax.interop.hf import families, files
+from moe_jax.interop.hf.quantised import find_quantised
 from moe_jax.reference.weightless import WeightlessExperts
 
 GOLDEN = sorted(path.name for path in hf_golden.DATA.iterdir())
@@ -351,8 +353,18 @@ def test_codes_of_8_bits_are_read_as_what_they_stand_for(tmp_path):
     np.testing.assert_array_equal(np.asarray(kept["w_down"]), np.asarray(params["w_down"]))
     # Factors that do not fit are no such quantisation.
     with_config(folder, quantization_config=said | dict(weight_block_size=[6, 5]))
-    with pytest.raises(CheckpointError, match=r"has shape \(3, 6\); expected F8_E4M3, .* block of \[6, 5\], \(1, 4\)"):
+    with pytest.raises(CheckpointError, match=r"is F32 \(3, 6\); expected F8_E4M3, .* block of \[6, 5\], \(1, 4\)"):
         read(folder, moe.make_mesh(ep=8))
+
+
+@pytest.mark.parametrize("dtype", ["F8_E8M0", "U8"])
+def test_factors_of_8_bits_are_refused(dtype):
+    """Their bytes are exponents, and not the factors themselves."""
+    stored = {"w": ((4, 6), "F8_E4M3"), "w_scale_inv": ((2, 2), dtype)}
+    said = dict(quant_method="fp8", weight_block_size=[2, 3])
+    tensor, _ = find_quantised(stored, said)["w"]
+    with pytest.raises(CheckpointError, match=rf"'w_scale_inv' is {dtype} \(2, 2\); expected .* read a copy in bf16"):
+        tensor.shape(types.SimpleNamespace(stored=stored.get))
 
 
 def test_codes_of_4_bits_are_read_as_what_they_stand_for(tmp_path):

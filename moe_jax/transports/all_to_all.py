@@ -331,9 +331,8 @@ class Ragged(AllToAll):
         return f"the compiler for {plan.hardware.name} refuses a ragged exchange on more than {most} devices"
 
     def automatic(self, plan: Plan):
-        return plan.platform != "cpu" and not self.remark(
-            plan
-        )  # which has no such instruction, and emulates it by equal blocks
+        # On CPUs, which have no such instruction, equal blocks emulate it.
+        return plan.platform != "cpu" and not self.remark(plan)
 
     def source_of_rates(self, machine):
         costly = {"ragged_share": machine.ragged_share < 1, "relayout_passes": machine.relayout_passes > 0}

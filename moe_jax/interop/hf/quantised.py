@@ -19,6 +19,7 @@ import numpy as np
 from moe_jax.errors import CheckpointError
 
 READ_AS = "BF16"  # as safetensors names it
+_FACTORS = ("F32", "BF16", "F16")  # of blocks in fp8; the bytes of other dtypes are not the factors themselves
 # By code; the other eight are the same with a minus.
 _E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
 _E2M1 = np.concatenate([_E2M1, -_E2M1])
@@ -68,12 +69,13 @@ class Blocks8:
     block: tuple[int, int]
 
     def shape(self, files: Stored) -> tuple[int, ...]:
-        shape, dtype = files.stored(self.codes)
+        (shape, dtype), (found, kind) = files.stored(self.codes), files.stored(self.factors)
         expected = (*shape[:-2], *(-(-extent // size) for extent, size in zip(shape[-2:], self.block, strict=True)))
-        if dtype != "F8_E4M3" or len(shape) < 2 or files.stored(self.factors)[0] != expected:
+        if dtype != "F8_E4M3" or len(shape) < 2 or found != expected or kind not in _FACTORS:
             raise CheckpointError(
-                f"{self.codes!r} is {dtype} {shape}, and {self.factors!r} has shape {files.stored(self.factors)[0]}; "
-                f"expected F8_E4M3, and a factor for each block of {list(self.block)}, {expected}; fetch them again"
+                f"{self.codes!r} is {dtype} {shape}, and {self.factors!r} is {kind} {found}; expected F8_E4M3, and a "
+                f"factor ({', '.join(_FACTORS)}) for each block of {list(self.block)}, {expected}; fetch them again, "
+                "or read a copy in bf16"
             )
         return shape
 
