@@ -171,7 +171,7 @@ def run_of(config, state, decoder):
         job=job,
         state=state,
         decoder=decoder,
-        places=state.balance.places(decoder.plan),
+        places=state.balance.places(decoder.plan, config.balance.mode),
         done_steps=0,
         record=records.append,
         records=records,
@@ -228,6 +228,9 @@ def test_twenty_moves_compile_nothing_and_keep_every_expert(caplog):
             found = [np.asarray(tree["blocks"][str(i)]["moe"]["w_up"])[:, 0] for i in range(LAYERS)]
             np.testing.assert_array_equal(found, first + after.placement.physical_to_logical)
     assert compiled[0] >= 1 and not any(compiled[1:])
+    # A run that goes on in another mode reads no shares, and does not count with them.
+    assert (held.places(plan, "load").shares == after.shares).all() and after.shares.any()
+    assert not held.places(plan, "token").shares.any()
     run.state, run.done_steps = dataclasses.replace(run.state, balance=load_of(np.ones((LAYERS, EXPERTS)))), 99
     loop._rebalance(run)  # towards an even load it may move
     settled, run.done_steps = run.state.params, 102

@@ -166,14 +166,14 @@ class AllGather(Transport):
 
 
 def _pass_out(plan: Plan, size, message: int) -> int:
-    """The steps that take tokens as messages to all ranks, and pick rows out of them."""
+    """Bytes of the passes that take tokens as messages to all ranks, and pick rows out of them."""
     coded = recoded(size, message, plan.tokens_per_rank) + recoded(size, message, size.arrived)
     moved = (plan.tokens_per_rank + size.everyone) * message if plan.ep_size * plan.tp_size > 1 else 0
     return coded + moved + 2 * size.arrived * message
 
 
 def _pass_back(plan: Plan, size, message: int) -> int:
-    """The steps that sum the rows of products for all tokens, and add the sums of the ranks."""
+    """Bytes of the passes that sum the rows of products for all tokens, and add the sums of the ranks."""
     sums = size.everyone * (plan.pairs_per_token * size.row + size.wide)
     moved = (size.everyone + plan.tokens_per_rank) * size.wide if plan.ep_size * plan.tp_size > 1 else 0
     return 2 * recoded(size, message, size.arrived) + sums + moved

@@ -152,7 +152,7 @@ class Transport(abc.ABC):
         """The steps of a round that move rows, or say where rows go and what they weigh: exchanges and passes.
 
         The phase of a step is "route", "dispatch" or "combine", see ``moe_jax.plan.steps``. Products are no part of
-        them. ``size`` has the extents of a round, see ``moe_jax.plan.cost``; ``backward`` says whether to add the
+        them. ``size`` has the extents of a round, see ``moe_jax.plan.size``; ``backward`` says whether to add the
         backward pass.
         """
 

@@ -262,7 +262,7 @@ class Hierarchy(Transport):
 
 
 def _pass_out(plan: Plan, size, message: int) -> int:
-    """The steps that take tokens as messages to the nodes, inside nodes to the experts, and put them in order there."""
+    """Bytes of the passes that take tokens as messages to the nodes and inside them to the experts, and order them."""
     coded = recoded(size, message, plan.tokens_per_rank) + recoded(size, message, size.arrived)
     packed = 2 * size.sent * message + 4 * size.node_slots * message
     moved = (size.sent + size.slots) * message if plan.ep_size > 1 else 0
@@ -271,7 +271,7 @@ def _pass_out(plan: Plan, size, message: int) -> int:
 
 
 def _pass_back(plan: Plan, size, message: int) -> int:
-    """The steps that sum the rows of products inside their node, and add the sums of the nodes."""
+    """Bytes of the passes that sum the rows of products inside their node, and add the sums of the nodes."""
     inside = 2 * size.slots * size.row if plan.ep_size > plan.num_nodes else 0
     sums = size.node_slots * (plan.pairs_per_token * size.row + size.wide + 3 * message)
     return unplaced_bytes(plan, size) + inside + sums + plan.tokens_per_rank * (plan.num_nodes * message + size.wide)

@@ -69,9 +69,10 @@ class Balance:
             num_ranks=plan.ep_size,
         )
 
-    def places(self, plan: moe.Plan) -> Places:
-        """The same, on the host."""
+    def places(self, plan: moe.Plan, mode: str) -> Places:
+        """The same, on the host, as the layer reads it in this `mode`: equal shares unless that is "load"."""
         experts, shares = map(np.asarray, jax.device_get((self.experts, self.shares)))
+        shares = shares if mode == "load" else np.zeros_like(shares)
         return Places(replace(self.placement(plan), physical_to_logical=experts), shares)
 
 

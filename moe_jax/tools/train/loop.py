@@ -282,6 +282,10 @@ def _start(job: Job) -> Run:
     events = EventFile(folder.path, done_steps=done_steps)
     if events.missing:
         job.progress.note(f"{PACKAGE} is not installed, so there will be nothing for TensorBoard; {REMEDY}")
+    if config.balance is not None and state.balance is not None:
+        places = state.balance.places(decoder.plan, config.balance.mode)
+    else:
+        places = first_places(config, job.model.layers)
     return Run(
         job,
         decoder,
@@ -293,7 +297,7 @@ def _start(job: Job) -> Run:
         rows,
         reader,
         state,
-        first_places(config, job.model.layers) if state.balance is None else state.balance.places(decoder.plan),
+        places,
         done_steps,
         begun_steps=done_steps,
         saved_steps=done_steps,

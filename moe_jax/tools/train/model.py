@@ -135,6 +135,7 @@ class Decoder:
     Attributes:
       config: the section [model].
       mesh: where the model lies.
+      plan: the plan of each layer.
       make: makes the module with parameters that are drawn from its argument.
       graph: the module without its parameters.
       shardings: a tree like the parameters, which says how each lies on the mesh.
@@ -142,7 +143,7 @@ class Decoder:
 
     config: ModelConfig
     mesh: Mesh
-    plan: moe.Plan  # of each layer
+    plan: moe.Plan
     make: Callable[[nnx.Rngs], Transformer]
     graph: nnx.GraphDef[Transformer]
     shardings: Params
