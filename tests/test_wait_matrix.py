@@ -157,6 +157,9 @@ ZEROS = np.zeros((4, 3, 3))
         ((ZEROS, ZEROS), {"times": 0.5}, errors.InvalidArgumentError, "times=0.5"),
         ((ZEROS, ZEROS), {"share": 0.0}, errors.InvalidArgumentError, "share=0.0"),
         ((ZEROS, ZEROS), {"share": 1.5}, errors.InvalidArgumentError, "share=1.5"),
+        ((ZEROS, ZEROS), {"share": None}, errors.InvalidArgumentError, "share=None"),
+        ((ZEROS, ZEROS), {"at_least": "1ms"}, errors.InvalidArgumentError, "at_least='1ms' must be a number"),
+        (([[[0]], [[0, 1]]], ZEROS), {}, errors.ShapeError, "ready is no array, but lists of several lengths"),
     ],
 )
 def test_bad_input(arguments, options, error, text):

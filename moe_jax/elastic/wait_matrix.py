@@ -1,6 +1,7 @@
 """Who waits for whom: from the waits of many steps to the rank, the receiver or the link that is slow."""
 
 import dataclasses
+import numbers
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -101,11 +102,11 @@ def find_stragglers(
     check_count("warm_up", warm_up, low=0)
     if warm_up >= len(ready):
         raise InvalidArgumentError(f"warm_up={warm_up} leaves none of {len(ready)} steps; measure more")
-    for name, value, low, high in (("at_least", at_least, 0, np.inf), ("times", times, 1, np.inf)):
-        if not low <= value < high:
+    for name, value, low in (("at_least", at_least, 0), ("times", times, 1)):
+        if not _is_number(value) or not low <= value < np.inf:
             raise InvalidArgumentError(f"{name}={value!r} must be a number of at least {low}")
-    if not 0 < share <= 1:
-        raise InvalidArgumentError(f"share={share!r} must be above 0 and at most 1")
+    if not _is_number(share) or not 0 < share <= 1:
+        raise InvalidArgumentError(f"share={share!r} must be a number above 0 and at most 1")
     rule = _Rule(at_least, times, share)
     ready, travel = ready[warm_up:], travel[warm_up:]
     found = _slow_ranks("compute", _over_others(ready, 0.5, "higher", axis=1), rule)
@@ -118,7 +119,10 @@ def find_stragglers(
 
 def check_waits(name: str, waits: Any) -> np.ndarray:
     """``waits`` as an array of float64; raises unless they are [S, R, R] finite numbers, none of them negative."""
-    waits = np.asarray(waits)
+    try:
+        waits = np.asarray(waits)
+    except ValueError:  # lists of several lengths
+        raise ShapeError(f"{name} is no array, but lists of several lengths; expected [S, R, R]") from None
     if waits.ndim != 3 or not len(waits) or waits.shape[1] != waits.shape[2] or waits.shape[1] < 2:
         raise ShapeError(
             f"{name} has shape {waits.shape}; expected [S, R, R], S steps of R ranks, at least one and two: stack the "
@@ -136,6 +140,10 @@ def in_words(microseconds: float) -> str:
     if microseconds < 100:
         return f"{microseconds:.0f} us"
     return f"{microseconds / 1e3:.1f} ms" if microseconds < 1e6 else f"{microseconds / 1e6:.1f} s"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 class _Rule(NamedTuple):
