@@ -367,6 +367,14 @@ def test_factors_of_8_bits_are_refused(dtype):
         tensor.shape(types.SimpleNamespace(stored=stored.get))
 
 
+@pytest.mark.parametrize(("codes", "exponents"), [((4,), (4,)), ((2, 4, 3, 16), (2, 4, 1))])
+def test_codes_of_4_bits_that_do_not_fit_are_refused(codes, exponents):
+    stored = {"w_blocks": (codes, "U8"), "w_scales": (exponents, "U8")}
+    tensor, _ = find_quantised(stored, dict(quant_method="mxfp4"))["w"]
+    with pytest.raises(CheckpointError, match=r"'w_blocks' is U8 \(.* expected U8 \[\.\.\., R, G, 16\]"):
+        tensor.shape(types.SimpleNamespace(stored=stored.get))
+
+
 def test_codes_of_4_bits_are_read_as_what_they_stand_for(tmp_path):
     """gpt-oss: two numbers in a byte, the first in its low half; groups of 4 along H, and of 2 along F."""
     rng, meant, table = np.random.default_rng(1), {}, [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]

@@ -95,6 +95,7 @@ def moe_layer(
       shares: [E_logical, F - 1] f32, of the instances in ``table``, with ``balance="load"`` only; None: equal ones.
       rank_table: [4 + 2 * ep] i32, who is left, see ``dispatch``: tokens of removed ranks get nothing from routed
         experts. Without ``table`` the router must not choose the experts that are gone; choices that do are dropped.
+        Ids of weightless experts stay what they are, whoever is gone.
       chunks: a divisor of T. The tokens pass in this many chunks, each with its share of ``plan.pair_capacity``, and
         no chunk waits for another: while one is multiplied, the next can travel. Values are those of chunks=1, except
         that overflow="drop" may drop other pairs. ``num_rounds`` is that of the chunk that needed most.

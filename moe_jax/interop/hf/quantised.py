@@ -106,12 +106,13 @@ class Microscaled4:
     exponents: str
 
     def shape(self, files: Stored) -> tuple[int, ...]:
-        (*lead, rows, groups, width), dtype = files.stored(self.codes)
-        if dtype != "U8" or files.stored(self.exponents) != ((*lead, rows, groups), "U8"):
+        (shape, dtype), exponents = files.stored(self.codes), files.stored(self.exponents)
+        if dtype != "U8" or len(shape) < 3 or exponents != (shape[:-1], "U8"):
             raise CheckpointError(
-                f"{self.codes!r} is {dtype} {(*lead, rows, groups, width)}, and {self.exponents!r} is "
-                f"{files.stored(self.exponents)}; expected U8, and an exponent for each group; fetch the files again"
+                f"{self.codes!r} is {dtype} {shape}, and {self.exponents!r} is {exponents[1]} {exponents[0]}; expected "
+                "U8 [..., R, G, 16], and an exponent for each group, U8 [..., R, G]; fetch the files again"
             )
+        *lead, rows, groups, width = shape
         return (*lead, groups * width * 2, rows)
 
     def read(self, files: Stored, index: Index) -> np.ndarray:
