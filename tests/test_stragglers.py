@@ -171,6 +171,7 @@ BAD = [
     (["--mesh", "ep=4,tp=2"], "as in --mesh ep=8"),
     (["--mesh", "ep=1"], "the mesh has one rank"),
     (["--picture", "waits.txt"], "must end in .png"),
+    (["--out", "nowhere/waits.json"], "--out='nowhere/waits.json' cannot be written"),
     (["--from", "none.json"], "none.json: cannot be read"),
     (["--from", "waits.json", "--steps", "3"], "--steps does not go with --from"),
     (["--from", "waits.json", "--inject", "compute:1=20ms"], "--inject does not go with --from"),

@@ -20,11 +20,15 @@ def check_picture(path: str | Path) -> None:
       InvalidArgumentError: the ending of the name is not one of ``FORMATS``, or its folder cannot be written.
     """
     require("matplotlib", "a picture")
-    path = Path(path)
-    if path.suffix not in FORMATS:
+    if Path(path).suffix not in FORMATS:
         raise InvalidArgumentError(f"picture={str(path)!r} must end in {', '.join(FORMATS)}; give another file")
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InvalidArgumentError(f"picture={str(path)!r} cannot be written; give a file in a folder that can")
+    check_writable("picture", path)
+
+
+def check_writable(name: str, path: str | Path) -> None:
+    """Raises InvalidArgumentError unless the argument ``name`` is a path at which a file can be written."""
+    if Path(path).is_dir() or not os.access(Path(path).parent, os.W_OK):
+        raise InvalidArgumentError(f"{name}={str(path)!r} cannot be written; give a file in a folder that can")
 
 
 def new_figure(width: float, height: float) -> Any:

@@ -12,7 +12,7 @@ from moe_jax.config import Config, MeshConfig
 from moe_jax.elastic.wait_matrix import Straggler, find_stragglers, in_words
 from moe_jax.errors import InvalidArgumentError, check_count
 from moe_jax.mesh import ensure_devices, make_mesh
-from moe_jax.tools.drawing import check_picture, save_asked
+from moe_jax.tools.drawing import check_picture, check_writable, save_asked
 from moe_jax.tools.stragglers.faults import parse_duration, parse_faults
 from moe_jax.tools.stragglers.measure import Layer, layer_of, measure, small_layer
 from moe_jax.tools.stragglers.picture import draw_waits, heat_map
@@ -63,6 +63,8 @@ def run(
     least = 1e6 * parse_duration("--at-least", at_least)
     if picture is not None:
         check_picture(picture)
+    if out is not None:
+        check_writable("--out", out)
     if given is not None:
         waits = read_waits(Path(given))
     else:
