@@ -342,9 +342,9 @@ def test_a_killed_run_loses_only_what_came_after_the_last_save(folder):
 
 @pytest.mark.slow
 def test_a_signal_while_compiling_is_answered_and_a_second_one_leaves_at_once(folder, monkeypatch):
-    """Eight layers take much longer to compile, with all optimisations, than the seconds that are allowed here."""
+    """Twelve layers take much longer to compile, with all optimisations, than the seconds that are allowed here."""
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
-    (folder / "mini.toml").write_text(MINIATURE.replace("layers = 1", "layers = 8"))
+    (folder / "mini.toml").write_text(MINIATURE.replace("layers = 1", "layers = 12"))
     with start(folder, stderr=subprocess.PIPE) as process:
         until(process, name="compiling the step")
         time.sleep(3)  # tracing is over: XLA has the main thread
