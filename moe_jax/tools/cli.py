@@ -52,6 +52,8 @@ def _make_parser() -> argparse.ArgumentParser:
         prog="moe_jax",
         description="Distributed Mixture-of-Experts for JAX. Where a mesh needs more CPU devices, they are emulated.",
         allow_abbrev=False,
+        # One column for the texts in every version of Python; names that are too long for it have a line of their own.
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=14),
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
