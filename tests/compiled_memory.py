@@ -40,10 +40,15 @@ def facts() -> list[dict[str, Any]]:
 
 def name_of(fact: dict[str, Any]) -> str:
     """A line in short, as pytest shows it."""
-    mesh = f"ep={fact['ep']},tp={fact['tp']}" + (f",nodes={fact['nodes']}" if fact["nodes"] > 1 else "")
-    mesh += f",chunks={fact['chunks']}" if fact["chunks"] > 1 else ""
+    last = mesh_of(fact) + (f",chunks={fact['chunks']}" if fact["chunks"] > 1 else "")
+    last += ",weighed" if fact["weigh_inputs"] else ""
     words = (fact["target"], fact["workload"], fact["program"], fact["dtype"], fact["param_dtype"], fact["transport"])
-    return " ".join((*words, mesh))
+    return " ".join((*words, last))
+
+
+def mesh_of(fact: dict[str, Any]) -> str:
+    """The mesh in words."""
+    return f"ep={fact['ep']},tp={fact['tp']}" + (f",nodes={fact['nodes']}" if fact["nodes"] > 1 else "")
 
 
 def plan_of(fact: dict[str, Any], mesh: Any = None) -> moe.Plan:
@@ -94,10 +99,12 @@ def build(devices: Sequence[Any], fact: dict[str, Any]) -> tuple[Any, tuple[Any,
             return moe.dispatch(x, ids, plan).x
 
         return jax.shard_map(sent, mesh=mesh, in_specs=spec, out_specs=spec), (x, ids)
-    init, apply = moe.moe_on_mesh(mesh, plan, moe.RouterConfig(), ffn=ffn, chunks=fact["chunks"])
+    init, apply = moe.moe_on_mesh(
+        mesh, plan, moe.RouterConfig(), ffn=ffn, chunks=fact["chunks"], weigh_inputs=fact["weigh_inputs"]
+    )
     shapes = jax.eval_shape(init, jax.random.key(0))
     params = {
-        name: placed(a.shape, a.dtype if name == "router" else fact["param_dtype"], param_spec(name, plan))
+        name: placed(a.shape, fact["router" if name == "router" else "param_dtype"], param_spec(name, plan))
         for name, a in shapes.items()
     }
     return (apply, (params, x)) if fact["program"] == "forward" else (with_backward(apply), (params, x, x))

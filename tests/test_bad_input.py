@@ -502,7 +502,7 @@ LAYER = [
             ({"token_mask": zeros(4 * T, dtype=np.int8)}, DtypeError, "token_mask", "int8", ".astype(bool)"),
             *wrong_params(E, F),
             *unknown("balance", "rnk", "rank"),
-            ({"balance": ["rank"]}, InvalidArgumentError, "balance=['rank']", "known: rank, token"),
+            ({"balance": ["rank"]}, InvalidArgumentError, "balance=['rank']", "known: load, rank, token"),
             ({"rank_table": [1, 4]}, DtypeError, "rank_table is a list"),
             ({"table": [[1, 0]]}, DtypeError, "table is a list"),
             ({"params": params_of(E, F + 1)}, InvalidArgumentError, "params: 'w_up'", "7", "divisible by tp=2"),
@@ -695,7 +695,9 @@ def test_numpy_numbers_serve_where_numbers_are_wanted():
     sizes = {name: np.int8(value) for name, value in SIZES.items() if name != "dtype"} | {"dtype": np.dtype("float32")}
     plan = moe.make_plan(moe.make_mesh(ep=np.int64(2), tp=np.uint8(2)), **sizes, num_zero_experts=np.int32(0))
     assert plan == PLAN and hash(plan) == hash(PLAN)
-    assert all(type(value) in (int, str, bool, tuple) for name, value in _compat.fields_of(plan).items() if name != "hardware")
+    assert all(
+        type(value) in (int, str, bool, tuple) for name, value in _compat.fields_of(plan).items() if name != "hardware"
+    )
     scaled = [moe.make_plan(MESH, **SIZES, capacity_factor=one) for one in (1, 1.0, np.float32(1), np.int64(1))]
     assert len({plan.pair_capacity for plan in scaled}) == 1
     large = [moe.make_plan(MESH, **SIZES, capacity_factor=factor) for factor in (2, 1e308, 10**400, np.float32(3e38))]

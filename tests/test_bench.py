@@ -126,7 +126,7 @@ def test_baselines_equal_the_reference(make, ep, tp, activation):
 @pytest.mark.slow
 @pytest.mark.parametrize("ep,tp", BASELINE_MESHES)
 def test_one_hot_drops_what_does_not_fit(ep, tp):
-    """Per device and expert the first 2 * T * K / E copies stay, all first choices before the second ones."""
+    """Per device and expert the first 2 * T * K / E pairs stay, all first choices before the second ones."""
     setting = setting_of(ep, tp, dataclasses.replace(TINY, pattern="zipf"))
     data, kept = setting.data, np.zeros((len(setting.data.ids), 2), bool)
     params, x = wide((data.params, data.x))
@@ -149,7 +149,7 @@ def test_one_hot_drops_what_does_not_fit(ep, tp):
 
 @pytest.mark.slow
 def test_the_minimal_layer_counts_what_has_no_room():
-    """All 2 x 8 copies of each of 4 devices go to rank 0, and as many rows as a pair of ranks moves arrive."""
+    """All 2 x 8 pairs of each of 4 devices go to rank 0, and as many rows as a pair of ranks moves arrive."""
     setting = setting_of(4, 1, dataclasses.replace(TINY, pattern="one rank"))
     apply = minimal_layer(setting.mesh, setting.plan, "swiglu")
     dropped = jax.jit(apply)(setting.data.params, setting.data.x)[1]
@@ -197,7 +197,7 @@ def test_wrong_results_are_refused():
         check.check_layer(setting, (1.001 * y, stats))
     with pytest.raises(check.WrongResult, match="not those of the workload"):
         check.check_layer(setting, (y, dataclasses.replace(stats, load=jnp.roll(stats.load, 1) + jnp.arange(8))))
-    with pytest.raises(check.WrongResult, match="dropped 3 copies"):
+    with pytest.raises(check.WrongResult, match="dropped 3 pairs"):
         check.check_layer(setting, (y, dataclasses.replace(stats, num_dropped=jnp.int32(3))))
     limit = jax.jit(dense_limit(setting.mesh, setting.plan, "swiglu")[0])(data.params, data.rows)
     check.check_limit(setting, limit)
@@ -218,7 +218,7 @@ def test_a_wrong_gradient_is_refused_and_drops_are_no_error():
     with pytest.raises(check.WrongResult, match=words):
         check.check_agreement(setting, program, right, wrong)
     note = check.check_agreement(setting, program, right, ((y, jnp.int32(5)), wrong[1]))
-    assert note == f"5 of {2 * 8 * 2} copies dropped"
+    assert note == f"5 of {2 * 8 * 2} pairs dropped"
 
 
 def test_tolerances_widen_with_the_wire():
@@ -252,7 +252,7 @@ def test_estimates_by_hand():
 
 @pytest.mark.slow
 def test_minima_by_hand():
-    """ep=2, balanced: half the 16 copies of a device leave. 16 hidden, 12 ffn; 16 rows arrive, 4 experts x 4."""
+    """ep=2, balanced: half the 16 pairs of a device leave. 16 hidden, 12 ffn; 16 rows arrive, 4 experts x 4."""
     setting = setting_of(2, 1, quant="int8")
     forward, both = (measure.minima(setting, phase) for phase in programs.PASSES)
     row = recipe("int8", "float32").row_bytes(16)
@@ -301,7 +301,7 @@ def test_the_command(config, tmp_path, capsys, monkeypatch):
         assert set(phase["seconds"]) == set(phase["contracts"]) == {"dense limit", "layer", *programs.BASELINES}
         assert phase["wire_bytes"] >= phase["minimum"]["wire_bytes"] > 0
         assert phase["contracts"]["dense limit"]["wire_bytes"] == 0
-    assert record["phases"]["forward"]["minimum"]["wire_bytes"] == 32 * 8 * 4 * 2  # half of 64 copies, fp32, two ways
+    assert record["phases"]["forward"]["minimum"]["wire_bytes"] == 32 * 8 * 4 * 2  # half of 64 pairs, fp32, two ways
     assert "of the dense limit" in printed and "faster than ragged_dot" in printed
     assert "collectives (minimum)" in printed and "(2)" in printed and "instructions (dense limit, minimal)" in printed
     assert "checked all experts, forward + backward" in progress

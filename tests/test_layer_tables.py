@@ -78,12 +78,14 @@ def value_and_grads(apply):
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
 
 
-@pytest.mark.parametrize("transport", ["padded", pytest.param("allgather", marks=pytest.mark.slow)])
-def test_tables_of_instances_change_nothing_and_never_retrace(transport):
+@pytest.mark.parametrize(
+    "transport,balance", [("padded", "load"), pytest.param("allgather", "rank", marks=pytest.mark.slow)]
+)
+def test_tables_of_instances_change_nothing_and_never_retrace(transport, balance):
     rng = np.random.default_rng(0)
     _, apply = make(mesh_of(EP, TP), transport=transport)
     chex.clear_trace_counter()
-    run = value_and_grads(chex.assert_max_traces(lambda *args, **kw: apply(*args, **kw), 1))
+    run = value_and_grads(chex.assert_max_traces(lambda *args, **kw: apply(*args, **kw, balance=balance), 1))
     params = logical_params(rng)
     width = None
     for pattern in ("random", "one_rank", "masked"):
@@ -93,7 +95,31 @@ def test_tables_of_instances_change_nothing_and_never_retrace(transport):
         assert width in (None, table.shape)
         width = table.shape
         x, mask = steered_tokens(pattern, rng, T * EP * TP, EP)
-        compare(run, params, owner, x, mask, rng, table=table)
+        shares = {"shares": rng.integers(0, 9, (EXPERTS, width[1] - 1)).astype(np.float32) / 8}
+        compare(run, params, owner, x, mask, rng, table=table, **shares if balance == "load" else {})
+
+
+@pytest.mark.slow
+def test_choices_are_those_of_logical_experts_and_replay_under_any_table():
+    """What was chosen under one table and split by load is the same sum under another one, split in another way."""
+    rng = np.random.default_rng(5)
+    _, apply = make(mesh_of(EP, TP))
+    params = logical_params(rng)
+    x, mask = steered_tokens("masked", rng, T * EP * TP, EP)
+    run = jax.jit(apply, static_argnames=("balance", "return_routing"))
+    given, results = {}, []
+    for balance in ("load", "rank", "token"):
+        owner = rng.permutation(np.concatenate([np.arange(EXPERTS), rng.integers(0, EXPERTS, INSTANCES - EXPERTS)]))
+        y, stats = run(
+            on_instances(params, owner), x, mask, table=table_of(owner), balance=balance, return_routing=True, **given
+        )
+        results.append((y, stats))
+        given = {"routing": stats.routing}
+    expected, routing = reference.moe_layer(params, x, moe.RouterConfig(), top_k=K, token_mask=mask)
+    for y, stats in results:
+        assert_close("y", y, expected)
+        np.testing.assert_array_equal(stats.load, routing.load)
+        np.testing.assert_array_equal(stats.routing[0], np.where(mask[:, None], routing.expert_ids, -1))
 
 
 def test_a_killed_rank_takes_no_expert_with_it():
@@ -186,5 +212,8 @@ def test_bad_input():
         apply(params, x, table=np.zeros(EXPERTS, np.int32))
     with pytest.raises(moe.MoEError, match="rank_table has shape"):
         apply(params, x, table=table_of(np.arange(INSTANCES) % EXPERTS), rank_table=np.zeros(3, np.int32))
+    for given in ({"balance": "load"}, {"table": table_of(np.arange(INSTANCES) % EXPERTS)}):  # the other one is missing
+        with pytest.raises(moe.errors.UnexpectedArgumentError, match="shares was given"):
+            apply(params, x, shares=np.ones((EXPERTS, INSTANCES), np.float32), **given)
     with pytest.raises(moe.errors.UnsupportedError, match="int8_static"):
         make(mesh_of(EP, TP), quant="int8_static")

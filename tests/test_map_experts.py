@@ -15,6 +15,7 @@ from helpers import mesh_of, small_integers
 from jax.sharding import PartitionSpec as P
 
 import moe_jax as moe
+from moe_jax import reference
 
 T, H, WIDE, E, K = 4, 3, 5, 8, 2
 
@@ -121,6 +122,52 @@ def test_values_and_gradients_on_every_mesh(ep, tp, pattern):
 def test_one_device_and_results_of_tp_ranks_are_added():
     check(1, 1, "masked")
     check(2, 2, "masked")
+
+
+def test_tables_send_every_pair_to_the_instance_that_the_oracle_says():
+    """A row's result is the instance that made it: two choices of a token, told apart by their weights.
+
+    Two groups of devices with experts of their own, tp ranks and chunks, each of which is split for itself; choices
+    that are none or of no expert, padding; another table and other shares in the same program. Statistics are those of
+    the logical experts.
+    """
+    dp, ep, tp, chunks, tokens, instances = 2, 2, 2, 2, 12, 6
+    mesh = jax.make_mesh((dp, ep, tp), ("dp", "ep", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    sizes = {"tokens_per_rank": tokens, "hidden": H, "num_experts": instances, "top_k": K, "dtype": "float32"}
+    plan = moe.make_plan(mesh, token_axes=("dp", "ep", "tp"), **sizes, num_zero_experts=1)
+
+    def names(ids, rows, group_sizes):
+        return jnp.repeat(ids, group_sizes, total_repeat_length=rows.shape[0])[:, None] + jnp.zeros((1, H))
+
+    def shard(*given):
+        *data, mask, table, shares = given
+        return moe.map_experts(
+            names, *data, plan, token_mask=mask, table=table, balance="load", shares=shares, chunks=chunks
+        )
+
+    everyone = P(plan.token_axes)
+    specs = (P("ep"), everyone, everyone, everyone, everyone, P(), P())
+    run = jax.jit(jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=(everyone, P())))
+    rng, ranks = np.random.default_rng(0), dp * ep * tp
+    weights = np.tile(np.array([1, 64], np.float32), (ranks * tokens, 1))
+    x = np.ones((ranks * tokens, H), np.float32)
+    for slots in ([0, 1, 2, 0, 0, 1], [1, 0, 0, 2, 2, 2]):
+        placement = moe.Placement(physical_to_logical=np.array(slots), num_logical_experts=3, num_ranks=ep)
+        table, shares = placement.table(4), rng.choice([0, 0.25, 0.5, 1], (3, 4)).astype(np.float32)
+        ids = rng.choice([-1, 0, 0, 0, 1, 2, 3, 4], (ranks * tokens, K)).astype(np.int32)  # 3 is the zero expert
+        mask = rng.random(ranks * tokens) < 0.9
+        y, stats = run(np.arange(instances, dtype=np.float32), x, ids, weights, mask, table, shares)
+        logical = np.where(mask[:, None] & (ids < 3), ids, -1).reshape(dp, ep * tp * chunks, tokens // chunks, K)
+        wanted = np.zeros(logical.shape)
+        for group, part in np.ndindex(dp, ep * tp * chunks):
+            wanted[group, part], _ = reference.update_expert(
+                logical[group, part], table, rank=part, ep_size=ep * tp * chunks, balance="load", shares=shares
+            )
+        wanted = np.where(wanted >= 0, wanted * tp, 0).reshape(-1, K) @ [1, 64]
+        np.testing.assert_array_equal(y, np.repeat(wanted[:, None], H, axis=1))
+        active = ids[np.repeat(mask[:, None], K, axis=1) & (ids >= 0)]
+        np.testing.assert_array_equal(stats.load, np.bincount(active, minlength=5)[:4])
+    assert run._cache_size() == 1
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import combinations
 from pathlib import Path
 
 import jax
@@ -162,6 +163,84 @@ def test_rearranging_adds_no_replica():
     assert (placement.replica_counts == 1).all()
     linear = moe.Placement(physical_to_logical=np.arange(16, dtype=np.int32), num_logical_experts=16, num_ranks=4)
     assert moe.expected_imbalance(load, placement) < 1.01 < 1.9 < moe.expected_imbalance(load, linear)
+
+
+# --- shares -----------------------------------------------------------------------------------------------------------
+
+
+def least_largest(load, placement):
+    """The least that the fullest rank can have: of all sets of ranks, the most that lies there alone, per rank."""
+    ranks = np.arange(placement.num_physical_experts) // placement.slots_per_rank
+    homes = [set(ranks[placement.physical_to_logical == e].tolist()) for e in range(len(load))]
+    subsets = (set(s) for n in range(1, placement.num_ranks + 1) for s in combinations(range(placement.num_ranks), n))
+    return max(sum(load[e] for e, home in enumerate(homes) if home <= some) / len(some) for some in subsets)
+
+
+def carried(load, placement, shares):
+    """[R] loads of one layer, one replica after the other."""
+    found, table = np.zeros(placement.num_ranks), placement.table(shares.shape[-1])
+    for e, row in enumerate(table):
+        for i, slot in enumerate(row[1 : 1 + row[0]]):
+            found[slot // placement.slots_per_rank] += load[e] * float(shares[e, i])
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_no_shares_make_the_fullest_rank_lighter(data):
+    num_ranks, slots = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 4))
+    num_experts = data.draw(st.integers(1, num_ranks * slots))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**31)))
+    experts = np.concatenate([np.arange(num_experts), rng.integers(0, num_experts, num_ranks * slots - num_experts)])
+    sizes = {"num_logical_experts": num_experts, "num_ranks": num_ranks}
+    placement = moe.Placement(physical_to_logical=rng.permutation(experts), **sizes)
+    load = rng.choice([0, 1, 1, 2, 3, 100, 10**6], num_experts)
+    columns = num_ranks * slots
+    shares = placement.shares(load, columns)
+    assert shares.dtype == np.float32 and shares.shape == (num_experts, columns) and (shares >= 0).all()
+    np.testing.assert_allclose(shares.sum(1), 1, rtol=1e-6)
+    assert (shares[np.arange(columns) >= placement.replica_counts[:, None]] == 0).all()
+    best = carried(load, placement, shares)
+    np.testing.assert_allclose(best.max(), least_largest(load, placement), rtol=1e-6)
+    imbalance = moe.expected_imbalance(load, placement, shares)
+    np.testing.assert_allclose(imbalance * load.sum(), best.max() * num_ranks if load.sum() else 0, rtol=1e-6)
+    assert imbalance <= moe.expected_imbalance(load, placement) * (1 + 1e-6)
+
+
+def test_shares_follow_the_load_where_the_placement_stays():
+    """58 layers of DeepSeek-V3, whose loads have changed since they were placed, in far less than a second."""
+    rng = np.random.default_rng(0)
+    load = 1e4 * rng.gamma(1.0, 1.0, (58, 256))
+    slots = np.concatenate([np.tile(np.arange(256), (58, 1)), np.argsort(-load, axis=1)[:, :64]], axis=1)
+    slots = slots.reshape(58, 5, 64).swapaxes(1, 2).reshape(58, -1).copy()
+    placement = moe.Placement(physical_to_logical=slots, num_logical_experts=256, num_ranks=64)
+    shares = placement.shares(load)
+    assert shares.shape == (58, 256, placement.table().shape[-1] - 1)
+    equal, best = moe.expected_imbalance(load, placement), moe.expected_imbalance(load, placement, shares)
+    assert (best <= equal * (1 + 1e-6)).all() and (best - 1).mean() < 0.75 * (equal - 1).mean()
+    np.testing.assert_array_equal(placement.shares(np.zeros((58, 256)))[0].sum(1), 1)  # without load they are equal
+    np.testing.assert_allclose(moe.expected_imbalance(load, placement, 3 * np.ones_like(shares)), equal, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("shares", "error", "named"),
+    [
+        ([[1.0]], DtypeError, "shares is a list"),
+        (np.ones((3, 1)), ShapeError, "shares has shape .*at least 2"),
+        (np.ones((2, 2)), ShapeError, "shares has shape"),
+        (np.array([[1, -1], [1, 0], [1, 0]]), InvalidArgumentError, "negative"),
+        (np.array([[1, np.nan], [1, 0], [1, 0]]), InvalidArgumentError, "not finite"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_bad_shares(shares, error, named):
+    placement = moe.Placement(physical_to_logical=np.array([0, 1, 0, 2]), num_logical_experts=3, num_ranks=2)
+    with pytest.raises(error, match=named):
+        moe.expected_imbalance(np.ones(3), placement, shares)
+    with pytest.raises(ShapeError, match="load has shape"):
+        placement.shares(np.ones(4))
+    with pytest.raises(InvalidArgumentError, match="max_replicas=1"):
+        placement.shares(np.ones(3), 1)
 
 
 # --- the data type ----------------------------------------------------------------------------------------------------

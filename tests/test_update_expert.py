@@ -113,7 +113,7 @@ def test_threshold_of_shape_1_k():
 def test_int64_ids():
     ids, table, _ = random_case(0)
     with jax.enable_x64(True):
-        for balance in ("rank", "token"):
+        for balance in ("rank", "token", "load"):
             check(ids.astype(np.int64), table, rank=3, ep_size=4, balance=balance)
     with pytest.raises(errors.DtypeError, match="jax_enable_x64"):
         moe_jax.update_expert(ids.astype(np.int64), table, rank=3, ep_size=4)
@@ -181,17 +181,134 @@ def test_a_mask_is_read_token_by_token_and_not_as_a_prefix():
     assert got == ([[5, 5]] * 3, [[False] * 2, [True] * 2, [False] * 2])
 
 
-@pytest.mark.parametrize("balance", ["rank", "token"])
+@pytest.mark.parametrize("balance", ["rank", "token", "load"])
 def test_ids_without_an_instance_never_become_a_neighbours(balance):
     table = np.array([[1, 4, 0], [0, 7, 7], [3, 8, 9], [-1, 7, 7]], np.int32)
     ids = np.array([[-1, 0, 1], [2, 3, 4], [-2, -100, 2**31 - 1]], np.int32)
     assert check(ids, table, rank=1, ep_size=2, balance=balance)[0] == [[-1, 4, -2], [-2, -2, -2], [-2, -2, -2]]
 
 
+# --- by load ---------------------------------------------------------------------------------------------------------
+
+EIGHTHS = np.arange(9) / 8  # shares that are read as they are
+
+
+@functools.cache
+def by_load(size, with_shares):
+    """The ids of all ranks at once, with tables, shares and masks as data."""
+
+    def run(ids, table, shares, mask, rank):
+        options = {"balance": "load", "shares": shares, "token_mask": mask}
+        return moe_jax.update_expert(ids, table, rank=rank, ep_size=size, **options)[0]
+
+    axes = (0, None, None, 0, 0) if with_shares else (0, None, None, None, 0)
+    return jax.jit(jax.vmap(run, axes))
+
+
+def shares_of(table, shares):
+    """[E, F - 1] f64 that sum to 1, zeros behind the instances."""
+    is_instance = np.arange(table.shape[1] - 1) < table[:, :1]
+    weights = np.where(is_instance, is_instance if shares is None else shares, 0.0)
+    weights = np.where(weights.sum(1, keepdims=True) > 0, weights, is_instance)
+    return weights / weights.sum(1, keepdims=True)
+
+
+@hypothesis.given(st.integers(0, 2**31), st.sampled_from([1, 6, 8]))
+def test_by_load_each_instance_gets_its_share(seed, size):
+    """On every rank rounded up or down; and of all ranks within 1 of it where they have equally many pairs."""
+    rng, top_k, width = np.random.default_rng(seed), 2, 5
+    table = random_table(rng, 6, width)
+    chances = rng.dirichlet(np.full(6, 0.5))
+    ids = rng.choice(6, (24, top_k), p=chances).astype(np.int32)
+    ids = np.stack([rng.permutation(ids.ravel()).reshape(ids.shape) for _ in range(size)])  # the same counts everywhere
+    shares = rng.choice(EIGHTHS, (6, width - 1)).astype(np.float32) if size == 8 else None
+    mask = rng.random((size, 24)) < 0.7 if size == 8 else None
+    got = np.asarray(by_load(size, shares is not None)(ids, table, shares, mask, np.arange(size, dtype=np.int32)))
+    counted = np.ones(ids.shape, bool) if mask is None else np.repeat(mask[..., None], top_k, 2)
+    wanted, total = shares_of(table, shares), np.zeros((6, width - 1))
+    for rank in range(size):
+        given = {"rank": rank, "ep_size": size, "balance": "load", "shares": shares}
+        given["token_mask"] = None if mask is None else mask[rank]
+        np.testing.assert_array_equal(got[rank], reference.update_expert(ids[rank], table, **given)[0])
+        for e, row in enumerate(table):
+            mine = got[rank][(ids[rank] == e) & counted[rank]]
+            instances = row[1 : row[0] + 1]
+            found = (mine[:, None] == instances).sum(0)
+            assert found.sum() == len(mine), "an instance of another expert"
+            assert (np.abs(found - len(mine) * wanted[e, : row[0]]) < 1).all()
+            total[e, : row[0]] += found
+    if mask is None:
+        load = np.bincount(ids.ravel(), minlength=6)[:, None]
+        assert (np.abs(total - load * wanted) <= 1).all()
+
+
+def test_by_load_splits_what_by_token_sends_to_one_instance():
+    """Every second token wants the hot expert, as where documents and padding take turns, or two kinds of tokens."""
+    ids, table = np.array([[0], [1]] * 8, np.int32), np.array([[2, 70, 71], [1, 72, -1]], np.int32)
+    hot = {}
+    for balance in ("token", "load"):
+        hot[balance] = check(ids, table, rank=0, ep_size=4, balance=balance)[0][::2]
+    assert hot == {"token": [[70]] * 8, "load": [[70]] * 4 + [[71]] * 4}
+
+
+def test_by_load_single_pairs_of_many_ranks_are_spread_too():
+    """One pair on each rank cannot be split, but the ranks choose all instances equally often."""
+    size, instances = 24, 8
+    table = np.array([[instances, *range(instances)]] * 3, np.int32)
+    ids = np.tile(np.array([[0], [1], [2]], np.int32), (size, 1, 1))
+    got = np.asarray(by_load(size, False)(ids, table, None, None, np.arange(size, dtype=np.int32)))
+    for expert in range(3):
+        assert (np.bincount(got[:, expert, 0]) == size // instances).all()
+    assert len(set(got[0].ravel().tolist())) == 3, "experts of one rank take turns as well"
+
+
+def test_by_load_shares_by_hand():
+    """On rank 1 of 3 the phase is 1/2: g is 1, and m = 1."""
+    ids, mask, rank = np.zeros((1, 8, 1), np.int32), np.ones((1, 8), bool), np.array([1], np.int32)
+    table = np.array([[3, 70, 71, 72, 99]], np.int32)
+    for shares, counts in (
+        ([0.25, 0.5, 0.25, 0], [2, 4, 2]),
+        ([0.125, 0.25, 0.125, 0.5], [2, 4, 2]),  # only their proportion counts, and the last is no instance
+        ([0.5, 0, 0.5, 0], [4, 0, 4]),
+        ([0, 0, 1, 0], [0, 0, 8]),
+        ([np.nan, -1, np.inf, 0], [0, 0, 8]),
+        ([2, 1, 2, 1], [3, 2, 3]),  # what is above 1 is read as 1
+        ([0, 0, 0, 1], [3, 2, 3]),
+    ):
+        given = np.array([shares], np.float32)
+        got = np.ravel(by_load(3, True)(ids, table, given, mask, rank))
+        assert np.repeat([70, 71, 72], counts).tolist() == got.tolist(), shares
+        wanted = reference.update_expert(ids[0], table, rank=1, ep_size=3, balance="load", shares=given)[0]
+        assert np.ravel(wanted).tolist() == got.tolist(), shares
+
+
+def test_by_load_pairs_that_do_not_count_take_no_share():
+    """Masked and pruned pairs go to instance 0, whatever its share, and the others are split as if they were alone."""
+    table, mask = np.array([[2, 70, 71]], np.int32), np.array([True, False, False, True])
+    for shares, wanted in (([1, 1], [70, 70, 70, 71]), ([0, 1], [71, 70, 70, 71])):
+        given = np.array([shares], np.float32)
+        got = by_load(1, True)(np.zeros((1, 4, 1), np.int32), table, given, mask[None], np.zeros(1, np.int32))
+        assert np.ravel(got).tolist() == wanted
+    options = {"balance": "load", "token_mask": mask, "shares": given}
+    options["combine_weights"] = np.array([[0.5, 0.5], [1, 0]] * 2, np.float32)
+    options["pruning_threshold"] = np.array([0.25, 0.25], np.float32)
+    got = check(np.zeros((4, 2), np.int32), table, rank=0, ep_size=1, **options)
+    assert got == ([[71, 71], [70, 70], [70, 70], [71, 70]], [[True] * 2, [False] * 2, [False] * 2, [True, False]])
+
+
+def test_by_load_counts_beyond_what_a_product_of_32_bits_holds():
+    """200,000 pairs of one expert, times shares in steps of 2^-15, are far above 2^31."""
+    shares, many = np.array([[0.3, 0.45, 0.25]], np.float32), 200_000
+    ids, table = np.zeros((1, many, 1), np.int32), np.array([[3, 0, 1, 2]], np.int32)
+    got = by_load(64, True)(ids, table, shares, np.ones((1, many), bool), np.array([5], np.int32))
+    wanted = many * np.rint(shares[0] * 2.0**15) / np.rint(shares * 2.0**15).sum()
+    assert (np.abs(np.bincount(np.ravel(got)) - wanted) < 1).all()
+
+
 # --- traced ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("balance", ["rank", "token"])
+@pytest.mark.parametrize("balance", ["rank", "token", "load"])
 def test_new_tables_masks_and_ranks_do_not_retrace(balance):
     chex.clear_trace_counter()
 
@@ -203,6 +320,8 @@ def test_new_tables_masks_and_ranks_do_not_retrace(balance):
     for seed in range(4):
         ids, table, rng = random_case(seed)
         options = pruning(rng, ids.shape, np.float32, True)
+        if balance == "load":
+            options["shares"] = rng.integers(0, 5, (len(table), table.shape[1] - 1)).astype(np.float32) / 8
         got = run(ids, table, np.int32(seed), options)
         chex.assert_trees_all_equal(
             got, reference.update_expert(ids, table, rank=seed, ep_size=8, balance=balance, **options)
@@ -240,6 +359,8 @@ def test_works_under_differentiation():
 
 T, K, E, F = 4, 2, 3, 3
 WEIGHTS = np.ones((T, K), np.float32)
+SHARES = np.ones((E, F - 1), np.float32)
+BY_LOAD = {"balance": "load"}
 PRUNED = {"combine_weights": WEIGHTS, "pruning_threshold": np.zeros(K, np.float32)}
 
 
@@ -259,6 +380,11 @@ PRUNED = {"combine_weights": WEIGHTS, "pruning_threshold": np.zeros(K, np.float3
         ({"balance": "ranks"}, errors.InvalidArgumentError, "balance='ranks'.*'rank'"),
         ({"balance": 0}, errors.InvalidArgumentError, "balance=0"),
         ({"ep_size": 0}, errors.InvalidArgumentError, "ep_size=0"),
+        ({"rank": 8, "balance": "load"}, errors.InvalidArgumentError, "rank=8.*ep_size=8"),
+        ({"shares": SHARES}, errors.UnexpectedArgumentError, 'balance=.rank.*only balance="load" reads shares'),
+        (BY_LOAD | {"shares": SHARES[:, 1:]}, errors.ShapeError, "shares"),
+        (BY_LOAD | {"shares": SHARES.astype(np.float16)}, errors.DtypeError, "shares"),
+        (BY_LOAD | {"token_mask": np.ones(T + 1, bool)}, errors.ShapeError, "token_mask"),
         ({"rank": -1}, errors.InvalidArgumentError, "rank=-1"),
         ({"rank": 8}, errors.InvalidArgumentError, "rank=8.*ep_size=8"),
         ({"rank": 1.0}, errors.InvalidArgumentError, "rank=1.0"),

@@ -1,4 +1,4 @@
-"""CANN's operators under their own names, parameters, outputs and error codes: for those who come from there.
+"""CANN's operators with their own names, parameters, outputs and error codes, for programs that were written for CANN.
 
 Each operator is called per shard, inside ``shard_map``: a group name is the name of a mesh axis, and the index along
 that axis is the rank. Beside each stands ``<operator>_get_workspace_size``, a host-side call that checks the arguments,

@@ -85,7 +85,7 @@ class Operator:
 
 
 def operator(rules: Rules, num_bytes: Callable[[Call], int]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Makes an operator of a function: its calls must keep to ``rules``, and ``num_bytes`` is their workspace."""
+    """Makes a function an operator: ``rules`` say which calls are legal, and ``num_bytes`` what workspace they take."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         parameters = inspect.signature(function).parameters
@@ -175,7 +175,7 @@ def bind(
 
 
 def stand_in(operator: str, parameters: Collection[str], name: str) -> str | None:
-    """What stands for the argument ``name`` of a C++ call, which ``operator`` lacks; None where it is unknown there."""
+    """What takes the place of the argument ``name`` of a C++ call here; None where no such call has it."""
     name = _snake_case(name)
     if name in parameters:
         return f"here it is {name}"

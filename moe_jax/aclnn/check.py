@@ -181,7 +181,7 @@ def _check_shapes(call: Call, rules: Rules) -> None:
 
 
 def _check_values(call: Call, rules: Rules, product: str | None) -> None:
-    """Attributes and quantities are in the table of ``product``, and no array is given that it does not take."""
+    """Checks attributes and quantities by the table of ``product``, and that it takes all arrays that are given."""
     limits = dict(call.tables())[product]
     for name in filter(call.given, limits.absent):
         alg = f" with comm_alg={call['comm_alg']!r}" if call.attributes.get("comm_alg") else ""

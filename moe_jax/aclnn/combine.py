@@ -180,7 +180,7 @@ def _handle(world: worlds.World, given: dict[str, Any]) -> tuple[DispatchHandle,
     plan, capacity = world.plan, world.capacity
     ledger = worlds.Ledger(plan, given["elastic_info"])
     num_counts = plan.tp_size * plan.num_local_experts * plan.ep_size
-    sums = given["ep_send_counts"][:num_counts].reshape(plan.tp_size, -1)  # scratch of A2's hierarchy may follow
+    sums = given["ep_send_counts"][:num_counts].reshape(plan.tp_size, -1)  # A2's hierarchy may have scratch behind
     recv_counts = ledger.counts(sums)
     ids, mask, table = given["expert_ids"], given["x_active_mask"], given["elastic_info"]
     manifest = worlds.make_manifest(world, ids, mask, table, recv_counts=recv_counts)

@@ -144,7 +144,7 @@ def first_phase_of(function: Callable[..., Any]) -> Callable[..., tuple[int, Exe
 
 
 def _optional(parameter: inspect.Parameter, arrays: tuple[str, ...]) -> inspect.Parameter:
-    """The parameter of an operator as its first phase takes it: it may be missing, and an array may be its shape."""
+    """The parameter of an operator as its first phase takes it: it may be left out, and shapes may stand for arrays."""
     annotation = Any if parameter.name in arrays else parameter.annotation
     if parameter.default is not inspect.Parameter.empty:
         return parameter.replace(annotation=annotation)

@@ -1,9 +1,9 @@
 """What a first phase checks: one call, and the kinds of rules that it must keep to.
 
 The values that a product takes are tables in ``moe_jax.hardware.ascend``. Relations between arguments are rules: rows
-of data in ``rules_exchange``, ``rules_grouped`` and ``rules_small``, each of one of the kinds below. ``check`` asks
-them in CANN's order. Every error carries ``status``, CANN's code, ``rule``, the name of the rule, and ``product``: the
-product that has this rule, or None where the rule holds everywhere.
+of data in ``rules_exchange``, ``rules_grouped`` and ``rules_small``, each of one of the kinds below. ``check`` goes
+through them in CANN's order. Every error carries ``status``, CANN's code, ``rule``, the name of the rule, and
+``product``: the product that has this rule, or None where the rule holds everywhere.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ class Call:
 
     Attributes:
       operator: its name.
-      product: whose limits hold; None: no product's.
+      product: the product whose limits hold; None: those of no product.
       arrays: arrays or their shapes, by parameter; None where one is not given.
       attributes: the other arguments, by parameter.
     """
@@ -60,20 +60,20 @@ class Call:
         return jnp.dtype(self.arrays[name].dtype).name
 
     def in_range(self, name: str) -> bool:
-        """Whether the attribute ``name`` is what every table in force allows."""
+        """Whether every table in force allows the attribute ``name``."""
         value, legal = self[name], [limits.values[name] for _, limits in self.tables() if name in limits.values]
         kind = str if name in WORDS else (int, np.integer)
         return isinstance(value, kind) and not isinstance(value, bool) and all(one.allows(value) for one in legal)
 
     def tables(self) -> Iterator[tuple[str | None, Limits]]:
-        """Every table in force with its product, first the one that holds everywhere."""
+        """Every table in force, with its product. The one that holds everywhere comes first."""
         yield None, ANY[self.operator]
         if self.product is not None:
             limits = PRODUCTS[self.product][self.operator]
             yield self.product, limits.under(self.attributes.get("comm_alg"))
 
     def worded(self, text: str, **words: Any) -> str:
-        """``text`` with ``{name}`` of attributes and of ``words``, ``{name.shape}`` and ``{name.dtype}`` of arrays.
+        """``text`` with its fields filled in: ``{name}`` (attributes, ``words``), ``{name.shape}``, ``{name.dtype}``.
 
         ``{on}`` becomes " on a3" for the product "a3", and nothing without a product.
         """
@@ -89,7 +89,7 @@ class Call:
 
 
 class State(enum.Enum):
-    """What a condition may ask of an argument, besides a value."""
+    """What a condition may ask of an argument instead of a value."""
 
     GIVEN = "an array that was passed"
     MISSING = "an array that was not passed"
@@ -118,15 +118,15 @@ def holds(call: Call, when: When) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A relation between arguments of no kind below: ``check`` raises where it is broken.
+    """A relation between arguments: ``check`` raises where it is broken. Functions below make the common kinds.
 
     Attributes:
       name: what the error's ``rule`` says.
-      section: of the CANN sheet.
+      section: the section of the CANN sheet that it is from.
       check: raises a MoEError where the rule is broken.
-      stage: NULL, DTYPE or REST: when it is asked.
-      products: those that have the rule; None: it holds everywhere.
-      depends_on: an attribute; where it is out of its own range, that is what is wrong, and this rule is not asked.
+      stage: NULL, DTYPE or REST: when it is checked.
+      products: the products that have the rule; None: it holds everywhere.
+      depends_on: an attribute. Where it is out of its own range, that is the error, and this rule is not checked.
     """
 
     name: str
@@ -157,7 +157,7 @@ def refuses(
     words: Mapping[str, Callable[[Call], Any]] = MappingProxyType({}),
     **others: Any,
 ) -> Rule:
-    """A call for which ``when`` holds gets ``error`` with ``text``, whose further words are ``words``."""
+    """The rule that raises ``error`` with ``text`` where ``when`` holds; ``words`` are further words of the text."""
 
     def check(call: Call) -> None:
         if when(call) if callable(when) else holds(call, when):
@@ -168,12 +168,12 @@ def refuses(
 
 
 def requires(name: str, section: str, array: str, when: When, text: str, **others: Any) -> Rule:
-    """The array ``array`` must be passed where ``when`` holds."""
+    """The rule that the array ``array`` must be passed where ``when`` holds."""
     return refuses(name, section, {array: MISSING, **when}, text, **others)
 
 
 def forbids(name: str, section: str, array: str, when: When, text: str, **others: Any) -> Rule:
-    """The array ``array`` must not be passed where ``when`` holds."""
+    """The rule that the array ``array`` must not be passed where ``when`` holds."""
     return refuses(name, section, {array: GIVEN, **when}, text, **others)
 
 
@@ -188,7 +188,7 @@ def at_least(
     more_words: Mapping[str, Callable[[Call], Any]] = MappingProxyType({}),
     **others: Any,
 ) -> Rule:
-    """``found`` must be at least ``needed`` where ``when`` holds; both stand in ``text`` by these names."""
+    """The rule that ``found`` must be at least ``needed`` where ``when`` holds; ``text`` has both by these names."""
     words = {"found": found, "needed": needed, **more_words}
 
     def less(call: Call) -> bool:
@@ -200,7 +200,7 @@ def at_least(
 def one_of_dtypes(
     name: str, section: str, arrays: tuple[str, ...], legal: Callable[[Call], tuple[str, ...]], text: str, **others: Any
 ) -> Rule:
-    """Each of ``arrays`` must have one of the dtypes ``legal``, which stand in ``text`` by this name."""
+    """The rule that each of ``arrays`` must have one of the dtypes ``legal``; ``text`` has them by this name."""
 
     def check(call: Call) -> None:
         for array in filter(call.given, arrays):
@@ -212,14 +212,14 @@ def one_of_dtypes(
 
 
 def same_dtype(name: str, section: str, arrays: tuple[str, ...], like: str) -> Rule:
-    """Each of ``arrays`` must have the dtype of ``like``."""
+    """The rule that each of ``arrays`` must have the dtype of ``like``."""
     return one_of_dtypes(
         name, section, arrays, lambda call: (call.dtype(like),), f"it must be {{legal}}, as {like}; cast it first"
     )
 
 
 def group_size(section: str, group: str, size: str, used: Callable[[Call], bool] = lambda call: True) -> Rule:
-    """``size`` must be the number of ranks of ``group``, where that is bound: while a program is traced."""
+    """The rule that ``size`` must be the number of ranks of ``group``, where that is bound, as in a trace."""
 
     def check(call: Call) -> None:
         axes = call[group] if isinstance(call[group], tuple) else (call[group],)
@@ -237,24 +237,24 @@ def group_size(section: str, group: str, size: str, used: Callable[[Call], bool]
 # A shape is words such as "B K". A letter that an earlier array had stands for the same extent, a new letter allows any
 # extent, and a number stands for itself. " | " stands between alternatives.
 Shape = str | Callable[[Call], str]
-Quantity = Callable[[Call], tuple[str, int] | None]  # where it comes from, and how much it is; None: it is not there
+Quantity = Callable[[Call], tuple[str, int] | None]  # (where it comes from, how much it is), or None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rules:
-    """How the calls of one operator are checked, and those of its earlier versions: what one lacks is not given.
+    """How the calls of one operator and of its earlier versions are checked. What a version lacks counts as not given.
 
     Attributes:
       group: the attribute that names the group of ranks, 1 to 127 characters long.
-      long_group: when a longer name is found, and its code.
+      long_group: the stage in which a name that is too long is found, and the code of that error.
       shapes: by array, in the order in which they are checked.
-      letters: the extents of shapes that are attributes, or follow from some.
-      quantities: what the products' tables limit besides attributes, in words and as a function of a call.
-      rules: in the order in which they are checked, in each stage.
-      last_rules: those that follow the product's table.
+      letters: the extents in shapes that are attributes, or follow from attributes.
+      quantities: what the tables of products limit besides attributes, each as a function of a call.
+      rules: the rules of each stage, in the order in which they are checked.
+      last_rules: the rules that are checked after the table of the product.
       missing_product: the code on a product that does not have the operator.
       more_arrays: arrays that are passed by name, after those that come by position.
-      not_needed: what has no default, but its own rule.
+      not_needed: parameters without a default that have a rule of their own instead.
     """
 
     group: str | None = None
@@ -278,7 +278,7 @@ def make_error(kind: type[MoEError], text: str, status: int | None = None) -> Mo
 
 
 def on(product: str | None) -> str:
-    """A clause that says whose rule it is."""
+    """The words that say whose rule it is."""
     return f" on {product}" if product else ""
 
 
@@ -293,12 +293,12 @@ def extent(array: str, axis: int) -> Quantity:
 
 
 def canonical(dtype: Any) -> str:
-    """What JAX makes of a dtype: of int64 int32, unless 64-bit types are enabled."""
+    """The dtype that JAX has in place of another: int32 for int64, unless 64-bit types are enabled."""
     return jax.dtypes.canonicalize_dtype(dtype).name
 
 
 def dtype_name(name: str, dtype: Any) -> str | None:
-    """The name of the dtype that the attribute ``name`` asks for; None for None."""
+    """The name of the dtype that the attribute ``name`` asks for; None where its value is None."""
     try:
         return None if dtype is None else jnp.dtype(dtype).name
     except TypeError:
@@ -316,7 +316,7 @@ def check_shape(name: str, shape: tuple[int, ...], legal: tuple[tuple[int | None
 
 @contextlib.contextmanager
 def marked(name: str, product: str | None = None) -> Iterator[None]:
-    """Marks an error that is raised inside with the rule that was broken, and the product that has it."""
+    """A context that marks errors raised in it with the rule that was broken, and the product that has this rule."""
     try:
         yield
     except MoEError as error:

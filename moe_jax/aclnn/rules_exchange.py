@@ -1,7 +1,8 @@
 """What dispatch, combine, and combine with add and RMSNorm ask of their arguments.
 
-B tokens per rank, H hidden, K choices, W ranks, S of them for Ns shared experts, E routed experts, L per rank, T the
-tensor-parallel size. A rule begins with its name and the section of the CANN sheet that it is from.
+Letters: B tokens per rank, H hidden size, K choices, W ranks, S of them for Ns shared experts, E routed experts, L of
+them per rank, T the tensor-parallel size. A rule begins with its name and the section of the CANN sheet that it is
+from.
 """
 
 import dataclasses
@@ -42,7 +43,7 @@ _KINDS = ("moe_expert_num", "zero_expert_num", "copy_expert_num", "const_expert_
 
 
 def _experts(call: Call) -> str:
-    """What the number of experts per rank follows from, in words."""
+    """Where the number of experts per rank follows from, in words."""
     names = ("moe_expert_num", "ep_world_size", "shared_expert_rank_num")
     return ", ".join(f"{name}={call[name]}" for name in names)
 
@@ -122,7 +123,7 @@ _RELATIONS = (
         "group_tp='' must name a mesh axis with tp_world_size=2; pass it",
         depends_on="tp_world_size",
     ),
-    refuses(  # without a product: every product with two tp ranks has it in its own table
+    refuses(  # only without a product: products with two tp ranks have this in their own tables
         "local_experts_with_tp", "2.2, 2.9",
         lambda call: call.product is None and call["tp_world_size"] == 2 and sizes(call).local_experts != 1,
         "{experts}: {local} experts per rank must be 1 with tp_world_size=2, since own rows stand before the peer's "
@@ -169,7 +170,7 @@ _QUANTITIES = {
 
 # Dispatch.
 
-_CODES = (*FP8, *FP4)  # of rows that are quantised already
+_CODES = (*FP8, *FP4)  # dtypes of rows that are quantised already
 
 
 def _scales_given(call: Call) -> None:
@@ -182,7 +183,7 @@ def _scales_given(call: Call) -> None:
 
 
 def _wanted_dtype(call: Call) -> str | None:
-    """The dtype of the rows that y_dtype asks for; this refuses what is no dtype, whatever quant_mode is."""
+    """The dtype of rows that y_dtype asks for. What is no dtype is refused here, whatever quant_mode is."""
     return dtype_name("y_dtype", call["y_dtype"])
 
 
@@ -273,14 +274,14 @@ _CONST = (*_ALPHAS, "const_expert_v")
 
 
 def _rows_of_lane(call: Call) -> int:
-    """The rows of one of the tp ranks."""
+    """The number of rows of one tp rank."""
     return call.shape("expand_x")[0] // max(call["tp_world_size"], 1)
 
 
 def _send_counts_size(call: Call) -> None:
     size, needed = call.shape("ep_send_counts")[0], call["ep_world_size"] * sizes(call).local_experts
     needed *= max(call["tp_world_size"], 1)
-    exact = call.product in ("a3", "a5")  # elsewhere a tail may follow: scratch of A2's hierarchy
+    exact = call.product in ("a3", "a5")  # elsewhere more may follow: the scratch of A2's hierarchy
     if size < needed or (exact and size != needed):
         raise ShapeError(
             f"ep_send_counts has shape {call.shape('ep_send_counts')}; it must have {'' if exact else 'at least '}"
@@ -289,7 +290,7 @@ def _send_counts_size(call: Call) -> None:
 
 
 def _weights(call: Call) -> str:
-    """[B, K], or any empty shape: a plain sum."""
+    """[B, K], or any empty shape, with which the sum is unweighted."""
     shape = call.shape("expert_scales")
     return f"B K | {' '.join(map(str, shape))}" if 0 in shape else "B K"
 
@@ -313,7 +314,7 @@ def _const_shapes(call: Call) -> None:
 
 
 def _is_small_number(value: Any) -> bool:
-    """Whether ``value`` may be added to a mean of squares: no less than 0, and finite."""
+    """Whether ``value`` may be added to a mean of squares: whether it is finite and at least 0."""
     return not isinstance(value, bool) and isinstance(value, (int, float)) and 0 <= value < math.inf
 
 

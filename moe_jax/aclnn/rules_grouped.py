@@ -1,9 +1,9 @@
 """What the fused pair of an exchange and a grouped matmul asks of its arguments, and its quantised siblings.
 
-A rows on the experts' side, BSK on the tokens' side, e local experts, R ranks, H1 to N1 the experts' product, H2 to N2
-the product beside it. Count lists have index peer * e + local expert; one flat list, or a table [R, R * e] with a row
-for each rank. A rule begins with its name and the section of the CANN sheet that it is from. JAX has no hif8, so
-mode 1 of the quantised siblings, one scale per tensor, is for int8 and fp8 and no product.
+Letters: A rows on the experts' side, BSK on the tokens' side, e local experts, R ranks; the experts' product is from H1
+to N1, and the product beside it from H2 to N2. Count lists have index peer * e + local expert; one flat list, or a
+table [R, R * e] with a row for each rank. A rule begins with its name and the section of the CANN sheet that it is
+from. JAX has no hif8, so mode 1 of the quantised siblings, one scale per tensor, is for int8 and fp8 and no product.
 """
 
 from collections.abc import Callable
@@ -105,7 +105,7 @@ def _tables_agree(call: Call) -> None:
 
 
 def _of_tokens(split: Callable[[int, int], int]) -> Quantity:
-    """How the rows BSK divide over the tokens BS of the product beside the exchange, where there is one."""
+    """How many of the BSK rows each of the BS tokens of the product beside the exchange has, where there is one."""
 
     def quantity(call: Call) -> tuple[str, int] | None:
         if not call.given("mm_x"):
@@ -117,7 +117,7 @@ def _of_tokens(split: Callable[[int, int], int]) -> Quantity:
 
 
 def _bytes_per_peer(pick: Any) -> Quantity:
-    """The smallest or the largest block of rows, of both lists, that this rank exchanges with one other."""
+    """The bytes of the smallest or the largest block of rows in both lists that this rank exchanges with one other."""
 
     def quantity(call: Call) -> tuple[str, int]:
         shape = (-1, call["ep_world_size"], call.shape("gmm_weight")[0])
@@ -132,7 +132,7 @@ def _bytes_per_peer(pick: Any) -> Quantity:
 
 
 def _columns(name: str) -> Quantity:
-    """The columns of a weight, where it is given."""
+    """The number of columns of a weight, where it is given."""
     return lambda call: (shown(call, name), columns(call, name, _TRANSPOSED[name])) if call.given(name) else None
 
 
@@ -155,10 +155,10 @@ _QUANTITIES = {
 
 
 def _grouped(own_dtypes: tuple[Rule, ...], last: tuple[Rule, ...]) -> Rules:
-    """The rules of one of the four: ``own_dtypes`` on dtypes, ``last`` after the relations that all share."""
+    """The rules of one of the four operators: ``own_dtypes`` on dtypes, ``last`` after the relations that all share."""
     return Rules(
         group="group",
-        not_needed=_LISTS,  # they are never None, but that is no null pointer here
+        not_needed=_LISTS,  # they must not be None, but the code for that is not the null pointer's here
         shapes={
             "gmm_x": "A H1",
             "gmm_weight": lambda call: "e N1 H1" if call["trans_gmm_weight"] else "e H1 N1",
@@ -185,7 +185,7 @@ def _grouped(own_dtypes: tuple[Rule, ...], last: tuple[Rule, ...]) -> Rules:
             ),
             Rule("counts_length", "14.4", _counts_length),
             Rule("counts_sign", "14.4", _counts_sign),
-            refuses(  # a flat list describes every row of gmm_x; in a table the fullest rank's list does
+            refuses(  # a flat list describes every row of gmm_x, and in a table the list of the fullest rank does
                 "counts_sum", "14.4", lambda call: _rows_sent(call) != call.shape("gmm_x")[0],
                 "send_counts add up to {total}, but gmm_x has {rows} rows (shape {gmm_x.shape}); they must agree",
                 ShapeError, words={"total": _rows_sent, "rows": lambda call: call.shape("gmm_x")[0]},
@@ -199,13 +199,13 @@ def _grouped(own_dtypes: tuple[Rule, ...], last: tuple[Rule, ...]) -> Rules:
 GROUPED = _grouped((same_dtype("same_dtype", "14.4", ("gmm_weight", "mm_x", "mm_weight"), "gmm_x"),), ())
 
 
-# The quantised siblings: data of one byte or less, and scales beside it.
+# The quantised siblings: they take numbers of one byte or less, with scales.
 
 _SCALES = ("gmm_x_scale", "gmm_weight_scale", "mm_x_scale", "mm_weight_scale")
 
 
 def _alike(call: Call) -> tuple[str, ...]:
-    """fp8 in any mix, or one dtype throughout."""
+    """Whether the dtypes go together: fp8 in any mix, or one dtype throughout."""
     dtype = call.dtype("gmm_x")
     return FP8 if dtype in FP8 else (dtype,)
 
@@ -224,7 +224,7 @@ def _quant_modes(call: Call) -> None:
 
 
 def _scale_shapes(call: Call) -> None:
-    """Per tensor (1,); for blocks of 32 two exponents per 64 columns, beside the dimension that is summed over."""
+    """The shapes of scales: (1,) per tensor; for blocks of 32 two exponents per 64 columns of the summed dimension."""
     for x, weight in (("gmm_x", "gmm_weight"), ("mm_x", "mm_weight")):
         if not call.given(x):
             continue

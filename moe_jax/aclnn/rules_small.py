@@ -38,7 +38,7 @@ def _is_whole(call: Call) -> bool:
 
 
 def _rank_in_world(call: Call) -> None:
-    """A traced rank is only known when the program runs."""
+    """Checks the rank, unless it is traced and so known only when the program runs."""
     rank = call["local_rank_id"]
     if rank is None or not _reads_ranks(call) or not _is_whole(call):
         return
@@ -113,7 +113,7 @@ UPDATE_EXPERT = Rules(
 )  # fmt: skip
 
 
-# The barrier. The group's length is no null pointer and no dtype here [13].
+# The barrier. A wrong length of the group's name has neither the code of a null pointer nor that of a dtype here [13].
 
 BARRIER = Rules(
     group="group",
@@ -124,7 +124,7 @@ BARRIER = Rules(
 )
 
 
-# The reset of a buffer. Its mask's shape has the code of a dtype [12.1].
+# The reset of a buffer. A wrong shape of its mask has the code of a wrong dtype [12.1].
 
 BUFFER_RESET = Rules(
     group="group_ep",

@@ -55,7 +55,7 @@ def moe_update_expert(
         expert_ids,
         eplb_table,
         rank=rank,
-        ep_size=world_size or 1,  # not read with balance_mode=1
+        ep_size=world_size or 1,  # with balance_mode=1 it is not read
         balance="token" if balance_mode else "rank",
         combine_weights=expert_scales,
         pruning_threshold=pruning_threshold,
@@ -68,10 +68,10 @@ def moe_update_expert(
 def distribute_barrier_v2(
     x_ref: Any, time_out: Any = None, elastic_info: Array | None = None, *, group: Any, world_size: int
 ) -> Any:
-    """Returns ``x_ref`` unchanged, on no rank before all ranks of ``group`` have computed theirs: see ``barrier``.
+    """Returns ``x_ref`` unchanged, on no rank before all ranks of ``group`` have computed theirs; see ``barrier``.
 
-    Nobody waits for ranks that ``elastic_info`` removes. The others are waited for no longer than ``time_out``, [1] int
-    in microseconds (None: for ever), which must be a value of the host, since it decides whether the host looks on.
+    Nobody waits for ranks that ``elastic_info`` removes. Ranks wait for the others no longer than ``time_out``, [1] int
+    in microseconds (None: for ever). It must be a value of the host, since it decides whether the host takes part.
 
     Source: aclnnDistributeBarrierV2.
     """
@@ -88,7 +88,7 @@ def moe_distribute_buffer_reset(
     need_sync: int = 1,
     time_out: Any = None,
 ) -> Window:
-    """Zeroes the receive window of every rank that ``elastic_info`` [W] marks 1; with need_sync=1 these then meet.
+    """Zeroes the receive window of every rank that ``elastic_info`` [W] marks 1. With need_sync=1 these then meet.
 
     ``window`` is the one that ``moe_distribute_dispatch_v4`` takes and returns. ``time_out`` as in
     ``distribute_barrier_v2``: how long to wait for a rank that is marked 1.

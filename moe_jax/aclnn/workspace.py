@@ -1,8 +1,8 @@
 """The numbers of a call, and its workspace: the bytes per rank of the rows that it sends and receives.
 
-Counted are the buffers of the exchange and what stands between it and the products: rows with their scales, the three
-integers that name each row's source, and the counts of both sides. The caller's arrays are not counted. The letters are
-those of ``rules_exchange`` and ``rules_grouped``.
+What counts is the buffers of the exchange, and what lies between the exchange and the products: rows with their scales,
+the three integers that name each row's source, and the counts of both sides. The caller's arrays are not counted. The
+letters are those of ``rules_exchange`` and ``rules_grouped``.
 """
 
 import math
@@ -24,7 +24,7 @@ def tokens(call: Call) -> int:
 
 
 def hidden(call: Call) -> int:
-    """H. Packed e2m1 has two columns per byte."""
+    """H. Packed e2m1 numbers have two columns per byte."""
     name = "x" if "x" in call.arrays else "expand_x"
     return call.shape(name)[1] * (2 if call.dtype(name) == "uint8" else 1)
 
@@ -62,7 +62,7 @@ def expert_rows(call: Call) -> int:
 
 
 def columns(call: Call, name: str, flag: str) -> int:
-    """N1 or N2: the columns of a weight, whichever way it stands."""
+    """N1 or N2: the columns of a weight, transposed or not."""
     return call.shape(name)[-2 if call[flag] else -1]
 
 
@@ -72,12 +72,12 @@ def _size(width: int, dtype: str) -> int:
 
 
 def _exponents(width: int) -> int:
-    """Bytes of the exponents of blocks of 32, an even number of them."""
+    """Bytes of the exponents of blocks of 32, of which there is an even number."""
     return 2 * -(-width // 64)
 
 
 def dispatch_row(call: Call) -> int:
-    """The bytes of one row on the wire of dispatch: of its values, its scales, its source and its weight."""
+    """The bytes of one row on the wire of dispatch: its values, its scales, its source and its weight."""
     mode, width = call["quant_mode"], hidden(call)
     y_dtype = dtype_name("y_dtype", call["y_dtype"]) or "int8"  # the default of every mode has one byte per value
     if mode == 0:
@@ -90,7 +90,7 @@ def dispatch_row(call: Call) -> int:
 
 
 def combine_row(call: Call) -> int:
-    """The bytes of one row on the wire of combine: of its values, and of its scales where it is quantised."""
+    """The bytes of one row on the wire of combine: its values, and its scales where it is quantised."""
     mode, width, dtype = call["comm_quant_mode"], hidden(call), call.dtype("expand_x")
     if mode == 0:
         return _size(width, dtype)
@@ -98,13 +98,13 @@ def combine_row(call: Call) -> int:
 
 
 def _pairs(call: Call) -> int:
-    """Pairs of this rank's tokens that may travel."""
+    """How many pairs of this rank's tokens may travel."""
     n = sizes(call)
     return n.tokens * (n.top_k + (n.shared_expert_num if n.shared_expert_rank_num else 0))
 
 
 def dispatch(call: Call) -> int:
-    """Of dispatch: the rows sent, those that both tp ranks receive, the counts of both sides and of experts (i64)."""
+    """Dispatch: the rows sent, those that both tp ranks receive, and the counts of both sides and of experts (i64)."""
     n = sizes(call)
     copies = max(n.tp_world_size, 1)
     rows = _pairs(call) + n.capacity * copies
@@ -113,31 +113,31 @@ def dispatch(call: Call) -> int:
 
 
 def combine(call: Call) -> int:
-    """Of combine: the rows sent back and received, the source of each row that is sent, and the counts."""
+    """Combine: the rows sent back and received, the source of each row that is sent, and the counts."""
     rows = call.shape("expand_x")[0]
     counts = math.prod(call.shape("ep_send_counts"))
     return (rows + _pairs(call)) * combine_row(call) + rows * _SOURCE + counts * _INT
 
 
 def add_rms_norm(call: Call) -> int:
-    """Of combine with add and RMSNorm: those of combine, and the fp32 sums before they are rounded."""
+    """Combine with add and RMSNorm: what combine takes, and the fp32 sums before they are rounded."""
     return combine(call) + call.shape("expert_ids")[0] * hidden(call) * 4
 
 
 def update_expert(call: Call) -> int:
-    """Of update expert: the ids, and with pruning the mask and each token's sum of weights."""
+    """Update expert: the ids, and with pruning the mask and the sum of weights of each token."""
     tokens, top_k = call.shape("expert_ids")
     pruning = tokens * (top_k + 4) if call.given("pruning_threshold") else 0
     return tokens * top_k * jnp.dtype(call.dtype("expert_ids")).itemsize + pruning
 
 
 def barrier(call: Call) -> int:
-    """Of a barrier: a flag to each rank, and one from each."""
+    """A barrier: a flag to each rank, and one from each."""
     return 2 * call["world_size"] * _INT
 
 
 def buffer_reset(call: Call) -> int:
-    """Of a buffer reset: the cleared window, and the flags of a barrier where the ranks wait for each other."""
+    """A buffer reset: the cleared window, and the flags of a barrier where the ranks wait for each other."""
     window = _size(math.prod(call.shape("window")), call.dtype("window"))
     return window + (2 * call["ep_world_size"] * _INT if call["need_sync"] else 0)
 
@@ -147,14 +147,14 @@ def _count_lists(call: Call) -> int:
 
 
 def compute_then_send(call: Call) -> int:
-    """Of a product before its exchange: its rows by expert, the same by destination, and the rows received."""
+    """A product before its exchange: its rows by expert, the same rows by destination, and the rows received."""
     dtype = dtype_name("y_dtype", call.attributes.get("y_dtype")) or call.dtype("gmm_x")
     row = _size(columns(call, "gmm_weight", "trans_gmm_weight"), dtype)
     return (2 * expert_rows(call) + token_rows(call)) * row + _count_lists(call)
 
 
 def send_then_compute(call: Call) -> int:
-    """Of a product after its exchange: the rows sent, those received and the same by expert, with scales if any."""
+    """A product after its exchange: the rows sent, the rows received, and these by expert, with scales if any."""
     width = call.shape("gmm_x")[1]
     row = _size(width, call.dtype("gmm_x")) + (_exponents(width) if call.attributes.get("gmm_x_quant_mode") == 6 else 0)
     return (token_rows(call) + 2 * expert_rows(call)) * row + _count_lists(call)

@@ -43,11 +43,11 @@ def dispatch_recipe(quant_mode: int, y_dtype: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """What one call fixes before it runs.
+    """What is decided about one call before it runs.
 
     Attributes:
       plan: of the exchange.
-      capacity: A, enough rows for any rank; with two tp ranks the rows of the peer follow.
+      capacity: A, enough rows for any rank. With two tp ranks as many rows of the peer follow.
     """
 
     plan: Plan
@@ -60,7 +60,7 @@ class World:
 
 
 def make_world(given: Mapping[str, Any], rows: Array, *, dtype: str, quant: str = "none") -> World:
-    """The plan of one call, and its capacity. Group names are bound mesh axes, whose index is the rank.
+    """The plan of one call, and its capacity. Group names are mesh axes that are bound, whose index is the rank.
 
     Args:
       given: the arguments of the operator by name. Dispatch and combine name the attributes of their exchange alike,
@@ -98,7 +98,7 @@ def make_world(given: Mapping[str, Any], rows: Array, *, dtype: str, quant: str 
 
 
 def as_pair_mask(x_active_mask: Array | None, expert_ids: Array) -> Array | None:
-    """The mask that ``dispatch`` takes. A mask [B] counts by its number n of trues: tokens 0 to n - 1 are active."""
+    """The mask that ``dispatch`` takes. A mask [B] with n trues, wherever they are, makes tokens 0 to n - 1 active."""
     if x_active_mask is None or x_active_mask.ndim == 2:
         return x_active_mask
     return jnp.arange(expert_ids.shape[0]) < jnp.sum(x_active_mask)
@@ -123,7 +123,7 @@ def make_manifest(
     fresh: Array | None = None,
     timed: bool = False,
 ) -> Manifest:
-    """What one call ships. With two tp ranks, own rows come before the peer's."""
+    """What one call ships. With two tp ranks, the rows of this rank come before those of the peer."""
     plan = world.plan
     transport = transport_of(plan)
     counter = Stopwatch(transport) if timed else transport
@@ -133,7 +133,7 @@ def make_manifest(
         manifest = manifest._replace(known=transport.with_counts(manifest.known, recv_counts))
     if plan.tp_size == 1:
         return manifest
-    # Elsewhere rows stand by tp rank, then by logical rank. Here the lane of this tp rank comes first.
+    # In the library rows stand by tp rank, then by logical rank. Here those of this tp rank come first.
     order = manifest.source_order
     lanes = jnp.arange(plan.tp_size * plan.ep_size, dtype=jnp.int32) if order is None else order
     lanes = jnp.roll(lanes.reshape(plan.tp_size, plan.ep_size), -collectives.tp_rank(plan), axis=0)
@@ -145,6 +145,7 @@ class Ledger:
 
     CANN numbers the ranks that take part, W' of W, by their logical rank, and its vector has W' entries for each
     expert: entry e is about expert e // W' and logical source e % W'. Without ``elastic_info`` all W ranks take part.
+    What belongs to one tp rank is called a *lane* here.
 
     Attributes:
       plan: of the call.
@@ -176,15 +177,15 @@ class Ledger:
         expert, source = self._entries()
         last = plan.num_local_experts - 1
         flat = [jnp.where(expert < self.num_slots, lane[jnp.minimum(expert, last), source], 0) for lane in sums]
-        # 3. Lanes stand by tp rank, and CANN's begin with the own one.
+        # 3. So far the tp ranks stand in their order; in CANN's vector this rank comes first.
         return jnp.roll(jnp.stack(flat).astype(jnp.int32), -collectives.tp_rank(plan), axis=0)
 
     def counts(self, running_sums: Array) -> Array:
         """The inverse: [P, L * W], the lane of this tp rank first -> [P, W, L]."""
         plan = self.plan
-        # 1. Lanes by tp rank again.
+        # 1. Put the tp ranks in their order again.
         lanes = jnp.roll(running_sums, collectives.tp_rank(plan), axis=0)
-        # 2. An entry less the one before it is a count. Entries past the last expert are none.
+        # 2. The difference of an entry and the one before it is a count. Entries past the last expert hold no count.
         expert, _ = self._entries()
         sizes = jnp.where(expert < self.num_slots, jnp.diff(lanes, axis=1, prepend=0), 0)
         # 3. The count of expert l and logical source s is entry l * W' + s; sources from W' on sent nothing.
@@ -195,10 +196,10 @@ class Ledger:
         return by_logical.transpose(0, 2, 1)[:, jnp.argsort(self.order)].astype(jnp.int32)
 
     def source_of_row(self, own_sums: Array, num_rows: int) -> Array:
-        """[num_rows] i32: the logical source of every own row, by its running sums [L * W]; past the last row anything.
+        """[num_rows] i32: the logical source of every row of this rank, from its running sums [L * W].
 
-        Row j belongs to the first entry whose sum exceeds j. Entries past the last expert count as endless, so that
-        the search, which needs an ascending vector, never passes them.
+        Row j belongs to the first entry whose sum exceeds j. Entries past the last expert count as infinite: the search
+        needs an ascending vector, and so never passes them. Past the last row the result may be anything.
         """
         expert, _ = self._entries()
         sums = jnp.where(expert < self.num_slots, own_sums, jnp.iinfo(jnp.int32).max)
@@ -206,6 +207,6 @@ class Ledger:
         return entry % self.num_sources
 
     def _entries(self) -> tuple[Array, Array]:
-        """The (expert, logical source) that each entry of a vector of running sums is about."""
+        """The (expert, logical source) of each entry of a vector of running sums."""
         entry = jnp.arange(self.plan.num_local_experts * self.plan.ep_size, dtype=jnp.int32)
         return entry // self.num_sources, entry % self.num_sources

@@ -1,4 +1,4 @@
-"""Which leaves of a pytree belong to the slots of experts, and of which layer: told by the keys on their paths."""
+"""Which leaves of a pytree belong to the slots of experts, and to which layer: the keys on their paths say so."""
 
 import re
 from typing import Any
@@ -13,7 +13,7 @@ NAMES = {row.name for row in rows_of("experts")}
 
 
 def name_of(what: str, path: tuple[Any, ...]) -> str:
-    """A leaf of the argument ``what`` in errors."""
+    """The name of a leaf of the argument ``what`` in errors."""
     return f"{what}{jax.tree_util.keystr(path)}"
 
 
@@ -28,12 +28,12 @@ def _words(path: tuple[Any, ...]) -> list[str]:
 
 
 def _place_of_name(path: tuple[Any, ...]) -> int | None:
-    """Which key of a path is the name of an expert's parameter, the last if there are several."""
+    """The place in a path of the key that is the name of an expert's parameter, or of the last such key."""
     return max((i for i, word in enumerate(_words(path)) if word in NAMES), default=None)
 
 
 def belongs_to_slots(path: tuple[Any, ...], leaf: Any) -> bool:
-    """Whether a leaf belongs to slots. What optimisers keep as one number for a whole parameter does not."""
+    """Whether a leaf belongs to slots. A single number that an optimiser keeps for a whole parameter does not."""
     return _place_of_name(path) is not None and np.size(leaf) > 1
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from moe_jax.balance.shares import split_evenly
 from moe_jax.errors import (
     DataError,
     DtypeError,
@@ -26,7 +27,7 @@ class Placement:
     """Which logical expert each physical expert is a replica of, for one layer or for X layers.
 
     Physical expert p lives on rank ``p // S``, where S = P / num_ranks is the number of slots of a rank. All replicas
-    of an expert are meant to carry equal shares of its load.
+    of an expert carry equal shares of its load, unless ``shares`` says otherwise.
 
     Attributes:
       physical_to_logical: [P] or [X, P] i32 NumPy array; every logical expert occurs in every row.
@@ -143,6 +144,51 @@ class Placement:
         Raises:
           InvalidArgumentError: an expert has more than ``max_replicas`` replicas.
         """
+        return np.concatenate([self.replica_counts[..., None], self._instances(self._columns(max_replicas))], axis=-1)
+
+    def shares(self, load: np.ndarray, max_replicas: int | None = None) -> np.ndarray:
+        """The shares of replicas that make the fullest rank as light as this placement allows, for ``balance="load"``.
+
+        No shares make it lighter, so it is never heavier than with equal ones. Of the ways to get there it is one that
+        begins with equal shares and passes load on only where a rank is too full. It takes milliseconds per layer, and
+        no weight moves: shares may follow the load in every step, and a new placement is needed only where they no
+        longer help, as ``expected_imbalance`` with these shares tells.
+
+        Args:
+          load: [E] or [X, E], as in ``expected_imbalance``.
+          max_replicas: F - 1, as given to ``table``, whose columns these are.
+
+        Returns:
+          [E, F - 1] or [X, E, F - 1] f32; a row sums to 1. Equal shares for an expert without load, zeros behind the
+          replicas.
+
+        Raises:
+          ShapeError, DtypeError, InvalidArgumentError: the load is not as above, or an expert has more than
+            ``max_replicas`` replicas.
+
+        >>> import numpy as np, moe_jax as moe
+        >>> slots = np.array([0, 1, 0, 2], np.int32)  # expert 0 beside expert 1, and beside expert 2
+        >>> placement = moe.Placement(physical_to_logical=slots, num_logical_experts=3, num_ranks=2)
+        >>> placement.shares(np.array([4, 3, 1]))
+        array([[0.25, 0.75],
+               [1.  , 0.  ],
+               [1.  , 0.  ]], dtype=float32)
+        """
+        load = load_of(load, self)
+        num_experts, columns = self.num_logical_experts, self._columns(max_replicas)
+        # 1. The load of every slot, layer by layer.
+        rows = zip(load.reshape(-1, num_experts), np.atleast_2d(self.physical_to_logical), strict=True)
+        split = np.stack([split_evenly(loads, experts, self.num_ranks) for loads, experts in rows])
+        # 2. In the columns of the table, over the load of the expert.
+        slots = self._instances(columns).reshape(len(split), -1)
+        parts = np.take_along_axis(split, np.maximum(slots, 0), 1)
+        parts = np.where(slots >= 0, parts, 0.0).reshape(*load.shape, columns)
+        total = parts.sum(-1, keepdims=True)
+        equal = (slots >= 0).reshape(parts.shape) / self.replica_counts[..., None]
+        return np.where(total > 0, parts / np.where(total > 0, total, 1), equal).astype(np.float32)
+
+    def _columns(self, max_replicas: int | None) -> int:
+        """F - 1, the columns for replicas of ``table``."""
         needed = int(self.replica_counts.max())
         if max_replicas is None:
             spare = self.num_physical_experts - self.num_logical_experts
@@ -152,7 +198,7 @@ class Placement:
             raise InvalidArgumentError(
                 f"max_replicas={max_replicas} is less than the {needed} replicas that an expert has; pass {needed}"
             )
-        return np.concatenate([self.replica_counts[..., None], self._instances(max_replicas)], axis=-1)
+        return max_replicas
 
     def to_json(self) -> str:
         """One line of JSON, which ``from_json`` reads."""
@@ -184,36 +230,77 @@ class Placement:
         return cls(physical_to_logical=experts.astype(np.int32), **sizes)
 
 
-def expected_imbalance(load: np.ndarray, placement: Placement) -> np.ndarray:
-    """The largest load of a rank over the mean, if each replica carries an equal share of its expert's load.
+def expected_imbalance(load: np.ndarray, placement: Placement, shares: np.ndarray | None = None) -> np.ndarray:
+    """The largest load of a rank over the mean, if each replica carries its share of its expert's load.
 
     1 is even, and R, the number of ranks, the worst. It is 1 where there is no load at all.
 
     Args:
       load: [E] or [X, E], any real numbers >= 0, such as ``stats.load`` summed over steps; X as in the placement.
       placement: where the replicas lie.
+      shares: [E, F - 1] or [X, E, F - 1], of the replicas in the order of ``placement.table()``, such as
+        ``placement.shares(load)``; only their proportion counts. None: equal ones.
 
     Returns:
       f64, a scalar array, or [X].
 
+    Raises:
+      ShapeError, DtypeError, InvalidArgumentError: the load or the shares are not as above.
+
     >>> import numpy as np, moe_jax as moe
     >>> slots = np.array([0, 1, 2, 0], np.int32)
     >>> placement = moe.Placement(physical_to_logical=slots, num_logical_experts=3, num_ranks=2)
-    >>> moe.expected_imbalance(np.array([4, 1, 1]), placement)
+    >>> load = np.array([4, 3, 1])
+    >>> moe.expected_imbalance(load, placement)
+    array(1.25)
+    >>> moe.expected_imbalance(load, placement, placement.shares(load))
     array(1.)
     """
     check_type("placement", placement, Placement, "make one with moe_jax.rebalance")
+    load = load_of(load, placement)
+    return np.asarray(over_mean(rank_loads(load, placement, shares)).max(-1))
+
+
+def load_of(load: Any, placement: Placement) -> np.ndarray:
+    """``load`` as f64, checked, for the experts and layers of a placement."""
     load = read_load(load)
     expected = (*placement.physical_to_logical.shape[:-1], placement.num_logical_experts)
     if load.shape != expected:
         raise ShapeError(f"load has shape {load.shape}; expected {expected}, as in the placement")
-    return np.asarray(over_mean(rank_loads(load, placement)).max(-1))
+    return load
 
 
-def rank_loads(load: np.ndarray, placement: Placement) -> np.ndarray:
+def rank_loads(load: np.ndarray, placement: Placement, shares: np.ndarray | None = None) -> np.ndarray:
     """[..., R] load of each rank, for load [..., E] with the placement's layers."""
-    share = np.take_along_axis(load / placement.replica_counts, np.asarray(placement.physical_to_logical), -1)
-    return share.reshape(*load.shape[:-1], placement.num_ranks, -1).sum(-1)
+    experts = np.asarray(placement.physical_to_logical)
+    if shares is None:
+        carried = np.take_along_axis(load / placement.replica_counts, experts, -1)
+    else:
+        carried = _carried(load, placement, shares)
+    return carried.reshape(*load.shape[:-1], placement.num_ranks, -1).sum(-1)
+
+
+def _carried(load: np.ndarray, placement: Placement, shares: np.ndarray) -> np.ndarray:
+    """[..., P] load of each slot, with shares of the replicas."""
+    check_array("shares", shares, "pass a numpy array, such as placement.shares(load)")
+    needed = int(placement.replica_counts.max())
+    if shares.shape[:-1] != load.shape or shares.shape[-1] < needed:
+        raise ShapeError(
+            f"shares has shape {shares.shape}; expected {(*load.shape, 'F - 1')} with F - 1 of at least {needed}, a "
+            "share for each replica, as placement.shares(load) has"
+        )
+    # 1. In proportion; equal ones in a row of zeros.
+    slots = placement._instances(shares.shape[-1])
+    weights = np.where(slots >= 0, np.asarray(shares, np.float64), 0.0)
+    if not (np.isfinite(weights) & (weights >= 0)).all():
+        raise InvalidArgumentError("shares has entries that are negative or not finite; shares are parts of a load")
+    weights = np.where(weights.sum(-1, keepdims=True) > 0, weights, slots >= 0)
+    parts = load[..., None] * weights / weights.sum(-1, keepdims=True)
+    # 2. To the slots. What stands behind the replicas has a slot of its own at the end, which is cut off.
+    carried = np.zeros((*load.shape[:-1], placement.num_physical_experts + 1))
+    flat = (*load.shape[:-1], -1)
+    np.put_along_axis(carried, slots.reshape(flat), parts.reshape(flat), -1)
+    return carried[..., :-1]
 
 
 def over_mean(loads: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Training with replicas: they stay copies of one another, because all of them learn from the tokens of all."""
+"""Training with replicas: they stay equal, since each gets the gradient of the tokens of all of them."""
 
 from typing import Any
 
@@ -18,15 +18,16 @@ Array = jax.Array
 
 
 def sum_replica_gradients(grads: Any, placement: Placement, mesh: Mesh | AbstractMesh, plan: Plan) -> Any:
-    """Gradients in which every replica has the sum over all replicas of its expert: ``sum(g[q] if l[q] == l[p])``.
+    """Gradients in which every replica has the sum over all replicas of its expert: ``sum of g[q] with l[q] == l[p]``.
 
-    With them a training step is that of the experts without replicas, and replicas that were equal stay equal, bit by
-    bit, with any optimiser that works element by element. (A norm over all gradients, as for clipping, counts an expert
-    once for each replica.) The sum is taken in fp32 and rounded once. Gradients of experts with one slot come back bit
-    by bit, and all other leaves as they are. Call it in the jitted step: the placement is traced, so another one of
-    these sizes compiles nothing.
+    With these gradients a training step is the same as for experts without replicas. Replicas that were equal stay
+    equal, bit by bit, with any optimiser that works element by element. (A norm over all gradients, as for clipping,
+    counts an expert once for each replica.) The sum is taken in fp32 and rounded once. Gradients of experts with one
+    slot come back bit by bit, and all other leaves as they are. Call it in the jitted step: the placement is traced, so
+    another one of these sizes compiles nothing.
 
-    It costs an all-reduce of P - E slots in fp32 for every leaf, whose devices each send 2 (R - 1) / R times that.
+    It costs an all-reduce of P - E slots in fp32 for every leaf, in which each device sends 2 (R - 1) / R times these
+    bytes.
 
     Args:
       grads: a pytree in which gradients stand under the names of parameters. Which leaves are those of experts, and of
@@ -84,11 +85,12 @@ def sum_replica_gradients(grads: Any, placement: Placement, mesh: Mesh | Abstrac
     over_ranks = PartitionSpec(axes)
 
     def shard(leaf: Array, groups: Array) -> Array:
-        # 1. The sum of each group over the slots of this rank, then over the ranks. Slots of no group fall away.
+        # 1. The sum of each group over the slots of this rank, then over the ranks. Slots that are in no group are left
+        #    out.
         sums = jnp.zeros((num_groups, *leaf.shape[1:]), jnp.float32)
         sums = _compat.as_varying_alike((sums, leaf), axes)[0].at[groups].add(leaf.astype(jnp.float32), mode="drop")
         sums = collectives.sum_over(sums, axes).astype(leaf.dtype)
-        # 2. Back to the slots of the groups.
+        # 2. The sums go back to the slots of the groups.
         summed = jnp.take(sums, groups, axis=0, mode="clip")
         return jnp.where((groups < num_groups).reshape(-1, *(1,) * (leaf.ndim - 1)), summed, leaf)
 

@@ -1,23 +1,24 @@
-"""The search for an even placement: replicas are counted, dealt to ranks, and then exchanged while that helps.
+"""The search for an even placement: replicas are counted, dealt to ranks, and exchanged as long as that helps.
 
 Everything is vectorised NumPy over a leading axis X: a layer, or a node of a layer. E logical experts, R ranks, S slots
-per rank, P = R * S slots. All replicas of an expert get equal shares of its load. No slot is ever empty.
+per rank, P = R * S slots. All replicas of an expert get equal shares of its load. No slot is ever empty. Replicas of
+one expert on the same rank are called *twins*.
 """
 
 import dataclasses
 
 import numpy as np
 
-_EVEN = 1e-4  # Excess over the mean load of a rank at which the search rests.
-_GAIN = 1e-9  # What a step must gain, as a part of the load, so that rounding is no gain.
-_STEPS = 1000  # At most, in one go.
-_TRIES, _SHAKES = 8, 3  # Ways out of a dead end that are tried, and exchanges at random in each.
-_LAST_TRIES = 100  # The same, before a promise is kept by twins.
+_EVEN = 1e-4  # The search ends at this excess over the mean load of a rank.
+_GAIN = 1e-9  # What a step must gain, as a part of the load, so that rounding does not count as a gain.
+_STEPS = 1000  # The most steps in one go.
+_TRIES, _SHAKES = 8, 3  # Ways out of a dead end that are tried, and random exchanges at the start of each.
+_LAST_TRIES = 100  # How many are tried before twins are allowed.
 
 
 @dataclasses.dataclass
 class Deal:
-    """Who lies where, and what follows from it. ``experts`` is the state; the other arrays are kept up to date with it.
+    """Which expert lies where, and what follows from that. ``experts`` is the state; the other arrays follow it.
 
     Attributes:
       experts: [X, R, S] logical expert in each slot.
@@ -45,18 +46,18 @@ class Deal:
         return deal
 
     def loads_of(self, layers) -> np.ndarray:
-        """[x, R] loads of the ranks of some layers, summed anew."""
+        """[x, R] the loads of the ranks of some layers, summed from scratch."""
         share = self.load[layers] / np.maximum(self.counts[layers], 1)
         return np.einsum("xre,xe->xr", self.held[layers], share)
 
     def share(self, layers) -> np.ndarray:
-        """[x, R, S] load in each slot of some layers."""
+        """[x, R, S] the load in each slot of some layers."""
         experts = self.experts[layers]
         shares = self.load[layers] / np.maximum(self.counts[layers], 1)
         return np.take_along_axis(shares, experts.reshape(len(experts), -1), 1).reshape(experts.shape)
 
     def put(self, layers: np.ndarray, ranks: np.ndarray, slots: np.ndarray, experts: np.ndarray) -> None:
-        """Writes one slot of each of some layers. Loads are stale until ``refresh``."""
+        """Writes one slot in each of some layers. Loads are out of date until ``refresh`` is called."""
         old = self.experts[layers, ranks, slots]
         self.held[layers, ranks, old] -= 1
         self.held[layers, ranks, experts] += 1
@@ -69,7 +70,7 @@ class Deal:
 
 
 def count_replicas(load: np.ndarray, num_slots: int, most: int) -> np.ndarray:
-    """[X, E] replicas: one each, and the next always to the expert whose replicas carry most, up to ``most``."""
+    """[X, E] replicas: one each, and every further one for the expert whose replicas carry most, up to ``most``."""
     num_layers, num_experts = load.shape
     counts, everyone = np.ones((num_layers, num_experts), np.int64), np.arange(num_layers)
     each = load.astype(np.float64).copy()
@@ -84,11 +85,11 @@ def count_replicas(load: np.ndarray, num_slots: int, most: int) -> np.ndarray:
 def deal_out(load: np.ndarray, counts: np.ndarray, num_ranks: int, *, apart: bool) -> np.ndarray:
     """[X, R, S] experts: replicas in order of falling load, each to the emptiest rank that has room.
 
-    ``apart``: ranks that have the expert already come last.
+    ``apart``: ranks that have the expert already are taken last.
     """
     num_layers, num_experts = load.shape
     num_slots = int(counts[0].sum()) // num_ranks
-    # 1. The replicas by falling load, those of an expert side by side.
+    # 1. The replicas in order of falling load, where those of an expert stand side by side.
     share = load / counts
     order = np.argsort(-share, axis=1, kind="stable")  # [X, E]
     repeats = np.take_along_axis(counts, order, 1)
@@ -111,7 +112,7 @@ def deal_out(load: np.ndarray, counts: np.ndarray, num_ranks: int, *, apart: boo
 
 
 def deal_in_turn(counts: np.ndarray, num_ranks: int) -> np.ndarray:
-    """[X, R, S] experts: replicas of an expert on consecutive ranks, so that no two meet while counts <= R."""
+    """[X, R, S] experts: replicas of an expert on consecutive ranks, so that there are no twins while counts <= R."""
     replicas = np.stack([np.repeat(np.arange(len(row)), row) for row in counts])
     return replicas.reshape(len(counts), -1, num_ranks).swapaxes(1, 2).copy()
 
@@ -126,9 +127,10 @@ def _exchange(deal: Deal, layers, rank, slot, other_rank, other_slot) -> None:
 
 
 def _loads_after_exchange(deal: Deal, layers: np.ndarray, rank: np.ndarray) -> np.ndarray:
-    """[x, S, R, S] larger of the two ranks' loads, if each slot of ``rank`` is exchanged with each slot elsewhere.
+    """[x, S, R, S] the larger of the two ranks' loads, if each slot of ``rank`` is exchanged with each slot elsewhere.
 
-    Infinite where the exchange would bring a rank an expert that it has; the rank's own slots are among these.
+    It is infinite where the exchange would bring a rank an expert that it has, which includes the slots of ``rank``
+    itself.
     """
     num = np.arange(len(layers))
     share, experts, held, loads = deal.share(layers), deal.experts[layers], deal.held[layers], deal.rank_load[layers]
@@ -147,7 +149,7 @@ def _uneven(deal: Deal, layers: np.ndarray, rest: float = _EVEN) -> np.ndarray:
 
 
 def exchange_slots(deal: Deal, layers: np.ndarray, rest: float, steps: int = _STEPS) -> None:
-    """Lets the fullest rank of each layer exchange one slot with another rank, the best exchange, while that helps."""
+    """Makes the best exchange of a slot of each layer's fullest rank with another rank, as long as that helps."""
     for _ in range(steps):
         layers = _uneven(deal, layers, rest)
         if not len(layers):
@@ -162,9 +164,10 @@ def exchange_slots(deal: Deal, layers: np.ndarray, rest: float, steps: int = _ST
 
 
 def recount(deal: Deal, layer: int, most: int) -> bool:
-    """One more replica of an expert of the fullest rank, in place of one of several of another expert, if that helps.
+    """Gives an expert of the fullest rank a replica in place of one of several of another expert, if that helps.
 
-    g experts may gain, and C slots may give. The shares of both experts change on all ranks, so all loads are compared.
+    g experts may gain a replica, and C slots may give one up. The shares of both experts change on all ranks, so all
+    loads are compared.
     """
     loads, experts, counts, load = deal.rank_load[layer], deal.experts[layer], deal.counts[layer], deal.load[layer]
     held, fullest = deal.held[layer], deal.rank_load[layer].argmax()
@@ -174,7 +177,7 @@ def recount(deal: Deal, layer: int, most: int) -> bool:
     if not len(gains) or not len(ranks):
         return False
     gives = experts[ranks, slots]  # [C]
-    # 1. Wherever the gaining expert lies it gets lighter, and the giving one heavier.
+    # 1. The gaining expert gets lighter wherever it lies, and the giving one heavier.
     lighter = held[:, gains] * (load[gains] / (counts[gains] + 1) - load[gains] / counts[gains])  # [R, g]
     heavier = held[:, gives] * (load[gives] / (counts[gives] - 1) - load[gives] / counts[gives])  # [R, C]
     after = loads[:, None, None] + lighter[:, :, None] + heavier[:, None, :]  # [R, g, C]
@@ -182,7 +185,7 @@ def recount(deal: Deal, layer: int, most: int) -> bool:
     comes = (load[gains] / (counts[gains] + 1))[:, None] - load[gives] / (counts[gives] - 1)  # [g, C]
     after[ranks, :, np.arange(len(ranks))] += comes.T
     worst = after.max(0)
-    # 3. No rank gets an expert that it has.
+    # 3. No rank gets an expert that it has already.
     worst[(held[ranks][:, gains] > 0).T] = np.inf
     gain, place = np.unravel_index(worst.argmin(), worst.shape)
     if not worst[gain, place] < loads[fullest] * (1 - _GAIN):
@@ -194,7 +197,7 @@ def recount(deal: Deal, layer: int, most: int) -> bool:
 
 
 def even_out(deal: Deal, layers: np.ndarray, most: int, rest: float = _EVEN) -> None:
-    """Both kinds of steps in turn, until neither helps or the excess over the mean is below ``rest``.
+    """Takes both kinds of steps in turn, until neither helps or the excess over the mean is below ``rest``.
 
     The largest load of a layer never grows.
     """
@@ -227,12 +230,12 @@ def shake(deal: Deal, layers: np.ndarray, rng: np.random.Generator) -> None:
 
 
 def twins(deal: Deal) -> np.ndarray:
-    """[X] replicas that lie beside another of their expert."""
+    """[X] how many replicas are twins, beside the first replica of their expert on a rank."""
     return np.maximum(deal.held - 1, 0).sum((1, 2))
 
 
 def part_twins(deal: Deal, layers: np.ndarray) -> None:
-    """Exchanges replicas that lie beside another of their expert for others, at the least cost, as far as that goes."""
+    """Exchanges twins for other replicas, at the least cost in load, as far as that is possible."""
     for layer in layers:
         one = np.array([layer])
         for rank in np.nonzero((deal.held[layer] > 1).any(1))[0]:
@@ -249,14 +252,14 @@ def part_twins(deal: Deal, layers: np.ndarray) -> None:
 def solve(load: np.ndarray, num_slots: int, num_ranks: int, num_nodes: int = 1) -> np.ndarray:
     """[X, R, S] experts, evenly loaded, for load [X, E] >= 0 and P = ``num_slots`` >= E.
 
-    Of X, ``num_nodes`` neighbours are the nodes of one layer: it is the fullest rank of all that counts.
+    Every ``num_nodes`` neighbours along X are the nodes of one layer, for which the fullest rank of all of them counts.
 
-    Twins, replicas beside another of their expert, are kept apart, unless a layer would end less even than what the
-    public EPLB's way of dealing gives, which does not look at them.
+    Twins are kept apart, unless a layer would then end less even than what the public EPLB's way of dealing gives,
+    which allows twins.
     """
     num_experts, everyone = load.shape[1], np.arange(len(load))
     most = num_ranks * -(-num_slots // (num_ranks * num_experts))
-    # 1. From a deal without twins.
+    # 1. Begin with a deal without twins.
     counts = count_replicas(load, num_slots, most)
     best = Deal.of(deal_out(load, counts, num_ranks, apart=True), load)
     part_twins(best, np.nonzero(twins(best))[0])
@@ -264,7 +267,7 @@ def solve(load: np.ndarray, num_slots: int, num_ranks: int, num_nodes: int = 1) 
     if len(stuck):
         _replace(best, Deal.of(deal_in_turn(counts[stuck], num_ranks), load[stuck]), stuck)
     even_out(best, everyone, most)
-    # 2. From the usual deal, whose twins are parted in the end.
+    # 2. Begin with the usual deal, whose twins are parted at the end.
     usual = Deal.of(deal_out(load, count_replicas(load, num_slots, num_slots), num_ranks, apart=False), load)
     bound = np.repeat(usual.rank_load.max(1).reshape(-1, num_nodes).max(1), num_nodes)
     even_out(usual, everyone, most)
@@ -272,13 +275,13 @@ def solve(load: np.ndarray, num_slots: int, num_ranks: int, num_nodes: int = 1) 
     part_twins(parted, np.nonzero(twins(parted))[0])
     even_out(parted, everyone, most)
     _take_better(best, parted, everyone, twins(parted) == 0)
-    # 3. Out of dead ends.
+    # 3. Leave dead ends.
     for seed in range(_TRIES):
         left = _uneven(best, everyone)
         if not len(left):
             break
         _leave_dead_ends(best, left, most, seed)
-    # 4. Never less even than the usual deal.
+    # 4. Nothing less even than the usual deal is returned.
     worse = np.nonzero(best.rank_load.max(1) > bound)[0]
     even_out(best, worse, most, rest=0.0)
     for seed in range(_LAST_TRIES):
@@ -292,7 +295,7 @@ def solve(load: np.ndarray, num_slots: int, num_ranks: int, num_nodes: int = 1) 
 
 
 def _leave_dead_ends(deal: Deal, layers: np.ndarray, most: int, seed: int, rest: float = _EVEN) -> None:
-    """Tries another beginning for some layers, and takes what is better and has no twins."""
+    """Tries other beginnings for some layers, and takes a result that is better and has no twins."""
     trial, mine = _some(deal, layers), np.arange(len(layers))
     shake(trial, mine, np.random.default_rng(seed))
     even_out(trial, mine, most, rest)
@@ -314,10 +317,10 @@ def _take_better(deal: Deal, other: Deal, layers: np.ndarray, allowed: np.ndarra
 
 
 def improve_by_few(deal: Deal, max_moved: int) -> None:
-    """Steps at the layer with the fullest rank, while one helps and leaves at most ``max_moved`` slots unlike before.
+    """Takes steps at the layer with the fullest rank, while one helps and at most ``max_moved`` slots have changed.
 
-    All layers share the limit: they are the nodes of one layer. Of the two kinds of step the one is taken that gains
-    more per slot moved.
+    All layers share the limit, since they are the nodes of one layer. Of the two kinds of step, the one that gains more
+    per slot moved is taken.
     """
     before = deal.experts.copy()
     most = deal.experts.shape[1] * -(-deal.experts.shape[2] // deal.load.shape[1])

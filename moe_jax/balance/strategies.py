@@ -1,4 +1,4 @@
-"""From loads to a placement."""
+"""From loads to a placement of experts on ranks, by one of three strategies."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ def rebalance(
 
     - ``"replicate"``: as even as the search finds, wherever the experts lie today.
     - ``"rearrange"``: the same without redundant slots, P = E: experts change places, and no memory is added.
-    - ``"minimal"``: at most ``max_moved`` slots of each layer differ from ``current``, those that help most.
+    - ``"minimal"``: at most ``max_moved`` slots of each layer differ from ``current``: those that help most.
 
     The search deals replicas to the emptiest rank as the public EPLB does, then lets the fullest rank exchange slots
     with others, and experts exchange replicas, while either helps. Its fullest rank never has more to do than that of
@@ -140,7 +140,7 @@ def _place(load: np.ndarray, num_slots: int, num_ranks: int, num_groups: int, nu
     dealt = deal_out(group_load, np.ones_like(group_load, np.int64), num_nodes, apart=False)
     evened = Deal.of(dealt.copy(), group_load)
     even_out(evened, np.arange(num_layers), 1, rest=0.0)
-    # 2. Within each node, and the better of the two for each layer.
+    # 2. Experts to ranks within each node, for both ways of dealing groups. Each layer takes the better one.
     per_group = num_experts // num_groups
     found, largest = [], []
     for groups in (dealt, evened.experts):

@@ -77,7 +77,7 @@ class Blocks(Exchange):
 
     in_blocks = True
 
-    def move(self, rows, num_slots, axes, plan, *, into=None):
+    def move(self, rows, num_slots, axes, plan: "Plan", *, into=None):
         num_ranks = group_size(axes)
         if num_ranks == 1:
             return rows, ()
@@ -108,7 +108,7 @@ class Chunks(Exchange):
 
     in_blocks = False
 
-    def move(self, rows, num_slots, axes, plan, *, into=None):
+    def move(self, rows, num_slots, axes, plan: "Plan", *, into=None):
         me = lax.axis_index(axes)
         moved = chunked_all_to_all(
             rows,
@@ -138,7 +138,7 @@ class Slices(Exchange):
 
     in_blocks = False
 
-    def move(self, rows, num_slots, axes, plan, *, into=None):
+    def move(self, rows, num_slots, axes, plan: "Plan", *, into=None):
         me = lax.axis_index(axes)
         send, come = self.sizes[me], self.sizes[:, me]
         first = jnp.cumsum(self.sizes, axis=0) - self.sizes  # [source, destination] inbox slot
@@ -162,7 +162,7 @@ class TimedBlocks(Exchange):
 
     in_blocks = True
 
-    def move(self, rows, num_slots, axes, plan, *, into=None):
+    def move(self, rows, num_slots, axes, plan: "Plan", *, into=None):
         num_ranks = group_size(axes)
         moved, waited = timed_all_to_all(rows.reshape(num_ranks, -1, rows.shape[1]), axes, self.on_arrival)
         return moved.reshape(rows.shape), waited
@@ -188,7 +188,7 @@ class Receiving(Exchange):
 
     in_blocks = False  # the layout of the slots has been chosen by now
 
-    def move(self, rows, num_slots, axes, plan, *, into=None):
+    def move(self, rows, num_slots, axes, plan: "Plan", *, into=None):
         moved, _ = self.exchange.move(rows, num_slots, axes, plan, into=self.slots)
         return moved, moved
 

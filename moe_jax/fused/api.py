@@ -247,12 +247,20 @@ def all_to_allv_grouped_matmul(
 
 
 class _Call(NamedTuple):
-    """The arguments of the grouped part, checked and read."""
+    """The arguments of the grouped part, checked and read.
+
+    Attributes:
+      axes: the mesh axes of the exchange.
+      num_ranks: R, how many ranks exchange.
+      counts: what this rank sends and receives.
+      scaled: the operands, where they have scales; None where they are floats.
+      out_dtype: the dtype of the results.
+    """
 
     axes: tuple[str, ...]
     num_ranks: int
     counts: Counts
-    scaled: Operands | None  # the operands, where they have scales; None where they are floats
+    scaled: Operands | None
     out_dtype: jnp.dtype
 
 

@@ -24,7 +24,7 @@ from moe_jax.errors import (
 from moe_jax.layer.experts import shared_ffn
 from moe_jax.layer.grouping import feed_forward
 from moe_jax.layer.params import check_layer_plan, check_params, check_router, gathered
-from moe_jax.layer.placement import BALANCES, check_table, instances_of
+from moe_jax.layer.placement import BALANCES, check_shares, check_table, instances_of
 from moe_jax.layer.rounds import routed_sum
 from moe_jax.layer.router import check_sequences, choose_experts
 from moe_jax.layer.weightless import Constants
@@ -50,6 +50,7 @@ def moe_layer(
     token_mask: Array | None = None,
     table: Array | None = None,
     balance: str = "rank",
+    shares: Array | None = None,
     rank_table: Array | None = None,
     chunks: int = 1,
     routing: Routing | tuple[Array, Array] | None = None,
@@ -88,7 +89,9 @@ def moe_layer(
       token_mask: [T] bool; false = padding: it goes nowhere, counts nowhere and its result is zero.
       table: [E_logical, F] i32, the instances of each logical expert, see ``update_expert``. Then the router scores
         logical experts (E' = E_logical plus the weightless ones), and ``plan.num_experts`` counts instances.
-      balance: "rank" or "token", how the instances of an expert share its tokens; read with ``table`` only.
+      balance: "rank", "token" or "load", how the instances of an expert share its tokens, see ``update_expert``; read
+        with ``table`` only. With "load" each gets its share of every chunk on every device, and padding does not count.
+      shares: [E_logical, F - 1] f32, of the instances in ``table``, with ``balance="load"`` only; None: equal ones.
       rank_table: [4 + 2 * ep] i32, who is alive, see ``dispatch``: tokens of removed ranks get nothing from routed
         experts. Without ``table`` the router must not choose the experts that are gone; choices that do are dropped.
       chunks: a divisor of T. The tokens pass in this many chunks, each with its share of ``plan.pair_capacity``, and
@@ -120,6 +123,7 @@ def moe_layer(
         not divide T.
       MissingArgumentError, ShapeError, DtypeError, MeshError: as for ``dispatch``; ``table`` is missing, or of another
         number of experts, where the router scores fewer experts than the plan has instances.
+      UnexpectedArgumentError: ``shares`` where nobody reads them.
       UnsupportedError: the plan puts shared experts on ranks of their own; or somebody asks for a derivative that needs
         a plan of one round.
     """
@@ -129,6 +133,10 @@ def moe_layer(
     check_activation(activation)
     check_shared(plan, None, shared_activation)
     check_choice("balance", balance, BALANCES)
+    if table is not None:
+        check_table(table)
+    if shares is not None:
+        check_shares(shares, table, balance)
     check_flag("weigh_inputs", weigh_inputs)
     check_flag("return_routing", return_routing)
     if sequence_length is not None:
@@ -154,13 +162,12 @@ def moe_layer(
     )
     if router is not None:
         check_router(router, plan, None if table is None else table.shape[0])
-    if table is not None:
-        check_table(table)
     y, stats = layer_of_shard(
         params,
         x,
         token_mask,
         table,
+        shares,
         rank_table,
         choices,
         router_x,
@@ -182,6 +189,7 @@ def layer_of_shard(
     x: Array,
     token_mask: Array | None,
     table: Array | None,
+    shares: Array | None,
     rank_table: Array | None,
     choices: tuple[Array, Array] | None,
     router_x: Array | None,
@@ -201,7 +209,7 @@ def layer_of_shard(
     Between collectives every value is typed as varying over all axes of the plan. Results leave as the tokens came:
     over an axis of one device they vary only if an operand does, whatever the parameters do.
     """
-    axes_of_tokens = _compat.union_of_varying_axes((x, token_mask, table, rank_table, choices, router_x))
+    axes_of_tokens = _compat.union_of_varying_axes((x, token_mask, table, shares, rank_table, choices, router_x))
     # 1. Operands. Parameters are typed as varying over axes of size 1, or JAX would sum their gradients there.
     x, router_x = _compat.as_varying((x, router_x), plan.token_axes)
     params = _compat.as_varying_over_units(params, plan.token_axes)
@@ -217,7 +225,9 @@ def layer_of_shard(
         routing = choose_experts(logits, router, plan.top_k, bias, scale, token_mask, plan.token_axes, sequence_length)
     else:
         routing = routing_of(choices, token_mask, table, plan)
-    expert_ids = routing.expert_ids if table is None else _instances_of(routing.expert_ids, table, balance, plan)
+    expert_ids = routing.expert_ids
+    if table is not None:
+        expert_ids = instances_on(expert_ids, table, plan, balance=balance, shares=shares, chunks=chunks)
     # 3. Tokens go to their experts and come back as weighted sums, in rounds.
     experts = gathered(weights_of("experts", params), plan)
     if "b_down" in experts:  # what the tp ranks make is summed, so only the first of them adds this bias
@@ -264,12 +274,21 @@ def routing_of(choices: tuple[Array, Array], token_mask: Array | None, table: Ar
     return Routing(expert_ids=expert_ids, combine_weights=weights, losses={}, load=load)
 
 
-def _instances_of(expert_ids: Array, table: Array, balance: str, plan: Plan) -> Array:
+def instances_on(
+    expert_ids: Array, table: Array, plan: Plan, *, balance: str, shares: Array | None, chunks: int
+) -> Array:
     """Ids of logical experts -> ids of their instances; weightless experts are numbered behind either."""
     num_logical = table.shape[0]
     is_logical = expert_ids < num_logical
+    logical_ids = jnp.where(is_logical, expert_ids, -1)
     rank = collectives.ep_rank(plan)
-    ids = instances_of(jnp.where(is_logical, expert_ids, -1), table, rank, plan.ep_size, balance)
+    if balance == "load":  # Every chunk of every device is split for itself, as if each were a rank.
+        num_parts = plan.tp_size * chunks
+        part = rank * num_parts + collectives.tp_rank(plan) * chunks + jnp.arange(chunks, dtype=jnp.int32)
+        split = jax.vmap(lambda ids, part: instances_of(ids, table, part, plan.ep_size * num_parts, balance, shares))
+        ids = split(logical_ids.reshape(chunks, -1, plan.top_k), part).reshape(expert_ids.shape)
+    else:
+        ids = instances_of(logical_ids, table, rank, plan.ep_size, balance)
     return jnp.where(is_logical, ids, expert_ids - num_logical + plan.num_experts)
 
 

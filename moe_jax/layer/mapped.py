@@ -10,10 +10,11 @@ from jax.extend.core import jaxpr_as_fun
 
 from moe_jax import _compat, collectives
 from moe_jax.derivatives import without_float0
-from moe_jax.errors import InvalidArgumentError, ShapeError, UnsupportedError, check_dtype
+from moe_jax.errors import InvalidArgumentError, ShapeError, UnsupportedError, check_choice, check_dtype
 from moe_jax.layer.grouping import ExpertKind, rows_of_slots, slots_of_rows
-from moe_jax.layer.layer import check_choices, check_chunks, check_tokens, routing_of
+from moe_jax.layer.layer import check_choices, check_chunks, check_tokens, instances_on, routing_of
 from moe_jax.layer.params import check_layer_plan
+from moe_jax.layer.placement import BALANCES, check_shares, check_table
 from moe_jax.layer.rounds import routed_sum
 from moe_jax.layer.weightless import Constants
 from moe_jax.plan import Plan
@@ -32,6 +33,9 @@ def map_experts(
     plan: Plan,
     *,
     token_mask: Array | None = None,
+    table: Array | None = None,
+    balance: str = "rank",
+    shares: Array | None = None,
     rank_table: Array | None = None,
     chunks: int = 1,
 ) -> tuple[Array, LayerStats]:
@@ -50,10 +54,13 @@ def map_experts(
         rows.
       params: any pytree of this shard's arrays. Integers and codes have no gradient.
       x: [T, H] in ``plan.dtype``.
-      expert_ids: [T, K] i32; -1 for none. Ids of zero and copy experts follow those of the plan's experts.
+      expert_ids: [T, K] i32; -1 for none. Ids of zero and copy experts follow those of the plan's experts, or, with
+        ``table``, of the logical ones.
       combine_weights: [T, K] f32; those of choices that are none may be anything.
       plan: static, without constant experts and without shared experts on ranks of their own.
       token_mask: [T] bool; false = padding, which goes nowhere and whose result is zero.
+      table, balance, shares: the instances of each logical expert, and how they share its tokens, as for ``moe_layer``:
+        ``expert_ids`` and ``stats.load`` are then those of logical experts, and the plan and ``fn`` count instances.
       rank_table, chunks: as for ``moe_layer``.
 
     Returns:
@@ -62,8 +69,8 @@ def map_experts(
       ``plan.max_rounds == 1``.
 
     Raises:
-      ShapeError, DtypeError, InvalidArgumentError, MeshError: an argument, or what ``fn`` makes or reads, is not as
-        above.
+      ShapeError, DtypeError, InvalidArgumentError, UnexpectedArgumentError, MeshError: an argument, or what ``fn``
+        makes or reads, is not as above.
       UnsupportedError: the plan has experts that this function does not serve.
 
     >>> import jax, jax.numpy as jnp, moe_jax as moe
@@ -91,13 +98,22 @@ def map_experts(
     collectives.check_axes(plan, replicas=True)
     check_tokens(x, token_mask, plan)
     check_choices(expert_ids, combine_weights, (plan.tokens_per_rank, plan.top_k))
-    axes_of_tokens = _compat.union_of_varying_axes((x, expert_ids, combine_weights, token_mask, rank_table))
-    # 1. Padding goes nowhere, and may hold anything.
+    check_choice("balance", balance, BALANCES)
+    if table is not None:
+        check_table(table)
+    if shares is not None:
+        check_shares(shares, table, balance)
+    given = (x, expert_ids, combine_weights, token_mask, table, shares, rank_table)
+    axes_of_tokens = _compat.union_of_varying_axes(given)
+    # 1. Padding goes nowhere, and may hold anything. A table says which instances compute.
     if token_mask is not None:
         x = jnp.where(token_mask[:, None], x, jnp.zeros((), x.dtype))
-    routing = routing_of((expert_ids, combine_weights), token_mask, None, plan)
+    routing = routing_of((expert_ids, combine_weights), token_mask, table, plan)
+    expert_ids = routing.expert_ids
+    if table is not None:
+        expert_ids = instances_on(expert_ids, table, plan, balance=balance, shares=shares, chunks=chunks)
     # 2. Tokens go to their experts and come back as weighted sums, in rounds.
-    operands = _compat.as_varying((routing.expert_ids, params, x, routing.combine_weights), plan.token_axes)
+    operands = _compat.as_varying((expert_ids, params, x, routing.combine_weights), plan.token_axes)
     expert_ids, params, x, weights = operands
     kind, no_constants = mapped(fn), Constants(None, None, None)
     total, num_dropped, num_rounds = routed_sum(

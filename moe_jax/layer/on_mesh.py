@@ -34,7 +34,7 @@ from moe_jax.layer.layer import (
     with_losses,
 )
 from moe_jax.layer.params import abstract_params, check_params, check_width, draw, param_spec
-from moe_jax.layer.placement import BALANCES, check_table
+from moe_jax.layer.placement import BALANCES, check_shares, check_table
 from moe_jax.parameters import TABLE
 from moe_jax.plan import Plan
 from moe_jax.types import LayerStats, Routing
@@ -99,10 +99,10 @@ def moe_on_mesh(
         tokens_per_rank each; they are spread evenly over these devices, and where there are fewer, the rest is padding
         that goes nowhere and counts nowhere. So the same parameters serve plans of any size, such as one for long
         prompts and one for single steps. y is sharded over ``plan.token_axes``; where axes are Explicit
-        and x had to be padded or given another shape, it is replicated. The keywords ``table``, ``balance``
-        and ``rank_table`` are those of ``moe_layer``, the same on every device. ``routing`` and ``router_x`` are
-        too, but have the leading shape of x: (expert_ids [..., K], combine_weights [..., K]) or a ``Routing`` of such
-        arrays; and [..., H_r]. With ``return_routing=True`` stats.routing has such ids and weights. With
+        and x had to be padded or given another shape, it is replicated. The keywords ``table``, ``balance``,
+        ``shares`` and ``rank_table`` are those of ``moe_layer``, the same on every device. ``routing`` and ``router_x``
+        are too, but have the leading shape of x: (expert_ids [..., K], combine_weights [..., K]) or a ``Routing`` of
+        such arrays; and [..., H_r]. With ``return_routing=True`` stats.routing has such ids and weights. With
         ``sequence_length=L`` the tokens, in their order in x, are sequences of L, such as the rows of x [B, L, H], each
         of which one device gets as a whole, and stats.losses has their "sequence_balance", see ``route``.
 
@@ -164,7 +164,19 @@ def moe_on_mesh(
 
     @functools.partial(jax.jit, static_argnames=("share", "balance", "return_routing", "sequence_length"))
     def layer(
-        params, x, token_mask, table, rank_table, choices, router_x, *, share, balance, return_routing, sequence_length
+        params,
+        x,
+        token_mask,
+        table,
+        shares,
+        rank_table,
+        choices,
+        router_x,
+        *,
+        share,
+        balance,
+        return_routing,
+        sequence_length,
     ):
         """The layer as one program, where it is not part of a larger one. Tokens come in the shape that users have."""
         lead = x.shape[:-1]
@@ -176,11 +188,12 @@ def moe_on_mesh(
             tokens,
             None if token_mask is None else tokens,
             None if table is None else everywhere,
+            None if shares is None else everywhere,
             None if rank_table is None else everywhere,
             None if choices is None else (tokens, tokens),
             None if router_x is None else tokens,
         )
-        given = (params, x, token_mask, table, rank_table, choices, router_x)
+        given = (params, x, token_mask, table, shares, rank_table, choices, router_x)
         given = jax.tree.map(lambda array, spec: _compat.lay_out(array, mesh, spec), given, in_specs)
         shard = functools.partial(
             layer_of_shard,
@@ -210,6 +223,7 @@ def moe_on_mesh(
         *,
         table: Array | None = None,
         balance: str = "rank",
+        shares: Array | None = None,
         rank_table: Array | None = None,
         routing: Routing | tuple[Array, Array] | None = None,
         router_x: Array | None = None,
@@ -234,6 +248,10 @@ def moe_on_mesh(
         if token_mask is not None:
             check_mask("token_mask", token_mask, lead, "the shape of x without H")
         check_choice("balance", balance, BALANCES)  # static, so it must be hashable
+        if table is not None:
+            check_table(table)
+        if shares is not None:
+            check_shares(shares, table, balance)
         if rank_table is not None:
             check_array("rank_table", rank_table)
         if return_routing is not False:
@@ -270,13 +288,12 @@ def moe_on_mesh(
             needed=asked,
         )
         check_width(f"params: 'w_up' has shape {params['w_up'].shape}; its width", params["w_up"].shape[-1], plan)
-        if table is not None:
-            check_table(table)
         y, stats = layer(
             params,
             x,
             token_mask,
             table,
+            shares,
             rank_table,
             choices,
             router_x,

@@ -27,7 +27,6 @@ from moe_jax.errors import (
     check_count,
     check_dtype,
     check_flag,
-    check_rank,
     check_shape,
     check_type,
     raise_all,
@@ -315,8 +314,6 @@ def check_params(
     ``needed``: optional parameters that must be there.
     """
     check_type("params", params, dict, "pass a dict of arrays by name")
-    if table is not None:
-        check_rank("table", table, 2, "[E_logical, F]")
     num_logical_experts = None if table is None else table.shape[0]
     router_shape = () if routed else getattr(params.get("router"), "shape", ())
     if len(router_shape) == 2:

@@ -1,26 +1,21 @@
 """What one call of the layer costs one device: bytes on the wire, flops, memory traffic, and the time that they take.
 
 Counted is the program of ``moe_on_mesh`` with fp32 parameters and no biases, in a round under an even load. What rows
-cost, their transport knows: it lists its steps, see ``moe_jax.plan.steps``.
+cost, their transport knows: it lists its steps, see ``moe_jax.plan.steps``; the others are in ``layer_steps``.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-import jax.numpy as jnp
-
-from moe_jax.activations import Choice, activation_of, check_activation
+from moe_jax.activations import Choice, check_activation
 from moe_jax.errors import InvalidArgumentError, UnsupportedError, check_choice, check_count
 from moe_jax.hardware import Machine, machine_of
 from moe_jax.kernels.table import PLATFORMS
 from moe_jax.plan.checks import check_shared, machine_from, width_of_shared
+from moe_jax.plan.layer_steps import experts_of, steps_of
+from moe_jax.plan.size import Size
 from moe_jax.plan.steps import (
-    ACTIVATION,
-    COMBINE,
-    DISPATCH,
-    GRADIENTS,
     PRODUCTS,
     ROUTE,
     STEP_PHASES,
@@ -32,15 +27,11 @@ from moe_jax.plan.steps import (
     sent_by,
 )
 from moe_jax.plan.transport_table import transport_of
-from moe_jax.quant import recipe
 
 if TYPE_CHECKING:
     from moe_jax.plan.plan import Plan
 
 PHASES = ("forward", "forward + backward")
-# Kernels and steps of the router, the choice, counts and maps: as many as the compilers for v5e and H100 make of them.
-_ROUTE_LAUNCHES = {"cpu": 40, "gpu": 40, "npu": 40, "tpu": 100}
-WIDE = 4  # bytes of an integer, a weight, a term of a sum, a number in a parameter
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,18 +160,6 @@ def _longest(cost: Phase | Cost) -> tuple[str, float]:
     return max(seconds.items(), key=lambda entry: entry[1])
 
 
-def balanced_rows(tokens: int, top_k: int, ep_size: int, num_shared_ranks: int) -> float:
-    """Rows that a rank sends another when routes are even; a rank of a shared expert gets every token it serves."""
-    routed = tokens * top_k / (ep_size - num_shared_ranks)
-    return max(routed, float(tokens)) if num_shared_ranks else routed
-
-
-def row_bytes(name: str, hidden: int, dtype: str) -> int:
-    """Bytes of a row on the wire under the recipe ``name``."""
-    chosen = recipe(name, dtype)
-    return hidden * jnp.dtype(dtype).itemsize if chosen is None else chosen.row_bytes(hidden)
-
-
 def plan_costs(
     plan: "Plan",
     ffn: int,
@@ -239,12 +218,12 @@ def layer_costs(
     """The costs of both passes; ``ffn`` 0 leaves out everything that has the width of an expert. See ``Plan.cost``."""
     size = Size.of(plan, machine.widened)
     transport, layout = transport_of(plan), Layout.of(plan, machine, num_replicas)
-    routed, shared = _experts(plan, size, ffn, activation, shared_ffn, shared_activation)
+    routed, shared = experts_of(plan, size, ffn, activation, shared_ffn, shared_activation)
     costs = {}
     for name in PHASES:
         backward = name == PHASES[1]
-        steps = _steps(plan, size, layout, routed, shared, machine, backward)
-        even = _steps(plan, transport.even_size(plan, size), layout, routed, shared, machine, backward)
+        steps = steps_of(plan, size, layout, routed, shared, machine, backward)
+        even = steps_of(plan, transport.even_size(plan, size), layout, routed, shared, machine, backward)
         passes = 3 if backward else 1  # the gradient of a product takes two
         router = passes * 2 * plan.tokens_per_rank * plan.hidden * plan.num_ids
         flops = passes * sum(2 * f.projections * f.rows * plan.hidden * f.width for f in (routed, shared))
@@ -322,207 +301,6 @@ def even_exchanges(
     """The exchanges whose bytes the phases of ``Plan.cost`` sum up, and how the devices lie that make them."""
     machine, of_shared = plan.hardware, activation if shared_activation is None else shared_activation
     size, layout = Size.of(plan, machine.widened), Layout.of(plan, machine, plan.num_replicas)
-    experts = _experts(plan, size, ffn, activation, width_of_shared(plan, ffn, shared_ffn), of_shared)
-    steps = _steps(plan, transport_of(plan).even_size(plan, size), layout, *experts, machine, backward)
+    experts = experts_of(plan, size, ffn, activation, width_of_shared(plan, ffn, shared_ffn), of_shared)
+    steps = steps_of(plan, transport_of(plan).even_size(plan, size), layout, *experts, machine, backward)
     return [exchange for step in steps for exchange in step.collectives], layout
-
-
-def _experts(
-    plan: "Plan", size: "Size", ffn: int, activation: Choice, shared_ffn: int, shared_activation: Choice
-) -> tuple["_Ffn", "_Ffn"]:
-    """(routed, shared)."""
-    routed = _Ffn(size.multiplied, plan.num_local_experts, ffn // plan.tp_size, activation)
-    return routed, _Ffn(plan.tokens_per_rank, 1, shared_ffn, shared_activation)
-
-
-class _Ffn(NamedTuple):
-    """Experts on one device."""
-
-    rows: int  # of all of them
-    experts: int
-    width: int
-    activation: Choice
-
-    @property
-    def projections(self) -> int:
-        return 3 if activation_of(self.activation).gated else 2
-
-
-class Size(NamedTuple):
-    """Extents of one round on one device, from which every transport finds its costs.
-
-    Attributes:
-      itemsize: bytes of a number of a row.
-      row: bytes of a row in ``plan.dtype``.
-      out: bytes of a row on its way to the experts.
-      back: bytes of a row on its way back.
-      ct: bytes of a cotangent of a row, both ways.
-      wide: bytes of a row in fp32.
-      sum_item: bytes of a number of ``plan.dtype`` in a sum over ranks.
-      slots: rows for which the ep ranks have room, W * capacity.
-      sent: rows that an exchange hands over on the way out.
-      returned: rows that it hands over on the way back.
-      node_slots: tokens that go to the nodes, N * B of "hierarchy".
-      everyone: tokens of all ranks.
-      arrived: M.
-      multiplied: rows of all experts under an even load.
-    """
-
-    itemsize: int
-    row: int
-    out: int
-    back: int
-    ct: int
-    wide: int
-    sum_item: int
-    slots: int
-    sent: int
-    returned: int
-    node_slots: int
-    everyone: int
-    arrived: int
-    multiplied: int
-
-    @classmethod
-    def of(cls, plan: "Plan", widened: tuple[str, ...]) -> "Size":
-        itemsize, slots = jnp.dtype(plan.dtype).itemsize, plan.ep_size * plan.pair_capacity
-        messages = (
-            row_bytes(name, plan.hidden, plan.dtype) for name in (plan.quant, plan.combine_quant, plan.backward_quant)
-        )
-        everyone, arrived = plan.tp_size * plan.ep_size * plan.tokens_per_rank, plan.num_rows(plan.pair_capacity)
-        even = math.ceil(everyone * plan.top_k / plan.num_experts) * plan.num_local_experts
-        per_node = min(plan.tokens_per_rank, plan.ep_size // plan.num_nodes * plan.pair_capacity)
-        return cls(
-            itemsize,
-            plan.hidden * itemsize,
-            *messages,
-            wide=plan.hidden * WIDE,
-            sum_item=WIDE if plan.dtype in widened else itemsize,
-            slots=slots,
-            sent=transport_of(plan).sent_rows(plan, plan.pair_capacity),
-            returned=slots,
-            node_slots=plan.num_nodes * per_node,
-            everyone=everyone,
-            arrived=arrived,
-            multiplied=min(even, arrived),
-        )
-
-
-# The steps that every layer has, whatever its transport is.
-
-
-def _steps(
-    plan: "Plan", size: "Size", layout: Layout, routed: "_Ffn", shared: "_Ffn", machine: Machine, backward: bool
-) -> list[Step]:
-    """All steps of the layer."""
-    transport = transport_of(plan)
-    of_rows = transport.steps(plan, size, backward) if plan.exchanges else _local_steps(plan, size, backward)
-    passes = 3 if backward else 1
-    route = Step(
-        ROUTE, traffic=passes * _router_traffic(plan), launches=_ROUTE_LAUNCHES[machine.platform] + 4 * backward
-    )
-    return [
-        route,
-        *of_rows,
-        *(transport.added_steps(plan, size, machine, backward) if plan.exchanges else []),
-        *(step for f in (routed, shared) for step in _ffn_steps(f, plan.hidden, size.itemsize, backward)),
-        _gathers(plan, layout, routed),
-        *_sums(plan, size, layout, routed, shared, backward),
-    ]
-
-
-def _sums(plan: "Plan", size: "Size", layout: Layout, routed: "_Ffn", shared: "_Ffn", backward: bool) -> list[Step]:
-    """What is summed over all devices: load and two counts; shares and a loss; gradients of replicated parameters.
-
-    XLA makes one all-reduce of all that have a dtype and a group in common.
-    """
-    everyone, replicas = (*layout.replicas, *plan.exchange_axes), layout.replicas
-    rounds = Collective("all-reduce", replicas, WIDE)
-    counts = Collective("all-reduce", everyone, (plan.num_ids + 2) * WIDE)
-    floats = (plan.num_ids + 1) * WIDE
-    if not backward:
-        return [Step(ROUTE, (rounds, counts, Collective("all-reduce", everyone, floats)))]
-    floats += plan.hidden * plan.num_ids * WIDE
-    narrow = plan.hidden * (3 * plan.num_const_experts + shared.projections * shared.width) * size.sum_item
-    sums = (floats + narrow,) if size.sum_item == WIDE else (floats, narrow)
-    # Of weights that are split over replicas each device gets its part of the sum, which is then added over the others.
-    of_experts = _expert_weights(plan, routed) * WIDE
-    others = tuple(name for name in replicas if name not in layout.params)
-    experts = (
-        Collective("reduce-scatter", layout.params, of_experts),
-        Collective("all-reduce", others, of_experts // layout.group(layout.params).size),
-    )
-    replicated = tuple(Collective("all-reduce", everyone, handed) for handed in sums)
-    exchanges = tuple(exchange for exchange in (*replicated, *experts) if exchange.handed)
-    return [Step(ROUTE, (rounds, counts)), Step(GRADIENTS, exchanges)]
-
-
-def _gathers(plan: "Plan", layout: Layout, routed: "_Ffn") -> Step:
-    """The weights of experts made whole, where they are split over replicas: one gather for each projection."""
-    part = _expert_weights(plan, routed) * WIDE // routed.projections // layout.group(layout.params).size
-    return Step(PRODUCTS, (Collective("all-gather", layout.params, part),) * (routed.projections if part else 0))
-
-
-def _expert_weights(plan: "Plan", routed: "_Ffn") -> int:
-    """Numbers in the weights of a device's routed experts, whole along H."""
-    return routed.projections * routed.experts * plan.hidden * routed.width
-
-
-def rounds_step(plan: "Plan") -> Step:
-    """The ranks agree on the number of rounds, where they do not know it from the counts that they exchange."""
-    return Step(ROUTE, (Collective("all-reduce", plan.exchange_axes, WIDE),) if plan.max_rounds > 1 else ())
-
-
-def _local_steps(plan: "Plan", size: "Size", backward: bool) -> list[Step]:
-    """Of a device that exchanges nothing: a gather each way, of rows as recipes leave them; the sum at the tokens."""
-    tokens, pairs = plan.tokens_per_rank, plan.num_pairs
-
-    def out(phase, rows, message):
-        return Step(phase, (), 2 * recoded(size, message, rows) + 2 * size.arrived * size.row, launches=1)
-
-    def back(phase, message):
-        traffic = 2 * recoded(size, message, size.arrived) + 3 * pairs * size.row + tokens * size.wide
-        return Step(phase, (), traffic, launches=2)
-
-    found = [out(DISPATCH, tokens, size.out), back(COMBINE, size.back)]
-    if backward:  # cotangents take the same ways; beside that, those of pairs and of weights are made
-        beside = 2 * (pairs * size.row + tokens * size.wide)
-        found += [out(COMBINE, pairs, size.ct), Step(COMBINE, (), beside, launches=2), back(DISPATCH, size.ct)]
-    return found
-
-
-def _ffn_steps(ffn: "_Ffn", hidden: int, itemsize: int, backward: bool) -> list[Step]:
-    """Each product reads two matrices and writes one; so do its two gradients. 16-bit weights are cast copies."""
-    if not ffn.width:
-        return []
-    row, inner, count = hidden * itemsize, ffn.width * itemsize, ffn.projections
-    weights = count * ffn.experts * hidden * ffn.width
-    casts = weights * (WIDE + itemsize) if itemsize != WIDE else 0
-    products, activated = casts + weights * itemsize + ffn.rows * count * (row + inner), ffn.rows * count * inner
-    launches, activations = count + (count if casts else 0), 1
-    if backward:
-        added = 3 * row if count == 3 else 0  # gate's and up's cotangents of a row
-        products += casts + 2 * weights * itemsize + ffn.rows * (2 * count * (row + inner) + added)
-        activated += ffn.rows * (3 * count - 1) * inner  # made again, and its cotangents
-        launches, activations = 3 * launches + 1, 3
-    return [Step(PRODUCTS, (), products, launches), Step(ACTIVATION, (), activated, activations)]
-
-
-# Memory traffic.
-
-
-def unplaced_bytes(plan: "Plan", size: Size) -> int:
-    """Rows of products put into the slots that they came in, and added over tp."""
-    widened = 2 * size.wide if size.sum_item > size.itemsize else 0  # rows are cast for the sum, and cast back
-    added = (size.arrived + size.slots) * (size.row + widened) if plan.tp_size > 1 else 0
-    return 2 * size.arrived * size.row + added
-
-
-def recoded(size: Size, message: int, rows: int) -> int:
-    """Rows into or out of a message that is no row."""
-    return rows * (size.row + message) if message != size.row else 0
-
-
-def _router_traffic(plan: "Plan") -> int:
-    tokens, hidden, ids = plan.tokens_per_rank, plan.hidden, plan.num_ids
-    return (tokens * hidden + hidden * ids + tokens * ids) * WIDE

@@ -5,7 +5,8 @@ import math
 from typing import TYPE_CHECKING
 
 from moe_jax.activations import Choice
-from moe_jax.plan.cost import PHASES, Cost, balanced_rows, rows_cost
+from moe_jax.plan.cost import PHASES, Cost, rows_cost
+from moe_jax.plan.size import balanced_rows
 from moe_jax.plan.steps import ACTIVATION, COMBINE, DISPATCH, PRODUCTS
 
 if TYPE_CHECKING:

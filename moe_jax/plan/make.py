@@ -13,9 +13,10 @@ from moe_jax.hardware import Machine, machine_of
 from moe_jax.kernels.table import PLATFORMS, describe_backend, registrations, resolve_all
 from moe_jax.plan import checks
 from moe_jax.plan.axes import AUTO, extent, resolve_axes
-from moe_jax.plan.cost import PHASES, Cost, balanced_rows, rows_cost
+from moe_jax.plan.cost import PHASES, Cost, rows_cost
 from moe_jax.plan.describe import cost_words
 from moe_jax.plan.plan import Plan
+from moe_jax.plan.size import balanced_rows
 from moe_jax.plan.transport_table import transport_names, transport_of
 
 

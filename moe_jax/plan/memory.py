@@ -26,8 +26,8 @@ from moe_jax.hardware import Machine, find_machine
 from moe_jax.kernels import FLOAT_DTYPES
 from moe_jax.parameters import TABLE
 from moe_jax.plan.checks import check_shared, width_of_shared
-from moe_jax.plan.cost import balanced_rows
 from moe_jax.plan.moments import WIDE, Sizes, backward, forward, kept_bytes
+from moe_jax.plan.size import balanced_rows
 from moe_jax.plan.transport_table import transport_of
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class Question:
       chunks: parts in which the tokens pass.
       hardware: the machine; None: the plan's.
       shared_ffn, shared_activation: of the shared expert; None: as for ``moe_on_mesh``.
+      weigh_inputs: whether weights multiply what experts are given.
     """
 
     ffn: int
@@ -65,6 +66,7 @@ class Question:
     hardware: Machine | str | None
     shared_ffn: int | None
     shared_activation: Choice | None
+    weigh_inputs: bool
 
     @property
     def activation_of_shared(self) -> Choice:
@@ -182,6 +184,7 @@ def plan_memory(plan: "Plan", asked: Question) -> Memory:
     check_choice("optimizer", asked.optimizer, OPTIMIZERS)
     check_choice("param_dtype", asked.param_dtype, FLOAT_DTYPES)
     check_flag("remat", asked.remat)
+    check_flag("weigh_inputs", asked.weigh_inputs)
     check_count("chunks", asked.chunks)
     if asked.ffn % plan.tp_size:
         raise InvalidArgumentError(f"ffn={asked.ffn} must be divisible by tp={plan.tp_size}")
@@ -236,17 +239,18 @@ def _of_layer(plan: "Plan", machine: Machine, asked: Question) -> Memory:
     ffn, layers, chunks = asked.ffn, asked.layers, asked.chunks
     extents = _parameter_extents(plan, asked)
     item = jnp.dtype(asked.param_dtype).itemsize
-    # 1. What all layers keep. The router's parameters stay in fp32.
-    one_layer = sum(n * (WIDE if _is_router(name) else item) for name, n in extents.items())
+    # 1. What all layers keep.
+    one_layer = sum(extents.values()) * item
     train = asked.optimizer != "none"
-    s = Sizes.of(_chunk_of(plan, chunks), ffn, asked.activation, asked.param_dtype, machine.platform)
+    chunk = _chunk_of(plan, chunks)
+    s = Sizes.of(chunk, ffn, asked.activation, asked.param_dtype, machine.platform, weigh_inputs=asked.weigh_inputs)
     shared = plan.tokens_per_rank * asked.width_of_shared(plan) * jnp.dtype(plan.dtype).itemsize
     kept = _kept(plan, asked, s)
     # 2. The programs of one layer. Chunks keep what they keep side by side, and while one is multiplied, the next one
     #    travels. Each makes gradients of all weights, which are added in the end.
     tokens = plan.tokens_per_rank * plan.hidden * jnp.dtype(plan.dtype).itemsize
     stats = WIDE * (plan.num_ids + 8)
-    router = 4 * WIDE * plan.tokens_per_rank * plan.num_ids + _integers(plan)
+    router = 4 * WIDE * plan.tokens_per_rank * plan.num_ids + _router_cast(plan, asked) + _integers(plan)
     travelling = s.held.out if chunks > 1 else 0
     # Weights of which a device holds a part are there whole for as long as a layer runs, and so are their gradients.
     gathered = s.projections * s.weight if plan.num_param_shards > 1 else 0
@@ -259,7 +263,7 @@ def _of_layer(plan: "Plan", machine: Machine, asked: Question) -> Memory:
     if train:
         gradients = s.projections * s.weight if chunks > 1 else 0
         others = max((chunks - 1) * kept_bytes(s) + travelling, gradients) + router + _projections(asked) * shared
-        others += 2 * gathered
+        others += 2 * gathered + chunks * s.unweighed
         temporaries, moment = max(backward(s, machine.platform))
         backward_program = Program(
             arguments=one_layer + 2 * tokens,
@@ -333,8 +337,12 @@ def _kept(plan: "Plan", asked: Question, s: Sizes) -> int:
         return inputs
     # The router reads tokens in fp32. A transport that sums rows on their way back keeps them for the gradient of the
     # weights of choices.
-    router = WIDE * tokens * (plan.num_ids + 8 * plan.top_k + plan.hidden * s.narrow)
+    router = WIDE * tokens * (plan.num_ids + 8 * plan.top_k + plan.hidden * s.narrow) + _router_cast(plan, asked)
     rows = asked.chunks * (kept_bytes(s) + s.rows * (plan.exchanges and not transport_of(plan).pairwise))
+    if asked.weigh_inputs:  # a row and its weight are multiplied in fp32, and both are kept so
+        chunk = _chunk_of(plan, asked.chunks)
+        weights = chunk.num_rows(chunk.pair_capacity)
+        rows += asked.chunks * (s.unweighed * (2 if s.narrow else 1) + WIDE * weights) + 2 * WIDE * tokens * plan.top_k
     # The shared expert is differentiated by JAX, which keeps every step of the activation.
     width = asked.width_of_shared(plan)
     shared = tokens * width * (_steps_bytes(asked.activation_of_shared) + item)
@@ -360,8 +368,9 @@ def _integers(plan: "Plan") -> int:
     return plan.workspace()["integers"]
 
 
-def _is_router(name: str) -> bool:
-    return name.startswith("router")
+def _router_cast(plan: "Plan", asked: Question) -> int:
+    """The router's parameters in fp32, in which it computes, where they are something else."""
+    return 0 if asked.param_dtype == "float32" else WIDE * plan.hidden * plan.num_ids
 
 
 def _chunk_of(plan: "Plan", chunks: int) -> "Plan":

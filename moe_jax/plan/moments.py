@@ -62,6 +62,7 @@ class Sizes(NamedTuple):
       narrow: whether the rows have 16 bits.
       cast: whether weights are cast to the dtype of the rows.
       fused: whether kernels read and write rows in their slots, and activate them too, see ``kernels.table``.
+      unweighed: [M, H], rows as they came, where weights multiply what experts are given; 0 elsewhere.
     """
 
     rows: int
@@ -76,9 +77,12 @@ class Sizes(NamedTuple):
     narrow: bool
     cast: bool
     fused: bool
+    unweighed: int
 
     @classmethod
-    def of(cls, plan: "Plan", ffn: int, activation: Choice, param_dtype: str, platform: str) -> "Sizes":
+    def of(
+        cls, plan: "Plan", ffn: int, activation: Choice, param_dtype: str, platform: str, *, weigh_inputs: bool = False
+    ) -> "Sizes":
         item = jnp.dtype(plan.dtype).itemsize
         lanes = LANES.get(platform, 1)
         hidden, columns = _filled(plan.hidden, lanes), _filled(ffn // plan.tp_size, lanes)
@@ -100,6 +104,7 @@ class Sizes(NamedTuple):
             narrow=item < WIDE,
             cast=jnp.dtype(param_dtype) != jnp.dtype(plan.dtype),
             fused=in_slots and bool(fused_kernels(plan.kernels, *extents, item)),
+            unweighed=num_rows * hidden * item * weigh_inputs,
         )
 
 
@@ -108,6 +113,8 @@ def forward(s: Sizes, platform: str) -> Iterator[tuple[int, str]]:
     held, kept = s.held, s.held.collected if s.loops else 0
     casts = s.projections * s.weight if s.cast else 0
     yield kept + held.out, "rows on their way to the experts"
+    if s.unweighed:
+        yield kept + held.arrived + s.unweighed, "rows multiplied by their weights"
     if s.fused:
         yield kept + casts + held.arrived + s.column, "the first products of the experts, and the activation"
         yield kept + casts + s.column + held.placed, "the last product of the experts"
@@ -132,7 +139,8 @@ def forward(s: Sizes, platform: str) -> Iterator[tuple[int, str]]:
 def backward(s: Sizes, platform: str) -> Iterator[tuple[int, str]]:
     """The moments of a forward and a backward pass, each the bytes that lie in memory beside arguments and results.
 
-    Gradients of parameters are not in them: they lie in the results.
+    Gradients of parameters are not in them: they lie in the results. Nor are rows as they came, without their weights,
+    which stay throughout.
     """
     held, kept = s.held, kept_bytes(s)
     base = s.wide + s.tokens  # the cotangent that all rounds read, and the router's part of that of the tokens
@@ -160,7 +168,7 @@ def backward(s: Sizes, platform: str) -> Iterator[tuple[int, str]]:
 
 
 def kept_bytes(s: Sizes) -> int:
-    """What one layer keeps from its forward to its backward pass, but for parameters and its input."""
+    """What one layer keeps from its forward to its backward pass, but for parameters, its input and ``unweighed``."""
     return s.rows + s.inner + s.held.collected
 
 

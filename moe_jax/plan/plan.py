@@ -291,6 +291,7 @@ class Plan:
         hardware: Machine | str | None = None,
         shared_ffn: int | None = None,
         shared_activation: Choice | None = None,
+        weigh_inputs: bool = False,
     ) -> Memory:
         """What one device holds at the largest moment, in bytes, as the compiler of its platform places arrays.
 
@@ -300,14 +301,14 @@ class Plan:
           layers: how many layers like this one the model has.
           optimizer: "adamw" or "adam" (two fp32 numbers for each parameter), "momentum" (one), "sgd" (none), or "none":
             inference, where there are no gradients and nothing is kept.
-          param_dtype: of the parameters but the router's, which are fp32.
+          param_dtype: of the parameters.
           remat: whether each layer is computed again in the backward pass (``jax.checkpoint``), and keeps its input
             alone.
           call: "layer", or "dispatch": a call of ``dispatch`` alone, which has room for the worst skew. It has neither
             parameters nor layers, and depends on the plan and ``hardware`` alone.
           chunks: as for ``moe_on_mesh``.
           hardware: a ``moe_jax.hardware.Machine``, its name, or the path of a TOML file; None: the plan's.
-          shared_ffn, shared_activation: as for ``moe_on_mesh``.
+          shared_ffn, shared_activation, weigh_inputs: as for ``moe_on_mesh``.
 
         Returns:
           A ``Memory``. ``memory.fits()`` says whether the machine has that much, ``memory.check_fits()`` raises where
@@ -337,6 +338,7 @@ class Plan:
             hardware=hardware,
             shared_ffn=shared_ffn,
             shared_activation=shared_activation,
+            weigh_inputs=weigh_inputs,
         )
         return plan_memory(self, asked)
 

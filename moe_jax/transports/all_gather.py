@@ -6,8 +6,9 @@ import jax.numpy as jnp
 from moe_jax import collectives, layout
 from moe_jax.derivatives import differentiated_as, take_rows
 from moe_jax.plan import Plan
-from moe_jax.plan.cost import WIDE, recoded, rounds_step, row_bytes
+from moe_jax.plan.layer_steps import rounds_step
 from moe_jax.plan.moments import Held
+from moe_jax.plan.size import WIDE, recoded, row_bytes
 from moe_jax.plan.steps import COMBINE, DISPATCH, ROUTE, Collective, Step
 from moe_jax.quant.message import join_some, split_some
 from moe_jax.transports.base import (
@@ -46,15 +47,15 @@ class AllGather(Transport):
 
     name = "allgather"
 
-    def automatic(self, plan):
+    def automatic(self, plan: Plan):
         return True
 
-    def count(self, destination, pairs, plan):
+    def count(self, destination, pairs, plan: Plan):
         """[P, W, T * C] the destinations of all ranks' pairs."""
         everyone = collectives.gather_tokens(plan, destination)
         return pairs, everyone.reshape(plan.tp_size, plan.ep_size, plan.num_pairs)
 
-    def open(self, manifest, start, capacity, plan, *, num_rows):
+    def open(self, manifest, start, capacity, plan: Plan, *, num_rows):
         me, num_local = collectives.ep_rank(plan), plan.num_local_experts
         order = manifest.source_order
         picked = layout.gather_maps(
@@ -67,7 +68,7 @@ class AllGather(Transport):
     def num_rows(self, maps):
         return maps.row_pair.shape[0]
 
-    def send(self, tokens, pairs, maps, plan, *, ordered):
+    def send(self, tokens, pairs, maps, plan: Plan, *, ordered):
         with jax.named_scope("exchange"):
             message, parts = join_some([tokens, None if pairs is None else by_token(pairs)])
             everyone = jax.lax.collapse(collectives.gather_tokens(plan, message), 0, 2)
@@ -79,7 +80,7 @@ class AllGather(Transport):
                 all_pairs = take_rows(all_pairs.reshape(-1, pairs.shape[2]), maps.row_pair, poison=plan.poison)
             return Delivery(all_tokens, all_pairs, ())
 
-    def collect(self, rows, weights, scalars, maps, plan, *, ordered, recipe):
+    def collect(self, rows, weights, scalars, maps, plan: Plan, *, ordered, recipe):
         assert rows is not None  # scalars alone are for transports that send them with weights
         with jax.named_scope("partial_sum"):
             everyone = None if weights is None else collectives.gather_tokens(plan, weights)
@@ -92,7 +93,7 @@ class AllGather(Transport):
             summed = collectives.reduce_scatter_tokens(plan, take_rows(scalars, maps.pair_row, absent=0))
             return Return(total, jnp.swapaxes(summed, 0, 1), ())
 
-    def collect_adjoint(self, rows, weights, ct, maps, plan, *, ordered):
+    def collect_adjoint(self, rows, weights, ct, maps, plan: Plan, *, ordered):
         # d_row(t, c) = w[t, c] * ct[t]        # [M, H] from ct [T, H] fp32
         # d_w[t, c] = <ct[t], row(t, c)>       # [T, C], each rank's share summed over the ranks
         rows = as_delivered(rows, plan.combine_recipe)
@@ -114,13 +115,13 @@ class AllGather(Transport):
 
     # What it costs.
 
-    def buffers(self, plan, capacity):
+    def buffers(self, plan: Plan, capacity):
         tokens = plan.tp_size * plan.ep_size * plan.tokens_per_rank
         out = row_bytes(plan.quant, plan.hidden, plan.dtype)
         buffers = {"inbox": tokens * out, "return": tokens * plan.hidden * WIDE}
         return buffers, 2 * tokens * plan.top_k + plan.num_rows(capacity)
 
-    def held(self, plan, capacity, platform):
+    def held(self, plan: Plan, capacity, platform):
         tokens = plan.tp_size * plan.ep_size * plan.tokens_per_rank
         row, wide = plan.hidden * jnp.dtype(plan.dtype).itemsize, plan.hidden * WIDE
         buffers, _ = self.buffers(plan, capacity)
@@ -137,7 +138,7 @@ class AllGather(Transport):
             weighed=tokens * (plan.pairs_per_token * row + wide) if platform == "tpu" else 0,
         )
 
-    def steps(self, plan, size, backward):
+    def steps(self, plan: Plan, size, backward):
         axes, pairs = plan.exchange_axes, plan.num_pairs * WIDE
         tokens, everyone = plan.tokens_per_rank, size.everyone * plan.pairs_per_token
         of_pairs = Collective("all-gather", axes, pairs)  # destinations, and then weights
@@ -159,7 +160,7 @@ class AllGather(Transport):
             found += [out(COMBINE, size.ct), Step(COMBINE, (summed,), dots, launches=3), back(DISPATCH, size.ct)]
         return found
 
-    def added_steps(self, plan, size, machine, backward):
+    def added_steps(self, plan: Plan, size, machine, backward):
         return choices_apart(plan, size, size.everyone, machine, backward)
 
 

@@ -17,8 +17,8 @@ from moe_jax import _compat, collectives, layout
 from moe_jax.collectives.exchange import Blocks, Chunks, Exchange, Receiving, Slices
 from moe_jax.derivatives import custom_gradient, take_rows
 from moe_jax.plan import Plan
-from moe_jax.plan.cost import WIDE, recoded, row_bytes, unplaced_bytes
 from moe_jax.plan.moments import Held
+from moe_jax.plan.size import WIDE, recoded, row_bytes, unplaced_bytes
 from moe_jax.plan.steps import COMBINE, DISPATCH, ROUTE, Collective, Step
 from moe_jax.quant.message import join_some, split_some
 from moe_jax.transports import linear
@@ -86,20 +86,20 @@ class AllToAll(Transport):
 
     # Before a round.
 
-    def count(self, destination, pairs, plan):
+    def count(self, destination, pairs, plan: Plan):
         counts = collectives.gather_counts(pairs.counts.reshape(plan.ep_size, plan.num_local_experts), plan)
         sizes = jnp.sum(counts, axis=-1, dtype=jnp.int32)
         counts = _compat.as_varying(counts, plan.exchange_axes)
         mine = lax.dynamic_index_in_dim(counts, collectives.ep_rank(plan), axis=2, keepdims=False)
         return pairs, Counted(recv_counts=mine, sizes=sizes)
 
-    def longest_list(self, manifest, plan):
+    def longest_list(self, manifest, plan: Plan):
         return jnp.max(manifest.known.sizes)  # all ranks know all of them
 
-    def open_blocks(self, manifest, start, capacity, plan, *, num_rows):
+    def open_blocks(self, manifest, start, capacity, plan: Plan, *, num_rows):
         return self.open(manifest, start, capacity, plan, num_rows=num_rows, exchange=Blocks())
 
-    def open(self, manifest, start, capacity, plan, *, num_rows, exchange: Exchange | None = None):
+    def open(self, manifest, start, capacity, plan: Plan, *, num_rows, exchange: Exchange | None = None):
         if exchange is None:
             exchange = self.exchange(manifest, start, capacity, plan)
         compact = not exchange.in_blocks
@@ -124,14 +124,14 @@ class AllToAll(Transport):
     def with_counts(self, known, recv_counts):
         return known._replace(recv_counts=recv_counts)
 
-    def counts_agree(self, recv_counts, manifest, opened_counts, plan):
+    def counts_agree(self, recv_counts, manifest, opened_counts, plan: Plan):
         lane = collectives.tp_rank(plan)
         mine = manifest.known.sizes[lane][:, collectives.ep_rank(plan)]
         return jnp.all(jnp.sum(recv_counts[lane], axis=-1) == mine)
 
     # Out.
 
-    def send(self, tokens, pairs, maps, plan, *, ordered):
+    def send(self, tokens, pairs, maps, plan: Plan, *, ordered):
         with jax.named_scope("pack"):
             if tokens is not None:
                 tokens = take_rows(tokens, token_of(maps.outbox_pair, plan.pairs_per_token), poison=plan.poison)
@@ -149,7 +149,7 @@ class AllToAll(Transport):
 
     # Back. A pair that is not present in the round gets a row that may hold anything, and scalars of zero.
 
-    def collect(self, rows, weights, scalars, maps, plan, *, ordered, recipe):
+    def collect(self, rows, weights, scalars, maps, plan: Plan, *, ordered, recipe):
         del weights  # ``finish`` applies them
         row_slots, scalar_slots = summed_slots([rows, scalars], maps, plan, ordered=ordered)
         # Scalars never come alone: the cotangents of weights stay at the tokens.
@@ -168,13 +168,13 @@ class AllToAll(Transport):
                 collected = values.reshape(*collected.shape[:2], rows.shape[1])
             return Return(collected, pair_scalars, note)
 
-    def collect_adjoint(self, rows, weights, ct, maps, plan, *, ordered):
+    def collect_adjoint(self, rows, weights, ct, maps, plan: Plan, *, ordered):
         # d_row(t, c) = ct[c, t], sent as tokens are    # [M, H] from [C, T, H]; weights are not read: d_weights = 0
         ct = ct.astype(plan.dtype)
         d_rows, _ = linear.send(self, plan, ordered, plan.backward_recipe, None, ct, None, maps)
         return d_rows.astype(plan.dtype), jnp.zeros_like(weights)
 
-    def present(self, maps, plan):
+    def present(self, maps, plan: Plan):
         return maps.pair_outbox >= 0
 
     def together(self, earlier, collected, maps):
@@ -212,7 +212,7 @@ class AllToAll(Transport):
 
     # What it costs.
 
-    def buffers(self, plan, capacity):
+    def buffers(self, plan: Plan, capacity):
         slots = plan.ep_size * capacity
         sent = self.sent_rows(plan, capacity)
         inbox = plan.tp_size * slots
@@ -220,7 +220,7 @@ class AllToAll(Transport):
         buffers = {"outbox": sent * out, "inbox": inbox * out, "return": plan.num_pairs * back}
         return buffers, sent + 3 * plan.num_pairs + inbox + plan.num_rows(capacity)
 
-    def held(self, plan, capacity, platform):
+    def held(self, plan: Plan, capacity, platform):
         buffers, _ = self.buffers(plan, capacity)
         row = plan.hidden * jnp.dtype(plan.dtype).itemsize
         inbox = plan.ep_size * capacity * row  # of this tp rank
@@ -248,7 +248,7 @@ class AllToAll(Transport):
         """Rows that the exchange of a round has in memory between outbox and inbox."""
         return 0
 
-    def steps(self, plan, size, backward):
+    def steps(self, plan: Plan, size, backward):
         ep, tp, tokens, pairs = plan.ep_axis, plan.tp_axes, plan.tokens_per_rank, plan.num_pairs
 
         def out(phase, rows, message):
@@ -293,19 +293,19 @@ class Padded(AllToAll):
 
     name = "padded"
 
-    def automatic(self, plan):
+    def automatic(self, plan: Plan):
         return True
 
-    def exchange(self, manifest, start, capacity, plan):
+    def exchange(self, manifest, start, capacity, plan: Plan):
         if capacity <= plan.pair_capacity:
             return Blocks()
         return Chunks(sizes=_round_sizes(manifest, start, capacity, plan), chunk=plan.pair_capacity)
 
-    def sent_rows(self, plan, capacity):
+    def sent_rows(self, plan: Plan, capacity):
         slots = plan.ep_size * capacity
         return slots if capacity <= plan.pair_capacity else min(slots, plan.num_pairs)
 
-    def chunk_rows(self, plan, capacity):
+    def chunk_rows(self, plan: Plan, capacity):
         # Blocks for all ranks, and one more behind the slots, which a block that overhangs them is written into.
         return 0 if capacity <= plan.pair_capacity else (plan.ep_size + 1) * plan.pair_capacity
 
@@ -319,13 +319,13 @@ class Ragged(AllToAll):
 
     name = "ragged"
 
-    def remark(self, plan):
+    def remark(self, plan: Plan):
         most = _MOST_DEVICES.get(plan.hardware.name)
         if most is None or _num_devices(plan) <= most:
             return ""
         return f"the compiler for {plan.hardware.name} refuses a ragged exchange on more than {most} devices"
 
-    def automatic(self, plan):
+    def automatic(self, plan: Plan):
         return plan.platform != "cpu" and not self.remark(
             plan
         )  # which has no such instruction, and emulates it by equal blocks
@@ -334,22 +334,22 @@ class Ragged(AllToAll):
         costly = {"ragged_share": machine.ragged_share < 1, "relayout_passes": machine.relayout_passes > 0}
         return "; ".join(machine.source_of(figure) for figure, counts in costly.items() if counts)
 
-    def exchange(self, manifest, start, capacity, plan):
+    def exchange(self, manifest, start, capacity, plan: Plan):
         return Slices(sizes=_round_sizes(manifest, start, capacity, plan))
 
-    def sent_rows(self, plan, capacity):
+    def sent_rows(self, plan: Plan, capacity):
         return min(plan.ep_size * capacity, plan.num_pairs)
 
-    def even_size(self, plan, size):
+    def even_size(self, plan: Plan, size):
         return size._replace(sent=min(size.sent, plan.num_pairs), returned=min(size.returned, plan.num_pairs))
 
-    def held(self, plan, capacity, platform):
+    def held(self, plan: Plan, capacity, platform):
         held = super().held(plan, capacity, platform)
         # Where chunks of all-to-all stand for the exchange, XLA:CPU has what goes back in four copies.
         copies = 4 if platform == "cpu" else 0
         return held._replace(back=held.back + copies * held.returned)
 
-    def added_steps(self, plan, size, machine, backward):
+    def added_steps(self, plan: Plan, size, machine, backward):
         """Passes over the rows at both ends of every exchange between ranks, where they change their layout for it.
 
         The compilers for v5e and v5p make 7 steps of that for each exchange.

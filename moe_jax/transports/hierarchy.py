@@ -25,7 +25,8 @@ from moe_jax import _compat, collectives, layout
 from moe_jax.collectives.exchange import Blocks, Chunks, Exchange
 from moe_jax.derivatives import take_rows
 from moe_jax.plan import Plan
-from moe_jax.plan.cost import WIDE, recoded, rounds_step, row_bytes, unplaced_bytes
+from moe_jax.plan.layer_steps import rounds_step
+from moe_jax.plan.size import WIDE, recoded, row_bytes, unplaced_bytes
 from moe_jax.plan.steps import COMBINE, DISPATCH, ROUTE, Collective, Step
 from moe_jax.quant.message import join_some, split_some
 from moe_jax.transports import linear
@@ -77,25 +78,25 @@ class Hierarchy(Transport):
     name = "hierarchy"
     takes_row_weights = True
 
-    def automatic(self, plan):
+    def automatic(self, plan: Plan):
         return plan.num_nodes > 1
 
-    def remark(self, plan):
+    def remark(self, plan: Plan):
         alone = "the mesh spans one node, so nothing crosses to another: padded does the same with less"
         return alone if plan.num_nodes == 1 else ""
 
-    def count(self, destination, pairs, plan):
+    def count(self, destination, pairs, plan: Plan):
         """[T, C] the destinations of this rank's pairs: ``open`` exchanges what it needs of them."""
         return pairs, destination.reshape(plan.tokens_per_rank, plan.pairs_per_token)
 
-    def open(self, manifest, start, capacity, plan, *, num_rows):
+    def open(self, manifest, start, capacity, plan: Plan, *, num_rows):
         order = manifest.source_order
         return open_hierarchy(manifest.known, start, capacity, plan, num_rows=num_rows, source_order=order)
 
     def num_rows(self, maps):
         return maps.row_inbox.shape[0]
 
-    def send(self, tokens, pairs, maps, plan, *, ordered):
+    def send(self, tokens, pairs, maps, plan: Plan, *, ordered):
         # 1. Across: one message of each token for each node.
         with jax.named_scope("pack"):
             message, parts = join_some([tokens, None if pairs is None else by_token(pairs)])
@@ -121,7 +122,7 @@ class Hierarchy(Transport):
     def inbox_order(self, maps):
         return InboxOrder(maps.row_inbox, maps.inbox_row)
 
-    def collect(self, rows, weights, scalars, maps, plan, *, ordered, recipe):
+    def collect(self, rows, weights, scalars, maps, plan: Plan, *, ordered, recipe):
         """``y[t] = sum over nodes of round(sum over the choices c on that node of w[t, c] * row(t, c))``, fp32 [T, F].
 
         Products and both sums in fp32, choices and nodes ascending; ``round`` is to ``plan.dtype``, the dtype in which
@@ -171,7 +172,7 @@ class Hierarchy(Transport):
                 pair_scalars = jnp.swapaxes(summed.reshape(len(summed), -1, scalars.shape[1]), 0, 1)
             return Return(total, pair_scalars, note)
 
-    def collect_adjoint(self, rows, weights, ct, maps, plan, *, ordered):
+    def collect_adjoint(self, rows, weights, ct, maps, plan: Plan, *, ordered):
         # d_row(t, c) = w[t, c] * ct[t]     # [M, H] on every tp rank, from ct [T, H] fp32
         # d_w[t, c] = <ct[t], row(t, c)>    # [T, C], or [M] for weights beside the rows; the row summed over tp
         # The cotangent of a token travels to each node once, as a row in ``plan.dtype``; products and sums are fp32.
@@ -195,7 +196,7 @@ class Hierarchy(Transport):
 
     # What it costs.
 
-    def buffers(self, plan, capacity):
+    def buffers(self, plan: Plan, capacity):
         slots, rows = plan.ep_size * capacity, plan.num_rows(capacity)
         node_slots = plan.num_nodes * min(plan.tokens_per_rank, plan.ep_size // plan.num_nodes * capacity)
         sent = min(slots, node_slots * plan.pairs_per_token) if capacity > plan.pair_capacity else slots
@@ -211,12 +212,12 @@ class Hierarchy(Transport):
         integers = node_slots * (1 + plan.pairs_per_token) + plan.tokens_per_rank * plan.num_nodes + sent + inbox + rows
         return buffers, integers
 
-    def held(self, plan, capacity, platform):
+    def held(self, plan: Plan, capacity, platform):
         buffers, _ = self.buffers(plan, capacity)
         held = super().held(plan, capacity, platform)
         return held._replace(placed=held.arrived, adjoint=held.arrived + buffers["node_slots"] // 2)
 
-    def steps(self, plan, size, backward):
+    def steps(self, plan: Plan, size, backward):
         across, inside, tp = _across(plan), _inside(plan), plan.tp_axes
         counts, entries = plan.num_experts * WIDE, plan.pairs_per_token * WIDE  # entries: of a token
         of_pairs = Collective("all-to-all", across, size.node_slots * entries)  # destinations, and then weights
@@ -254,7 +255,7 @@ class Hierarchy(Transport):
         found += [out(COMBINE, size.ct, entries, WIDE), Step(COMBINE, scalars, dots, launches=5)]
         return [*found, back(DISPATCH, size.ct)]
 
-    def added_steps(self, plan, size, machine, backward):
+    def added_steps(self, plan: Plan, size, machine, backward):
         return choices_apart(plan, size, size.node_slots, machine, backward)
 
 

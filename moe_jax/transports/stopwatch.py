@@ -37,13 +37,13 @@ class Stopwatch:
     def __init__(self, transport: Transport):
         self._transport = transport
 
-    def count(self, destination, pairs, plan):
+    def count(self, destination, pairs, plan: Plan):
         # The counts go before any other exchange: a slow rank would hold up everybody in a collective.
         send_counts = pairs.counts.reshape(plan.ep_size, plan.num_local_experts)
         recv_counts, waited = collectives.exchange_counts_timed(send_counts, plan)
         return hold(pairs, jnp.max(waited)), TimedCounts(recv_counts, waited)  # all that follows comes after it
 
-    def open(self, manifest, start, capacity, plan, *, num_rows) -> Opened:
+    def open(self, manifest, start, capacity, plan: Plan, *, num_rows) -> Opened:
         opened = self._transport.open_blocks(manifest, start, capacity, plan, num_rows=num_rows)
         return opened._replace(maps=self._transport.timed(opened.maps))
 

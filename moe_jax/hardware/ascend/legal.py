@@ -25,7 +25,13 @@ def _nothing() -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """The multiples of ``step`` from ``low`` to ``high``, both included; where ``high`` is None there is no end."""
+    """Evenly spaced legal numbers.
+
+    Attributes:
+      low: the least of them, if it is a multiple of ``step``.
+      high: the largest, likewise; None: there is no end.
+      step: all legal numbers are multiples of it.
+    """
 
     low: int
     high: int | None = None

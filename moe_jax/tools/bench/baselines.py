@@ -25,7 +25,7 @@ from moe_jax.parameters import weights_of
 from moe_jax.plan import Plan
 
 Array = jax.Array
-CAPACITY_FACTOR = 2.0  # of the one-hot layer, on the balanced load of an expert
+CAPACITY_FACTOR = 2.0  # capacity of the one-hot layer, over the balanced load of an expert
 
 
 @functools.partial(custom_gradient, num_static=1)
@@ -51,7 +51,7 @@ def batched_ffn(params: dict[str, Array], rows: Array, activation: Choice) -> Ar
 
 
 def dense_limit(mesh: Mesh, plan: Plan, activation: Choice) -> tuple[Callable, Callable]:
-    """The products of a balanced layer and nothing else: no routing, no movement, no communication.
+    """The products of a balanced layer and nothing else: no routing, no gather of rows, no communication.
 
     Returns:
       forward: (params, rows [D, L, R, H]) -> [D, L, R, H], for D devices; partial sums with tp.
@@ -73,13 +73,13 @@ def dense_limit(mesh: Mesh, plan: Plan, activation: Choice) -> tuple[Callable, C
 
 
 def minimal_layer(mesh: Mesh, plan: Plan, activation: Choice) -> Callable:
-    """What a person writes by hand: sort, exchange, grouped products, exchange, sum, and JAX's own derivatives.
+    """What a person would write by hand: sort, exchange, grouped products, exchange, sum, and JAX's own derivatives.
 
     Blocks and kernels are those of the plan; a pair of ranks moves at most ``plan.pair_capacity`` rows, and what does
-    not fit is dropped. It is what the layer's program and the time to compile it are measured by.
+    not fit is dropped. The layer's program, and the time to compile it, are compared with those of this layer.
 
     Returns:
-      (params, x [N, H]) -> (y [N, H], number of dropped copies over the mesh).
+      (params, x [N, H]) -> (y [N, H], number of dropped pairs over the mesh).
     """
     local, capacity, hidden, backend = plan.num_local_experts, plan.pair_capacity, plan.hidden, plan.backend
 
@@ -123,11 +123,11 @@ def minimal_layer(mesh: Mesh, plan: Plan, activation: Choice) -> Callable:
 def one_hot_layer(mesh: Mesh, plan: Plan, activation: Choice) -> Callable:
     """The capacity layer of GShard: dispatch and combine are products with one-hot tensors [T, E, C].
 
-    A device sends each expert at most C = ceil(2 * T * K / E) copies, first choices before second ones; what does not
+    A device sends each expert at most C = ceil(2 * T * K / E) pairs, first choices before second ones; what does not
     fit is dropped. (arXiv 2006.16668, algorithm 1; its groups are our devices.)
 
     Returns:
-      (params, x [N, H]) -> (y [N, H], number of dropped copies over the mesh).
+      (params, x [N, H]) -> (y [N, H], number of dropped pairs over the mesh).
     """
     capacity = math.ceil(CAPACITY_FACTOR * plan.tokens_per_rank * plan.top_k / plan.num_experts)
     local, hidden = plan.num_local_experts, plan.hidden
@@ -149,7 +149,7 @@ def one_hot_layer(mesh: Mesh, plan: Plan, activation: Choice) -> Callable:
 
 
 def _one_hot(params: dict[str, Array], x: Array, plan: Plan, capacity: int) -> tuple[Array, Array]:
-    """[T, E, C] in the dtype of x: 1 where a copy has a place, and its weight there."""
+    """Two arrays [T, E, C] in the dtype of x: 1 where a pair has a place, and the weight of the pair there."""
     routing = route(router_logits(params, x), RouterConfig(), top_k=plan.top_k)
     chosen = jax.nn.one_hot(routing.expert_ids.T, plan.num_experts, dtype=jnp.int32)  # [K, T, E]
     flat = chosen.reshape(-1, plan.num_experts)
@@ -188,7 +188,9 @@ def all_experts_layer(mesh: Mesh, plan: Plan, activation: Choice) -> Callable:
         down = params["w_down"].astype(x.dtype)
         total = jnp.einsum("lnf,lfh->nh", inner, down, preferred_element_type=jnp.float32)
         y = collectives.reduce_scatter_tokens(plan, total.reshape(everyone.shape))
-        return y.astype(x.dtype), collectives.sum_over(_compat.as_varying(jnp.int32(0), plan.token_axes), plan.token_axes)
+        return y.astype(x.dtype), collectives.sum_over(
+            _compat.as_varying(jnp.int32(0), plan.token_axes), plan.token_axes
+        )
 
     return _mapped_layer(mesh, plan, shard)
 

@@ -1,4 +1,4 @@
-"""All programs of a workload have to agree before they are timed: there is no time for a wrong result."""
+"""All programs of a workload have to agree before they are timed: a wrong result gets no time."""
 
 from typing import Any
 
@@ -14,8 +14,8 @@ from moe_jax.tools.bench.programs import LAYER, LIMIT, MINIMAL, ONE_HOT, Program
 SPOT_TOKENS = 4
 
 # The largest deviation that passes, relative to the largest entry of an array. In fp32, sums of some thousand terms are
-# taken in another order. In bf16, a handful of roundings of 2^-8 each follow each other. Quantised rows are off by a
-# unit of the format on the way there, and by another on the way back.
+# taken in different orders. In bf16, a handful of roundings of 2^-8 follow each other. Quantised rows are off by a unit
+# of the format on the way out, and by another on the way back.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 4e-2}
 WIRE_TOLERANCES = {"int8": 4e-2, "e4m3": 2e-1, "e5m2": 4e-1, "e2m1": 8e-1}
 
@@ -45,7 +45,7 @@ def check_layer(setting: Setting, results: Any) -> None:
     wanted = np.bincount(data.ids.ravel(), minlength=plan.num_experts)
     if int(stats.num_dropped) or not np.array_equal(stats.load, wanted):
         raise WrongResult(
-            f"the layer dropped {int(stats.num_dropped)} copies and its loads are "
+            f"the layer dropped {int(stats.num_dropped)} pairs and its loads are "
             f"{'' if np.array_equal(stats.load, wanted) else 'not '}those of the workload"
         )
     spots = np.linspace(0, len(data.ids) - 1, min(SPOT_TOKENS, len(data.ids))).astype(int)
@@ -92,7 +92,7 @@ def check_agreement(setting: Setting, program: Program, layer: Any, results: Any
     forward = program.phase == "forward"
     (y, aux), (want_y, _) = (results, layer) if forward else (results[0], layer[0])
     if program.name in (ONE_HOT, MINIMAL) and int(aux):
-        return f"{int(aux)} of {data_size(setting)} copies dropped"
+        return f"{int(aux)} of {data_size(setting)} pairs dropped"
     limit = tolerance(setting.plan.dtype, setting.plan.quant)
     pairs = {"y": (y, want_y)}
     if not forward:
@@ -105,7 +105,7 @@ def check_agreement(setting: Setting, program: Program, layer: Any, results: Any
 
 
 def data_size(setting: Setting) -> int:
-    """How many pairs the whole mesh has."""
+    """The number of pairs of the whole mesh."""
     return setting.data.ids.size
 
 

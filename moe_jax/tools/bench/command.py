@@ -1,6 +1,6 @@
-"""The command: workloads one after the other, rows on standard output as they come, JSON lines where asked.
+"""The command: it times one workload after the other, and prints rows as they come, and JSON lines where asked.
 
-How long it will take is said first; progress goes to standard error.
+It says first how long it will take. Progress goes to standard error.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from moe_jax.tools.drawing import check_picture, save_asked
 QUICK = ("W1", "W3", "W4")
 REPEATS, QUICK_REPEATS = 7, 3
 DEFAULT_MESH = MeshConfig(ep=8)
-WIRES = tuple(name for name in quant.NAMES if not name.endswith("static"))  # the layer has no scales for that
+WIRES = tuple(name for name in quant.NAMES if not name.endswith("static"))  # the layer has no scales for static recipes
 
 
 def run(
@@ -51,24 +51,25 @@ def run(
     """Times the layer on ``workloads`` and on ``config``, with every dtype and wire. Returns the exit code.
 
     Args:
-      config, path: one more workload, and the file that it came from; the only one if ``workloads`` is None.
+      config, path: one more workload, and the file that it came from. It is the only one if ``workloads`` is None.
       mesh: None: that of ``config``, or ep=8.
       workloads: names in ``WORKLOADS``; None: all, or W1, W3 and W4 with ``quick``.
-      dtypes, quants: of the rows, and how they travel.
-      contenders: what the layer is compared with, of ``CONTENDERS``: usual ways of computing it, the default, and
-        itself over other transports.
+      dtypes, quants: the dtypes of rows, and the recipes by which they travel.
+      contenders: what the layer is compared with, names in ``CONTENDERS``: usual ways to compute it, which are the
+        default, and the layer itself over other transports.
       repeats: rounds of timing; None: 7, or 3 with ``quick``.
       max_seconds: contenders that need longer for one run are left out.
       json_path: a file for JSON lines, raw seconds included; "-": standard output, instead of the tables.
-      picture: a file to draw into: the times of all contenders, by workload and pass. It is drawn anew as each workload
-        is done, so that a run that is ended leaves one of those that were.
+      picture: a file to draw the times of all contenders into, by workload and pass. It is drawn again after each
+        workload, so that a run that is ended early leaves a picture of the workloads that were done.
 
     Returns:
       0, or 1 if a program computed something wrong: such a workload has no times.
 
     Raises:
-      InvalidArgumentError, ConfigError, MeshError: a name or a size is not as above; all is checked first.
-      UnsupportedError: there is to be a picture, and matplotlib is not installed.
+      InvalidArgumentError, ConfigError, MeshError: a name or a size is not as above. All are checked before the first
+        run.
+      UnsupportedError: a picture is asked for, and matplotlib is not installed.
       DataError: the picture cannot be written.
     """
     chosen = _workloads(config, path, workloads, quick)
@@ -89,7 +90,7 @@ def run(
     rounds = repeats or (QUICK_REPEATS if quick else REPEATS)
     others = [name for name in contenders if name not in BASELINES]
     runs = [(workload, dtype, wire) for workload in chosen for dtype in dtypes for wire in quants]
-    for workload, dtype, wire in runs:  # what does not fit is told before the first run
+    for workload, dtype, wire in runs:  # whatever does not fit is told before the first run
         for layer in (workload, *(on_transport(workload, name) for name in others)):
             make_layer(layer, devices, dtype, wire)
     records = []
@@ -130,7 +131,7 @@ def _one(
     max_seconds: float,
     lines: TextIO | None,
 ) -> dict[str, Any] | None:
-    """Measures and prints one workload, by the names of it, its dtype and wire. None if a program was wrong."""
+    """Measures and prints one workload, with rows of one dtype and recipe. None if a program was wrong."""
 
     def progress(text: str) -> None:
         print(f"{' '.join(names)}: {text}", file=sys.stderr, flush=True)
@@ -169,7 +170,7 @@ def _check_each(name: str, values: Sequence[str], known: Any) -> None:
 
 
 def open_lines(path: str | None, stack: contextlib.ExitStack) -> TextIO | None:
-    """Where JSON lines go; None: nowhere."""
+    """The stream that JSON lines go to; None if nobody wants them."""
     if path is None or path == "-":
         return None if path is None else sys.stdout
     try:

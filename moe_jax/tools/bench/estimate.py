@@ -12,10 +12,10 @@ from moe_jax.tools.bench.programs import ALL_EXPERTS, LAYER, LIMIT, ONE_HOT, RAG
 from moe_jax.tools.bench.timing import SLOW, SLOW_SECONDS, seconds_of
 from moe_jax.tools.bench.workloads import Workload
 
-_SIZE = 512  # rows and columns of the product that gives the pace
-_COMPILE_SECONDS = {LIMIT: 1.0}  # what it takes to compile a forward pass
-_COMPILE_LAYER_SECONDS = 6.0  # the same for every kind of layer
-_LAYER_WORK = 1.5  # the time of a layer in those of the dense limit, for what a layer does beside its products
+_SIZE = 512  # rows and columns of the product by which the pace is measured
+_COMPILE_SECONDS = {LIMIT: 1.0}  # seconds to compile a forward pass
+_COMPILE_LAYER_SECONDS = 6.0  # the same for a layer of any kind
+_LAYER_WORK = 1.5  # the time of a layer over that of the dense limit: a layer does more than products
 
 
 def pace_of(mesh: Mesh) -> float:
@@ -24,7 +24,7 @@ def pace_of(mesh: Mesh) -> float:
     blocks = jax.device_put(blocks, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
     product = jax.jit(lambda a: a @ a)
     seconds = [seconds_of(lambda: product(blocks).block_until_ready()) for _ in range(3)]
-    return 2 * mesh.size * _SIZE**3 / min(seconds[1:])  # the first one was compiled
+    return 2 * mesh.size * _SIZE**3 / min(seconds[1:])  # the first run was compiled
 
 
 def estimate_seconds(
@@ -53,7 +53,7 @@ def _work(name: str, workload: Workload) -> float:
         return workload.num_experts / workload.top_k
     if name == RAGGED_DOT:  # on a CPU XLA multiplies the rows of the worst case with every expert of a device
         return float(workload.num_experts)
-    if name == ONE_HOT:  # the products of its experts, and those with [T, E, C] on the way there and back
+    if name == ONE_HOT:  # the products of its experts, and those with [T, E, C] on the way out and back
         return CAPACITY_FACTOR * (1 + 2 * workload.tokens / (3 * workload.ffn))
     return _LAYER_WORK
 

@@ -1,6 +1,6 @@
 """What the compilers of hardware that is not here make of the layer: exact figures of a program, and no times.
 
-Rows are bf16, experts SwiGLU, and one process after the other compiles; see ``moe_jax.compile_for``.
+Rows are bf16 and experts are SwiGLU. One process after the other compiles; see ``moe_jax.compile_for``.
 """
 
 import contextlib
@@ -36,26 +36,27 @@ WORKLOADS = {
         Workload(name="C", tokens=1024, hidden=7168, ffn=2048, num_experts=64, top_k=8),  # as wide as DeepSeek-V3
     )
 }
-_SECONDS = 60  # about, that a program takes to compile on one core
+_SECONDS = 60  # about how long a program takes to compile on one core
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Facts:
-    """One program, per device. *Other*: all that neither multiplies nor communicates.
+    """The facts of one program, per device. *Other* is all that neither multiplies nor communicates.
 
     Attributes:
       target, workload, phase: as asked for.
       what: "layer", or "minimal": one written by hand, see ``baselines.minimal_layer``.
-      routed_flops: of the products of T * K rows with their experts, in this phase.
-      flops: in the program, when routes are even: products, and what kernels declare, padding of their tiles included.
-        They declare what full buffers take, and multiply the rows that are there; the slack of buffers is taken off.
-        On CPUs products are loops of unknown length, which do not count.
-      row_bytes: of T * K rows.
-      other_bytes: to and from memory.
-      other_cycles: priced ones; None but on TPUs.
-      gather_bytes: what gathers take out, which no cycle is counted for.
-      temporary_bytes: at once, as the compiler planned it.
-      num_instructions, compile_seconds: what it is to compile; seconds say little on a busy machine.
+      routed_flops: the flops of the products of T * K rows with their experts, in this phase.
+      flops: the flops of the program when routes are even: those of products, and what kernels declare, padding of
+        their tiles included. Kernels declare what full buffers take, but multiply only the rows that are there; so the
+        slack of buffers is subtracted. On CPUs products are loops of unknown length, which do not count.
+      row_bytes: the bytes of T * K rows.
+      other_bytes: bytes to and from memory that belong to *other*.
+      other_cycles: the cycles that the compiler estimates for *other* on TPUs; None elsewhere.
+      gather_bytes: the bytes that gathers take out, for which no cycle is counted.
+      temporary_bytes: the most bytes of temporaries at a time, as the compiler planned it.
+      num_instructions, compile_seconds: the size of the program, and how long it took to compile, which says little on
+        a busy machine.
       uncounted_loops: how many loops of unknown length there are, of which no figure above says anything.
     """
 
@@ -92,7 +93,7 @@ def run(
     contenders: Sequence[str] = (),
     json_path: str | None = None,
 ) -> int:
-    """Compiles the layer for ``targets`` and prints the facts as they come, and a table at last. Returns the exit code.
+    """Compiles the layer for ``targets``. Prints facts as they come, and then a table. Returns the exit code.
 
     Args:
       targets: as for ``compile_for``.
@@ -135,11 +136,11 @@ def run(
 def facts_of(target: str, workload: str, phase: str, what: str = OURS) -> tuple[Facts, TargetReport]:
     """Compiles one program, of this module's ``build``."""
     report = compile_for(target, f"{__name__}:build", workload, phase, what)
-    sizes, passes = WORKLOADS[workload], 1 if phase == PASSES[0] else 3  # a gradient of a product takes two
+    sizes, passes = WORKLOADS[workload], 1 if phase == PASSES[0] else 3  # its gradients are two more products
     mesh = AbstractMesh((find_target(target).num_devices, 1), ("ep", "tp"))
     plan = make_layer_plan(sizes, mesh, DTYPE, "none")
     pairs, of_row = plan.num_pairs, passes * 3 * 2 * sizes.hidden * sizes.ffn
-    counted = what == OURS and report.platform != "cpu"  # where products are loops over the rows that are there
+    counted = what == OURS and report.platform != "cpu"  # on CPUs products are loops over the rows that are there
     slack = plan.num_rows(plan.pair_capacity) - pairs if counted else 0
     facts = Facts(
         target=target,
@@ -161,7 +162,7 @@ def facts_of(target: str, workload: str, phase: str, what: str = OURS) -> tuple[
 
 
 def build(devices: Sequence[_compat.Device], name: str, phase: str, what: str) -> tuple[Callable, tuple[Any, ...]]:
-    """For ``compile_for``: the layer of a workload over all devices, weights in bf16, and its arguments."""
+    """The builder for ``compile_for``: the layer of a workload over all devices, and its arguments, weights in bf16."""
     workload, mesh = WORKLOADS[name], make_mesh(ep=len(devices), devices=devices)
     plan, init, apply = make_layer(workload, mesh, DTYPE, "none")
     if what == MINIMAL:

@@ -1,9 +1,10 @@
-"""A device that is here for minutes: whether everything is right on it, and how near to its peak it comes.
+"""For a device that is here for minutes: whether everything is right on it, and how near it comes to its peak.
 
-The list is prepared, so that one command answers both. Checks come first: grouped products of every back end that
-serves the device, recipes of the wire, and the layer with all its gradients, each beside the float64 oracle. Then
-come the times, at sizes that people train and serve. Rows are printed as they come; a step that fails is a row too, and
-the others go on. On a CPU, which has no peak to be near to, extents are a 16th, and the list tests itself.
+The list of checks and times is prepared, so that one command answers both questions. Checks come first: grouped
+products of every back end that serves the device, recipes of the wire, and the layer with all its gradients, each
+beside the float64 oracle. Then come the times, at sizes that people train and serve. Rows are printed as they come; a
+step that fails is a row too, and the others go on. On a CPU, which has no peak to be near to, extents are a 16th, and
+the list tests itself.
 """
 
 import contextlib
@@ -34,22 +35,23 @@ from moe_jax.verify.cases import deviation
 from moe_jax.verify.kernels import fused_deviations, grouped_matmul_deviations, recipe_deviations
 from moe_jax.verify.layer import Layer
 
-MAX_SECONDS = 540.0  # a step that does not fit any more is left out
+MAX_SECONDS = 540.0  # a step that would not end in time is left out
 DTYPES = ("bfloat16", "float32", "float16")
 RECIPES = ("fp8_e4m3", "mx_e4m3", "int8")
-LAYERS = (("bfloat16", "none"), ("bfloat16", "fp8_e4m3"), ("float32", "none"))  # dtype of the rows, wire both ways
+# The dtype of rows, and the recipe by which they travel both ways.
+LAYERS = (("bfloat16", "none"), ("bfloat16", "fp8_e4m3"), ("float32", "none"))
 EXTENTS = ((20, 8, 6), (300, 200, 136), (512, 256, 384))  # M rows, H, N: small, uneven, whole tiles
 RIGHT = "no time for a wrong result"
-BATCH_SECONDS, REPEATS = 0.05, 7  # a time is the mean over as many calls as take so long, and that several times
+BATCH_SECONDS, REPEATS = 0.05, 7  # a time is a mean over as many calls as take so long; so many times are taken
 
 
 def _workload(name: str, tokens: int, hidden: int, ffn: int, num_experts: int, top_k: int) -> Workload:
     return Workload(name=name, tokens=tokens, hidden=hidden, ffn=ffn, num_experts=num_experts, top_k=top_k)
 
 
-# A, B and C are what one of eight devices holds and multiplies: its eighth of 32, 128 and 64 experts, and the rows of
-# its own tokens, as many as it gets from the others in balance. The last two are 16 experts of DeepSeek-V3's size, with
-# the rows of a training step and with those of a decoding step.
+# A, B and C are what one of eight devices holds and multiplies: its eighth of 32, 128 and 64 experts, with as many rows
+# as its own tokens make, which in balance is as many as it gets from all devices. The last two are 16 experts of the
+# size of DeepSeek-V3's, with the rows of a training step and of a decoding step.
 WORKLOADS = (
     _workload("A", 1024, 1024, 1024, 4, 4),
     _workload("B", 2048, 2048, 768, 16, 8),
@@ -67,7 +69,8 @@ class Step:
 
     Attributes:
       name: what it checks or times.
-      seconds: how long it takes, about, most of it compilation. An estimate: nobody has measured it on a GPU.
+      seconds: about how long it takes, most of which is compilation. It is an estimate: nobody has measured it on a
+        GPU.
       run: makes the rows, one after the other.
     """
 
@@ -118,7 +121,7 @@ def run(*, json_path: str | None = None, max_seconds: float = MAX_SECONDS) -> in
                     good &= row.get("passed", True)
             except UnsupportedError as error:  # a back end that says that it does not serve this
                 show({"event": "refused", "what": step.name, "reason": str(error)})
-            except Exception as error:  # noqa: BLE001 - of any compiler or driver; the device is not here again soon
+            except Exception as error:  # noqa: BLE001 - whatever a compiler or driver raises: the other steps go on
                 show({"event": "failed", "what": step.name, "reason": f"{type(error).__name__}: {error}"})
                 good = False
             show({"event": "step", "what": step.name, "seconds": time.monotonic() - began})
@@ -127,7 +130,7 @@ def run(*, json_path: str | None = None, max_seconds: float = MAX_SECONDS) -> in
 
 
 def make_steps(mesh: Mesh) -> list[Step]:
-    """The list for the one device of ``mesh``: what matters most first, since it may be cut short."""
+    """The list for the one device of ``mesh``. What matters most comes first, since the list may be cut short."""
     device = mesh.devices.flat[0]
     small = device.platform == "cpu"
     backends = backends_for(device.platform)
@@ -149,18 +152,18 @@ def make_steps(mesh: Mesh) -> list[Step]:
         Step(name=f"product times {w.name} {b}", seconds=6, run=lambda w=w, b=b: _product_times(device, w, b))
         for w, b in itertools.product(workloads, backends)
     ]
-    first = len(backends)  # the products in bf16; those in other dtypes wait
+    first = len(backends)  # the products in bf16 come first, those in other dtypes later
     return [*products[:first], *layers, *layer_times, *product_times, recipes, *products[first:]]
 
 
 def backends_for(platform: str) -> list[str]:
-    """The registered back ends with grouped products that serve ``platform``, or any."""
+    """The registered back ends with grouped products that serve ``platform``, or any platform."""
     found = []
     for name in backend_names():
         try:
             served = {p for kernel in ("grouped_matmul", "grouped_outer") for p in _platforms(kernel, name)}
         except UnsupportedError:
-            continue  # transports alone
+            continue  # it has transports alone
         if platform in served or not served:
             found.append(name)
     return found
@@ -179,7 +182,7 @@ def _small(workload: Workload) -> Workload:
 
 
 def product_checks(backend: str, dtype: str, extents: Sequence[tuple[int, int, int]]) -> Iterator[Row]:
-    """Grouped products and their gradients at each of ``extents``, which must be exact."""
+    """Whether grouped products and their gradients are exact, at each of ``extents``."""
     for sizes in extents:
         found = grouped_matmul_deviations(backend, dtype, sizes)
         subject = f"{backend} {dtype} {' x '.join(map(str, sizes))}"
@@ -190,13 +193,13 @@ def product_checks(backend: str, dtype: str, extents: Sequence[tuple[int, int, i
 
 
 def recipe_checks() -> Iterator[Row]:
-    """What a quantised wire carries, to the bit."""
+    """Whether rows on the quantised wire are right to the bit."""
     for name in RECIPES:
         yield _check("codes, scales and rows = oracle", name, recipe_deviations(name), 0.0)
 
 
 def layer_checks(mesh: Mesh, dtype: str, wire: str, small: bool) -> Iterator[Row]:
-    """The layer and its gradients, rows in ``dtype`` that travel both ways as ``wire``."""
+    """Whether the layer and its gradients are right, with rows in ``dtype`` that travel both ways as ``wire``."""
     sizes = {} if small else {"tokens_per_rank": 64, "hidden": 256, "num_experts": 8, "ffn": 128}
     limit, subject = tolerance(dtype, wire), f"{dtype}, wire {wire}"
     precision = "highest" if dtype == "float32" else "default"
@@ -217,7 +220,7 @@ def _check(law: str, subject: str, deviations: list[float], limit: float) -> Row
 
 
 def _layer_times(mesh: Mesh, workload: Workload) -> Iterator[Row]:
-    """The layer and the dense limit in bf16, once their results are right."""
+    """Times of the layer and of the dense limit in bf16, once their results are right."""
     setting = make_setting(workload, mesh, "bfloat16", "none", ())
     weights = sum(value.nbytes for value in weights_of("experts", setting.data.params).values())
     for program in itertools.chain.from_iterable(compile_programs(setting, phase) for phase in PASSES):
@@ -233,8 +236,8 @@ def _layer_times(mesh: Mesh, workload: Workload) -> Iterator[Row]:
             yield {**row, "reason": str(error), "passed": False}
             continue
         del results
-        # Forward, weights are read once, and tokens read and written. Backward, weights are read again and their
-        # gradients written, and so it is with tokens.
+        # In the forward pass weights are read once, and tokens are read and written. In the backward pass weights are
+        # read again and their gradients written, and tokens likewise.
         least_bytes = (weights + 2 * setting.data.x.nbytes) * (1 if forward else 3)
         flops = setting.limit_flops * (1 if forward else 3)
         what = f"{program.name}, {program.phase}"
@@ -243,7 +246,7 @@ def _layer_times(mesh: Mesh, workload: Workload) -> Iterator[Row]:
 
 
 def _product_times(device: _compat.Device, workload: Workload, backend: str) -> Iterator[Row]:
-    """The three grouped products of the first matrix of the experts, in bf16 with even groups, on one back end."""
+    """Times of the three grouped products with the experts' first matrix, in bf16, in even groups, on one back end."""
     rows, groups = workload.tokens * workload.top_k, workload.num_experts
     h, f, dtype = workload.hidden, workload.ffn, jnp.bfloat16
     keys = jax.random.split(jax.random.key(0), 3)
@@ -269,7 +272,7 @@ def _product_times(device: _compat.Device, workload: Workload, backend: str) -> 
 
 
 def _spot_deviation(what: str, got: jax.Array, x: jax.Array, w: jax.Array, ct: jax.Array, sizes: np.ndarray) -> float:
-    """Of a row of the first group that has any and of the last, or of a column of their gradients, from float64."""
+    """How far a row, or a column of the gradient, of the first group with rows and of the last is from float64."""
     filled, starts, found = np.flatnonzero(sizes), np.cumsum(sizes) - sizes, []
     for g in (filled[0], filled[-1]):
         row, group = starts[g], slice(starts[g], starts[g] + sizes[g])
@@ -289,7 +292,7 @@ def _wide(array: jax.Array) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _Timed:
-    """What is timed of a program."""
+    """A program that is timed: ``compiled`` is called with ``arguments``."""
 
     compiled: Callable
     arguments: tuple[Any, ...]
@@ -305,7 +308,7 @@ def _time(
     least_bytes: float,
     program: Program | _Timed,
 ) -> Row:
-    """A row with the median time of ``program``, and what part it is of the device's peaks in flops and bytes."""
+    """A row with the median time of ``program``, and its shares of the device's peaks in flops and bytes."""
     seconds = _seconds_per_call(program)
     median, peak = float(np.median(seconds)), peak_of(device.device_kind)
     sizes = {"rows": workload.tokens * workload.top_k, "hidden": workload.hidden, "ffn": workload.ffn}
@@ -327,7 +330,7 @@ def _time(
 
 
 def _seconds_per_call(program: Program | _Timed) -> list[float]:
-    """Means over calls that are queued one behind the other, so that what the host does between two is not counted."""
+    """Means over calls that are queued one behind the other, so that the host's work between two does not count."""
 
     def batch(calls: int) -> float:
         start = time.perf_counter()

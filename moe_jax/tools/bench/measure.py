@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from moe_jax.layer.experts import is_gated
-from moe_jax.plan.cost import row_bytes
+from moe_jax.plan.size import row_bytes
 from moe_jax.tools.bench.check import check_agreement, check_layer, check_limit
 from moe_jax.tools.bench.memory import HEAVY, free_bytes, give_back_freed_memory
 from moe_jax.tools.bench.programs import LAYER, LIMIT, PASSES, Program, Setting, compile_programs
@@ -22,14 +22,14 @@ def measure(
     progress: Callable[[str], None],
     finished: Callable[[dict[str, Any], str], None],
 ) -> dict[str, Any]:
-    """Everything about one workload, ready for JSON; one pass after the other.
+    """Compiles, checks and times one workload, one pass after the other; the record can be written as JSON.
 
     Args:
       setting: what to run.
       repeats: how many rounds of timing there are.
       max_seconds: contenders that need longer for a run, by their flops and the pace of the dense limit, are left out.
-      progress: is called with a few words about what is under way.
-      finished: is called with the record so far, and with the pass that has just been added to it.
+      progress: called with a few words about what is under way.
+      finished: called with the record so far, and with the pass that has just been added to it.
 
     Returns:
       The workload's sizes, and ``pass_record`` of each pass.
@@ -75,7 +75,8 @@ def _first_runs(setting, programs, max_seconds, notes, progress) -> tuple[dict[s
     """Runs and checks the programs of a pass once.
 
     Returns:
-      Seconds by name, of a second run of limit and layer, and of the only run of a contender; the layer's rounds.
+      Seconds by name, those of a second run for the limit and the layer, and of the only run for a contender; and the
+      rounds that the layer took.
     """
     limit, layer = programs[LIMIT], programs[LAYER]
     forward = layer.phase == PASSES[0]
@@ -103,11 +104,11 @@ def _first_runs(setting, programs, max_seconds, notes, progress) -> tuple[dict[s
 
 
 def _why_once(program: Program, seconds: float, layer_seconds: float, setting: Setting) -> str | None:
-    """Why one run, which took ``seconds``, is enough; None if it is not."""
+    """Why one run, which took ``seconds``, is enough; None if more are wanted."""
     if seconds > max(SLOW * layer_seconds, SLOW_SECONDS):
         return f"slower than {SLOW:.0f} layers"
     free, needed = free_bytes(), _needed_bytes(program, setting.mesh.size)
-    if free is not None and needed > HEAVY * free:  # all others would find their memory gone
+    if free is not None and needed > HEAVY * free:  # it would leave too little memory to the others
         return f"takes {needed / 2**30:.0f} GiB of memory"
     return None
 
@@ -141,10 +142,10 @@ def pass_record(
     notes: dict[str, str],
     num_rounds: int,
 ) -> dict[str, Any]:
-    """Of one pass, by program: quotients of times, raw seconds, contracts and minima.
+    """The record of one pass, by program: quotients of times, raw seconds, contracts and minima.
 
     ``limit_over_layer`` is the dense limit's time over the layer's: 1 is the limit. ``speedups`` are a contender's time
-    over the layer's. Minima are those of ``minima``; wire bytes are those of the rounds that were taken.
+    over the layer's. Minima are those of ``minima``, and wire bytes count the rounds that were taken.
     """
     contract = programs[LAYER].contract
     in_loops = contract.wire_bytes - contract.inline_wire_bytes
@@ -168,10 +169,12 @@ def pass_record(
 def minima(setting: Setting, phase: str) -> dict[str, float]:
     """What the layer cannot do without, per device (the mean over devices).
 
-    wire_bytes: the true rows that leave, there and back; with the backward pass their cotangents too, unquantised.
+    wire_bytes: the bytes of the true rows that leave, out and back; with the backward pass those of their cotangents
+    too, which are not quantised.
     temporary_bytes: what the products need at once, untiled and without recomputation: the rows of a balanced device
     and their hidden activations; with the backward pass the inputs of the activation instead of its result.
-    collectives: one exchange each way and pass. compile_seconds is not here: the dense limit's stands beside it.
+    collectives: one exchange each way and pass. There is no minimum of compile_seconds: those of the dense limit stand
+    beside the layer's.
     """
     plan, ffn = setting.plan, setting.workload.ffn // setting.plan.tp_size
     leaving, item = rows_that_leave(setting.data.ids, plan), jnp.dtype(plan.dtype).itemsize

@@ -1,4 +1,4 @@
-"""Memory of the host is kept between runs, as accelerators keep theirs, and given back before it runs out."""
+"""Keeps freed memory of the host between runs, as accelerators keep theirs, and gives it back before it runs out."""
 
 import ctypes
 import sys
@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import jax
 
-HEAVY = 0.25  # contenders that need more than this part of the free memory are run once
+HEAVY = 0.25  # contenders that need more than this share of the free memory are run once
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # parameters of mallopt, from malloc.h
 
 
 def keep_freed_memory() -> bool:
-    """Makes the C library keep what is freed; call it before the first device query. Returns whether it could.
+    """Makes the C library keep what is freed; call it before the first device query. Returns whether that worked.
 
     XLA allocates a program's temporaries anew in every run. GPU and TPU take them from a pool; on Linux buffers of
     32 MiB and more come from the kernel and go back to it, and all emulated devices hold theirs at once where they
@@ -22,14 +22,14 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_freed_memory() -> None:
-    """Lets the kernel have what was freed and kept, where that is possible."""
+    """Gives freed memory that was kept back to the operating system, where that is possible."""
     malloc_trim = _c_function("malloc_trim")
     if malloc_trim:
         malloc_trim(0)
 
 
 def free_bytes() -> int | None:
-    """How much memory emulated devices can still take; None: it is unknown, or the devices have memory of their own."""
+    """How much memory emulated devices can still take; None if it is unknown, or devices have their own memory."""
     if jax.default_backend() != "cpu":
         return None
     try:

@@ -31,16 +31,16 @@ def draw_times(records: list[dict[str, Any]], header: dict[str, Any]) -> Any:
 
 
 def _contenders(record: dict[str, Any]) -> list[str]:
-    """Everything that has a place in the picture: the limit, the layer, and what it is compared with."""
+    """All that the picture shows: the limit, the layer, and what the layer is compared with."""
     found = record["phases"].values()
     return list(dict.fromkeys([LIMIT, LAYER, *(name for each in found for name in each["speedups"])]))
 
 
 def _draw_workload(axes: Any, record: dict[str, Any], contenders: list[str]) -> None:
-    """Two bars for each contender; what was not run in a pass says so."""
+    """Draws two bars for each contender; a contender that was not run in a pass says so."""
     for number, phase in enumerate(PASSES):
         found = record["phases"][phase]
-        quotients = {LIMIT: found["limit_over_layer"], **found["speedups"]}  # those of the table
+        quotients = {LIMIT: found["limit_over_layer"], **found["speedups"]}  # the quotients of the table
         for place, name in enumerate(contenders):
             seconds, middle = found["seconds"].get(name), place + 0.4 * (number - 0.5)
             low, median, high = 1e3 * np.percentile(seconds, [25, 50, 75]) if seconds else (0.0, 0.0, 0.0)

@@ -45,7 +45,7 @@ class Program:
     compile_seconds: float
 
     def run(self) -> Any:
-        """Calls the program and returns its results once they are there."""
+        """Calls the program, waits for its results, and returns them."""
         return jax.block_until_ready(self.compiled(*self.arguments))
 
 
@@ -58,7 +58,7 @@ class Setting:
       mesh: where it runs.
       plan: the plan of its layer.
       data: parameters and tokens.
-      apply: the function of its layer.
+      apply: the ``apply`` of its layer.
       contenders: what the layer is compared with, names in CONTENDERS.
     """
 
@@ -87,7 +87,7 @@ def make_layer_plan(workload: Workload, mesh: Mesh | AbstractMesh, dtype: str, q
 
 
 def make_layer(workload: Workload, mesh: Mesh, dtype: str, quant: str) -> tuple[Plan, Callable, Callable]:
-    """The plan of ``make_layer_plan``, and the ``init`` and ``apply`` of its layer; raises what that raises."""
+    """The plan of ``make_layer_plan``, and the ``init`` and ``apply`` of its layer; it raises the same errors."""
     plan = make_layer_plan(workload, mesh, dtype, quant)
     init, apply = _layer(workload, mesh, plan)
     return plan, init, apply
@@ -96,7 +96,7 @@ def make_layer(workload: Workload, mesh: Mesh, dtype: str, quant: str) -> tuple[
 def make_setting(
     workload: Workload, mesh: Mesh, dtype: str, quant: str, contenders: Sequence[str] = BASELINES
 ) -> Setting:
-    """The layer of ``make_layer``, its data, and all ``contenders`` but itself; raises what that raises."""
+    """The layer of ``make_layer``, its data, and all ``contenders`` but itself; it raises the same errors."""
     plan, init, apply = make_layer(workload, mesh, dtype, quant)
     data = make_data(workload, plan, mesh, init)
     others = tuple(name for name in contenders if name != plan.transport)
@@ -163,7 +163,7 @@ def _worst_case_layer(setting: Setting) -> Callable:
 
 
 def on_transport(workload: Workload, transport: str) -> Workload:
-    """``workload`` with its rows moved by ``transport``."""
+    """``workload`` with ``transport`` to move its rows."""
     return dataclasses.replace(workload, options=(*workload.options, ("transport", transport)))
 
 

@@ -1,6 +1,6 @@
 """A measured workload in words: quotients of times, and bytes beside their minima.
 
-Absolute times would say little about another machine; only those of compiling are told.
+Absolute times would say little about another machine; only those of compilation are told.
 """
 
 from typing import Any
@@ -39,7 +39,7 @@ def describe_pass(record: dict[str, Any], phase: str) -> str:
 
 
 def describe_transports(records: list[dict[str, Any]]) -> str:
-    """In how many workloads no other transport was faster with the backward pass, and which was faster elsewhere."""
+    """In how many workloads no other transport was faster with the backward pass, and the faster ones elsewhere."""
     compared, slower = 0, []
     for record in records:
         speedups = record["phases"][PASSES[1]]["speedups"]
@@ -59,7 +59,7 @@ def _line(name: str, text: str) -> str:
 
 
 def _beside(name: str, texts: dict[str, str]) -> str:
-    """The layer's text, and those of the limit and the minimal layer where they were made."""
+    """The layer's text, with those of the limit and the minimal layer where these were run."""
     others = [other for other in (LIMIT, MINIMAL) if other in texts]
     return _line(f"{name} ({', '.join(others)})", f"{texts[LAYER]} ({', '.join(texts[other] for other in others)})")
 

@@ -1,4 +1,4 @@
-"""Times of several programs in one process. They run in turn, so that what else the machine does hits all alike."""
+"""Times of several programs in one process. They run in turn, so that other work of the machine slows all alike."""
 
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -34,7 +34,7 @@ def interleave(runs: Mapping[Key, Callable[[], object]], repeats: int) -> dict[K
 
 
 def quotient(above: list[float], below: list[float]) -> dict[str, float]:
-    """The median and the quartiles of the quotients of all rounds; if the rounds differ in number, of the medians."""
+    """The median and the quartiles of the quotients of all rounds; of the medians, if numbers of rounds differ."""
     if len(above) == len(below):
         values = np.asarray(above) / np.asarray(below)
     elif len(above) == 1:

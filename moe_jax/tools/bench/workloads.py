@@ -19,7 +19,7 @@ from moe_jax.plan import Plan
 
 CONFIG_TOKENS = 512  # tokens per device of a configuration that has no [train] section
 ZIPF = 1.2
-_NOISE, _CUT = 0.3, 2.5  # entries of x are normal with this sigma, and cut off at 2.5 sigma = 0.75
+_NOISE, _CUT = 0.3, 2.5  # entries of x are normally distributed with this sigma, and cut off at 2.5 sigma = 0.75
 _BUMP = 3.0  # the bump of the first choice; that of the last is 2.5, well above 0.75 + 0.75
 
 
@@ -101,7 +101,7 @@ def of_config(config: Config, path: str) -> Workload:
 
 
 def check_steerable(workload: Workload) -> None:
-    """Raises ConfigError if there are more experts than entries of a token, so that routes cannot be steered."""
+    """Raises ConfigError if there are more experts than entries of a token: then routes cannot be steered."""
     if workload.num_experts > workload.hidden:
         raise ConfigError(
             f"{workload.name}: moe.num_experts={workload.num_experts} exceeds model.hidden={workload.hidden}, and "
@@ -112,9 +112,10 @@ def check_steerable(workload: Workload) -> None:
 def expert_ids(workload: Workload, num_tokens: int, ep_size: int) -> np.ndarray:
     """[num_tokens, K] i32 in the order of the devices, distinct in a row, the same at every call.
 
-    "balanced": choice j of all goes to rank j mod W, and there to expert (j // W) mod L. So every W choices of a device
-    reach all ranks, and every E choices all experts. "zipf": K draws without replacement, expert e with weight
-    (e + 1)^-1.2. "one rank": evenly over the experts of rank 0, or over as many ranks as hold K experts.
+    "balanced": choice number j of all choices goes to rank j mod W, and there to expert (j // W) mod L. So every W
+    consecutive choices of a device reach all ranks, and every E choices reach all experts. "zipf": K draws without
+    replacement, expert e with weight (e + 1)^-1.2. "one rank": evenly over the experts of rank 0, or over as many ranks
+    as hold K experts.
     """
     experts, top_k = workload.num_experts, workload.top_k
     local = experts // ep_size
@@ -132,7 +133,7 @@ def expert_ids(workload: Workload, num_tokens: int, ep_size: int) -> np.ndarray:
 
 def rows_that_leave(ids: np.ndarray, plan: Plan) -> float:
     """How many pairs a device sends to another expert-parallel rank, on average over the devices."""
-    homes = np.arange(len(ids)) // plan.tokens_per_rank  # the device, tp innermost
+    homes = np.arange(len(ids)) // plan.tokens_per_rank  # the device of each token, tp innermost
     ranks = homes // plan.tp_size % plan.ep_size
     leaving = ids // (plan.num_experts // plan.ep_size) != ranks[:, None]
     return float(leaving.sum()) * plan.tokens_per_rank / len(ids)

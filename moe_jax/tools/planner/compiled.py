@@ -24,7 +24,7 @@ def find_compiler(machine: Machine, num_devices: int) -> Target:
       UnsupportedError: no compiler for such a machine is known, or it is not installed.
       InvalidArgumentError: there is no target of so many devices.
     """
-    # A machine of the user's own that takes its kinds from a listed one is compiled for as that one is.
+    # For a machine of the user's own that takes its kinds from a listed one, programs are compiled as for that one.
     known = [name for name in ("cpu", *GPUS, *TPUS) if set(MACHINES[name].kinds) & set(machine.kinds)]
     if not known:
         raise UnsupportedError(
@@ -40,12 +40,12 @@ def compile_layer(question: Question, target: Target) -> dict[str, dict[str, Any
     """By pass, what the compiler of ``target`` says of the layer, per device: bytes, flops, and how long it took.
 
     ``flops`` are None on CPUs, where products are loops of unknown length. Elsewhere kernels declare what full buffers
-    take; the slack of buffers is taken off. ``memory_bytes`` are those of arguments, results and temporaries; on TPUs
-    the peak that the compiler reports, since it spreads temporaries over more memory than they need. ``cycles`` are the
-    TPU compiler's own estimates, None elsewhere.
+    take, and the slack of buffers is subtracted. ``memory_bytes`` are the bytes of arguments, results and temporaries;
+    on TPUs they are the peak that the compiler reports, since it spreads temporaries over more memory than they need.
+    ``cycles`` are the TPU compiler's own estimates, None elsewhere.
 
     Raises:
-      MemoryLimitError: one layer does not fit a device, so the compiler is not asked.
+      MemoryLimitError: one layer does not fit a device; the compiler is not asked then.
       CompilationError: the compiler refuses the layer.
     """
     plan, moe_config = question.plan(), question.config.moe
@@ -74,7 +74,7 @@ def compile_layer(question: Question, target: Target) -> dict[str, dict[str, Any
 
 
 def build(devices: Sequence[_compat.Device], question: Question, pass_name: str) -> tuple[Callable, tuple[Any, ...]]:
-    """For ``compile_for``: the layer over all devices of the target, and its arguments, parameters in fp32."""
+    """The builder for ``compile_for``: the layer over all devices of the target, and its arguments in fp32."""
     shape, moe_config = question.mesh, question.config.moe
     mesh = moe.make_mesh(ep=shape.ep, tp=shape.tp, nodes=shape.nodes, dp=shape.dp, devices=devices)
     plan, router = question.plan(mesh), question.config.router

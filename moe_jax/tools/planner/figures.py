@@ -23,18 +23,18 @@ def predict(question: Question) -> Found:
     Returns:
       A dict with these keys:
 
-      - "passes": those that are asked about; the last one is the one that counts: "forward + backward", or "forward"
-        where nothing is trained.
+      - "passes": the passes that are asked about. The last one is the one that counts: "forward + backward", or
+        "forward" where nothing is trained.
       - "transport", "transport_reason", "experts_per_rank", "pair_capacity": what the plan decided.
-      - "time": by pass, "forward" and "forward + backward": "seconds", what it is "bound" by, and what leaves the
-        device under an even load, "inside_bytes" and "between_bytes"; the same of each of its "phases"; and exact
-        counts, as in ``Cost``: "wire_bytes", "flops", "traffic_bytes".
+      - "time": for each pass, "forward" and "forward + backward": its "seconds", what it is "bound" by, and the bytes
+        that leave the device under an even load, "inside_bytes" and "between_bytes"; the same for each of its "phases";
+        and exact counts, as in ``Cost``: "wire_bytes", "flops", "traffic_bytes".
       - "memory": for "one" and for "all" layers, bytes of "weights", "gradients", "optimizer", "activations" and
         "receive" buffers; by pass, "arguments", "results" and "temporaries" of the "programs" of one layer; the "peak"
         and the "moment" when it comes; whether it "fits", and the "smallest_change" by which it would.
-      - "machine_bytes": what a device has.
-      - "tokens_per_second": of each device, through one layer, in the pass that counts.
-      - "peak_share": flops per second of the same, as a share of what a device reaches.
+      - "machine_bytes": the memory that a device has.
+      - "tokens_per_second": how many tokens each device gets through one layer in the pass that counts.
+      - "peak_share": the flops per second in that pass, as a share of what a device reaches.
 
     Raises:
       InvalidArgumentError, MeshError: the plan refuses the question.
@@ -61,7 +61,7 @@ def predict(question: Question) -> Found:
 
 
 def peak_as_compiled(found: Found, told: dict[str, Any]) -> int:
-    """The largest moment of all layers, where one layer is at work as its compiler says (``compile_layer``)."""
+    """The largest moment of all layers, where the layer at work takes what its compiler says (``compile_layer``)."""
     memory = found["memory"]["all"]
     pass_name = found["passes"][-1]
     return memory["peak"] - sum(memory["programs"][pass_name].values()) + told[pass_name]["memory_bytes"]
@@ -90,7 +90,7 @@ def _time(cost: Cost, machine: Machine) -> dict[str, Any]:
 
 
 def _bound(cost: Cost | Phase, machine: Machine) -> str:
-    """What takes longest; of the wire, whether it is that in nodes or between them; "" where nothing takes time."""
+    """What takes longest; for the wire, whether in nodes or between them; "" where nothing takes time."""
     name, seconds = cost.bound
     if name != "wire" or machine.between is None:
         return name if seconds else ""
@@ -98,10 +98,11 @@ def _bound(cost: Cost | Phase, machine: Machine) -> str:
 
 
 def memory_of(question: Question, plan: Plan, layers: int, chunks: int = 1) -> Memory:
-    """What a device holds, of so many layers."""
+    """What a device has in its memory with so many layers."""
     moe_config, terms = question.config.moe, question.terms
     return plan.memory(
         **moe_config.widths,
+        weigh_inputs=moe_config.weigh_inputs,
         layers=layers,
         optimizer=terms.optimizer,
         remat=terms.remat,
@@ -111,7 +112,7 @@ def memory_of(question: Question, plan: Plan, layers: int, chunks: int = 1) -> M
 
 
 def check_fits(question: Question, plan: Plan) -> None:
-    """Raises MemoryLimitError where one layer does not fit; the text names the smallest change that would do."""
+    """Raises MemoryLimitError where one layer does not fit. The text names the smallest change with which it would."""
     memory = memory_of(question, plan, 1)
     if not memory.fits():
         raise memory.refusal(memory.machine, _change_of(question, memory))
@@ -123,7 +124,7 @@ def _change_of(question: Question, memory: Memory) -> str:
 
 
 def _changed(question: Question, change: Change, layers: int) -> Memory | None:
-    """The memory of a plan that is made anew with ``change``, with the transport that is best then."""
+    """The memory of the plan that is made with ``change``, by the transport that is best then."""
     config, terms = question.config, question.terms
     terms = dataclasses.replace(terms, remat=change.memory.question.remat)
     if change.name in ("ep", "tp"):

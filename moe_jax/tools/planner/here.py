@@ -1,4 +1,4 @@
-"""What a clock says of the layer that a question asks about, on the devices that are here."""
+"""Times of the layer that a question asks about, on the devices that are here."""
 
 import functools
 from collections.abc import Callable
@@ -47,7 +47,7 @@ def why_not_here(question: Question, bytes_per_device: int) -> str | None:
 def time_layer(question: Question) -> dict[str, dict[str, Any]]:
     """By pass, the median of the seconds that the layer takes, all seconds, and what it ran on.
 
-    Tokens are normally distributed, and so their routes are nearly even.
+    Tokens are normally distributed, so that their routes are nearly even.
     """
     shape, moe_config = question.mesh, question.config.moe
     mesh = moe.make_mesh(ep=shape.ep, tp=shape.tp, nodes=shape.nodes, dp=shape.dp)
@@ -65,7 +65,7 @@ def time_layer(question: Question) -> dict[str, dict[str, Any]]:
     for pass_name in question.passes:
         program, arguments = programs[pass_name]
         call = functools.partial(_finished, program, arguments)
-        call()  # compiles it, and fills the caches
+        call()  # this call compiles it, and fills the caches
         seconds = [seconds_of(call) for _ in range(REPEATS)]
         device = mesh.devices.flat[0].device_kind
         found[pass_name] = {"seconds": float(np.median(seconds)), "all_seconds": seconds, "device_kind": device}
@@ -73,5 +73,5 @@ def time_layer(question: Question) -> dict[str, dict[str, Any]]:
 
 
 def _finished(program: Callable, arguments: tuple[Any, ...]) -> Any:
-    """The results of a program, once they are there."""
+    """Waits for the results of a program, and returns them."""
     return jax.block_until_ready(program(*arguments))

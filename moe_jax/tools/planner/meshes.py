@@ -6,7 +6,7 @@ import math
 from moe_jax.config import MeshConfig, MoEConfig, parse_mesh
 from moe_jax.hardware import Machine
 
-MIN_WIDTH = 128  # of what tp leaves of an expert: matrix units are as wide, and would idle
+MIN_WIDTH = 128  # the least width that tp may leave of an expert: matrix units are so wide
 
 
 def mesh_words(mesh: MeshConfig) -> str:
@@ -16,7 +16,7 @@ def mesh_words(mesh: MeshConfig) -> str:
 
 
 def read_mesh(text: str, machine: Machine) -> MeshConfig:
-    """The mesh of `--mesh`; where it does not say how many nodes there are, those that it takes on ``machine``."""
+    """The mesh of `--mesh`, with as many nodes as it takes on ``machine`` where it does not say how many."""
     mesh = parse_mesh(text)
     return mesh if "nodes" in text else on_nodes(mesh, machine)
 
@@ -24,8 +24,8 @@ def read_mesh(text: str, machine: Machine) -> MeshConfig:
 def on_nodes(mesh: MeshConfig, machine: Machine) -> MeshConfig:
     """``mesh`` with as many nodes as its expert-parallel group takes on ``machine``.
 
-    The devices of a group follow each other, tensor-parallel ranks innermost. A group that fills no whole number of
-    nodes keeps the nodes that it has.
+    The devices of a group are numbered consecutively, tensor-parallel ranks innermost. If a group does not fill a whole
+    number of nodes, ``mesh`` keeps its nodes.
     """
     if machine.devices_per_node is None or machine.devices_per_node % mesh.tp:
         return mesh
@@ -34,7 +34,7 @@ def on_nodes(mesh: MeshConfig, machine: Machine) -> MeshConfig:
 
 
 def resized(mesh: MeshConfig, machine: Machine, **extents: int) -> MeshConfig:
-    """``mesh`` with other extents, and the nodes that it takes then, unless it has others than it takes now."""
+    """``mesh`` with other extents, and the nodes that it takes then, unless its nodes were chosen otherwise."""
     before, after = (dataclasses.replace(mesh, nodes=1, **sizes) for sizes in ({}, extents))
     is_natural = on_nodes(before, machine) == mesh
     return on_nodes(after, machine) if is_natural else dataclasses.replace(after, nodes=mesh.nodes)
@@ -44,7 +44,7 @@ def sensible_meshes(num_devices: int, layer: MoEConfig, machine: Machine) -> lis
     """All meshes of ``num_devices`` that make sense for ``layer``, the largest expert-parallel groups first.
 
     ep divides the experts. tp divides the width of an expert, leaves at least ``MIN_WIDTH`` of it, and stays inside a
-    node. dp is the rest, and nodes are the machine's.
+    node. dp has the rest of the devices, and nodes are as large as the machine's.
     """
     found = []
     for ep in _divisors(math.gcd(num_devices, layer.num_experts)):

@@ -9,13 +9,13 @@ from moe_jax.tools.planner.figures import peak_as_compiled
 from moe_jax.tools.planner.question import Question
 from moe_jax.tools.planner.rows import COMPILED, PREDICTED, RUN, SOURCES, Row
 
-_MOST = 20  # meshes, so that the bars of the best can be read
+_MOST = 20  # the most meshes, so that the bars of the best ones can be read
 
 
 def draw(path: Path, rows: list[Row], meshes: list[str], question: Question) -> str:
     """Draws time and memory of the first meshes, from the rows of one sweep; returns what was done, in words.
 
-    ``question``: any of the sweep's, which says what is asked of all.
+    ``question``: any question of the sweep: it says what is asked about all meshes.
     """
     if find("matplotlib") is None:
         return f"matplotlib is not installed, so {path} was not drawn; {REMEDY}"
@@ -55,13 +55,13 @@ def draw(path: Path, rows: list[Row], meshes: list[str], question: Question) -> 
 
 
 def gigabytes(memory: dict[str, Any]) -> dict[str, float]:
-    """The largest moment by purpose: what lies there anyway, and what is at work."""
+    """Gigabytes at the largest moment by purpose: what is in memory all the time, and what is at work."""
     parts = {name: memory[name] / 1e9 for name in ("weights", "gradients", "optimizer", "activations")}
     return {**parts, "at work": max(0.0, memory["peak"] / 1e9 - sum(parts.values()))}
 
 
 def _points(axes: Any, meshes: list[str], values: dict[str, float], label: str) -> None:
-    """A mark for each mesh that has a value."""
+    """Draws a mark for each mesh that has a value."""
     found = [(values[mesh], place) for place, mesh in enumerate(meshes) if mesh in values]
     if found:
         axes.plot(*zip(*found, strict=True), "kD", label=label)

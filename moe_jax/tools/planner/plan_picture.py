@@ -13,7 +13,7 @@ from moe_jax.tools.planner.meshes import mesh_words
 from moe_jax.tools.planner.picture import gigabytes
 from moe_jax.tools.planner.question import Question
 
-MOST = 256  # devices of the heat map, so that one of them is a point at least
+MOST = 256  # the most devices of the heat map, so that each of them is at least a point
 WIDE = 50  # where the largest number is so many times the smallest, colours follow the logarithm
 
 
@@ -22,7 +22,7 @@ def draw_plan(question: Question, path: str, plan: Plan, found: Found) -> Any:
 
     Args:
       question, path: what was asked, of the configuration in this file.
-      plan: the plan of it.
+      plan: the plan of the question.
       found: what ``predict`` says.
     """
     figure = new_figure(13, 5.5)
@@ -40,7 +40,7 @@ def draw_plan(question: Question, path: str, plan: Plan, found: Found) -> Any:
 
 
 def _draw_time(axes: Any, found: Found) -> None:
-    """A bar for each pass, of the phases; the time of all of them stands behind it."""
+    """Draws a bar for each pass, made of its phases, with the time of the whole pass behind it."""
     passes = [found["time"][name] for name in found["passes"]]
     stack_bars(axes, [{name: 1e3 * part["seconds"] for name, part in each["phases"].items()} for each in passes])
     _finish(axes, found["passes"], [words.milliseconds(each["seconds"]) + " ms" for each in passes])
@@ -48,7 +48,7 @@ def _draw_time(axes: Any, found: Found) -> None:
 
 
 def _draw_memory(axes: Any, question: Question, found: Found) -> None:
-    """A bar for one layer and one for all, of what lies in memory at the largest moment, and what a device has."""
+    """Draws bars for one layer and for all: what is in memory at the largest moment, and what a device has."""
     columns = {"1 layer": "one"} | ({} if question.layers == 1 else {f"{question.layers} layers": "all"})
     memories = [found["memory"][key] for key in columns.values()]
     stack_bars(axes, [gigabytes(memory) for memory in memories])
@@ -69,7 +69,7 @@ def _finish(axes: Any, names: list[str], texts: list[str]) -> None:
 
 
 def _draw_wire(figure: Any, axes: Any, question: Question, plan: Plan, found: Found) -> None:
-    """A heat map with a row for each device that sends and a column for each that gets; nodes stand in frames."""
+    """Draws a heat map: a row for each device that sends, a column for each that receives, a frame for each node."""
     from matplotlib.colors import LogNorm
 
     last = found["passes"][-1]

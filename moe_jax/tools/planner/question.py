@@ -17,17 +17,17 @@ from moe_jax.plan.cost import PHASES
 from moe_jax.plan.memory import OPTIMIZERS
 from moe_jax.tools.train.layer_plan import make_layer_plan
 
-TOKENS = 512  # per device, of a shape that has no [train] section
+TOKENS = 512  # tokens per device where the configuration has no [train] section
 DTYPE = "bfloat16"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Terms:
-    """What may be asked beside the mesh and the machine; None leaves it to the configuration.
+    """What may be asked beside the mesh and the machine. None leaves an answer to the configuration.
 
     Attributes:
-      tokens: of each device; None: those of the [train] section, or ``TOKENS``.
-      dtype: of the rows; None: that of the [train] section, or ``DTYPE``.
+      tokens: tokens of each device; None: those of the [train] section, or ``TOKENS``.
+      dtype: the dtype of rows; None: that of the [train] section, or ``DTYPE``.
       quant, combine_quant, backward_quant: recipes of rows, as for ``make_plan``.
       layers: how many such layers are in memory at a time; None: those of the model.
       optimizer, remat: as for ``Plan.memory``.
@@ -48,9 +48,9 @@ class Question:
     """One layer on one mesh of one machine; plain data, so that the process that compiles can be handed one.
 
     Attributes:
-      config: the configuration, with the mesh that is asked about, and without [train], which has said what it says.
+      config: the configuration, with the mesh that is asked about. It has no [train]: ``terms`` holds what that said.
       machine: what the mesh is made of.
-      terms: all else, with nothing left open.
+      terms: everything else, with no None left.
     """
 
     config: Config
@@ -83,11 +83,11 @@ class Question:
 
     @property
     def passes(self) -> tuple[str, ...]:
-        """The passes that are asked about, the one that counts last: without an optimizer nothing is trained."""
+        """The passes that are asked about, of which the last one counts. Without an optimizer nothing is trained."""
         return PHASES[:1] if self.terms.optimizer == "none" else PHASES
 
     def plan(self, mesh: Mesh | None = None) -> moe.Plan:
-        """The plan of the layer on ``mesh``; None: on one of which only the shape exists, however large it is."""
+        """The plan of the layer on ``mesh``; None: on an abstract mesh, which needs no devices, however large it is."""
         return make_layer_plan(
             self.config,
             self.model,
@@ -101,12 +101,12 @@ class Question:
         )
 
     def unquantised(self) -> "Question | None":
-        """The same of rows that travel as they are; None where they do."""
+        """The same question for rows that travel unquantised; None where they do so anyway."""
         terms = dataclasses.replace(self.terms, quant="none", combine_quant="none", backward_quant="none")
         return None if terms == self.terms else dataclasses.replace(self, terms=terms)
 
     def asked(self, by: str) -> dict[str, Any]:
-        """Everything that the answer follows from, who gives it (``by``) and the code of this package included."""
+        """Everything that decides the answer, including who gives it (``by``) and the code of this package."""
         values = dataclasses.asdict(self)
         del values["machine"]["sources"]
         return {**values, "by": by, "code": _digest()}
@@ -120,12 +120,12 @@ class Question:
 
 
 def ask(config: Config, path: str, machine: Machine, mesh: MeshConfig, terms: Terms) -> Question:
-    """The question, with everything filled in that ``terms`` leaves open; what the plan checks is not checked here.
+    """The question, with everything filled in that ``terms`` leaves open. What the plan checks is not checked here.
 
     Args:
       config, path: the configuration, and the file that it came from.
       machine: see ``find_machine`` and ``machine_here``.
-      mesh: instead of that of ``config``.
+      mesh: takes the place of the mesh of ``config``.
       terms: what else is asked.
 
     Raises:
@@ -140,7 +140,7 @@ def ask(config: Config, path: str, machine: Machine, mesh: MeshConfig, terms: Te
         raise InvalidArgumentError(f"ffn={config.moe.ffn} must be divisible by tp={mesh.tp}; take another tp")
     train, tokens, dtype, layers = config.train, terms.tokens, terms.dtype, terms.layers
     if tokens is None and train is not None:
-        dataclasses.replace(config, mesh=mesh)  # raises if devices would get different numbers of tokens
+        dataclasses.replace(config, mesh=mesh)  # raises where devices would get different numbers of tokens
         tokens = train.batch_size * config.model.seq_len // mesh.num_devices
     if layers is not None:
         check_count("layers", layers)
@@ -155,7 +155,7 @@ def ask(config: Config, path: str, machine: Machine, mesh: MeshConfig, terms: Te
 
 @functools.cache
 def _digest() -> str:
-    """What tells this code from any other: a row that other code made answers nothing."""
+    """A digest that tells this code from any other: rows that other code made are no answers."""
     found = hashlib.sha256()
     for file in sorted(Path(moe.__file__).parent.rglob("*.py")):
         found.update(file.read_bytes())

@@ -16,11 +16,11 @@ SOURCES = (PREDICTED, COMPILED, RUN)
 class RowsFile:
     """The rows of all sweeps that were kept in one file.
 
-    A row is known by its source and by everything that was asked, so that rows of another question are left alone, and
-    none is taken for an answer to this one. A row that holds an error is no answer: it is done again.
+    A row is identified by its source and by everything that was asked. So rows of other questions are left alone, and
+    none of them is taken for an answer to this one. A row that holds an error is no answer: it is computed again.
 
     Attributes:
-      torn: whether the file ended in half a line, as a killed run leaves it. That half is dropped with the first write.
+      torn: whether the file ended in half a line, as a killed run leaves it. The first write drops that half.
 
     Raises:
       DataError: the file cannot be read, or a whole line of it is no such row.
@@ -32,7 +32,7 @@ class RowsFile:
         self._file: FileIO | None = None
 
     def find(self, source: str, asked: dict[str, Any]) -> Row | None:
-        """The row of this source that answers exactly this; the last one, where there are several."""
+        """The row of this source that answers exactly this question; the last one, where there are several."""
         wanted = plain(asked)
         found = (row for row in reversed(self._rows) if row["source"] == source and row["asked"] == wanted)
         return next((row for row in found if "error" not in row), None)
@@ -58,7 +58,7 @@ class RowsFile:
 
     def _open(self) -> FileIO:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        if self.torn:  # the whole lines, without the half one
+        if self.torn:  # the file with its whole lines alone
             with atomic_write(self._path) as file:
                 file.writelines(_line(row) for row in self._rows)
         return self._path.open("ab", buffering=0)
@@ -74,7 +74,7 @@ def _line(row: Row) -> bytes:
 
 
 def _read(path: Path) -> tuple[list[Row], bool]:
-    """All whole rows, and whether half a line follows them."""
+    """All whole rows, and whether half a line follows."""
     try:
         *lines, last = path.read_bytes().split(b"\n")
     except FileNotFoundError:

@@ -19,7 +19,7 @@ from moe_jax.tools.planner.question import Question, Terms, ask, machine_here
 
 _NAME = 30  # columns of the first column of a table
 _WIDTH = 120
-_LABEL = 10  # columns of the word that a line begins with
+_LABEL = 10  # columns for the word at the beginning of a line
 
 
 def run(
@@ -37,7 +37,7 @@ def run(
     """Prints the screen, or one JSON object. Returns the exit code.
 
     Args:
-      config, path: what is planned, and the file that it came from.
+      config, path: what is planned, and the file that it is from.
       mesh: as `--mesh` takes it; None: that of ``config``.
       hardware: a name or a file as for ``find_machine``; None: what the devices are that are here.
       terms: what else is asked.
@@ -89,7 +89,7 @@ def run(
 
 
 def _values(question: Question, plan: Plan) -> dict[str, Any]:
-    """The plan as data: its fields, the bytes of its buffers, and its costs with exact counts."""
+    """The plan as data: its fields, the bytes of its buffers, and its costs with their exact counts."""
     moe_config = question.config.moe
     costs = plan.cost(**moe_config.widths)
     return {
@@ -141,12 +141,12 @@ def _labelled(label: str, text: str) -> str:
 
 
 def _short(reason: str) -> str:
-    """A reason without what stands in brackets, and without the sources behind it: ``Plan.describe`` has all of it."""
+    """A reason without brackets and the sources at its end: ``Plan.describe`` has all of it."""
     return re.sub(r" \([^()]*\)", "", reason).split("; ")[0]
 
 
 def _verdict(question: Question, found: Found) -> list[str]:
-    """For one layer and for all: whether it fits, and the smallest change by which it would."""
+    """Whether one layer fits, and whether all do; and if not, the smallest change with which they would."""
     lines = []
     for layers, key in _columns(question).items():
         memory, there = found["memory"][key], words.size(found["machine_bytes"])
@@ -187,7 +187,7 @@ def _memory_table(question: Question, found: Found) -> list[str]:
 
 
 def _time_table(question: Question, found: Found) -> list[str]:
-    """A line for each phase of the layer; what bounds it and what it sends are those of the pass that counts."""
+    """A line for each phase of the layer. What bounds a phase, and what it sends, is for the pass that counts."""
     passes = [found["time"][name] for name in found["passes"]]
     heads = ("forward", "with backward")[: len(passes)]
     nodes = ("in node", "between nodes") if question.machine.between else ("sent",)
@@ -206,7 +206,7 @@ def _time_table(question: Question, found: Found) -> list[str]:
 
 
 def _savings(found: Found, unquantised: Found | None) -> list[str]:
-    """What recipes of the wire save, of each pass; nothing where there are none."""
+    """What the recipes of the wire save in each pass; nothing where there are none."""
     if unquantised is None:
         return []
     return [_saved(name, found["time"][name], unquantised["time"][name]) for name in found["passes"]]
@@ -232,7 +232,7 @@ def _speed(question: Question, found: Found) -> str:
 
 
 def compared(found: Found, compiled: dict[str, dict[str, Any]]) -> list[str]:
-    """The compiler's figures beside the estimates, by pass, with the error of the estimate."""
+    """The figures of the compiler beside the estimates, by pass, with the errors of the estimates."""
     widths = (_NAME, 14, 14, 10)
     told = compiled[FORWARD]
     lines = [_labelled("compiler", f"{told['target']}: {told['compiler']}")]

@@ -1,4 +1,4 @@
-"""`python -m moe_jax sweep`: meshes beside each other, a row as soon as it is done; which of them is best, and why."""
+"""`python -m moe_jax sweep`: a row for each mesh as soon as it is done; then which mesh is best, and why."""
 
 import contextlib
 import json
@@ -22,8 +22,8 @@ from moe_jax.tools.planner.picture import draw
 from moe_jax.tools.planner.question import Question, Terms, ask, machine_here
 from moe_jax.tools.planner.rows import COMPILED, PREDICTED, RUN, Row, RowsFile
 
-TOP = 3  # of all meshes that make sense, so many are compiled or run
-SHOWN = 10  # meshes of the ranking, at most
+TOP = 3  # so many of all meshes that make sense are compiled or run
+SHOWN = 10  # the most meshes of the ranking that are shown
 _HEADS = (
     "mesh", "figures", "fits", "memory", "forward", "with backward", "bound by", "sent", "between nodes", "tokens/s",
     "peak",
@@ -52,9 +52,9 @@ def run(
       hardware: a name or a file as for ``find_machine``; None: what the devices are that are here.
       terms: what else is asked.
       num_devices: also try all meshes of so many devices that make sense.
-      compiled, run: also ask the compiler of the machine, and the devices that are here.
-      top: compile and run only so many meshes, the ones that are predicted best; None: all, or ``TOP`` where meshes
-        were not named.
+      compiled, run: whether to ask the compiler of the machine too, and the devices that are here.
+      top: compile and run only so many meshes, those that are predicted best; None: all meshes, or ``TOP`` where none
+        was named.
       out: the folder of ``sweep.jsonl`` and ``sweep.png``.
       json_lines: print rows as JSON lines instead of a table.
 
@@ -100,7 +100,7 @@ def run(
 
 
 def _start(num_devices: int) -> None:
-    """Starts JAX with so many devices, emulated where there is no accelerator; fewer will do for smaller meshes."""
+    """Starts JAX with so many devices, emulated where there is no accelerator. Fewer will do for smaller meshes."""
     with contextlib.suppress(MeshError):
         ensure_devices(num_devices)
 
@@ -108,7 +108,7 @@ def _start(num_devices: int) -> None:
 def _questions(
     config: Config, path: str, meshes: Sequence[str], machine: Machine, terms: Terms, num_devices: int | None
 ) -> tuple[list[Question], int]:
-    """A question for each mesh, those that were named first; and how many meshes of ``num_devices`` no plan is for.
+    """A question for each mesh, named ones first; and for how many meshes of ``num_devices`` there is no plan.
 
     Raises:
       ConfigError, InvalidArgumentError, MeshError: a mesh that was named breaks a rule, or there is no mesh at all.
@@ -134,7 +134,7 @@ class _Sweep:
     """The rows of one sweep, printed as they are done.
 
     Attributes:
-      predicted: what is predicted, by question.
+      predicted: the predicted figures, by question.
       rows: all rows so far.
     """
 
@@ -146,7 +146,7 @@ class _Sweep:
         self._widths = (first, 9, 4, 8, 8, 13, 18, 8, 13, 9, 6)
 
     def begin(self, left_out: int) -> None:
-        """Says what is asked, and what half a line in the file means."""
+        """Says what is asked, and, where the file ends in half a line, what that means."""
         first = self._questions[0]
         if self._file.torn:
             self._note("the file ends in half a line, as a killed run leaves it; that row is dropped and done again")
@@ -164,7 +164,7 @@ class _Sweep:
             print(words.line(_HEADS, self._widths), flush=True)
 
     def row(self, question: Question, source: str, by: str, make: Callable[[], Found]) -> None:
-        """Prints the row that is in the file, by the same one; where there is none, makes it and adds it."""
+        """Prints the row of this question and source that is in the file; where there is none, makes it and adds it."""
         asked = question.asked(by)
         row = self._file.find(source, asked)
         if row is None:
@@ -183,7 +183,7 @@ class _Sweep:
             print(self._line(row, self.predicted[question]), flush=True)
 
     def ranking(self) -> list[Question]:
-        """The questions, best first: those that fit, and of these the one that gets through the most tokens."""
+        """The questions, best first: those that fit before others, and then those that get through more tokens."""
 
         def place(question: Question) -> tuple[bool, float]:
             found = self.predicted[question]
@@ -210,7 +210,7 @@ class _Sweep:
         print(f"\nrows are in {out / 'sweep.jsonl'}; {drawn}")
 
     def _reason(self, question: Question, best: Question) -> str:
-        """A place in the ranking, in words: how long it takes, and which part of the time makes the difference."""
+        """A place in the ranking, in words: how long the mesh takes, and which phase makes the difference."""
         found, of_best = self.predicted[question], self.predicted[best]
         time, other = (each["time"][question.passes[-1]] for each in (found, of_best))
         memory = found["memory"]["all"]
@@ -220,7 +220,7 @@ class _Sweep:
             text += f"; {memory['smallest_change']}"
         if question == best:
             return f"{text}; bound by {time['bound']}"
-        # Meshes may have different numbers of tokens; each phase is compared for as many as the first one has.
+        # Meshes may have different numbers of tokens, so phases are compared for as many tokens as the first mesh has.
         scale = best.tokens / question.tokens if question.tokens else 1.0
         phases = {
             name: (scale * phase["seconds"], other["phases"][name]["seconds"]) for name, phase in time["phases"].items()
@@ -253,7 +253,7 @@ def _run(question: Question, predicted: Found) -> Found:
 
 
 def _cells(row: Row, found: Found) -> list[str]:
-    """What the columns after the mesh and the source say; "-" where this source says nothing."""
+    """The cells behind the mesh and the source; "-" where this source says nothing."""
     told = row["found"]
     if row["source"] == PREDICTED:
         memory, last = found["memory"]["all"], found["time"][found["passes"][-1]]
@@ -277,5 +277,5 @@ def _cells(row: Row, found: Found) -> list[str]:
 
 
 def _times(passes: Sequence[str], times: dict[str, Any]) -> list[str]:
-    """The columns of the forward pass and of both passes; "-" for a pass that nobody asked about."""
+    """The cells of the forward pass and of both passes; "-" for a pass that was not asked about."""
     return [words.milliseconds(times[name]["seconds"]) if name in passes else "-" for name in (FORWARD, BOTH)]

@@ -27,12 +27,12 @@ def rate(per_second: float) -> str:
 
 
 def many(number: int, noun: str) -> str:
-    """So many of a thing: "1 mesh", "3 meshes"."""
+    """A number of things: "1 mesh", "3 meshes"."""
     return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('sh') else 's'}"
 
 
 def percent(share: float) -> str:
-    """A share of 1 in percent, with a digit behind the point where it is small."""
+    """A share in percent, with a digit behind the point where it is small."""
     return f"{100 * share:.0f} %" if abs(share) >= 0.1 else f"{100 * share:.1f} %"
 
 

@@ -1,4 +1,4 @@
-"""What others published of exchanges and of models, beside what the planner predicts: ``run`` prints it."""
+"""What others published about exchanges and models, beside what the planner predicts: ``run`` prints both."""
 
 from moe_jax.tools.published.table import run
 

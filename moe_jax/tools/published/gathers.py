@@ -1,4 +1,4 @@
-"""Times of all-gathers between TPUs that others published: nobody publishes dispatch and combine there."""
+"""Times of all-gathers between TPUs that others published. Nobody has published dispatch and combine on TPUs."""
 
 import dataclasses
 
@@ -12,11 +12,10 @@ class Gathered:
     Attributes:
       machine: a name in ``moe_jax.hardware.MACHINES``.
       slice_: the chips of the slice, by dimension.
-      chips: those of them that gather from each other.
+      chips: the chips that gather from each other, by dimension.
       arrived: bytes that a chip gets.
-      gigabytes_per_second: as published: of what a chip gets.
-      fits: the kind of link, in ``moe_jax.hardware.machines.REACHED``, that the line fitted; empty where it was kept
-        out.
+      gigabytes_per_second: the published rate, by what a chip gets.
+      fits: the kind of link in ``moe_jax.hardware.machines.REACHED`` that was fitted to the line; empty where none was.
     """
 
     machine: str
@@ -47,10 +46,10 @@ GATHERED: tuple[Gathered, ...] = tuple(
 
 
 def seconds_at_rate(line: Gathered) -> float:
-    """What arrives, over the rate of the links on which it can: a chip has one to each neighbour among ``chips``."""
+    """The bytes that arrive, over the rate of the links on which they can: one to each neighbour among ``chips``."""
     machine = MACHINES[line.machine]
     assert machine.torus is not None  # it is a TPU
-    # Along two chips there is one link, along a ring two.
+    # A dimension of two chips has one link for each chip, and a ring has two.
     links = sum(min(side - 1, 2) for side in line.chips)
     share = links / (2 * machine.torus.dimensions)
     return line.arrived / (share * machine.torus.devices_per_chip * machine.inside.bytes_per_second)

@@ -1,8 +1,9 @@
 """Training speeds of whole models that others published, beside a bound that no run can pass.
 
-The bound is of products alone, each at the peak of its dtype: those of the MoE layers by a plan, and the rest of the
-model's by what its publisher counts. Whatever else takes time (exchanges, memory, attention's softmax, recomputation)
-makes a run slower. No published run sends tokens to experts: they shard weights, and gather them for every layer.
+The bound counts products alone, each at the peak of its dtype. A plan says how many the MoE layers have, and the
+publisher's count gives the rest of the model. Whatever else takes time (exchanges, memory, the softmax of attention,
+recomputation) makes a run slower. No published run sends tokens to experts: they all shard weights, and gather them for
+every layer.
 """
 
 import dataclasses
@@ -15,7 +16,14 @@ from moe_jax.hardware import MACHINES, Machine
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """The MoE layers of a model: ``layers`` of its layers are such."""
+    """The MoE layers of a model.
+
+    Attributes:
+      layers: how many of them the model has.
+      hidden, ffn: the widths of a token and of an expert.
+      experts, top_k: routed experts, and how many of them a token goes to.
+      shared_experts: experts that every token goes to.
+    """
 
     layers: int
     hidden: int
@@ -38,11 +46,11 @@ class Trained:
     Attributes:
       model: a name in ``MODELS``.
       machine: a name in ``moe_jax.hardware.MACHINES``.
-      chips: how many.
-      tokens: of a step, of all chips.
-      precision: of products: "bf16" or "fp8".
-      flops_per_second: of one chip, of products without recomputed ones, as MaxText counts them.
-      tokens_per_second: of one chip.
+      chips: how many chips took part.
+      tokens: tokens of a step, over all chips.
+      precision: the precision of products, "bf16" or "fp8".
+      flops_per_second: flops per second of one chip in products, without recomputed ones, as MaxText counts them.
+      tokens_per_second: tokens per second of one chip.
       source: where it was published.
     """
 
@@ -102,7 +110,7 @@ def num_devices(run: Trained) -> int:
 
 
 def moe_layers(run: Trained) -> tuple[float, float]:
-    """Of all MoE layers, forward and backward, for a token: flops, and seconds on one device at the peak, by a plan."""
+    """By a plan, what a token takes in all MoE layers, forward and backward: flops, and seconds at a device's peak."""
     model, devices, machine = MODELS[run.model], num_devices(run), _machine(run)
     tokens = run.tokens // devices
     plan = moe.make_plan(
@@ -119,14 +127,14 @@ def moe_layers(run: Trained) -> tuple[float, float]:
 
 
 def tokens_per_second_at_most(run: Trained) -> float:
-    """The bound: tokens per second and chip if a step were its products and nothing else."""
+    """The bound: tokens per second and chip if a step consisted of its products alone."""
     flops, seconds = moe_layers(run)
     other = run.flops_per_second / run.tokens_per_second - flops
     return num_devices(run) / run.chips / (seconds + other / _machine(run).flops16)
 
 
 def _machine(run: Trained) -> Machine:
-    """The run's machine; where its products are of 8-bit numbers, a plan's 16-bit products take as long as those."""
+    """The machine of the run. Where the run multiplies 8-bit numbers, a plan's 16-bit products get their rate."""
     machine = MACHINES[run.machine]
     if run.precision == "bf16":
         return machine

@@ -20,7 +20,13 @@ from moe_jax.tools.published.rows import (
 
 
 class Moved(NamedTuple):
-    """Rows of one rank in one exchange: what leaves it inside its node and for other nodes, and what is counted."""
+    """How many rows one rank moves in one exchange, on average.
+
+    Attributes:
+      inside: rows that leave it for other ranks of its node.
+      between: rows that leave it for other nodes.
+      counted: rows by which the publisher computed a bandwidth.
+    """
 
     inside: float
     between: float
@@ -31,36 +37,37 @@ def moved(line: Published) -> Moved:
     """Rows that an exchange moves when every choice of experts is as likely as any other."""
     node = min(PUBLISHED_MACHINES[line.machine].devices_per_node or line.ranks, line.ranks)
     nodes, tokens = line.ranks // node, line.tokens
-    # Of the nodes a token's experts stand on some only, and so on some of the ranks.
+    # The experts of a token are on some of the nodes only, and on some of the ranks.
     share = min(line.groups or nodes, nodes) / nodes
     to_ranks, to_nodes = (_places(round(n * share), round(line.experts * share)) for n in (line.ranks, nodes))
     counted = tokens * {"ranks": to_ranks, "nodes": to_nodes}.get(line.counts, float(TOP_K))
     if line.rows == "pairs":
-        # 1. Each row goes straight to its expert's rank.
+        # 1. Each row goes straight to the rank of its expert.
         pairs = tokens * TOP_K / line.ranks
         return Moved(pairs * (node - 1), pairs * (line.ranks - node), counted)
-    # 2. A row goes to each node once, to the rank there that stands where its own stands here; that one hands it on,
-    # to every rank that wants it, and is with one in ``node`` that rank itself.
+    # 2. A row goes to each node once: to the rank there that has the same place in its node as the sender has here.
+    #    That rank passes it on to every rank that needs it; with a probability of one in ``node`` it is such a rank
+    #    itself.
     return Moved(tokens * to_ranks * (node - 1) / node, tokens * to_nodes * (nodes - 1) / nodes, counted)
 
 
 def _places(count: int, experts: int) -> float:
-    """On how many of ``count`` places the TOP_K different experts of a token stand, each place having as many."""
+    """On how many of ``count`` places the TOP_K different experts of a token are, if all places have equally many."""
     elsewhere = math.comb(experts - experts // count, TOP_K) / math.comb(experts, TOP_K)
     return count * (1 - elsewhere)
 
 
 def published_seconds(line: Published, way: str) -> float:
-    """The published time: given as one, or what the published bandwidth needs for the bytes that it counts."""
+    """The published time, or the time that the published bandwidth needs for the bytes that it counts."""
     value = line.published(way)
-    assert value is not None  # asked for what is published
+    assert value is not None  # this is only asked for what is published
     if line.counts == "time":
         return value * 1e-6
     return moved(line).counted * ROW_BYTES[line.dtype(way)] / (value * 1e9)
 
 
 def predicted_seconds(line: Published, way: str) -> float:
-    """What passes over the slower link at its rate, and the latency of the farther one. They work at the same time."""
+    """The time of the slower of both links, which work at the same time, and the latency of the farther one."""
     machine, rows, size = PUBLISHED_MACHINES[line.machine], moved(line), ROW_BYTES[line.dtype(way)]
     seconds, latency = rows.inside * size / machine.inside.bytes_per_second, machine.inside.latency
     if rows.between:
@@ -71,7 +78,7 @@ def predicted_seconds(line: Published, way: str) -> float:
 
 
 def ways(line: Published) -> list[str]:
-    """Of dispatch and combine what is published."""
+    """Which of dispatch and combine are published."""
     return [way for way in (DISPATCH, COMBINE) if line.published(way) is not None]
 
 
@@ -81,7 +88,7 @@ def error(line: Published, way: str) -> float:
 
 
 def points_of(kind: str) -> list[tuple[float, float]]:
-    """What fits a kind of link: seconds that the bytes of a line take at its rate, and the published seconds."""
+    """The points that a kind of link is fitted to: seconds of a line's bytes at its rate, and the published seconds."""
     points = [
         (gathers.seconds_at_rate(line), gathers.published_seconds(line)) for line in GATHERED if line.fits == kind
     ]
@@ -97,9 +104,9 @@ def points_of(kind: str) -> list[tuple[float, float]]:
 
 
 def fit(points: Iterable[tuple[float, float]]) -> tuple[float, float]:
-    """The link that fits points best: its rate over the one that they are of, and its latency in seconds.
+    """The link that fits the points best: its rate, over the rate that they assume, and its latency in seconds.
 
-    Least squares of the relative errors of at_rate / factor + latency.
+    It minimises the squares of the relative errors of at_rate / factor + latency.
     """
     matrix = np.array([(at_rate / seconds, 1e-6 / seconds) for at_rate, seconds in points])
     slowness, microseconds = np.linalg.lstsq(matrix, np.ones(len(matrix)), rcond=None)[0]

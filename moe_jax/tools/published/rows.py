@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from moe_jax.hardware import MACHINES, Machine
 from moe_jax.hardware.machines import reached_link
 
-HIDDEN, TOP_K = 7168, 8  # of all rows: the shape of DeepSeek-V3
+HIDDEN, TOP_K = 7168, 8  # the same in all rows: the shape of DeepSeek-V3
 DISPATCH, COMBINE = "dispatch", "combine"
 # Bytes of a row of HIDDEN numbers on the wire; 8-bit numbers travel with an fp32 scale per 128 of them, or per row.
 ROW_BYTES = {"bf16": 2 * HIDDEN, "fp8": HIDDEN + HIDDEN // 128 * 4, "int8": HIDDEN + 4}
 
 
 def _like(base: str, name: str, kind: str, nominal: float, source: str) -> Machine:
-    """A machine that differs from a known one by its links inside a node; only its links are read here."""
+    """A machine that differs from a known one in its links inside a node. Only its links are read here."""
     sources = (*MACHINES[base].sources, ("inside.bytes_per_second", source))
     return dataclasses.replace(MACHINES[base], name=name, inside=reached_link(kind, nominal), sources=sources)
 
@@ -37,19 +37,18 @@ class Published:
     Attributes:
       system: the library and its kernels.
       machine: a name in ``PUBLISHED_MACHINES``.
-      ranks: GPUs or NPUs that exchange.
-      tokens: of each rank.
-      experts: of all ranks.
-      groups: nodes that a token's experts stand on at most; None for any.
+      ranks: the number of GPUs or NPUs that exchange.
+      tokens: tokens of each rank.
+      experts: experts of all ranks together.
+      groups: the most nodes that the experts of a token are on; None: any number.
       rows: what travels. "pairs": a row for every choice of a token. "ranks": one for every rank that a token goes to,
         and between nodes one for every node, which hands it on.
       counts: what the publisher multiplied by a row's bytes for a bandwidth, "pairs", and "ranks" or "nodes" that a
         token goes to, its own among them; "time" where a time is published.
       dispatch, combine: GB/s, or microseconds where ``counts`` is "time"; None where nothing is published.
-      dtypes: of rows that are dispatched and combined, in ``ROW_BYTES``.
-      fits: the kind of link, in ``moe_jax.hardware.machines.REACHED``, that the line fitted; empty where it was kept
-        out.
-      note: why no fit need hold here.
+      dtypes: the dtypes of rows that are dispatched and of those that are combined, names in ``ROW_BYTES``.
+      fits: the kind of link in ``moe_jax.hardware.machines.REACHED`` that was fitted to the line; empty where none was.
+      note: why the fit need not hold here.
     """
 
     system: str
@@ -106,7 +105,7 @@ def _table(
     fits: str = "",
     note: str = "",
 ) -> Iterator[Published]:
-    """Lines by their number of ranks: dispatch and combine."""
+    """Lines of a table: by the number of ranks, the figures of dispatch and combine."""
     for ranks, (dispatch, combine) in lines.items():
         yield Published(
             system=system,
@@ -203,7 +202,7 @@ PUBLISHED: tuple[Published, ...] = (
         dtypes=_BF16, note="NCCL, which XLA calls too",
     ),
     *_table("mori, low latency", "mi300x", 128, {8: (35, 47)}, fits="Infinity Fabric"),
-    # Its bandwidths between nodes, 63 and 110 GB/s, are those of a row for every choice.
+    # Its bandwidths between nodes, 63 and 110 GB/s, count a row for every choice.
     *_table("mori, low latency", "mi300x", 128, {16: (115, 141), 32: (157, 280)}, rows="pairs"),
     *_table("mori, low latency", "mi355x", 128, {8: (31, 36)}),
     *_table("UCCL-EP, low latency", "mi300x", 128, {8: (65, 92), 16: (136, 207), 32: (224, 341)}, rows="pairs"),

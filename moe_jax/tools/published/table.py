@@ -73,7 +73,7 @@ def source_lines() -> list[str]:
 
 
 def summary_lines() -> list[str]:
-    """How large the errors are, of all lines that were used alike."""
+    """How large the errors are, for each group of lines with the same use."""
     found = [(line.fits, line.note, abs(error(line, way))) for line, way in _all_ways()]
     found += [(line.fits, "", abs(gathers.error(line))) for line in GATHERED]
     groups = {
@@ -150,7 +150,7 @@ def model_values(run_: Trained) -> dict[str, Any]:
 
 
 def use_of(line: Published | Gathered) -> str:
-    """What the line was used for: to fit a kind of link, or to see how right such fits are."""
+    """What the line was used for: to fit a kind of link, or to check such a fit."""
     return f"fits {line.fits}" if line.fits else "kept out"
 
 

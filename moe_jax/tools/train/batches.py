@@ -42,14 +42,14 @@ class TrainBatches:
         return self.num_batches
 
     def __getitem__(self, step: int) -> np.ndarray:
-        """The rows of a batch that this process reads: [R, seq_len + 1] i32."""
+        """The rows of batch `step` that this process reads: [R, seq_len + 1] i32."""
         rng = np.random.default_rng([self.seed, int(step)])
         starts = rng.integers(0, len(self.corpus.train) - self.seq_len, self.batch_size)
         return _windows(self.corpus.train, starts[self.rows], self.seq_len)
 
 
 class Reader:
-    """Goes through batches in their order, while a thread of grain's reads ahead. What fails there is raised here.
+    """Goes through batches in their order, while a thread of grain reads ahead. Errors of that thread are raised here.
 
     Raises:
       UnsupportedError: grain is not installed.
@@ -68,11 +68,11 @@ class Reader:
 
     @property
     def position(self) -> Any:
-        """Where the reader is, as JSON has it: after as many batches as were taken, however many were read ahead."""
+        """Where the reader is, in a form for JSON: behind the batches that were taken, however many were read ahead."""
         return self._iterator.get_state()
 
     def seek(self, position: Any) -> None:
-        """Goes to a place that `position` told, of this reader or of another one over the same batches."""
+        """Goes to a place that `position` of this reader, or of another one over the same batches, has returned."""
         self._iterator.set_state(position)
 
     def close(self) -> None:

@@ -50,7 +50,7 @@ class Restored:
     Attributes:
       state: the state, on the mesh of the run that resumes.
       step: how many steps were taken.
-      position: where the run was in its data, as `Checkpoints.save` got it.
+      position: where the run was in its data, as it was given to `Checkpoints.save`.
     """
 
     state: Any
@@ -69,12 +69,12 @@ class Checkpoints:
         require("orbax.checkpoint", "saving checkpoints")
         self._path = path
         self._keep = keep
-        self._later: list[int] = []  # steps whose checkpoints the next one replaces
+        self._later: list[int] = []  # steps whose checkpoints are removed when the next one is written
         self._written: int | None = None  # the step that is being written
 
     @cached_property
     def _manager(self) -> Any:
-        from moe_jax.tools.train import manager  # it imports orbax
+        from moe_jax.tools.train import manager  # this module imports orbax
 
         return manager.make_manager(self._path, keep=self._keep)
 
@@ -87,7 +87,7 @@ class Checkpoints:
           state: the pytree.
           step: how many steps were taken.
           identity: what the checkpoint belongs to.
-          position: where the run is in its data, as JSON has it.
+          position: where the run is in its data, in a form for JSON.
 
         Raises:
           CheckpointError: this checkpoint, or the one before it, cannot be written. Older ones are untouched.
@@ -115,7 +115,7 @@ class Checkpoints:
         return None if busy else self.wait()
 
     def wait(self) -> int | None:
-        """As `poll`, after waiting for the end of what is being written."""
+        """Waits for the end of what is being written, and then does what `poll` does."""
         if self._written is None:
             return None
         try:
@@ -135,7 +135,7 @@ class Checkpoints:
 
         Raises:
           CheckpointError: there is no such checkpoint, it is damaged, or it belongs to another configuration or other
-            data. Of a damaged one the text says which file is not what it was and which older checkpoint is whole.
+            data. If it is damaged, the text says which file has changed, and which older checkpoint is whole.
         """
         from moe_jax.tools.train.manager import run_to_restore, state_to_restore
 
@@ -166,7 +166,7 @@ class Checkpoints:
         return Restored(state, run["step"], run["position"])
 
     def close(self) -> None:
-        """Waits for the end of what is being written. Whether it could be written, `wait` says."""
+        """Waits for the end of what is being written. It does not say whether that could be written; `wait` does."""
         if "_manager" in self.__dict__:
             self._manager.close()
 
@@ -174,7 +174,7 @@ class Checkpoints:
         for step in self._later if peers.leads() else ():
             shutil.rmtree(self._path / str(step))
         if self._later:
-            peers.agree(0)  # nobody looks before the first process has removed them
+            peers.agree(0)  # no process looks for checkpoints before the first one has removed them
             self._manager.reload()
         self._later = []
 
@@ -205,13 +205,13 @@ def nothing_saved(path: Path, step: int | None) -> CheckpointError:
 
 
 def unfinished(path: Path) -> list[Path]:
-    """What was being written in the folder `path` when a run was killed. The next run to save there removes it."""
+    """The part that was being written in the folder `path` when a run was killed. The next run to save removes it."""
     return sorted(path.glob("*.orbax-checkpoint-tmp*"))
 
 
 def _check_whole(folder: Path, earlier: list[int]) -> None:
     """Raises CheckpointError if the checkpoint is damaged; the text offers the last of the `earlier` that is whole."""
-    damage = peers.tell_all(_damage(folder) if peers.leads() else "")  # one process reads all that there is
+    damage = peers.tell_all(_damage(folder) if peers.leads() else "")  # one process reads all files
     if not damage:
         return
     text = f"{folder}: is damaged or cut short ({damage})"
@@ -231,7 +231,7 @@ def _damage(folder: Path) -> str:
 
 
 def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
-    """The shape and dtype of every leaf by its name. Orbax gives back other containers, with the same names."""
+    """The shape and dtype of every leaf by its name. Orbax returns other containers, in which names are the same."""
     named = jax.tree_util.tree_leaves_with_path(tree)
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): (tuple(leaf.shape), np.dtype(leaf.dtype).name)

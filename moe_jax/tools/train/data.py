@@ -17,10 +17,10 @@ import numpy as np
 from moe_jax.errors import DataError
 
 HELD_OUT = 0.05
-MIN_FILES_TO_SPLIT = 20  # of fewer files the last bytes are held out instead of whole files
+MIN_FILES_TO_SPLIT = 20  # if there are fewer files, the last bytes are held out instead of whole files
 # The standard corpus leaves out other people's packages, tests, and tables that were generated rather than written.
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data"})
-BLOCK = 64 * 1024 * 1024  # this many bytes are read at once when the whole corpus is read
+BLOCK = 64 * 1024 * 1024  # so many bytes are read at once where the whole corpus is read
 _KINDS = {
     stat.S_IFCHR: "a character device",
     stat.S_IFBLK: "a block device",
@@ -31,7 +31,13 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of a file: `length` bytes, of which the first is the file's byte `start`."""
+    """A stretch of a file.
+
+    Attributes:
+      path: the file.
+      start: the first byte of the stretch, counted from the beginning of the file.
+      length: how many bytes it has.
+    """
 
     path: str
     start: int
@@ -52,7 +58,11 @@ class Span:
 
 @dataclass(frozen=True)
 class Text:
-    """Spans of files, one after the other, as one sequence of bytes that stays on the disk."""
+    """Spans of files as one sequence of bytes that stays on the disk.
+
+    Attributes:
+      spans: the spans, in the order of their bytes.
+    """
 
     spans: tuple[Span, ...]
 

@@ -51,10 +51,10 @@ class RunFolder:
 
 @contextmanager
 def share_folder(out: str | Path | None, name: str, *, resume: bool, step: int | None = None) -> Iterator[RunFolder]:
-    """As `open_folder`, in the first process of a run; the others get the folder that it tells them.
+    """Does what `open_folder` does in the first process of a run; the others get the folder that it chose.
 
     Raises:
-      CheckpointError: as for `open_folder`; in the others, whatever failed in the first.
+      CheckpointError: as for `open_folder`; in other processes, whatever failed in the first one.
     """
     with ExitStack() as stack:
         if peers.leads():
@@ -124,7 +124,7 @@ def _last_saved(name: str, step: int | None) -> RunFolder:
 
 
 def _saved_at(folder: RunFolder) -> int:
-    """When the last checkpoint of a run was written, in ns."""
+    """The time at which the last checkpoint of a run was written, in ns."""
     return (folder.checkpoints / str(saved_steps(folder.checkpoints)[-1])).stat().st_mtime_ns
 
 

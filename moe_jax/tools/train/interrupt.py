@@ -18,7 +18,8 @@ from dataclasses import dataclass
 # A person types Ctrl-C, a cluster sends SIGTERM before it takes a machine away, a closing terminal sends SIGHUP.
 NAMES = {"SIGINT": "Ctrl-C", "SIGTERM": "SIGTERM", "SIGHUP": "SIGHUP"}  # Windows lacks SIGHUP
 SIGNALS = {getattr(signal, name): shown for name, shown in NAMES.items() if hasattr(signal, name)}
-# A terminal and a program that passes signals on often deliver one request twice; that is not a second request.
+# A terminal, together with a program that passes signals on, often delivers one request twice. That is not a second
+# request.
 ECHO_SECONDS = 0.5
 
 
@@ -89,7 +90,7 @@ def _watch(reader: socket.socket, interrupt: Interrupt, say: Callable[[str], Non
         for number in filter(SIGNALS.__contains__, numbers):
             if not interrupt.signum:
                 asked_at, interrupt.signum = time.monotonic(), number
-                # Nobody hears the sentence where the terminal has closed, which is what SIGHUP reports.
+                # Where the terminal has closed, as SIGHUP reports, nobody can read the sentence.
                 with suppress(OSError, ValueError):
                     say(
                         f"{SIGNALS[number]} while {interrupt.doing}: the run stops as soon as that is done, and keeps "
@@ -103,7 +104,7 @@ def _leave(signum: int) -> None:
     """Ends the process from this thread, whatever the main thread is doing."""
     try:
         if sys.stdout.isatty():
-            os.write(sys.stdout.fileno(), b"\x1b[?25h\n")  # shows the cursor again, which a live line hides
+            os.write(sys.stdout.fileno(), b"\x1b[?25h\n")  # shows the cursor again, which a live line has hidden
         os.write(sys.stderr.fileno(), b"moe_jax: left at once; what came after the last checkpoint is lost\n")
     finally:
         os._exit(128 + signum)

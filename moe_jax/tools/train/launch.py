@@ -16,15 +16,15 @@ from moe_jax.errors import UnsupportedError, check_count
 from moe_jax.mesh import has_accelerator
 from moe_jax.tools.train.interrupt import SIGNALS
 
-# When one process has failed, the others get so long to fail in their own words before they are killed.
+# When one process has failed, the others have so many seconds to end with messages of their own before they are killed.
 GRACE_SECONDS = 5.0
 
 
 def run_processes(arguments: Sequence[str], count: int) -> int:
     """Runs `python -m moe_jax ARGUMENTS --distributed ...` in `count` processes, which talk over loopback.
 
-    The first process writes to this one's standard output and error. Signals are passed on to all. When one process
-    fails or is killed, the others are ended, and it is said which one it was.
+    The first process writes to the standard output and error of this one. Signals are passed on to all. When one
+    process fails or is killed, the others are ended, and a message says which one it was.
 
     Returns:
       The exit code of the first process, or that of the one that failed first.
@@ -40,7 +40,7 @@ def run_processes(arguments: Sequence[str], count: int) -> int:
         )
     with ExitStack() as stack:
         children: list[subprocess.Popen] = []
-        stack.callback(_kill, children)  # whatever happens
+        stack.callback(_kill, children)  # whatever happens, no child is left
         errors = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(count)]
         stack.enter_context(_pass_signals_on(children))
         port = _free_port()
@@ -61,7 +61,7 @@ def run_processes(arguments: Sequence[str], count: int) -> int:
 
 
 def _await(children: list[subprocess.Popen]) -> int | None:
-    """Waits for the end of all, or of one that failed and then for a while; returns the first that failed."""
+    """Waits until all have ended, or for a while after one has failed; returns the first that failed."""
     failed, deadline = None, float("inf")
     while any(child.poll() is None for child in children) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -89,7 +89,7 @@ def _kill(children: list[subprocess.Popen]) -> None:
 
 @contextmanager
 def _pass_signals_on(children: list[subprocess.Popen]) -> Iterator[None]:
-    """Gives every signal to all children. A terminal has given Ctrl-C to them already; they take two for one."""
+    """Passes every signal on to all children. A terminal sends Ctrl-C to them too; they count two at once as one."""
 
     def pass_on(signum: int, frame: object) -> None:
         for child in children:

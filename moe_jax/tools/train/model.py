@@ -29,14 +29,22 @@ Params = dict[str, Any]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ModelStats:
-    """What the layers did in one forward pass."""
+    """What the layers did in one forward pass.
 
-    load: jax.Array  # [L, E] i32, how many pairs (token, choice) each expert received
-    num_dropped: jax.Array  # scalar i32, summed over layers
-    num_rounds: jax.Array  # scalar i32, the largest over layers
-    balance: jax.Array  # scalar f32, summed over layers
-    z: jax.Array  # scalar f32, summed over layers
-    sequence_balance: jax.Array | None = None  # scalar f32, summed over layers; None where it has no weight
+    Attributes:
+      load: [L, E] i32, how many pairs (token, choice) each expert received.
+      num_dropped: i32 scalar, pairs that were dropped, summed over the layers.
+      num_rounds: i32 scalar, the most rounds that a layer took.
+      balance, z: f32 scalars, the router's losses, summed over the layers.
+      sequence_balance: the same for its balance loss of each sequence; None where that has no weight.
+    """
+
+    load: jax.Array
+    num_dropped: jax.Array
+    num_rounds: jax.Array
+    balance: jax.Array
+    z: jax.Array
+    sequence_balance: jax.Array | None = None
 
 
 class Attention(nnx.Module):
@@ -79,7 +87,7 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """The model that `config` describes in its sections [model], [train], [moe] and [router], on `mesh`."""
+    """The model that the sections [model], [train], [moe] and [router] of `config` describe, on `mesh`."""
 
     def __init__(self, config: Config, mesh: Mesh, *, rngs: nnx.Rngs) -> None:
         model, train = training_sections(config)
@@ -89,7 +97,7 @@ class Transformer(nnx.Module):
         self.over_batch = over_batch(mesh)
         scale = model.hidden**-0.5 if model.tied_head else 1.0
         self.embedding = nnx.Embed(model.vocab, model.hidden, dtype=self.dtype, embedding_init=normal(scale), rngs=rngs)
-        # By name, because in a checkpoint a number becomes one.
+        # The blocks are kept by name and not in a list, because checkpoints turn numbers into names.
         self.blocks = nnx.Dict({str(i): Block(config, mesh, plan, rngs=rngs) for i in range(model.layers)})
         self.final_norm = nnx.RMSNorm(model.hidden, dtype=self.dtype, rngs=rngs)
         if not model.tied_head:
@@ -111,13 +119,21 @@ class Transformer(nnx.Module):
 
 @dataclass(frozen=True)
 class Decoder:
-    """The model on one mesh: `init` makes its parameters, `logits` runs it. Another mesh changes last bits at most."""
+    """The model on one mesh: `init` makes its parameters, `logits` runs it. Another mesh changes last bits at most.
+
+    Attributes:
+      config: the section [model].
+      mesh: where the model lies.
+      make: makes the module with parameters that are drawn from its argument.
+      graph: the module without its parameters.
+      shardings: a tree like the parameters, which says how each lies on the mesh.
+    """
 
     config: ModelConfig
     mesh: Mesh
     make: Callable[[nnx.Rngs], Transformer]
     graph: nnx.GraphDef[Transformer]
-    shardings: Params  # as the parameters, of which it says how each lies on the mesh
+    shardings: Params
 
     @property
     def replicated(self) -> NamedSharding:
@@ -169,7 +185,7 @@ def rotate(x: jax.Array, theta: float) -> jax.Array:
 
 
 def _gather_stats(layers: list[moe.LayerStats]) -> ModelStats:
-    """Puts the stats of all layers together."""
+    """The stats of all layers as one ModelStats."""
     balances_sequences = "sequence_balance" in layers[0].losses
     return ModelStats(
         load=jnp.stack([stats.load for stats in layers]),

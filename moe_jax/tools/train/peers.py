@@ -18,12 +18,12 @@ from moe_jax import _compat
 from moe_jax.errors import InvalidArgumentError, MeshError, MoEError
 from moe_jax.mesh import emulate_devices, has_accelerator
 
-TEXT_BYTES = 4096  # the room for a text that the first process tells
-# A process that has failed leaves after so long even if the others, which wait for it elsewhere, do not leave too.
+TEXT_BYTES = 4096  # the room for a text that the first process tells the others
+# A process that has failed ends after so many seconds, even if the others wait for it elsewhere and do not end.
 SHUTDOWN_SECONDS = 10
 
 
-# What Gloo, NCCL and JAX's service say of a process that is gone.
+# What Gloo, NCCL and JAX's service say about a process that is gone.
 _LOST = re.compile("Gloo|NCCL|[Cc]onnection|[Cc]oordination|[Hh]eartbeat|DEADLINE_EXCEEDED")
 
 
@@ -46,7 +46,7 @@ def parse_place(text: str) -> Place:
     """Reads "HOST:PORT,COUNT,INDEX".
 
     Raises:
-      InvalidArgumentError: it is something else.
+      InvalidArgumentError: the text has another form.
     """
     coordinator, *numbers = text.split(",")
     host, _, port = coordinator.rpartition(":")
@@ -61,7 +61,7 @@ def parse_place(text: str) -> Place:
 
 
 def join(place: Place | None, *, num_devices: int) -> None:
-    """Joins the other processes, in which the same is called, before any device is asked for.
+    """Joins the other processes, which all call this too, before any device is asked for.
 
     Args:
       place: this process among them; None: Slurm, Kubernetes or Cloud TPU tell.
@@ -107,10 +107,10 @@ def alone() -> bool:
 
 @contextmanager
 def notice_losses() -> Iterator[None]:
-    """Says in a sentence that another process is gone, which JAX reports as a failure of whatever came next.
+    """A context that says in a sentence that another process is gone. JAX reports it as a failure of what came next.
 
     Raises:
-      MeshError: it is gone.
+      MeshError: another process is gone.
     """
     try:
         yield
@@ -124,7 +124,7 @@ def notice_losses() -> Iterator[None]:
 
 
 def agree(*numbers: int) -> tuple[int, ...]:
-    """The largest of what all processes pass, number by number. All of them call this at the same place."""
+    """The largest of the values that all processes pass, number by number. All call this at the same place."""
     if alone():
         return numbers
     from jax.experimental import multihost_utils
@@ -133,7 +133,7 @@ def agree(*numbers: int) -> tuple[int, ...]:
 
 
 def tell_all(text: str) -> str:
-    """What the first process passes, in all of them. All call this at the same place."""
+    """The value that the first process passes, in all processes. All call this at the same place."""
     if alone():
         return text
     from jax.experimental import multihost_utils

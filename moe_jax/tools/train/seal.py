@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SEAL = "run/sha256"
-# What orbax adds after the seal. An empty file says nothing, and no array is read by this one.
+# The file that orbax adds after the seal. It is empty, and no array is read by it.
 _UNSEALED = ("commit_success.txt",)
 
 
