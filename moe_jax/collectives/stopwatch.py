@@ -71,9 +71,13 @@ def timed_all_to_all(
 def _timed(axes, on_arrival, blocks, group):
     me, num_ranks, narrow = lax.axis_index(axes), blocks.shape[0], rendezvous.narrow_bits(blocks)
     read_clock = functools.partial(_read_clock, me, group)
+
+    def meet(reading):  # of the reading one bit, because sums of readings could overflow
+        return rendezvous.sum_of_arrivals(reading & 1, reading, axes)
+
     # 1. Who came how early: the last one to be ready stands in the meeting for no time at all.
     ready = read_clock(blocks)
-    stood = (read_clock(_meet(ready, axes)) - ready) & _CLOCK_MASK
+    stood = (read_clock(meet(ready)) - ready) & _CLOCK_MASK
     all_stood = lax.all_gather(stood, axes)
     waited = jnp.maximum(stood - all_stood, 0)
     # 2. The shifts, each of which begins when all ranks have left the one before.
@@ -89,7 +93,7 @@ def _timed(axes, on_arrival, blocks, group):
         after = read_clock((before, block))
         arrived.append(block)
         travelled.append((after - before) & _CLOCK_MASK)
-        met = _meet(after, axes)
+        met = meet(after)
     # 3. Shift s brought the block of rank me - s.
     shift_of = (me - jnp.arange(num_ranks)) % num_ranks
     moved = rendezvous.hold(jnp.stack(arrived), met)[shift_of]
@@ -114,8 +118,3 @@ def _read_clock(me: Array, group: Array, after: Array | tuple[Array, ...]) -> Ar
 
     # One operand, because JAX makes an array of each.
     return jax.pure_callback(read, _SCALAR, rendezvous.probe((me, group, after)), vmap_method="sequential")
-
-
-def _meet(reading: Array, axes: tuple[str, ...]) -> Array:
-    """A non-negative i32 scalar that no rank has before every rank has its ``reading``."""
-    return lax.psum((reading & 1) + lax.axis_index(axes), axes)  # XLA cannot know the sum without the readings
