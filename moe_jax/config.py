@@ -21,6 +21,7 @@ ACTIVATIONS = tuple(activations.TABLE)
 TRANSPORTS = ("auto", "padded", "ragged", "allgather", "hierarchy")
 OVERFLOWS = ("dropless", "drop")
 DTYPES = ("float32", "bfloat16")
+TOKENS = 512  # of each device, where a configuration has no [train] section to say how many
 BALANCES = ("rank", "token", "load")
 
 
@@ -327,6 +328,12 @@ class Config(_Checked):
     def num_slots(self) -> int:
         """Experts with their replicas, which is what a plan counts."""
         return self.moe.num_experts + (self.balance.num_redundant if self.balance else 0)
+
+    def tokens_per_device(self, num_devices: int) -> int:
+        """Tokens that each of so many devices has in a step of the training run; TOKENS where there is none."""
+        if self.train is None or self.model is None:
+            return TOKENS
+        return self.train.batch_size * self.model.seq_len // num_devices
 
     @property
     def parameters(self) -> dict[str, typing.Any]:

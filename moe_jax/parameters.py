@@ -107,6 +107,9 @@ def rows_of(part: str) -> tuple[Parameter, ...]:
     return tuple(row for row in TABLE if row.part == part)
 
 
+NAMES_OF_EXPERTS = frozenset(row.name for row in rows_of("experts"))  # of which each routed expert has a row
+
+
 def weights_of(part: str, params: Mapping[str, Value]) -> dict[str, Value]:
     """The entries of ``params`` for one part of the layer: by role where the part is an expert, else by name.
 

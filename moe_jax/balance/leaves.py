@@ -7,9 +7,7 @@ import jax
 import numpy as np
 
 from moe_jax.balance.placement import Placement
-from moe_jax.parameters import rows_of
-
-NAMES = {row.name for row in rows_of("experts")}
+from moe_jax.parameters import NAMES_OF_EXPERTS
 
 
 def name_of(what: str, path: tuple[Any, ...]) -> str:
@@ -19,7 +17,7 @@ def name_of(what: str, path: tuple[Any, ...]) -> str:
 
 def missing_of(what: str) -> str:
     """What is wrong with the argument ``what`` if none of its leaves belongs to slots."""
-    return f"{what} has no leaf below the name of an expert's parameter ({', '.join(sorted(NAMES))})"
+    return f"{what} has no leaf below the name of an expert's parameter ({', '.join(sorted(NAMES_OF_EXPERTS))})"
 
 
 def _words(path: tuple[Any, ...]) -> list[str]:
@@ -29,7 +27,7 @@ def _words(path: tuple[Any, ...]) -> list[str]:
 
 def _place_of_name(path: tuple[Any, ...]) -> int | None:
     """The place in a path of the key that is the name of an expert's parameter, or of the last such key."""
-    return max((i for i, word in enumerate(_words(path)) if word in NAMES), default=None)
+    return max((i for i, word in enumerate(_words(path)) if word in NAMES_OF_EXPERTS), default=None)
 
 
 def belongs_to_slots(path: tuple[Any, ...], leaf: Any) -> bool:

@@ -8,9 +8,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moe_jax.balance import Placement, expected_imbalance, rebalance, sum_replica_gradients
+from moe_jax.balance.placement import over_mean
 from moe_jax.config import RouterConfig
 from moe_jax.layer.on_mesh import moe_on_mesh
 from moe_jax.layer.params import place
+from moe_jax.parameters import NAMES_OF_EXPERTS
 from moe_jax.plan import Plan, make_plan
 from moe_jax.tools.bench.workloads import Data, Workload
 
@@ -38,15 +40,12 @@ class BalancedLayer:
         load = np.bincount(data.ids.ravel(), minlength=experts)
         self.placement = rebalance(load, num_physical_experts=experts + ranks, num_ranks=ranks)
         self.shares = self.placement.shares(load)
-        in_order = Placement(
-            physical_to_logical=np.arange(experts, dtype=np.int32), num_logical_experts=experts, num_ranks=ranks
-        )
-        before = float(expected_imbalance(load, in_order))
+        before = float(over_mean(load.reshape(ranks, -1).sum(1)).max())  # experts lie in their order
         after = float(expected_imbalance(load, self.placement, self.shares))
         self.note = f"{ranks} redundant slots; fullest rank {before:.2f} -> {after:.2f} x mean"
         self._mesh, self._plan = mesh, make_plan(mesh, **{**arguments, "num_experts": experts + ranks})
         slots = self.placement.physical_to_logical
-        in_slots = {name: value if name == "router" else value[slots] for name, value in data.params.items()}
+        in_slots = {name: value[slots] if name in NAMES_OF_EXPERTS else value for name, value in data.params.items()}
         self.params = place(in_slots, mesh, self._plan)
         options = {"ffn": workload.ffn, "activation": workload.activation, "num_logical_experts": experts}
         self._apply = moe_on_mesh(mesh, self._plan, RouterConfig(), **options)[1]

@@ -18,7 +18,6 @@ from moe_jax.errors import ConfigError
 from moe_jax.layer.params import param_spec
 from moe_jax.plan import Plan
 
-CONFIG_TOKENS = 512  # tokens per device of a configuration that has no [train] section
 ZIPF = 1.2
 _NOISE, _CUT = 0.3, 2.5  # entries of x are normally distributed with this sigma, and cut off at 2.5 sigma = 0.75
 _BUMP = 3.0  # the bump of the first choice; that of the last is 2.5, well above 0.75 + 0.75
@@ -78,7 +77,7 @@ def of_config(config: Config, path: str) -> Workload:
     Raises:
       ConfigError: it has no [model], or what no baseline has: shared experts, scales, weights on the input side.
     """
-    moe, model, train = config.moe, config.model, config.train
+    moe, model = config.moe, config.model
     if model is None:
         raise ConfigError(f"{path}: has no [model] section; bench needs model.hidden")
     if moe.num_shared_experts:
@@ -94,11 +93,10 @@ def of_config(config: Config, path: str) -> Workload:
         raise ConfigError(f"{path}: [moe]: expert_scale and weigh_inputs are nothing that bench times; leave them out")
     if config.balance is not None:
         raise ConfigError(f"{path}: [balance] is nothing that bench times; leave it out")
-    tokens = train.batch_size * model.seq_len // config.mesh.num_devices if train else CONFIG_TOKENS
     names = ("transport", "overflow", "capacity_factor", "backend")
     return Workload(
         name="config",
-        tokens=tokens,
+        tokens=config.tokens_per_device(config.mesh.num_devices),
         hidden=model.hidden,
         ffn=moe.ffn,
         num_experts=moe.num_experts,

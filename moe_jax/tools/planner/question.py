@@ -18,7 +18,6 @@ from moe_jax.plan.memory import OPTIMIZERS
 from moe_jax.tools.train.balance import first_places
 from moe_jax.tools.train.layer_plan import make_layer_plan
 
-TOKENS = 512  # tokens per device where the configuration has no [train] section
 DTYPE = "bfloat16"
 
 
@@ -27,7 +26,7 @@ class Terms:
     """What may be asked beside the mesh and the machine. None leaves an answer to the configuration.
 
     Attributes:
-      tokens: tokens of each device; None: those of the [train] section, or ``TOKENS``.
+      tokens: tokens of each device; None: those of the [train] section, or ``moe_jax.config.TOKENS``.
       dtype: the dtype of rows; None: that of the [train] section, or ``DTYPE``.
       quant, combine_quant, backward_quant: recipes of rows, as for ``make_plan``.
       layers: how many such layers are in memory at a time; None: those of the model.
@@ -147,14 +146,15 @@ def ask(config: Config, path: str, machine: Machine, mesh: MeshConfig, terms: Te
     if config.moe.ffn % mesh.tp:
         raise InvalidArgumentError(f"ffn={config.moe.ffn} must be divisible by tp={mesh.tp}; take another tp")
     train, tokens, dtype, layers = config.train, terms.tokens, terms.dtype, terms.layers
-    if tokens is None and train is not None:
-        dataclasses.replace(config, mesh=mesh)  # raises where devices would get different numbers of tokens
-        tokens = train.batch_size * config.model.seq_len // mesh.num_devices
+    if tokens is None:
+        if train is not None:
+            dataclasses.replace(config, mesh=mesh)  # raises where devices would get different numbers of tokens
+        tokens = config.tokens_per_device(mesh.num_devices)
     if layers is not None:
         check_count("layers", layers)
     filled = dataclasses.replace(
         terms,
-        tokens=TOKENS if tokens is None else tokens,
+        tokens=tokens,
         dtype=dtype or (train.dtype if train else DTYPE),
         layers=config.model.layers if layers is None else layers,
     )

@@ -22,8 +22,6 @@ from moe_jax.tools.stragglers.faults import Delays, LateBlocks, delayed
 
 Array = jax.Array
 
-_CONFIG_TOKENS = 512  # of each rank, for a configuration that has no [train] section
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layer:
@@ -68,7 +66,7 @@ def layer_of(config: Config, path: str) -> Layer:
             'set "padded", or leave it out'
         )
     return Layer(
-        tokens=train.batch_size * model.seq_len // config.mesh.num_devices if train else _CONFIG_TOKENS,
+        tokens=config.tokens_per_device(config.mesh.num_devices),
         hidden=model.hidden,
         ffn=layer.ffn,
         num_experts=layer.num_experts,

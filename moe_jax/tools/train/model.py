@@ -22,12 +22,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import moe_jax as moe
 from moe_jax.config import Config, ModelConfig
 from moe_jax.interop.nnx import MoE
-from moe_jax.parameters import rows_of
+from moe_jax.parameters import NAMES_OF_EXPERTS
 from moe_jax.tools.train.balance import Balance
 from moe_jax.tools.train.layer_plan import make_layer_plan, training_sections
 
 Params = dict[str, Any]
-EXPERTS = {row.name for row in rows_of("experts")}  # the parameters that slots have
 
 
 @jax.tree_util.register_dataclass
@@ -98,11 +97,13 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """The model that the sections [model], [train], [moe] and [router] of `config` describe, on `mesh`."""
+    """The model that the sections [model], [train], [moe] and [router] of `config` describe, on `mesh`.
 
-    def __init__(self, config: Config, mesh: Mesh, *, rngs: nnx.Rngs) -> None:
+    `plan` is that of each of its layers.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, plan: moe.Plan, *, rngs: nnx.Rngs) -> None:
         model, train = training_sections(config)
-        plan = plan_of_layer(config, mesh)
         self.dtype = jnp.dtype(train.dtype)
         self.over_batch = over_batch(mesh)
         scale = model.hidden**-0.5 if model.tied_head else 1.0
@@ -183,29 +184,31 @@ class Decoder:
 
 def build_decoder(config: Config, mesh: Mesh) -> Decoder:
     """The decoder that `config` describes on `mesh`, without parameters yet."""
-    model, _ = training_sections(config)
+    model, train = training_sections(config)
+    tokens = config.tokens_per_device(mesh.size)
+    plan = make_layer_plan(config, model, mesh, tokens_per_rank=tokens, dtype=train.dtype)
 
     def make(rngs: nnx.Rngs) -> Transformer:
-        return Transformer(config, mesh, rngs=rngs)
+        return Transformer(config, mesh, plan, rngs=rngs)
 
     graph, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
     shardings = nnx.to_pure_dict(nnx.get_named_sharding(state, mesh))
-    return Decoder(model, mesh, plan_of_layer(config, mesh), make, graph, shardings)
-
-
-def plan_of_layer(config: Config, mesh: Mesh) -> moe.Plan:
-    """The plan of each layer of the decoder that `config` describes on `mesh`."""
-    model, train = training_sections(config)
-    tokens_per_rank = train.batch_size * model.seq_len // mesh.size
-    return make_layer_plan(config, model, mesh, tokens_per_rank=tokens_per_rank, dtype=train.dtype)
+    return Decoder(model, mesh, plan, make, graph, shardings)
 
 
 def change_experts(params: Params, change: Callable[[jax.Array, int], jax.Array]) -> Params:
     """Parameters or gradients, of which `change(leaf [P, ...], layer)` makes those of routed experts anew."""
-    blocks = {}
-    for name, block in params["blocks"].items():
-        layer = {key: change(leaf, int(name)) if key in EXPERTS else leaf for key, leaf in block["moe"].items()}
-        blocks[name] = {**block, "moe": layer}
+    return change_layers(
+        params,
+        lambda leaves, layer: {
+            name: change(leaf, layer) if name in NAMES_OF_EXPERTS else leaf for name, leaf in leaves.items()
+        },
+    )
+
+
+def change_layers(params: Params, change: Callable[[Params, int], Params]) -> Params:
+    """Parameters or gradients, of which `change(leaves by name, layer)` makes those of the MoE layers anew."""
+    blocks = {name: {**block, "moe": change(block["moe"], int(name))} for name, block in params["blocks"].items()}
     return {**params, "blocks": blocks}
 
 

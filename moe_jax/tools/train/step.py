@@ -16,7 +16,7 @@ from moe_jax.config import Config, TrainConfig
 from moe_jax.host.extras import require
 from moe_jax.tools.train.balance import Balance, first_places
 from moe_jax.tools.train.layer_plan import training_sections
-from moe_jax.tools.train.model import Decoder, ModelStats, Params, change_experts
+from moe_jax.tools.train.model import Decoder, ModelStats, Params, change_experts, change_layers
 
 BIAS = "selection_bias"
 
@@ -172,13 +172,13 @@ def _moved_average(average: jax.Array, load: jax.Array, decay: float) -> jax.Arr
 
 def _update_biases(params: Params, load: jax.Array, rate: float) -> Params:
     """Moves the selection bias of each layer that has one against the layer's row of load [L, E], without gradients."""
-    blocks = {}
-    for name, block in params["blocks"].items():
-        layer = dict(block["moe"])
-        if BIAS in layer:
-            layer[BIAS] = moe.update_selection_bias(layer[BIAS], load[int(name)], rate=rate)
-        blocks[name] = {**block, "moe": layer}
-    return {**params, "blocks": blocks}
+
+    def update(leaves, layer):
+        if BIAS not in leaves:
+            return leaves
+        return {**leaves, BIAS: moe.update_selection_bias(leaves[BIAS], load[layer], rate=rate)}
+
+    return change_layers(params, update)
 
 
 def _decays(params: Params) -> Any:
