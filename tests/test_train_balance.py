@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import moe_jax as moe
 from moe_jax.config import BalanceConfig, load_config, override
 from moe_jax.layer.placement import BALANCES
+from moe_jax.parameters import NAMES_OF_EXPERTS
 from moe_jax.tools.train import balance, loop, model, step
 
 ROOT = Path(__file__).parent.parent
@@ -283,7 +284,7 @@ def test_training_is_the_same_with_balancing_and_without():
         for i, experts in enumerate(run.places.placement.physical_to_logical):
             layer, other = (each["blocks"][str(i)]["moe"] for each in (tree, alone))
             first = run.places.placement.table()[i, :, 1]  # a slot of each expert
-            for name in model.EXPERTS & set(layer):
+            for name in NAMES_OF_EXPERTS & set(layer):
                 values = np.asarray(layer[name])
                 np.testing.assert_array_equal(values, values[first][experts], err_msg=name)  # bit by bit
                 np.testing.assert_allclose(values[first], other[name], rtol=0, atol=1e-4, err_msg=name)
